@@ -1,0 +1,23 @@
+"""What happens to the model around the router's optimization, as Lightning callbacks.
+
+They work on an `eacmoe_lightning.qesc.QESC` module and each can be used without the others. At the end of a run they
+act in the order of this list.
+"""
+
+from eacmoe_lightning.callbacks.layerwise_quantization import LayerwiseQuantization
+from eacmoe_lightning.callbacks.expert_frequency import ExpertFrequency  # isort: skip
+from eacmoe_lightning.callbacks.expert_pruning import ExpertPruning  # isort: skip
+from eacmoe_lightning.callbacks.compressed_model import CompressedModel  # isort: skip
+from eacmoe_lightning.callbacks.routing_report import RoutingReport  # isort: skip
+from eacmoe_lightning.callbacks.block_progress import BlockProgress  # isort: skip
+from eacmoe_lightning.callbacks.token_scores import TokenScores  # isort: skip
+
+__all__ = [
+    "BlockProgress",
+    "CompressedModel",
+    "ExpertFrequency",
+    "ExpertPruning",
+    "LayerwiseQuantization",
+    "RoutingReport",
+    "TokenScores",
+]

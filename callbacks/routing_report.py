@@ -1,0 +1,80 @@
+"""What the run did to routing and quality: TensorBoard per block, `report.json` and `report.md` at its end."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Trainer
+
+from eacmoe_lightning import compressed
+from eacmoe_lightning.adapter import MoEModel, load_original
+from eacmoe_lightning.callbacks.block_callback import BlockCallback
+from eacmoe_lightning.callbacks.expert_pruning import ExpertPruning
+from eacmoe_lightning.evaluate import evaluate
+from eacmoe_lightning.expert_shift import RATES
+from eacmoe_lightning.qesc import QESC
+from eacmoe_lightning.report import build, summary, write
+from eacmoe_lightning.store import StoreError
+
+
+class RoutingReport(BlockCallback):
+    """Evaluates the written model on the held-out texts and writes the report.
+
+    Args:
+        evaluate: false leaves the held-out evaluation out (perplexities and held-out change rates are then
+            missing from the report).
+    """
+
+    def __init__(self, evaluate: bool = True) -> None:
+        self.evaluate = evaluate
+        self.blocks: dict[int, dict] = {}  # statistics of the finished blocks
+
+    def state_dict(self) -> dict:
+        return {"blocks": self.blocks}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.blocks = state_dict["blocks"]
+
+    def on_block_end(self, trainer: Trainer, module: QESC, stats: dict) -> None:
+        index = stats["block"]
+        self.blocks[index] = stats
+        costs = [row for row in module.run.read_costs() if row["block"] == index] if trainer.is_global_zero else []
+        scalars = {f"quantization_error/{name.split('.', 3)[-1]}": value for name, value in stats["error"].items()}
+        for when, rates in stats.get("expert_shift", {}).items():
+            scalars |= {f"expert_shift_{rate}/{when}": rates[rate] for rate in (*RATES, "selections")}
+        if "starved" in stats:
+            scalars["experts/starved"] = len(stats["starved"])
+        scalars |= {f"seconds/{row['phase']}": row["seconds"] for row in costs}
+        scalars |= {f"peak_megabytes/{row['phase']}": row["peak_bytes"] / 2**20 for row in costs}
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=index)
+
+    def on_train_end(self, trainer: Trainer, module: QESC) -> None:
+        if trainer.current_epoch < module.num_epochs:
+            if trainer.is_global_zero:
+                print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; --ckpt_path last goes on")
+            return
+        if trainer.is_global_zero:
+            result = self._evaluate(trainer, module) if self.evaluate else None
+            pruning = {c.alpha: c.candidates for c in trainer.callbacks if isinstance(c, ExpertPruning) and c.alpha}
+            report = build(module, trainer, self.blocks, result, pruning)
+            write(module.run, report)
+            print(summary(report))
+        trainer.strategy.barrier()
+
+    @torch.no_grad()
+    def _evaluate(self, trainer: Trainer, module: QESC) -> dict[str, dict]:
+        """`after`: the written model; `before`: the same with the original's routers in it."""
+        data = trainer.datamodule
+        data.setup("validate")
+        original = load_original(module.name_or_path, module.dtype_name).to(module.device)
+        subject = compressed.load(module.run.compressed).to(module.device)
+        original_moe, subject_moe = MoEModel(original), MoEModel(subject)
+        after = evaluate(original_moe, subject_moe, data.heldout_windows, data.heldout_batch_size)
+        if module.router_method == "none":
+            return {"before": after, "after": after}
+        for block, twin in zip(original_moe.moe_blocks, subject_moe.moe_blocks, strict=True):
+            twin.router_weight.copy_(block.router_weight)
+        before = evaluate(original_moe, subject_moe, data.heldout_windows, data.heldout_batch_size)
+        if not all(torch.isfinite(torch.tensor([*v.values()])).all() for v in after["perplexity"].values()):
+            raise StoreError("the compressed model's perplexity is not finite: look at the blocks' quantization errors")
+        return {"before": before, "after": after}

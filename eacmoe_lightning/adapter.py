@@ -1,0 +1,438 @@
+"""What differs between MoE models, in one file: where a causal LM keeps its blocks, router, experts.
+
+Every MoE of transformers 5 has the same joints under different names: a list of decoder layers, in
+each a *router* that returns ``(router_logits [N,E], expert_weights [N,K], expert_ids [N,K])``, and an
+*experts* module with the stacked weights ``gate_up_proj [E,2F,D]`` and ``down_proj [E,D,F]``. They are
+found here by structure, never by class name, so that a new model needs no entry in a table. What is
+found is checked: `MoEModel` refuses a model in which a block's router or experts cannot be told apart.
+
+Letters: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import eacmoe_lightning.deepseek  # noqa: F401  (registers model_type "deepseek")
+
+BUNDLED = Path(__file__).parent / "assets" / "tiny-moe"
+
+
+def resolve_model(name_or_path: str) -> str:
+    """`bundled` is the MoE that the package ships; a directory or a hub id stands for itself."""
+    return str(BUNDLED) if name_or_path == "bundled" else str(name_or_path)
+
+
+def load_original(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
+    """Loads a full-precision causal LM in eval mode (PhiMoE's router samples in train mode).
+
+    Args:
+        name_or_path: `bundled`, a local directory or a hub id (`--model.name_or_path`).
+        dtype: `auto` (as stored), `float32`, `bfloat16` or `float16` (`--model.dtype`).
+
+    Raises:
+        FileNotFoundError: nothing can be loaded from there.
+    """
+    path = resolve_model(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no causal language model can be loaded from {name_or_path!r} (--model.name_or_path): pass "
+            f"`bundled`, a local Hugging Face directory or a hub id that this machine reaches. {error}"
+        ) from error
+    return model.eval()
+
+
+@dataclass
+class Routing:
+    """What one router said for N tokens."""
+
+    logits: Tensor  # [N, E] float32, before any softmax
+    ids: Tensor  # [N, K] int64, the experts that were run
+    weights: Tensor  # [N, K] their weights
+
+
+class _Reached(BaseException):
+    """Ends a forward pass at the module whose input was wanted."""
+
+
+@dataclass
+class Experts:
+    """The routed experts of one block as 2-D problems: views that write through to the model."""
+
+    module: nn.Module
+
+    @property
+    def num_experts(self) -> int:
+        return self.module.down_proj.shape[0]
+
+    @property
+    def up_name(self) -> str:
+        return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    @property
+    def projections(self) -> tuple[str, str]:
+        """The two weights in the order in which a token meets them."""
+        return self.up_name, "down_proj"
+
+    def weight(self, projection: str) -> Tensor:
+        """[E, O, I] view of `gate_up_proj`, `up_proj` or `down_proj`."""
+        weight = getattr(self.module, projection)
+        return weight.transpose(1, 2) if self.module.is_transposed else weight
+
+    def bias(self, projection: str, expert: int) -> Tensor | None:
+        return getattr(self.module, f"{projection}_bias")[expert] if self.module.has_bias else None
+
+    def intermediate(self, x: Tensor, expert: int) -> Tensor:
+        """The input of `down_proj`: [n, D] -> [n, F] (gate, up and activation of one expert)."""
+        h = nn.functional.linear(x, self.weight(self.up_name)[expert], self.bias(self.up_name, expert))
+        return self.module._apply_gate(h) if self.module.has_gate else self.module.act_fn(h)
+
+
+@dataclass
+class Block:
+    """One decoder layer: its linears by part, its router and its experts (None in a dense block)."""
+
+    index: int
+    name: str  # e.g. model.layers.3
+    layer: nn.Module
+    router: nn.Module | None = None
+    experts: Experts | None = None
+    router_name: str = ""
+    experts_name: str = ""
+    linears: dict[str, str] = field(default_factory=dict)  # name in the layer -> attention | shared
+
+    @property
+    def is_moe(self) -> bool:
+        return self.experts is not None
+
+    @property
+    def num_experts(self) -> int:
+        return self.experts.num_experts if self.is_moe else 0
+
+    def linear(self, name: str) -> nn.Linear:
+        return self.layer.get_submodule(name)
+
+    @property
+    def router_weight(self) -> nn.Parameter:
+        """[E, D], the only matrix of the router with one row per expert."""
+        return self.router.get_parameter(self._router_parameter)
+
+    @property
+    def _router_parameter(self) -> str:
+        rows = [n for n, p in self.router.named_parameters() if p.ndim == 2 and len(p) == self.num_experts]
+        if len(rows) != 1:
+            raise ValueError(f"{self.name}: the router has {len(rows)} matrices with {self.num_experts} rows, not 1")
+        return rows[0]
+
+    @property
+    def router_bias(self) -> Tensor | None:
+        """[E], the bias that is part of the logits, where the router has one (gpt_oss)."""
+        owner = self._router_parameter.rpartition(".")[0]
+        return getattr(self.router.get_submodule(owner), "bias", None)
+
+    def router_logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, E] in float32, for the block's router or another weight in its place."""
+        weight = self.router_weight if weight is None else weight
+        bias = self.router_bias
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+    # --- running the block -------------------------------------------------------------------
+
+    def forward(self, hidden: Tensor, kwargs: dict, force_ids: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+        """Runs the block: [B, T, D] -> [B, T, D] and what its router said.
+
+        With `force_ids` [N, K] the given experts run instead of the router's own choice, with the
+        weights that this router's scores give to them (method.md 1.1, the split of the damage).
+        """
+        routing: list[Routing] = []
+
+        def record(module, args, output):
+            logits, weights, ids = output
+            if force_ids is not None:
+                weights = forced_weights(module, logits, weights, ids, force_ids)
+                ids = force_ids
+            routing.append(Routing(logits.float(), ids, weights))
+            return logits, weights, ids
+
+        handle = self.router.register_forward_hook(record) if self.is_moe else None
+        try:
+            output = self.layer(hidden, **kwargs)
+        finally:
+            if handle is not None:
+                handle.remove()
+        output = output[0] if isinstance(output, tuple) else output
+        return output, routing[0] if routing else None
+
+    def input_of(self, module: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
+        """The tokens [N, I] that reach `module` for this hidden stream; what lies behind is not run."""
+        reached: list[Tensor] = []
+
+        def stop(_, args, kwargs):
+            x = args[0] if args else kwargs["hidden_states"]
+            reached.append(x.reshape(-1, x.shape[-1]))
+            raise _Reached
+
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.layer(hidden, **kwargs)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        if not reached:
+            raise RuntimeError(f"{self.name}: no token reached {type(module).__name__}")
+        return reached[0]
+
+    def route(self, x: Tensor) -> Routing:
+        """What the router says of [N, D] inputs."""
+        logits, weights, ids = self.router(x)
+        return Routing(logits.float(), ids, weights)
+
+    def weights(self) -> dict[str, tuple[str, Tensor]]:
+        """Everything that is quantized: parameter name in the model -> (part, view [..., O, I])."""
+        found = {f"{self.name}.{n}.weight": (part, self.linear(n).weight) for n, part in self.linears.items()}
+        if self.is_moe:
+            for projection in self.experts.projections:
+                found[f"{self.name}.{self.experts_name}.{projection}"] = ("experts", self.experts.weight(projection))
+        return found
+
+    @property
+    def router_parameter_name(self) -> str:
+        return f"{self.name}.{self.router_name}.{self._router_parameter}"
+
+    def input_groups(self, hidden: Tensor, kwargs: dict) -> list[list[str]]:
+        """Linears that read the same tensor (q, k, v), in the order in which they run."""
+        seen: list[tuple[Tensor, list[str]]] = []
+        handles = []
+        for name in self.linears:
+
+            def note(module, args, name=name):
+                for x, names in seen:
+                    if x is args[0]:
+                        names.append(name)
+                        return
+                seen.append((args[0], [name]))
+
+            handles.append(self.linear(name).register_forward_pre_hook(note))
+        try:
+            self.layer(hidden, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        groups = [names for _, names in seen]
+        missing = set(self.linears) - {name for names in groups for name in names}
+        if missing:
+            raise ValueError(f"{self.name}: {sorted(missing)} did not run, so nothing is known of their inputs")
+        return groups
+
+
+class MoEModel:
+    """A causal LM as embedding, blocks and head, so that it can be run one block at a time."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.decoder, self.blocks = _find_blocks(model)
+        if not any(block.is_moe for block in self.blocks):
+            raise ValueError(
+                f"{model.config.model_type!r} has no routed experts in any of its {len(self.blocks)} blocks: it is a "
+                "dense model, and there is no router to calibrate. Pass a Mixture-of-Experts model "
+                "(--model.name_or_path), for example `bundled`"
+            )
+
+    @property
+    def moe_blocks(self) -> list[Block]:
+        return [block for block in self.blocks if block.is_moe]
+
+    @property
+    def top_k(self) -> int:
+        router = self.moe_blocks[0].router
+        for owner, name in ((router, "top_k"), (self.config, "num_experts_per_tok"), (self.config, "moe_topk")):
+            if isinstance(getattr(owner, name, None), int):
+                return getattr(owner, name)
+        raise ValueError(f"{self.config.model_type}: neither router nor config says how many experts a token selects")
+
+    @property
+    def num_experts(self) -> int:
+        return self.moe_blocks[0].num_experts
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def embed(self, input_ids: Tensor) -> tuple[Tensor, list[dict]]:
+        """[B, T] -> hidden [B, T, D] as block 0 receives it, and each block's own keyword arguments.
+
+        The masks and position embeddings come from the model's own forward pass with the blocks
+        replaced by recorders, so nothing of it is rebuilt here.
+        """
+        seen: list[dict] = []
+        first: list[Tensor] = []
+
+        def recorder(hidden, *args, **kwargs):
+            first.append(hidden)
+            seen.append(kwargs)
+            return hidden
+
+        for block in self.blocks:
+            block.layer.forward = recorder  # an instance attribute shadows the method
+        try:
+            self.decoder(input_ids=input_ids, use_cache=False)
+        finally:
+            for block in self.blocks:
+                del block.layer.forward
+        return first[0], seen
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[B, T, D] after the last block -> logits [B, T, V]."""
+        return self.model.get_output_embeddings()(self.final_norm(hidden))
+
+    @property
+    def final_norm(self) -> nn.Module:
+        norms = [m for n, m in self.decoder.named_children() if "norm" in n and "embed" not in n]
+        if len(norms) != 1:
+            raise ValueError(f"{self.config.model_type}: {len(norms)} final norms found, not 1")
+        return norms[0]
+
+    def norms(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every one-dimensional weight of a normalisation, by its name in the model."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim == 1 and "norm" in name.rpartition(".")[0].rpartition(".")[2]:
+                yield name, parameter
+
+    def check_finite(self) -> None:
+        """Raises ValueError that names the first tensor with NaN or infinite values."""
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(
+                    f"{name} of the original model holds NaN or infinite values: the checkpoint is damaged, or "
+                    "overflowed in --model.dtype; repair it or load it in float32"
+                )
+
+
+# --- finding the parts ---------------------------------------------------------------------------
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[nn.Module, list[Block]]:
+    """The decoder that owns the longest list of layers, and its layers as `Block`s."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            decoder = model.get_submodule(name.rpartition(".")[0])
+            blocks = [_find_parts(i, f"{name}.{i}", layer) for i, layer in enumerate(module)]
+            break
+    else:
+        raise ValueError(f"{model.config.model_type}: no list of {num_layers} decoder layers found")
+    moe_names = {block.experts_name.rpartition(".")[0] for block in blocks if block.is_moe}
+    for block in blocks:  # a dense block's feed-forward sits where the others keep their experts
+        for linear in block.linears:
+            if any(linear.startswith(f"{moe}.") for moe in moe_names):
+                block.linears[linear] = "shared"
+    return decoder, blocks
+
+
+def _find_parts(index: int, name: str, layer: nn.Module) -> Block:
+    block = Block(index, name, layer)
+    for path, module in layer.named_modules():
+        down = getattr(module, "down_proj", None)
+        if isinstance(down, nn.Parameter) and down.ndim == 3:
+            block.experts, block.experts_name = Experts(module), path
+    if block.is_moe:
+        moe_name = block.experts_name.rpartition(".")[0]
+        moe = layer.get_submodule(moe_name)
+        routers = [
+            (path, child)
+            for path, child in moe.named_children()
+            if child is not block.experts.module
+            and any(p.ndim == 2 and len(p) == block.num_experts for p in child.parameters())
+            and getattr(child, "out_features", block.num_experts) == block.num_experts
+            and not any(isinstance(m, nn.Linear) and len(m.weight) != block.num_experts for m in child.modules())
+        ]
+        if len(routers) != 1:
+            raise ValueError(f"{name}: {len(routers)} modules beside the experts look like a router, not 1")
+        block.router_name, block.router = f"{moe_name}.{routers[0][0]}", routers[0][1]
+    for path, module in layer.named_modules():
+        if not isinstance(module, nn.Linear) or module.out_features == 1:
+            continue  # a one-row linear is a shared expert's gate: it stays as it is
+        if block.is_moe and (path == block.router_name or path.startswith(f"{block.router_name}.")):
+            continue
+        inside_moe = block.is_moe and path.startswith(f"{block.experts_name.rpartition('.')[0]}.")
+        block.linears[path] = "shared" if inside_moe else "attention"
+    return block
+
+
+# --- the weights of experts that were forced ------------------------------------------------------
+
+
+def forced_weights(router: nn.Module, logits: Tensor, weights: Tensor, ids: Tensor, forced: Tensor) -> Tensor:
+    """The weights [N, K] this router would give to `forced` [N, K], from its own logits [N, E].
+
+    How a router turns scores into weights is recognised by what it does: the rule that reproduces the
+    weights of its own choice is applied to the forced one.
+
+    Raises:
+        ValueError: no known rule reproduces the router's weights.
+    """
+    for rule in _WEIGHT_RULES:
+        own = rule(router, logits.float(), ids)
+        scale = (weights.float().sum() / own.sum()).item()
+        if torch.allclose(own * scale, weights.float(), rtol=2e-2 if weights.dtype != torch.float32 else 1e-4, atol=1e-5):
+            return (rule(router, logits.float(), forced) * scale).to(weights.dtype)
+    raise ValueError(f"{type(router).__name__}: how it weighs the selected experts is unknown, so none can be forced")
+
+
+def _softmax(router, logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.softmax(-1).gather(1, ids)
+
+
+def _softmax_of_selected(router, logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.gather(1, ids).softmax(-1)
+
+
+def _sigmoid(router, logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.sigmoid().gather(1, ids)
+
+
+def _sigmoid_normalised(router, logits: Tensor, ids: Tensor) -> Tensor:
+    scores = _sigmoid(router, logits, ids)
+    return scores / scores.sum(-1, keepdim=True)
+
+
+def _sparsemixer(router, logits: Tensor, ids: Tensor) -> Tensor:
+    """Phi-3.5-MoE at inference: each expert's softmax over the scores near the maximum of what is left."""
+    jitter = getattr(router, "router_jitter_noise", 0.01)
+    columns, left = [], logits
+    for k in range(ids.shape[1]):
+        chosen = ids[:, k : k + 1]
+        top = left.max(-1, keepdim=True).values
+        far = (top - left) / logits.abs().clamp(min=top) > 2 * jitter
+        far = far.scatter(1, chosen, False)  # a forced expert always counts
+        columns.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(1, chosen))
+        left = left.scatter(1, chosen, -torch.inf)
+    return torch.cat(columns, 1)
+
+
+_WEIGHT_RULES = (_softmax_of_selected, _softmax, _sigmoid_normalised, _sigmoid, _sparsemixer)
+
+
+@contextmanager
+def eval_without_grad(model: nn.Module):
+    """Runs a model as at inference, whatever mode a trainer put it in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,63 @@
+"""Expert-shift: how many selections a compressed model changes (EAC-MoE, section 3), and expert loads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+RATES = ("any", "half", "all")
+
+
+def num_changed(original: Tensor, ids: Tensor) -> Tensor:
+    """[N]: how many of a token's K original experts are no longer selected, in whatever order."""
+    kept = (original.unsqueeze(-1) == ids.unsqueeze(-2)).any(-1).sum(-1)
+    return original.shape[-1] - kept
+
+
+def change_counts(original: Tensor, ids: Tensor) -> Tensor:
+    """[4] int64: tokens with any, half or more, all selections changed, and the selections changed in all."""
+    changed, top_k = num_changed(original, ids), original.shape[-1]
+    return torch.stack([(changed > 0).sum(), (2 * changed >= top_k).sum(), (changed == top_k).sum(), changed.sum()])
+
+
+def change_rates(counts: Tensor, num_tokens: float, top_k: int) -> dict[str, float]:
+    """The paper's three change rates per token, and `selections`, the share of selections changed."""
+    rates = {name: float(count) / max(num_tokens, 1) for name, count in zip(RATES, counts[:3].tolist(), strict=True)}
+    return {**rates, "selections": float(counts[3]) / max(num_tokens * top_k, 1)}
+
+
+def expert_load(ids: Tensor, num_experts: int) -> Tensor:
+    """[E] int64: tokens routed to each expert."""
+    return torch.bincount(ids.flatten(), minlength=num_experts)[:num_experts]
+
+
+class ExpertShift(Metric):
+    """Change rates per block over any number of batches and processes.
+
+    Args:
+        num_blocks: MoE blocks, in order.
+        top_k: experts per token.
+    """
+
+    full_state_update = False
+
+    def __init__(self, num_blocks: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.add_state("counts", torch.zeros(num_blocks, 4, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, original: list[Tensor], ids: list[Tensor]) -> None:
+        """One [N, K] tensor of expert ids per block from each model."""
+        self.counts += torch.stack([change_counts(a, b) for a, b in zip(original, ids, strict=True)])
+        self.tokens += len(original[0])
+
+    def compute(self) -> list[dict[str, float]]:
+        """The rates of each block."""
+        return [change_rates(counts, int(self.tokens), self.top_k) for counts in self.counts]
+
+
+def mean_rates(blocks: list[dict[str, float]]) -> dict[str, float]:
+    """The mean over blocks of each rate."""
+    return {name: sum(block[name] for block in blocks) / len(blocks) for name in blocks[0]} if blocks else {}

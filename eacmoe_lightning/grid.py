@@ -1,0 +1,145 @@
+"""The grid that weights are rounded to: group-wise integer codes with a scale and a zero point.
+
+A weight [O, I] is cut along its inputs into G = I / group_size groups. Every row of every group has a
+`scale` (weight units per step) and a `zero_point` (the code that decodes to 0):
+
+    w ~ (code - zero_point) * scale,    code in 0 .. 2^bits - 1
+
+All functions take any leading dimensions (experts): [..., O, I].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_SHRINKS = 24  # candidates of the clipping search, from the full range down to MIN_SHRINK of it
+MIN_SHRINK = 0.45
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a weight is rounded.
+
+    Attributes:
+        bits: 2 to 8.
+        group_size: inputs that share a scale; must divide in_features and be a multiple of 8.
+        symmetric: the zero point is the middle code; otherwise it is fitted.
+        clip_search: choose each group's range by the least (Hessian-weighted) squared error instead of
+            its minimum and maximum.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool = False
+    clip_search: bool = True
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+
+@dataclass
+class Quantized:
+    """Integer codes with what is needed to decode them."""
+
+    codes: Tensor  # [..., O, I] uint8
+    scale: Tensor  # [..., O, G] float16
+    zero_point: Tensor  # [..., O, G] uint8
+    bits: int
+
+    @property
+    def group_size(self) -> int:
+        return self.codes.shape[-1] // self.scale.shape[-1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[..., O, I]; the product is formed in float32 and rounded to `dtype` once."""
+        codes = self.codes.unflatten(-1, (-1, self.group_size)).float()
+        return ((codes - self.zero_point[..., None].float()) * self.scale[..., None].float()).flatten(-2).to(dtype)
+
+
+def fit_scale(groups: Tensor, grid: Grid, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of weights [..., g], one pair for the last dimension.
+
+    Args:
+        groups: float32 [..., g].
+        importance: [..., g], broadcastable; the diagonal of the Hessian for `clip_search`.
+
+    Returns:
+        scale, zero_point: float32 [...], the scale already rounded to float16.
+    """
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # zero is always on the grid
+    if not grid.clip_search:
+        return _range_to_scale(low, high, grid)
+    best_scale, best_zero = _range_to_scale(low, high, grid)
+    best_error = _rounding_error(groups, best_scale, best_zero, grid, importance)
+    for i in range(1, NUM_SHRINKS):
+        shrink = 1 - (1 - MIN_SHRINK) * i / (NUM_SHRINKS - 1)
+        scale, zero = _range_to_scale(low * shrink, high * shrink, grid)
+        error = _rounding_error(groups, scale, zero, grid, importance)
+        better = error < best_error
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        best_error = torch.where(better, error, best_error)
+    return best_scale, best_zero
+
+
+def _range_to_scale(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    if grid.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    scale = ((high - low) / grid.max_code).half().float()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a group of zeros, or below float16
+    if grid.symmetric:
+        return scale, torch.full_like(scale, 2 ** (grid.bits - 1))
+    return scale, (-low / scale).round().clamp(0, grid.max_code)
+
+
+def _rounding_error(groups, scale, zero, grid, importance) -> Tensor:
+    code = encode(groups, scale[..., None], zero[..., None], grid)
+    error = ((code - zero[..., None]) * scale[..., None] - groups).square_()
+    return (error if importance is None else error * importance).sum(-1)
+
+
+def encode(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """The nearest codes, as float32 (broadcasting)."""
+    return (weight / scale + zero_point).round_().clamp_(0, grid.max_code)
+
+
+def round_to_nearest(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Quantized:
+    """The baseline without error compensation.
+
+    Args:
+        weight: [..., O, I].
+        importance: [..., I], see `fit_scale`.
+    """
+    groups = weight.float().unflatten(-1, (-1, grid.group_size))  # [..., O, G, g]
+    if importance is not None:
+        importance = importance.unflatten(-1, (-1, grid.group_size)).unsqueeze(-3)  # [..., 1, G, g]
+    scale, zero = fit_scale(groups, grid, importance)
+    codes = encode(groups, scale[..., None], zero[..., None], grid).flatten(-2)
+    return Quantized(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), grid.bits)
+
+
+# --- codes on disk ---------------------------------------------------------------------------------
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [..., n] -> uint8 [..., ceil(n / 8) * bits]: eight codes in `bits` bytes, little-endian."""
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
+    place = torch.arange(bits, device=codes.device, dtype=torch.uint8)
+    stream = ((codes.unsqueeze(-1) >> place) & 1).flatten(-2).unflatten(-1, (-1, 8))  # [..., bytes, 8 bits]
+    return _join_bits(stream)
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `pack`: uint8 [..., n]."""
+    place = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    stream = ((packed.unsqueeze(-1) >> place) & 1).flatten(-2).unflatten(-1, (-1, bits))  # [..., codes, bits]
+    return _join_bits(stream)[..., :n].contiguous()
+
+
+def _join_bits(stream: Tensor) -> Tensor:
+    place = torch.arange(stream.shape[-1], device=stream.device, dtype=torch.uint8)
+    return (stream << place).sum(-1, dtype=torch.uint8)

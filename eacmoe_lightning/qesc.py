@@ -1,0 +1,360 @@
+"""The LightningModule: router calibration as supervised optimization, one block an epoch.
+
+Epochs walk through the model: `router_epochs` passes over the calibration windows for block 0, then for block 1,
+and so on. A batch of windows stands for its tokens at the current block: the router's inputs in the compressed
+stream and the original router's logits. After the last block, `joint_epochs` train all routers together (and the
+norms) towards the original's output distribution. What happens to the weights between epochs is done by
+`callbacks.LayerwiseQuantization`.
+
+The language model itself stays outside the module tree: only routers and norms are parameters of the job, so
+checkpoints stay small.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from eacmoe_lightning import __version__
+from eacmoe_lightning.adapter import MoEModel, load_original
+from eacmoe_lightning.calibration import Calibration
+from eacmoe_lightning.compressed import fingerprint
+from eacmoe_lightning.data import shard
+from eacmoe_lightning.evaluate import Evaluation, load_subject, run_streams, token_log_likelihoods
+from eacmoe_lightning.ranks import Ranks
+from eacmoe_lightning.recipe import Recipe
+from eacmoe_lightning.router_loss import RouterLoss, TopKMSE
+from eacmoe_lightning.report import evaluation_summary
+from eacmoe_lightning.store import RunDirectory, write_json
+
+
+class QESC(LightningModule):
+    """Quantization with expert-selection calibration (EAC-MoE, section 4) of one MoE language model.
+
+    Args:
+        name_or_path: The original model: `bundled`, a local Hugging Face directory or a hub id.
+        dtype: In which it is loaded and calibrated: auto (as stored), float32, bfloat16 or float16.
+        bits: Bits of the routed experts; a list splits the blocks into equal consecutive parts, so that
+            [3, 2] is the paper's 2.54-bit setting.
+        attention_bits: Bits of the attention projections.
+        shared_expert_bits: Bits of shared experts and dense feed-forwards; null: those of the block's experts.
+        overrides: Per block index, other bits for any of attention, shared, experts.
+        group_size: Inputs that share a scale and a zero point.
+        symmetric: Fix the zero point to the middle code.
+        clip_search: Fit the range of each group by least error instead of its minimum and maximum.
+        quantizer: gptq, or rtn (round-to-nearest, the baseline).
+        damping: Added to the Hessian's diagonal, as a share of its mean.
+        act_order: GPTQ visits the inputs by falling importance (static groups, no index needed).
+        affinity: Weigh an expert's tokens by their router weight.
+        min_expert_tokens: An expert that fewer calibration tokens reach borrows others up to this number.
+        router_method: How routers are calibrated: none (plain GPTQ), ridge (closed form per block), sgd (gradient
+            steps per block), joint (only the last stage).
+        router_loss: What sgd minimises; its num_targets is also the k of ridge.
+        router_lr: Learning rate of sgd.
+        router_epochs: Passes over the calibration text per block.
+        router_warm_start: Start sgd from the closed form.
+        ridge: Strength of the closed form's penalty on drift, relative to the mean squared router input.
+        joint_epochs: Passes of the last stage that trains all routers together with KL to the original's
+            output; 0 leaves it out.
+        joint_lr: Its learning rate.
+        joint_norms: Whether it also trains the weights of the normalisations.
+        lr_schedule: Over each stage: constant, linear or cosine (to zero).
+        weight_decay: Of AdamW.
+        evaluate: What validate, test and predict look at: a run directory, a compressed directory or an original
+            model; null: the run directory (trainer.default_root_dir).
+        split_damage: Let test split the damage into weights and selections (EAC-MoE, table 1).
+    """
+
+    def __init__(
+        self,
+        name_or_path: str = "bundled",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        bits: int | list[int] = 3,
+        attention_bits: int = 4,
+        shared_expert_bits: int | None = None,
+        overrides: dict[int, dict[str, int]] | None = None,
+        group_size: int = 128,
+        symmetric: bool = False,
+        clip_search: bool = True,
+        quantizer: Literal["gptq", "rtn"] = "gptq",
+        damping: float = 0.01,
+        act_order: bool = False,
+        affinity: bool = False,
+        min_expert_tokens: int = 256,
+        router_method: Literal["none", "ridge", "sgd", "joint"] = "ridge",
+        router_loss: RouterLoss | None = None,
+        router_lr: float = 1e-3,
+        router_epochs: int = 1,
+        router_warm_start: bool = False,
+        ridge: float = 1e-3,
+        joint_epochs: int = 1,
+        joint_lr: float = 1e-3,
+        joint_norms: bool = True,
+        lr_schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        weight_decay: float = 0.0,
+        evaluate: str | None = None,
+        split_damage: bool = False,
+    ) -> None:
+        super().__init__()
+        self.recipe = Recipe(
+            bits=tuple(bits) if isinstance(bits, list) else (bits,),
+            attention_bits=attention_bits,
+            shared_bits=shared_expert_bits,
+            overrides=overrides or {},
+            group_size=group_size,
+            symmetric=symmetric,
+            clip_search=clip_search,
+            quantizer=quantizer,
+            damping=damping,
+            act_order=act_order,
+            affinity=affinity,
+            min_expert_tokens=min_expert_tokens,
+        )
+        for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge), ("joint_lr", joint_lr)):
+            if value <= 0:
+                raise ValueError(f"{option}={value} (--model.{option}) is not positive")
+        if joint_epochs < 0:
+            raise ValueError(f"joint_epochs={joint_epochs} (--model.joint_epochs) is negative")
+        self.name_or_path, self.dtype_name = name_or_path, dtype
+        self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
+        self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
+        self.ridge, self.joint_lr, self.joint_norms = ridge, joint_lr, joint_norms
+        self.joint_epochs = 0 if router_method == "none" else joint_epochs
+        self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
+        self.evaluate, self.split_damage = evaluate, split_damage
+        self.routers, self.norms = nn.ParameterDict(), nn.ParameterDict()
+        self._outside: dict[str, Any] = {}  # models: not in the module tree, not in checkpoints
+
+    # --- the models -------------------------------------------------------------------------------------
+
+    @property
+    def moe(self) -> MoEModel:
+        """The original model; while `fit` runs, its blocks are compressed one after another."""
+        return self._outside["moe"]
+
+    @property
+    def calibration(self) -> Calibration:
+        return self._outside["calibration"]
+
+    @property
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.trainer.default_root_dir)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._setup_fit()
+        elif "subject" not in self._outside:
+            self._outside |= load_subject(self.name_or_path, self.dtype_name, self.evaluate, self.run)
+            for model in (self._outside["original"], self._outside["subject"]):
+                if model is not None:
+                    model.model.to(self.device)
+
+    def _setup_fit(self) -> None:
+        model = load_original(self.name_or_path, self.dtype_name)
+        moe = self._outside["moe"] = MoEModel(model.to(self.device).requires_grad_(False))
+        self.recipe.check(moe)
+        self.router_loss.num_targets(moe.num_experts, moe.top_k)  # a k that does not fit is said now
+        moe.check_finite()
+        self.run.start(self.identity(), resume=getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None))
+        for block in moe.moe_blocks:
+            self.routers[f"block_{block.index:03d}"] = nn.Parameter(block.router_weight.detach().float().clone())
+        if self.joint_epochs and self.joint_norms:
+            for name, weight in moe.norms():
+                self.norms[name.replace(".", "/")] = nn.Parameter(weight.detach().float().clone())
+        self.trainer.fit_loop.epoch_loop.max_steps = -1
+        if self.trainer.max_epochs in (None, -1):
+            self.trainer.fit_loop.max_epochs = self.num_epochs
+
+    def identity(self) -> dict[str, Any]:
+        """All that the result of `fit` depends on, by option."""
+        data = self.trainer.datamodule
+        loss = self.router_loss
+        return {
+            "version": __version__,
+            "model.name_or_path": self.name_or_path,
+            "model.fingerprint": fingerprint(self.name_or_path),
+            "model.dtype": str(self.moe.model.dtype),
+            **{f"model.{name}": value for name, value in vars(self.recipe).items()},
+            "model.router_method": self.router_method,
+            "model.router_loss": [type(loss).__name__, {k: v for k, v in vars(loss).items() if isinstance(v, int | float | None)}],
+            **{
+                f"model.{name}": getattr(self, name)
+                for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs", "joint_lr")
+                + ("joint_norms", "lr_schedule", "weight_decay")
+            },
+            **{f"data.{name}": getattr(data, name) for name in ("calibration", "num_windows", "window_length", "batch_size", "seed")},
+        }
+
+    # --- epochs: which block, which stage ---------------------------------------------------------------
+
+    @property
+    def num_block_epochs(self) -> int:
+        return len(self.moe.blocks) * self.router_epochs
+
+    @property
+    def num_epochs(self) -> int:
+        return self.num_block_epochs + self.joint_epochs
+
+    @property
+    def is_joint(self) -> bool:
+        return self.current_epoch >= self.num_block_epochs
+
+    @property
+    def block_index(self) -> int:
+        """The block of the current epoch; the number of blocks in the joint stage."""
+        return min(self.current_epoch // self.router_epochs, len(self.moe.blocks))
+
+    @property
+    def is_last_pass(self) -> bool:
+        """Whether the current epoch is the last of its block."""
+        return not self.is_joint and (self.current_epoch + 1) % self.router_epochs == 0
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule
+        own = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
+        self._outside["calibration"] = Calibration(
+            self.moe, self.recipe, data.calibration_windows[own.start : own.stop], own.start, data.batch_size, self.run,
+            Ranks(self.global_rank, self.trainer.world_size),
+        )  # fmt: skip
+
+    def enter_block(self) -> None:
+        """Brings the streams to the current epoch's block. Idempotent."""
+        routers = {int(key[6:]): weight.detach() for key, weight in self.routers.items()}
+        self.calibration.enter(self.block_index, routers)
+
+    def start_router(self) -> None:
+        """The closed form, where it is the method or the warm start."""
+        block = self.moe.blocks[self.block_index]
+        if block.is_moe and (self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)):
+            k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
+            weight = self.calibration.ridge_router(k, self.ridge)
+            self.routers[f"block_{block.index:03d}"].data.copy_(weight)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == self.num_block_epochs:  # moments of single blocks say nothing here
+            self.optimizers(use_pl_optimizer=False).state.clear()
+
+    # --- gradient steps -----------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.is_joint:
+            loss = self._joint_loss(batch)
+        elif self.moe.blocks[self.block_index].is_moe:
+            loss = self._router_loss(batch)
+        else:
+            loss = sum(weight.sum() for weight in self.routers.values()) * 0  # a dense block has no router
+        self.log("loss/joint" if self.is_joint else f"loss/block_{self.block_index:03d}", loss, prog_bar=False)
+        return loss
+
+    def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean over the global batch's tokens; this process holds some of its windows, or none."""
+        block = self.moe.blocks[self.block_index]
+        x, teacher = self.calibration.router_rows(batch["index"])
+        student = block.router_logits(x.detach(), self.routers[f"block_{block.index:03d}"])
+        losses = self.router_loss(student, teacher.detach(), self.moe.top_k)
+        return self._global_mean(losses, batch)
+
+    def _joint_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """KL(original || compressed) of the next-token distributions, mean over tokens, in nats."""
+        local = batch["index"] - self.calibration.first_window
+        with torch.no_grad():
+            target = self.moe.head(self.calibration.x[local].to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
+        logits = torch.func.functional_call(self.moe.model, self.trained(), (batch["input_ids"],), {"use_cache": False}).logits
+        losses = nn.functional.kl_div(logits.float().log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
+        return self._global_mean(losses, batch)
+
+    def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        tokens = int(batch["global_size"]) * self.trainer.datamodule.window_length
+        return losses.sum() / tokens * self.trainer.world_size  # DDP averages gradients over processes
+
+    def trained(self) -> dict[str, Tensor]:
+        """What the job trains, by parameter name of the model, in the model's dtype."""
+        dtype = self.moe.model.dtype
+        routers = {b.router_parameter_name: self.routers[f"block_{b.index:03d}"].to(dtype) for b in self.moe.moe_blocks}
+        return routers | {name.replace("/", "."): weight.to(dtype) for name, weight in self.norms.items()}
+
+    @torch.no_grad()
+    def put_trained(self) -> None:
+        """Puts the calibrated routers and norms in the model's place, after the last epoch."""
+        parameters = dict(self.moe.model.named_parameters())
+        for name, weight in self.trained().items():
+            parameters[name].copy_(weight)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = [{"params": [weight]} for weight in [*self.routers.values(), *self.norms.values()]]
+        return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay)
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether the current epoch trains; ridge and none only measure their loss."""
+        return self.is_joint or self.router_method == "sgd"
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        if not self.takes_steps:
+            optimizer_closure()
+            return
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(epoch, batch_idx)
+        optimizer.step(closure=optimizer_closure)
+
+    def learning_rate(self, epoch: int, batch_idx: int) -> float:
+        """At one step of the current stage; a function of the position alone, so it needs no state."""
+        passes, first = (self.joint_epochs, self.num_block_epochs) if self.is_joint else (self.router_epochs, 0)
+        done = ((epoch - first) % passes + batch_idx / self.trainer.num_training_batches) / passes
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
+        return factor * (self.joint_lr if self.is_joint else self.router_lr)
+
+    # --- validate, test, predict ------------------------------------------------------------------------------
+
+    def _start_evaluation(self, split: bool) -> None:
+        original, subject = self._outside["original"], self._outside["subject"]
+        self._outside["evaluation"] = Evaluation(original, subject, split, self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_evaluation(split=False)
+
+    def on_test_epoch_start(self) -> None:
+        self._start_evaluation(split=self.split_damage)
+
+    def _evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int, names: list[str]) -> None:
+        if len(batch["input_ids"]):
+            evaluation: Evaluation = self._outside["evaluation"]
+            streams = run_streams(evaluation.original, evaluation.subject, batch["input_ids"], evaluation.split)
+            evaluation.update(names[dataloader_idx], streams)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluation_step(batch, dataloader_idx, self.trainer.datamodule.heldout_names)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluation_step(batch, dataloader_idx, self.trainer.datamodule.heldout_names)
+
+    def _finish_evaluation(self, stage: str) -> None:
+        """Logs the result, prints it as a table and writes it to `<stage>.json` in the run directory."""
+        result = self._outside["evaluation"].compute(self.trainer.datamodule.heldout_names)
+        for text, values in result["perplexity"].items():
+            self.log_dict({f"perplexity/{text}/{stream}": value for stream, value in values.items()})
+        if shift := result["expert_shift"]:
+            self.log_dict({f"expert_shift/{rate}": value for rate, value in shift["mean"].items()})
+        if self.trainer.is_global_zero:
+            write_json(self.run.path / f"{stage}.json", result | {"size_bytes": self._outside["size_bytes"]})
+            print(evaluation_summary(result, self._outside["size_bytes"]))
+
+    def on_validation_start(self) -> None:
+        self.trainer.validate_loop.verbose = False  # Lightning's table repeats everything for every text
+
+    def on_test_start(self) -> None:
+        self.trainer.test_loop.verbose = False
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish_evaluation("validate")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish_evaluation("test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Log-likelihoods in nats of each token but the first, [b, T-1], by global window index."""
+        return {"index": batch["index"], "log_likelihood": token_log_likelihoods(self._outside["subject"], batch["input_ids"])}

@@ -1,0 +1,117 @@
+"""Which weight gets how many bits: the paper's settings (EAC-MoE, section 5.1) as one line each.
+
+The paper quantizes attention to 4 bits, every expert to 2 or 3, and leaves the router alone. Its averages 2.06,
+2.54 and 3.03 are `bits=2`, `bits=[3, 2]` (first half of the blocks at 3) and `bits=3`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from eacmoe_lightning.adapter import Block, MoEModel
+from eacmoe_lightning.grid import Grid
+
+PARTS = ("attention", "shared", "experts")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Bits, groups and solver of every quantized weight.
+
+    Attributes:
+        bits: of the routed experts; a list splits the blocks into equal consecutive parts.
+        attention_bits: of the attention projections.
+        shared_bits: of shared experts and dense feed-forwards; None: the block's `bits`.
+        overrides: per block index, bits for any of `attention`, `shared`, `experts`.
+        group_size: inputs that share a scale.
+        symmetric: middle code as zero point.
+        clip_search: fit ranges by least error instead of minimum and maximum.
+        quantizer: `gptq`, or `rtn` (round-to-nearest, the baseline).
+        damping, act_order: see `gptq`.
+        affinity: weigh each token of an expert's Hessian by its router weight (MoEQuant).
+        min_expert_tokens: an expert that fewer tokens reach is starved; it borrows the block's
+            other tokens with the highest router logits for it, up to this number.
+    """
+
+    bits: tuple[int, ...] = (3,)
+    attention_bits: int = 4
+    shared_bits: int | None = None
+    overrides: dict[int, dict[str, int]] = field(default_factory=dict)
+    group_size: int = 128
+    symmetric: bool = False
+    clip_search: bool = True
+    quantizer: str = "gptq"
+    damping: float = 0.01
+    act_order: bool = False
+    affinity: bool = False
+    min_expert_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name, bits in [("bits", b) for b in self.bits] + [("attention_bits", self.attention_bits)]:
+            _check_bits(name, bits)
+        if self.shared_bits is not None:
+            _check_bits("shared_bits", self.shared_bits)
+        if self.quantizer not in ("gptq", "rtn"):
+            raise ValueError(f"quantizer={self.quantizer!r} (--model.quantizer) is neither 'gptq' nor 'rtn'")
+        if self.group_size < 8 or self.group_size % 8:
+            raise ValueError(f"group_size={self.group_size} (--model.group_size) is not a positive multiple of 8")
+        if not 0 < self.damping < 1:
+            raise ValueError(f"damping={self.damping} (--model.damping) is not between 0 and 1")
+        if self.min_expert_tokens < 1:
+            raise ValueError(f"min_expert_tokens={self.min_expert_tokens} (--model.min_expert_tokens) is below 1")
+        for block, parts in self.overrides.items():
+            for part, bits in parts.items():
+                if part not in PARTS:
+                    raise ValueError(f"overrides.{block}.{part} (--model.overrides): parts are {', '.join(PARTS)}")
+                _check_bits(f"overrides.{block}.{part}", bits)
+
+    def grid(self, block: int, num_blocks: int, part: str) -> Grid:
+        """The grid of one part (`attention`, `shared`, `experts`) of one block."""
+        expert_bits = self.bits[block * len(self.bits) // num_blocks]
+        bits = {
+            "experts": expert_bits,
+            "shared": expert_bits if self.shared_bits is None else self.shared_bits,
+            "attention": self.attention_bits,
+        }[part]
+        bits = self.overrides.get(block, {}).get(part, bits)
+        return Grid(bits, self.group_size, self.symmetric, self.clip_search)
+
+    def check(self, moe: MoEModel) -> None:
+        """Raises ValueError, before anything is computed, for a model that this recipe does not fit."""
+        unknown = [block for block in self.overrides if not 0 <= block < len(moe.blocks)]
+        if unknown:
+            raise ValueError(f"overrides name block {unknown[0]}, the model has {len(moe.blocks)} (--model.overrides)")
+        if len(self.bits) > len(moe.blocks):
+            raise ValueError(f"bits lists {len(self.bits)} parts for {len(moe.blocks)} blocks (--model.bits)")
+        for name, _, in_features in quantized_weights(moe):
+            if in_features % self.group_size:
+                raise ValueError(
+                    f"{name}: in_features={in_features} is not a multiple of group_size={self.group_size} "
+                    "(--model.group_size); pass a divisor of it, for example "
+                    f"{max(g for g in (8, 16, 32, 64, 128, 256) if in_features % g == 0 or g == 8)}"
+                )
+
+
+def _check_bits(option: str, bits: int) -> None:
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"{option}={bits} (--model.{option}): bits are whole numbers from 2 to 8")
+
+
+def quantized_weights(moe: MoEModel) -> list[tuple[str, int, int]]:
+    """(name, number of weights, in_features) of everything that is quantized."""
+    return [(name, count, inputs) for block in moe.blocks for name, _, count, inputs in _weights_of(block)]
+
+
+def nominal_bits(moe: MoEModel, recipe: Recipe) -> float:
+    """Average bits as the paper counts them: over the quantized weights, without scales and zero points."""
+    total = weighted = 0
+    for block in moe.blocks:
+        for _, part, count, _ in _weights_of(block):
+            total += count
+            weighted += count * recipe.grid(block.index, len(moe.blocks), part).bits
+    return weighted / total
+
+
+def _weights_of(block: Block) -> list[tuple[str, str, int, int]]:
+    """(name, part, number of weights, in_features) in one block."""
+    return [(name, part, weight.numel(), weight.shape[-1]) for name, (part, weight) in block.weights().items()]

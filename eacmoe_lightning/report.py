@@ -1,0 +1,218 @@
+"""The report of a run: `report.json` with stable keys, and the same for people as `report.md`.
+
+Keys (dots are nesting): `command`, `config`, `versions`, `commit`, `seed`, `machine`; `model.blocks`, `.experts`,
+`.top_k`; `bits.nominal` (as the paper counts), `bits.true` (with scales and zero points, over the same weights);
+`size_bytes.original`, `.compressed`; `perplexity.<text>.original|compressed|before` (before: the compressed model with
+the original's routers); `expert_shift.mean.before|after.any|half|all|selections` over the held-out texts,
+`expert_shift.calibration.before|after` and `expert_shift.blocks[]`; `router.method`; `experts.starved` (number) and
+`experts.starved_by_block`; `cost.<phase>.seconds|peak_bytes|share`, `cost.total_seconds`; `pruning`.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from eacmoe_lightning.adapter import resolve_model
+from eacmoe_lightning.compressed import size_of
+from eacmoe_lightning.expert_shift import RATES, mean_rates
+from eacmoe_lightning.recipe import nominal_bits, quantized_weights
+from eacmoe_lightning.store import RunDirectory, read_tensors, write_atomically, write_json
+
+PACKAGES = ("eacmoe-lightning", "torch", "lightning", "transformers", "torchmetrics", "datasets")
+
+
+def build(module, trainer: Trainer, blocks: dict[int, dict], evaluation: dict[str, dict] | None, pruning: dict) -> dict[str, Any]:
+    """The report of a finished run.
+
+    Args:
+        module: the QESC module.
+        blocks: statistics by block, as `Calibration.leave` gives them.
+        evaluation: `before` and `after` of `evaluate`, or None.
+        pruning: alpha -> block -> experts under the frequency rule.
+    """
+    run, moe = module.run, module.moe
+    moe_stats = [blocks[i] for i in sorted(blocks) if "expert_shift" in blocks[i]]
+    calibration = {when: [s["expert_shift"][when] for s in moe_stats] for when in ("before", "after")}
+    report: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "config": module.identity(),
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "commit": _commit(),
+        "seed": trainer.datamodule.seed,
+        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "processes": trainer.world_size},
+        "model": {
+            "name_or_path": module.name_or_path,
+            "type": moe.config.model_type,
+            "blocks": len(moe.blocks),
+            "moe_blocks": len(moe.moe_blocks),
+            "experts": moe.num_experts,
+            "top_k": moe.top_k,
+        },
+        "bits": {"nominal": nominal_bits(moe, module.recipe), "true": _true_bits(run, moe)},
+        "size_bytes": {"original": size_of(resolve_model(module.name_or_path)), "compressed": size_of(run.compressed)},
+        "router": {"method": module.router_method, "joint_epochs": module.joint_epochs},
+        "experts": {
+            "starved": sum(len(s["starved"]) for s in moe_stats),
+            "starved_by_block": {s["block"]: s["starved"] for s in moe_stats if s["starved"]},
+        },
+        "quantization_error": {name: value for s in blocks.values() for name, value in s["error"].items()},
+        "cost": _cost(run),
+        "expert_shift": {"calibration": {when: mean_rates(rows) for when, rows in calibration.items()}},
+        "perplexity": {},
+    }
+    per_block = [{"block": s["block"], "calibration": s["expert_shift"]} for s in moe_stats]
+    if evaluation:
+        before, after = evaluation["before"], evaluation["after"]
+        report["perplexity"] = {
+            text: {**values, "before": before["perplexity"][text]["compressed"]} for text, values in after["perplexity"].items()
+        }
+        report["expert_shift"]["mean"] = {"before": before["expert_shift"]["mean"], "after": after["expert_shift"]["mean"]}
+        report["expert_shift"]["texts"] = {
+            text: {"before": before["expert_shift"]["texts"][text], "after": rates}
+            for text, rates in after["expert_shift"]["texts"].items()
+        }
+        for row, b, a in zip(per_block, before["expert_shift"]["blocks"], after["expert_shift"]["blocks"], strict=True):
+            row["heldout"] = {"before": b, "after": a}
+    else:
+        report["expert_shift"]["mean"] = report["expert_shift"]["calibration"]
+    report["expert_shift"]["blocks"] = per_block
+    if pruning:
+        report["pruning"] = pruning
+    return report
+
+
+def write(run: RunDirectory, report: dict[str, Any]) -> None:
+    write_json(run.path / "report.json", report)
+    write_atomically(run.path / "report.md", lambda partial: partial.write_text(markdown(report)))
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A few lines for the terminal."""
+    bits, size, shift = report["bits"], report["size_bytes"], report["expert_shift"]["mean"]
+    lines = [
+        "",
+        f"{report['model']['name_or_path']}: {report['model']['blocks']} blocks, {report['model']['experts']} experts, "
+        f"top {report['model']['top_k']}, router {report['router']['method']}",
+        f"bits {bits['nominal']:.2f} nominal, {bits['true']:.2f} with scales and zero points; "
+        f"{size['original'] / 1e6:.1f} MB -> {size['compressed'] / 1e6:.1f} MB",
+    ]
+    for text, values in report["perplexity"].items():
+        lines.append(f"perplexity {text:10s} {values['original']:8.3f} -> {values['compressed']:8.3f}")
+    for rate in RATES:
+        lines.append(f"tokens with {rate:4s} selections changed: {shift['before'][rate]:.2%} -> {shift['after'][rate]:.2%}")
+    lines.append(f"{report['experts']['starved']} starved experts; {report['cost']['total_seconds']:.0f} s in all")
+    return "\n".join(lines)
+
+
+def evaluation_summary(result: dict[str, Any], size_bytes: dict[str, int]) -> str:
+    """What `validate` and `test` print: one row per text, and the change rates per block."""
+    streams = list(next(iter(result["perplexity"].values())))
+    lines = ["", "size: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in size_bytes.items())]
+    lines.append(f"{'perplexity':12s} " + " ".join(f"{name:>16s}" for name in streams))
+    lines += [
+        f"{text:12s} " + " ".join(f"{values[name]:16.3f}" for name in streams) for text, values in result["perplexity"].items()
+    ]
+    if shift := result["expert_shift"]:
+        rates = list(shift["mean"])
+        lines.append(f"{'changed':12s} " + " ".join(f"{rate:>16s}" for rate in rates))
+        rows = [(f"block {row['block']}", row) for row in shift["blocks"]] + [("mean", shift["mean"])]
+        lines += [f"{name:12s} " + " ".join(f"{row[rate]:16.2%}" for rate in rates) for name, row in rows]
+    return "\n".join(lines)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    shift, cost = report["expert_shift"], report["cost"]
+    parts = [
+        f"# {report['model']['name_or_path']} at {report['bits']['nominal']:.2f} bits",
+        f"```\n{summary(report).strip()}\n```",
+        f"Command: `{report['command']}`  \nCommit: {report['commit']}  \nSeed: {report['seed']}  \n"
+        + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+        + f"  \n{report['machine']['processor']}, {report['machine']['threads']} threads",
+        "## Perplexity on held-out text\n\n`before` is the compressed model with the original's routers.\n\n"
+        + _table(["text", "original", "before", "compressed"], [
+            [t, *(f"{v[c]:.3f}" for c in ("original", "before", "compressed"))] for t, v in report["perplexity"].items()
+        ]),
+        "## Expert-shift per block\n\nShare of tokens with any, half or more, all selections changed.\n\n"
+        + _table(
+            ["block", "text", *(f"{r} {w}" for r in RATES for w in ("before", "after"))],
+            [
+                [row["block"], text, *(f"{row[text][w][r]:.2%}" for r in RATES for w in ("before", "after"))]
+                for row in shift["blocks"]
+                for text in ("calibration", "heldout")
+                if text in row
+            ],
+        ),
+        "## Experts\n\n"
+        + (
+            "\n".join(f"- block {b}: starved experts {e}" for b, e in report["experts"]["starved_by_block"].items())
+            or "No expert was starved of calibration tokens."
+        ),
+        "## Cost\n\n"
+        + _table(["phase", "seconds", "share", "peak MB"], [
+            [p, f"{c['seconds']:.1f}", f"{c['share']:.1%}", f"{c['peak_bytes'] / 2**20:.0f}"]
+            for p, c in cost.items() if isinstance(c, dict)
+        ]),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _true_bits(run: RunDirectory, moe) -> float:
+    """Stored bits per quantized weight: codes, scales and zero points."""
+    stored = 0
+    for block in moe.blocks:
+        tensors, _ = read_tensors(run.block(block.index))
+        stored += sum(t.numel() * t.element_size() for n, t in tensors.items() if n.endswith((".codes", ".scale", ".zero_point")))
+    return 8 * stored / sum(count for _, count, _ in quantized_weights(moe))
+
+
+def _cost(run: RunDirectory) -> dict[str, Any]:
+    rows = run.read_costs()
+    total = sum(row["seconds"] for row in rows)
+    phases: dict[str, Any] = {}
+    for row in rows:
+        phase = phases.setdefault(row["phase"], {"seconds": 0.0, "peak_bytes": 0})
+        phase["seconds"] += row["seconds"]
+        phase["peak_bytes"] = max(phase["peak_bytes"], row["peak_bytes"])
+    for phase in phases.values():
+        phase["share"] = phase["seconds"] / total if total else 0.0
+    return {**phases, "total_seconds": total}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except Exception:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit of the checkout that this package runs from, or `unknown`."""
+    where = Path(__file__).resolve().parent.parent
+    try:
+        out = subprocess.run(["git", "-C", where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return out.stdout.strip() if out.returncode == 0 else "unknown"
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return names[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,196 @@
+"""The run directory: everything that a killed job needs to go on, each file written whole or not at all.
+
+    run.json               what this run is (options and the original model's fingerprint)
+    blocks/block_003.safetensors   the compressed block 3: codes, scales, zero points, router, statistics
+    costs.jsonl            seconds and peak memory of each phase
+    streams/rank_0_of_1/block_003.safetensors   both hidden streams as block 3 receives them
+    checkpoints/  tensorboard/  compressed/  report.json  report.md
+
+A file is written beside its place, flushed to disk and renamed. Tensor files carry a digest of their content, so a
+truncated or flipped one is named, not used.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+DIGEST = "sha256"
+
+
+class StoreError(RuntimeError):
+    """A file of the run cannot be written or is not what was written."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a file beside `path`, flushes it to disk and renames it into place.
+
+    Raises:
+        StoreError: the disk is full; nothing that was there before is lost.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        size = partial.stat().st_size if partial.exists() else 0
+        partial.unlink(missing_ok=True)
+        if is_disk_full(error):
+            free = shutil.disk_usage(path.parent).free
+            raise StoreError(
+                f"no room for {path}: {size} bytes were written before the disk or quota was full, {free} bytes are "
+                "free. Free some, and continue this run with --ckpt_path last: everything finished is kept"
+            ) from error
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself survives a power cut
+    finally:
+        os.close(directory)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno in codes:
+        return True
+    return any(f"os error {code}" in str(error).lower() for code in codes)  # safetensors reports from Rust
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text))
+
+
+def digest(tensors: dict[str, Tensor], note: str = "") -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256(note.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            sha.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return sha.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any] | None = None) -> None:
+    """A safetensors file with a JSON note and a digest of both in its metadata."""
+    text = json.dumps(note or {}, sort_keys=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", "note": text, DIGEST: digest(tensors, text)}
+    write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        StoreError: the file is missing, truncated or altered.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{path} is missing, truncated or corrupt ({error}); {REMEDY}") from error
+    if metadata.get(DIGEST) != digest(tensors, metadata.get("note", "")):
+        raise StoreError(f"{path} does not hold what was written: its checksum differs; {REMEDY}")
+    return tensors, json.loads(metadata["note"])
+
+
+REMEDY = "delete this file and continue with --ckpt_path last to have it computed again, or restore it from a backup"
+
+
+class RunDirectory:
+    """Paths and files of one run.
+
+    Args:
+        path: `--trainer.default_root_dir`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def compressed(self) -> Path:
+        return self.path / "compressed"
+
+    def block(self, index: int) -> Path:
+        return self.path / "blocks" / f"block_{index:03d}.safetensors"
+
+    def streams(self, index: int, rank: int, world: int) -> Path:
+        return self.path / "streams" / f"rank_{rank}_of_{world}" / f"block_{index:03d}.safetensors"
+
+    @property
+    def costs(self) -> Path:
+        return self.path / "costs.jsonl"
+
+    def add_cost(self, block: int | None, phase: str, seconds: float, peak_bytes: int) -> None:
+        """Appends one phase's cost: what was computed again after an interruption counts again."""
+        row = {"block": block, "phase": phase, "seconds": round(seconds, 4), "peak_bytes": peak_bytes}
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.costs, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_costs(self) -> list[dict[str, Any]]:
+        """All rows of `add_cost`; a last line cut off by a kill is left out."""
+        rows = []
+        for line in self.costs.read_text().splitlines() if self.costs.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def start(self, identity: dict[str, Any], resume: bool) -> None:
+        """Claims the directory for a run, or checks that it holds this very run.
+
+        Args:
+            identity: what the result depends on, by option.
+            resume: whether `--ckpt_path` was given.
+
+        Raises:
+            ValueError: the directory holds another run, or this one and `--ckpt_path` is missing.
+        """
+        where = f"{self.path} (--trainer.default_root_dir)"
+        if not self.manifest.exists():
+            if resume:
+                raise ValueError(f"there is no run to continue in {where}: leave out --ckpt_path to start one")
+            strangers = [p.name for p in self.path.iterdir()] if self.path.exists() else []
+            known = {"checkpoints", "tensorboard", "config.yaml"}
+            if any(name not in known and not name.startswith(".") for name in strangers):
+                raise ValueError(f"{where} is not empty and holds no run: {sorted(strangers)[:3]}. Pass an empty directory")
+            write_json(self.manifest, identity)
+            return
+        try:
+            held = json.loads(self.manifest.read_text())
+        except ValueError as error:
+            raise StoreError(f"{self.manifest} is corrupt ({error}); pass another --trainer.default_root_dir") from error
+        identity = json.loads(json.dumps(identity))
+        different = sorted(key for key in held.keys() | identity.keys() if held.get(key) != identity.get(key))
+        if different:
+            key = different[0]
+            raise ValueError(
+                f"{where} holds a run with other settings: {key} was {held.get(key)!r} and is now {identity.get(key)!r}"
+                f"{f', and {len(different) - 1} more differ' if len(different) > 1 else ''}. Nothing was changed: pass "
+                "another --trainer.default_root_dir, or the settings of that run"
+            )
+        if not resume:
+            raise ValueError(f"{where} already holds this run: add --ckpt_path last to continue it")
