@@ -1,4 +1,4 @@
-"""The command line: `python train.py fit|validate|test|predict --config configs/tiny.yaml` (also under fabric and torchrun)."""
+"""The command line: `python train.py fit|validate|test|predict --config FILE`, also under `fabric run` and torchrun."""
 
 from eacmoe_lightning.cli import main
 

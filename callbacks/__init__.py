@@ -5,6 +5,7 @@ act in the order of this list.
 """
 
 from eacmoe_lightning.callbacks.layerwise_quantization import LayerwiseQuantization
+
 from eacmoe_lightning.callbacks.expert_frequency import ExpertFrequency  # isort: skip
 from eacmoe_lightning.callbacks.expert_pruning import ExpertPruning  # isort: skip
 from eacmoe_lightning.callbacks.compressed_model import CompressedModel  # isort: skip

@@ -7,8 +7,8 @@ import time
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
 from eacmoe_lightning.calibration import PHASES
+from eacmoe_lightning.callbacks.block_callback import BlockCallback
 from eacmoe_lightning.qesc import QESC
 
 
@@ -33,8 +33,7 @@ class BlockProgress(TQDMProgressBar, BlockCallback):
             self.train_progress_bar.set_postfix_str(f"blocks {self.train_progress_bar.format_interval(seconds)} left")
 
     def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
-        module = trainer.lightning_module
-        if module.is_joint:
+        if trainer.lightning_module.is_joint:
             self._show(trainer.current_epoch, "all routers together")
             self.train_progress_bar.set_postfix_str("")
 

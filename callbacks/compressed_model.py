@@ -6,7 +6,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from eacmoe_lightning import compressed
-from eacmoe_lightning.calibration import read_block
 from eacmoe_lightning.qesc import QESC
 from eacmoe_lightning.store import StoreError
 
@@ -26,7 +25,7 @@ class CompressedModel(Callback):
     @torch.no_grad()
     def write(self, trainer: Trainer, module: QESC) -> None:
         moe, run = module.moe, module.run
-        blocks = [read_block(run, block.index)[0] for block in moe.blocks]
+        blocks = module.quantized_blocks()
         for block, quantized in zip(moe.blocks, blocks, strict=True):
             if missing := block.weights().keys() - quantized.keys():
                 raise StoreError(f"{sorted(missing)[0]} was not quantized, so no model is written")

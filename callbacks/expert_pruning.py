@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, Trainer
 
-from eacmoe_lightning.callbacks.expert_frequency import ExpertFrequency
+from eacmoe_lightning.callbacks.expert_frequency import selection_frequency
 from eacmoe_lightning.qesc import QESC
 
 
@@ -25,11 +25,10 @@ class ExpertPruning(Callback):
         self.candidates: dict[int, list[int]] = {}
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
-        if self.alpha is None:
+        if self.alpha is None or trainer.current_epoch < module.num_epochs:
             return
-        collectors = [c for c in trainer.callbacks if isinstance(c, ExpertFrequency)]
-        if not collectors:
-            raise ValueError("ExpertPruning needs the ExpertFrequency callback beside it")
-        for block, frequency in collectors[0].selection_frequency().items():
-            rare = frequency < self.alpha / len(frequency)
-            self.candidates[block] = rare.nonzero().flatten().tolist()
+        for stats in module.block_stats():
+            if "expert_load" in stats:
+                frequency = selection_frequency(stats["expert_load"]["original"])
+                rare = frequency < self.alpha / len(frequency)
+                self.candidates[stats["block"]] = rare.nonzero().flatten().tolist()

@@ -11,21 +11,18 @@ from eacmoe_lightning.qesc import QESC
 class LayerwiseQuantization(Callback):
     """Quantizes each block around the epochs that calibrate its router, as the module's recipe says.
 
-    A run that is resumed in the middle of an epoch enters through `on_train_batch_start`, one that was cut off behind
-    an epoch's last batch through `on_train_epoch_end`: entering a block is idempotent.
+    Lightning does not call `on_train_epoch_start` in every epoch of a resumed run (not in the middle of an epoch, and
+    not after a checkpoint of an epoch's last batch), so work starts with an epoch's first batch, and entering a block
+    is idempotent.
     """
 
     def on_train_start(self, trainer: Trainer, module: QESC) -> None:
         module.calibration.on_phase = lambda block, phase: tell(trainer, "on_phase_start", block, phase)
 
-    def on_train_epoch_start(self, trainer: Trainer, module: QESC) -> None:
-        module.enter_block()
-        if not module.is_joint and trainer.current_epoch % module.router_epochs == 0:
-            with module.calibration.phase("router"):
-                module.start_router()
-
     def on_train_batch_start(self, trainer: Trainer, module: QESC, batch, batch_idx: int) -> None:
         module.enter_block()
+        if batch_idx == 0:
+            module.start_stage()
 
     def on_train_epoch_end(self, trainer: Trainer, module: QESC) -> None:
         if module.is_last_pass:
@@ -36,5 +33,5 @@ class LayerwiseQuantization(Callback):
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch >= module.num_epochs:
-            module.enter_block()  # a run resumed behind its last epoch has not loaded the blocks yet
+            module.calibration.restore_all()  # a run resumed behind its last epoch has not read the blocks yet
             module.put_trained()

@@ -26,17 +26,9 @@ class RoutingReport(BlockCallback):
 
     def __init__(self, evaluate: bool = True) -> None:
         self.evaluate = evaluate
-        self.blocks: dict[int, dict] = {}  # statistics of the finished blocks
-
-    def state_dict(self) -> dict:
-        return {"blocks": self.blocks}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.blocks = state_dict["blocks"]
 
     def on_block_end(self, trainer: Trainer, module: QESC, stats: dict) -> None:
         index = stats["block"]
-        self.blocks[index] = stats
         costs = [row for row in module.run.read_costs() if row["block"] == index] if trainer.is_global_zero else []
         scalars = {f"quantization_error/{name.split('.', 3)[-1]}": value for name, value in stats["error"].items()}
         for when, rates in stats.get("expert_shift", {}).items():
@@ -56,14 +48,15 @@ class RoutingReport(BlockCallback):
         if trainer.is_global_zero:
             result = self._evaluate(trainer, module) if self.evaluate else None
             pruning = {c.alpha: c.candidates for c in trainer.callbacks if isinstance(c, ExpertPruning) and c.alpha}
-            report = build(module, trainer, self.blocks, result, pruning)
+            report = build(module, trainer, module.block_stats(), result, pruning)
             write(module.run, report)
+            module.run.drop_streams()
             print(summary(report))
         trainer.strategy.barrier()
 
     @torch.no_grad()
     def _evaluate(self, trainer: Trainer, module: QESC) -> dict[str, dict]:
-        """`after`: the written model; `before`: the same with the original's routers in it."""
+        """`after`: the written model; `before`: the same codes with the original's routers, norms and scales."""
         data = trainer.datamodule
         data.setup("validate")
         original = load_original(module.name_or_path, module.dtype_name).to(module.device)
@@ -72,8 +65,7 @@ class RoutingReport(BlockCallback):
         after = evaluate(original_moe, subject_moe, data.heldout_windows, data.heldout_batch_size)
         if module.router_method == "none":
             return {"before": after, "after": after}
-        for block, twin in zip(original_moe.moe_blocks, subject_moe.moe_blocks, strict=True):
-            twin.router_weight.copy_(block.router_weight)
+        subject_moe.put(module.untrained())
         before = evaluate(original_moe, subject_moe, data.heldout_windows, data.heldout_batch_size)
         if not all(torch.isfinite(torch.tensor([*v.values()])).all() for v in after["perplexity"].values()):
             raise StoreError("the compressed model's perplexity is not finite: look at the blocks' quantization errors")

@@ -207,6 +207,11 @@ class Block:
                 found[f"{self.name}.{self.experts_name}.{projection}"] = ("experts", self.experts.weight(projection))
         return found
 
+    def as_parameter(self, name: str, weight: Tensor) -> Tensor:
+        """A weight [..., O, I] of `weights` in the layout that its parameter has in the model."""
+        transposed = self.weights()[name][0] == "experts" and self.experts.module.is_transposed
+        return weight.transpose(-1, -2) if transposed else weight
+
     @property
     def router_parameter_name(self) -> str:
         return f"{self.name}.{self.router_name}.{self._router_parameter}"
@@ -311,6 +316,29 @@ class MoEModel:
             if parameter.ndim == 1 and "norm" in name.rpartition(".")[0].rpartition(".")[2]:
                 yield name, parameter
 
+    @contextmanager
+    def recorded_logits(self) -> Iterator[dict[int, Tensor]]:
+        """While the model runs inside: each MoE block's router logits [N, E] by block index, with gradients."""
+        logits: dict[int, Tensor] = {}
+        handles = [
+            block.router.register_forward_hook(
+                lambda m, args, out, i=block.index: logits.__setitem__(i, out[0].float())
+            )
+            for block in self.moe_blocks
+        ]
+        try:
+            yield logits
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def put(self, tensors: dict[str, Tensor]) -> None:
+        """Copies tensors into the model's parameters of these names."""
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
     def check_finite(self) -> None:
         """Raises ValueError that names the first tensor with NaN or infinite values."""
         for name, parameter in self.model.named_parameters():
@@ -387,7 +415,9 @@ def forced_weights(router: nn.Module, logits: Tensor, weights: Tensor, ids: Tens
     for rule in _WEIGHT_RULES:
         own = rule(router, logits.float(), ids)
         scale = (weights.float().sum() / own.sum()).item()
-        if torch.allclose(own * scale, weights.float(), rtol=2e-2 if weights.dtype != torch.float32 else 1e-4, atol=1e-5):
+        if torch.allclose(
+            own * scale, weights.float(), rtol=2e-2 if weights.dtype != torch.float32 else 1e-4, atol=1e-5
+        ):
             return (rule(router, logits.float(), forced) * scale).to(weights.dtype)
     raise ValueError(f"{type(router).__name__}: how it weighs the selected experts is unknown, so none can be forced")
 
@@ -424,15 +454,3 @@ def _sparsemixer(router, logits: Tensor, ids: Tensor) -> Tensor:
 
 
 _WEIGHT_RULES = (_softmax_of_selected, _softmax, _sigmoid_normalised, _sigmoid, _sparsemixer)
-
-
-@contextmanager
-def eval_without_grad(model: nn.Module):
-    """Runs a model as at inference, whatever mode a trainer put it in."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

@@ -72,6 +72,7 @@ class Calibration:
         self.router_input = torch.empty(0)  # [S, T, D] what reaches the router in the compressed stream
         self.solved: dict[str, Quantized] = {}
         self.stats: dict = {}
+        self._teachers: dict[int, Tensor] = {}  # by block: the original router's logits, for the joint stage
 
     @property
     def block(self) -> Block:
@@ -123,10 +124,7 @@ class Calibration:
         block = self.block
         self.solved, self.stats = {}, {"block": block.index, "name": block.name, "error": {}}
         with self.phase("observe"):
-            routings: list[Routing | None] = []
-            self.x_next = self._forward(self.x, routings)
-            if block.is_moe:
-                self.teacher = _concatenate(routings)
+            self.x_next = self._observe()
             first = self.slices[0]
             self._groups = block.input_groups(self._to_model(self.x_hat[first]), self._kwargs(first))
         with self.phase("attention"):
@@ -137,6 +135,16 @@ class Calibration:
                 self._count_shift("before")
         self.entered = True
 
+    def _observe(self) -> Tensor:
+        """x through the original block; what its router says is kept, on disk too for the joint stage."""
+        routings: list[Routing | None] = []
+        output = self._forward(self.x, routings)
+        if self.block.is_moe:
+            self.teacher = _concatenate(routings)
+            path = self.run.teacher(self.at, self.ranks.rank, self.ranks.world)
+            write_tensors(path, {"logits": self.teacher.logits.half()}, self._windows_note)
+        return output
+
     # --- the router's rows ------------------------------------------------------------------------
 
     def router_rows(self, window_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,6 +152,23 @@ class Calibration:
         local = window_ids - self.first_window
         teacher = self.teacher.logits.view(*self.router_input.shape[:2], -1)
         return self.router_input[local].flatten(0, 1), teacher[local].flatten(0, 1)
+
+    def joint_rows(self, window_ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """For the joint stage, of some windows by global index [b]: the original's last hidden state [b, T, D], and
+        by MoE block the original router's logits [b*T, E]."""
+        local = window_ids - self.first_window
+        if not self._teachers:
+            for block in self.moe.moe_blocks:
+                tensors, _ = read_tensors(self.run.teacher(block.index, self.ranks.rank, self.ranks.world))
+                self._teachers[block.index] = tensors["logits"].view(*self.x.shape[:2], -1)
+        return self.x[local], {i: logits[local].flatten(0, 1).float() for i, logits in self._teachers.items()}
+
+    @torch.no_grad()
+    def restore_all(self) -> None:
+        """Puts every written block in the model's place, whatever is in memory; streams are not needed."""
+        for block in self.moe.blocks:
+            self._restore(block.index)
+        self.at, self.entered = None, False
 
     @torch.no_grad()
     def ridge_router(self, num_targets: int, strength: float) -> Tensor:
@@ -160,7 +185,9 @@ class Calibration:
         routing = self._route()
         counts = self.ranks.sum(expert_shift.change_counts(self.teacher.ids, routing.ids))
         tokens = self.ranks.sum(torch.tensor(len(routing.ids)))
-        self.stats.setdefault("expert_shift", {})[when] = expert_shift.change_rates(counts, int(tokens), routing.ids.shape[1])
+        self.stats.setdefault("expert_shift", {})[when] = expert_shift.change_rates(
+            counts, int(tokens), routing.ids.shape[1]
+        )
         if when == "before":
             load = self.ranks.sum(expert_shift.expert_load(self.teacher.ids, self.block.num_experts))
             self.stats["expert_load"] = {"original": load.tolist()}
@@ -323,7 +350,8 @@ class Calibration:
         if self.at is None:
             self._embed()
             for candidate in range(first_missing, 0, -1):
-                if self._read_streams(candidate):
+                if self._everybody_has(candidate):
+                    self._read_streams(candidate)
                     start = candidate
                     break
             for i in range(start):
@@ -333,7 +361,7 @@ class Calibration:
         for i in range(start, index):
             self.at = i
             if exists[i]:
-                self.x = self._forward(self.x)
+                self.x = self._observe()
                 self._restore(i)
                 self.x_hat = self._forward(self.x_hat)
             else:
@@ -367,7 +395,11 @@ class Calibration:
             return
         tensors, bits = {}, {}
         for name, q in self.solved.items():
-            tensors |= {f"{name}.codes": pack(q.codes, q.bits), f"{name}.scale": q.scale, f"{name}.zero_point": q.zero_point}
+            tensors |= {
+                f"{name}.codes": pack(q.codes, q.bits),
+                f"{name}.scale": q.scale,
+                f"{name}.zero_point": q.zero_point,
+            }
             bits[name] = {"bits": q.bits, "in_features": q.codes.shape[-1]}
         if self.block.is_moe:
             tensors[self.block.router_parameter_name] = self.block.router_weight
@@ -375,23 +407,29 @@ class Calibration:
 
     def _write_streams(self) -> None:
         path = self.run.streams(self.at, self.ranks.rank, self.ranks.world)
-        write_tensors(path, {"x": self.x, "x_hat": self.x_hat}, {"windows": [self.first_window, len(self.windows)]})
+        write_tensors(path, {"x": self.x, "x_hat": self.x_hat}, self._windows_note)
         self.ranks.barrier()
         for old in path.parent.glob("block_*.safetensors"):  # a checkpoint may lie one block behind
             if int(old.stem.rpartition("_")[2]) < self.at - 1:
                 old.unlink()
 
-    def _read_streams(self, index: int) -> bool:
-        """Whether every process found its streams before block `index`; then they are in memory."""
+    def _everybody_has(self, index: int) -> bool:
+        """Whether every process finds its streams before block `index`, and the teacher's logits up to there."""
+        rank, world = self.ranks.rank, self.ranks.world
+        files = [self.run.teacher(b.index, rank, world) for b in self.moe.moe_blocks if b.index < index]
+        found = all(path.exists() for path in (self.run.streams(index, rank, world), *files))
+        return int(self.ranks.sum(torch.tensor(int(found)))) == world
+
+    def _read_streams(self, index: int) -> None:
         path = self.run.streams(index, self.ranks.rank, self.ranks.world)
-        found = torch.tensor(int(path.exists()))
-        if int(self.ranks.sum(found)) < self.ranks.world:
-            return False
         tensors, note = read_tensors(path)
-        if note["windows"] != [self.first_window, len(self.windows)]:
+        if note != self._windows_note:
             raise StoreError(f"{path} holds the streams of other windows; delete it and continue with --ckpt_path last")
         self.x, self.x_hat = tensors["x"], tensors["x_hat"]
-        return True
+
+    @property
+    def _windows_note(self) -> dict:
+        return {"windows": [self.first_window, len(self.windows)]}
 
     @contextmanager
     def phase(self, name: str):
@@ -410,7 +448,9 @@ def read_block(run: RunDirectory, index: int) -> tuple[dict[str, Quantized], dic
     quantized = {}
     for name, spec in note["quantized"].items():
         codes = unpack(tensors.pop(f"{name}.codes"), spec["bits"], spec["in_features"])
-        quantized[name] = Quantized(codes, tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"), spec["bits"])
+        quantized[name] = Quantized(
+            codes, tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"), spec["bits"]
+        )
     return quantized, tensors, note["stats"]
 
 

@@ -110,7 +110,11 @@ def follow_launcher(trainer: Namespace) -> None:
     if not torch.distributed.is_torchelastic_launched():
         return
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    if world > 1 and trainer.get("strategy") in (None, "auto") and os.environ.get("LT_STRATEGY") in (None, "auto", "ddp"):
+    if (
+        world > 1
+        and trainer.get("strategy") in (None, "auto")
+        and os.environ.get("LT_STRATEGY") in (None, "auto", "ddp")
+    ):
         _settle(trainer, "strategy", "ddp_find_unused_parameters_true", "auto")  # each block trains one router only
     _settle(trainer, "devices", local, "auto")
     _settle(trainer, "num_nodes", world // local, 1)
@@ -138,5 +142,8 @@ def main(args: ArgsType = None) -> None:
         if os.environ.get("EACMOE_DEBUG") == "1":
             raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"error: {error}\n({frame.name} in {os.path.basename(frame.filename)}; EACMOE_DEBUG=1 shows more)", file=sys.stderr)
+        print(
+            f"error: {error}\n({frame.name} in {os.path.basename(frame.filename)}; EACMOE_DEBUG=1 shows more)",
+            file=sys.stderr,
+        )
         sys.exit(1)

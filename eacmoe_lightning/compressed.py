@@ -47,12 +47,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is not a compressed model directory of eacmoe-lightning (no such config.json)")
     config = json.loads((Path(path) / "config.json").read_text())
     if config["format_version"] > FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {config['format_version']}, this package reads up to {FORMAT_VERSION}: update it")
+        raise ValueError(
+            f"{path} has format version {config['format_version']}, this package reads up to {FORMAT_VERSION}: update it"
+        )
     return config
 
 
 def fingerprint(name_or_path: str) -> str:
-    """SHA-256 that changes with the original's config or weight files (their headers and sizes); a hub id stands for itself."""
+    """SHA-256 over the original's config and its weight files' headers, ends and sizes; a hub id stands for itself."""
     path = Path(resolve_model(name_or_path))
     if not path.is_dir():
         return name_or_path
@@ -96,7 +98,11 @@ def save(
     for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
         tensors: dict[str, Tensor] = {}
         for name, q in quantized.items():
-            tensors |= {f"{name}.codes": pack(q.codes, q.bits), f"{name}.scale": q.scale, f"{name}.zero_point": q.zero_point}
+            tensors |= {
+                f"{name}.codes": pack(q.codes, q.bits),
+                f"{name}.scale": q.scale,
+                f"{name}.zero_point": q.zero_point,
+            }
             bits[name] = q.bits
         own = {n: t for n, t in state.items() if n.startswith(f"{block.name}.") and n not in quantized}
         tensors |= {n: _narrowed(t, stored_dtype) for n, t in own.items()}
@@ -152,19 +158,21 @@ def load(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
     state: dict[str, Tensor] = {}
     files = [path / f"weights-block-{block.index:03d}.safetensors" for block in moe.blocks] + [path / REST]
     bits = config["quantization"]["bits"]
-    expected = {name: weight for block in moe.blocks for name, (_, weight) in block.weights().items()}
+    owner = {name: block for block in moe.blocks for name in block.weights()}
     for file in files:
         tensors, _ = read_tensors(file)
         for name in [n.removesuffix(".codes") for n in tensors if n.endswith(".codes")]:
-            codes = unpack(tensors.pop(f"{name}.codes"), bits[name], expected[name].shape[-1])
+            in_features = owner[name].weights()[name][1].shape[-1]
+            codes = unpack(tensors.pop(f"{name}.codes"), bits[name], in_features)
             quantized = Quantized(codes, tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"), bits[name])
-            weight = quantized.dequantize(torch_dtype)
-            state[name] = weight if model.get_parameter(name).shape == weight.shape else weight.transpose(-1, -2).contiguous()
+            state[name] = owner[name].as_parameter(name, quantized.dequantize(torch_dtype)).contiguous()
         state |= {name: t.to(torch_dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     if unexpected or set(missing) - tied:
-        raise StoreError(f"{path} does not fit its config: missing {sorted(set(missing) - tied)[:3]}, unexpected {unexpected[:3]}")
+        raise StoreError(
+            f"{path} does not fit its config: missing {sorted(set(missing) - tied)[:3]}, unexpected {unexpected[:3]}"
+        )
     generation = path / "generation_config.json"
     if generation.exists():
         model.generation_config = GenerationConfig.from_pretrained(path)

@@ -28,9 +28,7 @@ def shard(num: int, rank: int, world_size: int) -> range:
     return range(rank * num // world_size, (rank + 1) * num // world_size)
 
 
-def calibration_batches(
-    num: int, batch_size: int, seed: int, rank: int, world_size: int
-) -> list[tuple[Tensor, int]]:
+def calibration_batches(num: int, batch_size: int, seed: int, rank: int, world_size: int) -> list[tuple[Tensor, int]]:
     """One epoch: a rank's members [b] (b may be 0) of each global batch, and that batch's size.
 
     The `num` windows are shuffled with `seed`; a global batch is `batch_size` of them, the last one
@@ -38,15 +36,10 @@ def calibration_batches(
     """
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
     own = shard(num, rank, world_size)
-    return [
-        (batch[(batch >= own.start) & (batch < own.stop)], len(batch))
-        for batch in order.split(batch_size)
-    ]
+    return [(batch[(batch >= own.start) & (batch < own.stop)], len(batch)) for batch in order.split(batch_size)]
 
 
-def heldout_batches(
-    num: int, batch_size: int, rank: int, world_size: int
-) -> list[tuple[Tensor, int]]:
+def heldout_batches(num: int, batch_size: int, rank: int, world_size: int) -> list[tuple[Tensor, int]]:
     """A rank's windows in order, `batch_size` at a time, and how many all ranks see in that step.
 
     Every rank gets the same number of batches, so that none waits for another forever: the ranks
@@ -202,9 +195,7 @@ class TextWindows(L.LightningDataModule):
     @cached_property
     def calibration_windows(self) -> Tensor:
         """Token ids [S, T] of the calibration text, the same on every rank."""
-        return self._windows(
-            "calibration", self.calibration, "num_windows", self.num_windows, self.seed
-        )
+        return self._windows("calibration", self.calibration, "num_windows", self.num_windows, self.seed)
 
     @cached_property
     def heldout_windows(self) -> dict[str, Tensor]:
@@ -270,9 +261,7 @@ class TextWindows(L.LightningDataModule):
                 f"--model.name_or_path): pass `bundled` or a directory that holds one. {error}"
             ) from error
 
-    def _windows(
-        self, option: str, source: str, number: str, num: int | None, seed: int | None = None
-    ) -> Tensor:
+    def _windows(self, option: str, source: str, number: str, num: int | None, seed: int | None = None) -> Tensor:
         """Windows [S, T] of one source, with the option that named it in any error."""
         try:
             return token_windows(

@@ -73,9 +73,7 @@ class DeepseekConfig(DeepseekOcr2TextConfig):
                 "model needs at least 1 (DeepSeek-MoE-16B has 2)"
             )
         self.mlp_layer_types = [
-            "sparse"
-            if index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
-            else "dense"
+            "sparse" if index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0 else "dense"
             for index in range(self.num_hidden_layers)
         ]
         super().__post_init__(**kwargs)
@@ -138,6 +136,4 @@ class DeepseekForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
 
 AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
 AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
-register_checkpoint_conversion_mapping(
-    "deepseek", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
-)
+register_checkpoint_conversion_mapping("deepseek", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)

@@ -70,9 +70,9 @@ def run_streams(original: MoEModel | None, subject: MoEModel, input_ids: Tensor,
 
 def next_token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
     """[B, T, V], [B, T] -> [B, T-1] nats, float32."""
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none").view(
-        len(input_ids), -1
-    )
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none"
+    ).view(len(input_ids), -1)
 
 
 @torch.no_grad()
@@ -91,7 +91,9 @@ class Evaluation(nn.Module):
         device: where the sums are kept.
     """
 
-    def __init__(self, original: MoEModel | None, subject: MoEModel, split: bool, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, original: MoEModel | None, subject: MoEModel, split: bool, device: torch.device | str = "cpu"
+    ) -> None:
         super().__init__()
         self.original, self.subject, self.split, self.where = original, subject, split, device
         self.names = ["original"] + (["compressed"] if original else [])
@@ -129,20 +131,28 @@ class Evaluation(nn.Module):
             text: {name: math.exp(float(self.nll[text][name].compute()) / max(tokens[text], 1)) for name in self.names}
             for text in texts
         }
-        result: dict[str, Any] = {"perplexity": perplexity, "tokens": {k: int(v) for k, v in tokens.items()}, "expert_shift": {}}
+        result: dict[str, Any] = {
+            "perplexity": perplexity,
+            "tokens": {k: int(v) for k, v in tokens.items()},
+            "expert_shift": {},
+        }
         if self.original is not None:
             by_text = {text: self.shift[text].compute() for text in texts}
             blocks = [mean_rates([by_text[text][i] for text in texts]) for i in range(len(self.subject.moe_blocks))]
             result["expert_shift"] = {
                 "mean": mean_rates(blocks),
                 "texts": {text: mean_rates(rates) for text, rates in by_text.items()},
-                "blocks": [{"block": b.index, **rates} for b, rates in zip(self.subject.moe_blocks, blocks, strict=True)],
+                "blocks": [
+                    {"block": b.index, **rates} for b, rates in zip(self.subject.moe_blocks, blocks, strict=True)
+                ],
             }
         return result
 
 
 @torch.no_grad()
-def evaluate(original: MoEModel | None, subject: MoEModel, texts: dict[str, Tensor], batch_size: int, split: bool = False) -> dict:
+def evaluate(
+    original: MoEModel | None, subject: MoEModel, texts: dict[str, Tensor], batch_size: int, split: bool = False
+) -> dict:
     """`Evaluation.compute` over named windows [S, T], in this process alone."""
     evaluation = Evaluation(original, subject, split)
     for text, windows in texts.items():
@@ -178,12 +188,15 @@ def load_subject(name_or_path: str, dtype: str, path: str | None, run: RunDirect
         recorded = compressed_format.read_config(place)["original"]["name_or_path"]
         source = recorded if name_or_path == "bundled" else name_or_path
         original = load_original(source, str(subject.dtype).rpartition(".")[2])
-        size = {"original": compressed_format.size_of(resolve_model(source)), "compressed": compressed_format.size_of(place)}
+        size = {
+            "original": compressed_format.size_of(resolve_model(source)),
+            "compressed": compressed_format.size_of(place),
+        }
         return {"subject": MoEModel(subject), "original": MoEModel(original), "size_bytes": size}
     if path is None:
         raise FileNotFoundError(
-            f"there is no run in {run.path} (--trainer.default_root_dir): run `fit` first, or say with --model.evaluate "
-            "which run directory, compressed directory or original model to look at"
+            f"there is no run in {run.path} (--trainer.default_root_dir): run `fit` first, or say with "
+            "--model.evaluate which run directory, compressed directory or original model to look at"
         )
     size = {"original": compressed_format.size_of(resolve_model(path))}
     return {"subject": MoEModel(load_original(path, dtype)), "original": None, "size_bytes": size}

@@ -40,7 +40,9 @@ def gptq(
     """
     lead, (rows, columns) = weight.shape[:-2], weight.shape[-2:]
     if columns % grid.group_size:
-        raise ValueError(f"in_features={columns} is not a multiple of group_size={grid.group_size} (--model.group_size)")
+        raise ValueError(
+            f"in_features={columns} is not a multiple of group_size={grid.group_size} (--model.group_size)"
+        )
     w = weight.detach().float().reshape(-1, rows, columns).clone()  # [S, O, I]
     h = hessian.float().reshape(-1, columns, columns).clone()  # [S, I, I]
     if not torch.isfinite(w).all() or not torch.isfinite(h).all():
@@ -88,7 +90,10 @@ def gptq(
         codes = torch.empty_like(codes).scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
     shape = (*lead, rows, groups)
     return Quantized(
-        codes.to(torch.uint8).reshape(weight.shape), scale.half().reshape(shape), zero.to(torch.uint8).reshape(shape), grid.bits
+        codes.to(torch.uint8).reshape(weight.shape),
+        scale.half().reshape(shape),
+        zero.to(torch.uint8).reshape(shape),
+        grid.bits,
     )
 
 

@@ -54,10 +54,14 @@ class Quantized:
     def group_size(self) -> int:
         return self.codes.shape[-1] // self.scale.shape[-1]
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[..., O, I]; the product is formed in float32 and rounded to `dtype` once."""
-        codes = self.codes.unflatten(-1, (-1, self.group_size)).float()
-        return ((codes - self.zero_point[..., None].float()) * self.scale[..., None].float()).flatten(-2).to(dtype)
+    def dequantize(self, dtype: torch.dtype = torch.float32, scale: Tensor | None = None) -> Tensor:
+        """[..., O, I]; the product is formed in float32 and rounded to `dtype` once.
+
+        With `scale` [..., O, G], that is used in the place of the own one (while scales are trained).
+        """
+        scale = self.scale if scale is None else scale
+        steps = self.codes.unflatten(-1, (-1, self.group_size)).float() - self.zero_point[..., None].float()
+        return (steps * scale[..., None].float()).flatten(-2).to(dtype)
 
 
 def fit_scale(groups: Tensor, grid: Grid, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

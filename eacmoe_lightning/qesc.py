@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from eacmoe_lightning import __version__
 from eacmoe_lightning.adapter import MoEModel, load_original
-from eacmoe_lightning.calibration import Calibration
+from eacmoe_lightning.calibration import Calibration, read_block
 from eacmoe_lightning.compressed import fingerprint
 from eacmoe_lightning.data import shard
 from eacmoe_lightning.evaluate import Evaluation, load_subject, run_streams, token_log_likelihoods
+from eacmoe_lightning.grid import Quantized
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
-from eacmoe_lightning.router_loss import RouterLoss, TopKMSE
 from eacmoe_lightning.report import evaluation_summary
+from eacmoe_lightning.router_loss import RouterLoss, TopKMSE
 from eacmoe_lightning.store import RunDirectory, write_json
 
 
@@ -42,7 +43,7 @@ class QESC(LightningModule):
             [3, 2] is the paper's 2.54-bit setting.
         attention_bits: Bits of the attention projections.
         shared_expert_bits: Bits of shared experts and dense feed-forwards; null: those of the block's experts.
-        overrides: Per block index, other bits for any of attention, shared, experts.
+        overrides: Per block index, other bits for any of attention, shared, experts, or another group_size.
         group_size: Inputs that share a scale and a zero point.
         symmetric: Fix the zero point to the middle code.
         clip_search: Fit the range of each group by least error instead of its minimum and maximum.
@@ -61,7 +62,10 @@ class QESC(LightningModule):
         joint_epochs: Passes of the last stage that trains all routers together with KL to the original's
             output; 0 leaves it out.
         joint_lr: Its learning rate.
+        joint_selection: Weight of the router loss, over all blocks, beside the KL divergence.
         joint_norms: Whether it also trains the weights of the normalisations.
+        joint_scales: Whether it also trains the scales of the quantized weights; their codes stay.
+        joint_scale_lr: Learning rate of the scales, as a multiple of joint_lr.
         lr_schedule: Over each stage: constant, linear or cosine (to zero).
         weight_decay: Of AdamW.
         evaluate: What validate, test and predict look at: a run directory, a compressed directory or an original
@@ -93,7 +97,10 @@ class QESC(LightningModule):
         ridge: float = 1e-3,
         joint_epochs: int = 1,
         joint_lr: float = 1e-3,
+        joint_selection: float = 1.0,
         joint_norms: bool = True,
+        joint_scales: bool = False,
+        joint_scale_lr: float = 0.1,
         lr_schedule: Literal["constant", "linear", "cosine"] = "cosine",
         weight_decay: float = 0.0,
         evaluate: str | None = None,
@@ -114,7 +121,12 @@ class QESC(LightningModule):
             affinity=affinity,
             min_expert_tokens=min_expert_tokens,
         )
-        for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge), ("joint_lr", joint_lr)):
+        for option, value in (
+            ("router_epochs", router_epochs),
+            ("router_lr", router_lr),
+            ("ridge", ridge),
+            ("joint_lr", joint_lr),
+        ):
             if value <= 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is not positive")
         if joint_epochs < 0:
@@ -122,11 +134,13 @@ class QESC(LightningModule):
         self.name_or_path, self.dtype_name = name_or_path, dtype
         self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
         self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
-        self.ridge, self.joint_lr, self.joint_norms = ridge, joint_lr, joint_norms
+        self.ridge, self.joint_lr, self.joint_selection = ridge, joint_lr, joint_selection
+        self.joint_norms, self.joint_scales, self.joint_scale_lr = joint_norms, joint_scales, joint_scale_lr
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.evaluate, self.split_damage = evaluate, split_damage
-        self.routers, self.norms = nn.ParameterDict(), nn.ParameterDict()
+        self.routers, self.norms, self.scales = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.block_routers: dict[str, Tensor] = {}  # as the blocks were solved with them, once the joint stage moves on
         self._outside: dict[str, Any] = {}  # models: not in the module tree, not in checkpoints
 
     # --- the models -------------------------------------------------------------------------------------
@@ -164,7 +178,14 @@ class QESC(LightningModule):
             self.routers[f"block_{block.index:03d}"] = nn.Parameter(block.router_weight.detach().float().clone())
         if self.joint_epochs and self.joint_norms:
             for name, weight in moe.norms():
-                self.norms[name.replace(".", "/")] = nn.Parameter(weight.detach().float().clone())
+                self.norms[_key(name)] = nn.Parameter(weight.detach().float().clone())
+        if self.joint_epochs and self.joint_scales:  # their values are known once the blocks are solved
+            for block in moe.blocks:
+                for name, (part, weight) in block.weights().items():
+                    group_size = self.recipe.grid(block.index, len(moe.blocks), part).group_size
+                    self.scales[_key(name)] = nn.Parameter(
+                        torch.ones(*weight.shape[:-1], weight.shape[-1] // group_size)
+                    )
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1):
             self.trainer.fit_loop.max_epochs = self.num_epochs
@@ -180,13 +201,19 @@ class QESC(LightningModule):
             "model.dtype": str(self.moe.model.dtype),
             **{f"model.{name}": value for name, value in vars(self.recipe).items()},
             "model.router_method": self.router_method,
-            "model.router_loss": [type(loss).__name__, {k: v for k, v in vars(loss).items() if isinstance(v, int | float | None)}],
+            "model.router_loss": [
+                type(loss).__name__,
+                {k: v for k, v in vars(loss).items() if isinstance(v, int | float | None)},
+            ],
             **{
                 f"model.{name}": getattr(self, name)
                 for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs", "joint_lr")
-                + ("joint_norms", "lr_schedule", "weight_decay")
+                + ("joint_selection", "joint_norms", "joint_scales", "joint_scale_lr", "lr_schedule", "weight_decay")
             },
-            **{f"data.{name}": getattr(data, name) for name in ("calibration", "num_windows", "window_length", "batch_size", "seed")},
+            **{
+                f"data.{name}": getattr(data, name)
+                for name in ("calibration", "num_windows", "window_length", "batch_size", "seed")
+            },
         }
 
     # --- epochs: which block, which stage ---------------------------------------------------------------
@@ -223,20 +250,33 @@ class QESC(LightningModule):
 
     def enter_block(self) -> None:
         """Brings the streams to the current epoch's block. Idempotent."""
-        routers = {int(key[6:]): weight.detach() for key, weight in self.routers.items()}
-        self.calibration.enter(self.block_index, routers)
+        routers = self.block_routers or {key: weight.detach() for key, weight in self.routers.items()}
+        self.calibration.enter(self.block_index, {int(key[6:]): weight for key, weight in routers.items()})
 
-    def start_router(self) -> None:
-        """The closed form, where it is the method or the warm start."""
-        block = self.moe.blocks[self.block_index]
-        if block.is_moe and (self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)):
-            k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
-            weight = self.calibration.ridge_router(k, self.ridge)
-            self.routers[f"block_{block.index:03d}"].data.copy_(weight)
+    def block_stats(self) -> list[dict[str, Any]]:
+        """The statistics of every block, as their files hold them (`Calibration.leave`)."""
+        return [read_block(self.run, block.index)[2] for block in self.moe.blocks]
 
-    def on_train_epoch_start(self) -> None:
-        if self.current_epoch == self.num_block_epochs:  # moments of single blocks say nothing here
-            self.optimizers(use_pl_optimizer=False).state.clear()
+    def start_stage(self) -> None:
+        """Before the first batch of an epoch: the closed form of a block's router, or the start of the joint stage."""
+        if self.current_epoch == self.num_block_epochs:
+            self.optimizers(use_pl_optimizer=False).state.clear()  # moments of single blocks say nothing here
+            self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
+            for key, scale in self.scales.items():
+                scale.data.copy_(self.codes[_name(key)].scale)
+        elif not self.is_joint and self.current_epoch % self.router_epochs == 0:
+            block = self.moe.blocks[self.block_index]
+            closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
+            if block.is_moe and closed_form:
+                with self.calibration.phase("router"):
+                    k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
+                    self.routers[f"block_{block.index:03d}"].data.copy_(self.calibration.ridge_router(k, self.ridge))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["block_routers"] = self.block_routers
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.block_routers = checkpoint["block_routers"]
 
     # --- gradient steps -----------------------------------------------------------------------------------
 
@@ -259,33 +299,67 @@ class QESC(LightningModule):
         return self._global_mean(losses, batch)
 
     def _joint_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """KL(original || compressed) of the next-token distributions, mean over tokens, in nats."""
-        local = batch["index"] - self.calibration.first_window
+        """KL(original || compressed) of the next-token distributions in nats, and the router loss of all blocks."""
+        last_hidden, teachers = self.calibration.joint_rows(batch["index"])
         with torch.no_grad():
-            target = self.moe.head(self.calibration.x[local].to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
-        logits = torch.func.functional_call(self.moe.model, self.trained(), (batch["input_ids"],), {"use_cache": False}).logits
+            target = self.moe.head(last_hidden.to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
+        with self.moe.recorded_logits() as students:
+            logits = torch.func.functional_call(
+                self.moe.model, self.trained(), (batch["input_ids"],), {"use_cache": False}
+            ).logits
         losses = nn.functional.kl_div(logits.float().log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
-        return self._global_mean(losses, batch)
+        selection = [self.router_loss(students[i], teacher, self.moe.top_k) for i, teacher in teachers.items()]
+        return self._global_mean(losses.flatten() + self.joint_selection * torch.stack(selection).mean(0), batch)
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
         tokens = int(batch["global_size"]) * self.trainer.datamodule.window_length
         return losses.sum() / tokens * self.trainer.world_size  # DDP averages gradients over processes
 
+    @property
+    def codes(self) -> dict[str, Quantized]:
+        """All quantized weights as the blocks' files hold them, by parameter name."""
+        if "codes" not in self._outside:
+            blocks = (read_block(self.run, block.index)[0] for block in self.moe.blocks)
+            self._outside["codes"] = {name: quantized for block in blocks for name, quantized in block.items()}
+        return self._outside["codes"]
+
     def trained(self) -> dict[str, Tensor]:
-        """What the job trains, by parameter name of the model, in the model's dtype."""
+        """What the job trains, by parameter name of the model, in the model's dtype and differentiable."""
         dtype = self.moe.model.dtype
         routers = {b.router_parameter_name: self.routers[f"block_{b.index:03d}"].to(dtype) for b in self.moe.moe_blocks}
-        return routers | {name.replace("/", "."): weight.to(dtype) for name, weight in self.norms.items()}
+        norms = {_name(key): weight.to(dtype) for key, weight in self.norms.items()}
+        weights = {}
+        for block in self.moe.blocks if self.scales else ():
+            for name in block.weights():
+                scale = self.scales[_key(name)]
+                stored = scale + (scale.half().float() - scale).detach()  # as it will be stored; gradients pass
+                weights[name] = block.as_parameter(name, self.codes[name].dequantize(dtype, stored))
+        return routers | norms | weights
 
-    @torch.no_grad()
     def put_trained(self) -> None:
-        """Puts the calibrated routers and norms in the model's place, after the last epoch."""
-        parameters = dict(self.moe.model.named_parameters())
-        for name, weight in self.trained().items():
-            parameters[name].copy_(weight)
+        """Puts what was trained in the model's place, after the last epoch."""
+        with torch.no_grad():
+            self.moe.put(self.trained())
+
+    def quantized_blocks(self) -> list[dict[str, Quantized]]:
+        """Codes, final scales and zero points of every block, by parameter name."""
+        for key, scale in self.scales.items():
+            self.codes[_name(key)].scale = scale.detach().half()
+        return [{name: self.codes[name] for name in block.weights()} for block in self.moe.blocks]
+
+    def untrained(self) -> dict[str, Tensor]:
+        """The same parameters without any calibration: the original's routers and norms, the solver's scales."""
+        original = dict(load_original(self.name_or_path, self.dtype_name).named_parameters())
+        tensors = {name: original[name] for name in self.trained() if name not in self.codes}
+        if self.scales:
+            for block in self.moe.blocks:
+                for name, quantized in read_block(self.run, block.index)[0].items():
+                    tensors[name] = block.as_parameter(name, quantized.dequantize(self.moe.model.dtype))
+        return tensors
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = [{"params": [weight]} for weight in [*self.routers.values(), *self.norms.values()]]
+        groups += [{"params": [scale], "is_scale": True} for scale in self.scales.values()]
         return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay)
 
     @property
@@ -298,7 +372,7 @@ class QESC(LightningModule):
             optimizer_closure()
             return
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate(epoch, batch_idx)
+            group["lr"] = self.learning_rate(epoch, batch_idx) * (self.joint_scale_lr if "is_scale" in group else 1)
         optimizer.step(closure=optimizer_closure)
 
     def learning_rate(self, epoch: int, batch_idx: int) -> float:
@@ -357,4 +431,16 @@ class QESC(LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Log-likelihoods in nats of each token but the first, [b, T-1], by global window index."""
-        return {"index": batch["index"], "log_likelihood": token_log_likelihoods(self._outside["subject"], batch["input_ids"])}
+        return {
+            "index": batch["index"],
+            "log_likelihood": token_log_likelihoods(self._outside["subject"], batch["input_ids"]),
+        }
+
+
+def _key(name: str) -> str:
+    """A parameter's name as a key of a ParameterDict, which takes no dots."""
+    return name.replace(".", "/")
+
+
+def _name(key: str) -> str:
+    return key.replace("/", ".")

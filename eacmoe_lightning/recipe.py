@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from eacmoe_lightning.adapter import Block, MoEModel
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.grid import Grid
 
 PARTS = ("attention", "shared", "experts")
@@ -22,7 +22,7 @@ class Recipe:
         bits: of the routed experts; a list splits the blocks into equal consecutive parts.
         attention_bits: of the attention projections.
         shared_bits: of shared experts and dense feed-forwards; None: the block's `bits`.
-        overrides: per block index, bits for any of `attention`, `shared`, `experts`.
+        overrides: per block index, bits for any of `attention`, `shared`, `experts`, or another `group_size`.
         group_size: inputs that share a scale.
         symmetric: middle code as zero point.
         clip_search: fit ranges by least error instead of minimum and maximum.
@@ -53,17 +53,19 @@ class Recipe:
             _check_bits("shared_bits", self.shared_bits)
         if self.quantizer not in ("gptq", "rtn"):
             raise ValueError(f"quantizer={self.quantizer!r} (--model.quantizer) is neither 'gptq' nor 'rtn'")
-        if self.group_size < 8 or self.group_size % 8:
-            raise ValueError(f"group_size={self.group_size} (--model.group_size) is not a positive multiple of 8")
+        _check_group_size("group_size", self.group_size)
         if not 0 < self.damping < 1:
             raise ValueError(f"damping={self.damping} (--model.damping) is not between 0 and 1")
         if self.min_expert_tokens < 1:
             raise ValueError(f"min_expert_tokens={self.min_expert_tokens} (--model.min_expert_tokens) is below 1")
         for block, parts in self.overrides.items():
             for part, bits in parts.items():
-                if part not in PARTS:
-                    raise ValueError(f"overrides.{block}.{part} (--model.overrides): parts are {', '.join(PARTS)}")
-                _check_bits(f"overrides.{block}.{part}", bits)
+                if part == "group_size":
+                    _check_group_size(f"overrides.{block}.group_size", bits)
+                elif part in PARTS:
+                    _check_bits(f"overrides.{block}.{part}", bits)
+                else:
+                    raise ValueError(f"overrides.{block}.{part} (--model.overrides) is none of {PARTS} or group_size")
 
     def grid(self, block: int, num_blocks: int, part: str) -> Grid:
         """The grid of one part (`attention`, `shared`, `experts`) of one block."""
@@ -73,8 +75,8 @@ class Recipe:
             "shared": expert_bits if self.shared_bits is None else self.shared_bits,
             "attention": self.attention_bits,
         }[part]
-        bits = self.overrides.get(block, {}).get(part, bits)
-        return Grid(bits, self.group_size, self.symmetric, self.clip_search)
+        own = self.overrides.get(block, {})
+        return Grid(own.get(part, bits), own.get("group_size", self.group_size), self.symmetric, self.clip_search)
 
     def check(self, moe: MoEModel) -> None:
         """Raises ValueError, before anything is computed, for a model that this recipe does not fit."""
@@ -83,13 +85,16 @@ class Recipe:
             raise ValueError(f"overrides name block {unknown[0]}, the model has {len(moe.blocks)} (--model.overrides)")
         if len(self.bits) > len(moe.blocks):
             raise ValueError(f"bits lists {len(self.bits)} parts for {len(moe.blocks)} blocks (--model.bits)")
-        for name, _, in_features in quantized_weights(moe):
-            if in_features % self.group_size:
-                raise ValueError(
-                    f"{name}: in_features={in_features} is not a multiple of group_size={self.group_size} "
-                    "(--model.group_size); pass a divisor of it, for example "
-                    f"{max(g for g in (8, 16, 32, 64, 128, 256) if in_features % g == 0 or g == 8)}"
-                )
+        for block in moe.blocks:
+            for name, (part, weight) in block.weights().items():
+                group_size, in_features = self.grid(block.index, len(moe.blocks), part).group_size, weight.shape[-1]
+                if in_features % group_size:
+                    fitting = max((g for g in (8, 16, 32, 64, 128, 256) if in_features % g == 0), default=None)
+                    raise ValueError(
+                        f"{name}: in_features={in_features} is not a multiple of group_size={group_size} "
+                        f"(--model.group_size); {fitting} would fit it, for all blocks or for this one: "
+                        f"--model.overrides '{{{block.index}: {{group_size: {fitting}}}}}'"
+                    )
 
 
 def _check_bits(option: str, bits: int) -> None:
@@ -97,21 +102,21 @@ def _check_bits(option: str, bits: int) -> None:
         raise ValueError(f"{option}={bits} (--model.{option}): bits are whole numbers from 2 to 8")
 
 
-def quantized_weights(moe: MoEModel) -> list[tuple[str, int, int]]:
-    """(name, number of weights, in_features) of everything that is quantized."""
-    return [(name, count, inputs) for block in moe.blocks for name, _, count, inputs in _weights_of(block)]
+def _check_group_size(option: str, group_size: int) -> None:
+    if not isinstance(group_size, int) or group_size < 8 or group_size % 8:
+        raise ValueError(f"{option}={group_size} (--model.{option}) is not a positive multiple of 8")
+
+
+def num_quantized(moe: MoEModel) -> int:
+    """Weights that are quantized: all but embeddings, routers, norms and biases."""
+    return sum(weight.numel() for block in moe.blocks for _, weight in block.weights().values())
 
 
 def nominal_bits(moe: MoEModel, recipe: Recipe) -> float:
     """Average bits as the paper counts them: over the quantized weights, without scales and zero points."""
     total = weighted = 0
     for block in moe.blocks:
-        for _, part, count, _ in _weights_of(block):
-            total += count
-            weighted += count * recipe.grid(block.index, len(moe.blocks), part).bits
+        for part, weight in block.weights().values():
+            total += weight.numel()
+            weighted += weight.numel() * recipe.grid(block.index, len(moe.blocks), part).bits
     return weighted / total
-
-
-def _weights_of(block: Block) -> list[tuple[str, str, int, int]]:
-    """(name, part, number of weights, in_features) in one block."""
-    return [(name, part, weight.numel(), weight.shape[-1]) for name, (part, weight) in block.weights().items()]

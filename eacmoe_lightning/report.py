@@ -23,23 +23,25 @@ from lightning.pytorch import Trainer
 from eacmoe_lightning.adapter import resolve_model
 from eacmoe_lightning.compressed import size_of
 from eacmoe_lightning.expert_shift import RATES, mean_rates
-from eacmoe_lightning.recipe import nominal_bits, quantized_weights
+from eacmoe_lightning.recipe import nominal_bits, num_quantized
 from eacmoe_lightning.store import RunDirectory, read_tensors, write_atomically, write_json
 
 PACKAGES = ("eacmoe-lightning", "torch", "lightning", "transformers", "torchmetrics", "datasets")
 
 
-def build(module, trainer: Trainer, blocks: dict[int, dict], evaluation: dict[str, dict] | None, pruning: dict) -> dict[str, Any]:
+def build(
+    module, trainer: Trainer, blocks: list[dict], evaluation: dict[str, dict] | None, pruning: dict
+) -> dict[str, Any]:
     """The report of a finished run.
 
     Args:
         module: the QESC module.
-        blocks: statistics by block, as `Calibration.leave` gives them.
+        blocks: statistics of every block, as `Calibration.leave` gives them.
         evaluation: `before` and `after` of `evaluate`, or None.
         pruning: alpha -> block -> experts under the frequency rule.
     """
     run, moe = module.run, module.moe
-    moe_stats = [blocks[i] for i in sorted(blocks) if "expert_shift" in blocks[i]]
+    moe_stats = [s for s in blocks if "expert_shift" in s]
     calibration = {when: [s["expert_shift"][when] for s in moe_stats] for when in ("before", "after")}
     report: dict[str, Any] = {
         "command": " ".join(sys.argv),
@@ -63,7 +65,7 @@ def build(module, trainer: Trainer, blocks: dict[int, dict], evaluation: dict[st
             "starved": sum(len(s["starved"]) for s in moe_stats),
             "starved_by_block": {s["block"]: s["starved"] for s in moe_stats if s["starved"]},
         },
-        "quantization_error": {name: value for s in blocks.values() for name, value in s["error"].items()},
+        "quantization_error": {name: value for s in blocks for name, value in s["error"].items()},
         "cost": _cost(run),
         "expert_shift": {"calibration": {when: mean_rates(rows) for when, rows in calibration.items()}},
         "perplexity": {},
@@ -72,9 +74,13 @@ def build(module, trainer: Trainer, blocks: dict[int, dict], evaluation: dict[st
     if evaluation:
         before, after = evaluation["before"], evaluation["after"]
         report["perplexity"] = {
-            text: {**values, "before": before["perplexity"][text]["compressed"]} for text, values in after["perplexity"].items()
+            text: {**values, "before": before["perplexity"][text]["compressed"]}
+            for text, values in after["perplexity"].items()
         }
-        report["expert_shift"]["mean"] = {"before": before["expert_shift"]["mean"], "after": after["expert_shift"]["mean"]}
+        report["expert_shift"]["mean"] = {
+            "before": before["expert_shift"]["mean"],
+            "after": after["expert_shift"]["mean"],
+        }
         report["expert_shift"]["texts"] = {
             text: {"before": before["expert_shift"]["texts"][text], "after": rates}
             for text, rates in after["expert_shift"]["texts"].items()
@@ -107,7 +113,9 @@ def summary(report: dict[str, Any]) -> str:
     for text, values in report["perplexity"].items():
         lines.append(f"perplexity {text:10s} {values['original']:8.3f} -> {values['compressed']:8.3f}")
     for rate in RATES:
-        lines.append(f"tokens with {rate:4s} selections changed: {shift['before'][rate]:.2%} -> {shift['after'][rate]:.2%}")
+        lines.append(
+            f"tokens with {rate:4s} selections changed: {shift['before'][rate]:.2%} -> {shift['after'][rate]:.2%}"
+        )
     lines.append(f"{report['experts']['starved']} starved experts; {report['cost']['total_seconds']:.0f} s in all")
     return "\n".join(lines)
 
@@ -118,7 +126,8 @@ def evaluation_summary(result: dict[str, Any], size_bytes: dict[str, int]) -> st
     lines = ["", "size: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in size_bytes.items())]
     lines.append(f"{'perplexity':12s} " + " ".join(f"{name:>16s}" for name in streams))
     lines += [
-        f"{text:12s} " + " ".join(f"{values[name]:16.3f}" for name in streams) for text, values in result["perplexity"].items()
+        f"{text:12s} " + " ".join(f"{values[name]:16.3f}" for name in streams)
+        for text, values in result["perplexity"].items()
     ]
     if shift := result["expert_shift"]:
         rates = list(shift["mean"])
@@ -174,8 +183,10 @@ def _true_bits(run: RunDirectory, moe) -> float:
     stored = 0
     for block in moe.blocks:
         tensors, _ = read_tensors(run.block(block.index))
-        stored += sum(t.numel() * t.element_size() for n, t in tensors.items() if n.endswith((".codes", ".scale", ".zero_point")))
-    return 8 * stored / sum(count for _, count, _ in quantized_weights(moe))
+        stored += sum(
+            t.numel() * t.element_size() for n, t in tensors.items() if n.endswith((".codes", ".scale", ".zero_point"))
+        )
+    return 8 * stored / num_quantized(moe)
 
 
 def _cost(run: RunDirectory) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class TopKMSE(RouterLoss):
             return max(k, top_k)
         if not top_k <= self.k <= num_experts:
             raise ValueError(
-                f"k={self.k} (--model.router_loss.init_args.k) is not between top_k={top_k} and num_experts={num_experts}"
+                f"k={self.k} (--model.router_loss.init_args.k) is not between top_k={top_k} and "
+                f"num_experts={num_experts}"
             )
         return self.k
 

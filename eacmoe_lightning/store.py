@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-DIGEST = "sha256"
+KEY = "eacmoe"  # of the metadata
 
 
 class StoreError(RuntimeError):
@@ -90,7 +90,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any] |
     """A safetensors file with a JSON note and a digest of both in its metadata."""
     text = json.dumps(note or {}, sort_keys=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "note": text, DIGEST: digest(tensors, text)}
+    # one key: safetensors writes several in an order that changes from run to run
+    metadata = {KEY: json.dumps({"note": text, "sha256": digest(tensors, text)})}
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
 
 
@@ -102,11 +103,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get(KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise StoreError(f"{path} is missing, truncated or corrupt ({error}); {REMEDY}") from error
-    if metadata.get(DIGEST) != digest(tensors, metadata.get("note", "")):
+    if metadata.get("sha256") != digest(tensors, metadata.get("note", "")):
         raise StoreError(f"{path} does not hold what was written: its checksum differs; {REMEDY}")
     return tensors, json.loads(metadata["note"])
 
@@ -135,6 +136,10 @@ class RunDirectory:
     def block(self, index: int) -> Path:
         return self.path / "blocks" / f"block_{index:03d}.safetensors"
 
+    def teacher(self, index: int, rank: int, world: int) -> Path:
+        """The original router's logits of one block, for the joint stage."""
+        return self.streams(index, rank, world).with_name(f"teacher_{index:03d}.safetensors")
+
     def streams(self, index: int, rank: int, world: int) -> Path:
         return self.path / "streams" / f"rank_{rank}_of_{world}" / f"block_{index:03d}.safetensors"
 
@@ -159,6 +164,10 @@ class RunDirectory:
                 continue
         return rows
 
+    def drop_streams(self) -> None:
+        """Frees the disk once nothing is left to be computed."""
+        shutil.rmtree(self.path / "streams", ignore_errors=True)
+
     def start(self, identity: dict[str, Any], resume: bool) -> None:
         """Claims the directory for a run, or checks that it holds this very run.
 
@@ -176,13 +185,17 @@ class RunDirectory:
             strangers = [p.name for p in self.path.iterdir()] if self.path.exists() else []
             known = {"checkpoints", "tensorboard", "config.yaml"}
             if any(name not in known and not name.startswith(".") for name in strangers):
-                raise ValueError(f"{where} is not empty and holds no run: {sorted(strangers)[:3]}. Pass an empty directory")
+                raise ValueError(
+                    f"{where} is not empty and holds no run: {sorted(strangers)[:3]}. Pass an empty directory"
+                )
             write_json(self.manifest, identity)
             return
         try:
             held = json.loads(self.manifest.read_text())
         except ValueError as error:
-            raise StoreError(f"{self.manifest} is corrupt ({error}); pass another --trainer.default_root_dir") from error
+            raise StoreError(
+                f"{self.manifest} is corrupt ({error}); pass another --trainer.default_root_dir"
+            ) from error
         identity = json.loads(json.dumps(identity))
         different = sorted(key for key in held.keys() | identity.keys() if held.get(key) != identity.get(key))
         if different:

@@ -131,9 +131,7 @@ def _token_pieces(documents: Iterable[str], tokenizer, limit: int | None) -> Ite
             yield [tokenizer.eos_token_id]
         for start in range(0, len(document), most or max(len(document), 1)):
             text = document[start : start + most] if most else document
-            yield tokenizer(
-                text, add_special_tokens=False, return_attention_mask=False, verbose=False
-            )["input_ids"]
+            yield tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _read_bundled(name: str) -> str:
@@ -190,9 +188,7 @@ def _read_file(path: Path) -> list[str]:
         for row in value if isinstance(value, list) else [value]:
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(
-                    f"{path}, line {number}: a row needs a string in field `text`, found {fields}"
-                )
+                raise ValueError(f"{path}, line {number}: a row needs a string in field `text`, found {fields}")
             rows.append(row["text"])
     return _join_lines(rows)
 
@@ -243,9 +239,7 @@ def _load_dataset(name: str, config: str | None, split: str, source: str):
     try:
         return datasets.load_dataset(name, config, split=split)
     except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{source}: no data set {name!r} can be read ({error}); {INSTEAD}"
-        ) from error
+        raise FileNotFoundError(f"{source}: no data set {name!r} can be read ({error}); {INSTEAD}") from error
     except ValueError as error:  # names the configs or splits that there are
         raise ValueError(f"{source} (data set {name!r}): {error}") from error
 

@@ -1,0 +1,255 @@
+"""The data module: who gets which window, what a resumed run sees, and what a bad option says."""
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from eacmoe_lightning.data import (
+    TextWindows,
+    WindowLoader,
+    calibration_batches,
+    heldout_batches,
+    name_sources,
+    shard,
+)
+from eacmoe_lightning.text import heldout_names, read_documents
+
+sizes = st.integers(1, 40)
+worlds = st.integers(1, 6)
+
+
+# --- who gets which window
+
+
+@given(sizes, worlds)
+def test_shards_are_contiguous_disjoint_and_complete(num, world_size):
+    shards = [shard(num, rank, world_size) for rank in range(world_size)]
+    assert [index for owned in shards for index in owned] == list(range(num))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@given(sizes, st.integers(1, 9), st.integers(0, 1000), worlds)
+def test_ranks_together_get_the_global_batches_of_one_process(num, batch_size, seed, world_size):
+    alone = calibration_batches(num, batch_size, seed, 0, 1)
+    assert sorted(torch.cat([index for index, _ in alone]).tolist()) == list(range(num))
+    ranks = [calibration_batches(num, batch_size, seed, r, world_size) for r in range(world_size)]
+    for (expected, size), *parts in zip(alone, *ranks, strict=True):
+        assert size == len(expected) and {part_size for _, part_size in parts} == {size}
+        together = [index for part, _ in parts for index in part.tolist()]
+        assert sorted(together) == sorted(expected.tolist())
+        for rank, (part, _) in enumerate(parts):
+            assert all(index in shard(num, rank, world_size) for index in part.tolist())
+
+
+def test_the_mean_over_a_global_batch_does_not_depend_on_the_number_of_ranks():
+    losses = torch.rand(10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = [losses[index].mean() for index, _ in calibration_batches(10, 4, 7, 0, 1)]
+    ranks = [calibration_batches(10, 4, 7, rank, 3) for rank in range(3)]
+    for step, mean in enumerate(expected):
+        parts = [losses[batches[step][0]].sum() / batches[step][1] for batches in ranks]
+        torch.testing.assert_close(sum(parts), mean)
+
+
+@given(sizes, st.integers(1, 9), worlds)
+def test_heldout_windows_are_dealt_once_in_equally_many_batches(num, batch_size, world_size):
+    ranks = [heldout_batches(num, batch_size, rank, world_size) for rank in range(world_size)]
+    seen = [index for batches in ranks for part, _ in batches for index in part.tolist()]
+    assert seen == list(range(num))
+    for step in zip(*ranks, strict=True):  # strict: all ranks have the same number of batches
+        assert {size for _, size in step} == {sum(len(part) for part, _ in step)}
+        assert all(len(part) <= batch_size for part, _ in step)
+
+
+def test_loader_yields_the_windows_it_names():
+    windows = torch.arange(30).view(10, 3)
+    loader = WindowLoader(windows, 4, shuffle=True, seed=1, rank=1, world_size=2)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 3
+    assert [batch["global_size"] for batch in batches] == [4, 4, 2]
+    for batch in batches:
+        assert torch.equal(batch["input_ids"], windows[batch["index"]])
+    assert sorted(torch.cat([batch["index"] for batch in batches]).tolist()) == [5, 6, 7, 8, 9]
+
+
+def test_epochs_are_shuffled_differently_without_the_global_generator():
+    windows, epoch = torch.arange(20).view(20, 1), [0]
+    loader = WindowLoader(windows, 4, shuffle=True, seed=3, epoch=lambda: epoch[0])
+
+    def order() -> list[int]:
+        return torch.cat([batch["index"] for batch in loader]).tolist()
+
+    state = torch.get_rng_state()
+    first, again = order(), order()
+    epoch[0] = 1
+    second = order()
+    assert first == again != second
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --- what a resumed run sees
+
+
+class Killed(Exception):
+    pass
+
+
+class Recorder(L.LightningModule):
+    """Writes down every training batch; dies before the batch of step `dies_at`."""
+
+    def __init__(self, dies_at: int | None = None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.dies_at = dies_at
+        self.seen: list[tuple] = []
+        self.validated: list[tuple] = []
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.dies_at:
+            raise Killed
+        self.seen.append((self.current_epoch, batch_idx, *batch["index"].tolist()))
+        return self.weight * batch["input_ids"].float().mean()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.validated.append((dataloader_idx, *batch["index"].tolist()))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.fixture
+def text_data(tiny_model_dir):
+    def make(**options) -> TextWindows:
+        defaults = {
+            "heldout": ["bundled:prose", "bundled:code"],
+            "num_windows": 10,
+            "window_length": 16,
+            "batch_size": 3,
+            "num_heldout_windows": 5,
+            "heldout_batch_size": 2,
+            "tokenizer": str(tiny_model_dir("mixtral")),
+        }
+        return TextWindows(**{**defaults, **options})
+
+    return make
+
+
+def fit(folder, data, dies_at=None, every=None, resume=False, **options) -> Recorder:
+    """Three epochs of four batches, with a checkpoint per step or (every=None) per epoch."""
+    checkpoint = ModelCheckpoint(
+        folder, every_n_train_steps=every, save_on_train_epoch_end=every is None, save_last=True
+    )
+    trainer = L.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[checkpoint],
+        **options,
+    )
+    module = Recorder(dies_at)
+    try:
+        trainer.fit(module, data, ckpt_path=f"{folder}/last.ckpt" if resume else None)
+    except Killed:
+        return module
+    assert type(trainer.train_dataloader) is WindowLoader  # not replaced, not wrapped
+    assert [type(loader) for loader in trainer.val_dataloaders] == [WindowLoader] * 2
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "dies_at, every, options, saved",
+    [
+        (1, 1, {}, 1),  # after the first batch
+        (6, 1, {}, 6),  # in the middle of the second epoch
+        (8, 1, {}, 8),  # between two epochs
+        (6, 1, {"val_check_interval": 2}, 6),  # right after a validation
+        (7, 2, {}, 6),  # the last checkpoint is older than the last batch
+        (6, None, {}, 4),  # checkpoints at the end of epochs only
+        (5, None, {"limit_train_batches": 3}, 3),  # of epochs that end early
+        (5, 1, {"limit_train_batches": 3}, 5),
+        (6, 1, {"max_steps": 11}, 6),
+    ],
+)
+def test_resumed_run_sees_exactly_the_batches_that_were_left(
+    tmp_path, text_data, dies_at, every, options, saved
+):
+    data = text_data()  # read once; every trainer asks it for new loaders
+    whole = fit(tmp_path / "whole", data, **options).seen
+    killed = fit(tmp_path / "killed", data, dies_at=dies_at, every=every, **options).seen
+    resumed = fit(tmp_path / "killed", data, every=every, resume=True, **options).seen
+    assert killed == whole[:dies_at]
+    assert resumed == whole[saved:]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_validation_visits_every_held_out_text_in_order(tmp_path, text_data):
+    validated = fit(tmp_path, text_data(), every=1, limit_train_batches=1).validated
+    one_epoch = [(text, *batch) for text in (0, 1) for batch in ((0, 1), (2, 3), (4,))]
+    assert validated == one_epoch * 3
+
+
+# --- the data module
+
+
+def test_windows_come_from_the_texts(text_data, tokenizer):
+    data = text_data()
+    data.setup("fit")
+    assert data.calibration_windows.shape == (10, 16)
+    assert data.heldout_names == ["prose", "code"]
+    for name, windows in data.heldout_windows.items():
+        ids = tokenizer(read_documents(f"bundled:{name}")[0], add_special_tokens=False)["input_ids"]
+        assert windows.flatten().tolist() == ids[: 5 * 16]
+    assert len(data.train_dataloader()) == 4 and len(data.val_dataloader()) == 2
+
+
+def test_same_seed_same_windows_other_seed_others(text_data):
+    first, again, other = (text_data(seed=seed).calibration_windows for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_predict_reads_its_own_source_whole(text_data, tmp_path):
+    (tmp_path / "mine.txt").write_text("One line of text that is my own, and no one else's. " * 50)
+    data = text_data(predict=str(tmp_path / "mine.txt"))
+    data.setup("predict")
+    (loader,) = data.predict_dataloader()
+    assert len(loader.windows) == len(data.predict_windows) > 5
+    assert len(text_data().predict_dataloader()) == 2  # else the held-out texts
+
+
+def test_held_out_sources_get_names(tmp_path):
+    assert list(name_sources(None)) == heldout_names()
+    assert name_sources([]) == {}
+    assert name_sources("bundled:prose") == {"prose": "bundled:prose"}
+    assert name_sources(["/a/b/wiki.txt"]) == {"wiki": "/a/b/wiki.txt"}
+    assert name_sources({"x": "bundled:code"}) == {"x": "bundled:code"}
+    with pytest.raises(ValueError, match="/a/wiki.txt and /b/wiki.md would both be called 'wiki'"):
+        name_sources(["/a/wiki.txt", "/b/wiki.md"])
+
+
+@pytest.mark.parametrize(
+    "options, kind, message",
+    [
+        ({"calibration": "bundled:x"}, FileNotFoundError, "--data.calibration: there is no bundl"),
+        ({"heldout": ["/no/x.txt"]}, FileNotFoundError, "--data.heldout: /no/x.txt does not exist"),
+        ({"num_windows": 10**6}, ValueError, "not 1000000 (--data.num_windows)"),
+        ({"num_heldout_windows": 10**6}, ValueError, "not 1000000 (--data.num_heldout_windows)"),
+        ({"window_length": 10**6}, ValueError, "one window needs 1000000 (--data.window_length)"),
+        ({"tokenizer": "/no/model"}, FileNotFoundError, "no tokenizer can be loaded from '/no/mod"),
+    ],
+)
+def test_bad_options_are_reported_on_setup_by_name(text_data, options, kind, message):
+    with pytest.raises(kind) as error:
+        text_data(**options).setup("fit")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["batch_size", "heldout_batch_size"])
+def test_batch_sizes_must_be_positive(option):
+    with pytest.raises(ValueError, match=f"--data.{option}=0 must be at least 1"):
+        TextWindows(**{option: 0})

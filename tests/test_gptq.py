@@ -1,0 +1,179 @@
+"""GPTQ against a textbook implementation in float64, against round-to-nearest, and at its edges."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.gptq import gptq, output_error
+from eacmoe_lightning.grid import Grid, round_to_nearest
+
+GRID = Grid(bits=3, group_size=16, clip_search=False)
+
+
+def problem(rows: int = 24, columns: int = 64, tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight [O, I] and the Hessian [I, I] of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x *= torch.logspace(-1, 0.5, columns)[torch.randperm(columns, generator=generator)]
+    return weight, 2 / tokens * x.T @ x
+
+
+def textbook(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, act_order: bool = False) -> np.ndarray:
+    """The dequantized weight [O, I] of GPTQ as OBQ in a fixed order, with explicit updates of the inverse Hessian.
+
+    Minimum-maximum ranges. Each group's scale comes from its weights as they are when the group begins; with act_order
+    from the original weights.
+    """
+    w, h = weight.double().numpy().copy(), hessian.double().numpy()
+    columns = w.shape[1]
+    inverse = np.linalg.inv(h + damping * np.diag(h).mean() * np.eye(columns))
+
+    def scale_of(group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        low, high = np.minimum(group.min(1), 0), np.maximum(group.max(1), 0)
+        scale = ((high - low) / grid.max_code).astype(np.float16).astype(np.float64)
+        return scale, np.round(-low / scale)
+
+    order = np.argsort(-np.diag(h), kind="stable") if act_order else np.arange(columns)
+    starts = range(0, columns, grid.group_size)
+    scales = [scale_of(w[:, start : start + grid.group_size]) for start in starts]
+    result = np.zeros_like(w)
+    for place, j in enumerate(order):
+        group = j // grid.group_size
+        if not act_order and place % grid.group_size == 0:
+            scales[group] = scale_of(w[:, place : place + grid.group_size])
+        scale, zero = scales[group]
+        result[:, j] = (np.clip(np.round(w[:, j] / scale + zero), 0, grid.max_code) - zero) * scale
+        w -= np.outer((w[:, j] - result[:, j]) / inverse[j, j], inverse[j])
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]  # remove row and column j
+        inverse[j, j] = 1  # no longer used; keeps 0/0 away
+    return result
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_equals_the_textbook_algorithm(act_order, seed):
+    weight, hessian = problem(seed=seed)
+    ours = gptq(weight, hessian, GRID, damping=0.02, act_order=act_order)
+    theirs = torch.from_numpy(textbook(weight, hessian, GRID, 0.02, act_order)).float()
+    same = (ours.dequantize() - theirs).abs() < 1e-3
+    assert same.float().mean() > 0.995  # a value that lies between two codes may fall on either side in float32
+    delta = weight - theirs
+    error = ((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum()
+    torch.testing.assert_close(output_error(weight, ours, hessian), error, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("clip_search", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_with_a_diagonal_hessian_it_is_round_to_nearest(clip_search, act_order, symmetric):
+    weight, _ = problem()
+    diagonal = torch.rand(64, generator=torch.Generator().manual_seed(3)) + 0.1
+    grid = Grid(3, 16, symmetric, clip_search)
+    ours = gptq(weight, torch.diag(diagonal), grid, act_order=act_order)
+    rounded = round_to_nearest(weight, grid, diagonal)
+    for field in ("codes", "scale", "zero_point"):
+        assert torch.equal(getattr(ours, field), getattr(rounded, field))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_output_error_is_below_round_to_nearest_on_correlated_inputs(act_order, bits):
+    for seed in range(4):
+        weight, hessian = problem(seed=seed)
+        grid = Grid(bits, 16, clip_search=False)
+        ours = output_error(weight, gptq(weight, hessian, grid, act_order=act_order), hessian)
+        assert ours < 0.7 * output_error(weight, round_to_nearest(weight, grid), hessian)
+
+
+def test_output_error_is_the_share_of_squared_outputs():
+    weight, _ = problem()
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(9))
+    quantized = round_to_nearest(weight, GRID)
+    direct = (x @ (weight - quantized.dequantize()).T).square().sum() / (x @ weight.T).square().sum()
+    torch.testing.assert_close(output_error(weight, quantized, x.T @ x), direct, rtol=1e-4, atol=0)
+    stack = gptq(weight.repeat(3, 1, 1), (x.T @ x).repeat(3, 1, 1), GRID)
+    assert output_error(weight.repeat(3, 1, 1), stack, (x.T @ x).repeat(3, 1, 1)).shape == (3,)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_stack_is_solved_like_its_members(act_order):
+    problems = [problem(seed=seed) for seed in range(5)]
+    grid = Grid(2, 16)
+    weights, hessians = (torch.stack(tensors) for tensors in zip(*problems, strict=True))
+    stack = gptq(weights, hessians, grid, act_order=act_order)
+    assert stack.codes.shape == (5, 24, 64) and stack.scale.shape == stack.zero_point.shape == (5, 24, 4)
+    for i, (weight, hessian) in enumerate(problems):
+        alone = gptq(weight, hessian, grid, act_order=act_order)
+        assert (stack.codes[i] == alone.codes).float().mean() > 0.995
+        together = output_error(weights, stack, hessians)[i]
+        torch.testing.assert_close(together, output_error(weight, alone, hessian), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_codes_stay_in_their_place(act_order):
+    """With many bits the decoded weight is the weight, whatever the order in which columns were visited."""
+    weight, hessian = problem()
+    decoded = gptq(weight, hessian, Grid(8, 16), damping=1.0, act_order=act_order).dequantize()
+    assert torch.corrcoef(torch.stack([decoded.flatten(), weight.flatten()]))[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+def test_the_hessian_s_scale_does_not_matter(act_order, factor):
+    weight, hessian = problem()
+    hessian[5] = hessian[:, 5] = 0  # an input that is always zero
+    plain = gptq(weight, hessian, GRID, act_order=act_order)
+    scaled = gptq(weight, hessian * factor, GRID, act_order=act_order)
+    assert (plain.codes == scaled.codes).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_inputs_that_are_always_zero_do_not_disturb_the_others(act_order):
+    weight, hessian = problem()
+    dead = torch.tensor([0, 17, 63])
+    hessian[dead] = 0
+    hessian[:, dead] = 0
+    weight[:, dead] = 1e4  # would ruin the scale of its group
+    quantized = gptq(weight, hessian, GRID, act_order=act_order)
+    assert torch.isfinite(quantized.dequantize()).all()
+    calm = weight.clone()
+    calm[:, dead] = 0
+    assert output_error(calm, quantized, hessian) < output_error(calm, round_to_nearest(calm, GRID), hessian)
+
+
+def test_the_arguments_are_left_alone():
+    weight, hessian = problem()
+    hessian[:, 3] = hessian[3] = 0
+    before = weight.clone(), hessian.clone()
+    gptq(weight, hessian, GRID, act_order=True)
+    assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_fewer_tokens_than_inputs_are_handled_by_damping(tokens):
+    weight, hessian = problem(tokens=tokens)  # a singular Hessian
+    quantized = gptq(weight, hessian, GRID)
+    assert torch.isfinite(quantized.dequantize()).all()
+    assert output_error(weight, quantized, hessian) < output_error(weight, round_to_nearest(weight, GRID), hessian)
+
+
+def test_a_hessian_that_cannot_be_factored_is_an_error_with_remedies():
+    weight, hessian = problem()
+    with pytest.raises(ValueError, match="1 of 2 matrices.*--model.damping.*--data.num_windows"):
+        gptq(torch.stack([weight, weight]), torch.stack([hessian, hessian - 1e9 * (1 - torch.eye(64))]), GRID)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", [0, 1])
+def test_values_that_are_not_finite_are_refused(value, where):
+    tensors = problem()
+    tensors[where][2, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        gptq(*tensors, GRID)
+
+
+def test_a_group_size_that_does_not_divide_is_named_with_the_inputs():
+    with pytest.raises(ValueError, match=r"in_features=64 is not a multiple of group_size=24 \(--model.group_size\)"):
+        gptq(*problem(), Grid(3, 24))

@@ -1,0 +1,229 @@
+"""Text sources and token windows: what is read, how it is cut, and what an error says."""
+
+import json
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eacmoe_lightning.text import bundled_names, heldout_names, read_documents, token_windows
+
+
+class Letters:
+    """A tokenizer whose tokens can be counted by hand: one per character, `.` ends a text."""
+
+    def __init__(self, eos_token_id: int | None = ord(".")):
+        self.eos_token_id = eos_token_id
+        self.num_characters = 0  # tokenized so far
+
+    def __call__(self, text: str, **kwargs) -> dict[str, list[int]]:
+        assert kwargs["add_special_tokens"] is False
+        self.num_characters += len(text)
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def letters(windows: torch.Tensor) -> list[str]:
+    return ["".join(map(chr, window)) for window in windows.tolist()]
+
+
+def write_split(folder: Path, split: str, rows: list[str], column: str = "text") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({column: rows})
+    pyarrow.parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+
+
+# --- windows
+
+
+def test_windows_are_cut_from_joined_documents():
+    windows = token_windows(["abcd", "ef", "ghij"], Letters(), None, 3)
+    assert letters(windows) == ["abc", "d.e", "f.g", "hij"]
+    assert windows.dtype == torch.int64
+
+
+def test_without_an_end_token_documents_touch_and_the_rest_is_dropped():
+    assert letters(token_windows(["abcd", "efgh"], Letters(None), None, 3)) == ["abc", "def"]
+
+
+def test_without_a_seed_the_first_windows_are_taken_and_no_more_is_tokenized():
+    tokenizer = Letters()
+    assert letters(token_windows(["abcdef"] * 1000, tokenizer, 2, 3)) == ["abc", "def"]
+    assert tokenizer.num_characters == 6
+
+
+@given(st.integers(1, 40), st.integers(0, 2**31), st.integers(1, 5))
+def test_random_windows_are_distinct_windows_of_the_text(num_windows, seed, length):
+    text = "".join(chr(200 + i) for i in range(40 * length))
+    all_windows = letters(token_windows([text], Letters(), None, length))
+    chosen = letters(token_windows([text], Letters(), num_windows, length, seed))
+    assert len(set(chosen)) == num_windows and set(chosen) <= set(all_windows)
+
+
+def test_random_windows_repeat_and_leave_the_global_generator_alone():
+    text = "".join(map(chr, range(200, 1200)))
+    state = torch.get_rng_state()
+    first, again, other = (token_windows([text], Letters(), 8, 10, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_random_windows_of_a_huge_text_tokenize_a_bounded_part():
+    tokenizer = Letters()
+    token_windows(["x" * 100] * 100_000, tokenizer, 2, 50, seed=0)
+    assert tokenizer.num_characters <= 16 * 2 * 50  # 16 times what was asked for
+
+
+def test_a_long_document_comes_in_pieces_without_losing_a_character():
+    text = "abcdefghij" * 300_000  # three million characters, and a piece is one million
+    windows = token_windows([text], Letters(), 25_000, 100)
+    assert "".join(letters(windows)) == text[:2_500_000]
+
+
+def test_real_tokenizer_windows_decode_to_the_text(tokenizer):
+    text = read_documents("bundled:french")[0]
+    windows = token_windows([text], tokenizer, 4, 128)
+    assert windows.shape == (4, 128)
+    assert text.startswith(
+        tokenizer.decode(windows.flatten()[:-1])
+    )  # the last may be half a letter
+
+
+@pytest.mark.parametrize(
+    "num_windows, length, message",
+    [
+        (None, 512, "the text holds 311 tokens, one window needs 512 (--data.window_length)"),
+        (4, 100, "the text holds 311 tokens, which make 3 windows of 100"),
+        (0, 100, "--data.num_windows=0 must be at least 1"),
+        (4, 0, "--data.window_length=0 must be at least 1"),
+    ],
+)
+def test_too_short_a_text_names_both_numbers(num_windows, length, message):
+    with pytest.raises(ValueError) as error:
+        token_windows(["x" * 311], Letters(), num_windows, length)
+    assert message in str(error.value)
+
+
+# --- sources
+
+
+@pytest.mark.parametrize("name", bundled_names())
+def test_bundled_texts_can_be_read(name):
+    assert sum(map(len, read_documents(f"bundled:{name}"))) > 10_000
+
+
+def test_bundled_held_out_texts_cover_the_domains():
+    assert {"prose", "code", "maths", "french", "german"} <= set(heldout_names())
+
+
+def test_unknown_bundled_name_lists_those_there_are():
+    with pytest.raises(FileNotFoundError, match="no bundled text 'latin'.*bundled:calibration, .*"):
+        read_documents("bundled:latin")
+
+
+def test_files_and_directories(tmp_path):
+    (tmp_path / "b.txt").write_text("second é", encoding="utf-8")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "first.md").write_text("first")
+    rows = [{"text": "third\u2028line", "id": 1}, {"text": "fourth"}]
+    (tmp_path / "c.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    )
+    (tmp_path / "d.json").write_text(json.dumps([{"text": "fifth"}]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["sixth"]}), tmp_path / "e.parquet")
+    (tmp_path / "ignored.bin").write_bytes(b"\xff\xfe")
+    expected = ["first", "second é", "third\u2028line", "fourth", "fifth", "sixth"]
+    assert read_documents(str(tmp_path)) == expected
+    assert read_documents(str(tmp_path / "b.txt")) == ["second é"]
+
+
+@pytest.mark.parametrize(
+    "name, content, kind, message",
+    [
+        ("x.txt", b"caf\xe9", ValueError, "not UTF-8 text (byte 3 is 0xe9)"),
+        ("x.txt", b" \n", ValueError, "is empty"),
+        ("x.jsonl", b'{"text": "a"}\n{"body": "b"}', ValueError, "line 2: a row needs a string in"),
+        ("x.jsonl", b"not json", ValueError, "line 1: not JSON"),
+        ("x.json", b'{"text": 3}', ValueError, "a row needs a string in field `text`"),
+        ("x.bin", b"abc", FileNotFoundError, "no text files below it (.txt"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, kind, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(kind) as error:
+        read_documents(str(tmp_path if name.endswith(".bin") else tmp_path / name))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["/no/such/file", "notes.txt", "./here", "~/no/such", "/no/a:b"])
+def test_missing_path(source):
+    with pytest.raises(FileNotFoundError, match="does not exist; pass a local file or directory"):
+        read_documents(source)
+
+
+# --- data sets
+
+
+def test_hub_layout_on_disk(tmp_path):
+    root = tmp_path / "owner-set"
+    write_split(root / "plain", "train", ["one", "two"])
+    write_split(root / "plain", "test", ["three"])
+    write_split(root / "lines", "train", ["", " = Title = \n", "", " A line . \n", " Another . \n"])
+    configs = [
+        {"config_name": name, "data_files": [{"split": s, "path": f"{name}/{s}-*"} for s in splits]}
+        for name, splits in (("plain", ["train", "test"]), ("lines", ["train"]))
+    ]
+    (root / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+
+    # as a directory of its own, and as a config that the README declares
+    assert read_documents(f"{root}/plain:train") == ["one", "two"]
+    assert read_documents(f"{root}/plain:train[:1]") == ["one"]
+    assert read_documents(f"{root}/plain:test") == ["three"]
+    (root / "plain").rename(root / "renamed")
+    (root / "README.md").write_text(
+        f"---\nconfigs: {json.dumps(configs).replace('plain/', 'renamed/')}\n---\n"
+    )
+    assert read_documents(f"{root}/plain:test") == ["three"]
+    # a row per line, a blank one between paragraphs: one document, joined as GPTQ joins wikitext
+    joined = "\n\n = Title = \n\n\n\n\n A line . \n\n\n Another . \n"
+    assert read_documents(f"{root}/lines:train") == [joined]
+
+    with pytest.raises(ValueError, match="validation"):
+        read_documents(f"{root}/plain:validation")
+    with pytest.raises(FileNotFoundError, match="/no/such of /no/such:train does not exist"):
+        read_documents("/no/such:train")
+
+
+def test_data_set_without_the_text_column(tmp_path):
+    write_split(tmp_path / "set", "train", ["one"], column="body")
+    with pytest.raises(ValueError, match="no column `text`, only body"):
+        read_documents(f"{tmp_path}/set:train")
+
+
+@pytest.mark.parametrize(
+    "source, hub_name",
+    [
+        ("wikitext/wikitext-2-raw-v1:train", "Salesforce/wikitext"),
+        ("Salesforce/wikitext/wikitext-2-raw-v1", "Salesforce/wikitext"),
+        ("someone/something:test", "someone/something"),
+        ("imdb", "imdb"),
+    ],
+)
+@pytest.mark.parametrize("offline_mode", [True, False])
+def test_unreachable_data_set_is_reported_at_once(monkeypatch, source, hub_name, offline_mode):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline_mode)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # discard
+    start = time.monotonic()
+    with pytest.raises(FileNotFoundError, match=f"no data set '{hub_name}' in the cache; the Hugg"):
+        read_documents(source)
+    assert time.monotonic() - start < 10
+
+
+def test_a_name_of_no_form_is_refused():
+    with pytest.raises(ValueError, match="'a/b/c/d' is no text source: pass a local file"):
+        read_documents("a/b/c/d")

@@ -1,0 +1,116 @@
+"""Tiny random models of each family, saved as Hugging Face directories for the tests to load.
+
+Small enough to build in a second, but with the joints of the real ones: experts wide enough for a
+quantization group of 64, shared experts, a dense first block, a router that samples in train mode.
+A model fresh from its initialisation routes almost uniformly and changes its input hardly at all;
+so its weights are drawn wider here, and the router's wider still.
+
+The random state of the caller is left alone.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PhimoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+from eacmoe_lightning.deepseek import DeepseekConfig
+
+VOCABULARY = 4096  # of the bundled tokenizer
+ROUTER_SCALE = 6.0  # over the other weights: logits with a standard deviation of about 4
+ROUTERS = ("mlp.gate.weight", "mlp.router.weight")
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.08,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+MOE_FAMILIES = ("mixtral", "phimoe", "qwen2_moe", "deepseek", "qwen3_moe")
+FAMILIES = (*MOE_FAMILIES, "llama")
+
+
+def config_of(family: str) -> PreTrainedConfig:
+    """The configuration of a family: 3 blocks, 8 experts of width 64, top-2 (deepseek: top-3)."""
+    if family == "mixtral":
+        return MixtralConfig(
+            **COMMON, intermediate_size=64, num_local_experts=8, num_experts_per_tok=2
+        )
+    if family == "phimoe":
+        return PhimoeConfig(
+            **COMMON,
+            intermediate_size=64,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            attention_bias=True,  # as in the real one, like the biased head
+            lm_head_bias=True,
+        )
+    if family == "qwen2_moe":
+        return Qwen2MoeConfig(
+            **COMMON,
+            intermediate_size=128,
+            moe_intermediate_size=64,
+            shared_expert_intermediate_size=128,
+            num_experts=8,
+            num_experts_per_tok=2,
+        )
+    if family == "deepseek":
+        return DeepseekConfig(
+            **{**COMMON, "num_key_value_heads": 4},
+            intermediate_size=192,
+            moe_intermediate_size=64,
+            n_routed_experts=8,
+            n_shared_experts=2,
+            num_experts_per_tok=3,
+            first_k_dense_replace=1,
+        )
+    if family == "qwen3_moe":  # the family of the bundled model, with tied embeddings like it
+        return Qwen3MoeConfig(
+            **{**COMMON, "tie_word_embeddings": True},
+            head_dim=16,
+            intermediate_size=128,
+            moe_intermediate_size=64,
+            num_experts=8,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+        )
+    if family == "llama":
+        return LlamaConfig(**COMMON, intermediate_size=128)
+    raise ValueError(f"no tiny model of family {family!r}; there are {', '.join(FAMILIES)}")
+
+
+def build(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random float32 model in eval mode, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config_of(family), dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(ROUTERS):
+                    parameter *= ROUTER_SCALE
+                elif name.endswith("bias"):
+                    parameter.normal_(std=0.1)  # zero so far: a lost bias would go unnoticed
+    return model.eval()
+
+
+def save(family: str, folder: Path, tokenizer, seed: int = 0) -> Path:
+    """Writes a tiny model and a tokenizer to `folder`, as `from_pretrained` reads them."""
+    build(family, seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
