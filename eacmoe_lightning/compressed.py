@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.initialization import no_init_weights
 
 from eacmoe_lightning.adapter import MoEModel, resolve_model
-from eacmoe_lightning.grid import Quantized, pack, unpack
+from eacmoe_lightning.grid import Quantized, packed, take_quantized
 from eacmoe_lightning.store import StoreError, read_tensors, write_json, write_tensors
 
 MODEL_TYPE = "eacmoe"
@@ -48,7 +48,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     config = json.loads((Path(path) / "config.json").read_text())
     if config["format_version"] > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {config['format_version']}, this package reads up to {FORMAT_VERSION}: update it"
+            f"{path} has format version {config['format_version']}, this package reads up to {FORMAT_VERSION}"
         )
     return config
 
@@ -96,14 +96,8 @@ def save(
     tied = _tied_names(moe.model)
     written: set[str] = set()
     for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
-        tensors: dict[str, Tensor] = {}
-        for name, q in quantized.items():
-            tensors |= {
-                f"{name}.codes": pack(q.codes, q.bits),
-                f"{name}.scale": q.scale,
-                f"{name}.zero_point": q.zero_point,
-            }
-            bits[name] = q.bits
+        tensors = packed(quantized)
+        bits |= {name: q.bits for name, q in quantized.items()}
         own = {n: t for n, t in state.items() if n.startswith(f"{block.name}.") and n not in quantized}
         tensors |= {n: _narrowed(t, stored_dtype) for n, t in own.items()}
         write_tensors(partial / f"weights-block-{block.index:03d}.safetensors", tensors)
@@ -162,9 +156,7 @@ def load(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
     for file in files:
         tensors, _ = read_tensors(file)
         for name in [n.removesuffix(".codes") for n in tensors if n.endswith(".codes")]:
-            in_features = owner[name].weights()[name][1].shape[-1]
-            codes = unpack(tensors.pop(f"{name}.codes"), bits[name], in_features)
-            quantized = Quantized(codes, tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"), bits[name])
+            quantized = take_quantized(tensors, name, bits[name], owner[name].weights()[name][1].shape[-1])
             state[name] = owner[name].as_parameter(name, quantized.dequantize(torch_dtype)).contiguous()
         state |= {name: t.to(torch_dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)

@@ -147,3 +147,18 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 def _join_bits(stream: Tensor) -> Tensor:
     place = torch.arange(stream.shape[-1], device=stream.device, dtype=torch.uint8)
     return (stream << place).sum(-1, dtype=torch.uint8)
+
+
+def packed(quantized: dict[str, Quantized]) -> dict[str, Tensor]:
+    """Codes, scales and zero points by name, as they lie on disk."""
+    tensors = {}
+    for name, q in quantized.items():
+        tensors[f"{name}.codes"] = pack(q.codes, q.bits)
+        tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = q.scale, q.zero_point
+    return tensors
+
+
+def take_quantized(tensors: dict[str, Tensor], name: str, bits: int, in_features: int) -> Quantized:
+    """Takes one weight's tensors out of those of a file."""
+    codes = unpack(tensors.pop(f"{name}.codes"), bits, in_features)
+    return Quantized(codes, tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"), bits)

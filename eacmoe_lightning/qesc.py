@@ -16,24 +16,22 @@ import math
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from eacmoe_lightning import __version__
 from eacmoe_lightning.adapter import MoEModel, load_original
 from eacmoe_lightning.calibration import Calibration, read_block
+from eacmoe_lightning.comparison import Comparison
 from eacmoe_lightning.compressed import fingerprint
 from eacmoe_lightning.data import shard
-from eacmoe_lightning.evaluate import Evaluation, load_subject, run_streams, token_log_likelihoods
 from eacmoe_lightning.grid import Quantized
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
-from eacmoe_lightning.report import evaluation_summary
 from eacmoe_lightning.router_loss import RouterLoss, TopKMSE
-from eacmoe_lightning.store import RunDirectory, write_json
+from eacmoe_lightning.streams import Streams
 
 
-class QESC(LightningModule):
+class QESC(Comparison):
     """Quantization with expert-selection calibration (EAC-MoE, section 4) of one MoE language model.
 
     Args:
@@ -106,7 +104,7 @@ class QESC(LightningModule):
         evaluate: str | None = None,
         split_damage: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(name_or_path, dtype, evaluate, split_damage)
         self.recipe = Recipe(
             bits=tuple(bits) if isinstance(bits, list) else (bits,),
             attention_bits=attention_bits,
@@ -131,17 +129,14 @@ class QESC(LightningModule):
                 raise ValueError(f"{option}={value} (--model.{option}) is not positive")
         if joint_epochs < 0:
             raise ValueError(f"joint_epochs={joint_epochs} (--model.joint_epochs) is negative")
-        self.name_or_path, self.dtype_name = name_or_path, dtype
         self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
         self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
         self.ridge, self.joint_lr, self.joint_selection = ridge, joint_lr, joint_selection
         self.joint_norms, self.joint_scales, self.joint_scale_lr = joint_norms, joint_scales, joint_scale_lr
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
-        self.evaluate, self.split_damage = evaluate, split_damage
         self.routers, self.norms, self.scales = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.block_routers: dict[str, Tensor] = {}  # as the blocks were solved with them, once the joint stage moves on
-        self._outside: dict[str, Any] = {}  # models: not in the module tree, not in checkpoints
 
     # --- the models -------------------------------------------------------------------------------------
 
@@ -154,20 +149,10 @@ class QESC(LightningModule):
     def calibration(self) -> Calibration:
         return self._outside["calibration"]
 
-    @property
-    def run(self) -> RunDirectory:
-        return RunDirectory(self.trainer.default_root_dir)
-
     def setup(self, stage: str) -> None:
-        if stage == "fit":
-            self._setup_fit()
-        elif "subject" not in self._outside:
-            self._outside |= load_subject(self.name_or_path, self.dtype_name, self.evaluate, self.run)
-            for model in (self._outside["original"], self._outside["subject"]):
-                if model is not None:
-                    model.model.to(self.device)
-
-    def _setup_fit(self) -> None:
+        if stage != "fit":
+            super().setup(stage)
+            return
         model = load_original(self.name_or_path, self.dtype_name)
         moe = self._outside["moe"] = MoEModel(model.to(self.device).requires_grad_(False))
         self.recipe.check(moe)
@@ -243,10 +228,10 @@ class QESC(LightningModule):
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule
         own = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
-        self._outside["calibration"] = Calibration(
-            self.moe, self.recipe, data.calibration_windows[own.start : own.stop], own.start, data.batch_size, self.run,
-            Ranks(self.global_rank, self.trainer.world_size),
-        )  # fmt: skip
+        ranks = Ranks(self.global_rank, self.trainer.world_size)
+        windows = data.calibration_windows[own.start : own.stop]
+        streams = Streams(self.moe, windows, own.start, data.batch_size, self.run, ranks)
+        self._outside["calibration"] = Calibration(self.moe, self.recipe, streams, self.run, ranks)
 
     def enter_block(self) -> None:
         """Brings the streams to the current epoch's block. Idempotent."""
@@ -300,7 +285,7 @@ class QESC(LightningModule):
 
     def _joint_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """KL(original || compressed) of the next-token distributions in nats, and the router loss of all blocks."""
-        last_hidden, teachers = self.calibration.joint_rows(batch["index"])
+        last_hidden, teachers = self.calibration.streams.joint_rows(batch["index"])
         with torch.no_grad():
             target = self.moe.head(last_hidden.to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
         with self.moe.recorded_logits() as students:
@@ -381,60 +366,6 @@ class QESC(LightningModule):
         done = ((epoch - first) % passes + batch_idx / self.trainer.num_training_batches) / passes
         factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
         return factor * (self.joint_lr if self.is_joint else self.router_lr)
-
-    # --- validate, test, predict ------------------------------------------------------------------------------
-
-    def _start_evaluation(self, split: bool) -> None:
-        original, subject = self._outside["original"], self._outside["subject"]
-        self._outside["evaluation"] = Evaluation(original, subject, split, self.device)
-
-    def on_validation_epoch_start(self) -> None:
-        self._start_evaluation(split=False)
-
-    def on_test_epoch_start(self) -> None:
-        self._start_evaluation(split=self.split_damage)
-
-    def _evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int, names: list[str]) -> None:
-        if len(batch["input_ids"]):
-            evaluation: Evaluation = self._outside["evaluation"]
-            streams = run_streams(evaluation.original, evaluation.subject, batch["input_ids"], evaluation.split)
-            evaluation.update(names[dataloader_idx], streams)
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluation_step(batch, dataloader_idx, self.trainer.datamodule.heldout_names)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluation_step(batch, dataloader_idx, self.trainer.datamodule.heldout_names)
-
-    def _finish_evaluation(self, stage: str) -> None:
-        """Logs the result, prints it as a table and writes it to `<stage>.json` in the run directory."""
-        result = self._outside["evaluation"].compute(self.trainer.datamodule.heldout_names)
-        for text, values in result["perplexity"].items():
-            self.log_dict({f"perplexity/{text}/{stream}": value for stream, value in values.items()})
-        if shift := result["expert_shift"]:
-            self.log_dict({f"expert_shift/{rate}": value for rate, value in shift["mean"].items()})
-        if self.trainer.is_global_zero:
-            write_json(self.run.path / f"{stage}.json", result | {"size_bytes": self._outside["size_bytes"]})
-            print(evaluation_summary(result, self._outside["size_bytes"]))
-
-    def on_validation_start(self) -> None:
-        self.trainer.validate_loop.verbose = False  # Lightning's table repeats everything for every text
-
-    def on_test_start(self) -> None:
-        self.trainer.test_loop.verbose = False
-
-    def on_validation_epoch_end(self) -> None:
-        self._finish_evaluation("validate")
-
-    def on_test_epoch_end(self) -> None:
-        self._finish_evaluation("test")
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Log-likelihoods in nats of each token but the first, [b, T-1], by global window index."""
-        return {
-            "index": batch["index"],
-            "log_likelihood": token_log_likelihoods(self._outside["subject"], batch["input_ids"]),
-        }
 
 
 def _key(name: str) -> str:

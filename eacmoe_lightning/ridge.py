@@ -6,7 +6,7 @@ a penalty on drift is
     w_i' = w_i + (X^T M_i X + lambda I)^-1 X^T M_i (t_i - X w_i)
 
 with X [N, D] the compressed stream's router inputs and t_i [N] the original router's logits. It needs no learning
-rate and no epochs (method.md 1.2).
+rate and no epochs.
 """
 
 from __future__ import annotations

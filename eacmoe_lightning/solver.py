@@ -1,0 +1,154 @@
+"""Quantizes the weights of one block from the inputs that they see: Hessians, GPTQ, and codes in the weights' place.
+
+Linears that read the same tensor share a Hessian. The experts of a block are solved as one stack: each expert's
+Hessian is made of the tokens that the calibrated router sends it; the down projection sees what the already quantized
+up projection produces. With several processes, Hessians are summed and the experts divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.adapter import Block, Routing
+from eacmoe_lightning.expert_shift import expert_load
+from eacmoe_lightning.gptq import gptq, output_error
+from eacmoe_lightning.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.ranks import Ranks
+from eacmoe_lightning.recipe import Recipe
+
+HESSIAN_BYTES = 2 << 30  # experts are solved together as far as their Hessians fit in this
+
+
+class BlockSolver:
+    """Solves one block, part by part.
+
+    Attributes:
+        solved: codes by parameter name.
+        error: relative squared output error by parameter name (experts: the mean).
+        starved: experts that fewer than `min_expert_tokens` tokens reached.
+    """
+
+    def __init__(self, block: Block, num_blocks: int, recipe: Recipe, ranks: Ranks) -> None:
+        self.block, self.num_blocks, self.recipe, self.ranks = block, num_blocks, recipe, ranks
+        self.solved: dict[str, Quantized] = {}
+        self.error: dict[str, float] = {}
+        self.starved: list[int] = []
+
+    def _grid(self, part: str) -> Grid:
+        return self.recipe.grid(self.block.index, self.num_blocks, part)
+
+    def _solve(self, weight: Tensor, hessian: Tensor, grid: Grid) -> Quantized:
+        if self.recipe.quantizer == "rtn":
+            return round_to_nearest(weight, grid)
+        return gptq(weight, hessian, grid, self.recipe.damping, self.recipe.act_order)
+
+    # --- linears: attention, shared experts, dense feed-forwards --------------------------------------
+
+    def solve_linears(self, names: list[str], inputs: Iterable[Tensor]) -> None:
+        """Quantizes linears of the block that share their input.
+
+        Args:
+            names: of the linears, in the layer.
+            inputs: [n, I] pieces of what they read, this process's tokens.
+        """
+        hessian = self._hessian(inputs)
+        for name in names:
+            parameter = f"{self.block.name}.{name}.weight"
+            part, weight = self.block.weights()[parameter]
+            quantized = self._solve(weight, hessian, self._grid(part))
+            self.error[parameter] = float(output_error(weight, quantized, hessian))
+            self.solved[parameter] = quantized
+            weight.copy_(quantized.dequantize(weight.dtype))
+
+    def _hessian(self, inputs: Iterable[Tensor]) -> Tensor:
+        """2/n sum x x^T over all processes, [I, I] float32."""
+        total, tokens = None, torch.zeros((), dtype=torch.int64)
+        for x in inputs:
+            product = x.float().T @ x.float()
+            total = product if total is None else total.add_(product)
+            tokens += len(x)
+        return self.ranks.sum(total) * (2 / int(self.ranks.sum(tokens)))
+
+    # --- routed experts ----------------------------------------------------------------------------------
+
+    def solve_experts(self, x: Tensor, routing: Routing) -> None:
+        """Quantizes both projections of every expert, as many experts at a time as their Hessians allow.
+
+        Args:
+            x: [N, D] the inputs of router and experts, this process's tokens.
+            routing: what the calibrated router says of them.
+        """
+        experts, grid = self.block.experts, self._grid("experts")
+        tokens, weights = self._tokens(routing)
+        parts: dict[str, list[Quantized]] = {p: [] for p in experts.projections}
+        errors: dict[str, list[float]] = {p: [] for p in experts.projections}
+        width = max(experts.weight(p).shape[-1] for p in experts.projections)
+        chunk = max(1, HESSIAN_BYTES // (4 * width * width))
+        for start in range(0, self.block.num_experts, chunk):
+            chosen = slice(start, min(start + chunk, self.block.num_experts))
+            for projection in experts.projections:
+                weight = experts.weight(projection)[chosen]
+                hessian = torch.zeros(len(weight), weight.shape[-1], weight.shape[-1], device=weight.device)
+                for i, e in enumerate(range(chosen.start, chosen.stop)):
+                    rows = x[tokens[e]]
+                    rows = (rows if projection == experts.up_name else experts.intermediate(rows, e)).float()
+                    hessian[i] = rows.T @ (rows * weights[e][:, None])
+                self.ranks.sum(hessian)
+                quantized = self._solve_divided(weight, hessian, grid)
+                parts[projection].append(quantized)
+                errors[projection] += output_error(weight, quantized, hessian).tolist()
+                weight.copy_(quantized.dequantize(weight.dtype))
+        for projection, stack in parts.items():
+            name = f"{self.block.name}.{self.block.experts_name}.{projection}"
+            fields = (torch.cat([getattr(q, f) for q in stack]) for f in ("codes", "scale", "zero_point"))
+            self.solved[name] = Quantized(*fields, bits=grid.bits)
+            self.error[name] = sum(errors[projection]) / len(errors[projection])
+
+    def _solve_divided(self, weight: Tensor, hessian: Tensor, grid: Grid) -> Quantized:
+        """A stack of experts [S, O, I], divided among the processes and shared."""
+        num, world = len(weight), self.ranks.world
+        groups = weight.shape[-1] // grid.group_size
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        scale = torch.empty((*weight.shape[:-1], groups), dtype=torch.float16, device=weight.device)
+        zero = torch.empty((*weight.shape[:-1], groups), dtype=torch.uint8, device=weight.device)
+        shares = [slice(num * r // world, num * (r + 1) // world) for r in range(world)]
+        mine = shares[self.ranks.rank]
+        if mine.start < mine.stop:
+            solved = self._solve(weight[mine], hessian[mine], grid)
+            codes[mine], scale[mine], zero[mine] = solved.codes, solved.scale, solved.zero_point
+        for rank, share in enumerate(shares):
+            for tensor in (codes, scale, zero):
+                self.ranks.broadcast(tensor[share], rank)
+        return Quantized(codes, scale, zero, grid.bits)
+
+    def _tokens(self, routing: Routing) -> tuple[list[Tensor], list[Tensor]]:
+        """For each expert the tokens [n] that its Hessians are made of, and their weights [n].
+
+        They are those that the router sends it. An expert with fewer than `min_expert_tokens` (over all
+        processes) is starved: it borrows the other tokens that the router scores highest for it.
+        """
+        num_experts, wanted = self.block.num_experts, self.recipe.min_expert_tokens
+        load = self.ranks.sum(expert_load(routing.ids, num_experts)).tolist()
+        self.starved = [e for e in range(num_experts) if load[e] < wanted]
+        probabilities = routing.logits.softmax(-1)
+        tokens, weights = [], []
+        for e in range(num_experts):
+            chosen = (routing.ids == e).any(-1)
+            if load[e] < wanted:
+                chosen = chosen | self._borrowed(routing.logits[:, e].masked_fill(chosen, -torch.inf), wanted - load[e])
+            index = chosen.nonzero().squeeze(1)
+            tokens.append(index)
+            weight = probabilities[index, e].square()
+            weights.append(weight if self.recipe.affinity else torch.ones_like(weight))
+        return tokens, weights
+
+    def _borrowed(self, score: Tensor, num: int) -> Tensor:
+        """[N] mask of the `num` highest scores over all processes (all finite ones where there are fewer)."""
+        best = score.new_full((num,), -torch.inf)
+        top = score.topk(min(num, len(score))).values
+        best[: len(top)] = top
+        threshold = torch.cat(self.ranks.gather(best)).topk(num).values[-1]
+        return (score >= threshold) & score.isfinite()
