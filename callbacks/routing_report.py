@@ -45,8 +45,8 @@ class RoutingReport(BlockCallback):
             if trainer.is_global_zero:
                 print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; --ckpt_path last goes on")
             return
+        result = self._evaluate(trainer, module) if self.evaluate else None
         if trainer.is_global_zero:
-            result = self._evaluate(trainer, module) if self.evaluate else None
             pruning = {c.alpha: c.candidates for c in trainer.callbacks if isinstance(c, ExpertPruning) and c.alpha}
             report = build(module, trainer, module.block_stats(), result, pruning)
             write(module.run, report)
@@ -62,11 +62,11 @@ class RoutingReport(BlockCallback):
         original = load_original(module.name_or_path, module.dtype_name).to(module.device)
         subject = compressed.load(module.run.compressed).to(module.device)
         original_moe, subject_moe = MoEModel(original), MoEModel(subject)
-        after = evaluate(original_moe, subject_moe, data.heldout_windows, data.heldout_batch_size)
+        after = evaluate(original_moe, subject_moe, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks)
         if module.router_method == "none":
             return {"before": after, "after": after}
         subject_moe.put(module.untrained())
-        before = evaluate(original_moe, subject_moe, data.heldout_windows, data.heldout_batch_size)
+        before = evaluate(original_moe, subject_moe, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks)
         if not all(torch.isfinite(torch.tensor([*v.values()])).all() for v in after["perplexity"].values()):
             raise StoreError("the compressed model's perplexity is not finite: look at the blocks' quantization errors")
         return {"before": before, "after": after}

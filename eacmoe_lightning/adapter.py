@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
 
 import eacmoe_lightning.deepseek  # noqa: F401  (registers model_type "deepseek")
 from eacmoe_lightning.forced_selection import forced_weights
@@ -29,6 +30,12 @@ BUNDLED = Path(__file__).parent / "assets" / "tiny-moe"
 def resolve_model(name_or_path: str) -> str:
     """`bundled` is the MoE that the package ships; a directory or a hub id stands for itself."""
     return str(BUNDLED) if name_or_path == "bundled" else str(name_or_path)
+
+
+def local_directory(name_or_path: str) -> Path:
+    """Where a model's files lie: the directory itself, or the snapshot in the hub's cache."""
+    path = resolve_model(name_or_path)
+    return Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent
 
 
 def load_original(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:

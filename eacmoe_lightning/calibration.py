@@ -99,8 +99,8 @@ class Calibration:
         with self.phase("attention"):
             self._solve_part("attention")
             if block.is_moe:
-                rows = torch.cat(list(streams.inputs_of(block, block.router)))
-                self._router_input = rows.view(*streams.x_hat.shape[:2], -1)
+                rows = [x.cpu() for x in streams.inputs_of(block, block.router)]
+                self._router_input = torch.cat(rows).view(*streams.x_hat.shape[:2], -1)
                 self._count_shift("before")
         self.entered = True
 
@@ -166,9 +166,14 @@ class Calibration:
     @torch.no_grad()
     def ridge_router(self, num_targets: int, strength: float) -> Tensor:
         """The closed-form router [E, D] of the current block (see `ridge`)."""
-        x, teacher = self._router_input.flatten(0, 1), self._teacher.logits
-        residual = teacher - self.block.router_logits(x)
-        gram, cross = ridge.normal_equations(x.float(), residual, teacher.topk(num_targets, dim=-1).indices)
+        gram = cross = 0
+        teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
+        for rows in self.streams.slices:
+            x = self.streams.to_device(self._router_input[rows].flatten(0, 1))
+            target = self.streams.to_device(teacher[rows].flatten(0, 1))
+            residual = target - self.block.router_logits(x)
+            sums = ridge.normal_equations(x.float(), residual, target.topk(num_targets, dim=-1).indices)
+            gram, cross = gram + sums[0], cross + sums[1]
         self.ranks.sum(gram)
         self.ranks.sum(cross)
         return ridge.solve(self.block.router_weight.float(), gram, cross, strength)
@@ -184,8 +189,8 @@ class Calibration:
         self.stats.setdefault("expert_load", {})[name] = load.tolist()
 
     def _route(self) -> Routing:
-        slices = self.streams.slices
-        return concatenate([self.block.route(self._router_input[rows].flatten(0, 1)) for rows in slices])
+        batches = (self.streams.to_device(self._router_input[rows].flatten(0, 1)) for rows in self.streams.slices)
+        return concatenate([self.block.route(x) for x in batches])
 
     # --- between blocks -----------------------------------------------------------------------------------
 

@@ -37,11 +37,11 @@ class Comparison(LightningModule):
             self._outside |= load_subject(self.name_or_path, self.dtype_name, self.evaluate, self.run)
             for model in (self._outside["original"], self._outside["subject"]):
                 if model is not None:
-                    model.model.to(self.device)
+                    model.model.to(self.trainer.strategy.root_device)
 
     def _start_evaluation(self, split: bool) -> None:
         original, subject = self._outside["original"], self._outside["subject"]
-        self._outside["evaluation"] = Evaluation(original, subject, split, self.device)
+        self._outside["evaluation"] = Evaluation(original, subject, split)
 
     def on_validation_epoch_start(self) -> None:
         self._start_evaluation(split=False)

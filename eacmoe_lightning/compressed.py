@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from eacmoe_lightning.adapter import MoEModel, resolve_model
+from eacmoe_lightning.adapter import MoEModel, local_directory, resolve_model
 from eacmoe_lightning.grid import Quantized, packed, take_quantized
 from eacmoe_lightning.store import StoreError, read_tensors, write_json, write_tensors
 
@@ -54,10 +54,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def fingerprint(name_or_path: str) -> str:
-    """SHA-256 over the original's config and its weight files' headers, ends and sizes; a hub id stands for itself."""
-    path = Path(resolve_model(name_or_path))
-    if not path.is_dir():
-        return name_or_path
+    """SHA-256 over the original's config and its weight files' headers, ends and sizes."""
+    path = local_directory(name_or_path)
     sha = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("*.safetensors")):
         with open(file, "rb") as stream:

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import SumMetric
 
 from eacmoe_lightning import compressed as compressed_format
-from eacmoe_lightning.adapter import MoEModel, load_original, resolve_model
+from eacmoe_lightning.adapter import MoEModel, load_original, local_directory
+from eacmoe_lightning.data import shard
 from eacmoe_lightning.expert_shift import ExpertShift, mean_rates
+from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.store import RunDirectory
 
 
@@ -81,35 +83,29 @@ def token_log_likelihoods(model: MoEModel, input_ids: Tensor) -> Tensor:
     return -next_token_nll(model.model(input_ids=input_ids, use_cache=False).logits, input_ids)
 
 
-class Evaluation(nn.Module):
+class Evaluation:
     """Gathers `Streams` over texts, batches and processes.
 
     Args:
         original: the reference, or None where the subject is an original model.
         subject: what is evaluated.
         split: whether `run_streams` is asked for the split of the damage.
-        device: where the sums are kept.
     """
 
-    def __init__(
-        self, original: MoEModel | None, subject: MoEModel, split: bool, device: torch.device | str = "cpu"
-    ) -> None:
-        super().__init__()
-        self.original, self.subject, self.split, self.where = original, subject, split, device
+    def __init__(self, original: MoEModel | None, subject: MoEModel, split: bool) -> None:
+        self.original, self.subject, self.split = original, subject, split
         self.names = ["original"] + (["compressed"] if original else [])
         self.names += ["selection_damage", "weight_damage"] if original and split else []
-        self.nll = nn.ModuleDict()
-        self.shift = nn.ModuleDict()
+        self.nll: dict[str, dict[str, SumMetric]] = {}  # text -> stream, and `tokens`
+        self.shift: dict[str, ExpertShift] = {}  # text
 
     def _open(self, text: str) -> None:
         if text in self.nll:
             return
-        sums = {name: SumMetric() for name in [*self.names, "tokens"]}
-        for metric in sums.values():
-            metric.set_dtype(torch.float64)
-        self.nll[text] = nn.ModuleDict(sums).to(self.where)
+        device = self.subject.device
+        self.nll[text] = {name: SumMetric().set_dtype(torch.float64).to(device) for name in [*self.names, "tokens"]}
         if self.original is not None:
-            self.shift[text] = ExpertShift(len(self.subject.moe_blocks), self.subject.top_k).to(self.where)
+            self.shift[text] = ExpertShift(len(self.subject.moe_blocks), self.subject.top_k).to(device)
 
     def update(self, text: str, streams: Streams) -> None:
         self._open(text)
@@ -151,14 +147,21 @@ class Evaluation(nn.Module):
 
 @torch.no_grad()
 def evaluate(
-    original: MoEModel | None, subject: MoEModel, texts: dict[str, Tensor], batch_size: int, split: bool = False
-) -> dict:
-    """`Evaluation.compute` over named windows [S, T], in this process alone."""
+    original: MoEModel | None,
+    subject: MoEModel,
+    texts: dict[str, Tensor],
+    batch_size: int,
+    split: bool = False,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """`Evaluation.compute` over named windows [S, T], divided among the processes."""
+    ranks = ranks or Ranks()
     evaluation = Evaluation(original, subject, split)
     for text, windows in texts.items():
-        for start in range(0, len(windows), batch_size):
-            streams = run_streams(original, subject, windows[start : start + batch_size].to(subject.device), split)
-            evaluation.update(text, streams)
+        own = shard(len(windows), ranks.rank, ranks.world)
+        for start in range(own.start, own.stop, batch_size):
+            batch = windows[start : min(start + batch_size, own.stop)].to(subject.device)
+            evaluation.update(text, run_streams(original, subject, batch, split))
     return evaluation.compute(list(texts))
 
 
@@ -189,7 +192,7 @@ def load_subject(name_or_path: str, dtype: str, path: str | None, run: RunDirect
         source = recorded if name_or_path == "bundled" else name_or_path
         original = load_original(source, str(subject.dtype).rpartition(".")[2])
         size = {
-            "original": compressed_format.size_of(resolve_model(source)),
+            "original": compressed_format.size_of(local_directory(source)),
             "compressed": compressed_format.size_of(place),
         }
         return {"subject": MoEModel(subject), "original": MoEModel(original), "size_bytes": size}
@@ -198,5 +201,5 @@ def load_subject(name_or_path: str, dtype: str, path: str | None, run: RunDirect
             f"there is no run in {run.path} (--trainer.default_root_dir): run `fit` first, or say with "
             "--model.evaluate which run directory, compressed directory or original model to look at"
         )
-    size = {"original": compressed_format.size_of(resolve_model(path))}
+    size = {"original": compressed_format.size_of(local_directory(path))}
     return {"subject": MoEModel(load_original(path, dtype)), "original": None, "size_bytes": size}

@@ -154,11 +154,14 @@ class QESC(Comparison):
             super().setup(stage)
             return
         model = load_original(self.name_or_path, self.dtype_name)
-        moe = self._outside["moe"] = MoEModel(model.to(self.device).requires_grad_(False))
+        moe = self._outside["moe"] = MoEModel(model.to(self.trainer.strategy.root_device).requires_grad_(False))
         self.recipe.check(moe)
         self.router_loss.num_targets(moe.num_experts, moe.top_k)  # a k that does not fit is said now
         moe.check_finite()
-        self.run.start(self.identity(), resume=getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None))
+        if self.trainer.is_global_zero:
+            resumes = getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None)
+            self.run.start(self.identity(), resumes)
+        self.trainer.strategy.barrier()
         for block in moe.moe_blocks:
             self.routers[f"block_{block.index:03d}"] = nn.Parameter(block.router_weight.detach().float().clone())
         if self.joint_epochs and self.joint_norms:
@@ -225,13 +228,16 @@ class QESC(Comparison):
         """Whether the current epoch is the last of its block."""
         return not self.is_joint and (self.current_epoch + 1) % self.router_epochs == 0
 
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.global_rank, self.trainer.world_size, self.trainer.strategy.root_device)
+
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule
         own = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
-        ranks = Ranks(self.global_rank, self.trainer.world_size)
         windows = data.calibration_windows[own.start : own.stop]
-        streams = Streams(self.moe, windows, own.start, data.batch_size, self.run, ranks)
-        self._outside["calibration"] = Calibration(self.moe, self.recipe, streams, self.run, ranks)
+        streams = Streams(self.moe, windows, own.start, data.batch_size, self.run, self.ranks)
+        self._outside["calibration"] = Calibration(self.moe, self.recipe, streams, self.run, self.ranks)
 
     def enter_block(self) -> None:
         """Brings the streams to the current epoch's block. Idempotent."""
@@ -279,8 +285,8 @@ class QESC(Comparison):
         """Mean over the global batch's tokens; this process holds some of its windows, or none."""
         block = self.moe.blocks[self.block_index]
         x, teacher = self.calibration.router_rows(batch["index"])
-        student = block.router_logits(x.detach(), self.routers[f"block_{block.index:03d}"])
-        losses = self.router_loss(student, teacher.detach(), self.moe.top_k)
+        student = block.router_logits(x.to(self.device), self.routers[f"block_{block.index:03d}"])
+        losses = self.router_loss(student, teacher.to(self.device), self.moe.top_k)
         return self._global_mean(losses, batch)
 
     def _joint_loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -293,7 +299,7 @@ class QESC(Comparison):
                 self.moe.model, self.trained(), (batch["input_ids"],), {"use_cache": False}
             ).logits
         losses = nn.functional.kl_div(logits.float().log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
-        selection = [self.router_loss(students[i], teacher, self.moe.top_k) for i, teacher in teachers.items()]
+        selection = [self.router_loss(students[i], t.to(self.device), self.moe.top_k) for i, t in teachers.items()]
         return self._global_mean(losses.flatten() + self.joint_selection * torch.stack(selection).mean(0), batch)
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among those of the run.
+
+    Attributes:
+        rank, world: which of how many.
+        device: where the backend wants its tensors (NCCL takes none from the CPU).
+    """
+
     rank: int = 0
     world: int = 1
+    device: torch.device = torch.device("cpu")
 
     @property
     def is_first(self) -> bool:
@@ -20,22 +29,27 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds a tensor up over all processes, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            moved = tensor.to(self.device)
+            dist.all_reduce(moved)
+            tensor.copy_(moved)
         return tensor
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """Copies the source's tensor into everybody's, in place."""
         if self.world > 1:
-            dist.broadcast(tensor, source)
+            moved = tensor.to(self.device)
+            dist.broadcast(moved, source)
+            tensor.copy_(moved)
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Everybody's tensor (of one shape), in the order of the ranks."""
         if self.world == 1:
             return [tensor]
-        gathered = [tensor.new_empty(tensor.shape) for _ in range(self.world)]
-        dist.all_gather(gathered, tensor.contiguous())
-        return gathered
+        moved = tensor.to(self.device).contiguous()
+        gathered = [torch.empty_like(moved) for _ in range(self.world)]
+        dist.all_gather(gathered, moved)
+        return [other.to(tensor.device) for other in gathered]
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from eacmoe_lightning.adapter import resolve_model
+from eacmoe_lightning.adapter import local_directory
 from eacmoe_lightning.compressed import size_of
 from eacmoe_lightning.expert_shift import RATES, mean_rates
 from eacmoe_lightning.recipe import nominal_bits, num_quantized
@@ -59,7 +59,10 @@ def build(
             "top_k": moe.top_k,
         },
         "bits": {"nominal": nominal_bits(moe, module.recipe), "true": _true_bits(run, moe)},
-        "size_bytes": {"original": size_of(resolve_model(module.name_or_path)), "compressed": size_of(run.compressed)},
+        "size_bytes": {
+            "original": size_of(local_directory(module.name_or_path)),
+            "compressed": size_of(run.compressed),
+        },
         "router": {"method": module.router_method, "joint_epochs": module.joint_epochs},
         "experts": {
             "starved": sum(len(s["starved"]) for s in moe_stats),

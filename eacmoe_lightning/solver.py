@@ -78,8 +78,8 @@ class BlockSolver:
         """Quantizes both projections of every expert, as many experts at a time as their Hessians allow.
 
         Args:
-            x: [N, D] the inputs of router and experts, this process's tokens.
-            routing: what the calibrated router says of them.
+            x: [N, D] the inputs of router and experts, this process's tokens, in host memory.
+            routing: what the calibrated router says of them, in host memory.
         """
         experts, grid = self.block.experts, self._grid("experts")
         tokens, weights = self._tokens(routing)
@@ -93,9 +93,9 @@ class BlockSolver:
                 weight = experts.weight(projection)[chosen]
                 hessian = torch.zeros(len(weight), weight.shape[-1], weight.shape[-1], device=weight.device)
                 for i, e in enumerate(range(chosen.start, chosen.stop)):
-                    rows = x[tokens[e]]
+                    rows = x[tokens[e]].to(weight.device)
                     rows = (rows if projection == experts.up_name else experts.intermediate(rows, e)).float()
-                    hessian[i] = rows.T @ (rows * weights[e][:, None])
+                    hessian[i] = rows.T @ (rows * weights[e].to(weight.device)[:, None])
                 self.ranks.sum(hessian)
                 quantized = self._solve_divided(weight, hessian, grid)
                 parts[projection].append(quantized)

@@ -1,7 +1,8 @@
 """Both hidden streams of this process's windows, and where they rest between blocks.
 
-x is what full precision produces, x_hat what the compressed prefix produces, each [S, T, D] in float32. The original
-router's logits are kept beside them: the joint stage needs those of every block again.
+x is what full precision produces, x_hat what the compressed prefix produces, each [S, T, D] in float32 in host memory;
+batches of them visit the model's device. The original router's logits are kept beside them: the joint stage needs those
+of every block again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Streams:
             h, kwargs = self.moe.embed(self.windows[rows].to(self.moe.device))
             self._kwargs.setdefault(len(h), kwargs)
             hidden.append(h)
-        self.x = self.x_hat = torch.cat(hidden).float()
+        self.x = self.x_hat = torch.cat(hidden).float().cpu()
 
     # --- through a block ----------------------------------------------------------------------------
 
@@ -52,9 +53,12 @@ class Streams:
         outputs, routings = [], []
         for rows in self.slices:
             output, routing = block.forward(self._batch(stream, rows), self._kwargs_of(block, rows))
-            outputs.append(output.to(stream.dtype))
+            outputs.append(output.to(stream.device, stream.dtype))
             routings.append(routing)
         return torch.cat(outputs), concatenate(routings) if block.is_moe else None
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.moe.device)
 
     def inputs_of(self, block: Block, module: nn.Module) -> Iterator[Tensor]:
         """What reaches a module of the block in the compressed stream: pieces [n, I]."""
@@ -74,8 +78,8 @@ class Streams:
     # --- by window, for training -----------------------------------------------------------------------
 
     def local(self, window_ids: Tensor) -> Tensor:
-        """Global window indices [b] as indices into this process's windows."""
-        return window_ids - self.first_window
+        """Global window indices [b] as indices into this process's windows, in host memory."""
+        return window_ids.cpu() - self.first_window
 
     def joint_rows(self, window_ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Of some windows by global index [b]: the original's last hidden state [b, T, D], and by MoE block the
@@ -126,4 +130,5 @@ class Streams:
 
 
 def concatenate(routings: list[Routing]) -> Routing:
-    return Routing(*(torch.cat([getattr(r, f) for r in routings]) for f in ("logits", "ids", "weights")))
+    """One `Routing` of many, in host memory."""
+    return Routing(*(torch.cat([getattr(r, f).cpu() for r in routings]) for f in ("logits", "ids", "weights")))
