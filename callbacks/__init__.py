@@ -11,6 +11,7 @@ from eacmoe_lightning.callbacks.expert_pruning import ExpertPruning  # isort: sk
 from eacmoe_lightning.callbacks.compressed_model import CompressedModel  # isort: skip
 from eacmoe_lightning.callbacks.routing_report import RoutingReport  # isort: skip
 from eacmoe_lightning.callbacks.block_progress import BlockProgress  # isort: skip
+from eacmoe_lightning.callbacks.phase_cost import PhaseCost  # isort: skip
 from eacmoe_lightning.callbacks.token_scores import TokenScores  # isort: skip
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ExpertFrequency",
     "ExpertPruning",
     "LayerwiseQuantization",
+    "PhaseCost",
     "RoutingReport",
     "TokenScores",
 ]

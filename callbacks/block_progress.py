@@ -24,7 +24,11 @@ class BlockProgress(TQDMProgressBar, BlockCallback):
         self.train_progress_bar.reset(module.num_epochs)
         self._show(trainer.current_epoch, "starting")
 
-    def on_phase_start(self, trainer: Trainer, module: QESC, block: int, phase: str) -> None:
+    def on_phase_start(self, trainer: Trainer, module: QESC, block: int | None, phase: str) -> None:
+        if block is None:
+            self._show(trainer.current_epoch, "all routers together" if phase == "joint" else phase)
+            self.train_progress_bar.set_postfix_str("")
+            return
         num_blocks = len(module.moe.blocks)
         self._show(trainer.current_epoch, f"block {block + 1}/{num_blocks} {phase}")
         done = block + PHASES.index(phase) / len(PHASES) - self.first_block
@@ -33,9 +37,7 @@ class BlockProgress(TQDMProgressBar, BlockCallback):
             self.train_progress_bar.set_postfix_str(f"blocks {self.train_progress_bar.format_interval(seconds)} left")
 
     def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
-        if trainer.lightning_module.is_joint:
-            self._show(trainer.current_epoch, "all routers together")
-            self.train_progress_bar.set_postfix_str("")
+        """The phases say what runs."""
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
         """A batch is too small a step for this bar."""

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from eacmoe_lightning import compressed
+from eacmoe_lightning.callbacks.block_callback import phase
 from eacmoe_lightning.qesc import QESC
 from eacmoe_lightning.store import StoreError
 
@@ -19,7 +20,8 @@ class CompressedModel(Callback):
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch >= module.num_epochs and trainer.is_global_zero:
-            self.write(trainer, module)
+            with phase(trainer, None, "write"):
+                self.write(trainer, module)
         trainer.strategy.barrier()
 
     @torch.no_grad()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lightning.pytorch import Callback, Trainer
 
-from eacmoe_lightning.callbacks.block_callback import tell
+from eacmoe_lightning.callbacks.block_callback import phase, tell
 from eacmoe_lightning.qesc import QESC
 
 
@@ -17,14 +19,16 @@ class LayerwiseQuantization(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, module: QESC) -> None:
-        module.calibration.on_phase = lambda block, phase: tell(trainer, "on_phase_start", block, phase)
+        module.calibration.phase = partial(phase, trainer)
 
     def on_train_batch_start(self, trainer: Trainer, module: QESC, batch, batch_idx: int) -> None:
         module.enter_block()
         if batch_idx == 0:
+            tell(trainer, "on_phase_start", *self._training_phase(module))
             module.start_stage()
 
     def on_train_epoch_end(self, trainer: Trainer, module: QESC) -> None:
+        tell(trainer, "on_phase_end", *self._training_phase(module))
         if module.is_last_pass:
             module.enter_block()
             key = f"block_{module.block_index:03d}"
@@ -35,3 +39,7 @@ class LayerwiseQuantization(Callback):
         if trainer.current_epoch >= module.num_epochs:
             module.calibration.restore_all()  # a run resumed behind its last epoch has not read the blocks yet
             module.put_trained()
+
+    @staticmethod
+    def _training_phase(module: QESC) -> tuple[int | None, str]:
+        return (None, "joint") if module.is_joint else (module.block_index, "router")

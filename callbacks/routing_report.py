@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 
 from eacmoe_lightning import compressed
 from eacmoe_lightning.adapter import MoEModel, load_original
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
+from eacmoe_lightning.callbacks.block_callback import BlockCallback, phase
 from eacmoe_lightning.callbacks.expert_pruning import ExpertPruning
 from eacmoe_lightning.evaluate import evaluate
 from eacmoe_lightning.expert_shift import RATES
@@ -29,14 +29,11 @@ class RoutingReport(BlockCallback):
 
     def on_block_end(self, trainer: Trainer, module: QESC, stats: dict) -> None:
         index = stats["block"]
-        costs = [row for row in module.run.read_costs() if row["block"] == index] if trainer.is_global_zero else []
         scalars = {f"quantization_error/{name.split('.', 3)[-1]}": value for name, value in stats["error"].items()}
         for when, rates in stats.get("expert_shift", {}).items():
             scalars |= {f"expert_shift_{rate}/{when}": rates[rate] for rate in (*RATES, "selections")}
         if "starved" in stats:
             scalars["experts/starved"] = len(stats["starved"])
-        scalars |= {f"seconds/{row['phase']}": row["seconds"] for row in costs}
-        scalars |= {f"peak_megabytes/{row['phase']}": row["peak_bytes"] / 2**20 for row in costs}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=index)
 
@@ -45,7 +42,10 @@ class RoutingReport(BlockCallback):
             if trainer.is_global_zero:
                 print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; --ckpt_path last goes on")
             return
-        result = self._evaluate(trainer, module) if self.evaluate else None
+        result = None
+        if self.evaluate:
+            with phase(trainer, None, "evaluate"):
+                result = self._evaluate(trainer, module)
         if trainer.is_global_zero:
             pruning = {c.alpha: c.candidates for c in trainer.callbacks if isinstance(c, ExpertPruning) and c.alpha}
             report = build(module, trainer, module.block_stats(), result, pruning)

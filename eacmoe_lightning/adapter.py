@@ -257,6 +257,9 @@ class MoEModel:
         self.model = model
         self.config = model.config.get_text_config()
         self.decoder, self.blocks = _find_blocks(model)
+        for block in self.blocks:
+            if block.is_moe:
+                _keep_float32(block)
         if not any(block.is_moe for block in self.blocks):
             raise ValueError(
                 f"{model.config.model_type!r} has no routed experts in any of its {len(self.blocks)} blocks: it is a "
@@ -355,6 +358,19 @@ class MoEModel:
                     f"{name} of the original model holds NaN or infinite values: the checkpoint is damaged, or "
                     "overflowed in --model.dtype; repair it or load it in float32"
                 )
+
+
+def _keep_float32(block: Block) -> None:
+    """Takes the router out of mixed precision: in bfloat16 its logits would flip selections by themselves."""
+    router, forward = block.router, block.router.forward
+
+    def without_autocast(hidden: Tensor, *args, **kwargs):
+        if not torch.is_autocast_enabled(hidden.device.type):
+            return forward(hidden, *args, **kwargs)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return forward(hidden.to(block.router_weight.dtype), *args, **kwargs)
+
+    router.forward = without_autocast
 
 
 # --- finding the parts ---------------------------------------------------------------------------

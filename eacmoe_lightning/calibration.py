@@ -13,9 +13,8 @@ the current one are compressed, the others original.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ from eacmoe_lightning import ridge
 from eacmoe_lightning.adapter import Block, MoEModel, Routing
 from eacmoe_lightning.expert_shift import change_counts, change_rates, expert_load
 from eacmoe_lightning.grid import Quantized, packed, take_quantized
-from eacmoe_lightning.memory import peak_memory, reset_peak_memory
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 from eacmoe_lightning.solver import BlockSolver
@@ -45,7 +43,7 @@ class Calibration:
         streams: the calibration windows of this process.
         run: where finished blocks are kept.
         ranks: the processes.
-        on_phase: called with (block, phase) when a phase begins.
+        phase: gives a context, by block and phase, in which the phase runs: for whoever watches.
     """
 
     def __init__(
@@ -55,10 +53,10 @@ class Calibration:
         streams: Streams,
         run: RunDirectory,
         ranks: Ranks,
-        on_phase: Callable[[int, str], None] = lambda block, phase: None,
+        phase: Callable[[int, str], AbstractContextManager] = lambda block, phase: nullcontext(),
     ) -> None:
         self.moe, self.recipe, self.streams, self.run, self.ranks = moe, recipe, streams, run, ranks
-        self.on_phase = on_phase
+        self.phase = phase
         self.at: int | None = None  # the block that the streams have reached
         self.entered = False  # whether it was observed and its attention solved
         self.solver: BlockSolver | None = None
@@ -93,10 +91,10 @@ class Calibration:
         block, streams = self.block, self.streams
         self.solver = BlockSolver(block, len(self.moe.blocks), self.recipe, self.ranks)
         self.stats = {"block": block.index, "name": block.name}
-        with self.phase("observe"):
+        with self.phase(block.index, "observe"):
             self._x_next = self._observe()
             self._groups = streams.input_groups(block)
-        with self.phase("attention"):
+        with self.phase(block.index, "attention"):
             self._solve_part("attention")
             if block.is_moe:
                 rows = [x.cpu() for x in streams.inputs_of(block, block.router)]
@@ -119,7 +117,7 @@ class Calibration:
             The block's statistics, as in the report.
         """
         block, streams = self.block, self.streams
-        with self.phase("experts"):
+        with self.phase(block.index, "experts"):
             if block.is_moe:
                 block.router_weight.copy_(router)
                 self._count_shift("after")
@@ -127,7 +125,7 @@ class Calibration:
             if block.is_moe:
                 self.solver.solve_experts(self._router_input.flatten(0, 1), self._route())
                 self.stats["starved"] = self.solver.starved
-        with self.phase("replay"):
+        with self.phase(block.index, "replay"):
             streams.x_hat, _ = streams.forward(block, streams.x_hat)
             streams.x = self._x_next
         self.stats["error"] = self.solver.error
@@ -144,16 +142,6 @@ class Calibration:
             if self.block.linears[names[0]] == part:
                 inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]))
                 self.solver.solve_linears(names, inputs)
-
-    @contextmanager
-    def phase(self, name: str):
-        """Announces a phase of the current block, and writes down what it cost."""
-        self.on_phase(self.block.index, name)
-        reset_peak_memory()
-        start = time.perf_counter()
-        yield
-        if self.ranks.is_first:
-            self.run.add_cost(self.block.index, name, time.perf_counter() - start, peak_memory())
 
     # --- the router's rows ------------------------------------------------------------------------------
 

@@ -89,6 +89,7 @@ class CommandLine(LightningCLI):
             callbacks.ExpertFrequency(),
             callbacks.CompressedModel(),
             callbacks.RoutingReport(),
+            callbacks.PhaseCost(),
             callbacks.TokenScores(),
         ]
         if self.config[self.subcommand]["trainer"].get("enable_progress_bar") is not False:

@@ -184,6 +184,10 @@ class QESC(Comparison):
         loss = self.router_loss
         return {
             "version": __version__,
+            **{
+                f"trainer.{n}": getattr(self.trainer, n)
+                for n in ("precision", "accumulate_grad_batches", "gradient_clip_val")
+            },
             "model.name_or_path": self.name_or_path,
             "model.fingerprint": fingerprint(self.name_or_path),
             "model.dtype": str(self.moe.model.dtype),
@@ -259,9 +263,8 @@ class QESC(Comparison):
             block = self.moe.blocks[self.block_index]
             closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
             if block.is_moe and closed_form:
-                with self.calibration.phase("router"):
-                    k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
-                    self.routers[f"block_{block.index:03d}"].data.copy_(self.calibration.ridge_router(k, self.ridge))
+                k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
+                self.routers[f"block_{block.index:03d}"].data.copy_(self.calibration.ridge_router(k, self.ridge))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["block_routers"] = self.block_routers

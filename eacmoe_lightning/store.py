@@ -183,8 +183,8 @@ class RunDirectory:
             if resume:
                 raise ValueError(f"there is no run to continue in {where}: leave out --ckpt_path to start one")
             strangers = [p.name for p in self.path.iterdir()] if self.path.exists() else []
-            known = {"checkpoints", "tensorboard", "config.yaml"}
-            if any(name not in known and not name.startswith(".") for name in strangers):
+            known = ("checkpoints", "tensorboard", "config.yaml", "validate.json", "test.json", "scores_", ".")
+            if any(not name.startswith(known) for name in strangers):
                 raise ValueError(
                     f"{where} is not empty and holds no run: {sorted(strangers)[:3]}. Pass an empty directory"
                 )
