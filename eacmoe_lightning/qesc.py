@@ -59,11 +59,11 @@ class QESC(Comparison):
         ridge: Strength of the closed form's penalty on drift, relative to the mean squared router input.
         joint_epochs: Passes of the last stage that trains all routers together with KL to the original's
             output; 0 leaves it out.
-        joint_lr: Its learning rate.
         joint_selection: Weight of the router loss, over all blocks, beside the KL divergence.
-        joint_norms: Whether it also trains the weights of the normalisations.
-        joint_scales: Whether it also trains the scales of the quantized weights; their codes stay.
-        joint_scale_lr: Learning rate of the scales, as a multiple of joint_lr.
+        joint_router_lr: Learning rate of the routers in the joint stage. This and the next two are relative to the
+            root mean square of each tensor, so that one number fits models of any scale.
+        joint_norm_lr: Of the weights of the normalisations; 0 leaves them as they are.
+        joint_scale_lr: Of the scales of the quantized weights, whose codes stay; 0 leaves them as they are.
         lr_schedule: Over each stage: constant, linear or cosine (to zero).
         weight_decay: Of AdamW.
         evaluate: What validate, test and predict look at: a run directory, a compressed directory or an original
@@ -94,11 +94,10 @@ class QESC(Comparison):
         router_warm_start: bool = False,
         ridge: float = 1e-3,
         joint_epochs: int = 1,
-        joint_lr: float = 1e-3,
         joint_selection: float = 1.0,
-        joint_norms: bool = True,
-        joint_scales: bool = False,
-        joint_scale_lr: float = 0.1,
+        joint_router_lr: float = 1e-2,
+        joint_norm_lr: float = 1e-3,
+        joint_scale_lr: float = 1e-3,
         lr_schedule: Literal["constant", "linear", "cosine"] = "cosine",
         weight_decay: float = 0.0,
         evaluate: str | None = None,
@@ -119,20 +118,16 @@ class QESC(Comparison):
             affinity=affinity,
             min_expert_tokens=min_expert_tokens,
         )
-        for option, value in (
-            ("router_epochs", router_epochs),
-            ("router_lr", router_lr),
-            ("ridge", ridge),
-            ("joint_lr", joint_lr),
-        ):
+        for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge)):
             if value <= 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is not positive")
-        if joint_epochs < 0:
-            raise ValueError(f"joint_epochs={joint_epochs} (--model.joint_epochs) is negative")
+        self.joint_lr = {"router": joint_router_lr, "norm": joint_norm_lr, "scale": joint_scale_lr}
+        for option, value in (("epochs", joint_epochs), *((f"{kind}_lr", lr) for kind, lr in self.joint_lr.items())):
+            if value < 0:
+                raise ValueError(f"joint_{option}={value} (--model.joint_{option}) is negative")
         self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
         self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
-        self.ridge, self.joint_lr, self.joint_selection = ridge, joint_lr, joint_selection
-        self.joint_norms, self.joint_scales, self.joint_scale_lr = joint_norms, joint_scales, joint_scale_lr
+        self.ridge, self.joint_selection = ridge, joint_selection
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.routers, self.norms, self.scales = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
@@ -164,10 +159,10 @@ class QESC(Comparison):
         self.trainer.strategy.barrier()
         for block in moe.moe_blocks:
             self.routers[f"block_{block.index:03d}"] = nn.Parameter(block.router_weight.detach().float().clone())
-        if self.joint_epochs and self.joint_norms:
+        if self.joint_epochs and self.joint_lr["norm"]:
             for name, weight in moe.norms():
                 self.norms[_key(name)] = nn.Parameter(weight.detach().float().clone())
-        if self.joint_epochs and self.joint_scales:  # their values are known once the blocks are solved
+        if self.joint_epochs and self.joint_lr["scale"]:  # their values are known once the blocks are solved
             for block in moe.blocks:
                 for name, (part, weight) in block.weights().items():
                     group_size = self.recipe.grid(block.index, len(moe.blocks), part).group_size
@@ -199,8 +194,8 @@ class QESC(Comparison):
             ],
             **{
                 f"model.{name}": getattr(self, name)
-                for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs", "joint_lr")
-                + ("joint_selection", "joint_norms", "joint_scales", "joint_scale_lr", "lr_schedule", "weight_decay")
+                for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
+                + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay")
             },
             **{
                 f"data.{name}": getattr(data, name)
@@ -255,10 +250,13 @@ class QESC(Comparison):
     def start_stage(self) -> None:
         """Before the first batch of an epoch: the closed form of a block's router, or the start of the joint stage."""
         if self.current_epoch == self.num_block_epochs:
-            self.optimizers(use_pl_optimizer=False).state.clear()  # moments of single blocks say nothing here
             self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
             for key, scale in self.scales.items():
                 scale.data.copy_(self.codes[_name(key)].scale)
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.state.clear()  # moments of single blocks say nothing here
+            for group in optimizer.param_groups:
+                group["rms"] = float(group["params"][0].detach().square().mean().sqrt())
         elif not self.is_joint and self.current_epoch % self.router_epochs == 0:
             block = self.moe.blocks[self.block_index]
             closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
@@ -352,8 +350,12 @@ class QESC(Comparison):
         return tensors
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = [{"params": [weight]} for weight in [*self.routers.values(), *self.norms.values()]]
-        groups += [{"params": [scale], "is_scale": True} for scale in self.scales.values()]
+        kinds = {"router": self.routers, "norm": self.norms, "scale": self.scales}
+        groups = [
+            {"params": [weight], "kind": kind, "rms": 1.0}
+            for kind, weights in kinds.items()
+            for weight in weights.values()
+        ]
         return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay)
 
     @property
@@ -365,16 +367,17 @@ class QESC(Comparison):
         if not self.takes_steps:
             optimizer_closure()
             return
+        factor = self.schedule(epoch, batch_idx)
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate(epoch, batch_idx) * (self.joint_scale_lr if "is_scale" in group else 1)
+            rate = self.joint_lr[group["kind"]] * group["rms"] if self.is_joint else self.router_lr
+            group["lr"] = factor * rate
         optimizer.step(closure=optimizer_closure)
 
-    def learning_rate(self, epoch: int, batch_idx: int) -> float:
-        """At one step of the current stage; a function of the position alone, so it needs no state."""
+    def schedule(self, epoch: int, batch_idx: int) -> float:
+        """Factor of the learning rate at a step of its stage: a function of the position alone, without state."""
         passes, first = (self.joint_epochs, self.num_block_epochs) if self.is_joint else (self.router_epochs, 0)
         done = ((epoch - first) % passes + batch_idx / self.trainer.num_training_batches) / passes
-        factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
-        return factor * (self.joint_lr if self.is_joint else self.router_lr)
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
 
 
 def _key(name: str) -> str:
