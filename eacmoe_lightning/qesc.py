@@ -2,11 +2,11 @@
 
 Epochs walk through the model: `router_epochs` passes over the calibration windows for block 0, then for block 1,
 and so on. A batch of windows stands for its tokens at the current block: the router's inputs in the compressed
-stream and the original router's logits. After the last block, `joint_epochs` train all routers together (and the
-norms) towards the original's output distribution. What happens to the weights between epochs is done by
+stream and the original router's logits. After the last block, `joint_epochs` train all routers together (with norms
+and scales) towards the original's output distribution. What happens to the weights between epochs is done by
 `callbacks.LayerwiseQuantization`.
 
-The language model itself stays outside the module tree: only routers and norms are parameters of the job, so
+The language model itself stays outside the module tree: only routers, norms and scales are parameters of the job, so
 checkpoints stay small.
 """
 
@@ -148,13 +148,15 @@ class QESC(Comparison):
         if stage != "fit":
             super().setup(stage)
             return
+        resumes = getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None)
+        if self.trainer.is_global_zero:
+            self.run.check(self.identity(), resumes)  # before a large model is read
         model = load_original(self.name_or_path, self.dtype_name)
         moe = self._outside["moe"] = MoEModel(model.to(self.trainer.strategy.root_device).requires_grad_(False))
         self.recipe.check(moe)
         self.router_loss.num_targets(moe.num_experts, moe.top_k)  # a k that does not fit is said now
         moe.check_finite()
         if self.trainer.is_global_zero:
-            resumes = getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None)
             self.run.start(self.identity(), resumes)
         self.trainer.strategy.barrier()
         for block in moe.moe_blocks:
@@ -181,11 +183,11 @@ class QESC(Comparison):
             "version": __version__,
             **{
                 f"trainer.{n}": getattr(self.trainer, n)
-                for n in ("precision", "accumulate_grad_batches", "gradient_clip_val")
+                for n in ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
             },
             "model.name_or_path": self.name_or_path,
             "model.fingerprint": fingerprint(self.name_or_path),
-            "model.dtype": str(self.moe.model.dtype),
+            "model.dtype": self.dtype_name,
             **{f"model.{name}": value for name, value in vars(self.recipe).items()},
             "model.router_method": self.router_method,
             "model.router_loss": [

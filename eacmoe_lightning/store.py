@@ -168,27 +168,25 @@ class RunDirectory:
         """Frees the disk once nothing is left to be computed."""
         shutil.rmtree(self.path / "streams", ignore_errors=True)
 
-    def start(self, identity: dict[str, Any], resume: bool) -> None:
-        """Claims the directory for a run, or checks that it holds this very run.
+    def check(self, identity: dict[str, Any], resume: bool) -> None:
+        """Raises where a run cannot start or go on here; writes nothing.
 
         Args:
             identity: what the result depends on, by option.
             resume: whether `--ckpt_path` was given.
 
         Raises:
-            ValueError: the directory holds another run, or this one and `--ckpt_path` is missing.
+            ValueError: the directory holds another run, or this one and `--ckpt_path` is missing, or none.
+            StoreError: `run.json` cannot be read.
         """
         where = f"{self.path} (--trainer.default_root_dir)"
         if not self.manifest.exists():
             if resume:
                 raise ValueError(f"there is no run to continue in {where}: leave out --ckpt_path to start one")
-            strangers = [p.name for p in self.path.iterdir()] if self.path.exists() else []
             known = ("checkpoints", "tensorboard", "config.yaml", "validate.json", "test.json", "scores_", ".")
-            if any(not name.startswith(known) for name in strangers):
-                raise ValueError(
-                    f"{where} is not empty and holds no run: {sorted(strangers)[:3]}. Pass an empty directory"
-                )
-            write_json(self.manifest, identity)
+            names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
+            if strangers := [name for name in names if not name.startswith(known)]:
+                raise ValueError(f"{where} is not empty and holds no run: {strangers[:3]}. Pass an empty directory")
             return
         try:
             held = json.loads(self.manifest.read_text())
@@ -199,11 +197,17 @@ class RunDirectory:
         identity = json.loads(json.dumps(identity))
         different = sorted(key for key in held.keys() | identity.keys() if held.get(key) != identity.get(key))
         if different:
-            key = different[0]
+            key, more = different[0], len(different) - 1
             raise ValueError(
-                f"{where} holds a run with other settings: {key} was {held.get(key)!r} and is now {identity.get(key)!r}"
-                f"{f', and {len(different) - 1} more differ' if len(different) > 1 else ''}. Nothing was changed: pass "
+                f"{where} holds a run with other settings: {key} was {held.get(key)!r} and is now "
+                f"{identity.get(key)!r}{f', and {more} more differ' if more else ''}. Nothing was changed: pass "
                 "another --trainer.default_root_dir, or the settings of that run"
             )
         if not resume:
             raise ValueError(f"{where} already holds this run: add --ckpt_path last to continue it")
+
+    def start(self, identity: dict[str, Any], resume: bool) -> None:
+        """Claims the directory for a run, or checks that it holds this very run (see `check`)."""
+        self.check(identity, resume)
+        if not self.manifest.exists():
+            write_json(self.manifest, identity)
