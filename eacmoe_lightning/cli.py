@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
 
 from eacmoe_lightning import callbacks
 from eacmoe_lightning.checkpoint_io import AtomicCheckpointIO
@@ -31,6 +32,19 @@ class CalibrationTrainer(Trainer):
     def fit(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> None:
         self.resumes = ckpt_path is not None
         super().fit(*args, ckpt_path=ckpt_path, **kwargs)
+
+
+    def _run_stage(self) -> Any:
+        """Lightning leaves its loop at once when a resumed run has no epoch left: what ends a run is still owed."""
+        progress = self.fit_loop.epoch_progress.current
+        is_behind_last_epoch = self.training and progress.processed >= self.fit_loop.max_epochs
+        results = super()._run_stage()
+        if is_behind_last_epoch:
+            progress.completed = progress.processed
+            for hook in ("on_train_start", "on_train_end"):
+                _call_callback_hooks(self, hook)
+                _call_lightning_module_hook(self, hook)
+        return results
 
 
 class SaveRunConfig(SaveConfigCallback):
