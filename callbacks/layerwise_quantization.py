@@ -37,7 +37,7 @@ class LayerwiseQuantization(Callback):
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch >= module.num_epochs:
-            module.calibration.restore_all()  # a run resumed behind its last epoch has not read the blocks yet
+            module.enter_end()
             module.put_trained()
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -17,4 +18,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError("storage_options are for remote file systems; a run directory is a local path")
-        write_atomically(Path(path), lambda partial: torch.save(checkpoint, partial))
+        content = io.BytesIO()  # torch.save hides a full disk behind an error of its own
+        torch.save(checkpoint, content)
+        write_atomically(Path(path), lambda partial: partial.write_bytes(content.getbuffer()))

@@ -33,7 +33,6 @@ class CalibrationTrainer(Trainer):
         self.resumes = ckpt_path is not None
         super().fit(*args, ckpt_path=ckpt_path, **kwargs)
 
-
     def _run_stage(self) -> Any:
         """Lightning leaves its loop at once when a resumed run has no epoch left: what ends a run is still owed."""
         progress = self.fit_loop.epoch_progress.current
@@ -51,8 +50,10 @@ class SaveRunConfig(SaveConfigCallback):
     """The config of `fit` beside its TensorBoard logs; evaluations do not replace it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Nothing yet: the module may still refuse the run directory."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class CommandLine(LightningCLI):

@@ -263,10 +263,11 @@ class TextWindows(L.LightningDataModule):
 
     def _windows(self, option: str, source: str, number: str, num: int | None, seed: int | None = None) -> Tensor:
         """Windows [S, T] of one source, with the option that named it in any error."""
+        tokenizer = self._tokenizer
         try:
             return token_windows(
                 read_documents(source),
-                self._tokenizer,
+                tokenizer,
                 num,
                 self.window_length,
                 seed,

@@ -51,7 +51,8 @@ def gptq(
     diagonal = h.diagonal(dim1=-2, dim2=-1)  # [S, I] view
     dead = diagonal <= 0
     w.masked_fill_(dead.unsqueeze(1), 0)  # inputs that are always zero: nothing depends on their weight
-    diagonal[dead] = 1
+    live = (diagonal * ~dead).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)  # [S, 1]
+    diagonal.copy_(torch.where(dead, torch.where(live > 0, live, 1.0), diagonal))
 
     groups = columns // grid.group_size
     if act_order:

@@ -192,7 +192,7 @@ class QESC(Comparison):
             "model.router_method": self.router_method,
             "model.router_loss": [
                 type(loss).__name__,
-                {k: v for k, v in vars(loss).items() if isinstance(v, int | float | None)},
+                {k: v for k, v in vars(loss).items() if k[0] != "_" and isinstance(v, int | float | None)},
             ],
             **{
                 f"model.{name}": getattr(self, name)
@@ -245,6 +245,13 @@ class QESC(Comparison):
         routers = self.block_routers or {key: weight.detach() for key, weight in self.routers.items()}
         self.calibration.enter(self.block_index, {int(key[6:]): weight for key, weight in routers.items()})
 
+    def enter_end(self) -> None:
+        """Puts every block as it was written in the model's place: a run resumed at its end has read none of them."""
+        if all(self.run.block(block.index).exists() for block in self.moe.blocks):
+            self.calibration.restore_all()
+        else:
+            self.enter_block()
+
     def block_stats(self) -> list[dict[str, Any]]:
         """The statistics of every block, as their files hold them (`Calibration.leave`)."""
         return [read_block(self.run, block.index)[2] for block in self.moe.blocks]
@@ -271,6 +278,11 @@ class QESC(Comparison):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.block_routers = checkpoint["block_routers"]
+        # Each resume behind an epoch's last batch leaves Lightning's total one `completed` short; the next such resume
+        # would then not be recognised, and the epoch trained twice.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        total, current = progress["total"], progress["current"]
+        total["completed"] = total["processed"] - (current["processed"] - current["completed"])
 
     # --- gradient steps -----------------------------------------------------------------------------------
 

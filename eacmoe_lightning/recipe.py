@@ -47,10 +47,12 @@ class Recipe:
     min_expert_tokens: int = 256
 
     def __post_init__(self) -> None:
+        if not self.bits:
+            raise ValueError("bits=[] (--model.bits) is empty: pass a number, or one for each part of the blocks")
         for name, bits in [("bits", b) for b in self.bits] + [("attention_bits", self.attention_bits)]:
             _check_bits(name, bits)
         if self.shared_bits is not None:
-            _check_bits("shared_bits", self.shared_bits)
+            _check_bits("shared_expert_bits", self.shared_bits)
         if self.quantizer not in ("gptq", "rtn"):
             raise ValueError(f"quantizer={self.quantizer!r} (--model.quantizer) is neither 'gptq' nor 'rtn'")
         _check_group_size("group_size", self.group_size)

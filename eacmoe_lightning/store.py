@@ -46,7 +46,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except BaseException as error:
         size = partial.stat().st_size if partial.exists() else 0
         partial.unlink(missing_ok=True)
         if is_disk_full(error):
@@ -151,8 +151,9 @@ class RunDirectory:
         """Appends one phase's cost: what was computed again after an interruption counts again."""
         row = {"block": block, "phase": phase, "seconds": round(seconds, 4), "peak_bytes": peak_bytes}
         self.path.mkdir(parents=True, exist_ok=True)
+        content = self.costs.read_bytes() if self.costs.exists() else b""
         with open(self.costs, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(("" if content[-1:] in (b"", b"\n") else "\n") + json.dumps(row) + "\n")
 
     def read_costs(self) -> list[dict[str, Any]]:
         """All rows of `add_cost`; a last line cut off by a kill is left out."""
@@ -211,3 +212,5 @@ class RunDirectory:
         self.check(identity, resume)
         if not self.manifest.exists():
             write_json(self.manifest, identity)
+        for litter in self.path.rglob(".*.partial"):  # of attempts that were killed
+            shutil.rmtree(litter) if litter.is_dir() else litter.unlink(missing_ok=True)

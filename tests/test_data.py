@@ -176,9 +176,7 @@ def fit(folder, data, dies_at=None, every=None, resume=False, **options) -> Reco
         (6, 1, {"max_steps": 11}, 6),
     ],
 )
-def test_resumed_run_sees_exactly_the_batches_that_were_left(
-    tmp_path, text_data, dies_at, every, options, saved
-):
+def test_resumed_run_sees_exactly_the_batches_that_were_left(tmp_path, text_data, dies_at, every, options, saved):
     data = text_data()  # read once; every trainer asks it for new loaders
     whole = fit(tmp_path / "whole", data, **options).seen
     killed = fit(tmp_path / "killed", data, dies_at=dies_at, every=every, **options).seen

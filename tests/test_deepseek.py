@@ -80,9 +80,7 @@ def reference(weights: dict[str, Tensor], config: DeepseekConfig, ids: Tensor) -
 
     length, heads = len(ids), config.num_attention_heads
     width = config.hidden_size // heads
-    angles = torch.outer(
-        torch.arange(length), 10000.0 ** (-torch.arange(0, width, 2) / width)
-    )  # [T, width/2]
+    angles = torch.outer(torch.arange(length), 10000.0 ** (-torch.arange(0, width, 2) / width))  # [T, width/2]
     rotation = torch.polar(torch.ones_like(angles), angles)[:, None]  # [T, 1, width/2]
 
     def rotate(x: Tensor) -> Tensor:  # [T, heads, width], the pairs are (i, i + width/2)
@@ -94,8 +92,7 @@ def reference(weights: dict[str, Tensor], config: DeepseekConfig, ids: Tensor) -
         prefix = f"model.layers.{block}"
         h = norm(x, f"{prefix}.input_layernorm")
         q, k, v = (
-            (h @ weights[f"{prefix}.self_attn.{part}_proj.weight"].T).view(length, heads, width)
-            for part in "qkv"
+            (h @ weights[f"{prefix}.self_attn.{part}_proj.weight"].T).view(length, heads, width) for part in "qkv"
         )
         scores = torch.einsum("qhd,khd->hqk", rotate(q), rotate(k)) / math.sqrt(width)
         future = torch.ones(length, length).triu(1).bool()
@@ -188,9 +185,7 @@ def test_generate_with_and_without_cache_agree(tiny_model_dir):
     prompt = torch.arange(10, 20)[None]
     mask = torch.ones_like(prompt)
     cached, plain = (
-        model.generate(
-            prompt, attention_mask=mask, max_new_tokens=8, do_sample=False, use_cache=cache
-        )
+        model.generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False, use_cache=cache)
         for cache in (True, False)
     )
     assert cached.shape == (1, 18) and torch.equal(cached, plain)

@@ -22,7 +22,9 @@ def weights(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @given(st.integers(1, 8), st.integers(1, 70), st.integers(1, 3), st.integers(0, 2**31))
 def test_unpack_is_the_inverse_of_pack(bits, length, rows, seed):
-    codes = torch.randint(0, 2**bits, (rows, 2, length), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    codes = torch.randint(
+        0, 2**bits, (rows, 2, length), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (rows, 2, -(-length // 8) * bits)
     assert torch.equal(unpack(packed, bits, length), codes)

@@ -89,9 +89,7 @@ def test_real_tokenizer_windows_decode_to_the_text(tokenizer):
     text = read_documents("bundled:french")[0]
     windows = token_windows([text], tokenizer, 4, 128)
     assert windows.shape == (4, 128)
-    assert text.startswith(
-        tokenizer.decode(windows.flatten()[:-1])
-    )  # the last may be half a letter
+    assert text.startswith(tokenizer.decode(windows.flatten()[:-1]))  # the last may be half a letter
 
 
 @pytest.mark.parametrize(
@@ -131,9 +129,7 @@ def test_files_and_directories(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "first.md").write_text("first")
     rows = [{"text": "third\u2028line", "id": 1}, {"text": "fourth"}]
-    (tmp_path / "c.jsonl").write_text(
-        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    )
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     (tmp_path / "d.json").write_text(json.dumps([{"text": "fifth"}]))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["sixth"]}), tmp_path / "e.parquet")
     (tmp_path / "ignored.bin").write_bytes(b"\xff\xfe")
@@ -185,9 +181,7 @@ def test_hub_layout_on_disk(tmp_path):
     assert read_documents(f"{root}/plain:train[:1]") == ["one"]
     assert read_documents(f"{root}/plain:test") == ["three"]
     (root / "plain").rename(root / "renamed")
-    (root / "README.md").write_text(
-        f"---\nconfigs: {json.dumps(configs).replace('plain/', 'renamed/')}\n---\n"
-    )
+    (root / "README.md").write_text(f"---\nconfigs: {json.dumps(configs).replace('plain/', 'renamed/')}\n---\n")
     assert read_documents(f"{root}/plain:test") == ["three"]
     # a row per line, a blank one between paragraphs: one document, joined as GPTQ joins wikitext
     joined = "\n\n = Title = \n\n\n\n\n A line . \n\n\n Another . \n"

@@ -49,9 +49,7 @@ FAMILIES = (*MOE_FAMILIES, "llama")
 def config_of(family: str) -> PreTrainedConfig:
     """The configuration of a family: 3 blocks, 8 experts of width 64, top-2 (deepseek: top-3)."""
     if family == "mixtral":
-        return MixtralConfig(
-            **COMMON, intermediate_size=64, num_local_experts=8, num_experts_per_tok=2
-        )
+        return MixtralConfig(**COMMON, intermediate_size=64, num_local_experts=8, num_experts_per_tok=2)
     if family == "phimoe":
         return PhimoeConfig(
             **COMMON,

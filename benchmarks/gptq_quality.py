@@ -1,0 +1,181 @@
+"""Plain GPTQ at equal settings: held-out perplexity of ours, llm-compressor's and GPTQModel's result.
+
+Every tool quantizes the same MoE (float32, experts at --bits, attention at 4, groups of 128, asymmetric, routers as
+they are) on the same 128 windows of 512 tokens, in a process and an environment of its own (gptq_tools.py), and hands
+back dense dequantized weights. This script checks that they lie on the asked grid and evaluates all of them with
+`eacmoe_lightning.evaluate`. Settings, per tool (SETTINGS has the options behind each):
+
+    rtn       round-to-nearest, the baseline without GPTQ
+    equal     what all tools can do alike: min-max ranges, columns in natural order, damping 0.01, and an expert
+              sees the tokens that are routed to it
+    default   the tool as it comes
+    best      the tool's own means of accuracy switched on
+
+    python benchmarks/gptq_quality.py --json gptq_quality.json
+    python benchmarks/gptq_quality.py --tools ours llm-compressor --bits 2 --settings equal
+
+It needs this package installed (or PYTHONPATH=. in a checkout), Linux, and pip with a package index: missing
+environments of the peers are made under --work, some 1 GB for llm-compressor (torch's CPU build) and 6 GB for
+GPTQModel, which wants a newer torch. A tool that cannot be installed or run is reported as a row with its error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import torch
+from gptq_tools import ATTENTION_BITS, GROUP_SIZE
+from safetensors.torch import save_file
+
+from eacmoe_lightning.adapter import MoEModel, load_original, resolve_model
+from eacmoe_lightning.data import TextWindows
+from eacmoe_lightning.evaluate import evaluate
+
+HERE = Path(__file__).resolve().parent
+NUM_WINDOWS, WINDOW_LENGTH = 128, 512
+
+SETTINGS = {  # tool -> setting -> its options
+    "ours": {
+        "rtn": {"quantizer": "rtn", "clip_search": False},
+        "equal": {"clip_search": False, "act_order": False, "damping": 0.01, "min_expert_tokens": 1},
+        "default": {},
+        "best": {"clip_search": True, "act_order": True},
+    },
+    "llm-compressor": {
+        "equal": {"actorder": None, "observer": "memoryless_minmax", "dampening_frac": 0.01, "all_experts": False},
+        "default": {"observer": "memoryless_minmax", "all_experts": True},
+        "default, routed tokens": {"observer": "memoryless_minmax", "all_experts": False},
+        "best": {"actorder": "static", "observer": "memoryless_mse", "all_experts": True},
+        "best, routed tokens": {"actorder": "static", "observer": "memoryless_mse", "all_experts": False},
+    },
+    "gptqmodel": {
+        "equal": {"desc_act": False, "act_group_aware": False, "damp_percent": 0.01, "mse": 0.0},
+        "default": {},
+        "best": {"act_group_aware": True, "mse": 2.4},
+    },
+}
+PACKAGES = {  # tool -> what pip installs, step by step
+    "llm-compressor": [["torch==2.13.0"], ["llmcompressor==0.14.*"]],
+    "gptqmodel": [["torch==2.14.1"], ["gptqmodel==7.7.*"]],
+}
+
+
+def environment(tool: str, work_dir: Path) -> str:
+    """The Python that runs a tool; a peer's virtual environment is made where it is missing."""
+    if tool == "ours":
+        return sys.executable
+    path = work_dir / "environments" / tool
+    python, done = path / "bin" / "python", path / "installed"
+    if not done.exists():
+        venv.create(path, with_pip=True, clear=True)
+        for packages in PACKAGES[tool]:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        done.touch()
+    return str(python)
+
+
+def quantize(tool: str, setting: str, bits: int, model: Path, work_dir: Path, threads: int) -> tuple[dict, Path]:
+    """Runs one tool: its version, seconds and peak bytes, and the directory of its dense weights.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    place = work_dir / "results" / f"{tool}-{bits}-{setting.replace(', ', '-').replace(' ', '-')}"
+    shutil.rmtree(place, ignore_errors=True)
+    (place / "scratch").mkdir(parents=True)
+    job = {"model": str(model), "windows": str(work_dir / "windows.safetensors"), "bits": bits}
+    job |= {"options": SETTINGS[tool][setting], "out": str(place / "dense")}
+    checkout = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": checkout if tool == "ours" else "", "OMP_NUM_THREADS": str(threads)}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    command = [environment(tool, work_dir), str(HERE / "gptq_tools.py"), tool, json.dumps(job)]
+    with open(place / "log.txt", "w") as log:
+        code = subprocess.run(command, cwd=place / "scratch", env=env, stdout=log, stderr=log).returncode
+    if code:
+        last = (place / "log.txt").read_text().strip().splitlines()[-1:]
+        raise RuntimeError(f"exit status {code}: {' '.join(last)[:300]} (see {place / 'log.txt'})")
+    return json.loads((place / "dense" / "result.json").read_text()), place / "dense"
+
+
+def inspect(moe: MoEModel, bits: int) -> dict[str, int]:
+    """That no group of any weight holds more values than its bits allow, and how many expert matrices are all zero.
+
+    Raises:
+        RuntimeError: a weight is not quantized.
+    """
+    zeroed = 0
+    for block in moe.blocks:
+        for name, (part, weight) in block.weights().items():
+            allowed = 2 ** (bits if part == "experts" else ATTENTION_BITS)
+            values = weight.unflatten(-1, (-1, GROUP_SIZE)).sort(-1).values  # [..., O, G, g]
+            most = int((values.diff(dim=-1) != 0).sum(-1).max()) + 1
+            if most > allowed:
+                raise RuntimeError(f"{name} is not quantized: {most} values in a group, {allowed} are allowed")
+            if part == "experts":
+                zeroed += int((weight == 0).all(-1).all(-1).sum())
+    return {"zeroed_expert_matrices": zeroed}
+
+
+def show(row: dict) -> None:
+    texts = row.get("perplexity", {})
+    mean = f"{math.exp(sum(map(math.log, texts.values())) / len(texts)):9.3f} " if texts else row["error"]
+    each = " ".join(f"{text} {value:.3f}" for text, value in texts.items())
+    cost = f" {row['seconds']:.0f} s {row['peak_bytes'] / 1e6:.0f} MB" if "seconds" in row else ""
+    print(f"{row['bits']:>2} {row['tool']:15s} {row['setting']:24s} {mean} {each}{cost}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bundled", help="directory of an MoE whose output embedding is tied")
+    parser.add_argument("--tools", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", help="of each tool, e.g. equal best (default: all)")
+    parser.add_argument("--bits", nargs="+", type=int, default=[3, 2], help="of the experts")
+    parser.add_argument("--heldout-windows", type=int, help="per text (default: all)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--work", type=Path, default=Path("runs/gptq_quality"), help="environments, logs and weights")
+    parser.add_argument("--json", type=Path, help="where the rows are written")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    work_dir, model = args.work.resolve(), Path(resolve_model(args.model)).resolve()
+    work_dir.mkdir(parents=True, exist_ok=True)
+    sizes = {"num_windows": NUM_WINDOWS, "window_length": WINDOW_LENGTH, "num_heldout_windows": args.heldout_windows}
+    data = TextWindows(tokenizer=str(model), **sizes)
+    save_file({"input_ids": data.calibration_windows.contiguous()}, work_dir / "windows.safetensors")
+
+    def perplexity(moe: MoEModel) -> dict[str, float]:
+        measured = evaluate(None, moe, data.heldout_windows, data.heldout_batch_size)["perplexity"]
+        return {text: streams["original"] for text, streams in measured.items()}
+
+    print(f"bits, tool, setting, perplexity at {WINDOW_LENGTH} tokens (geometric mean and each text), cost", flush=True)
+    original = MoEModel(load_original(str(model), "float32"))
+    rows: list[dict] = [{"tool": "original", "setting": "", "bits": 32, "perplexity": perplexity(original)}]
+    show(rows[0])
+    for bits in args.bits:
+        for tool in args.tools:
+            for setting, options in SETTINGS[tool].items():
+                if args.settings and setting.partition(",")[0] not in args.settings:
+                    continue
+                row = {"tool": tool, "setting": setting, "bits": bits, "options": options}
+                try:
+                    result, weights = quantize(tool, setting, bits, model, work_dir, args.threads)
+                    moe = MoEModel(load_original(str(weights), "float32"))
+                    row |= result | inspect(moe, bits) | {"perplexity": perplexity(moe)}
+                except (RuntimeError, subprocess.CalledProcessError) as error:
+                    row["error"] = str(error)
+                rows.append(row)
+                show(row)
+                if args.json:
+                    args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""One tool quantizes one model: the processes that `gptq_quality.py` starts, each in the tool's own environment.
+
+    python gptq_tools.py TOOL JOB    with JOB = {"model": .., "windows": .., "bits": .., "options": {..}, "out": ..}
+
+Whatever a tool writes by itself, what comes back is the same: a Hugging Face directory `out` of dense float32 weights,
+with `result.json` (version, seconds of quantizing, peak bytes) in it. Only the chosen tool is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ATTENTION_BITS, GROUP_SIZE, BATCH_SIZE = 4, 128, 4
+Result = tuple[float, int, dict[str, Tensor], str]  # seconds, peak bytes, weights, version
+
+
+def work(tool: str, job: dict) -> None:
+    """Quantizes in this process and writes the directory `job["out"]`."""
+    model, out = Path(job["model"]), Path(job["out"])
+    input_ids = load_file(job["windows"])["input_ids"]  # [S, T]
+    seconds, peak, weights, tool_version = TOOLS[tool](model, input_ids, job["bits"], job["options"])
+    out.mkdir(parents=True)
+    weights = {name: tensor.detach().float().contiguous() for name, tensor in weights.items()}
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    (out / "result.json").write_text(json.dumps({"version": tool_version, "seconds": seconds, "peak_bytes": peak}))
+
+
+def ours(model: Path, input_ids: Tensor, bits: int, options: dict) -> Result:
+    from eacmoe_lightning import __version__
+    from eacmoe_lightning.cli import main as command_line
+    from eacmoe_lightning.compressed import load
+
+    settings = {"name_or_path": model, "dtype": "float32", "bits": bits, "attention_bits": ATTENTION_BITS}
+    settings |= {"group_size": GROUP_SIZE, "router_method": "none"} | options
+    text = {"num_windows": len(input_ids), "window_length": input_ids.shape[1], "batch_size": BATCH_SIZE}
+    trainer = {"default_root_dir": "run", "accelerator": "cpu", "enable_progress_bar": "false", "logger": "false"}
+    arguments = [f"--model.{name}={json.dumps(value, default=str).strip(chr(34))}" for name, value in settings.items()]
+    arguments += [f"--data.{name}={value}" for name, value in text.items()] + ["--data.num_heldout_windows=1"]
+    command_line(["fit", *arguments, *(f"--trainer.{name}={value}" for name, value in trainer.items())])
+    cost = json.loads(Path("run/report.json").read_text())["cost"]
+    phases = [cost[name] for name in ("observe", "attention", "experts", "replay")]
+    seconds, peak = sum(phase["seconds"] for phase in phases), max(phase["peak_bytes"] for phase in phases)
+    return seconds, peak, dense(load("run").state_dict()), __version__
+
+
+def llm_compressor(model: Path, input_ids: Tensor, bits: int, options: dict) -> Result:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)  # oneshot splits the fused experts
+    options = dict(options)
+    all_experts, observer = options.pop("all_experts"), options.pop("observer")
+    grid = {"type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP_SIZE, "observer": observer}
+    targets = {
+        "attention": (r"re:.*self_attn\.[qkvo]_proj$", ATTENTION_BITS),
+        "experts": (r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$", bits),
+    }
+    groups = {
+        part: QuantizationScheme(targets=[pattern], weights=QuantizationArgs(num_bits=part_bits, **grid))
+        for part, (pattern, part_bits) in targets.items()
+    }
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in input_ids.split(BATCH_SIZE)]
+    start = time.perf_counter()
+    oneshot(
+        model=network,
+        dataset=torch.utils.data.DataLoader(batches, batch_size=None),
+        recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"], **options),
+        moe_calibrate_all_experts=all_experts,
+        num_calibration_samples=len(batches),
+    )
+    return time.perf_counter() - start, peak_memory(), dense(network.state_dict()), version("llmcompressor")
+
+
+def gptqmodel(model: Path, input_ids: Tensor, bits: int, options: dict) -> Result:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.7 does not start on two cores otherwise
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    config = QuantizeConfig(
+        bits=bits,
+        group_size=GROUP_SIZE,
+        sym=False,
+        format="gptq_v2",  # the one with true zero points
+        dynamic={r".*self_attn.*": {"bits": ATTENTION_BITS}},
+        device="cpu",
+        offload_to_disk=False,
+        **options,
+    )
+    network = GPTQModel.load(str(model), config, dtype=torch.float32)
+    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in input_ids]
+    start = time.perf_counter()
+    network.quantize(samples, batch_size=BATCH_SIZE)
+    seconds, peak = time.perf_counter() - start, peak_memory()
+    network.save("quantized")
+    return seconds, peak, decode_gptq(Path("quantized"), bits), version("gptqmodel")
+
+
+def decode_gptq(path: Path, bits: int) -> dict[str, Tensor]:
+    """Dense weights [O, I] of a directory in the `gptq_v2` format."""
+    packed = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    weights = dense(packed)
+    for layer in [name.removesuffix(".qweight") for name in packed if name.endswith(".qweight")]:
+        own_bits = ATTENTION_BITS if "self_attn" in layer else bits
+        codes = unpack_words(packed[f"{layer}.qweight"].T, own_bits)  # [O, I]
+        zero_point = unpack_words(packed[f"{layer}.qzeros"], own_bits).T  # [O, G]
+        scale, group = packed[f"{layer}.scales"].float().T, packed[f"{layer}.g_idx"].long()  # [O, G], [I]
+        weights[f"{layer}.weight"] = (codes - zero_point[:, group]) * scale[:, group]
+    return weights
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """int32 [..., n * bits / 32] -> float32 codes [..., n], from a little-endian stream of bits."""
+    stream = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32)) & 1
+    codes = stream.flatten(-2).unflatten(-1, (-1, bits))
+    return (codes << torch.arange(bits, dtype=torch.int32)).sum(-1).float()
+
+
+def dense(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a state dict, without scales and the like, and without the output embedding, which is tied."""
+    return {name: tensor for name, tensor in state.items() if name.endswith(("weight", "gate_up_proj", "down_proj"))
+            and name != "lm_head.weight"}  # fmt: skip
+
+
+def peak_memory() -> int:
+    """Bytes of this process at its highest point (Linux)."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+
+TOOLS = {"ours": ours, "llm-compressor": llm_compressor, "gptqmodel": gptqmodel}
+
+if __name__ == "__main__":
+    work(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,82 @@
+"""Write a trained twin as a Hugging Face directory that transformers loads offline."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from model import TinyMoE
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+
+def to_transformers(model: TinyMoE, context: int, balance: float) -> Qwen3MoeForCausalLM:
+    """Copy every weight of the twin; asserts that none is left over on either side."""
+    s = model.shape
+    sizes = {key: value for key, value in s.as_dict().items() if key != "rope_theta"}
+    config = Qwen3MoeConfig(
+        **sizes,
+        intermediate_size=s.moe_intermediate_size,
+        rope_parameters={"rope_type": "default", "rope_theta": s.rope_theta},
+        max_position_embeddings=context,
+        decoder_sparse_step=1,
+        tie_word_embeddings=True,
+        router_aux_loss_coef=balance,
+        bos_token_id=0, eos_token_id=0, pad_token_id=1,
+        attention_bias=False, use_sliding_window=False,
+    )  # fmt: skip
+    target = Qwen3MoeForCausalLM(config)
+    heads, kv = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
+    state = {
+        "model.embed_tokens.weight": model.embedding,
+        "lm_head.weight": model.embedding,
+        "model.norm.weight": model.norm,
+    }
+    for number, block in enumerate(model.blocks):
+        q, k, v = block.qkv.split((heads, kv, kv))
+        state |= {
+            f"model.layers.{number}.{name}": value
+            for name, value in {
+                "self_attn.q_proj.weight": q, "self_attn.k_proj.weight": k, "self_attn.v_proj.weight": v,
+                "self_attn.o_proj.weight": block.o, "self_attn.q_norm.weight": block.q_norm,
+                "self_attn.k_norm.weight": block.k_norm, "input_layernorm.weight": block.input_norm,
+                "post_attention_layernorm.weight": block.post_norm, "mlp.gate.weight": block.router,
+                "mlp.experts.gate_up_proj": block.gate_up, "mlp.experts.down_proj": block.down,
+            }.items()
+        }  # fmt: skip
+    target.load_state_dict({name: value.detach() for name, value in state.items()}, strict=True)
+    target.generation_config = GenerationConfig(
+        bos_token_id=0, eos_token_id=0, pad_token_id=1, do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=64
+    )
+    return target.eval()
+
+
+@torch.no_grad()
+def check(model: TinyMoE, target: Qwen3MoeForCausalLM, tokens: Tensor) -> None:
+    """Both must give the same loss on tokens [B,T+1], up to the twin's bf16 matmuls."""
+    own = model(tokens)[0].item()
+    logits = target(tokens[:, :-1]).logits
+    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    print(f"loss of the twin {own:.4f}, of the exported model {theirs:.4f}")
+    if abs(own - theirs) > 0.01:
+        raise ValueError(f"the exported model computes something else: loss {theirs:.4f}, twin {own:.4f}")
+
+
+def export(model: TinyMoE, tokenizer: Path, out: Path, context: int, balance: float, sample: Tensor) -> None:
+    """Check on `sample`, then save in bf16 with the tokenizer; complete or absent, never half written."""
+    target = to_transformers(model, context, balance)
+    check(model, target, sample)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    target.to(torch.bfloat16).save_pretrained(partial)
+    PreTrainedTokenizerFast.from_pretrained(tokenizer).save_pretrained(partial)
+    settings = json.loads((partial / "tokenizer_config.json").read_text())
+    for name in ("backend", "is_local", "local_files_only"):
+        settings.pop(name, None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that transformers 4 knows too
+    (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (partial / "model.safetensors").chmod(0o644)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in sorted(partial.iterdir()):
+        file.replace(out / file.name)
+    partial.rmdir()

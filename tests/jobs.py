@@ -1,0 +1,58 @@
+"""Small real jobs of the command line for the tests: 16 windows of 64 tokens on a tiny model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from eacmoe_lightning.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def options(model: Path | str, run: Path | str, **more) -> list[str]:
+    """Command-line options without the subcommand; `more` replaces or adds, `model__bits=2` is `--model.bits 2`."""
+    values = {
+        "trainer.default_root_dir": run,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "model.name_or_path": model,
+        "model.group_size": 32,
+        "model.min_expert_tokens": 32,
+        "data.calibration": "bundled:calibration",
+        "data.heldout": "[bundled:prose, bundled:code]",
+        "data.num_windows": 16,
+        "data.window_length": 64,
+        "data.num_heldout_windows": 3,
+        "data.heldout_batch_size": 2,
+    }
+    values |= {name.replace("__", "."): value for name, value in more.items()}
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def fit(model: Path | str, run: Path | str, *words: str, **more) -> Path:
+    """`fit` in this process; the run directory."""
+    main(["fit", *options(model, run, **more), *words])
+    return Path(run)
+
+
+def start(*command: str, **environment: str) -> subprocess.Popen:
+    """A Python process in the checkout that imports this package, one thread, with its output in one pipe."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> str:
+    """Waits for a process, kills it when it takes too long, and gives its output."""
+    try:
+        return process.communicate(timeout=timeout)[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,0 +1,258 @@
+"""The adapter, for every family: blocks run one by one are the model, forced experts are those that run."""
+
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GptOssConfig
+
+from eacmoe_lightning.adapter import Block, MoEModel, forced_weights, load_original
+
+ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
+SHARED = {  # by family and block
+    "qwen2_moe": [{f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")}] * 3,
+    "deepseek": [{f"mlp.{name}_proj" for name in ("gate", "up", "down")}]  # the dense first block
+    + [{f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}] * 2,
+}
+ROUTERS = {"phimoe": "mlp.router"}  # mlp.gate elsewhere
+TOP_K = {"deepseek": 3}  # 2 elsewhere
+
+families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(0, tiny_models.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def other_experts(own: Tensor, num_experts: int) -> Tensor:
+    """[N, K] distinct experts that are nobody's own choice in most tokens."""
+    return torch.rand(len(own), num_experts, generator=torch.Generator().manual_seed(1)).topk(own.shape[1]).indices
+
+
+@families
+@torch.no_grad()
+def test_block_by_block_gives_the_model_s_own_logits(family, ids):
+    model = tiny_models.build(family)
+    moe = MoEModel(model)
+    hidden, kwargs = moe.embed(ids)
+    for block, own in zip(moe.blocks, kwargs, strict=True):
+        hidden, routing = block.forward(hidden, own)
+        assert (routing is None) == (not block.is_moe)
+    assert torch.equal(moe.head(hidden), model(ids, use_cache=False).logits)
+    assert torch.equal(
+        model(ids, use_cache=False).logits, tiny_models.build(family)(ids).logits
+    )  # nothing stays hooked
+
+
+@families
+@torch.no_grad()
+def test_routing_is_what_the_model_reports(family, ids):
+    model = tiny_models.build(family)
+    moe = MoEModel(model)
+    hidden, kwargs = moe.embed(ids)
+    reported = list(model(ids, output_router_logits=True, use_cache=False).router_logits)
+    for block, own in zip(moe.blocks, kwargs, strict=True):
+        output, routing = block.forward(hidden, own)
+        if block.is_moe:
+            x = block.input_of(block.router, hidden, own)
+            assert x.shape == (48, 64) and routing.logits.dtype == torch.float32
+            logits = reported.pop(0)
+            torch.testing.assert_close(routing.logits, logits.float(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(block.router_logits(x), logits.float(), rtol=1e-5, atol=1e-5)
+            again = block.route(x)
+            assert torch.equal(again.ids, routing.ids) and torch.equal(again.weights, routing.weights)
+            expected = logits.topk(TOP_K.get(family, 2)).indices
+            assert torch.equal(routing.ids.sort().values, expected.sort().values)
+        hidden = output
+    assert not reported
+
+
+@families
+def test_router_logits_take_another_weight(family, ids):
+    block = MoEModel(tiny_models.build(family)).moe_blocks[0]
+    x, weight = torch.randn(5, 64), torch.randn(8, 64)
+    torch.testing.assert_close(block.router_logits(x, weight), x @ weight.T)
+    assert block.router_weight.shape == (8, 64)
+
+
+@families
+@torch.no_grad()
+def test_forcing_the_router_s_own_choice_changes_nothing(family, ids):
+    moe = MoEModel(tiny_models.build(family))
+    hidden, kwargs = moe.embed(ids)
+    for block, own in zip(moe.blocks, kwargs, strict=True):
+        output, routing = block.forward(hidden, own)
+        if block.is_moe:
+            forced, same = block.forward(hidden, own, routing.ids)
+            torch.testing.assert_close(forced, output, rtol=0, atol=1e-5)
+            torch.testing.assert_close(same.weights, routing.weights, rtol=0, atol=1e-5)
+        hidden = output
+
+
+def by_hand(block: Block, x: Tensor, forced: Tensor, weights: Tensor) -> Tensor:
+    """[N, D] of the routed experts: one token and one expert after another."""
+    experts, result = block.experts.module, torch.zeros_like(x)
+    for token in range(len(x)):
+        for expert, weight in zip(forced[token].tolist(), weights[token], strict=True):
+            gate, up = (experts.gate_up_proj[expert] @ x[token]).chunk(2)
+            result[token] += weight * (experts.down_proj[expert] @ (F.silu(gate) * up))
+    return result
+
+
+@pytest.mark.parametrize(
+    "family, normalised",
+    [("qwen3_moe", True), ("qwen3_moe", False), ("mixtral", True), ("qwen2_moe", False), ("deepseek", False)],
+)
+@torch.no_grad()
+def test_forced_experts_are_run_with_the_weights_that_the_router_s_scores_give_them(family, normalised, ids):
+    moe = MoEModel(tiny_models.build(family))
+    hidden, kwargs = moe.embed(ids)
+    block = moe.blocks[1]
+    if family == "qwen3_moe":
+        block.router.norm_topk_prob = normalised
+    own, routing = block.forward(hidden, kwargs[1])
+    forced = other_experts(routing.ids, 8)
+    x = block.input_of(block.router, hidden, kwargs[1])
+    scores = (x @ block.router_weight.T).softmax(-1)
+    before, after = scores.gather(1, routing.ids), scores.gather(1, forced)
+    if normalised:
+        before, after = before / before.sum(-1, keepdim=True), after / after.sum(-1, keepdim=True)
+    torch.testing.assert_close(routing.weights, before, rtol=1e-4, atol=1e-6)
+    output, said = block.forward(hidden, kwargs[1], forced)
+    assert torch.equal(said.ids, forced)
+    torch.testing.assert_close(said.weights, after, rtol=1e-4, atol=1e-6)
+    difference = by_hand(block, x, forced, after) - by_hand(
+        block, x, routing.ids, before
+    )  # the rest of the block is equal
+    torch.testing.assert_close(output - own, difference.view_as(own), rtol=1e-3, atol=2e-5)
+    assert difference.abs().mean() > 1e-3
+
+
+@torch.no_grad()
+def test_phimoe_forced_to_its_second_choice_first(ids):
+    """Its weights depend on the order: softmax over the near-maximal of all, then of what is left."""
+    moe = MoEModel(tiny_models.build("phimoe"))
+    block = moe.blocks[0]
+    logits = torch.tensor([[2.0, 1.99, 0.5, 0, 0, 0, 0, 0]])
+    block.router.weight.copy_(torch.eye(8, 64))
+    x = torch.cat([logits, torch.zeros(1, 56)], 1)
+    routing = block.route(x)
+    near = torch.tensor([2.0, 1.99]).softmax(0)
+    torch.testing.assert_close(routing.weights, torch.tensor([[near[0], 1.0]]))
+
+    def forced(*experts: int) -> Tensor:
+        return forced_weights(block.router, routing.logits, routing.weights, routing.ids, torch.tensor([experts]))
+
+    torch.testing.assert_close(forced(0, 1), routing.weights)
+    torch.testing.assert_close(forced(1, 0), torch.tensor([[near[1], 1.0]]))
+    # expert 2 is far from the maximum, and counts all the same: beside 1.99 in what is left
+    torch.testing.assert_close(forced(0, 2)[0, 1], torch.tensor([1.99, 0.5]).softmax(0)[1])
+
+
+@families
+def test_parts_are_found(family):
+    moe = MoEModel(tiny_models.build(family))
+    assert moe.top_k == TOP_K.get(family, 2) and moe.num_experts == 8
+    assert [block.is_moe for block in moe.blocks] == [family != "deepseek", True, True]
+    for block in moe.blocks:
+        assert block.name == f"model.layers.{block.index}"
+        assert {name for name, part in block.linears.items() if part == "attention"} == ATTENTION
+        shared = {name for name, part in block.linears.items() if part == "shared"}
+        assert shared == SHARED.get(family, [set()] * 3)[block.index]
+        if block.is_moe:
+            assert (block.router_name, block.experts_name) == (ROUTERS.get(family, "mlp.gate"), "mlp.experts")
+            assert block.router_parameter_name == f"{block.name}.{ROUTERS.get(family, 'mlp.gate')}.weight"
+
+
+@families
+def test_all_that_is_not_quantized_is_embedding_router_norm_or_bias(family):
+    moe = MoEModel(tiny_models.build(family))
+    quantized = {name for block in moe.blocks for name in block.weights()}
+    parameters = dict(moe.model.named_parameters())
+    assert quantized <= parameters.keys()
+    left = {name for name, p in parameters.items() if name not in quantized and p.ndim > 1}
+    routers = {block.router_parameter_name for block in moe.moe_blocks}
+    shared_gates = (
+        {f"model.layers.{i}.mlp.shared_expert_gate.weight" for i in range(3)} if family == "qwen2_moe" else set()
+    )
+    head = set() if family == "qwen3_moe" else {"lm_head.weight"}  # tied
+    assert left == routers | shared_gates | head | {"model.embed_tokens.weight"}
+    norms = {name for name, _ in moe.norms()}
+    assert norms == {name for name, p in parameters.items() if p.ndim == 1 and "norm" in name}
+
+
+@families
+@torch.no_grad()
+def test_linears_that_share_their_input_are_grouped_in_the_order_of_the_run(family, ids):
+    moe = MoEModel(tiny_models.build(family))
+    hidden, kwargs = moe.embed(ids)
+    for block, own in zip(moe.blocks, kwargs, strict=True):
+        groups = block.input_groups(hidden, own)
+        assert [sorted(group) for group in groups[:2]] == [
+            sorted(ATTENTION - {"self_attn.o_proj"}),
+            ["self_attn.o_proj"],
+        ]
+        shared = SHARED.get(family, [set()] * 3)[block.index]
+        rest = [sorted(name for name in group) for group in groups[2:]]
+        down = {name for name in shared if "down" in name}
+        assert rest == ([sorted(shared - down), sorted(down)] if shared else [])
+        hidden = block.forward(hidden, own)[0]
+
+
+@pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, "gpt_oss"])
+@torch.no_grad()
+def test_expert_views_and_intermediate_are_what_the_experts_compute(family, ids):
+    """`intermediate`, then `down_proj`, for one expert alone; gpt_oss stores transposed weights and biases."""
+    if family == "gpt_oss":
+        config = GptOssConfig(
+            vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            head_dim=16, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+            layer_types=["full_attention"] * 2,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    else:
+        model = tiny_models.build(family)
+    block = MoEModel(model).moe_blocks[0]
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(2))
+    up, down = block.experts.projections
+    assert block.experts.weight(down).shape == (8, 64, 96 if family == "gpt_oss" else 64)
+    for expert in (0, 7):
+        chosen, weights = torch.full((6, 1), expert), torch.ones(6, 1)
+        inner = block.experts.intermediate(x, expert)
+        ours = F.linear(inner, block.experts.weight(down)[expert], block.experts.bias(down, expert))
+        torch.testing.assert_close(ours, block.experts.module(x, chosen, weights), rtol=1e-4, atol=1e-5)
+    before = block.experts.module.down_proj.clone()
+    block.experts.weight(down)[3] = 0  # a view: it writes through
+    after = block.experts.module.down_proj
+    assert (after[3] == 0).all() and torch.equal(after[2], before[2])
+
+
+def test_a_dense_model_is_refused():
+    with pytest.raises(ValueError, match="'llama' has no routed experts in any of its 3 blocks.*--model.name_or_path"):
+        MoEModel(tiny_models.build("llama"))
+
+
+@families
+def test_a_damaged_weight_is_named(family):
+    model = tiny_models.build(family)
+    MoEModel(model).check_finite()
+    name, parameter = list(model.named_parameters())[4]
+    parameter.data.view(-1)[7] = float("nan")
+    with pytest.raises(ValueError) as error:
+        MoEModel(model).check_finite()
+    assert name in str(error.value) and "NaN" in str(error.value)
+
+
+def test_load_original_is_in_eval_mode_and_in_the_dtype_asked_for(tiny_model_dir):
+    model = load_original(str(tiny_model_dir("phimoe")), "bfloat16")
+    assert not model.training and model.dtype == torch.bfloat16
+    assert load_original(str(tiny_model_dir("phimoe"))).dtype == torch.float32  # as stored
+
+
+def test_what_cannot_be_loaded_is_named_with_its_option(tmp_path):
+    for path in (tmp_path, "/no/such/model", "nobody/nothing"):
+        with pytest.raises(FileNotFoundError) as error:
+            load_original(str(path))
+        assert repr(str(path)) in str(error.value) and "--model.name_or_path" in str(error.value)

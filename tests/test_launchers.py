@@ -1,0 +1,121 @@
+"""Two processes on the CPU, started by torchrun or by `fabric run`, do the work of one, in one run directory."""
+
+import json
+import socket
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+
+from eacmoe_lightning import compressed
+from eacmoe_lightning.cli import main
+from eacmoe_lightning.grid import unpack
+from eacmoe_lightning.store import read_tensors
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
+OPTIONS = {"model__router_method": "sgd", "model__router_warm_start": "true", "data__num_windows": 15}  # 15 = 7 + 8
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT", "train.py"],
+    # what the script `fabric run` does
+    "fabric": [
+        "-m",
+        "lightning.fabric.cli",
+        "--accelerator",
+        "cpu",
+        "--devices",
+        "2",
+        "--main-port",
+        "PORT",
+        "train.py",
+    ],
+}
+
+
+def launch(launcher: str, *words: str) -> tuple[int, str]:
+    """Exit status and output of a job of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [port if word == "PORT" else word for word in LAUNCHERS[launcher]]
+    process = jobs.start(*command, *words)
+    output = jobs.finish(process)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_model_dir) -> Path:
+    """The same job in one process."""
+    return jobs.fit(tiny_model_dir("qwen2_moe"), tmp_path_factory.mktemp("alone") / "run", **OPTIONS)
+
+
+def codes(run: Path) -> torch.Tensor:
+    """All codes of a run's compressed directory."""
+    found, bits = [], compressed.read_config(run / "compressed")["quantization"]["bits"]
+    for file in sorted((run / "compressed").glob("weights-block-*")):
+        tensors, _ = read_tensors(file)
+        for name in sorted(bits.keys() & {name.removesuffix(".codes") for name in tensors}):
+            packed = tensors[f"{name}.codes"]
+            found.append(unpack(packed, bits[name], packed.shape[-1] * 8 // bits[name]))
+    return torch.cat([codes.flatten() for codes in found])
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_give_the_model_of_one(launcher, alone, tiny_model_dir, tmp_path):
+    run = tmp_path / "runs" / "two"
+    words = jobs.options(tiny_model_dir("qwen2_moe"), run, **OPTIONS)
+    status, output = launch(launcher, "fit", *words)
+    assert status == 0, output[-4000:]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["two"]  # one run directory
+    assert len(list(run.glob("tensorboard/events*"))) == 1
+    assert output.count("starved experts;") == 1  # and one report
+    report, other = (json.loads((folder / "report.json").read_text()) for folder in (run, alone))
+    assert report["machine"]["processes"] == 2 and other["machine"]["processes"] == 1
+    for text, values in other["perplexity"].items():
+        for stream in ("original", "compressed"):
+            assert report["perplexity"][text][stream] == pytest.approx(values[stream], rel=1e-3)
+    for rate, value in other["expert_shift"]["mean"]["after"].items():
+        assert report["expert_shift"]["mean"]["after"][rate] == pytest.approx(value, abs=0.02)
+    # equal but for the order of float sums, which decides values that lie between two codes
+    assert (codes(run) == codes(alone)).float().mean() > 0.98
+    assert report["experts"] == other["experts"] and report["bits"] == other["bits"]
+    routers = [dict(compressed.load(folder).named_parameters()) for folder in (run, alone)]
+    for name, weight in routers[1].items():
+        if "mlp.gate." in name:
+            torch.testing.assert_close(routers[0][name], weight, rtol=0, atol=1e-3)
+    assert not list(run.rglob("*.partial"))
+    if launcher == "fabric":
+        return
+
+    # the run can be evaluated by two processes, with the same numbers
+    status, output = launch(launcher, "test", *words)
+    assert status == 0, output[-4000:]
+    tested = json.loads((run / "test.json").read_text())
+    assert tested["tokens"] == {"prose": 3 * 63, "code": 3 * 63}
+    for text, values in report["perplexity"].items():
+        assert tested["perplexity"][text]["compressed"] == pytest.approx(values["compressed"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "launcher, option, value",
+    [("torchrun", "devices", "1"), ("torchrun", "num_nodes", "3"), ("fabric", "devices", "4")],
+)
+def test_a_conflict_with_the_launcher_is_an_error(launcher, option, value, tmp_path, monkeypatch, capsys):
+    """In this process, in the environment that the launchers make for the first of two processes."""
+    environment = {
+        "TORCHELASTIC_RUN_ID": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+    }
+    if launcher == "fabric":
+        environment |= {"LT_ACCELERATOR": "cpu", "LT_DEVICES": "2", "LT_CLI_USED": "1"}
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--trainer.default_root_dir", str(tmp_path / "run"), f"--trainer.{option}", value])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and not (tmp_path / "run").exists()
+    expected = {"devices": "2", "num_nodes": "1"}[option]
+    assert f"the launcher says {option}={expected}, --trainer.{option} says {value}" in said

@@ -1,0 +1,97 @@
+"""The router's closed form against brute-force least squares, expert by expert."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.ridge import normal_equations, solve
+from eacmoe_lightning.router_loss import TopKMSE
+
+N, D, E = 300, 12, 6
+
+
+@pytest.fixture
+def rows() -> tuple[Tensor, Tensor, Tensor]:
+    """Router inputs [N, D] of the compressed stream, teacher logits [N, E] and the original weight [E, D]."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(E, D, generator=generator)
+    original = torch.randn(N, D, generator=generator)
+    x = original + 0.3 * torch.randn(N, D, generator=generator)
+    return x, original @ weight.T, weight
+
+
+def calibrated(x: Tensor, teacher: Tensor, weight: Tensor, k: int, ridge: float) -> Tensor:
+    return solve(weight, *normal_equations(x, teacher - x @ weight.T, teacher.topk(k).indices), ridge)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, E])
+@pytest.mark.parametrize("ridge", [1e-6, 1e-2, 1.0])
+def test_equals_least_squares_with_augmented_rows(rows, k, ridge):
+    x, teacher, weight = rows
+    ours = calibrated(x, teacher, weight, k, ridge)
+    mask = (teacher >= teacher.sort(descending=True).values[:, k - 1 : k]).numpy()
+    xs, ts, ws = (tensor.double().numpy() for tensor in rows)
+    mean = np.mean([np.mean(np.sum(xs[mask[:, e]] ** 2, axis=0)) for e in range(E)])  # of all experts' grams
+    for e in range(E):
+        a = np.vstack([xs[mask[:, e]], np.sqrt(ridge * mean) * np.eye(D)])  # penalty on drift as D more rows
+        b = np.concatenate([ts[mask[:, e], e] - xs[mask[:, e]] @ ws[e], np.zeros(D)])
+        update = np.linalg.lstsq(a, b, rcond=None)[0]
+        np.testing.assert_allclose(ours[e].numpy(), ws[e] + update, rtol=0, atol=2e-4 if ridge < 1e-3 else 2e-5)
+
+
+@pytest.mark.parametrize("k", [2, E])
+def test_sums_over_chunks_add_up(rows, k):
+    x, teacher, weight = rows
+    ids, residual = teacher.topk(k).indices, teacher - x @ weight.T
+    whole = normal_equations(x, residual, ids)
+    parts = [normal_equations(x[s], residual[s], ids[s]) for s in (slice(0, 31), slice(31, 31), slice(31, N))]
+    for total, *pieces in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(sum(pieces), total, rtol=1e-5, atol=1e-4)
+
+
+def test_a_strong_ridge_leaves_the_weight_unchanged(rows):
+    x, teacher, weight = rows
+    torch.testing.assert_close(calibrated(x, teacher, weight, 2, 1e9), weight, rtol=0, atol=1e-6)
+    drift = [(calibrated(x, teacher, weight, 2, ridge) - weight).norm() for ridge in (1e-3, 1e-1, 10, 1e9)]
+    assert drift == sorted(drift, reverse=True) and drift[0] > 0.1
+
+
+@pytest.mark.parametrize("k", [2, 3, E])
+@pytest.mark.parametrize("ridge", [1e-6, 1e-3, 1e-1, 10])
+def test_the_loss_on_its_own_tokens_never_increases(rows, k, ridge):
+    x, teacher, weight = rows
+    after = TopKMSE(k)(x @ calibrated(x, teacher, weight, k, ridge).T, teacher, 2).mean()
+    before = TopKMSE(k)(x @ weight.T, teacher, 2).mean()
+    assert after <= before
+    if ridge <= 1e-3:
+        assert after < 0.97 * before
+
+
+def test_an_unshifted_stream_needs_no_change(rows):
+    x, _, weight = rows
+    torch.testing.assert_close(calibrated(x, x @ weight.T, weight, 2, 1e-3), weight, rtol=0, atol=1e-5)
+
+
+def test_a_linear_shift_is_undone(rows):
+    """Where the compressed stream is an invertible map of the original one, the closed form finds its inverse."""
+    x, _, weight = rows
+    shift = torch.eye(D) + 0.2 * torch.randn(D, D, generator=torch.Generator().manual_seed(5))
+    expected = weight @ torch.linalg.inv(shift)
+    torch.testing.assert_close(calibrated(x @ shift.T, x @ weight.T, weight, E, 1e-10), expected, rtol=0, atol=1e-3)
+
+
+def test_an_expert_in_nobody_s_targets_keeps_its_row(rows):
+    x, teacher, weight = rows
+    teacher = teacher.clone()
+    teacher[:, 3] -= 1000
+    ours = calibrated(x, teacher, weight, 2, 1e-3)
+    assert torch.equal(ours[3], weight[3]) and not torch.allclose(ours[2], weight[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_of_the_weight_is_kept(rows, dtype):
+    x, teacher, weight = rows
+    assert calibrated(x, teacher, weight.to(dtype).float(), 2, 1e-3).dtype == torch.float32
+    sums = normal_equations(x, teacher - x @ weight.T, teacher.topk(2).indices)
+    assert solve(weight.to(dtype), *sums, 1e-3).dtype == dtype

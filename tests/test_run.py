@@ -1,0 +1,265 @@
+"""Whole jobs through the command line, on every family: what is left behind, and what the other subcommands say."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from eacmoe_lightning import compressed
+from eacmoe_lightning.cli import main
+from eacmoe_lightning.text import read_documents, token_windows
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
+families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
+PROSE = 3  # held-out windows of 64 tokens
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory, tiny_model_dir) -> Callable[[str], Path]:
+    """The run directory of `fit` with the defaults, once per family."""
+    done: dict[str, Path] = {}
+
+    def run(family: str) -> Path:
+        if family not in done:
+            done[family] = jobs.fit(tiny_model_dir(family), tmp_path_factory.mktemp("runs") / family)
+        return done[family]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def prose(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    return token_windows(read_documents("bundled:prose"), tokenizer, PROSE, 64)
+
+
+def decoded(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a compressed directory, read without the package: NumPy takes the bits apart."""
+    stored = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        stored |= load_file(file)
+    bits = json.loads((folder / "config.json").read_text())["quantization"]["bits"]
+    for name, width in bits.items():
+        packed = stored.pop(f"{name}.codes").numpy()
+        stream = np.unpackbits(packed, axis=-1, bitorder="little")
+        codes = stream.reshape(*stream.shape[:-1], -1, width) @ (1 << np.arange(width))
+        scale, zero = stored.pop(f"{name}.scale").float().numpy(), stored.pop(f"{name}.zero_point").numpy().astype(int)
+        size = codes.shape[-1] // scale.shape[-1]
+        values = (codes - zero.repeat(size, -1)).astype(np.float32) * scale.repeat(size, -1)
+        stored[name] = torch.from_numpy(values)
+    return stored
+
+
+@torch.no_grad()
+def perplexity(model, windows: Tensor) -> float:
+    logits = torch.cat([model(window[None]).logits for window in windows])[:, :-1].log_softmax(-1)
+    return math.exp(-logits.gather(-1, windows[:, 1:, None]).mean())
+
+
+# --- what fit leaves behind
+
+
+@families
+@torch.no_grad()
+def test_the_compressed_directory_holds_the_dequantized_model(family, run_of, tiny_model_dir, prose):
+    folder = run_of(family) / "compressed"
+    original = AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)).eval()
+    before, weights = {name: p.clone() for name, p in original.named_parameters()}, decoded(folder)
+    bits = json.loads((folder / "config.json").read_text())["quantization"]["bits"]
+    assert set(bits.values()) == {3, 4}
+    for name in bits:  # close to the original, and on a grid of so many values
+        assert torch.corrcoef(torch.stack([weights[name].flatten(), before[name].flatten()]))[0, 1] > 0.9
+        assert all(
+            len(row.unique()) <= 2 ** bits[name] for row in weights[name].unflatten(-1, (-1, 32)).flatten(0, -2)[:50]
+        )
+    missing, unexpected = original.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    reloaded = compressed.load(folder)
+    assert torch.equal(reloaded(prose).logits, original(prose).logits) and not reloaded.training
+    kept = {name for name, p in before.items() if torch.equal(p, weights.get(name, before[name]))}
+    assert {"model.embed_tokens.weight"} <= kept and not kept & bits.keys()
+
+
+@families
+def test_the_report_has_its_keys_and_they_are_true(family, run_of, tiny_model_dir, prose):
+    run = run_of(family)
+    report = json.loads((run / "report.json").read_text())
+    top_k, moe_blocks = (3, 2) if family == "deepseek" else (2, 3)
+    assert (report["model"]["blocks"], report["model"]["experts"], report["model"]["top_k"]) == (3, 8, top_k)
+    assert 3 < report["bits"]["nominal"] < 3.5
+    assert report["bits"]["true"] == pytest.approx(
+        report["bits"]["nominal"] + 24 / 32
+    )  # 16-bit scale, 8-bit zero point
+    assert report["size_bytes"]["compressed"] == sum(
+        p.stat().st_size for p in (run / "compressed").glob("*.safetensors")
+    )
+    assert report["size_bytes"]["original"] == sum(
+        p.stat().st_size for p in tiny_model_dir(family).glob("*.safetensors")
+    )
+    assert report["perplexity"].keys() == {"prose", "code"}
+    original = AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)).eval()
+    assert report["perplexity"]["prose"]["original"] == pytest.approx(perplexity(original, prose), rel=1e-4)
+    reloaded = compressed.load(run)
+    assert report["perplexity"]["prose"]["compressed"] == pytest.approx(perplexity(reloaded, prose), rel=1e-4)
+    assert report["perplexity"]["prose"]["before"] > 1
+    for when in ("before", "after"):
+        rates = report["expert_shift"]["mean"][when]
+        assert 0 <= rates["all"] <= rates["half"] <= rates["any"] <= 1 and rates["any"] > 0
+        assert rates["selections"] <= rates["any"]
+    assert len(report["expert_shift"]["blocks"]) == moe_blocks
+    assert report["router"]["method"] == "ridge" and report["experts"]["starved"] >= 0
+    assert report["machine"]["processes"] == 1 and report["seed"] == 0
+    assert {"observe", "attention", "router", "experts", "replay"} <= report["cost"].keys()
+    assert set(report["versions"]) >= {"torch", "lightning", "transformers", "python"}
+    text = (run / "report.md").read_text()
+    assert "| prose |" in text and "## Expert-shift per block" in text
+    assert not list(run.rglob("*.partial"))
+
+
+def test_tensorboard_holds_the_scalars_of_every_block(run_of):
+    events = EventAccumulator(str(run_of("deepseek") / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    for tag in (
+        "expert_shift_any/before",
+        "expert_shift_all/after",
+        "experts/starved",
+        "quantization_error/mlp.experts.down_proj",
+    ):
+        assert [event.step for event in events.Scalars(tag)] == [1, 2]  # block 0 is dense
+    for tag in ("quantization_error/self_attn.q_proj.weight", "seconds/attention", "peak_megabytes/replay"):
+        assert [event.step for event in events.Scalars(tag)] == [0, 1, 2]
+    assert {"loss/block_001", "loss/block_002"} <= set(tags)
+    report = json.loads((run_of("deepseek") / "report.json").read_text())
+    rates = {row["block"]: row["calibration"]["before"]["any"] for row in report["expert_shift"]["blocks"]}
+    assert {e.step: e.value for e in events.Scalars("expert_shift_any/before")} == pytest.approx(rates, rel=1e-5)
+    assert {"expert_load/original", "expert_load/compressed"} <= set(events.Tags()["histograms"])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek"])
+def test_two_runs_are_byte_identical(family, run_of, tiny_model_dir, tmp_path):
+    again = jobs.fit(tiny_model_dir(family), tmp_path / "again")
+    for part in ("compressed", "blocks"):
+        assert jobs.contents(again / part) == jobs.contents(run_of(family) / part)
+
+
+# --- router methods
+
+
+@pytest.mark.parametrize(
+    "method, changes", [("none", set()), ("ridge", {"router"}), ("sgd", {"router"}), ("joint", {"router", "norm"})]
+)
+def test_router_methods_change_what_they_say(method, changes, tiny_model_dir, tmp_path, prose):
+    joint = 2 if method == "joint" else 0
+    run = jobs.fit(
+        tiny_model_dir("qwen3_moe"), tmp_path / "run", model__router_method=method, model__joint_epochs=joint
+    )
+    original = dict(AutoModelForCausalLM.from_pretrained(tiny_model_dir("qwen3_moe")).named_parameters())
+    moved = {name for name, p in compressed.load(run).named_parameters() if not torch.equal(p, original[name])}
+    kinds = {"router": {n for n in original if "mlp.gate." in n}, "norm": {n for n in original if "norm" in n}}
+    for kind, names in kinds.items():
+        assert moved & names == (names if kind in changes else set())
+    report = json.loads((run / "report.json").read_text())
+    assert report["router"] == {"method": method, "joint_epochs": joint}
+    if method == "none":
+        assert all(texts["before"] == texts["compressed"] for texts in report["perplexity"].values())
+    if method in ("ridge", "sgd"):  # at least on the text that it was calibrated on
+        rates = report["expert_shift"]["calibration"]
+        assert rates["after"]["selections"] < rates["before"]["selections"]
+
+
+def test_other_options_run(tiny_model_dir, tmp_path, capsys):
+    """Everything that is off by default, at once, with a loss from the command line."""
+    run = jobs.fit(
+        tiny_model_dir("qwen2_moe"), tmp_path / "run", model__bits="[3, 2]", model__act_order="true",
+        model__symmetric="true", model__affinity="true", model__shared_expert_bits=6,
+        model__overrides="{1: {attention: 8, group_size: 16}}",
+        model__router_method="sgd", model__router_warm_start="true", model__min_expert_tokens=100000,
+        model__router_loss="eacmoe_lightning.router_loss.SelectionHinge",
+        model__router_loss__margin=0.2, pruning__alpha=0.5,
+    )  # fmt: skip
+    report = json.loads((run / "report.json").read_text())
+    attention, experts, shared = 64 * 64 * 2 + 64 * 32 * 2, 8 * 3 * 64 * 64, 3 * 64 * 128
+    expected = sum(attention * a + experts * e + shared * 6 for a, e in ((4, 3), (8, 3), (4, 2)))
+    assert report["bits"]["nominal"] == pytest.approx(expected / 3 / (attention + experts + shared))
+    assert report["experts"]["starved"] == 24 and report["experts"]["starved_by_block"]["0"] == list(range(8))
+    assert report["config"]["model.router_loss"][0] == "SelectionHinge"
+    assert report["pruning"]["0.5"].keys() == {"0", "1", "2"}
+    with pytest.raises(SystemExit):  # the config that was kept is that of this very run
+        main(["fit", "--config", str(run / "tensorboard" / "config.yaml")])
+    assert "already holds this run: add --ckpt_path last" in capsys.readouterr().err
+
+
+# --- validate, test, predict
+
+
+def evaluated(stage: str, folder: Path, evaluate: Path | None, model: Path, **more) -> dict:
+    if evaluate is not None:
+        more["model__evaluate"] = evaluate
+    main([stage, *jobs.options(model, folder, **more)])
+    return json.loads((folder / f"{stage}.json").read_text())
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_evaluations_of_a_run_a_compressed_directory_and_an_original_agree(
+    stage, run_of, tiny_model_dir, tmp_path, prose
+):
+    run, model = run_of("qwen2_moe"), tiny_model_dir("qwen2_moe")
+    report = json.loads((run / "report.json").read_text())
+    split = {"model__split_damage": "true"} if stage == "test" else {}
+    default = evaluated(stage, run, None, model, **split)
+    elsewhere = evaluated(stage, tmp_path / "a", run / "compressed", model)
+    for text, values in report["perplexity"].items():
+        for stream in ("original", "compressed"):
+            assert default["perplexity"][text][stream] == pytest.approx(values[stream], rel=1e-5)
+            assert elsewhere["perplexity"][text][stream] == pytest.approx(values[stream], rel=1e-5)
+    assert default["expert_shift"]["mean"]["any"] == pytest.approx(
+        report["expert_shift"]["mean"]["after"]["any"], rel=1e-5
+    )
+    assert default["tokens"] == {"prose": PROSE * 63, "code": PROSE * 63}
+    streams = {"original", "compressed"} | ({"selection_damage", "weight_damage"} if split else set())
+    assert default["perplexity"]["prose"].keys() == streams and len(
+        set(default["perplexity"]["prose"].values())
+    ) == len(streams)
+    alone = evaluated(stage, tmp_path / "b", model, model)
+    original = AutoModelForCausalLM.from_pretrained(model).eval()
+    assert alone["perplexity"]["prose"] == {"original": pytest.approx(perplexity(original, prose), rel=1e-4)}
+    assert not alone["expert_shift"]
+
+
+def test_predict_writes_the_log_likelihood_of_every_token(run_of, tiny_model_dir, tmp_path, prose):
+    run, model = run_of("phimoe"), tiny_model_dir("phimoe")
+    main(["predict", *jobs.options(model, run)])
+    main(["predict", *jobs.options(model, tmp_path / "original", model__evaluate=model)])
+    subjects = {run: compressed.load(run), tmp_path / "original": AutoModelForCausalLM.from_pretrained(model).eval()}
+    for folder, subject in subjects.items():
+        scores = load_file(folder / "scores_prose.safetensors")
+        with torch.no_grad():
+            expected = subject(prose).logits[:, :-1].log_softmax(-1).gather(-1, prose[:, 1:, None]).squeeze(-1)
+        assert scores["index"].tolist() == list(range(PROSE))
+        torch.testing.assert_close(scores["log_likelihood"], expected, rtol=1e-4, atol=1e-4)
+
+
+# --- configs
+
+
+@pytest.mark.parametrize("config", sorted((jobs.ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_accepted(config, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert end.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for section, values in yaml.safe_load(config.read_text()).items():
+        for option, value in values.items():
+            if option != "router_loss":  # printed with its defaults; JSON makes all keys strings
+                assert json.dumps(printed[section][option]) == json.dumps(value)

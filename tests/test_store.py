@@ -1,0 +1,208 @@
+"""The run directory: files are whole or not there, damage is named, a full disk loses nothing."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from eacmoe_lightning.store import RunDirectory, StoreError, read_tensors, write_atomically, write_json, write_tensors
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {
+        "b.codes": torch.arange(600, dtype=torch.uint8).view(20, 30),
+        "a.weight": torch.linspace(-1, 1, 300).view(3, 100).bfloat16(),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "turned": torch.arange(12.0).view(3, 4).T,
+    }
+
+
+# --- one file
+
+
+@pytest.mark.parametrize("failure", [OSError("no"), RuntimeError("no"), KeyboardInterrupt(), ValueError("no")])
+def test_the_old_file_stays_when_the_writer_fails(tmp_path, failure):
+    path = tmp_path / "deep" / "file.txt"
+    write_atomically(path, lambda partial: partial.write_text("old"))
+
+    def write(partial):
+        partial.write_text("half of the ne")
+        raise failure
+
+    with pytest.raises(type(failure)):
+        write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]  # and no litter
+
+
+def test_a_write_replaces_the_old_file(tmp_path):
+    for text in ("old and longer", "new"):
+        write_atomically(tmp_path / "file", lambda partial, text=text: partial.write_text(text))
+    assert (tmp_path / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_tensors_and_note_come_back(tmp_path):
+    path, note = tmp_path / "x.safetensors", {"bits": {"a": 3}, "list": [1, 2.5, None]}
+    write_tensors(path, tensors(), note)
+    read, said = read_tensors(path)
+    assert said == note and read.keys() == tensors().keys()
+    for name, tensor in tensors().items():
+        assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
+
+
+def test_files_are_byte_identical_whatever_the_order_of_names(tmp_path):
+    note = {"a": 1, "b": [2, 3]}
+    write_tensors(tmp_path / "1", tensors(), note)
+    write_tensors(tmp_path / "2", dict(reversed(tensors().items())), dict(reversed(note.items())))
+    write_json(tmp_path / "3", {"x": 1, "y": 2})
+    write_json(tmp_path / "4", {"y": 2, "x": 1})
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert (tmp_path / "3").read_bytes() == (tmp_path / "4").read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, 800, -1])
+def test_a_truncated_file_is_named(tmp_path, size):
+    path = tmp_path / "block.safetensors"
+    write_tensors(path, tensors())
+    os.truncate(path, size if size >= 0 else path.stat().st_size - 1)
+    with pytest.raises(StoreError) as error:
+        read_tensors(path)
+    assert str(path) in str(error.value) and "--ckpt_path last" in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(StoreError, match="gone.safetensors"):
+        read_tensors(tmp_path / "gone.safetensors")
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    """Anywhere in the file: length, header, digest, note or tensors."""
+    path = tmp_path / "block.safetensors"
+    write_tensors(path, tensors(), {"stats": {"error": 0.25}})
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError) as error:
+            read_tensors(path)
+        assert str(path) in str(error.value)
+    path.write_bytes(whole)
+    read_tensors(path)
+
+
+def test_a_file_of_somebody_else_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(3)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(StoreError, match="foreign.safetensors"):
+        read_tensors(tmp_path / "foreign.safetensors")
+
+
+# --- a full disk: files of this process may not grow beyond 100,000 bytes
+
+FULL = """
+import resource, signal, sys, torch
+from pathlib import Path
+from eacmoe_lightning.checkpoint_io import AtomicCheckpointIO
+from eacmoe_lightning.store import StoreError, write_atomically, write_tensors
+def codes(n):
+    return {"a": torch.full((n,), 7, dtype=torch.uint8)}
+writers = {
+    "tensors": lambda path, n: write_tensors(path, codes(n)),
+    "text": lambda path, n: write_atomically(path, lambda partial: partial.write_text("x" * n)),
+    "checkpoint": lambda path, n: AtomicCheckpointIO().save_checkpoint(codes(n), path),
+}
+paths = {kind: Path(sys.argv[1]) / kind for kind in writers}
+before = {}
+for kind, path in paths.items():
+    writers[kind](path, 1000)
+    before[kind] = path.read_bytes()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for kind, path in paths.items():
+    try:
+        writers[kind](path, 1_000_000)
+    except Exception as error:
+        print(type(error).__name__, str(error).replace("\\n", " "))
+    assert path.read_bytes() == before[kind], "the old file is gone"
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_keeps_what_was_there(tmp_path):
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "tensors", "text"]
+    said = result.stdout.splitlines()
+    for kind, line in zip(("tensors", "text", "checkpoint"), said, strict=True):
+        assert line.startswith(f"StoreError no room for {tmp_path / kind}") and "--ckpt_path last" in line
+
+
+# --- claiming a directory
+
+
+def test_an_empty_or_missing_directory_is_claimed(tmp_path):
+    for path in (tmp_path, tmp_path / "new" / "run"):
+        RunDirectory(path).start({"bits": [3]}, resume=False)
+        assert json.loads((path / "run.json").read_text()) == {"bits": [3]}
+
+
+def test_the_same_run_continues_only_when_asked_to(tmp_path):
+    RunDirectory(tmp_path).start({"bits": (3, 2), "seed": 0}, resume=False)
+    RunDirectory(tmp_path).start({"seed": 0, "bits": (3, 2)}, resume=True)
+    with pytest.raises(ValueError, match="already holds this run: add --ckpt_path last"):
+        RunDirectory(tmp_path).start({"bits": (3, 2), "seed": 0}, resume=False)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_another_run_is_refused_with_both_values(tmp_path, resume):
+    RunDirectory(tmp_path).start({"model.bits": [3], "data.seed": 0}, resume=False)
+    before = (tmp_path / "run.json").read_bytes()
+    for other in ({"model.bits": [2], "data.seed": 0}, {"model.bits": [2], "data.seed": 1, "new": 1}):
+        with pytest.raises(ValueError, match=r"model.bits was \[3\] and is now \[2\]|data.seed was 0 and is now 1"):
+            RunDirectory(tmp_path).start(other, resume)
+    with pytest.raises(ValueError, match="data.seed was 0 and is now None"):
+        RunDirectory(tmp_path).start({"model.bits": [3]}, resume)
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_nothing_to_continue_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"no run to continue in .*--trainer.default_root_dir"):
+        RunDirectory(tmp_path / "none").start({"bits": 3}, resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_directory_with_other_files_is_not_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("all there is")
+    with pytest.raises(ValueError, match="thesis.tex"):
+        RunDirectory(tmp_path).start({"bits": 3}, resume=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_lightning_writes_first_is_no_stranger(tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    RunDirectory(tmp_path).start({"bits": 3}, resume=False)
+
+
+def test_a_damaged_manifest_is_said(tmp_path):
+    (tmp_path / "run.json").write_text('{"bits": ')
+    with pytest.raises(StoreError, match="run.json is corrupt"):
+        RunDirectory(tmp_path).start({"bits": 3}, resume=True)
+
+
+def test_costs_survive_a_line_cut_off_by_a_kill(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert run.read_costs() == []
+    run.add_cost(0, "observe", 1.5, 100)
+    with open(run.costs, "a") as file:
+        file.write('{"block": 0, "pha')
+    run.add_cost(0, "experts", 2.0, 200)
+    run.add_cost(1, "observe", 3.0, 300)
+    assert [row["seconds"] for row in run.read_costs()] == [1.5, 2.0, 3.0]
