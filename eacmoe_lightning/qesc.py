@@ -59,7 +59,8 @@ class QESC(Comparison):
         ridge: Strength of the closed form's penalty on drift, relative to the mean squared router input.
         joint_epochs: Passes of the last stage that trains all routers together with KL to the original's
             output; 0 leaves it out.
-        joint_selection: Weight of the router loss, over all blocks, beside the KL divergence.
+        joint_selection: Weight of the router loss, over all blocks and in units of the logits' spread, beside the KL
+            divergence.
         joint_router_lr: Learning rate of the routers in the joint stage. This and the next two are relative to the
             root mean square of each tensor, so that one number fits models of any scale.
         joint_norm_lr: Of the weights of the normalisations; 0 leaves them as they are.
@@ -278,11 +279,7 @@ class QESC(Comparison):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.block_routers = checkpoint["block_routers"]
-        # Each resume behind an epoch's last batch leaves Lightning's total one `completed` short; the next such resume
-        # would then not be recognised, and the epoch trained twice.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        total, current = progress["total"], progress["current"]
-        total["completed"] = total["processed"] - (current["processed"] - current["completed"])
+        _mend_progress(checkpoint["loops"]["fit_loop"])
 
     # --- gradient steps -----------------------------------------------------------------------------------
 
@@ -314,7 +311,11 @@ class QESC(Comparison):
                 self.moe.model, self.trained(), (batch["input_ids"],), {"use_cache": False}
             ).logits
         losses = nn.functional.kl_div(logits.float().log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
-        selection = [self.router_loss(students[i], t.to(self.device), self.moe.top_k) for i, t in teachers.items()]
+        selection = []
+        for i, teacher in teachers.items():
+            spread = teacher.std(unbiased=False).clamp(min=1e-6).to(self.device)  # logits differ in size between models
+            student, teacher = students[i] / spread, teacher.to(self.device) / spread
+            selection.append(self.router_loss(student, teacher, self.moe.top_k))
         return self._global_mean(losses.flatten() + self.joint_selection * torch.stack(selection).mean(0), batch)
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -401,3 +402,16 @@ def _key(name: str) -> str:
 
 def _name(key: str) -> str:
     return key.replace("/", ".")
+
+
+def _mend_progress(fit_loop: dict[str, Any]) -> None:
+    """Makes the counters of a checkpoint's loops what they are in a run that was never resumed.
+
+    A resume behind an epoch's last batch leaves Lightning 2.6 short of one completed batch and one started epoch. The
+    next such resume would not be recognised as one, and its epoch trained twice.
+    """
+    batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
+    lag = batches["current"]["processed"] - batches["current"]["completed"]  # 1 in on_train_batch_end, 0 at epoch ends
+    batches["total"]["completed"] = batches["total"]["processed"] - lag
+    for progress in (epochs["total"], epochs["current"]):
+        progress["ready"] = progress["started"] = progress["processed"] + lag

@@ -67,7 +67,6 @@ def attempts(model: Path, run: Path, places: list, more: dict) -> str:
 @pytest.mark.parametrize(
     "family, places, more",
     [
-        # Fails: the second resume from a checkpoint of an epoch's last batch repeats that epoch (totals drift).
         ("qwen3_moe", STEPS, EVERY_STEP),
         ("deepseek", EPOCHS, {}),
     ],
