@@ -53,7 +53,8 @@ class QESC(Comparison):
         router_method: How routers are calibrated: none (plain GPTQ), ridge (closed form per block), sgd (gradient
             steps per block), joint (only the last stage).
         router_loss: What sgd minimises; its num_targets is also the k of ridge.
-        router_lr: Learning rate of sgd.
+        router_lr: Learning rate of sgd. All learning rates are relative to the root mean square of the tensor that
+            they train, so that one number fits routers of any scale.
         router_epochs: Passes over the calibration text per block.
         router_warm_start: Start sgd from the closed form.
         ridge: Strength of the closed form's penalty on drift, relative to the mean squared router input.
@@ -61,8 +62,7 @@ class QESC(Comparison):
             output; 0 leaves it out.
         joint_selection: Weight of the router loss, over all blocks and in units of the logits' spread, beside the KL
             divergence.
-        joint_router_lr: Learning rate of the routers in the joint stage. This and the next two are relative to the
-            root mean square of each tensor, so that one number fits models of any scale.
+        joint_router_lr: Learning rate of the routers in the joint stage.
         joint_norm_lr: Of the weights of the normalisations; 0 leaves them as they are.
         joint_scale_lr: Of the scales of the quantized weights, whose codes stay; 0 leaves them as they are.
         lr_schedule: Over each stage: constant, linear or cosine (to zero).
@@ -90,7 +90,7 @@ class QESC(Comparison):
         min_expert_tokens: int = 256,
         router_method: Literal["none", "ridge", "sgd", "joint"] = "ridge",
         router_loss: RouterLoss | None = None,
-        router_lr: float = 1e-3,
+        router_lr: float = 2e-2,
         router_epochs: int = 1,
         router_warm_start: bool = False,
         ridge: float = 1e-3,
@@ -266,7 +266,7 @@ class QESC(Comparison):
             optimizer = self.optimizers(use_pl_optimizer=False)
             optimizer.state.clear()  # moments of single blocks say nothing here
             for group in optimizer.param_groups:
-                group["rms"] = float(group["params"][0].detach().square().mean().sqrt())
+                group["rms"] = _rms(group["params"][0])
         elif not self.is_joint and self.current_epoch % self.router_epochs == 0:
             block = self.moe.blocks[self.block_index]
             closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
@@ -367,7 +367,7 @@ class QESC(Comparison):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         kinds = {"router": self.routers, "norm": self.norms, "scale": self.scales}
         groups = [
-            {"params": [weight], "kind": kind, "rms": 1.0}
+            {"params": [weight], "kind": kind, "rms": _rms(weight)}
             for kind, weights in kinds.items()
             for weight in weights.values()
         ]
@@ -384,8 +384,7 @@ class QESC(Comparison):
             return
         factor = self.schedule(epoch, batch_idx)
         for group in optimizer.param_groups:
-            rate = self.joint_lr[group["kind"]] * group["rms"] if self.is_joint else self.router_lr
-            group["lr"] = factor * rate
+            group["lr"] = factor * group["rms"] * (self.joint_lr[group["kind"]] if self.is_joint else self.router_lr)
         optimizer.step(closure=optimizer_closure)
 
     def schedule(self, epoch: int, batch_idx: int) -> float:
@@ -393,6 +392,10 @@ class QESC(Comparison):
         passes, first = (self.joint_epochs, self.num_block_epochs) if self.is_joint else (self.router_epochs, 0)
         done = ((epoch - first) % passes + batch_idx / self.trainer.num_training_batches) / passes
         return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.detach().square().mean().sqrt())
 
 
 def _key(name: str) -> str:
