@@ -284,12 +284,12 @@ class QESC(Comparison):
     # --- gradient steps -----------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        if self.is_joint:
-            loss = self._joint_loss(batch)
-        elif self.moe.blocks[self.block_index].is_moe:
+        if not self.is_joint and self.moe.blocks[self.block_index].is_moe:
             loss = self._router_loss(batch)
-        else:
-            loss = sum(weight.sum() for weight in self.routers.values()) * 0  # a dense block has no router
+        elif self.is_joint and len(batch["index"]):
+            loss = self._joint_loss(batch)
+        else:  # a dense block has no router; or other processes hold all of this batch's windows
+            loss = sum(weight.sum() for weight in self.parameters()) * 0
         self.log("loss/joint" if self.is_joint else f"loss/block_{self.block_index:03d}", loss, prog_bar=False)
         return loss
 
@@ -376,7 +376,7 @@ class QESC(Comparison):
     @property
     def takes_steps(self) -> bool:
         """Whether the current epoch trains; ridge and none only measure their loss."""
-        return self.is_joint or self.router_method == "sgd"
+        return self.is_joint or (self.router_method == "sgd" and self.moe.blocks[self.block_index].is_moe)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         if not self.takes_steps:

@@ -14,7 +14,13 @@ from eacmoe_lightning.grid import unpack
 from eacmoe_lightning.store import read_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
-OPTIONS = {"model__router_method": "sgd", "model__router_warm_start": "true", "data__num_windows": 15}  # 15 = 7 + 8
+OPTIONS = {  # AdamW divides by the gradient's size: small rates keep the noise of the sums' order small
+    "model__router_method": "sgd",
+    "model__router_warm_start": "true",
+    "model__router_lr": 2e-3,
+    "model__joint_router_lr": 3e-4,
+    "data__num_windows": 15,  # 15 = 7 + 8
+}
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT", "train.py"],
     # what the script `fabric run` does
