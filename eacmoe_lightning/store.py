@@ -151,9 +151,12 @@ class RunDirectory:
         """Appends one phase's cost: what was computed again after an interruption counts again."""
         row = {"block": block, "phase": phase, "seconds": round(seconds, 4), "peak_bytes": peak_bytes}
         self.path.mkdir(parents=True, exist_ok=True)
-        content = self.costs.read_bytes() if self.costs.exists() else b""
-        with open(self.costs, "a") as file:
-            file.write(("" if content[-1:] in (b"", b"\n") else "\n") + json.dumps(row) + "\n")
+        with open(self.costs, "ab+") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":  # a kill cut the last line off
+                    file.write(b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
 
     def read_costs(self) -> list[dict[str, Any]]:
         """All rows of `add_cost`; a last line cut off by a kill is left out."""
