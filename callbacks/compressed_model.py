@@ -39,7 +39,7 @@ class CompressedModel(Callback):
         compressed.save(run.compressed, moe, module.name_or_path, blocks, description)
 
         tokens = trainer.datamodule.calibration_windows[:1, :128].to(moe.device)
-        reloaded = compressed.load(run.compressed).to(moe.device)
+        reloaded = compressed.load(run.compressed, packed=False).to(moe.device)
         here, there = moe.model(tokens, use_cache=False).logits, reloaded(tokens, use_cache=False).logits
         if not torch.equal(here, there):
             raise StoreError(

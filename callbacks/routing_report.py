@@ -60,7 +60,7 @@ class RoutingReport(BlockCallback):
         data = trainer.datamodule
         data.setup("validate")
         original = load_original(module.name_or_path, module.dtype_name).to(module.device)
-        subject = compressed.load(module.run.compressed).to(module.device)
+        subject = compressed.load(module.run.compressed, packed=False).to(module.device)
         original_moe, subject_moe = MoEModel(original), MoEModel(subject)
         after = evaluate(original_moe, subject_moe, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks)
         if module.router_method == "none":

@@ -1,19 +1,20 @@
 """The compressed model directory: what a run leaves behind, and `load`.
 
     config.json        model_type "eacmoe", the original's config, how each weight is stored
-    weights-block-003.safetensors, weights-rest.safetensors
+    weights-block-003.safetensors, weights-rest.safetensors, weights.safetensors.index.json
     tokenizer, generation config
 
 Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
-(uint8), under the parameter names that the model has in memory; everything else is stored as it is. The model type is
-not one that transformers knows, so nobody can open the directory without this package and get random weights.
+(uint8), under the parameter names that the model has in memory; everything else is stored as it is. Such a directory is
+read by `load`, or by transformers once this package is imported (`transformers_loading.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,18 @@ from transformers.initialization import no_init_weights
 
 from eacmoe_lightning.adapter import MoEModel, local_directory, resolve_model
 from eacmoe_lightning.grid import Quantized, packed, take_quantized
-from eacmoe_lightning.store import StoreError, read_tensors, write_json, write_tensors
+from eacmoe_lightning.packed_modules import set_activations
+from eacmoe_lightning.store import StoreError, read_tensors, whole_directory, write_json, write_tensors
+from eacmoe_lightning.transformers_loading import INDEX, METHOD
+from eacmoe_lightning.version import __version__
 
-MODEL_TYPE = "eacmoe"
 FORMAT_VERSION = 1
-REST = "weights-rest.safetensors"
+SHARD, REST = "weights-block-{:03d}.safetensors", "weights-rest.safetensors"
 
 
 def is_compressed(path: str | Path) -> bool:
     config = Path(path) / "config.json"
-    return config.exists() and json.loads(config.read_text()).get("model_type") == MODEL_TYPE
+    return config.exists() and json.loads(config.read_text()).get("model_type") == METHOD
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -46,11 +49,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not is_compressed(path):
         raise FileNotFoundError(f"{path} is not a compressed model directory of eacmoe-lightning (no such config.json)")
     config = json.loads((Path(path) / "config.json").read_text())
+    check_format(config)
+    return config
+
+
+def check_format(config: dict[str, Any]) -> None:
+    """Raises ValueError for a config.json that a newer version of this package wrote."""
     if config["format_version"] > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {config['format_version']}, this package reads up to {FORMAT_VERSION}"
+            f"the compressed model has format version {config['format_version']}, this eacmoe-lightning "
+            f"({__version__}) reads up to {FORMAT_VERSION}: install a newer one"
         )
-    return config
 
 
 def fingerprint(name_or_path: str) -> str:
@@ -83,80 +92,103 @@ def save(
         quantized_blocks: per block, the codes by parameter name.
         description: kept in the config under `quantization`.
     """
-    path, source = Path(path), resolve_model(name_or_path)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    source = resolve_model(name_or_path)
     config = AutoConfig.from_pretrained(source)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
-    bits: dict[str, int] = {}
-    state = moe.model.state_dict()
-    tied = _tied_names(moe.model)
-    written: set[str] = set()
-    for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
-        tensors = packed(quantized)
-        bits |= {name: q.bits for name, q in quantized.items()}
-        own = {n: t for n, t in state.items() if n.startswith(f"{block.name}.") and n not in quantized}
-        tensors |= {n: _narrowed(t, stored_dtype) for n, t in own.items()}
-        write_tensors(partial / f"weights-block-{block.index:03d}.safetensors", tensors)
-        written |= own.keys() | quantized.keys()
-    rest = {n: _narrowed(t, stored_dtype) for n, t in state.items() if n not in written and n not in tied}
-    write_tensors(partial / REST, rest)
-    AutoTokenizer.from_pretrained(source).save_pretrained(partial)
-    if moe.model.can_generate():
-        moe.model.generation_config.save_pretrained(partial)
-    write_json(
-        partial / "config.json",
-        {
-            "model_type": MODEL_TYPE,
-            "format_version": FORMAT_VERSION,
-            "original": {"name_or_path": name_or_path, "config": config.to_dict()},
-            "dtype": str(moe.model.dtype).rpartition(".")[2],
-            "quantization": description | {"bits": bits},
-        },
-    )
-    if path.exists():
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old)
-    else:
-        partial.rename(path)
+    state = {n: _narrowed(t, stored_dtype) for n, t in _untied(moe.model).items()}
+    grids = {name: (q.bits, q.group_size) for quantized in quantized_blocks for name, q in quantized.items()}
+
+    def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
+            own = {n: state.pop(n) for n in list(state) if n.startswith(f"{block.name}.")}
+            yield SHARD.format(block.index), packed(quantized) | {n: t for n, t in own.items() if n not in quantized}
+        yield REST, state
+
+    with whole_directory(path) as partial:
+        _write_weights(partial, shards())
+        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+        if moe.model.can_generate():
+            moe.model.generation_config.save_pretrained(partial)
+        write_json(
+            partial / "config.json",
+            {
+                "model_type": METHOD,
+                "format_version": FORMAT_VERSION,
+                "original": {"name_or_path": name_or_path, "config": config.to_dict()},
+                "dtype": str(moe.model.dtype).rpartition(".")[2],
+                "quantization": description
+                | {
+                    "bits": {name: bits for name, (bits, _) in grids.items()},
+                    "group_sizes": {name: group_size for name, (_, group_size) in grids.items()},
+                },
+            },
+        )
 
 
-def load(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
-    """The compressed model as a transformers causal LM in eval mode, its weights decoded.
+def save_packed(path: str | Path, model: PreTrainedModel) -> None:
+    """Writes a packed model that `load` gave, as it is in memory, without its tokenizer."""
+    config = model.hf_quantizer.quantization_config.directory_config
+    shards: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _untied(model).items():
+        layer = re.match(r"[^0-9]*\.(\d+)\.", name)
+        shards.setdefault(SHARD.format(int(layer[1])) if layer else REST, {})[name] = tensor
+    with whole_directory(path) as partial:
+        _write_weights(partial, shards.items())
+        model.generation_config.save_pretrained(partial)
+        write_json(partial / "config.json", config | {"dtype": str(model.dtype).rpartition(".")[2]})
+
+
+def _write_weights(directory: Path, shards: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
+    """The shards and the index in which transformers looks up what lies where."""
+    places: dict[str, str] = {}
+    for file, tensors in shards:
+        write_tensors(directory / file, tensors)
+        places |= dict.fromkeys(tensors, file)
+    write_json(directory / INDEX, {"metadata": {"total_size": size_of(directory)}, "weight_map": places})
+
+
+def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations: str = "exact") -> PreTrainedModel:
+    """The compressed model as a transformers causal LM in eval mode.
 
     Args:
         path: a compressed directory, or a run directory that holds one.
         dtype: `auto` (in which it was calibrated), `float32`, `bfloat16` or `float16`.
+        packed: keep quantized weights packed in memory; otherwise they are decoded to an ordinary model.
+        activations: `exact`, or `int8` for faster products with rounded activations (LOG.md has what that costs).
 
     Raises:
         FileNotFoundError: there is no compressed model.
         StoreError: a file is missing, truncated or altered, or tensors are missing.
+        ValueError: a newer version of this package wrote it.
     """
     path = Path(path)
     path = path / "compressed" if is_compressed(path / "compressed") else path
     config = read_config(path)
     torch_dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
+    if packed:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+        set_activations(model, activations)
+        return model
+    return _load_decoded(path, config, torch_dtype)
+
+
+def _load_decoded(path: Path, config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     original = dict(config["original"]["config"])
     model_config = AutoConfig.for_model(original.pop("model_type"), **original)
-    model_config.dtype = torch_dtype
+    model_config.dtype = dtype
     with no_init_weights():  # memory is reserved, not touched: every tensor is replaced below
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch_dtype)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     model.tie_weights()
     moe, tied = MoEModel(model), _tied_names(model)
     state: dict[str, Tensor] = {}
-    files = [path / f"weights-block-{block.index:03d}.safetensors" for block in moe.blocks] + [path / REST]
     bits = config["quantization"]["bits"]
     owner = {name: block for block in moe.blocks for name in block.weights()}
-    for file in files:
+    for file in [path / SHARD.format(block.index) for block in moe.blocks] + [path / REST]:
         tensors, _ = read_tensors(file)
         for name in [n.removesuffix(".codes") for n in tensors if n.endswith(".codes")]:
             quantized = take_quantized(tensors, name, bits[name], owner[name].weights()[name][1].shape[-1])
-            state[name] = owner[name].as_parameter(name, quantized.dequantize(torch_dtype)).contiguous()
-        state |= {name: t.to(torch_dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+            state[name] = owner[name].as_parameter(name, quantized.dequantize(dtype)).contiguous()
+        state |= {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     if unexpected or set(missing) - tied:
@@ -168,6 +200,12 @@ def load(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.config.name_or_path = str(path)
     return model.eval()
+
+
+def _untied(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's tensors, each once."""
+    tied = _tied_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _tied_names(model: PreTrainedModel) -> set[str]:

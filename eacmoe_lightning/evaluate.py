@@ -187,7 +187,7 @@ def load_subject(name_or_path: str, dtype: str, path: str | None, run: RunDirect
         )
     place = place / "compressed" if (place / "compressed" / "config.json").exists() else place
     if compressed_format.is_compressed(place):
-        subject = compressed_format.load(place, dtype)
+        subject = compressed_format.load(place, dtype, packed=False)
         recorded = compressed_format.read_config(place)["original"]["name_or_path"]
         source = recorded if name_or_path == "bundled" else name_or_path
         original = load_original(source, str(subject.dtype).rpartition(".")[2])

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning import __version__
 from eacmoe_lightning.adapter import MoEModel, load_original
 from eacmoe_lightning.calibration import Calibration, read_block
 from eacmoe_lightning.comparison import Comparison
@@ -29,6 +28,7 @@ from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 from eacmoe_lightning.router_loss import RouterLoss, TopKMSE
 from eacmoe_lightning.streams import Streams
+from eacmoe_lightning.version import __version__
 
 
 class QESC(Comparison):

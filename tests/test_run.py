@@ -84,7 +84,7 @@ def test_the_compressed_directory_holds_the_dequantized_model(family, run_of, ti
         )
     missing, unexpected = original.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
-    reloaded = compressed.load(folder)
+    reloaded = compressed.load(folder, packed=False)
     assert torch.equal(reloaded(prose).logits, original(prose).logits) and not reloaded.training
     kept = {name for name, p in before.items() if torch.equal(p, weights.get(name, before[name]))}
     assert {"model.embed_tokens.weight"} <= kept and not kept & bits.keys()
@@ -109,7 +109,7 @@ def test_the_report_has_its_keys_and_they_are_true(family, run_of, tiny_model_di
     assert report["perplexity"].keys() == {"prose", "code"}
     original = AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)).eval()
     assert report["perplexity"]["prose"]["original"] == pytest.approx(perplexity(original, prose), rel=1e-4)
-    reloaded = compressed.load(run)
+    reloaded = compressed.load(run, packed=False)
     assert report["perplexity"]["prose"]["compressed"] == pytest.approx(perplexity(reloaded, prose), rel=1e-4)
     assert report["perplexity"]["prose"]["before"] > 1
     for when in ("before", "after"):
@@ -165,7 +165,8 @@ def test_router_methods_change_what_they_say(method, changes, tiny_model_dir, tm
         tiny_model_dir("qwen3_moe"), tmp_path / "run", model__router_method=method, model__joint_epochs=joint
     )
     original = dict(AutoModelForCausalLM.from_pretrained(tiny_model_dir("qwen3_moe")).named_parameters())
-    moved = {name for name, p in compressed.load(run).named_parameters() if not torch.equal(p, original[name])}
+    written = compressed.load(run, packed=False)
+    moved = {name for name, p in written.named_parameters() if not torch.equal(p, original[name])}
     kinds = {"router": {n for n in original if "mlp.gate." in n}, "norm": {n for n in original if "norm" in n}}
     for kind, names in kinds.items():
         assert moved & names == (names if kind in changes else set())
@@ -241,7 +242,10 @@ def test_predict_writes_the_log_likelihood_of_every_token(run_of, tiny_model_dir
     run, model = run_of("phimoe"), tiny_model_dir("phimoe")
     main(["predict", *jobs.options(model, run)])
     main(["predict", *jobs.options(model, tmp_path / "original", model__evaluate=model)])
-    subjects = {run: compressed.load(run), tmp_path / "original": AutoModelForCausalLM.from_pretrained(model).eval()}
+    subjects = {
+        run: compressed.load(run, packed=False),
+        tmp_path / "original": AutoModelForCausalLM.from_pretrained(model).eval(),
+    }
     for folder, subject in subjects.items():
         scores = load_file(folder / "scores_prose.safetensors")
         with torch.no_grad():

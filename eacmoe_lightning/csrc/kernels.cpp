@@ -1,0 +1,367 @@
+// Packed linears and packed experts on CPU: a plain C interface, loaded through ctypes (kernels.py). No dependency.
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <cmath>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+#include "packed.h"
+
+#define ISA baseline
+#define ISA_TARGET
+#define ISA_WIDTH 4
+#include "portable.h"
+#if defined(__x86_64__)
+#define ISA avx2
+#define ISA_TARGET __attribute__((target("avx2,fma,f16c")))
+#define ISA_WIDTH 8
+#include "portable.h"
+#define ISA avx512f
+#define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define ISA_WIDTH 16
+#include "portable.h"
+#include "avx512.h"
+#endif
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace eacmoe {
+
+uint8_t* scratch(Slot slot, size_t bytes) {
+  struct Area {
+    void* at = nullptr;
+    size_t size = 0;
+    ~Area() { std::free(at); }
+  };
+  thread_local Area areas[SLOTS];
+  Area& area = areas[slot];
+  if (area.size < bytes) {
+    std::free(area.at);
+    area.size = (bytes + 4095) / 4096 * 4096;
+    area.at = std::aligned_alloc(64, area.size);
+  }
+  return (uint8_t*)area.at;
+}
+
+// --- threads ------------------------------------------------------------------------------------------------------
+
+// Runs task(0) .. task(tasks - 1), each once, on the caller and up to threads - 1 helpers. Whoever is free takes the
+// next task; the caller waits only for tasks that a helper has begun, so a helper that the system has put to sleep
+// delays nothing. Helpers wait by spinning for some microseconds, then sleep.
+class Pool {
+ public:
+  template <class Task>
+  void run(int64_t tasks, int threads, const Task& task) {
+    if (threads > 1 && tasks > 1 && busy_.try_lock()) {
+      start(threads - 1);
+      job_ = [](const void* context, int64_t i) { (*(const Task*)context)(i); };
+      context_ = &task, tasks_ = tasks;
+      grain_ = tasks / (threads * 16) + 1;  // neighbouring tasks read neighbouring memory
+      next_.store(0, std::memory_order_relaxed);
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        wanted_ = threads - 1;
+        generation_.fetch_add(1, std::memory_order_release);
+      }
+      wake_.notify_all();
+      work();
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        wanted_ = 0;
+      }
+      while (active_.load(std::memory_order_acquire)) std::this_thread::yield();
+      busy_.unlock();
+    } else {
+      for (int64_t i = 0; i < tasks; i++) task(i);
+    }
+  }
+
+ private:
+  void start(int helpers) {
+    while (int(helpers_.size()) < helpers) {
+      helpers_.emplace_back([this] { help(); });
+      helpers_.back().detach();
+    }
+  }
+
+  void work() {
+    for (int64_t first; (first = next_.fetch_add(grain_, std::memory_order_relaxed)) < tasks_;)
+      for (int64_t i = first; i < first + grain_ && i < tasks_; i++) job_(context_, i);
+  }
+
+  void help() {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int spin = 0; spin < 4000 && generation_.load(std::memory_order_acquire) == seen; spin++) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      }
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+        seen = generation_.load(std::memory_order_relaxed);
+        if (wanted_ == 0) continue;
+        wanted_--;
+        active_.fetch_add(1, std::memory_order_relaxed);
+      }
+      work();
+      active_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> helpers_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> active_{0};
+  int wanted_ = 0;
+  void (*job_)(const void*, int64_t) = nullptr;
+  const void* context_ = nullptr;
+  int64_t tasks_ = 0, grain_ = 1;
+};
+
+// Of this process: a fork has none of its parent's helpers. Never freed, for helpers may outlive static objects.
+static Pool& pool() {
+  static std::mutex mutex;
+  static Pool* own = nullptr;
+  static long owner = -1;
+#if defined(__linux__) || defined(__APPLE__)
+  const long process = long(getpid());
+#else
+  const long process = 0;
+#endif
+  std::lock_guard<std::mutex> lock(mutex);
+  if (process != owner) own = new Pool, owner = process;
+  return *own;
+}
+
+// --- choosing an engine ---------------------------------------------------------------------------------------------
+
+enum Level { PORTABLE, AVX2, AVX512 };
+enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
+enum Activation { SILU, GELU, GELU_TANH, RELU };
+
+static Level best_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return AVX512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+  return PORTABLE;
+}
+
+struct Kit {
+  const Engine* engine;
+  void (*activate)(Activation, float* gate, const float* up, int64_t n);
+};
+
+static Kit kit(Level level, Dtype dtype, bool int8) {
+#if defined(__x86_64__)
+  if (level == AVX512) {
+    const Engine* engine = int8 ? &avx512::int8 : dtype == BFLOAT16 ? &avx512::bf16 : &avx512f::engine;
+    return {engine, avx512f::activate<Activation>};
+  }
+  if (level == AVX2) return {&avx2::engine, avx2::activate<Activation>};
+#endif
+  return {&baseline::engine, baseline::activate<Activation>};
+}
+
+// --- numbers in and out -----------------------------------------------------------------------------------------------
+
+static void read(const void* from, Dtype dtype, int64_t at, int64_t n, float* to) {
+  switch (dtype) {
+    case FLOAT32: std::memcpy(to, (const float*)from + at, size_t(n) * 4); break;
+    case BFLOAT16:
+      for (int64_t i = 0; i < n; i++) to[i] = bf16_to_float(((const uint16_t*)from)[at + i]);
+      break;
+    case FLOAT16:
+      for (int64_t i = 0; i < n; i++) to[i] = half_to_float(((const uint16_t*)from)[at + i]);
+      break;
+  }
+}
+
+static void write(const float* from, int64_t n, void* to, Dtype dtype, int64_t at) {
+  switch (dtype) {
+    case FLOAT32: std::memcpy((float*)to + at, from, size_t(n) * 4); break;
+    case BFLOAT16:
+      for (int64_t i = 0; i < n; i++) ((uint16_t*)to)[at + i] = float_to_bf16(from[i]);
+      break;
+    case FLOAT16:
+      for (int64_t i = 0; i < n; i++) ((_Float16*)to)[at + i] = (_Float16)from[i];
+      break;
+  }
+}
+
+// Tokens [n, cols] in an engine's order.
+struct Prepared {
+  Prepared(Slot slot, const Engine& engine, const Segments& segments, int64_t n)
+      : stride((engine.token_bytes(segments) + 63) / 64 * 64), at(scratch(slot, size_t(n * stride))) {}
+  uint8_t* token(int64_t i) const { return at + i * stride; }
+
+  const int64_t stride;
+  uint8_t* const at;
+};
+
+static void add_bias(const Packed& p, const Rows& rows, int64_t M, float* out) {
+  if (!p.bias) return;
+  for (int64_t m = 0; m < M; m++)
+    for (int h = 0; h < 2; h++)
+      for (int64_t i = 0; i < rows.valid[h]; i++) out[(m * 2 + h) * TILE + i] += p.bias[rows.first[h] + i];
+}
+
+// Tile `i` of a weight without a partner: its lower and its upper rows.
+static Rows halves(int64_t i, int64_t rows) {
+  const int64_t middle = (rows + 1) / 2, lower = middle - i * TILE, upper = rows - middle - i * TILE;
+  return {{i * TILE, middle + i * TILE}, {lower < TILE ? lower : TILE, upper < 0 ? 0 : upper < TILE ? upper : TILE}};
+}
+
+static int64_t num_tiles(int64_t rows) { return ((rows + 1) / 2 + TILE - 1) / TILE; }
+
+constexpr int64_t TOKENS = 16;  // that one task prepares
+
+// --- linear ---------------------------------------------------------------------------------------------------------
+
+static void linear(const Kit& kit, const Packed& p, const void* x, Dtype dtype, int64_t M, void* out, int threads) {
+  const Segments segments(p);
+  const Prepared prepared(TOKENS_IN, *kit.engine, segments, M);
+  pool().run((M + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
+    float* row = (float*)scratch(ROW, size_t(p.cols) * 4);
+    for (int64_t m = task * TOKENS; m < M && m < (task + 1) * TOKENS; m++) {
+      read(x, dtype, m * p.cols, p.cols, row);
+      kit.engine->prepare(row, segments, prepared.token(m));
+    }
+  });
+  std::vector<const uint8_t*> tokens(size_t(M), nullptr);
+  for (int64_t m = 0; m < M; m++) tokens[size_t(m)] = prepared.token(m);
+  pool().run(num_tiles(p.rows), threads, [&](int64_t task) {
+    const Rows rows = halves(task, p.rows);
+    float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
+    kit.engine->multiply(p, segments, tokens.data(), M, rows, tile);
+    add_bias(p, rows, M, tile);
+    for (int64_t m = 0; m < M; m++)
+      for (int h = 0; h < 2; h++)
+        write(tile + (m * 2 + h) * TILE, rows.valid[h], out, dtype, m * p.rows + rows.first[h]);
+  });
+}
+
+// --- experts --------------------------------------------------------------------------------------------------------
+
+// The routed experts of one block. x [N, D]; ids and weights [N, K], an id outside of 0 .. E - 1 is skipped;
+// up [E, 2F or F, D] (gate rows, then up rows), down [E, D, F]; out [N, D]. Sums are in float32 in the order of the
+// experts, whatever the number of threads.
+static void experts(const Kit& kit, const Packed& up, const Packed& down, bool gated, Activation activation,
+                    const void* x, Dtype dtype, int64_t N, const int64_t* ids, const float* weights, int64_t K,
+                    int64_t E, void* out, int threads) {
+  const int64_t D = up.cols, F = down.cols;
+  const Segments up_segments(up), down_segments(down);
+  const Engine& engine = *kit.engine;
+
+  // The (token, choice) pairs by expert.
+  std::vector<int64_t> begin(size_t(E) + 1, 0), pairs, active;
+  for (int64_t i = 0; i < N * K; i++)
+    if (ids[i] >= 0 && ids[i] < E) begin[size_t(ids[i]) + 1]++;
+  for (int64_t e = 0; e < E; e++) {
+    if (begin[size_t(e) + 1]) active.push_back(e);
+    begin[size_t(e) + 1] += begin[size_t(e)];
+  }
+  pairs.resize(size_t(begin[size_t(E)]));
+  std::vector<int64_t> place(begin.begin(), begin.end() - 1);
+  for (int64_t i = 0; i < N * K; i++)
+    if (ids[i] >= 0 && ids[i] < E) pairs[size_t(place[size_t(ids[i])]++)] = i;
+  const int64_t P = int64_t(pairs.size());
+
+  const Prepared prepared(TOKENS_IN, engine, up_segments, N);
+  pool().run((N + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
+    float* row = (float*)scratch(ROW, size_t(D) * 4);
+    for (int64_t n = task * TOKENS; n < N && n < (task + 1) * TOKENS; n++) {
+      read(x, dtype, n * D, D, row);
+      engine.prepare(row, up_segments, prepared.token(n));
+    }
+  });
+  std::vector<const uint8_t*> tokens(size_t(P), nullptr);
+  for (int64_t i = 0; i < P; i++) tokens[size_t(i)] = prepared.token(pairs[size_t(i)] / K);
+
+  // Gate, up and activation. The halves of a tile are 16 gate rows and their up rows.
+  float* hidden = (float*)scratch(HIDDEN, size_t(P * F) * 4);
+  const int64_t up_tasks = gated ? (F + TILE - 1) / TILE : num_tiles(F);
+  pool().run(int64_t(active.size()) * up_tasks, threads, [&](int64_t task) {
+    const int64_t e = active[size_t(task / up_tasks)], tile_index = task % up_tasks, first = begin[size_t(e)];
+    const int64_t M = begin[size_t(e) + 1] - first;
+    const Packed p = up.expert(e);
+    const Rows rows = halves(tile_index, gated ? 2 * F : F);
+    float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
+    engine.multiply(p, up_segments, tokens.data() + first, M, rows, tile);
+    add_bias(p, rows, M, tile);
+    for (int64_t m = 0; m < M; m++) {
+      float* row = tile + m * 2 * TILE;
+      kit.activate(activation, row, gated ? row + TILE : nullptr, gated ? TILE : 2 * TILE);
+      for (int h = 0; h < (gated ? 1 : 2); h++)
+        std::memcpy(hidden + (first + m) * F + rows.first[h], row + h * TILE, size_t(rows.valid[h]) * 4);
+    }
+  });
+
+  const Prepared inner(TOKENS_INNER, engine, down_segments, P);
+  pool().run((P + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
+    for (int64_t i = task * TOKENS; i < P && i < (task + 1) * TOKENS; i++)
+      engine.prepare(hidden + i * F, down_segments, inner.token(i));
+  });
+  for (int64_t i = 0; i < P; i++) tokens[size_t(i)] = inner.token(i);
+
+  // Down. A task owns the columns of a tile and goes through all experts.
+  pool().run(num_tiles(D), threads, [&](int64_t task) {
+    const Rows rows = halves(task, D);
+    float* sum = (float*)scratch(SUMS, size_t(N) * 2 * TILE * 4);
+    std::memset(sum, 0, size_t(N) * 2 * TILE * 4);
+    for (int64_t e : active) {
+      const int64_t first = begin[size_t(e)], M = begin[size_t(e) + 1] - first;
+      const Packed p = down.expert(e);
+      float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
+      engine.multiply(p, down_segments, tokens.data() + first, M, rows, tile);
+      add_bias(p, rows, M, tile);
+      for (int64_t m = 0; m < M; m++) {
+        const int64_t pair = pairs[size_t(first + m)];
+        float* to = sum + pair / K * 2 * TILE;
+        for (int i = 0; i < 2 * TILE; i++) to[i] += weights[pair] * tile[m * 2 * TILE + i];
+      }
+    }
+    for (int64_t n = 0; n < N; n++)
+      for (int h = 0; h < 2; h++)
+        write(sum + (n * 2 + h) * TILE, rows.valid[h], out, dtype, n * D + rows.first[h]);
+  });
+}
+
+}  // namespace eacmoe
+
+// --- the interface ----------------------------------------------------------------------------------------------------
+
+EXPORT int eacmoe_level() { return eacmoe::best_level(); }
+
+EXPORT void eacmoe_linear(int level, int int8, const eacmoe::Packed* p, const void* x, int dtype, int64_t M, void* out,
+                          int threads) {
+  const auto d = eacmoe::Dtype(dtype);
+  eacmoe::linear(eacmoe::kit(eacmoe::Level(level), d, int8), *p, x, d, M, out, threads);
+}
+
+EXPORT void eacmoe_experts(int level, int int8, const eacmoe::Packed* up, const eacmoe::Packed* down, int gated,
+                           int activation, const void* x, int dtype, int64_t N, const int64_t* ids,
+                           const float* weights, int64_t K, int64_t E, void* out, int threads) {
+  const auto d = eacmoe::Dtype(dtype);
+  eacmoe::experts(eacmoe::kit(eacmoe::Level(level), d, int8), *up, *down, gated, eacmoe::Activation(activation), x, d,
+                  N, ids, weights, K, E, out, threads);
+}

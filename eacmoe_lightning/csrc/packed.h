@@ -1,0 +1,107 @@
+// What all kernels share: a packed weight, its cutting into segments, and the interface of an engine.
+//
+// Letters: M tokens, O outputs (rows of a weight), I inputs, F expert width, D hidden, E experts, K top_k.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cmath>
+#include <cstring>
+
+namespace eacmoe {
+
+// One weight [O, I] as it lies on disk (grid.py): eight codes in `bits` bytes, row after row; per row and group of
+// inputs a float16 scale and a uint8 zero point. w = (code - zero) * scale.
+struct Packed {
+  const uint8_t* codes;
+  const uint16_t* scale;
+  const uint8_t* zero;
+  const float* bias;  // [O] or null
+  int64_t rows, cols;
+  int32_t group, bits;
+
+  int64_t groups() const { return cols / group; }
+  int64_t row_bytes() const { return cols / 8 * bits; }
+  Packed expert(int64_t e) const {
+    Packed p = *this;
+    p.codes += e * rows * row_bytes();
+    p.scale += e * rows * groups();
+    p.zero += e * rows * groups();
+    if (bias) p.bias += e * rows;
+    return p;
+  }
+};
+
+// Inputs are walked in segments: parts of one group, at most MAX_SEGMENT long, padded with zeros to whole chunks.
+constexpr int CHUNK = 64, MAX_SEGMENT = 256;
+
+struct Segments {
+  int64_t cols, group;
+  int64_t length, per_group, count, chunks;  // inputs of a segment; segments; chunks of a segment
+
+  explicit Segments(const Packed& p) : cols(p.cols), group(p.group) {
+    length = group < MAX_SEGMENT ? group : MAX_SEGMENT;
+    per_group = (group + length - 1) / length;
+    count = cols / group * per_group;
+    chunks = (length + CHUNK - 1) / CHUNK;
+  }
+  int64_t start(int64_t s) const { return s / per_group * group + s % per_group * length; }
+  int64_t size(int64_t s) const {
+    int64_t rest = group - s % per_group * length;
+    return rest < length ? rest : length;
+  }
+  int64_t padded() const { return count * chunks * CHUNK; }
+};
+
+constexpr int TILE = 16;  // outputs of half a tile; a tile has two halves, for example gate and up rows
+
+// The rows of a tile. valid[1] <= valid[0]. The tile that follows has the next 16 rows in both halves.
+struct Rows {
+  int64_t first[2], valid[2];
+};
+
+// How tokens meet weights on one instruction set with one type of activations.
+struct Engine {
+  // Bytes of one prepared token.
+  int64_t (*token_bytes)(const Segments&);
+  // Brings one token [I] into the order that `multiply` reads.
+  void (*prepare)(const float* x, const Segments&, uint8_t* prepared);
+  // out[m * 2 * TILE + h * TILE + i] = <token m, row first[h] + i>, for i < valid[h], h < 2 and m < M; without bias.
+  void (*multiply)(const Packed&, const Segments&, const uint8_t* const* tokens, int64_t M, const Rows&, float* out);
+};
+
+// Working areas of the calling thread, 64-byte aligned, kept from call to call (fresh pages would cost more than the
+// arithmetic on them). A larger request loses the area's content.
+enum Slot { SCALES, ROW, OUT_TILE, SUMS, TOKENS_IN, HIDDEN, TOKENS_INNER, SLOTS };
+uint8_t* scratch(Slot slot, size_t bytes);
+
+inline float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
+  if (exponent == 31) {
+    bits = sign | 0x7f800000 | mantissa << 13;
+  } else if (exponent) {
+    bits = sign | (exponent + 112) << 23 | mantissa << 13;
+  } else {
+    float value = float(mantissa) * (1.0f / 16777216);
+    return sign ? -value : value;
+  }
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float bf16_to_float(uint16_t b) {
+  uint32_t bits = uint32_t(b) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace eacmoe

@@ -1,0 +1,133 @@
+// float32 activations on any CPU: rows are decoded to float32 segments and multiplied with vectors of the compiler.
+//
+// Included once per instruction set, with these defined: ISA (the namespace), ISA_TARGET (the function attribute),
+// ISA_WIDTH (floats of a vector).
+namespace eacmoe {
+namespace ISA {
+
+typedef float Floats __attribute__((vector_size(ISA_WIDTH * 4), aligned(4)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef uint32_t Words8 __attribute__((vector_size(32)));
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+
+constexpr int64_t BLOCK = 4;  // tokens that share the reading of a decoded segment
+
+// Codes [n], n a multiple of 8, to (code - zero) * scale.
+ISA_TARGET static inline void decode(const uint8_t* codes, int64_t n, int bits, float scale, float zero, float* out) {
+  const uint32_t mask = (1u << bits) - 1;
+  Words8 shift;
+  for (int i = 0; i < 8; i++) shift[i] = uint32_t(i % 4 * bits);
+  for (int64_t k = 0; k < n; k += 8, codes += bits) {
+    uint64_t word = 0;
+    std::memcpy(&word, codes, size_t(bits));
+    const uint32_t low = uint32_t(word), high = uint32_t(word >> (4 * bits));
+    Words8 four = {low, low, low, low, high, high, high, high};
+    Ints8 code = Ints8((four >> shift) & mask);
+    Floats8 value = (__builtin_convertvector(code, Floats8) - zero) * scale;
+    std::memcpy(out + k, &value, 32);
+  }
+}
+
+ISA_TARGET static inline float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < ISA_WIDTH; i++) total += v[i];
+  return total;
+}
+
+// out[m * 2 * TILE] += <x[m], w> for `count` tokens.
+template <int64_t count>
+ISA_TARGET static inline void dot(const float* const* x, const float* w, int64_t padded, float* out) {
+  Floats sums[count][2] = {};
+  for (int64_t k = 0; k < padded; k += 2 * ISA_WIDTH)
+    for (int64_t m = 0; m < count; m++)
+      for (int64_t i = 0; i < 2; i++)
+        sums[m][i] += *(const Floats*)(x[m] + k + i * ISA_WIDTH) * *(const Floats*)(w + k + i * ISA_WIDTH);
+  for (int64_t m = 0; m < count; m++) out[m * 2 * TILE] += sum(sums[m][0] + sums[m][1]);
+}
+
+static int64_t token_bytes(const Segments& s) { return s.padded() * 4; }
+
+static void prepare(const float* x, const Segments& s, uint8_t* prepared) {
+  float* out = (float*)prepared;
+  const int64_t padded = s.chunks * CHUNK;
+  for (int64_t i = 0; i < s.count; i++, out += padded) {
+    std::memcpy(out, x + s.start(i), size_t(s.size(i)) * 4);
+    std::memset(out + s.size(i), 0, size_t(padded - s.size(i)) * 4);
+  }
+}
+
+ISA_TARGET static void multiply(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M,
+                                const Rows& rows, float* out) {
+  const int64_t padded = s.chunks * CHUNK;
+  alignas(64) float w[MAX_SEGMENT];
+  std::memset(w, 0, sizeof w);
+  std::memset(out, 0, size_t(M) * 2 * TILE * 4);
+  for (int64_t r = 0; r < 2 * TILE; r++) {
+    const int64_t row = rows.first[r / TILE] + r % TILE;
+    if (r % TILE >= rows.valid[r / TILE]) continue;
+    for (int64_t i = 0; i < s.count; i++) {
+      const int64_t g = row * p.groups() + i / s.per_group, size = s.size(i);
+      decode(p.codes + row * p.row_bytes() + s.start(i) / 8 * p.bits, size, p.bits, half_to_float(p.scale[g]),
+             float(p.zero[g]), w);
+      for (int64_t m = 0; m < M; m += BLOCK) {
+        const float* x[BLOCK];
+        const int64_t count = M - m < BLOCK ? M - m : BLOCK;
+        for (int64_t b = 0; b < count; b++) x[b] = (const float*)tokens[m + b] + i * padded;
+        if (count == BLOCK) {
+          dot<BLOCK>(x, w, padded, out + m * 2 * TILE + r);
+        } else {
+          for (int64_t b = 0; b < count; b++) dot<1>(x + b, w, padded, out + (m + b) * 2 * TILE + r);
+        }
+      }
+    }
+  }
+}
+
+// exp(x) to about 2 units in the last place, in a form that compilers vectorize; x is clamped to +-87.
+ISA_TARGET static inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // n = round(x / ln 2)
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1;
+  const int32_t power = (int32_t(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &power, 4);
+  return y * scale;
+}
+
+// gate[i] = f(gate[i]) * up[i], or f(gate[i]) without `up`.
+template <class Activation>
+ISA_TARGET static void activate(Activation kind, float* gate, const float* up, int64_t n) {
+  switch (int(kind)) {
+    case 0:  // SiLU
+      for (int64_t i = 0; i < n; i++) gate[i] = gate[i] / (1 + exponential(-gate[i]));
+      break;
+    case 1:  // GELU
+      for (int64_t i = 0; i < n; i++) gate[i] = 0.5f * gate[i] * (1 + std::erf(gate[i] * 0.70710678f));
+      break;
+    case 2:  // GELU by tanh: x * sigmoid(2 y)
+      for (int64_t i = 0; i < n; i++) {
+        const float y = 1.59576912f * (gate[i] + 0.044715f * gate[i] * gate[i] * gate[i]);
+        gate[i] = gate[i] / (1 + exponential(-y));
+      }
+      break;
+    case 3:  // ReLU
+      for (int64_t i = 0; i < n; i++) gate[i] = gate[i] > 0 ? gate[i] : 0;
+      break;
+  }
+  for (int64_t i = 0; up && i < n; i++) gate[i] *= up[i];
+}
+
+static const Engine engine = {token_bytes, prepare, multiply};
+
+}  // namespace ISA
+}  // namespace eacmoe
+#undef ISA
+#undef ISA_TARGET
+#undef ISA_WIDTH

@@ -1,0 +1,129 @@
+"""What makes transformers open a compressed directory: `AutoModelForCausalLM.from_pretrained(path)`.
+
+Importing this package registers two things. The model type `eacmoe` stands for the original's config with a
+quantization config, so that transformers picks the original's class. The quantization method `eacmoe` puts packed
+modules (`packed_modules.py`) in place before the weights are loaded, so packed bytes go from the file straight into
+them.
+
+Without this package the same directory is refused: transformers does not know the model type. (Had it the original's
+type and an unknown quantization method, transformers would warn and leave the weights random.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from eacmoe_lightning.packed_modules import pack_modules, set_activations
+from eacmoe_lightning.store import StoreError, read_tensors
+
+METHOD = "eacmoe"  # model type and quantization method
+INDEX = "weights.safetensors.index.json"
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """How a compressed model is stored and run.
+
+    Args:
+        bits, group_sizes: by parameter name.
+        activations: `exact` or `int8`; see `packed_modules.set_activations`.
+        directory_config: the compressed directory's own config.json, for `save_pretrained`.
+    """
+
+    def __init__(
+        self,
+        bits: dict[str, int] | None = None,
+        group_sizes: dict[str, int] | None = None,
+        activations: str = "exact",
+        directory_config: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.bits, self.group_sizes = bits or {}, group_sizes or {}
+        self.activations, self.directory_config = activations, directory_config or {}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What `from_pretrained(..., quantization_config=PackedConfig(activations="int8"))` may override."""
+        return {"activations": self.activations}
+
+
+class CompressedConfig(PreTrainedConfig):
+    """The config.json of a compressed directory; reading it gives the original's config, with a `PackedConfig`."""
+
+    model_type = METHOD
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        from eacmoe_lightning.compressed import check_format
+
+        check_format(config_dict)
+        original = dict(config_dict["original"]["config"])
+        kwargs.pop("_commit_hash", None)
+        quantization = config_dict["quantization"]
+        original |= {
+            "dtype": config_dict["dtype"],
+            "transformers_weights": INDEX,  # a name that transformers does not look for by itself
+            "quantization_config": {
+                "quant_method": METHOD,
+                "bits": quantization["bits"],
+                "group_sizes": quantization["group_sizes"],
+                "directory_config": config_dict,
+            },
+        }
+        return CONFIG_MAPPING[original["model_type"]].from_dict(original, **kwargs)
+
+
+AutoConfig.register(METHOD, CompressedConfig)
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Loads packed modules; refuses to quantize a model that is not quantized (that is what `fit` is for)."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config: PackedConfig = self.quantization_config
+        pack_modules(model, config.bits, config.group_sizes)
+        files = [Path(file) for file in kwargs["checkpoint_files"]]
+        # checksums are compared here
+        stored = {name: tensor.shape for file in files for name, tensor in read_tensors(file)[0].items()}
+        for name, tensor in model.state_dict().items():
+            if name not in model.all_tied_weights_keys and stored.get(name) != tensor.shape:
+                raise StoreError(
+                    f"{files[0].parent} does not fit its config: {name} should be {tuple(tensor.shape)} and is "
+                    f"{tuple(stored[name]) if name in stored else 'missing'}"
+                )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        set_activations(model, self.quantization_config.activations)
+        model.save_pretrained = _Saver(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Saver:
+    """`save_pretrained` of a packed model: it writes a compressed directory again."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: str | Path, **_: Any) -> None:
+        from eacmoe_lightning.compressed import save_packed
+
+        save_packed(save_directory, self.model)

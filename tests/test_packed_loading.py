@@ -1,0 +1,253 @@
+"""Compressed directories as packed models: `load`, `from_pretrained`, `save_pretrained`, `generate`, damage."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, pipeline
+
+from eacmoe_lightning import compressed, load
+from eacmoe_lightning.adapter import MoEModel, load_original
+from eacmoe_lightning.grid import Grid, round_to_nearest
+from eacmoe_lightning.packed_modules import PackedExperts, PackedLinear, packed_weights, set_activations
+from eacmoe_lightning.store import StoreError, digest
+
+families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
+BITS = {"attention": 4, "shared": 5, "experts": 3}
+
+
+def compress(model: Path, folder: Path) -> Path:
+    """A compressed directory by rounding to nearest, with other bits for the last block's experts."""
+    moe = MoEModel(load_original(str(model)))
+    blocks = []
+    for block in moe.blocks:
+        bits = BITS | ({"experts": 2} if block.index == len(moe.blocks) - 1 else {})
+        quantized = {n: round_to_nearest(w, Grid(bits[part], 32)) for n, (part, w) in block.weights().items()}
+        moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
+        blocks.append(quantized)
+    compressed.save(folder, moe, str(model), blocks, {"method": "rtn"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory, tiny_model_dir) -> Callable[[str], Path]:
+    folders: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in folders:
+            folders[family] = compress(tiny_model_dir(family), tmp_path_factory.mktemp("compressed") / family)
+        return folders[family]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(0, tiny_models.VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(0))
+
+
+def damage(folder: Path, copy_to: Path, change: Callable[[dict[str, Tensor]], None], checksum: bool) -> Path:
+    """A copy whose first shard's tensors are changed, with the checksum of before or one that fits."""
+    copy_to.mkdir()
+    for file in folder.iterdir():
+        (copy_to / file.name).write_bytes(file.read_bytes())
+    shard = copy_to / "weights-block-000.safetensors"
+    with safe_open(shard, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors)
+    if checksum:
+        note = json.loads(metadata["eacmoe"])["note"]
+        metadata = {"eacmoe": json.dumps({"note": note, "sha256": digest(tensors, note)})}
+    save_file(tensors, shard, metadata)
+    return copy_to
+
+
+# --- loading
+
+
+@families
+@torch.no_grad()
+def test_a_packed_model_gives_the_logits_of_the_decoded_one(family, folder_of, tokens):
+    folder = folder_of(family)
+    packed, decoded = load(folder), load(folder, packed=False)
+    assert packed.dtype == torch.float32 and not packed.training
+    torch.testing.assert_close(packed(tokens).logits, decoded(tokens).logits, rtol=1e-4, atol=1e-4)
+    same = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(same) is type(decoded) and torch.equal(same(tokens).logits, packed(tokens).logits)
+
+
+@families
+def test_nothing_quantized_is_dense_in_memory(family, folder_of):
+    folder = folder_of(family)
+    config = json.loads((folder / "config.json").read_text())
+    model = load(folder)
+    weights = dict(packed_weights(model))
+    assert weights.keys() == config["quantization"]["bits"].keys()
+    assert not weights.keys() & dict(model.named_parameters()).keys()
+    assert {w.bits for w in weights.values()} >= {2, 3, 4}
+    stored = sum(
+        file.get_slice(name).get_shape() != [] and file.get_tensor(name).nbytes
+        for path in folder.glob("*.safetensors")
+        for file in [safe_open(path, "pt")]
+        for name in file.keys()  # noqa: SIM118
+    )
+    resident = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *weight_buffers(model))}
+    assert sum(resident.values()) <= stored * 1.01
+
+
+def weight_buffers(model) -> list[Tensor]:
+    return [tensor for _, weight in packed_weights(model) for tensor in weight.tensors]
+
+
+@families
+def test_saved_again_it_is_the_same_directory(family, folder_of, tokens, tmp_path):
+    folder = folder_of(family)
+    model = load(folder)
+    model.save_pretrained(tmp_path / "again")
+    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "again"))
+    assert before == after
+    for name in {f.name for f in folder.glob("*.safetensors")}:
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "again")(tokens).logits, model(tokens).logits)
+
+
+@torch.no_grad()
+def test_dtypes_and_copies_do_not_touch_the_scales(folder_of, tokens):
+    model = load(folder_of("mixtral"))
+    wide = model(tokens).logits
+    scales = {name: w.scale.clone() for name, w in packed_weights(model)}
+    narrow = copy.deepcopy(model).to(torch.bfloat16)
+    for name, weight in packed_weights(narrow):
+        assert weight.scale.dtype == torch.float16 and torch.equal(weight.scale, scales[name])
+    assert narrow.dtype == torch.bfloat16 and torch.isfinite(narrow(tokens).logits).all()
+    loaded = load(folder_of("mixtral"), dtype="bfloat16")
+    assert all(torch.equal(w.scale, scales[name]) for name, w in packed_weights(loaded))
+    state = model.state_dict()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(tokens).logits, wide, rtol=0, atol=0)
+    for tensor in weight_buffers(model):
+        tensor.zero_()
+    model.load_state_dict({name: torch.as_tensor(t) for name, t in load(folder_of("mixtral")).state_dict().items()})
+    assert state.keys() == model.state_dict().keys() and torch.equal(model(tokens).logits, wide)
+
+
+def test_the_config_is_the_originals(folder_of, tiny_model_dir):
+    ours, theirs = (
+        AutoConfig.from_pretrained(folder_of("qwen2_moe")),
+        AutoConfig.from_pretrained(tiny_model_dir("qwen2_moe")),
+    )
+    assert type(ours) is type(theirs) and ours.hidden_size == theirs.hidden_size
+
+
+# --- using
+
+
+@families
+@torch.no_grad()
+def test_greedy_tokens_are_those_of_the_decoded_model(family, folder_of, tokens):
+    folder, prompt = (
+        folder_of(family),
+        {"input_ids": tokens[:, :8], "attention_mask": torch.ones(2, 8, dtype=torch.long)},
+    )
+    prompt["attention_mask"][0, :3] = 0  # left padding
+    models: list[GenerationMixin] = [load(folder), load(folder, packed=False)]
+    words = [m.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0) for m in models]
+    assert words[0].shape[1] > 8 and torch.equal(*words)
+    sampled = models[0].generate(**prompt, max_new_tokens=4, do_sample=True, use_cache=False, pad_token_id=0)
+    assert sampled.shape[0] == 2
+
+
+def test_a_pipeline_opens_the_directory(folder_of):
+    folder = folder_of("qwen3_moe")
+    say = pipeline("text-generation", model=str(folder), tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
+    assert any(isinstance(m, PackedExperts) for m in say.model.modules())
+    assert say("The whale", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("The whale")
+
+
+@torch.no_grad()
+def test_a_compiled_model_gives_the_same(folder_of, tokens):
+    model = load(folder_of("qwen3_moe"))
+    expected = model(tokens).logits
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(tokens).logits, expected)
+
+
+@torch.no_grad()
+def test_int8_activations_are_near_and_can_be_switched(folder_of, tokens):
+    model = load(folder_of("mixtral"), dtype="bfloat16", activations="int8")
+    assert all(m.int8 for m in model.modules() if isinstance(m, PackedLinear | PackedExperts))
+    rounded = model(tokens).logits.float()
+    set_activations(model, "exact")
+    exact = model(tokens).logits.float()
+    assert torch.corrcoef(torch.stack([rounded.flatten(), exact.flatten()]))[0, 1] > 0.98
+    with pytest.raises(ValueError, match="'exact' nor 'int8'"):
+        set_activations(model, "int4")
+
+
+# --- refusing
+
+
+def test_without_the_package_transformers_refuses(folder_of):
+    program = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder_of('mixtral'))!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "eacmoe" in done.stderr.splitlines()[-1] + done.stderr
+    assert "does not recognize this architecture" in done.stderr
+
+
+def test_a_flipped_bit_is_named(folder_of, tmp_path):
+    def flip(tensors):
+        next(t for n, t in tensors.items() if n.endswith(".codes")).view(-1)[5] ^= 4
+
+    broken = damage(folder_of("mixtral"), tmp_path / "broken", flip, checksum=False)
+    for opened in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(StoreError, match="weights-block-000.safetensors.*checksum"):
+            opened(broken)
+
+
+def test_a_truncated_shard_is_named(folder_of, tmp_path):
+    broken = damage(folder_of("mixtral"), tmp_path / "broken", lambda _: None, checksum=True)
+    shard = broken / "weights-block-001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises((StoreError, OSError), match="weights-block-001.safetensors"):
+        load(broken)
+
+
+def test_a_missing_tensor_is_named(folder_of, tmp_path):
+    name = "model.layers.0.self_attn.q_proj.weight.scale"
+    broken = damage(folder_of("mixtral"), tmp_path / "broken", lambda t: t.pop(name), checksum=True)
+    with pytest.raises(StoreError, match=name):
+        load(broken)
+
+
+@pytest.mark.parametrize(
+    "change, error, said",
+    [
+        (lambda c: c.update(format_version=99), ValueError, "format version 99"),
+        (
+            lambda c: c["quantization"]["bits"].update({"model.layers.0.nothing.weight": 3}),
+            ValueError,
+            "nothing.weight",
+        ),
+        (
+            lambda c: [c["quantization"]["bits"].update({n: 4}) for n in list(c["quantization"]["bits"])],
+            Exception,
+            "codes",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_is_an_error(change, error, said, folder_of, tmp_path):
+    broken = damage(folder_of("mixtral"), tmp_path / "broken", lambda _: None, checksum=True)
+    config = json.loads((broken / "config.json").read_text())
+    change(config)
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=said):
+        load(broken)
