@@ -101,6 +101,9 @@ struct ToBf16 {
   }
 };
 
+// The lowest n lanes.
+static inline __mmask16 up_to_16(int64_t n) { return n < 16 ? __mmask16((1u << n) - 1) : __mmask16(0xffff); }
+
 // --- prepared tokens ----------------------------------------------------------------------------------------------
 // bfloat16: chunks of 64 inputs as (k0, k2) pairs, then (k1, k3) pairs; int8: chunks as they are. Behind them, per
 // segment, the sum of the activations; and for int8 their scale. One token takes a whole number of cache lines.
@@ -122,20 +125,29 @@ static int64_t token_bytes(const Segments& s) {
   return scales_at<int8>(s) + (int8 ? lines(s.count * 4) : 0);
 }
 
-static void prepare_bf16(const float* x, const Segments& s, uint8_t* prepared) {
-  uint16_t* out = (uint16_t*)prepared;
+WITH_AVX512 static void prepare_bf16(const float* x, const Segments& s, uint8_t* prepared) {
   float* sums = (float*)(prepared + sums_at<false>(s));
-  for (int64_t i = 0; i < s.count; i++, out += s.chunks * CHUNK) {
+  const __m512i first = _mm512_set_epi32(0x003e003c, 0x003a0038, 0x00360034, 0x00320030, 0x002e002c, 0x002a0028,
+                                         0x00260024, 0x00220020, 0x001e001c, 0x001a0018, 0x00160014, 0x00120010,
+                                         0x000e000c, 0x000a0008, 0x00060004, 0x00020000);  // 0, 2, 4 ... 62
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(1)), ones = _mm512_set1_epi16(0x3f80);
+  for (int64_t i = 0; i < s.count; i++) {
     const float* in = x + s.start(i);
-    const int64_t n = s.size(i);
-    float sum = 0;
-    std::memset(out, 0, size_t(s.chunks * CHUNK) * 2);
-    for (int64_t k = 0; k < n; k++) {
-      const uint16_t value = float_to_bf16(in[k]);
-      out[k / CHUNK * CHUNK + k % 2 * 32 + k % CHUNK / 4 * 2 + k % 4 / 2] = value;
-      sum += bf16_to_float(value);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t c = 0, rest = s.size(i); c < s.chunks; c++, rest -= CHUNK, in += CHUNK, prepared += 2 * CHUNK) {
+      __m512 four[4];
+      for (int64_t q = 0; q < 4; q++) {
+        const int64_t n = rest - 16 * q;
+        four[q] = n > 0 ? _mm512_maskz_loadu_ps(up_to_16(n), in + 16 * q) : _mm512_setzero_ps();
+      }
+      const __m512i low = (__m512i)_mm512_cvtne2ps_pbh(four[1], four[0]);
+      const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(four[3], four[2]);
+      _mm512_storeu_si512(prepared, _mm512_permutex2var_epi16(low, first, high));
+      _mm512_storeu_si512(prepared + CHUNK, _mm512_permutex2var_epi16(low, second, high));
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)low, (__m512bh)ones);
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)high, (__m512bh)ones);
     }
-    sums[i] = sum;
+    sums[i] = _mm512_reduce_add_ps(sum);
   }
 }
 
@@ -161,8 +173,6 @@ static void prepare_int8(const float* x, const Segments& s, uint8_t* prepared) {
 }
 
 // --- scales -------------------------------------------------------------------------------------------------------
-
-static inline __mmask16 up_to_16(int64_t n) { return n < 16 ? __mmask16((1u << n) - 1) : __mmask16(0xffff); }
 
 WITH_AVX512 static inline __m512 load_halves(const uint16_t* h, __mmask16 there) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, h));
