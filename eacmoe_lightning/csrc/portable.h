@@ -13,13 +13,13 @@ typedef int32_t Ints8 __attribute__((vector_size(32)));
 constexpr int64_t BLOCK = 4;  // tokens that share the reading of a decoded segment
 
 // Codes [n], n a multiple of 8, to (code - zero) * scale.
-ISA_TARGET static inline void decode(const uint8_t* codes, int64_t n, int bits, float scale, float zero, float* out) {
+template <int bits>
+ISA_TARGET static inline void decode(const uint8_t* codes, int64_t n, float scale, float zero, float* out) {
   const uint32_t mask = (1u << bits) - 1;
-  Words8 shift;
-  for (int i = 0; i < 8; i++) shift[i] = uint32_t(i % 4 * bits);
+  const Words8 shift = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
   for (int64_t k = 0; k < n; k += 8, codes += bits) {
     uint64_t word = 0;
-    std::memcpy(&word, codes, size_t(bits));
+    std::memcpy(&word, codes, bits);
     const uint32_t low = uint32_t(word), high = uint32_t(word >> (4 * bits));
     Words8 four = {low, low, low, low, high, high, high, high};
     Ints8 code = Ints8((four >> shift) & mask);
@@ -56,8 +56,9 @@ static void prepare(const float* x, const Segments& s, uint8_t* prepared) {
   }
 }
 
-ISA_TARGET static void multiply(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M,
-                                const Rows& rows, float* out) {
+template <int bits>
+ISA_TARGET static void multiply_bits(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M,
+                                     const Rows& rows, float* out) {
   const int64_t padded = s.chunks * CHUNK;
   alignas(64) float w[MAX_SEGMENT];
   std::memset(w, 0, sizeof w);
@@ -67,8 +68,8 @@ ISA_TARGET static void multiply(const Packed& p, const Segments& s, const uint8_
     if (r % TILE >= rows.valid[r / TILE]) continue;
     for (int64_t i = 0; i < s.count; i++) {
       const int64_t g = row * p.groups() + i / s.per_group, size = s.size(i);
-      decode(p.codes + row * p.row_bytes() + s.start(i) / 8 * p.bits, size, p.bits, half_to_float(p.scale[g]),
-             float(p.zero[g]), w);
+      decode<bits>(p.codes + row * p.row_bytes() + s.start(i) / 8 * bits, size, half_to_float(p.scale[g]),
+                   float(p.zero[g]), w);
       for (int64_t m = 0; m < M; m += BLOCK) {
         const float* x[BLOCK];
         const int64_t count = M - m < BLOCK ? M - m : BLOCK;
@@ -80,6 +81,19 @@ ISA_TARGET static void multiply(const Packed& p, const Segments& s, const uint8_
         }
       }
     }
+  }
+}
+
+static void multiply(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M, const Rows& rows,
+                     float* out) {
+  switch (p.bits) {
+    case 2: return multiply_bits<2>(p, s, tokens, M, rows, out);
+    case 3: return multiply_bits<3>(p, s, tokens, M, rows, out);
+    case 4: return multiply_bits<4>(p, s, tokens, M, rows, out);
+    case 5: return multiply_bits<5>(p, s, tokens, M, rows, out);
+    case 6: return multiply_bits<6>(p, s, tokens, M, rows, out);
+    case 7: return multiply_bits<7>(p, s, tokens, M, rows, out);
+    case 8: return multiply_bits<8>(p, s, tokens, M, rows, out);
   }
 }
 
