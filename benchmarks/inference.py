@@ -1,0 +1,274 @@
+"""Speed of packed models on CPU at real shapes, beside transformers in bf16 and llama.cpp.
+
+    python benchmarks/inference.py --json inference.json
+    python benchmarks/inference.py --shapes qwen1.5-moe --bits 3 --work decode --llama-cpp runs/llama.cpp
+
+A model of one layer with random weights and a small vocabulary. Parts: `moe` is its MoE block (router, routed and
+shared experts) given hidden states; `layer` the whole model (attention, MoE block, a small head) given tokens, without
+a cache. Work: `decode` is 1x1, `prefill` 1x512, `batch` 4x512 (batch x tokens). Backends take turns, one call each, in
+every round; a row has the median over the rounds. They are transformers' `eager` and `grouped_mm` in bf16, this package
+with bf16 and with `int8` activations, and with --llama-cpp DIR (layer only) llama.cpp at its nearest format, in an
+environment of its own that is made under DIR (it compiles llama.cpp: some minutes).
+
+Rows: part, work, shape, bits, backend, threads, median_s, ratio_to_bf16 (against the faster bf16 backend at the same
+work), limit and limit_share (how much is reached of the machine's reading bandwidth or bf16 product rate, both measured
+in the same run; whichever is nearer), weight_bytes (of the part, as it lies in memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
+
+from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.packed_modules import pack_modules, packed_weights, set_activations
+
+HERE = Path(__file__).resolve().parent
+VOCABULARY, GROUP_SIZE, ATTENTION_BITS = 512, 128, 4
+WORK = {"decode": (1, 1), "prefill": (1, 512), "batch": (4, 512)}
+COMMON = {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
+SHAPES: dict[str, Any] = {
+    "qwen1.5-moe": Qwen2MoeConfig(
+        **COMMON,
+        hidden_size=2048,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+        num_experts=60,
+        num_experts_per_tok=4,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    ),
+    "mixtral": MixtralConfig(
+        **COMMON,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+}
+LLAMA_FORMATS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_0"}  # llama.cpp's nearest, 2.6, 3.4 and 4.5 bits a weight
+LLAMA_PACKAGES = ["llama-cpp-python==0.3.36", "gguf>=0.17", "numpy"]
+
+
+def bf16_model(config: Any) -> PreTrainedModel:
+    """Random weights; those of one expert repeated, for drawing all of them would take minutes."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    rotary = type(model.model.rotary_emb)(config)
+    model = model.to_empty(device="cpu").eval()
+    model.model.rotary_emb = rotary
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.ones_(parameter)
+        else:
+            one = torch.empty(parameter.shape[-2:]).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+            parameter.data.copy_(one.expand(parameter.shape))
+    gate = model.model.layers[0].mlp.gate.weight
+    gate.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def packed_model(dense: PreTrainedModel, bits: int) -> PreTrainedModel:
+    """The same architecture with random codes: speed does not depend on what they say."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dense.config, dtype=torch.bfloat16)
+    weights = MoEModel(model).blocks[0].weights()
+    by_part = {name: ATTENTION_BITS if part == "attention" else bits for name, (part, _) in weights.items()}
+    pack_modules(model, by_part, dict.fromkeys(by_part, GROUP_SIZE))
+    model = model.to_empty(device="cpu").eval()
+    model.model.rotary_emb = dense.model.rotary_emb
+    kept = dict(dense.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.data = kept[name].data
+    for _, weight in packed_weights(model):
+        weight.codes.random_(0, 256)
+        weight.scale.fill_(0.02 / 2**weight.bits)
+        weight.zero_point.fill_(2 ** (weight.bits - 1))
+    return model
+
+
+def bytes_of(module: torch.nn.Module) -> int:
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
+def weights_of(model: PreTrainedModel, part: str) -> torch.nn.Module:
+    return model.model.layers[0] if part == "layer" else model.model.layers[0].mlp
+
+
+def used_bytes(model: PreTrainedModel, part: str, tokens: int) -> int:
+    """Weight bytes that one pass reads: of the routed experts at most as many as tokens select."""
+    experts = model.model.layers[0].mlp.experts
+    routed, count = bytes_of(experts), experts.num_experts
+    selected = min(count, tokens * model.config.num_experts_per_tok)
+    return bytes_of(weights_of(model, part)) - routed + routed * selected // count
+
+
+def flops(config: Any, part: str, tokens: int) -> int:
+    """Of the matrix products, attention's scores left out."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    attention = 2 * hidden * hidden * (1 + config.num_key_value_heads / heads) if part == "layer" else 0
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    experts = 3 * hidden * (config.num_experts_per_tok * width + getattr(config, "shared_expert_intermediate_size", 0))
+    return int(2 * tokens * (attention + experts))
+
+
+def best_of(action: Callable[[], object], rounds: int = 5) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def machine_limits() -> tuple[float, float]:
+    """Bytes per second that reading 512 MB reaches, and flop per second of a 2048^3 bf16 product."""
+    block = torch.ones(2**28, dtype=torch.bfloat16).view(torch.int64)
+    square = torch.ones(2048, 2048, dtype=torch.bfloat16)
+    return block.nbytes / best_of(block.sum), 2 * 2048**3 / best_of(lambda: square @ square)
+
+
+class LlamaCpp:
+    """llama.cpp in a process and an environment of its own (inference_llama.py); it times itself, on request."""
+
+    def __init__(self, directory: Path, shape: str, bits: int) -> None:
+        python = directory / "environment" / "bin" / "python"
+        if not (directory / "installed").exists():
+            venv.create(directory / "environment", with_pip=True)
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *LLAMA_PACKAGES], check=True)
+            (directory / "installed").touch()
+        job = {"config": SHAPES[shape].to_dict(), "format": LLAMA_FORMATS[bits], "directory": str(directory)}
+        self.process = subprocess.Popen(
+            [python, HERE / "inference_llama.py", json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(directory / "log.txt", "w"),  # noqa: SIM115
+            text=True,
+        )
+        ready = self.process.stdout.readline()
+        if not ready:
+            raise RuntimeError(f"llama.cpp did not start: see {directory / 'log.txt'}")
+        self.weight_bytes = int(ready)
+
+    def seconds(self, batch: int, tokens: int, threads: int) -> float:
+        self.process.stdin.write(f"{batch} {tokens} {threads}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def timed(model: PreTrainedModel, part: str, ids: Tensor, experts: str = "eager") -> float:
+    model.config._experts_implementation = experts
+    if part == "layer":
+        start = time.perf_counter()
+        model(ids, use_cache=False, logits_to_keep=1)
+    else:
+        hidden, block = model.get_input_embeddings()(ids), model.model.layers[0].mlp
+        start = time.perf_counter()
+        block(hidden)
+    return time.perf_counter() - start
+
+
+def compare(shape: str, bits: int, args: argparse.Namespace, dense: PreTrainedModel) -> list[dict[str, Any]]:
+    """All rows of one shape and bit width."""
+    packed = packed_model(dense, bits)
+    llama = LlamaCpp(args.llama_cpp.resolve(), shape, bits) if args.llama_cpp and bits in LLAMA_FORMATS else None
+    rows = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        bandwidth, rate = machine_limits()
+        for part, work in itertools.product(args.parts, args.work):
+            batch, tokens = WORK[work]
+            ids = torch.randint(0, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(0))
+
+            def ours(activations: str, part: str = part, ids: Tensor = ids) -> float:
+                set_activations(packed, activations)
+                return timed(packed, part, ids)
+
+            backends: dict[str, Callable[[], float]] = {
+                f"bf16 {name}": lambda name=name, part=part, ids=ids: timed(dense, part, ids, name)
+                for name in ("eager", "grouped_mm")
+            }
+            backends |= {"packed": lambda: ours("exact"), "packed int8": lambda: ours("int8")}
+            if llama is not None and part == "layer":
+                name = f"llama.cpp {LLAMA_FORMATS[bits]}"
+                backends[name] = lambda b=batch, t=tokens, n=threads: llama.seconds(b, t, n)
+            rounds = args.rounds * (8 if work == "decode" else 1)
+            times: dict[str, list[float]] = {name: [] for name in backends}
+            for turn in range(rounds + 1):
+                for name, run in backends.items():
+                    seconds = run()
+                    if turn:  # the first warms up
+                        times[name].append(seconds)
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            bf16 = min(seconds for name, seconds in medians.items() if name.startswith("bf16"))
+            for name, seconds in medians.items():
+                row = {"part": part, "work": work, "shape": shape, "bits": bits, "backend": name, "threads": threads}
+                row |= {"median_s": seconds, "ratio_to_bf16": bf16 / seconds}
+                if name.startswith("llama.cpp"):
+                    row["weight_bytes"] = llama.weight_bytes
+                else:
+                    model = dense if name.startswith("bf16") else packed
+                    row["weight_bytes"] = bytes_of(weights_of(model, part))
+                    reading = used_bytes(model, part, batch * tokens) / bandwidth
+                    arithmetic = flops(dense.config, part, batch * tokens) / rate
+                    row["limit"] = "bandwidth" if reading > arithmetic else "arithmetic"
+                    row["limit_share"] = max(reading, arithmetic) / seconds
+                rows.append(row)
+                show(row)
+    if llama is not None:
+        llama.close()
+    return rows
+
+
+def show(row: dict[str, Any]) -> None:
+    limit = f"{row['limit_share']:5.0%} of {row['limit']}" if "limit" in row else ""
+    print(
+        f"{row['shape']:12s} {row['part']:6s} {row['work']:8s} {row['bits']} bit {row['threads']} threads "
+        f"{row['backend']:16s}"
+        f"{1e3 * row['median_s']:9.2f} ms {row['ratio_to_bf16']:6.2f} x bf16 {limit:22s}"
+        f"{row['weight_bytes'] / 1e6:8.0f} MB",
+        flush=True,
+    )
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
+    parser.add_argument("--parts", nargs="+", choices=["moe", "layer"], default=["moe", "layer"])
+    parser.add_argument("--work", nargs="+", choices=list(WORK), default=list(WORK))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=7, help="of every backend (decode: 8 times as many)")
+    parser.add_argument("--llama-cpp", type=Path, help="directory for llama.cpp's environment and models")
+    parser.add_argument("--json", type=Path, help="where the rows are written")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        dense = bf16_model(SHAPES[shape])
+        for bits in args.bits:
+            rows += compare(shape, bits, args, dense)
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

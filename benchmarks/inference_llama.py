@@ -1,0 +1,122 @@
+"""llama.cpp's part of inference.py, in an environment with llama-cpp-python and gguf, without torch.
+
+Writes a GGUF model of one layer of the asked shape and format (every byte of a quantized tensor the same: speed does
+not depend on values), loads it, prints the layer's weight bytes, and then answers each line `batch tokens threads` on
+standard input with the seconds of one llama_decode.
+"""
+
+import ctypes
+import json
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import llama_cpp as llama
+import numpy as np
+
+MAX_TOKENS = 2048
+
+
+def write_model(path: Path, config: dict, name: str) -> int:
+    """The GGUF file; returns the bytes of the layer's weights."""
+    is_qwen = config["model_type"] == "qwen2_moe"
+    writer = gguf.GGUFWriter(path, "qwen2moe" if is_qwen else "llama")
+    hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
+    experts = config["num_experts"] if is_qwen else config["num_local_experts"]
+    width = config["moe_intermediate_size"] if is_qwen else config["intermediate_size"]
+    writer.add_block_count(1)
+    writer.add_context_length(MAX_TOKENS)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    if is_qwen:
+        writer.add_expert_feed_forward_length(width)
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    size = 0
+
+    def add(tensor: str, *shape: int, kind: gguf.GGMLQuantizationType | None = None) -> None:
+        nonlocal size
+        if kind is None:
+            generator = np.random.default_rng(0)
+            data = np.ones(shape) if len(shape) == 1 else generator.normal(0, 0.02, shape)
+            writer.add_tensor(tensor, data.astype(np.float32))
+            return
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        raw = np.full((*shape[:-1], shape[-1] // block * block_bytes), 0x11, dtype=np.uint8)
+        writer.add_tensor(tensor, raw, raw_dtype=kind)
+        size += raw.nbytes
+
+    kind, four = gguf.GGMLQuantizationType[name], gguf.GGMLQuantizationType.Q4_0
+    add("token_embd.weight", config["vocab_size"], hidden)
+    add("output.weight", config["vocab_size"], hidden)
+    for tensor in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        add(f"{tensor}.weight", hidden)
+    for letter, rows in (("q", hidden), ("k", hidden * kv_heads // heads), ("v", hidden * kv_heads // heads)):
+        add(f"blk.0.attn_{letter}.weight", rows, hidden, kind=four)
+        if is_qwen:
+            add(f"blk.0.attn_{letter}.bias", rows)
+    add("blk.0.attn_output.weight", hidden, hidden, kind=four)
+    add("blk.0.ffn_gate_inp.weight", experts, hidden)
+    add("blk.0.ffn_gate_exps.weight", experts, width, hidden, kind=kind)
+    add("blk.0.ffn_up_exps.weight", experts, width, hidden, kind=kind)
+    # k-quants want 256 inputs a block; 1408 is not a multiple, where llama.cpp itself falls back to a 4-bit format
+    add("blk.0.ffn_down_exps.weight", experts, hidden, width, kind=kind if width % 256 == 0 else four)
+    if is_qwen:
+        shared = config["shared_expert_intermediate_size"]
+        add("blk.0.ffn_gate_inp_shexp.weight", hidden)
+        add("blk.0.ffn_gate_shexp.weight", shared, hidden, kind=kind)
+        add("blk.0.ffn_up_shexp.weight", shared, hidden, kind=kind)
+        add("blk.0.ffn_down_shexp.weight", hidden, shared, kind=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return size
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    path = Path(job["directory"]) / "layer.gguf"
+    size = write_model(path, job["config"], job["format"])
+    llama.llama_log_set(llama.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+    llama.llama_backend_init()
+    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    if not model:
+        raise SystemExit("llama.cpp does not load the model")
+    parameters = llama.llama_context_default_params()
+    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch, parameters.n_seq_max = 4 * MAX_TOKENS, 2048, 512, 4
+    context = llama.llama_init_from_model(model, parameters)
+    if not context:
+        raise SystemExit("llama.cpp makes no context")
+    print(size, flush=True)
+    for line in sys.stdin:
+        sequences, tokens, threads = map(int, line.split())
+        batch = llama.llama_batch_init(sequences * tokens, 0, 1)
+        batch.n_tokens = sequences * tokens
+        generator = np.random.default_rng(0)
+        for i in range(sequences * tokens):
+            batch.token[i] = int(generator.integers(job["config"]["vocab_size"]))
+            batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = i % tokens, 1, i // tokens
+            batch.logits[i] = i % tokens == tokens - 1
+        llama.llama_set_n_threads(context, threads, threads)
+        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        start = time.perf_counter()
+        status = llama.llama_decode(context, batch)
+        seconds = time.perf_counter() - start
+        llama.llama_batch_free(batch)
+        if status:
+            raise SystemExit(f"llama_decode failed with {status}")
+        print(seconds, flush=True)
+
+
+if __name__ == "__main__":
+    main()
