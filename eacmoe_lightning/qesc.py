@@ -94,7 +94,7 @@ class QESC(Comparison):
         router_epochs: int = 1,
         router_warm_start: bool = False,
         ridge: float = 1e-3,
-        joint_epochs: int = 2,
+        joint_epochs: int = 4,
         joint_selection: float = 0.2,
         joint_router_lr: float = 3e-3,
         joint_norm_lr: float = 5e-3,
