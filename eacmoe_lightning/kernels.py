@@ -26,7 +26,7 @@ from eacmoe_lightning.grid import Quantized, unpack
 LEVELS = ("portable", "avx2", "avx512")  # instruction sets of the C++ kernels; avx512 includes BF16, VNNI and VBMI
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-MANY_FLOAT32 = 32  # tokens from which decoding to float32 and torch's product beat our float32 kernel
+MANY_FLOAT32 = 192  # tokens from which decoding to float32 and torch's product beat our float32 kernel
 
 
 class _Packed(ctypes.Structure):

@@ -19,7 +19,7 @@ ISA_TARGET static inline void decode(const uint8_t* codes, int64_t n, float scal
   const Words8 shift = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
   for (int64_t k = 0; k < n; k += 8, codes += bits) {
     uint64_t word = 0;
-    std::memcpy(&word, codes, bits);
+    for (int i = 0; i < bits; i++) word |= uint64_t(codes[i]) << (8 * i);  // memcpy would wait for its own store
     const uint32_t low = uint32_t(word), high = uint32_t(word >> (4 * bits));
     Words8 four = {low, low, low, low, high, high, high, high};
     Ints8 code = Ints8((four >> shift) & mask);
