@@ -87,7 +87,8 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     path = Path(job["directory"]) / "layer.gguf"
     size = write_model(path, job["config"], job["format"])
-    llama.llama_log_set(llama.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+    quiet = llama.llama_log_callback(lambda *_: None)  # kept: llama.cpp calls it for as long as it runs
+    llama.llama_log_set(quiet, ctypes.c_void_p(0))
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
     if not model:
