@@ -11,8 +11,10 @@ back dense dequantized weights. This script checks that they lie on the asked gr
     default   the tool as it comes
     best      the tool's own means of accuracy switched on
 
+The calibration windows are drawn anew with every one of --seeds, the same for all tools: what then varies is chance.
+
     python benchmarks/gptq_quality.py --json gptq_quality.json
-    python benchmarks/gptq_quality.py --tools ours llm-compressor --bits 2 --settings equal
+    python benchmarks/gptq_quality.py --tools ours llm-compressor --bits 2 --settings equal --seeds 0 1
 
 It needs this package installed (or PYTHONPATH=. in a checkout), Linux, and pip with a package index: missing
 environments of the peers are made under --work, some 1 GB for llm-compressor (torch's CPU build) and 6 GB for
@@ -22,6 +24,7 @@ GPTQModel, which wants a newer torch. A tool that cannot be installed or run is 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -82,16 +85,18 @@ def environment(tool: str, work_dir: Path) -> str:
     return str(python)
 
 
-def quantize(tool: str, setting: str, bits: int, model: Path, work_dir: Path, threads: int) -> tuple[dict, Path]:
+def quantize(
+    tool: str, setting: str, bits: int, seed: int, model: Path, work_dir: Path, threads: int
+) -> tuple[dict, Path]:
     """Runs one tool: its version, seconds and peak bytes, and the directory of its dense weights.
 
     Raises:
         RuntimeError: it failed.
     """
-    place = work_dir / "results" / f"{tool}-{bits}-{setting.replace(', ', '-').replace(' ', '-')}"
+    place = work_dir / "results" / f"{tool}-{bits}-{setting.replace(', ', '-').replace(' ', '-')}-{seed}"
     shutil.rmtree(place, ignore_errors=True)
     (place / "scratch").mkdir(parents=True)
-    job = {"model": str(model), "windows": str(work_dir / "windows.safetensors"), "bits": bits}
+    job = {"model": str(model), "windows": str(work_dir / f"windows-{seed}.safetensors"), "seed": seed, "bits": bits}
     job |= {"options": SETTINGS[tool][setting], "out": str(place / "dense")}
     checkout = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": checkout if tool == "ours" else "", "OMP_NUM_THREADS": str(threads)}
@@ -129,7 +134,7 @@ def show(row: dict) -> None:
     mean = f"{math.exp(sum(map(math.log, texts.values())) / len(texts)):9.3f} " if texts else row["error"]
     each = " ".join(f"{text} {value:.3f}" for text, value in texts.items())
     cost = f" {row['seconds']:.0f} s {row['peak_bytes'] / 1e6:.0f} MB" if "seconds" in row else ""
-    print(f"{row['bits']:>2} {row['tool']:15s} {row['setting']:24s} {mean} {each}{cost}", flush=True)
+    print(f"{row['bits']:>2} {row['seed']:>2} {row['tool']:15s} {row['setting']:24s} {mean} {each}{cost}", flush=True)
 
 
 def main() -> None:
@@ -138,6 +143,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--settings", nargs="+", help="of each tool, e.g. equal best (default: all)")
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 2], help="of the experts")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the choice of calibration windows")
     parser.add_argument("--heldout-windows", type=int, help="per text (default: all)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("runs/gptq_quality"), help="environments, logs and weights")
@@ -148,33 +154,33 @@ def main() -> None:
     work_dir, model = args.work.resolve(), Path(resolve_model(args.model)).resolve()
     work_dir.mkdir(parents=True, exist_ok=True)
     sizes = {"num_windows": NUM_WINDOWS, "window_length": WINDOW_LENGTH, "num_heldout_windows": args.heldout_windows}
-    data = TextWindows(tokenizer=str(model), **sizes)
-    save_file({"input_ids": data.calibration_windows.contiguous()}, work_dir / "windows.safetensors")
+    for seed in args.seeds:
+        data = TextWindows(tokenizer=str(model), seed=seed, **sizes)
+        save_file({"input_ids": data.calibration_windows.contiguous()}, work_dir / f"windows-{seed}.safetensors")
 
     def perplexity(moe: MoEModel) -> dict[str, float]:
         measured = evaluate(None, moe, data.heldout_windows, data.heldout_batch_size)["perplexity"]
         return {text: streams["original"] for text, streams in measured.items()}
 
-    print(f"bits, tool, setting, perplexity at {WINDOW_LENGTH} tokens (geometric mean and each text), cost", flush=True)
+    print(f"bits, seed, tool, setting, perplexity of {WINDOW_LENGTH} tokens (mean and each text), cost", flush=True)
     original = MoEModel(load_original(str(model), "float32"))
-    rows: list[dict] = [{"tool": "original", "setting": "", "bits": 32, "perplexity": perplexity(original)}]
+    rows: list[dict] = [{"tool": "original", "setting": "", "bits": 32, "seed": 0, "perplexity": perplexity(original)}]
     show(rows[0])
-    for bits in args.bits:
-        for tool in args.tools:
-            for setting, options in SETTINGS[tool].items():
-                if args.settings and setting.partition(",")[0] not in args.settings:
-                    continue
-                row = {"tool": tool, "setting": setting, "bits": bits, "options": options}
-                try:
-                    result, weights = quantize(tool, setting, bits, model, work_dir, args.threads)
-                    moe = MoEModel(load_original(str(weights), "float32"))
-                    row |= result | inspect(moe, bits) | {"perplexity": perplexity(moe)}
-                except (RuntimeError, subprocess.CalledProcessError) as error:
-                    row["error"] = str(error)
-                rows.append(row)
-                show(row)
-                if args.json:
-                    args.json.write_text(json.dumps(rows, indent=1))
+    for seed, bits, tool in itertools.product(args.seeds, args.bits, args.tools):
+        for setting, options in SETTINGS[tool].items():
+            if args.settings and setting.partition(",")[0] not in args.settings:
+                continue
+            row = {"tool": tool, "setting": setting, "bits": bits, "seed": seed, "options": options}
+            try:
+                result, weights = quantize(tool, setting, bits, seed, model, work_dir, args.threads)
+                moe = MoEModel(load_original(str(weights), "float32"))
+                row |= result | inspect(moe, bits) | {"perplexity": perplexity(moe)}
+            except (RuntimeError, subprocess.CalledProcessError) as error:
+                row["error"] = str(error)
+            rows.append(row)
+            show(row)
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

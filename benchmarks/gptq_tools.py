@@ -1,6 +1,9 @@
 """One tool quantizes one model: the processes that `gptq_quality.py` starts, each in the tool's own environment.
 
-    python gptq_tools.py TOOL JOB    with JOB = {"model": .., "windows": .., "bits": .., "options": {..}, "out": ..}
+    python gptq_tools.py TOOL JOB
+
+with JOB = {"model": .., "windows": .., "seed": .., "bits": .., "options": {..}, "out": ..}; `seed` is the one that the
+windows were drawn with.
 
 Whatever a tool writes by itself, what comes back is the same: a Hugging Face directory `out` of dense float32 weights,
 with `result.json` (version, seconds of quantizing, peak bytes) in it. Only the chosen tool is imported.
@@ -27,7 +30,7 @@ def work(tool: str, job: dict) -> None:
     """Quantizes in this process and writes the directory `job["out"]`."""
     model, out = Path(job["model"]), Path(job["out"])
     input_ids = load_file(job["windows"])["input_ids"]  # [S, T]
-    seconds, peak, weights, tool_version = TOOLS[tool](model, input_ids, job["bits"], job["options"])
+    seconds, peak, weights, tool_version = TOOLS[tool](model, input_ids, job)
     out.mkdir(parents=True)
     weights = {name: tensor.detach().float().contiguous() for name, tensor in weights.items()}
     save_file(weights, out / "model.safetensors", {"format": "pt"})
@@ -36,14 +39,18 @@ def work(tool: str, job: dict) -> None:
     (out / "result.json").write_text(json.dumps({"version": tool_version, "seconds": seconds, "peak_bytes": peak}))
 
 
-def ours(model: Path, input_ids: Tensor, bits: int, options: dict) -> Result:
+def ours(model: Path, input_ids: Tensor, job: dict) -> Result:
     from eacmoe_lightning import __version__
     from eacmoe_lightning.cli import main as command_line
     from eacmoe_lightning.compressed import load
+    from eacmoe_lightning.data import TextWindows
 
-    settings = {"name_or_path": model, "dtype": "float32", "bits": bits, "attention_bits": ATTENTION_BITS}
-    settings |= {"group_size": GROUP_SIZE, "router_method": "none"} | options
-    text = {"num_windows": len(input_ids), "window_length": input_ids.shape[1], "batch_size": BATCH_SIZE}
+    settings = {"name_or_path": model, "dtype": "float32", "bits": job["bits"], "attention_bits": ATTENTION_BITS}
+    settings |= {"group_size": GROUP_SIZE, "router_method": "none"} | job["options"]
+    text = {"num_windows": len(input_ids), "window_length": input_ids.shape[1], "seed": job["seed"]}
+    if not torch.equal(TextWindows(tokenizer=str(model), **text).calibration_windows, input_ids):
+        raise ValueError("the data module draws other windows than those in the file")
+    text["batch_size"] = BATCH_SIZE
     trainer = {"default_root_dir": "run", "accelerator": "cpu", "enable_progress_bar": "false", "logger": "false"}
     arguments = [f"--model.{name}={json.dumps(value, default=str).strip(chr(34))}" for name, value in settings.items()]
     arguments += [f"--data.{name}={value}" for name, value in text.items()] + ["--data.num_heldout_windows=1"]
@@ -54,19 +61,19 @@ def ours(model: Path, input_ids: Tensor, bits: int, options: dict) -> Result:
     return seconds, peak, dense(load("run").state_dict()), __version__
 
 
-def llm_compressor(model: Path, input_ids: Tensor, bits: int, options: dict) -> Result:
+def llm_compressor(model: Path, input_ids: Tensor, job: dict) -> Result:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)  # oneshot splits the fused experts
-    options = dict(options)
+    options = dict(job["options"])
     all_experts, observer = options.pop("all_experts"), options.pop("observer")
     grid = {"type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP_SIZE, "observer": observer}
     targets = {
         "attention": (r"re:.*self_attn\.[qkvo]_proj$", ATTENTION_BITS),
-        "experts": (r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$", bits),
+        "experts": (r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$", job["bits"]),
     }
     groups = {
         part: QuantizationScheme(targets=[pattern], weights=QuantizationArgs(num_bits=part_bits, **grid))
@@ -84,19 +91,19 @@ def llm_compressor(model: Path, input_ids: Tensor, bits: int, options: dict) -> 
     return time.perf_counter() - start, peak_memory(), dense(network.state_dict()), version("llmcompressor")
 
 
-def gptqmodel(model: Path, input_ids: Tensor, bits: int, options: dict) -> Result:
+def gptqmodel(model: Path, input_ids: Tensor, job: dict) -> Result:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.7 does not start on two cores otherwise
     from gptqmodel import GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(
-        bits=bits,
+        bits=job["bits"],
         group_size=GROUP_SIZE,
         sym=False,
         format="gptq_v2",  # the one with true zero points
         dynamic={r".*self_attn.*": {"bits": ATTENTION_BITS}},
         device="cpu",
         offload_to_disk=False,
-        **options,
+        **job["options"],
     )
     network = GPTQModel.load(str(model), config, dtype=torch.float32)
     samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in input_ids]
@@ -104,7 +111,7 @@ def gptqmodel(model: Path, input_ids: Tensor, bits: int, options: dict) -> Resul
     network.quantize(samples, batch_size=BATCH_SIZE)
     seconds, peak = time.perf_counter() - start, peak_memory()
     network.save("quantized")
-    return seconds, peak, decode_gptq(Path("quantized"), bits), version("gptqmodel")
+    return seconds, peak, decode_gptq(Path("quantized"), job["bits"]), version("gptqmodel")
 
 
 def decode_gptq(path: Path, bits: int) -> dict[str, Tensor]:
