@@ -7,7 +7,7 @@ back dense dequantized weights. This script checks that they lie on the asked gr
 
     rtn       round-to-nearest, the baseline without GPTQ
     equal     what all tools can do alike: min-max ranges, columns in natural order, damping 0.01, and an expert
-              sees the tokens that are routed to it
+              sees the tokens that are routed to it, however few
     default   the tool as it comes
     best      the tool's own means of accuracy switched on
 
@@ -60,7 +60,7 @@ SETTINGS = {  # tool -> setting -> its options
         "best, routed tokens": {"actorder": "static", "observer": "memoryless_mse", "all_experts": False},
     },
     "gptqmodel": {
-        "equal": {"desc_act": False, "act_group_aware": False, "damp_percent": 0.01, "mse": 0.0},
+        "equal": {"desc_act": False, "act_group_aware": False, "damp_percent": 0.01, "mse": 0.0, "fallback": None},
         "default": {},
         "best": {"act_group_aware": True, "mse": 2.4},
     },

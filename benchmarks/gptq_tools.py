@@ -136,7 +136,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 def dense(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a state dict, without scales and the like, and without the output embedding, which is tied."""
-    return {name: tensor for name, tensor in state.items() if name.endswith(("weight", "gate_up_proj", "down_proj"))
+    return {name: tensor for name, tensor in state.items() if name.endswith((".weight", "gate_up_proj", "down_proj"))
             and name != "lm_head.weight"}  # fmt: skip
 
 
