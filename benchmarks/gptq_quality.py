@@ -17,8 +17,9 @@ The calibration windows are drawn anew with every one of --seeds, the same for a
     python benchmarks/gptq_quality.py --tools ours llm-compressor --bits 2 --settings equal --seeds 0 1
 
 It needs this package installed (or PYTHONPATH=. in a checkout), Linux, and pip with a package index: missing
-environments of the peers are made under --work, some 1 GB for llm-compressor (torch's CPU build) and 6 GB for
-GPTQModel, which wants a newer torch. A tool that cannot be installed or run is reported as a row with its error.
+environments of the peers are made under --work, 1 GB each with torch's CPU build and some 6 GB with the CUDA build
+that PyPI has (GPTQModel wants a newer torch than llm-compressor). A tool that cannot be installed or run is reported
+as a row with its error.
 """
 
 from __future__ import annotations
