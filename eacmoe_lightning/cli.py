@@ -15,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
 
-from eacmoe_lightning import callbacks
+from eacmoe_lightning import callbacks, exports
 from eacmoe_lightning.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.data import TextWindows
 from eacmoe_lightning.qesc import QESC
@@ -152,8 +152,12 @@ def main(args: ArgsType = None) -> None:
 
     With EACMOE_DEBUG=1 in the environment they come with their traceback.
     """
+    words = sys.argv[1:] if args is None else args
     try:
-        CommandLine(args)
+        if words[:1] == ["export"]:  # needs no trainer
+            exports.command.main(words[1:])
+        else:
+            CommandLine(args)
     except (ValueError, FileNotFoundError, StoreError) as error:
         if os.environ.get("EACMOE_DEBUG") == "1":
             raise

@@ -1,0 +1,140 @@
+"""The GPTQ checkpoint formats `gptq` (v1) and `gptq_v2`, as GPTQModel, AutoGPTQ and their readers have them.
+
+Per linear [O, I] with G groups of inputs and b bits:
+
+    qweight  int32 [I * b / 32, O]    codes along the inputs, a little-endian stream of bits
+    qzeros   int32 [G, O * b / 32]    zero points along the outputs, in the same way; v1 stores them less 1
+    scales   float16 [G, O]
+    g_idx    int32 [I]                the group of each input
+
+`quantization_config` names the grid of most linears and, under `dynamic`, those of the others by regular expression
+("+:": the first that matches from the start of a module's name counts).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.grid import Quantized, pack
+from eacmoe_lightning.targets import WeightGrid
+from eacmoe_lightning.version import __version__
+
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def to_tensors(linear: str, quantized: Quantized, is_v2: bool) -> dict[str, Tensor]:
+    """The four tensors of one linear by their names in the checkpoint.
+
+    Args:
+        linear: module name.
+        quantized: codes [O, I], I and O multiples of 32.
+        is_v2: whether zero points are stored as they are; otherwise none may be 0.
+    """
+    zero_point = quantized.zero_point if is_v2 else quantized.zero_point - 1
+    in_features = quantized.codes.shape[-1]
+    tensors = (
+        to_int32(quantized.codes, quantized.bits).T,
+        to_int32(zero_point.T.contiguous(), quantized.bits),
+        quantized.scale.T,
+        torch.arange(in_features, dtype=torch.int32) // quantized.group_size,
+    )
+    return {f"{linear}.{suffix}": t.contiguous() for suffix, t in zip(SUFFIXES, tensors, strict=True)}
+
+
+def to_int32(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [..., n] -> int32 [..., n * bits / 32], a little-endian stream of bits; n is a multiple of 32."""
+    return pack(codes, bits).view(torch.int32)
+
+
+def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]], is_v2: bool) -> dict[str, Any]:
+    """The entry of config.json.
+
+    Args:
+        weights: every quantized weight.
+        linears: the original's module names of each, by parameter name.
+        is_v2: which of the formats.
+    """
+    counts = Counter()
+    for weight in weights:
+        counts[weight.bits, weight.group_size] += len(linears[weight.name])
+    (bits, group_size), _ = counts.most_common(1)[0]
+    dynamic = {}
+    for weight in weights:
+        if (weight.bits, weight.group_size) != (bits, group_size):
+            pattern = f"+:{_pattern(weight, weights, linears[weight.name])}"
+            dynamic[pattern] = {"bits": weight.bits, "group_size": weight.group_size}
+    symmetric = all(weight.symmetric for weight in weights)
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq_v2" if is_v2 else "gptq",
+        "format": "gptq_v2" if is_v2 else "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "dynamic": dynamic,
+        "meta": {"quantizer": [f"eacmoe-lightning:{__version__}"]},
+    }
+
+
+def _pattern(weight: WeightGrid, weights: list[WeightGrid], linears: list[str]) -> str:
+    """A regular expression for one weight's linears, under the names of the checkpoint and those of transformers."""
+    if weight.part != "experts":
+        return "|".join(f"{re.escape(name)}$" for name in sorted({*linears, weight.name.removesuffix(".weight")}))
+    layer = re.escape(weight.name[: re.match(r"\D*\d+\.", weight.name).end()])
+    siblings = [w for w in weights if w.part == "experts" and w.block == weight.block]
+    if len({(w.bits, w.group_size) for w in siblings}) == 1:
+        return rf"{layer}.*\bexperts(\.|$)"
+    projection = weight.name.rpartition(".")[2]
+    names = {name.rpartition(".")[2] for name in linears}
+    names |= {"gate_proj", "up_proj"} if projection == "gate_up_proj" else {projection}
+    return rf"{layer}.*\bexperts\.\d+\.({'|'.join(sorted(names))})$"
+
+
+# --- reading, for the check: written from the format alone, in NumPy
+
+
+def grid_of(linear: str, config: dict[str, Any]) -> tuple[int, int]:
+    """Bits and group size that a reader takes for a module of this name."""
+    for pattern, override in config["dynamic"].items():
+        if re.match(pattern.removeprefix("+:"), linear):
+            return override["bits"], override["group_size"]
+    return config["bits"], config["group_size"]
+
+
+def decode(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights [O, I] float32 that a reader of the format gets, and the other tensors as they are.
+
+    Raises:
+        ValueError: the shapes do not fit the config.
+    """
+    tensors, found = dict(tensors), {}
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        linear = name.removesuffix(".qweight")
+        qweight, qzeros, scales, g_idx = (tensors.pop(f"{linear}.{suffix}").numpy() for suffix in SUFFIXES)
+        bits, group_size = grid_of(linear, config)
+        (in_features,), (groups, out_features) = g_idx.shape, scales.shape
+        if qweight.shape != (in_features * bits // 32, out_features) or groups != in_features // group_size:
+            raise ValueError(
+                f"{linear}: qweight is {qweight.shape} and scales are {scales.shape}, which is not what {bits} bits in "
+                f"groups of {group_size} give for {out_features} x {in_features}"
+            )
+        codes = _read_bits(qweight.T, bits)  # [O, I]
+        zero_point = _read_bits(qzeros, bits) + (config["checkpoint_format"] == "gptq")  # [G, O]
+        steps = codes.T - zero_point[g_idx]  # [I, O]
+        found[f"{linear}.weight"] = torch.from_numpy((steps.astype(np.float32) * scales[g_idx].astype(np.float32)).T)
+    return found | tensors
+
+
+def _read_bits(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [R, W] -> int32 [R, W * 32 / bits]: from the lowest bit of the first word on."""
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
+    return stream.reshape(len(words), -1, bits).astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))

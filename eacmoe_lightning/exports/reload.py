@@ -1,0 +1,39 @@
+"""Opens an exported directory as a stranger would, in a process that has not imported this package.
+
+    python -P reload.py DIRECTORY TOKENS.safetensors OUT.safetensors DTYPE [MODULE ...]
+
+Loads the directory with transformers, runs the token ids `tokens` [B, T] and writes the logits and a sketch of every
+weight. MODULE are imports that the model type needs. `eacmoe_lightning.exports.check` compares both.
+"""
+
+import importlib
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def sketch(tensor: Tensor) -> Tensor:
+    """One number for each row, float64 [rows]: its product with a fixed vector, which every other order changes."""
+    rows = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+    vector = torch.sin(torch.arange(1, rows.shape[-1] + 1, dtype=torch.float64))
+    return torch.cat([chunk.double() @ vector for chunk in rows.split(4096)])
+
+
+@torch.no_grad()
+def look(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """`logits` [B, T, V] in float32, and the sketch of each floating-point tensor of the model by name."""
+    logits = model(tokens, use_cache=False).logits.float()  # first: lazily packed linears decode themselves here
+    sketches = {name: sketch(t) for name, t in model.state_dict().items() if t.is_floating_point()}
+    return {"logits": logits, **sketches}
+
+
+if __name__ == "__main__":
+    directory, tokens, out, dtype, *modules = sys.argv[1:]
+    for module in modules:
+        importlib.import_module(module)
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    save_file({n: t.contiguous() for n, t in look(loaded, load_file(tokens)["tokens"]).items()}, out)

@@ -1,0 +1,274 @@
+"""What other programs load: one table, asked by `export` before it writes and by `fit` before it calibrates.
+
+A row is an engine and a format. "Verified" means that models exported by this package were loaded by that engine and
+gave our logits (LOG.md has the versions and differences); the other rows come from the engines' sources and
+documentation and promise less.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "dense")
+ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")  # cut along their inputs by tensor parallelism
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """How one weight is, or is going to be, quantized.
+
+    Attributes:
+        name: of the parameter in memory, e.g. `model.layers.3.mlp.experts.down_proj`.
+        part: `attention`, `shared` or `experts`.
+        shape: [..., O, I].
+    """
+
+    name: str
+    block: int
+    part: str
+    shape: tuple[int, ...]
+    bits: int
+    group_size: int
+    symmetric: bool
+
+
+@dataclass(frozen=True)
+class Target:
+    """One engine and one format, and what it loads.
+
+    Attributes:
+        engine: by which it is chosen (`--target`, `--model.target`).
+        format: of `FORMATS`.
+        version: of the engine, as tried or as its sources were read.
+        verified: whether exports of this package were loaded by it.
+        bits: that it has.
+        symmetric: whether the zero point has to be the middle code.
+        group_sizes: that it has; None: any.
+        mixing: within what all routed experts must have the same bits and groups: the whole `model`, a `block`, or
+            each `weight` for itself. Attention and shared experts may differ from them.
+        multiple: of which all in_features and out_features must be.
+        names: under which it looks for weights: the `original` checkpoint's, or those of transformers' modules with
+            the stacks of experts taken apart (`unstacked`).
+        note: for the README and the error messages.
+    """
+
+    engine: str
+    format: str
+    version: str
+    verified: bool
+    bits: tuple[int, ...]
+    symmetric: bool
+    group_sizes: tuple[int, ...] | None
+    mixing: Literal["model", "block", "weight"]
+    multiple: int = 1
+    names: Literal["original", "unstacked"] = "original"
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine} ({self.format}{'' if self.verified else ', unverified'})"
+
+    def problems(self, weights: Iterable[WeightGrid], tensor_parallel: int = 1) -> list[str]:
+        """Why the engine would not load these weights rightly, each with its remedy; empty: nothing known against it.
+
+        Args:
+            weights: every quantized weight.
+            tensor_parallel: over how many devices the engine cuts each linear.
+        """
+        weights = list(weights)
+        found = [_counted([w for w in weights if w.bits not in self.bits], self._bits)]
+        found += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
+        groups = [w for w in weights if self.group_sizes is not None and w.group_size not in self.group_sizes]
+        found += [_counted(groups, self._group_size)]
+        found += [_counted([w for w in weights if any(n % self.multiple for n in w.shape[-2:])], self._multiple)]
+        found += [self._mixed([w for w in weights if w.part == "experts"])]
+        cut = [w for w in weights if not _divides(w, tensor_parallel)]
+        found += [_counted(cut, lambda w: self._tensor_parallel(w, tensor_parallel))]
+        return [problem for problem in found if problem]
+
+    def _bits(self, weight: WeightGrid) -> str:
+        option = {"attention": "attention_bits", "shared": "shared_expert_bits", "experts": "bits"}[weight.part]
+        return (
+            f"{weight.name} has {weight.bits} bits, {self.name} loads {_either(self.bits)}: calibrate with one of "
+            f"these (--model.{option}, --model.overrides), or use another --target"
+        )
+
+    def _asymmetric(self, weight: WeightGrid) -> str:
+        return (
+            f"{weight.name} is asymmetric, {self.name} loads symmetric weights only: calibrate with "
+            "--model.symmetric true, or export with --format gptq_v2 or --format dense"
+        )
+
+    def _group_size(self, weight: WeightGrid) -> str:
+        return (
+            f"{weight.name} has groups of {weight.group_size}, {self.name} loads {_either(self.group_sizes or ())}: "
+            "calibrate with one of these (--model.group_size), or use another --target"
+        )
+
+    def _multiple(self, weight: WeightGrid) -> str:
+        return (
+            f"{weight.name} is {weight.shape[-2]} x {weight.shape[-1]}, and the format packs {self.multiple} values "
+            "together along both: use another --format"
+        )
+
+    def _mixed(self, experts: list[WeightGrid]) -> str | None:
+        if self.mixing == "weight":
+            return None
+        grids: dict[int | None, set[tuple[int, int]]] = {}
+        for weight in experts:
+            key = weight.block if self.mixing == "block" else None
+            grids.setdefault(key, set()).add((weight.bits, weight.group_size))
+        for block, own in grids.items():
+            if len(own) > 1:
+                where = "the model" if block is None else f"block {block}"
+                said = _either([f"{bits} bits in groups of {group_size}" for bits, group_size in sorted(own)], "and")
+                return (
+                    f"the experts of {where} have {said}, {self.name} reads one grid for all of them and would decode "
+                    "the others wrongly: calibrate with one (--model.bits, --model.overrides), or export with --format "
+                    "gptq_v2 --target gptqmodel or --format dense"
+                )
+        return None
+
+    def _tensor_parallel(self, weight: WeightGrid, devices: int) -> str:
+        out_features, in_features = weight.shape[-2:]
+        return (
+            f"{weight.name} is {out_features} x {in_features} in groups of {weight.group_size} and cannot be cut for "
+            f"--tensor_parallel {devices} without cutting a group: calibrate with a smaller --model.group_size, or use "
+            "fewer devices or expert parallelism"
+        )
+
+
+GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+
+TARGETS = (
+    Target(
+        engine="transformers",
+        format="compressed-tensors",
+        version="transformers 5.23 with compressed-tensors 0.20.0",
+        verified=True,
+        bits=(2, 3, 4, 8),
+        symmetric=True,
+        group_sizes=None,
+        mixing="model",
+        note="experts are decoded when they are loaded; releases before 0.15 pack 3 bit otherwise",
+    ),
+    Target(
+        engine="vllm",
+        format="compressed-tensors",
+        version="sources of 2026",
+        verified=False,
+        bits=(4, 8),
+        symmetric=True,
+        group_sizes=(32, 64, 128),
+        mixing="model",
+        note="WNA16 Marlin experts",
+    ),
+    Target(
+        engine="sglang",
+        format="compressed-tensors",
+        version="sources of 2026",
+        verified=False,
+        bits=(4, 8),
+        symmetric=True,
+        group_sizes=(32, 64, 128),
+        mixing="model",
+        note="as vLLM, from which its loader is adapted",
+    ),
+    Target(
+        engine="gptqmodel",
+        format="gptq",
+        version="GPTQModel 7.7.0",
+        verified=True,
+        bits=(2, 3, 4, 8),
+        symmetric=True,
+        group_sizes=GPTQ_GROUPS,
+        mixing="weight",
+        multiple=32,
+        names="unstacked",
+        note="the format stores zero points less 1; asymmetric ones need gptq_v2",
+    ),
+    Target(
+        engine="gptqmodel",
+        format="gptq_v2",
+        version="GPTQModel 7.7.0",
+        verified=True,
+        bits=(2, 3, 4, 8),
+        symmetric=False,
+        group_sizes=GPTQ_GROUPS,
+        mixing="weight",
+        multiple=32,
+        names="unstacked",
+        note="true zero points",
+    ),
+    Target(
+        engine="vllm",
+        format="gptq",
+        version="sources of 2026",
+        verified=False,
+        bits=(4, 8),
+        symmetric=True,
+        group_sizes=(32, 64, 128),
+        mixing="block",
+        multiple=32,
+        note="reads the bits of a block from one of its experts",
+    ),
+    Target(
+        engine="transformers",
+        format="dense",
+        version="transformers 5.23",
+        verified=True,
+        bits=(2, 3, 4, 5, 6, 7, 8),
+        symmetric=False,
+        group_sizes=None,
+        mixing="weight",
+        note="ordinary weights of the original's size: loads wherever the original does",
+    ),
+)
+ENGINES = tuple(dict.fromkeys(target.engine for target in TARGETS))
+
+
+def find(format: str | None = None, engine: str | None = None) -> Target:
+    """The first row of the table with this format and engine; None stands for any.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for target in TARGETS:
+        if format in (None, target.format) and engine in (None, target.engine):
+            return target
+    known = "; ".join(f"--format {t.format} --target {t.engine}" for t in TARGETS)
+    raise ValueError(f"nothing is known of --format {format} with --target {engine}; there are: {known}")
+
+
+def check(target: Target, weights: Iterable[WeightGrid], tensor_parallel: int = 1) -> None:
+    """Raises ValueError with the first reason why `target` does not load these weights, and how many more there are."""
+    if tensor_parallel < 1:
+        raise ValueError(f"tensor_parallel={tensor_parallel} (--tensor_parallel) is below 1")
+    if found := target.problems(weights, tensor_parallel):
+        raise ValueError(found[0] + (f"\n{len(found) - 1} more: " + "\n".join(found[1:]) if found[1:] else ""))
+
+
+def _divides(weight: WeightGrid, devices: int) -> bool:
+    """Whether a weight can be cut for tensor parallelism with whole groups on every device."""
+    out_features, in_features = weight.shape[-2:]
+    linear = weight.name.removesuffix(".weight").rpartition(".")[2]
+    if linear in ROW_PARALLEL:
+        return in_features % (devices * weight.group_size) == 0 or devices == 1
+    return out_features % devices == 0
+
+
+def _counted(weights: list[WeightGrid], say) -> str | None:
+    """What is wrong with the first of these weights, and with how many others."""
+    if not weights:
+        return None
+    others = Counter(weight.part for weight in weights[1:])
+    more = ", ".join(f"{number} of {part}" for part, number in others.items())
+    return say(weights[0]) + (f" (the same holds for {more})" if more else "")
+
+
+def _either(values: Iterable[object], word: str = "or") -> str:
+    *first, last = [str(value) for value in values]
+    return f"{', '.join(first)} {word} {last}" if first else last
