@@ -21,6 +21,9 @@ from eacmoe_lightning.data import TextWindows
 from eacmoe_lightning.qesc import QESC
 from eacmoe_lightning.store import StoreError
 
+COMMANDS = {  # by their first word; these need no trainer
+    "export": exports.command.main,
+}
 NEVER = 10**9  # epochs between validations inside fit: nothing can be validated before the last block
 
 
@@ -154,8 +157,8 @@ def main(args: ArgsType = None) -> None:
     """
     words = sys.argv[1:] if args is None else args
     try:
-        if words[:1] == ["export"]:  # needs no trainer
-            exports.command.main(words[1:])
+        if words and words[0] in COMMANDS:
+            COMMANDS[words[0]](words[1:])
         else:
             CommandLine(args)
     except (ValueError, FileNotFoundError, StoreError) as error:
