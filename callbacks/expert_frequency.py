@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Trainer
 
+from eacmoe_lightning.analysis.selection import selection_frequency
 from eacmoe_lightning.callbacks.block_callback import BlockCallback
 from eacmoe_lightning.qesc import QESC
 from eacmoe_lightning.store import write_json
@@ -31,8 +32,3 @@ class ExpertFrequency(BlockCallback):
                     image = torch.stack(frequency)  # [blocks, E]
                     image = (image / image.max()).float().repeat_interleave(12, 0).repeat_interleave(12, 1)
                     logger.experiment.add_image(f"selection_frequency/{name}", image, dataformats="HW")
-
-
-def selection_frequency(load: list[int]) -> torch.Tensor:
-    """[E], the share of selections that each expert of a block gets."""
-    return torch.tensor(load).double() / sum(load)

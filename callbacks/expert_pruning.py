@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, Trainer
 
-from eacmoe_lightning.callbacks.expert_frequency import selection_frequency
+from eacmoe_lightning.analysis.selection import selection_frequency
 from eacmoe_lightning.qesc import QESC
 
 

@@ -280,7 +280,9 @@ class TextWindows(L.LightningDataModule):
             raise ValueError(f"--data.{option}: {error}") from error
 
 
-def name_sources(sources: dict[str, str] | list[str] | str | None) -> dict[str, str]:
+def name_sources(
+    sources: dict[str, str] | list[str] | str | None, option: str = "--data.heldout"
+) -> dict[str, str]:
     """Names for held-out sources: `prose` for bundled:prose, the stem of a file, else the source.
 
     Raises:
@@ -298,7 +300,7 @@ def name_sources(sources: dict[str, str] | list[str] | str | None) -> dict[str, 
         name = source.removeprefix("bundled:") if bundled else Path(source).stem
         if name in named:
             raise ValueError(
-                f"--data.heldout: {named[name]} and {source} would both be called {name!r}; pass "
+                f"{option}: {named[name]} and {source} would both be called {name!r}; pass "
                 "{name: source} instead of a list"
             )
         named[name] = source

@@ -165,6 +165,20 @@ def evaluate(
     return evaluation.compute(list(texts))
 
 
+def compressed_directory(path: Path, option: str = "--model.evaluate") -> Path | None:
+    """The compressed directory that a run directory holds or that `path` itself is; None where it is neither.
+
+    Raises:
+        FileNotFoundError: the run is not finished.
+    """
+    if (path / "run.json").exists() and not (path / "compressed" / "config.json").exists():
+        raise FileNotFoundError(
+            f"the run in {path} has no compressed model yet: finish it with `fit --ckpt_path last`, or pass another "
+            f"directory with {option}"
+        )
+    return next((p for p in (path / "compressed", path) if compressed_format.is_compressed(p)), None)
+
+
 def load_subject(name_or_path: str, dtype: str, path: str | None, run: RunDirectory) -> dict[str, Any]:
     """The model to evaluate and the original to compare it with.
 
@@ -179,14 +193,8 @@ def load_subject(name_or_path: str, dtype: str, path: str | None, run: RunDirect
     Raises:
         FileNotFoundError: `path` is none of the three, or the run is not finished.
     """
-    place = Path(path) if path is not None else run.path
-    if (place / "run.json").exists() and not (place / "compressed" / "config.json").exists():
-        raise FileNotFoundError(
-            f"the run in {place} has no compressed model yet: finish it with `fit --ckpt_path last`, or pass another "
-            "directory with --model.evaluate"
-        )
-    place = place / "compressed" if (place / "compressed" / "config.json").exists() else place
-    if compressed_format.is_compressed(place):
+    place = compressed_directory(Path(path) if path is not None else run.path)
+    if place is not None:
         subject = compressed_format.load(place, dtype, packed=False)
         recorded = compressed_format.read_config(place)["original"]["name_or_path"]
         source = recorded if name_or_path == "bundled" else name_or_path

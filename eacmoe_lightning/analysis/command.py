@@ -1,0 +1,131 @@
+"""`python train.py analyze`: which experts a model selects for which text, as JSON, PNG and TensorBoard images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from eacmoe_lightning import compressed
+from eacmoe_lightning.adapter import MoEModel, load_original, local_directory
+from eacmoe_lightning.analysis.selection import describe, select
+from eacmoe_lightning.data import name_sources
+from eacmoe_lightning.evaluate import compressed_directory
+from eacmoe_lightning.store import write_json
+from eacmoe_lightning.text import read_documents, token_windows
+
+
+def analyze(
+    model: str,
+    output: str,
+    texts: dict[str, str] | list[str] | str | None = None,
+    num_windows: int | None = 16,
+    window_length: int = 512,
+    batch_size: int = 8,
+    floor: float = 0.3,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Selection frequencies of each text, how alike texts are to the routers, coverage and load balance.
+
+    Leaves `analysis.json` (its keys: see `selection.describe`), `similarity.png`, `frequency.png`, `balance.png` and
+    `tensorboard/` in the output directory.
+
+    Args:
+        model: A run directory, a compressed directory or an original model (`bundled`, a directory or a hub id).
+        output: The directory to write to.
+        texts: Sources, as for --data.heldout: one, a list, or {name: source}; null: the held-out texts of the package.
+        num_windows: Windows of each text, from its start; null takes all.
+        window_length: Tokens per window.
+        batch_size: Windows at a time.
+        floor: An expert below this share of the mean load counts as idle in `coverage_above_floor`; PESF skips experts
+            by the same measure (its alpha).
+        dtype: In which the model is loaded.
+        device: On which it runs.
+
+    Raises:
+        FileNotFoundError: there is no such model or text.
+        ValueError: the model has no experts, a text is too short, or an option is out of range.
+    """
+    for option, value in (("batch_size", batch_size), ("window_length", window_length)):
+        if value < 1:
+            raise ValueError(f"{option}={value} (--{option}) is below 1")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor={floor} (--floor) is not in [0, 1]")
+    directory, subject = open_model(model, dtype)
+    subject.model.to(device)
+    sources = name_sources(texts, "--texts")
+    windows = {
+        name: read_windows(source, directory, num_windows, window_length) for name, source in sources.items()
+    }
+    from eacmoe_lightning.analysis import figures  # matplotlib takes a second: only where it is needed
+
+    selections = {name: select(subject, own, batch_size) for name, own in windows.items()}
+    description = describe(selections, [block.index for block in subject.moe_blocks], floor)
+    place = Path(output)
+    place.mkdir(parents=True, exist_ok=True)
+    figures.write(
+        place,
+        {
+            "similarity": figures.similarity(description),
+            "frequency": figures.frequency(description),
+            "balance": figures.balance(description, floor),
+        },
+    )
+    settings = {"model": model, "sources": sources, "window_length": window_length, "floor": floor, "dtype": dtype}
+    write_json(place / "analysis.json", settings | description)
+    print(summary(description, floor))
+    print(f"{place}: analysis.json, figures, tensorboard --logdir {place}")
+    return description
+
+
+def open_model(model: str, dtype: str) -> tuple[Path, MoEModel]:
+    """Where a model's tokenizer lies, and the model: compressed ones decoded."""
+    place = compressed_directory(Path(model), "--model")
+    if place is not None:
+        return place, MoEModel(compressed.load(place, dtype, packed=False))
+    original = MoEModel(load_original(model, dtype))
+    return local_directory(model), original
+
+
+def read_windows(source: str, tokenizer: Path, num_windows: int | None, window_length: int) -> Tensor:
+    """Token ids [S, T] of the first windows of a source."""
+    return token_windows(
+        read_documents(source),
+        AutoTokenizer.from_pretrained(tokenizer),
+        num_windows,
+        window_length,
+        source=source,
+        option="--num_windows",
+    )
+
+
+def summary(description: dict[str, Any], floor: float) -> str:
+    """A few lines for the terminal."""
+    said = description["similarity"]
+    names, width = said["texts"], max(12, *(len(name) for name in said["texts"]))
+    lines = ["cosine of selection frequencies (last column: even against odd windows of the text itself)"]
+    lines.append(" " * width + "".join(f" {name[:9]:>9s}" for name in [*names, "within"]))
+    for name, row in zip(names, said["matrix"], strict=True):
+        within = said["within"][name]
+        lines.append(f"{name:{width}s}" + "".join(f" {v:9.3f}" for v in row) + (f" {within:9.3f}" if within else ""))
+    lines.append(f"alike (above {said['threshold']}): {', '.join('-'.join(p) for p in said['similar']) or 'none'}")
+    head = ("perplexity", "coverage", f">= {floor:g} mean", "entropy", "max/mean")
+    lines.append(" " * width + "".join(f" {name:>11s}" for name in head))
+    for name, values in description["texts"].items():
+        shares = f" {values['coverage']:11.1%} {values['coverage_above_floor']:11.1%}"
+        lines.append(
+            f"{name:{width}s} {values['perplexity']:11.3f}{shares} {values['entropy']:11.3f}"
+            f" {values['max_over_mean']:11.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line of `analyze`."""
+    from jsonargparse import auto_cli
+
+    auto_cli(analyze, args=args, prog=f"{Path(sys.argv[0]).name} analyze", as_positional=False)

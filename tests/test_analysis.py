@@ -1,0 +1,107 @@
+"""Selection analysis: its numbers by hand, and the command on a tiny model against counting with a hook."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.analysis.selection import (
+    cosine_similarity,
+    coverage,
+    load_balance,
+    select,
+    selection_frequency,
+)
+from eacmoe_lightning.cli import main
+from eacmoe_lightning.text import read_documents, token_windows
+
+
+def test_frequency_coverage_and_balance_by_hand():
+    load = torch.tensor([6, 0, 1, 1])
+    assert selection_frequency(load).tolist() == [0.75, 0, 0.125, 0.125]
+    assert selection_frequency([0, 0]).tolist() == [0, 0]
+    assert coverage(load) == 0.75
+    assert coverage(load, 0.5) == 0.75  # the mean is 2: 1 is half of it, and counts
+    assert coverage(load, 0.6) == 0.25
+    balance = load_balance(load)
+    assert balance["entropy"] == pytest.approx((0.75 * math.log2(4 / 3) + 2 * 0.125 * 3) / 2)
+    assert balance["max_over_mean"] == 3
+    assert load_balance(torch.tensor([5, 5, 5])) == {"entropy": pytest.approx(1), "max_over_mean": pytest.approx(1)}
+    assert load_balance(torch.tensor([0, 9])) == {"entropy": 0, "max_over_mean": 2}
+
+
+def test_cosine_by_hand():
+    a, b, c = torch.tensor([1.0, 0, 0]), torch.tensor([0.5, 0.5, 0]), torch.tensor([[0, 0, 1.0]])
+    similarity = cosine_similarity([a, b, c])
+    expected = torch.tensor([[1, 2**-0.5, 0], [2**-0.5, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    torch.testing.assert_close(similarity, expected)
+
+
+@pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
+@torch.no_grad()
+def test_loads_and_likelihoods_are_those_of_the_model(family, tokenizer):
+    model = tiny_models.build(family)
+    moe = MoEModel(model)
+    windows = token_windows(read_documents("bundled:code"), tokenizer, 5, 32)
+    found = select(moe, windows, batch_size=3)  # an odd size: halves go on over batches
+    for half, own in ((0, windows[0::2]), (1, windows[1::2])):
+        ids = []
+        handles = [
+            block.experts.module.register_forward_pre_hook(lambda m, args, ids=ids: ids.append(args[1]))
+            for block in moe.moe_blocks
+        ]
+        model(own)
+        for handle in handles:
+            handle.remove()
+        for i, block in enumerate(moe.moe_blocks):
+            assert found.halves[half][i].tolist() == [int((ids[i] == e).sum()) for e in range(block.num_experts)]
+    assert all(int(load.sum()) == windows.numel() * moe.top_k for load in found.loads)
+    loss = model(windows, labels=windows, output_router_logits=False).loss
+    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+    assert 0 < found.within < 1
+    assert select(moe, windows[:1], batch_size=1).within is None
+
+
+def test_the_command_writes_what_it_says(tiny_model_dir, tmp_path, capsys):
+    model, output = tiny_model_dir("qwen3_moe"), tmp_path / "analysis"
+    options = ["--model", str(model), "--output", str(output), "--num_windows", "3", "--window_length", "32"]
+    main(["analyze", *options, "--texts", '{a: "bundled:prose", b: "bundled:maths", c: "bundled:prose"}'])
+    said = json.loads((output / "analysis.json").read_text())
+    similarity = said["similarity"]
+    assert similarity["texts"] == ["a", "b", "c"] and ["a", "c"] in similarity["similar"]
+    assert similarity["matrix"][0][2] == pytest.approx(1) and similarity["matrix"][0][1] < 0.9999
+    assert [row["block"] for row in said["blocks"]] == [0, 1, 2]
+    assert sum(said["blocks"][1]["texts"]["b"]["load"]) == 3 * 32 * 2 and said["texts"]["b"]["tokens"] == 96
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    for name in ("similarity", "frequency", "balance"):
+        assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert events.Images(f"analysis/{name}")[0].width > 100
+    assert "alike (above 0.8): " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more, messages",
+    [
+        (["--texts", "/no/such/text.txt"], ["/no/such/text.txt"]),
+        (["--texts", '["bundled:prose", "./prose.txt"]'], ["--texts", "'prose'"]),
+        (["--num_windows", "100000"], ["100000", "--num_windows"]),
+        (["--num_windows", "0"], ["--num_windows=0"]),
+        (["--batch_size", "0"], ["--batch_size"]),
+        (["--floor", "1.5"], ["--floor"]),
+        (["--model", "/no/such/model"], ["/no/such/model"]),
+        (["--model", "LLAMA"], ["no routed experts"]),
+    ],
+)
+def test_bad_input(more, messages, tiny_model_dir, tmp_path, capsys):
+    more = [str(tiny_model_dir("llama")) if word == "LLAMA" else word for word in more]
+    options = ["--model", str(tiny_model_dir("mixtral")), "--output", str(tmp_path / "out"), "--window_length", "32"]
+    with pytest.raises(SystemExit) as end:
+        main(["analyze", *options, *more])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and all(message in said for message in messages), said
+    assert not Path(tmp_path / "out").exists()
