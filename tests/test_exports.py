@@ -1,6 +1,7 @@
-"""Exports are read back by their own programs' rules: transformers for dense models, NumPy for GPTQ's words."""
+"""Exports are read back by their own rules: transformers, the compressed-tensors library, words as long integers."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,59 +9,230 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from test_packed_loading import compress, folder_of, tokens  # noqa: F401  (fixtures)
+from test_packed_loading import damage, tokens  # noqa: F401  (tokens is a fixture)
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from eacmoe_lightning import load
+from eacmoe_lightning import compressed, load
+from eacmoe_lightning.adapter import MoEModel, load_original
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.exports import export
+from eacmoe_lightning.exports.check import Reference
+from eacmoe_lightning.exports.compressed_tensors import to_tensors
+from eacmoe_lightning.exports.source import Source
+from eacmoe_lightning.grid import Grid, round_to_nearest
+from eacmoe_lightning.store import StoreError
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
+ASYMMETRIC, SYMMETRIC, MIXED = (3, False), (4, True), ({"experts": 3, "last": 2, "shared": 8}, False)
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory, tiny_model_dir):
+    """`folder_of(family, (bits, symmetric))`: a compressed directory by rounding to nearest in groups of 32.
+
+    `bits` is a number for everything, or by part; `last` is that of the last block's experts.
+    """
+    folders: dict[str, Path] = {}
+
+    def folder(family: str, setting) -> Path:
+        key = f"{family}-{setting}"
+        if key not in folders:
+            bits, symmetric = setting
+            folders[key] = tmp_path_factory.mktemp("compressed") / "compressed"
+            moe, blocks = MoEModel(load_original(str(tiny_model_dir(family)))), []
+            for block in moe.blocks:
+                own = dict.fromkeys(("attention", "shared", "experts"), bits) if isinstance(bits, int) else bits
+                if isinstance(bits, dict) and block.index == len(moe.blocks) - 1:
+                    own = own | {"experts": bits["last"]}
+                grids = {part: Grid(own.get(part, 4), 32, symmetric) for part in ("attention", "shared", "experts")}
+                quantized = {n: round_to_nearest(w, grids[part]) for n, (part, w) in block.weights().items()}
+                moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
+                blocks.append(quantized)
+            compressed.save(folders[key], moe, str(tiny_model_dir(family)), blocks, {"method": "rtn"})
+        return folders[key]
+
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-@families
+def quantization_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+# --- dense
+
+
+@pytest.mark.parametrize(
+    "family", [f if f == "mixtral" else pytest.param(f, marks=pytest.mark.slow) for f in tiny_models.MOE_FAMILIES]
+)
 @torch.no_grad()
 def test_a_dense_export_is_the_decoded_model(family, folder_of, tiny_model_dir, tokens, tmp_path):  # noqa: F811
-    folder = folder_of(family)
+    folder = folder_of(family, MIXED)
     main(["export", "--source", str(folder), "--output", str(tmp_path / "out"), "--format", "dense"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(model(tokens).logits, load(folder, packed=False)(tokens).logits)
     assert tensors_of(tmp_path / "out").keys() == tensors_of(tiny_model_dir(family)).keys()
 
 
-def test_gptq_words_hold_the_codes(folder_of, tmp_path):  # noqa: F811
-    """v2: qweight [I / 32 * bits, O] int32 words, eight 4-bit codes each; true zero points; scales [G, O]."""
-    folder = folder_of("mixtral")
-    export(str(folder), str(tmp_path / "out"), "gptq_v2")
-    stored, name = tensors_of(tmp_path / "out"), "model.layers.0.self_attn.q_proj"
-    shifts = np.arange(0, 32, 4)
-    words, zeros = (stored[f"{name}.{n}"].numpy().view(np.uint32) for n in ("qweight", "qzeros"))
-    codes = (words[:, None, :] >> shifts[:, None] & 15).reshape(-1, words.shape[1]).astype(int)  # [I, O]
-    zero = (zeros[:, :, None] >> shifts & 15).reshape(len(zeros), -1).astype(int)  # [G, O]
-    group = stored[f"{name}.g_idx"].numpy()
-    weight = (codes - zero[group]) * stored[f"{name}.scales"].numpy().astype(np.float32)[group]
-    expected = load(folder, packed=False).state_dict()[f"{name}.weight"].numpy()
-    np.testing.assert_allclose(weight.T, expected, rtol=1e-6)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "gptq"
+# --- compressed-tensors
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_compressed_tensors_library_decodes_our_words(bits):
+    library = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(bits))
+    quantized = round_to_nearest(weight, Grid(bits, 32, symmetric=True))
+    stored = to_tensors("linear", quantized, torch.float32)
+    codes = library.unpack_from_int32(stored["linear.weight_packed"], bits, torch.Size(stored["linear.weight_shape"]))
+    steps = codes.float().unflatten(-1, (2, 32)) * stored["linear.weight_scale"][..., None]
+    assert torch.equal(steps.flatten(-2), quantized.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [("mixtral", 4)]
+    + [pytest.param(f, b, marks=pytest.mark.slow) for f, b in (("qwen2_moe", 2), ("deepseek", 3), ("phimoe", 8))],
+)
+@torch.no_grad()
+def test_transformers_opens_compressed_tensors(family, bits, folder_of, tokens, tmp_path):  # noqa: F811
+    pytest.importorskip("compressed_tensors")
+    folder = folder_of(family, (bits, True))
+    difference = export(str(folder), str(tmp_path / "out"), "compressed-tensors")
+    assert difference.weights == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(model(tokens).logits, load(folder, packed=False)(tokens).logits)
+
+
+# --- names
+
+
+@families
+def test_linears_have_the_names_of_the_originals_checkpoint(family, folder_of, tiny_model_dir):
+    """And every matrix of it is either quantized or said to be left out, routers among these."""
+    source = Source(folder_of(family, SYMMETRIC))
+    original = tensors_of(tiny_model_dir(family))
+    linears = {name for names in source.linear_names("original").values() for name in names}
+    assert {f"{name}.weight" for name in linears} <= original.keys()
+    left = {name.removesuffix(".weight") for name, t in original.items() if t.ndim == 2} - linears
+    assert left <= set(source.unquantized_modules())
+    assert not linears & set(source.unquantized_modules())
+    routers = {name for name in left if re.fullmatch(r".*\.(gate|router)", name)}
+    assert len(routers) == len(source.moe.moe_blocks)
+
+
+def test_mixtral_keeps_its_own_names(folder_of):
+    names = Source(folder_of("mixtral", SYMMETRIC)).linear_names("original")
+    experts = names["model.layers.1.mlp.experts.gate_up_proj"] + names["model.layers.1.mlp.experts.down_proj"]
+    expected = [f"model.layers.1.block_sparse_moe.experts.{e}.{w}" for e in range(8) for w in ("w1", "w2", "w3")]
+    assert sorted(experts) == expected
+    unstacked = Source(folder_of("mixtral", SYMMETRIC)).linear_names("unstacked")
+    assert "model.layers.1.mlp.experts.7.up_proj" in unstacked["model.layers.1.mlp.experts.gate_up_proj"]
+
+
+# --- gptq
+
+
+def read_words(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [R, W] -> [R, W * 32 / bits], each row as one long integer: the format's definition, slowly."""
+    rows = [int.from_bytes(row.astype("<i4").tobytes(), "little") for row in words]
+    number = words.shape[1] * 32 // bits
+    return np.array([[row >> (bits * i) & (2**bits - 1) for i in range(number)] for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("form", "family", "setting"),
+    [
+        ("gptq", "mixtral", (2, True)),
+        ("gptq", "deepseek", (8, True)),
+        ("gptq_v2", "mixtral", (4, False)),
+        ("gptq_v2", "qwen2_moe", MIXED),
+        ("gptq_v2", "qwen3_moe", ASYMMETRIC),
+    ],
+)
+def test_gptq_words_hold_the_codes(form, family, setting, folder_of, tmp_path):
+    """qweight [I * b / 32, O], qzeros [G, O * b / 32] (v1: less 1), scales [G, O]; bits as the config says by name."""
+    folder, out = folder_of(family, setting), tmp_path / "out"
+    export(str(folder), str(out), form)
+    config = quantization_of(out)
+    assert config["quant_method"] == "gptq" and config["checkpoint_format"] == form
+    assert json.loads((out / "quantize_config.json").read_text()) == config
+    state = load(folder, packed=False).state_dict()
+    stored = tensors_of(out)
+    linears = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
+    chosen = [n for n in linears if re.search(r"layers\.[12]\.(self_attn\.[qo]_|.*experts\.[03]\.|.*shared)", n)]
+    assert len(chosen) >= 8
+    widths = set()
+    for name in chosen:
+        bits = next((own["bits"] for p, own in config["dynamic"].items() if re.match(p[2:], name)), config["bits"])
+        words, zeros, scales, group = (stored[f"{name}.{n}"].numpy() for n in ("qweight", "qzeros", "scales", "g_idx"))
+        codes, zero = read_words(words.T, bits).T, read_words(zeros, bits) + (form == "gptq")
+        weight = (codes - zero[group]) * scales.astype(np.float32)[group]
+        np.testing.assert_allclose(weight.T, in_memory(state, name).numpy(), rtol=1e-6)
+        widths.add(bits)
+    assert widths == ({2, 3, 4, 8} if setting is MIXED else {setting[0]})
+
+
+def in_memory(state: dict[str, Tensor], name: str) -> Tensor:
+    """[O, I] of one linear under its unstacked name."""
+    if not (found := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj", name)):
+        return state[f"{name}.weight"]
+    experts, expert, projection = found[1], int(found[2]), found[3]
+    if projection == "down":
+        return state[f"{experts}.down_proj"][expert]
+    return state[f"{experts}.gate_up_proj"][expert].chunk(2)[projection == "up"]
+
+
+# --- what goes wrong
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
-def test_what_the_target_does_not_load_is_refused(form, folder_of, tmp_path):  # noqa: F811
+def test_what_the_target_does_not_load_is_refused(form, folder_of, tmp_path):
     with pytest.raises(ValueError, match="asymmetric.*--model.symmetric true"):
-        export(str(folder_of("mixtral")), str(tmp_path / "out"), form)
+        export(str(folder_of("mixtral", ASYMMETRIC)), str(tmp_path / "out"), form)
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_places_are_refused(folder_of, tmp_path, capsys):  # noqa: F811
+def test_bad_places_are_refused(folder_of, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="--output.*not empty"):
-        export(str(folder_of("mixtral")), str(tmp_path / "full"), "dense")
+        export(str(folder_of("mixtral", ASYMMETRIC)), str(tmp_path / "full"), "dense")
     with pytest.raises(SystemExit):
         main(["export", "--source", str(tmp_path), "--output", str(tmp_path / "out"), "--format", "dense"])
     assert "(--source) is neither a run directory nor a compressed directory" in capsys.readouterr().err
+
+
+def test_a_damaged_source_is_named_and_nothing_is_kept(folder_of, tmp_path):
+    folder, name = folder_of("mixtral", ASYMMETRIC), "model.layers.0.self_attn.q_proj.weight.codes"
+    flipped = damage(folder, tmp_path / "flipped", lambda t: t[name].view(-1)[3:4].bitwise_xor_(1), checksum=False)
+    with pytest.raises(StoreError, match="weights-block-000.safetensors.*checksum"):
+        export(str(flipped), str(tmp_path / "out"), "gptq_v2")
+    lost = damage(folder, tmp_path / "lost", lambda t: t.pop(name), checksum=True)
+    with pytest.raises(StoreError, match=re.escape(name)):
+        export(str(lost), str(tmp_path / "out"), "gptq_v2")
+    newer = damage(folder, tmp_path / "newer", lambda t: None, checksum=True)
+    config = json.loads((newer / "config.json").read_text())
+    (newer / "config.json").write_text(json.dumps(config | {"format_version": 99}))
+    with pytest.raises(ValueError, match="format version 99.*install a newer one"):
+        export(str(newer), str(tmp_path / "out"), "gptq_v2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_is_not_our_model_is_refused(folder_of):
+    """One code of one expert moved by one step is found."""
+    source = Source(folder_of("mixtral", SYMMETRIC))
+    reference = Reference(source)
+    tensors = load(source.path, packed=False).state_dict()
+    assert reference.compare_decoded(source, source.original_names(tensors), Path("same")).weights == 0
+    weight = tensors["model.layers.2.mlp.experts.down_proj"]
+    weight[5, 7, 11] += 0.01 * weight[5, 7].abs().max()
+    with pytest.raises(StoreError, match="not kept.*worst tensor is model.layers.2.mlp.experts.down_proj"):
+        reference.compare_decoded(source, source.original_names(tensors), Path("other"))
+    name = "model.norm.weight"
+    with pytest.raises(StoreError, match=re.escape(name)):
+        rest = {n: t for n, t in tensors.items() if n != name}
+        reference.compare_decoded(source, source.original_names(rest), Path("other"))

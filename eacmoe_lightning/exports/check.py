@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from eacmoe_lightning import compressed
-from eacmoe_lightning.exports import gptq, reload
+from eacmoe_lightning.exports import reload
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.store import StoreError
 
@@ -53,6 +53,8 @@ class Reference:
         generator = torch.Generator().manual_seed(SEED)
         vocabulary = model.config.get_text_config().vocab_size
         self.dtype_name = source.dtype_name
+        own = type(model).__module__
+        self.imports = [] if own.startswith("transformers.") else [own]  # before transformers knows the model type
         self.tokens = torch.randint(vocabulary, (NUM_WINDOWS, WINDOW_LENGTH), generator=generator)
         self.seen = reload.look(model, self.tokens)
         self.norms = {name: _norms(t) for name, t in model.state_dict().items() if t.is_floating_point()}
@@ -87,7 +89,7 @@ class Reference:
             )
         return difference
 
-    def compare_loaded(self, directory: Path, modules: list[str]) -> Difference:
+    def compare_loaded(self, directory: Path) -> Difference:
         """The difference of what `AutoModelForCausalLM.from_pretrained` gives in a fresh process.
 
         Raises:
@@ -97,7 +99,7 @@ class Reference:
             tokens, out = Path(folder) / "tokens.safetensors", Path(folder) / "out.safetensors"
             save_file({"tokens": self.tokens}, tokens)
             command = [sys.executable, "-P", reload.__file__, str(directory), str(tokens), str(out), self.dtype_name]
-            done = subprocess.run([*command, *modules], capture_output=True, text=True)
+            done = subprocess.run([*command, *self.imports], capture_output=True, text=True)
             if done.returncode:
                 raise StoreError(
                     f"{directory} cannot be loaded by transformers, so it is not kept: {done.stderr.strip()[-1500:]}"
@@ -119,21 +121,8 @@ class Reference:
         return self.compare(reload.look(model.eval(), self.tokens), what)
 
 
-def read_gptq(directory: Path, config: dict) -> dict[str, Tensor]:
-    """Every weight of a GPTQ directory, decoded from the format alone."""
-    decoded: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        decoded |= gptq.decode(load_file(file), config)
-    return decoded
-
-
 def _norms(tensor: Tensor) -> Tensor:
     """[rows] float64, of the rows that `reload.sketch` sees; 1 for a row of zeros."""
     rows = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
     norms = torch.cat([chunk.double().norm(dim=-1) for chunk in rows.split(4096)])
     return torch.where(norms > 0, norms, 1.0)
-
-
-def modules_needed(model: nn.Module) -> list[str]:
-    """What has to be imported before transformers knows this model's type."""
-    return [type(model).__module__] if not type(model).__module__.startswith("transformers.") else []

@@ -13,17 +13,57 @@ quantized stand under `ignore`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.exports.check import Difference, Reference
+from eacmoe_lightning.exports.checkpoint import write_checkpoint
 from eacmoe_lightning.exports.gptq import to_int32
+from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.grid import Quantized
-from eacmoe_lightning.targets import WeightGrid
+from eacmoe_lightning.targets import Target, WeightGrid
 
 LIBRARY = "0.20.0"  # the release whose loader was tried
 EXPERTS = r"re:.*\.experts\.\d+\..*"
+
+
+def require_library() -> None:
+    """Raises ValueError where the library is missing that reads the result back."""
+    try:
+        import compressed_tensors as library  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "--format compressed-tensors reads its result back with that library: "
+            'pip install "eacmoe-lightning[export]"'
+        ) from error
+
+
+def write(source: Source, weights: list[WeightGrid], row: Target, directory: Path) -> None:
+    """Fills the directory.
+
+    Raises:
+        ValueError: the original keeps the experts of a block in one tensor.
+    """
+    linears = source.linear_names(row.names)
+
+    def shards() -> Iterator[dict[str, Tensor]]:
+        for shard in source.shards():
+            tensors = source.original_names(shard.dense)
+            for linear in shard.linears:
+                tensors |= to_tensors(linear.original, linear.quantized, source.dtype)
+            yield tensors
+
+    config = quantization_config(weights, linears, source.unquantized_modules())
+    write_checkpoint(source, directory, shards(), config)
+
+
+def read_back(source: Source, row: Target, directory: Path) -> Difference:
+    """Opened by transformers, and through it by the library, in a fresh process."""
+    return Reference(source).compare_loaded(directory)
 
 
 def to_tensors(linear: str, quantized: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:

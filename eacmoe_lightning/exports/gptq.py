@@ -13,19 +13,61 @@ Per linear [O, I] with G groups of inputs and b bits:
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from eacmoe_lightning.exports.check import Difference, Reference
+from eacmoe_lightning.exports.checkpoint import write_checkpoint
+from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.grid import Quantized, pack
-from eacmoe_lightning.targets import WeightGrid
+from eacmoe_lightning.store import write_json
+from eacmoe_lightning.targets import Target, WeightGrid
 from eacmoe_lightning.version import __version__
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def write(source: Source, weights: list[WeightGrid], row: Target, directory: Path) -> None:
+    """Fills the directory.
+
+    Raises:
+        ValueError: the original keeps the experts of a block in one tensor.
+    """
+    is_v2, is_unstacked = row.format == "gptq_v2", row.names == "unstacked"
+
+    def shards() -> Iterator[dict[str, Tensor]]:
+        for shard in source.shards():
+            tensors = dict(shard.dense) if is_unstacked else source.original_names(shard.dense)
+            for linear in shard.linears:
+                name = linear.unstacked if is_unstacked else linear.original
+                tensors |= to_tensors(name, linear.quantized, is_v2)
+            yield tensors
+
+    config = quantization_config(weights, source.linear_names(row.names), is_v2)
+    write_checkpoint(source, directory, shards(), config)
+    write_json(directory / "quantize_config.json", config)  # where readers of v1 look
+
+
+def read_back(source: Source, row: Target, directory: Path) -> Difference:
+    """Every word decoded by the format's rules, and the model that it gives."""
+    config = json.loads((directory / "quantize_config.json").read_text())
+    decoded: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        decoded |= decode(load_file(file), config)
+    if row.names == "unstacked":
+        names = zip(*(sum(source.linear_names(kind).values(), []) for kind in ("unstacked", "original")), strict=True)
+        linears = {f"{original}.weight": decoded.pop(f"{unstacked}.weight") for unstacked, original in names}
+        decoded = linears | source.original_names(decoded)
+    return Reference(source).compare_decoded(source, decoded, directory)
 
 
 def to_tensors(linear: str, quantized: Quantized, is_v2: bool) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from eacmoe_lightning import compressed
 from eacmoe_lightning.adapter import Block, MoEModel
 from eacmoe_lightning.grid import Quantized, take_quantized
-from eacmoe_lightning.store import read_tensors
+from eacmoe_lightning.store import StoreError, read_tensors
 from eacmoe_lightning.targets import WeightGrid
 
 WEIGHT = ".weight"
@@ -91,6 +91,9 @@ class Source:
         with torch.device("meta"):
             self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
         self.moe = MoEModel(self.skeleton)
+        self.weights: dict[str, Tensor] = {  # [..., O, I] on meta, of everything quantized
+            name: weight for block in self.moe.blocks for name, (_, weight) in block.weights().items()
+        }
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -100,10 +103,15 @@ class Source:
         """Every file's tensors: of each block, then the rest (None).
 
         Raises:
-            StoreError: a file is missing, truncated or altered.
+            StoreError: a file or a tensor is missing, or truncated or altered.
         """
         for block in self.moe.blocks:
-            yield block, read_tensors(self.path / compressed.SHARD.format(block.index))[0]
+            path = self.path / compressed.SHARD.format(block.index)
+            tensors, _ = read_tensors(path)
+            names = [f"{name}.{kind}" for name in block.weights() for kind in ("codes", "scale", "zero_point")]
+            if missing := [name for name in names if name not in tensors]:
+                raise StoreError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: restore it from a backup")
+            yield block, tensors
         yield None, read_tensors(self.path / compressed.REST)[0]
 
     def grids(self) -> list[WeightGrid]:
@@ -151,26 +159,49 @@ class Source:
         """Tensors in memory as the original's checkpoint has them."""
         return revert_weight_conversion(self.skeleton, tensors)
 
+    def linear_names(self, kind: str) -> dict[str, list[str]]:
+        """Module names of the linears that each quantized weight in memory is made of; `kind` as in `Target.names`."""
+        return {
+            name: [unstacked if kind == "unstacked" else original for original, unstacked in self._linears(name)]
+            for name in self.weights
+        }
+
+    def unquantized_modules(self) -> list[str]:
+        """Modules with matrices that are not quantized, under the original's names and those in memory, sorted."""
+        own = {n: t for n, t in self.skeleton.state_dict().items() if t.ndim == 2 and n not in self.weights}
+        return sorted({name.removesuffix(WEIGHT) for name in (*own, *self.original_names(own))})
+
     def split(self, name: str, quantized: Quantized) -> list[Linear]:
         """One weight in memory as the original's linears."""
-        codes = quantized.codes
-        tensors = codes, quantized.scale, quantized.zero_point
+        tensors = quantized.codes, quantized.scale, quantized.zero_point
         parts = [self.original_names({name: tensor}) for tensor in tensors]
-        rows = torch.arange(codes.shape[:-1].numel()).view(*codes.shape[:-1], 1)  # which of them ends up where
-        linears = []
+        return [
+            Linear(
+                original,
+                unstacked,
+                name,
+                Quantized(*(part[original + WEIGHT].contiguous() for part in parts), quantized.bits),
+            )
+            for original, unstacked in self._linears(name)
+        ]
+
+    def _linears(self, name: str) -> list[tuple[str, str]]:
+        """Original and unstacked module name of each linear that a weight in memory is made of."""
+        shape = self.weights[name].shape[:-1]
+        rows = torch.arange(shape.numel()).view(*shape, 1)  # walks the way back to tell which of them ends up where
+        found = []
         for original, taken in self.original_names({name: rows}).items():
             if taken.ndim != 2 or not original.endswith(WEIGHT) or (taken.diff(dim=0) != 1).any():
                 raise ValueError(
                     f"{original}: the original {self.config.model_type} keeps the experts of a block in one tensor, "
-                    "and quantized formats need a linear for each: export with --format dense"
+                    "and this format needs a linear for each: export with --format dense"
                 )
-            own = Quantized(*(part[original].contiguous() for part in parts), quantized.bits)
             unstacked = name.removesuffix(WEIGHT)
-            if codes.ndim == 3:
+            if len(shape) == 2:
                 module, _, projection = name.rpartition(".")
-                expert, row = divmod(int(taken[0]), codes.shape[1])
+                expert, row = divmod(int(taken[0]), shape[1])
                 if projection == "gate_up_proj":
                     projection = "up_proj" if row else "gate_proj"
                 unstacked = f"{module}.{expert}.{projection}"
-            linears.append(Linear(original.removesuffix(WEIGHT), unstacked, name, own))
-        return linears
+            found.append((original.removesuffix(WEIGHT), unstacked))
+        return found

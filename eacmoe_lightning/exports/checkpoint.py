@@ -1,0 +1,51 @@
+"""A Hugging Face directory around an export's tensors: shards and index, config, tokenizer, generation config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eacmoe_lightning.exports.source import Source
+from eacmoe_lightning.store import write_atomically, write_json
+
+OWN_FILES = ("config.json", "weights.safetensors.index.json")  # of a compressed directory; nobody else's business
+
+
+def write_checkpoint(
+    source: Source, directory: Path, shards: Iterator[dict[str, Tensor]], quantization: dict[str, Any] | None = None
+) -> None:
+    """Fills a directory that transformers opens as the original's model type.
+
+    Args:
+        source: whose config, tokenizer and generation config are written.
+        directory: to fill.
+        shards: all tensors under their names in the checkpoint, a file's at a time; written as they come.
+        quantization: `quantization_config` of config.json.
+    """
+    _write_shards(directory, shards, len(source.moe.blocks) + 1)
+    source.config.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"dtype": source.dtype_name, "architectures": [type(source.skeleton).__name__]}
+    write_json(directory / "config.json", config | ({"quantization_config": quantization} if quantization else {}))
+    for file in source.path.iterdir():
+        if file.name not in OWN_FILES and file.suffix != ".safetensors":
+            shutil.copyfile(file, directory / file.name)
+
+
+def _write_shards(directory: Path, shards: Iterator[dict[str, Tensor]], number: int) -> None:
+    """`model-00001-of-00003.safetensors` and the index, as transformers names them."""
+    places: dict[str, str] = {}
+    size = 0
+    for i, tensors in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{number:05d}.safetensors"
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(directory / file, lambda partial, t=tensors: save_file(t, partial, {"format": "pt"}))
+        places |= dict.fromkeys(tensors, file)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})

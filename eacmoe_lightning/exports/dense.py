@@ -1,0 +1,29 @@
+"""Decoded weights under the original's names: of the original's size, and loaded wherever the original is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from eacmoe_lightning.exports.check import Difference, Reference
+from eacmoe_lightning.exports.checkpoint import write_checkpoint
+from eacmoe_lightning.exports.source import Source
+from eacmoe_lightning.targets import Target, WeightGrid
+
+
+def write(source: Source, weights: list[WeightGrid], row: Target, directory: Path) -> None:
+    """Fills the directory."""
+    write_checkpoint(source, directory, _shards(source))
+
+
+def read_back(source: Source, row: Target, directory: Path) -> Difference:
+    """Opened by transformers in a fresh process."""
+    return Reference(source).compare_loaded(directory)
+
+
+def _shards(source: Source) -> Iterator[dict[str, Tensor]]:
+    for block, quantized, rest in source.blocks():
+        decoded = {name: block.as_parameter(name, q.dequantize(source.dtype)) for name, q in quantized.items()}
+        yield source.original_names(decoded | source.narrowed(rest))
