@@ -5,8 +5,9 @@
     tokenizer, generation config
 
 Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
-(uint8), under the parameter names that the model has in memory; everything else is stored as it is. Such a directory is
-read by `load`, or by transformers once this package is imported (`transformers_loading.py`).
+(uint8), under the parameter names that the model has in memory; everything else is stored as it is. Where the experts
+of a stack differ in bits, the config has a list and `.codes` is flat, one expert after another (format version 2). Such
+a directory is read by `load`, or by transformers once this package is imported (`transformers_loading.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from eacmoe_lightning.store import StoreError, read_tensors, whole_directory, wr
 from eacmoe_lightning.transformers_loading import INDEX, METHOD
 from eacmoe_lightning.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 where no experts of a stack differ in bits
 SHARD, REST = "weights-block-{:03d}.safetensors", "weights-rest.safetensors"
 
 
@@ -113,7 +114,7 @@ def save(
             partial / "config.json",
             {
                 "model_type": METHOD,
-                "format_version": FORMAT_VERSION,
+                "format_version": 1 if all(isinstance(bits, int) for bits, _ in grids.values()) else 2,
                 "original": {"name_or_path": name_or_path, "config": config.to_dict()},
                 "dtype": str(moe.model.dtype).rpartition(".")[2],
                 "quantization": description

@@ -5,11 +5,12 @@ A weight [O, I] is cut along its inputs into G = I / group_size groups. Every ro
 
     w ~ (code - zero_point) * scale,    code in 0 .. 2^bits - 1
 
-All functions take any leading dimensions (experts): [..., O, I].
+All functions take any leading dimensions (experts): [..., O, I]. The experts of a stack may have bits of their own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 NUM_SHRINKS = 24  # candidates of the clipping search, from the full range down to MIN_SHRINK of it
 MIN_SHRINK = 0.45
+
+Bits = int | tuple[int, ...]  # of a weight; or of each expert of a stack [E, O, I]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Quantized:
     codes: Tensor  # [..., O, I] uint8
     scale: Tensor  # [..., O, G] float16
     zero_point: Tensor  # [..., O, G] uint8
-    bits: int
+    bits: Bits
 
     @property
     def group_size(self) -> int:
@@ -129,19 +132,40 @@ def round_to_nearest(weight: Tensor, grid: Grid, importance: Tensor | None = Non
 # --- codes on disk ---------------------------------------------------------------------------------
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., n] -> uint8 [..., ceil(n / 8) * bits]: eight codes in `bits` bytes, little-endian."""
+def pack(codes: Tensor, bits: Bits) -> Tensor:
+    """uint8 codes [..., n] -> uint8 [..., ceil(n / 8) * bits]: eight codes in `bits` bytes, little-endian.
+
+    Experts [E, O, n] with bits of their own become one flat tensor, one expert after another.
+    """
+    if not isinstance(bits, int):
+        return torch.cat([pack(expert, width).flatten() for expert, width in zip(codes, bits, strict=True)])
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
     place = torch.arange(bits, device=codes.device, dtype=torch.uint8)
     stream = ((codes.unsqueeze(-1) >> place) & 1).flatten(-2).unflatten(-1, (-1, 8))  # [..., bytes, 8 bits]
     return _join_bits(stream)
 
 
-def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+def unpack(packed: Tensor, bits: Bits, n: int) -> Tensor:
     """The inverse of `pack`: uint8 [..., n]."""
+    if not isinstance(bits, int):
+        return torch.stack([unpack(expert_codes(packed, bits, e, n), bits[e], n) for e in range(len(bits))])
     place = torch.arange(8, device=packed.device, dtype=torch.uint8)
     stream = ((packed.unsqueeze(-1) >> place) & 1).flatten(-2).unflatten(-1, (-1, bits))  # [..., codes, bits]
     return _join_bits(stream)[..., :n].contiguous()
+
+
+def expert_codes(packed: Tensor, bits: Bits, expert: int, n: int) -> Tensor:
+    """The packed codes [O, n / 8 * bits] of one expert of a stack, as a view."""
+    if isinstance(bits, int):
+        return packed[expert]
+    row = n // 8  # bytes of a row for each bit
+    rows = packed.numel() // (row * sum(bits))
+    return packed.narrow(0, rows * row * sum(bits[:expert]), rows * row * bits[expert]).view(rows, -1)
+
+
+def one_or_each(bits: Sequence[int]) -> Bits:
+    """Bits of every expert as one number where they are the same."""
+    return bits[0] if len(set(bits)) == 1 else tuple(bits)
 
 
 def _join_bits(stream: Tensor) -> Tensor:
@@ -158,7 +182,8 @@ def packed(quantized: dict[str, Quantized]) -> dict[str, Tensor]:
     return tensors
 
 
-def take_quantized(tensors: dict[str, Tensor], name: str, bits: int, in_features: int) -> Quantized:
+def take_quantized(tensors: dict[str, Tensor], name: str, bits: int | list[int], in_features: int) -> Quantized:
     """Takes one weight's tensors out of those of a file."""
+    bits = bits if isinstance(bits, int) else tuple(bits)
     codes = unpack(tensors.pop(f"{name}.codes"), bits, in_features)
     return Quantized(codes, tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"), bits)

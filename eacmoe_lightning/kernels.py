@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eacmoe_lightning.grid import Quantized, unpack
+from eacmoe_lightning.grid import Quantized, expert_codes, unpack
 
 LEVELS = ("portable", "avx2", "avx512")  # instruction sets of the C++ kernels; avx512 includes BF16, VNNI and VBMI
+INTERFACE = 2  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 MANY_FLOAT32 = 192  # tokens from which decoding to float32 and torch's product beat our float32 kernel
@@ -47,7 +48,9 @@ def library() -> ctypes.CDLL | None:
     path = Path(__file__).with_name(f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}")
     try:
         lib = ctypes.CDLL(str(path))
-    except OSError as error:
+        if (found := lib.eacmoe_interface()) != INTERFACE:
+            raise OSError(f"{path.name} has interface {found}, not {INTERFACE}: it was compiled from other sources")
+    except (OSError, AttributeError) as error:
         warnings.warn(
             f"the CPU kernels cannot be loaded ({error}): packed models will run several times slower, through torch. "
             "Install a C++ compiler and reinstall eacmoe-lightning to have them",
@@ -57,7 +60,7 @@ def library() -> ctypes.CDLL | None:
     pointer, long, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     packed = ctypes.POINTER(_Packed)
     lib.eacmoe_linear.argtypes = [word, word, packed, pointer, word, long, pointer, word]
-    lib.eacmoe_experts.argtypes = [word, word, packed, packed, word, word, pointer, word]
+    lib.eacmoe_experts.argtypes = [word, word, packed, pointer, packed, pointer, word, word, pointer, word]
     lib.eacmoe_experts.argtypes += [long, pointer, pointer, long, long, pointer, word]
     lib.eacmoe_linear.restype = lib.eacmoe_experts.restype = None
     return lib
@@ -96,9 +99,9 @@ _ops.define(
 )
 _ops.define(
     "experts(Tensor x, Tensor ids, Tensor weights, Tensor up_codes, Tensor up_scale, Tensor up_zero_point, "
-    "Tensor? up_bias, int up_bits, Tensor down_codes, Tensor down_scale, Tensor down_zero_point, Tensor? down_bias, "
-    "int down_bits, bool gated, str activation, bool int8) -> Tensor"
-)
+    "Tensor? up_bias, int[] up_bits, Tensor down_codes, Tensor down_scale, Tensor down_zero_point, Tensor? down_bias, "
+    "int[] down_bits, bool gated, str activation, bool int8) -> Tensor"
+)  # bits: one number, or one for each expert, whose codes then lie flat one after another
 
 
 def _linear(x, codes, scale, zero_point, bias, bits, int8):
@@ -156,16 +159,26 @@ def loop_over_experts(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int,
 
 def _experts(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, down_codes, down_scale, *rest):
     down_zero_point, down_bias, down_bits, gated, activation, int8 = rest
+    up = up_codes, up_scale, up_zero_point, up_bias, up_bits
+    down = down_codes, down_scale, down_zero_point, down_bias, down_bits
 
-    def bias_of(stack, e):
-        return None if stack is None else stack[e]
+    def multiply(rows, stack, e):
+        codes, scale, zero_point, bias, bits = stack
+        bits = bits[0] if len(bits) == 1 else bits
+        width = bits if isinstance(bits, int) else bits[e]
+        own = expert_codes(codes, bits, e, rows.shape[-1]), scale[e], zero_point[e], None if bias is None else bias[e]
+        return _linear(rows, *own, width, int8)
 
     def expert(e, rows):
-        up = _linear(rows, up_codes[e], up_scale[e], up_zero_point[e], bias_of(up_bias, e), up_bits, int8)
-        down = down_codes[e], down_scale[e], down_zero_point[e], bias_of(down_bias, e), down_bits, int8
-        return _linear(activate(up, gated, activation), *down)
+        return multiply(activate(multiply(rows, up, e), gated, activation), down, e)
 
     return loop_over_experts(x, ids, weights, len(up_scale), expert)
+
+
+@cache
+def _each(bits: tuple[int, ...]) -> ctypes.Array:
+    """Bits of each expert as the kernels read them."""
+    return (ctypes.c_uint8 * len(bits))(*bits)
 
 
 def _experts_cpu(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, down_codes, down_scale, *rest):
@@ -177,13 +190,20 @@ def _experts_cpu(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up
     x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
     up_bias = None if up_bias is None else up_bias.float().contiguous()
     down_bias = None if down_bias is None else down_bias.float().contiguous()
-    width = down_codes.shape[-1] * 8 // down_bits
+    (num_experts, out_features), up_each, down_each = down_scale.shape[:2], None, None
+    width = down_codes.numel() * 8 // (out_features * sum(down_bits) * (num_experts if len(down_bits) == 1 else 1))
+    if len(up_bits) > 1:
+        up_each = _each(tuple(up_bits))
+    if len(down_bits) > 1:
+        down_each = _each(tuple(down_bits))
     out = torch.empty_like(x)
     library().eacmoe_experts(
         LEVELS.index(level()),
         int8,
-        _describe(up_codes, up_scale, up_zero_point, up_bias, x.shape[-1], up_bits),
-        _describe(down_codes, down_scale, down_zero_point, down_bias, width, down_bits),
+        _describe(up_codes, up_scale, up_zero_point, up_bias, x.shape[-1], up_bits[0]),
+        up_each,
+        _describe(down_codes, down_scale, down_zero_point, down_bias, width, down_bits[0]),
+        down_each,
         gated,
         ACTIVATIONS[activation],
         x.data_ptr(),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 from transformers.integrations.moe import _default_apply_gate
 
-from eacmoe_lightning.grid import Quantized, unpack
+from eacmoe_lightning.grid import Bits, Quantized, expert_codes, unpack
 from eacmoe_lightning.kernels import loop_over_experts
 
 ACTIVATION_NAMES = {  # of transformers, by the kernels' names
@@ -30,22 +30,24 @@ class PackedWeight(nn.Module):
 
     Args:
         shape: [..., O, I] of the weight.
-        bits: 2 to 8.
+        bits: 2 to 8; or, of a stack [E, O, I], those of each expert, whose codes then lie flat one after another.
         group_size: inputs that share a scale.
 
     Its buffers keep their dtypes under `.to(dtype)`, `.half()` and the like.
     """
 
-    codes: Tensor  # [..., O, I / 8 * bits] uint8
+    codes: Tensor  # [..., O, I / 8 * bits] or [sum over experts of O * I / 8 * bits], uint8
     scale: Tensor  # [..., O, I / group_size] float16
     zero_point: Tensor  # [..., O, I / group_size] uint8
 
-    def __init__(self, shape: torch.Size | tuple[int, ...], bits: int, group_size: int) -> None:
+    def __init__(self, shape: torch.Size | tuple[int, ...], bits: Bits, group_size: int) -> None:
         super().__init__()
         self.shape, self.bits, self.group_size = torch.Size(shape), bits, group_size
         *rows, in_features = shape
         groups = in_features // group_size
-        self.register_buffer("codes", torch.empty(*rows, in_features // 8 * bits, dtype=torch.uint8))
+        row = in_features // 8  # bytes of a row for each bit
+        packed = (*rows, row * bits) if isinstance(bits, int) else (rows[-1] * row * sum(bits),)
+        self.register_buffer("codes", torch.empty(packed, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(*rows, groups, dtype=torch.float16))
         self.register_buffer("zero_point", torch.empty(*rows, groups, dtype=torch.uint8))
 
@@ -59,6 +61,16 @@ class PackedWeight(nn.Module):
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.codes, self.scale, self.zero_point
+
+    @property
+    def widths(self) -> list[int]:
+        """One number for all experts, or one for each."""
+        return [self.bits] if isinstance(self.bits, int) else list(self.bits)
+
+    def expert(self, e: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Codes, scale, zero point and bits of one of a stack."""
+        codes = expert_codes(self.codes, self.bits, e, self.shape[-1])
+        return codes, self.scale[e], self.zero_point[e], self.bits if isinstance(self.bits, int) else self.bits[e]
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: Tensor) -> Tensor:  # fn may convert floating point; the scale's bits stay
@@ -100,7 +112,7 @@ class PackedExperts(nn.Module):
         grids: bits and group size by projection.
     """
 
-    def __init__(self, experts: nn.Module, grids: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, experts: nn.Module, grids: dict[str, tuple[Bits, int]]) -> None:
         super().__init__()
         self.num_experts, self.int8 = len(experts.down_proj), False
         self.has_gate, self.has_bias, self.is_transposed = experts.has_gate, experts.has_bias, False
@@ -123,8 +135,8 @@ class PackedExperts(nn.Module):
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.activation is not None:
             up, down = getattr(self, self.up_name), self.down_proj
-            up = *up.tensors, self._bias(self.up_name), up.bits
-            down = *down.tensors, self._bias("down_proj"), down.bits
+            up = *up.tensors, self._bias(self.up_name), up.widths
+            down = *down.tensors, self._bias("down_proj"), down.widths
             options = self.has_gate, self.activation, self.int8
             out = torch.ops.eacmoe.experts(x, top_k_index, top_k_weights, *up, *down, *options)
         else:
@@ -139,9 +151,9 @@ class PackedExperts(nn.Module):
         return self._multiply("down_proj", e, hidden)
 
     def _multiply(self, name: str, e: int, x: Tensor) -> Tensor:
-        weight, bias = getattr(self, name), self._bias(name)
-        tensors = (tensor[e] for tensor in weight.tensors)
-        return torch.ops.eacmoe.linear(x, *tensors, None if bias is None else bias[e], weight.bits, self.int8)
+        *tensors, bits = getattr(self, name).expert(e)
+        bias = self._bias(name)
+        return torch.ops.eacmoe.linear(x, *tensors, None if bias is None else bias[e], bits, self.int8)
 
 
 def _activation_name(experts: nn.Module) -> str | None:
@@ -156,17 +168,17 @@ def _activation_name(experts: nn.Module) -> str | None:
     return None
 
 
-def pack_modules(model: nn.Module, bits: dict[str, int], group_sizes: dict[str, int]) -> None:
+def pack_modules(model: nn.Module, bits: dict[str, int | list[int]], group_sizes: dict[str, int]) -> None:
     """Puts packed modules, their buffers not filled, in the places of the weights that `bits` names.
 
     Args:
         model: on any device; on `meta` nothing is allocated.
-        bits, group_sizes: by parameter name.
+        bits, group_sizes: by parameter name; a list of bits says those of each expert.
 
     Raises:
-        ValueError: the model has no such parameter.
+        ValueError: the model has no such parameter, or not as many experts.
     """
-    stacks: dict[str, dict[str, tuple[int, int]]] = {}
+    stacks: dict[str, dict[str, tuple[Bits, int]]] = {}
     for name in bits:
         owner, _, parameter = name.rpartition(".")
         try:
@@ -174,7 +186,10 @@ def pack_modules(model: nn.Module, bits: dict[str, int], group_sizes: dict[str, 
             getattr(module, parameter)
         except AttributeError as error:
             raise ValueError(f"{name} is said to be quantized, and the model has no such parameter") from error
-        grid = bits[name], group_sizes[name]
+        own = bits[name]
+        if not isinstance(own, int) and (isinstance(module, nn.Linear) or len(getattr(module, parameter)) != len(own)):
+            raise ValueError(f"{name} is said to have experts of {own} bits, and the model has other experts there")
+        grid = own if isinstance(own, int) else tuple(own), group_sizes[name]
         if isinstance(module, nn.Linear):
             with module.weight.device:
                 model.set_submodule(owner, PackedLinear(module, *grid))

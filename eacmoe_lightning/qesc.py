@@ -41,7 +41,9 @@ class QESC(Comparison):
             [3, 2] is the paper's 2.54-bit setting.
         attention_bits: Bits of the attention projections.
         shared_expert_bits: Bits of shared experts and dense feed-forwards; null: those of the block's experts.
-        overrides: Per block index, other bits for any of attention, shared, experts, or another group_size.
+        overrides: Per block index, other bits for any of attention, shared, experts, or another group_size; of the
+            routed experts also for one (experts.3), for one projection of all (experts.down_proj) or for both
+            (experts.3.down_proj).
         group_size: Inputs that share a scale and a zero point.
         symmetric: Fix the zero point to the middle code.
         clip_search: Fit the range of each group by least error instead of its minimum and maximum.

@@ -6,12 +6,14 @@ The paper quantizes attention to 4 bits, every expert to 2 or 3, and leaves the 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.adapter import Block, MoEModel
 from eacmoe_lightning.grid import Grid
 
 PARTS = ("attention", "shared", "experts")
+SOME_EXPERTS = re.compile(r"experts(?:\.(0|[1-9]\d*))?(?:\.(gate_up_proj|up_proj|down_proj))?")  # keys of overrides
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,9 @@ class Recipe:
         bits: of the routed experts; a list splits the blocks into equal consecutive parts.
         attention_bits: of the attention projections.
         shared_bits: of shared experts and dense feed-forwards; None: the block's `bits`.
-        overrides: per block index, bits for any of `attention`, `shared`, `experts`, or another `group_size`.
+        overrides: per block index, bits for any of `attention`, `shared`, `experts`, or another `group_size`. Of the
+            routed experts, `experts.3` is one expert, `experts.down_proj` one projection of all (the others:
+            `gate_up_proj`, or `up_proj` without gates) and `experts.3.down_proj` both; whatever says more wins.
         group_size: inputs that share a scale.
         symmetric: middle code as zero point.
         clip_search: fit ranges by least error instead of minimum and maximum.
@@ -64,10 +68,13 @@ class Recipe:
             for part, bits in parts.items():
                 if part == "group_size":
                     _check_group_size(f"overrides.{block}.group_size", bits)
-                elif part in PARTS:
+                elif part in PARTS or SOME_EXPERTS.fullmatch(part):
                     _check_bits(f"overrides.{block}.{part}", bits)
                 else:
-                    raise ValueError(f"overrides.{block}.{part} (--model.overrides) is none of {PARTS} or group_size")
+                    raise ValueError(
+                        f"overrides.{block}.{part} (--model.overrides) is none of {PARTS}, experts.3, "
+                        "experts.down_proj, experts.3.down_proj or group_size"
+                    )
 
     def grid(self, block: int, num_blocks: int, part: str) -> Grid:
         """The grid of one part (`attention`, `shared`, `experts`) of one block."""
@@ -80,6 +87,13 @@ class Recipe:
         own = self.overrides.get(block, {})
         return Grid(own.get(part, bits), own.get("group_size", self.group_size), self.symmetric, self.clip_search)
 
+    def expert_bits(self, block: int, num_blocks: int, projection: str, num_experts: int) -> tuple[int, ...]:
+        """Bits of one projection of each routed expert of a block."""
+        bits, own = self.grid(block, num_blocks, "experts").bits, self.overrides.get(block, {})
+        bits = own.get(f"experts.{projection}", bits)
+        experts = (own.get(f"experts.{e}", bits) for e in range(num_experts))
+        return tuple(own.get(f"experts.{e}.{projection}", bits) for e, bits in enumerate(experts))
+
     def check(self, moe: MoEModel) -> None:
         """Raises ValueError, before anything is computed, for a model that this recipe does not fit."""
         unknown = [block for block in self.overrides if not 0 <= block < len(moe.blocks)]
@@ -88,6 +102,7 @@ class Recipe:
         if len(self.bits) > len(moe.blocks):
             raise ValueError(f"bits lists {len(self.bits)} parts for {len(moe.blocks)} blocks (--model.bits)")
         for block in moe.blocks:
+            self._check_experts(block)
             for name, (part, weight) in block.weights().items():
                 group_size, in_features = self.grid(block.index, len(moe.blocks), part).group_size, weight.shape[-1]
                 if in_features % group_size:
@@ -97,6 +112,20 @@ class Recipe:
                         f"(--model.group_size); {fitting} would fit it, for all blocks or for this one: "
                         f"--model.overrides '{{{block.index}: {{group_size: {fitting}}}}}'"
                     )
+
+    def _check_experts(self, block: Block) -> None:
+        """Raises ValueError where overrides name experts or projections that the block has not."""
+        for key in self.overrides.get(block.index, {}):
+            if not (match := SOME_EXPERTS.fullmatch(key)):
+                continue
+            expert, projection = match.groups()
+            said = f"overrides.{block.index}.{key} (--model.overrides)"
+            if not block.is_moe:
+                raise ValueError(f"{said}: block {block.index} has no routed experts")
+            if expert is not None and int(expert) >= block.num_experts:
+                raise ValueError(f"{said}: block {block.index} has {block.num_experts} experts, the first is 0")
+            if projection is not None and projection not in block.experts.projections:
+                raise ValueError(f"{said}: the experts' projections are {' and '.join(block.experts.projections)}")
 
 
 def _check_bits(option: str, bits: int) -> None:
@@ -118,7 +147,10 @@ def nominal_bits(moe: MoEModel, recipe: Recipe) -> float:
     """Average bits as the paper counts them: over the quantized weights, without scales and zero points."""
     total = weighted = 0
     for block in moe.blocks:
-        for part, weight in block.weights().values():
+        for name, (part, weight) in block.weights().items():
             total += weight.numel()
-            weighted += weight.numel() * recipe.grid(block.index, len(moe.blocks), part).bits
+            bits = [recipe.grid(block.index, len(moe.blocks), part).bits]
+            if part == "experts":
+                bits = recipe.expert_bits(block.index, len(moe.blocks), name.rpartition(".")[2], block.num_experts)
+            weighted += weight.numel() * sum(bits) / len(bits)
     return weighted / total

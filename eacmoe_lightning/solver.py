@@ -8,6 +8,7 @@ up projection produces. With several processes, Hessians are summed and the expe
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from eacmoe_lightning.adapter import Block, Routing
 from eacmoe_lightning.expert_shift import expert_load
 from eacmoe_lightning.gptq import gptq, output_error
-from eacmoe_lightning.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.grid import Grid, Quantized, one_or_each, round_to_nearest
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 
@@ -81,14 +82,16 @@ class BlockSolver:
             x: [N, D] the inputs of router and experts, this process's tokens, in host memory.
             routing: what the calibrated router says of them, in host memory.
         """
-        experts, grid = self.block.experts, self._grid("experts")
+        experts, num_experts = self.block.experts, self.block.num_experts
+        index, num_blocks = self.block.index, self.num_blocks
+        bits = {p: self.recipe.expert_bits(index, num_blocks, p, num_experts) for p in experts.projections}
         tokens, weights = self._tokens(routing)
         parts: dict[str, list[Quantized]] = {p: [] for p in experts.projections}
         errors: dict[str, list[float]] = {p: [] for p in experts.projections}
         width = max(experts.weight(p).shape[-1] for p in experts.projections)
         chunk = max(1, HESSIAN_BYTES // (4 * width * width))
-        for start in range(0, self.block.num_experts, chunk):
-            chosen = slice(start, min(start + chunk, self.block.num_experts))
+        for start in range(0, num_experts, chunk):
+            chosen = slice(start, min(start + chunk, num_experts))
             for projection in experts.projections:
                 weight = experts.weight(projection)[chosen]
                 hessian = torch.zeros(len(weight), weight.shape[-1], weight.shape[-1], device=weight.device)
@@ -97,15 +100,29 @@ class BlockSolver:
                     rows = (rows if projection == experts.up_name else experts.intermediate(rows, e)).float()
                     hessian[i] = rows.T @ (rows * weights[e].to(weight.device)[:, None])
                 self.ranks.sum(hessian)
-                quantized = self._solve_divided(weight, hessian, grid)
+                quantized = self._solve_widths(weight, hessian, bits[projection][chosen])
                 parts[projection].append(quantized)
                 errors[projection] += output_error(weight, quantized, hessian).tolist()
                 weight.copy_(quantized.dequantize(weight.dtype))
         for projection, stack in parts.items():
             name = f"{self.block.name}.{self.block.experts_name}.{projection}"
             fields = (torch.cat([getattr(q, f) for q in stack]) for f in ("codes", "scale", "zero_point"))
-            self.solved[name] = Quantized(*fields, bits=grid.bits)
+            self.solved[name] = Quantized(*fields, bits=one_or_each(bits[projection]))
             self.error[name] = sum(errors[projection]) / len(errors[projection])
+
+    def _solve_widths(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> Quantized:
+        """A stack of experts [S, O, I] with bits of their own: those of one width as one stack."""
+        grid, widths = self._grid("experts"), sorted(set(bits))
+        stacks = [[i for i, own in enumerate(bits) if own == width] for width in widths]
+        if len(widths) == 1:
+            return self._solve_divided(weight, hessian, replace(grid, bits=widths[0]))
+        parts = [
+            self._solve_divided(weight[stack], hessian[stack], replace(grid, bits=width))
+            for width, stack in zip(widths, stacks, strict=True)
+        ]
+        order = torch.tensor([i for stack in stacks for i in stack], device=weight.device).argsort()
+        fields = (torch.cat([getattr(q, f) for q in parts])[order] for f in ("codes", "scale", "zero_point"))
+        return Quantized(*fields, bits)
 
     def _solve_divided(self, weight: Tensor, hessian: Tensor, grid: Grid) -> Quantized:
         """A stack of experts [S, O, I], divided among the processes and shared."""

@@ -24,6 +24,7 @@ class WeightGrid:
         name: of the parameter in memory, e.g. `model.layers.3.mlp.experts.down_proj`.
         part: `attention`, `shared` or `experts`.
         shape: [..., O, I].
+        experts: of a stack with different bits, which ones these are; None: all.
     """
 
     name: str
@@ -33,6 +34,7 @@ class WeightGrid:
     bits: int
     group_size: int
     symmetric: bool
+    experts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

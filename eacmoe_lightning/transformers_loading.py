@@ -31,14 +31,14 @@ class PackedConfig(QuantizationConfigMixin):
     """How a compressed model is stored and run.
 
     Args:
-        bits, group_sizes: by parameter name.
+        bits, group_sizes: by parameter name; bits of each expert where they differ.
         activations: `exact` or `int8`; see `packed_modules.set_activations`.
         directory_config: the compressed directory's own config.json, for `save_pretrained`.
     """
 
     def __init__(
         self,
-        bits: dict[str, int] | None = None,
+        bits: dict[str, int | list[int]] | None = None,
         group_sizes: dict[str, int] | None = None,
         activations: str = "exact",
         directory_config: dict[str, Any] | None = None,

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from test_packed_loading import damage, tokens  # noqa: F401  (tokens is a fixture)
+from test_packed_loading import compress, damage, tokens  # noqa: F401  (tokens is a fixture)
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -236,3 +236,20 @@ def test_an_export_that_is_not_our_model_is_refused(folder_of):
     with pytest.raises(StoreError, match=re.escape(name)):
         rest = {n: t for n, t in tensors.items() if n != name}
         reference.compare_decoded(source, source.original_names(rest), Path("other"))
+
+
+# --- experts with bits of their own
+
+
+@torch.no_grad()
+def test_experts_with_bits_of_their_own(tiny_model_dir, tokens, tmp_path):  # noqa: F811
+    """Right where a format says the bits of every linear, refused where an engine reads one grid for all experts."""
+    folder = compress(tiny_model_dir("qwen3_moe"), tmp_path / "mixed", mixed=True, symmetric=True)
+    expected = load(folder, packed=False)(tokens).logits
+    export(str(folder), str(tmp_path / "dense"), "dense")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(tokens).logits, expected)
+    assert export(str(folder), str(tmp_path / "gptq"), "gptq_v2").weights < 1e-6
+    stored, name = tensors_of(tmp_path / "gptq"), "model.layers.1.mlp.experts.{}.down_proj.qweight"
+    assert [len(stored[name.format(e)]) * 32 // 64 for e in range(8)] == [3, 4, 8, 2] * 2  # words along 64 inputs
+    with pytest.raises(ValueError, match="the experts of the model have 2 bits.*8 bits.*would decode the others wrong"):
+        export(str(folder), str(tmp_path / "out"), "compressed-tensors")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eacmoe_lightning.grid import Grid, Quantized, encode, fit_scale, pack, round_to_nearest, unpack
+from eacmoe_lightning.grid import Grid, Quantized, encode, expert_codes, fit_scale, pack, round_to_nearest, unpack
 
 BITS = range(2, 9)
 
@@ -28,6 +28,16 @@ def test_unpack_is_the_inverse_of_pack(bits, length, rows, seed):
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (rows, 2, -(-length // 8) * bits)
     assert torch.equal(unpack(packed, bits, length), codes)
+
+
+def test_experts_with_bits_of_their_own_lie_one_after_another():
+    bits, generator = (3, 8, 2), torch.Generator().manual_seed(0)
+    codes = torch.stack([torch.randint(0, 2**b, (5, 16), generator=generator, dtype=torch.uint8) for b in bits])
+    packed = pack(codes, bits)
+    assert packed.shape == (5 * 2 * (3 + 8 + 2),)
+    assert torch.equal(packed[30:110].view(5, 16), codes[1])  # 8 bits: the codes themselves, behind 5 x 2 x 3 bytes
+    assert torch.equal(expert_codes(packed, bits, 2, 16), pack(codes[2], 2))
+    assert torch.equal(unpack(packed, bits, 16), codes)
 
 
 def test_packed_bytes_are_the_codes_in_little_endian_order():

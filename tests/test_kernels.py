@@ -135,12 +135,32 @@ def test_experts(level, gated, activation, count):
     for dtype, tolerance in TOLERANCE.items():
         x = torch.randn(count, 72, generator=g).to(dtype)
         result = torch.ops.eacmoe.experts(
-            x, ids, weights, *tensors(up), up_bias, 3, *tensors(down), down_bias, 5, gated, activation, False
+            x, ids, weights, *tensors(up), up_bias, [3], *tensors(down), down_bias, [5], gated, activation, False
         )
         decoded = (q.dequantize(torch.float64) for q in (up, down))
         reference = experts_reference(x, ids, weights, *decoded, up_bias, down_bias, gated, activation)
         assert result.dtype == dtype
         assert error(result, reference) < tolerance * (3 if level == "torch" else 2)  # two products
+
+
+@pytest.mark.parametrize("count", [1, 50])
+@pytest.mark.parametrize("uniform_down", [True, False])
+def test_experts_with_bits_of_their_own(level, count, uniform_down):
+    """Every width once, in one call; expert by expert it is what a stack of that width gives."""
+    g = torch.Generator().manual_seed(count)
+    bits = (3, 8, 2, 5, 4, 7, 6)
+    up, down = random_weight((7, 80, 72), 2, 24), random_weight((7, 72, 40), 2, 8, seed=1)
+    up.codes = torch.stack([c & 2**b - 1 for c, b in zip(random_weight((7, 80, 72), 8, 24).codes, bits, strict=True)])
+    up.bits, down_widths = bits, [2]
+    if not uniform_down:
+        down.bits, down_widths = bits[::-1], list(bits[::-1])
+    bias, none = torch.randn(7, 80, generator=g), torch.zeros(7, 72)
+    ids = torch.stack([torch.randperm(8, generator=g)[:3] for _ in range(count)])  # 7 skips
+    weights, x = torch.rand(count, 3, generator=g), torch.randn(count, 72, generator=g)
+    packed = (*tensors(up), bias, list(bits), *tensors(down), None, down_widths, True, "silu", False)
+    decoded = (q.dequantize(torch.float64) for q in (up, down))
+    reference = experts_reference(x, ids, weights, *decoded, bias, none, True, "silu")
+    assert error(torch.ops.eacmoe.experts(x, ids, weights, *packed), reference) < 2e-6
 
 
 def test_the_number_of_threads_does_not_change_a_bit():
@@ -152,7 +172,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            arguments = (x, ids, weights, *tensors(up), None, 3, *tensors(down), None, 2, True, "silu", False)
+            arguments = (x, ids, weights, *tensors(up), None, [3], *tensors(down), None, [2], True, "silu", False)
             results += [torch.ops.eacmoe.experts(*arguments) for _ in range(5)]
     finally:
         torch.set_num_threads(before)
@@ -166,7 +186,7 @@ def test_a_token_alone_is_a_token_among_others():
     x, ids, weights = torch.randn(50, 128, generator=g), torch.randint(0, 4, (50, 1), generator=g), torch.ones(50, 1)
 
     def run(rows: slice) -> Tensor:
-        packed = (*tensors(up), None, 4, *tensors(down), None, 4, True, "silu", False)
+        packed = (*tensors(up), None, [4], *tensors(down), None, [4], True, "silu", False)
         return torch.ops.eacmoe.experts(x[rows], ids[rows], weights[rows], *packed)
 
     torch.testing.assert_close(run(slice(None))[7:8], run(slice(7, 8)), rtol=1e-5, atol=1e-5)

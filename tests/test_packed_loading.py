@@ -18,21 +18,32 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from eacmoe_lightning import compressed, load
 from eacmoe_lightning.adapter import MoEModel, load_original
-from eacmoe_lightning.grid import Grid, round_to_nearest
+from eacmoe_lightning.grid import Grid, Quantized, round_to_nearest
 from eacmoe_lightning.packed_modules import PackedExperts, PackedLinear, packed_weights, set_activations
 from eacmoe_lightning.store import StoreError, digest
 
-families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
+families = pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, "mixed qwen2_moe"])
 BITS = {"attention": 4, "shared": 5, "experts": 3}
 
 
-def compress(model: Path, folder: Path) -> Path:
-    """A compressed directory by rounding to nearest, with other bits for the last block's experts."""
+def compress(model: Path, folder: Path, mixed: bool = False, symmetric: bool = False) -> Path:
+    """A compressed directory by rounding to nearest, with other bits for the last block's experts.
+
+    With `mixed` experts have bits of their own, other ones for both projections.
+    """
     moe = MoEModel(load_original(str(model)))
     blocks = []
     for block in moe.blocks:
         bits = BITS | ({"experts": 2} if block.index == len(moe.blocks) - 1 else {})
-        quantized = {n: round_to_nearest(w, Grid(bits[part], 32)) for n, (part, w) in block.weights().items()}
+        quantized = {}
+        for name, (part, weight) in block.weights().items():
+            quantized[name] = round_to_nearest(weight, Grid(bits[part], 32, symmetric))
+            if mixed and part == "experts":
+                up, widths = name.endswith("gate_up_proj"), (2, 3, 4, 8)
+                own = tuple(widths[(e + block.index + up) % 4] for e in range(len(weight)))
+                stack = [round_to_nearest(w, Grid(b, 32, symmetric)) for w, b in zip(weight, own, strict=True)]
+                fields = (torch.stack([getattr(q, f) for q in stack]) for f in ("codes", "scale", "zero_point"))
+                quantized[name] = Quantized(*fields, own)
         moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
         blocks.append(quantized)
     compressed.save(folder, moe, str(model), blocks, {"method": "rtn"})
@@ -44,8 +55,10 @@ def folder_of(tmp_path_factory, tiny_model_dir) -> Callable[[str], Path]:
     folders: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
+        """Of a family; `mixed FAMILY` is one with experts of different bits."""
         if family not in folders:
-            folders[family] = compress(tiny_model_dir(family), tmp_path_factory.mktemp("compressed") / family)
+            place, (*mixed, name) = tmp_path_factory.mktemp("compressed") / family, family.split()
+            folders[family] = compress(tiny_model_dir(name), place, bool(mixed))
         return folders[family]
 
     return folder
@@ -94,7 +107,7 @@ def test_nothing_quantized_is_dense_in_memory(family, folder_of):
     weights = dict(packed_weights(model))
     assert weights.keys() == config["quantization"]["bits"].keys()
     assert not weights.keys() & dict(model.named_parameters()).keys()
-    assert {w.bits for w in weights.values()} >= {2, 3, 4}
+    assert {b for w in weights.values() for b in w.widths} >= {2, 3, 4}
     stored = sum(
         file.get_slice(name).get_shape() != [] and file.get_tensor(name).nbytes
         for path in folder.glob("*.safetensors")
@@ -174,9 +187,10 @@ def test_a_pipeline_opens_the_directory(folder_of):
     assert say("The whale", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("The whale")
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixed qwen2_moe"])
 @torch.no_grad()
-def test_a_compiled_model_gives_the_same(folder_of, tokens):
-    model = load(folder_of("qwen3_moe"))
+def test_a_compiled_model_gives_the_same(family, folder_of, tokens):
+    model = load(folder_of(family))
     expected = model(tokens).logits
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(tokens).logits, expected)
 

@@ -70,6 +70,29 @@ def test_overrides_change_one_part_of_one_block():
     assert [recipe.grid(block, 4, "attention").group_size for block in range(4)] == [64, 32, 64, 64]
 
 
+def test_overrides_of_experts_and_projections_and_what_says_more_wins():
+    recipe = Recipe(
+        bits=(2,),
+        overrides={
+            1: {"experts": 3, "experts.2": 5, "experts.down_proj": 4, "experts.0.down_proj": 8},
+            2: {"experts.3": 6},
+        },
+    )
+    assert recipe.expert_bits(0, 3, "down_proj", 4) == (2, 2, 2, 2)
+    assert recipe.expert_bits(1, 3, "gate_up_proj", 4) == (3, 3, 5, 3)
+    assert recipe.expert_bits(1, 3, "down_proj", 4) == (8, 4, 5, 4)
+    assert recipe.expert_bits(2, 3, "up_proj", 4) == (2, 2, 2, 6)
+
+
+def test_nominal_bits_count_every_expert():
+    """Mixtral of 3 blocks, 8 experts of 3 x 64 x 64, attention 64 x (64 + 32 + 32 + 64)."""
+    moe = MoEModel(tiny_models.build("mixtral"))
+    experts, attention = 8 * 3 * 64 * 64, 64 * (64 + 32 + 32 + 64)
+    recipe = Recipe(bits=(2,), overrides={0: {"experts.7": 4}, 1: {"experts.down_proj": 5}})
+    total = 3 * (2 * experts + 4 * attention) + 2 * experts / 8 + 3 * experts / 3
+    assert nominal_bits(moe, recipe) == pytest.approx(total / (3 * (experts + attention)))
+
+
 def test_symmetric_and_clip_search_reach_the_grid():
     for flag in (True, False):
         grid = Recipe(symmetric=flag, clip_search=not flag).grid(0, 1, "experts")
@@ -132,6 +155,9 @@ def test_nominal_bits_of_one_width_is_that_width(family):
         ({"overrides": {1: {"experts": 1}}}, "overrides.1.experts=1"),
         ({"overrides": {1: {"group_size": 4}}}, "overrides.1.group_size=4"),
         ({"overrides": {1: {"router": 4}}}, "overrides.1.router (--model.overrides)"),
+        ({"overrides": {1: {"experts.03": 4}}}, "overrides.1.experts.03 (--model.overrides)"),
+        ({"overrides": {1: {"experts.gate_proj": 4}}}, "overrides.1.experts.gate_proj (--model.overrides)"),
+        ({"overrides": {1: {"experts.3": 9}}}, "overrides.1.experts.3=9"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
@@ -156,6 +182,14 @@ def test_bad_fields_are_named(fields, message):
             "overrides name block 3, the model has 3 (--model.overrides)",
         ),
         ({"group_size": 64, "overrides": {-1: {"experts": 2}}}, "overrides name block -1"),
+        (
+            {"group_size": 64, "overrides": {2: {"experts.8": 4}}},
+            "overrides.2.experts.8 (--model.overrides): block 2 has 8",
+        ),
+        (
+            {"group_size": 64, "overrides": {2: {"experts.1.up_proj": 4}}},
+            "the experts' projections are gate_up_proj and down_proj",
+        ),
         ({"group_size": 64, "bits": (2, 2, 3, 3)}, "bits lists 4 parts for 3 blocks (--model.bits)"),
     ],
 )
@@ -165,6 +199,12 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused(fields, message):
         Recipe(**fields).check(moe)
     assert message in str(error.value)
     Recipe(group_size=64).check(moe)
+
+
+def test_a_dense_block_has_no_experts_to_override():
+    moe = MoEModel(tiny_models.build("deepseek"))
+    with pytest.raises(ValueError, match="overrides.0.experts .*block 0 has no routed experts"):
+        Recipe(group_size=64, overrides={0: {"experts": 4}}).check(moe)
 
 
 def test_the_group_size_that_an_error_proposes_fits():

@@ -90,6 +90,28 @@ def test_the_compressed_directory_holds_the_dequantized_model(family, run_of, ti
     assert {"model.embed_tokens.weight"} <= kept and not kept & bits.keys()
 
 
+@torch.no_grad()
+def test_experts_with_bits_of_their_own(tiny_model_dir, tmp_path):
+    """From the command line to the packed model: codes, scales that the joint stage trained, true bits."""
+    overrides = "{0: {experts: 2, experts.3: 4, experts.7: 4}, 2: {experts.down_proj: 5, experts.1.gate_up_proj: 8}}"
+    run = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", model__overrides=overrides, model__joint_epochs=1)
+    name = "model.layers.{}.mlp.experts.{}"
+    bits = compressed.read_config(run / "compressed")["quantization"]["bits"]
+    assert bits[name.format(0, "gate_up_proj")] == bits[name.format(0, "down_proj")] == [2, 2, 2, 4, 2, 2, 2, 4]
+    assert bits[name.format(1, "down_proj")] == 3 and bits[name.format(2, "down_proj")] == 5
+    assert bits[name.format(2, "gate_up_proj")] == [3, 8, 3, 3, 3, 3, 3, 3]
+    decoded, packed = compressed.load(run, packed=False), compressed.load(run)
+    for index, widths in ((0, [2, 2, 2, 4, 2, 2, 2, 4]), (2, [3, 8, 3, 3, 3, 3, 3, 3])):
+        weight = decoded.get_parameter(name.format(index, "gate_up_proj"))
+        groups = weight.unflatten(-1, (-1, 32)).flatten(1, 2)  # [E, groups of all rows, 32]
+        most = [max(len(group.unique()) for group in expert) for expert in groups]
+        assert all(2 ** (b - 1) < count <= 2**b for b, count in zip(widths, most, strict=True) if b < 8)
+    windows = torch.randint(0, tiny_models.VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(packed(windows).logits, decoded(windows).logits, rtol=1e-4, atol=1e-4)
+    report = json.loads((run / "report.json").read_text())
+    assert report["bits"]["true"] == pytest.approx(report["bits"]["nominal"] + 24 / 32)
+
+
 @families
 def test_the_report_has_its_keys_and_they_are_true(family, run_of, tiny_model_dir, prose):
     run = run_of(family)

@@ -262,14 +262,26 @@ static void linear(const Kit& kit, const Packed& p, const void* x, Dtype dtype, 
 
 // --- experts --------------------------------------------------------------------------------------------------------
 
+// The experts of a stack: all with the bits of `stack`, or with those of `bits` [E], one after another.
+static std::vector<Packed> unstack(const Packed& stack, const uint8_t* bits, int64_t E) {
+  std::vector<Packed> experts;
+  Packed next = stack;
+  for (int64_t e = 0; e < E; e++) {
+    if (bits) next.bits = bits[e];
+    experts.push_back(next);
+    next = next.following();
+  }
+  return experts;
+}
+
 // The routed experts of one block. x [N, D]; ids and weights [N, K], an id outside of 0 .. E - 1 is skipped;
 // up [E, 2F or F, D] (gate rows, then up rows), down [E, D, F]; out [N, D]. Sums are in float32 in the order of the
 // experts, whatever the number of threads.
-static void experts(const Kit& kit, const Packed& up, const Packed& down, bool gated, Activation activation,
-                    const void* x, Dtype dtype, int64_t N, const int64_t* ids, const float* weights, int64_t K,
-                    int64_t E, void* out, int threads) {
-  const int64_t D = up.cols, F = down.cols;
-  const Segments up_segments(up), down_segments(down);
+static void experts(const Kit& kit, const std::vector<Packed>& up, const std::vector<Packed>& down, bool gated,
+                    Activation activation, const void* x, Dtype dtype, int64_t N, const int64_t* ids,
+                    const float* weights, int64_t K, void* out, int threads) {
+  const int64_t E = int64_t(up.size()), D = up[0].cols, F = down[0].cols;
+  const Segments up_segments(up[0]), down_segments(down[0]);
   const Engine& engine = *kit.engine;
 
   // The (token, choice) pairs by expert.
@@ -303,7 +315,7 @@ static void experts(const Kit& kit, const Packed& up, const Packed& down, bool g
   pool().run(int64_t(active.size()) * up_tasks, threads, [&](int64_t task) {
     const int64_t e = active[size_t(task / up_tasks)], tile_index = task % up_tasks, first = begin[size_t(e)];
     const int64_t M = begin[size_t(e) + 1] - first;
-    const Packed p = up.expert(e);
+    const Packed& p = up[size_t(e)];
     const Rows rows = halves(tile_index, gated ? 2 * F : F);
     float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
     engine.multiply(p, up_segments, tokens.data() + first, M, rows, tile);
@@ -330,7 +342,7 @@ static void experts(const Kit& kit, const Packed& up, const Packed& down, bool g
     std::memset(sum, 0, size_t(N) * 2 * TILE * 4);
     for (int64_t e : active) {
       const int64_t first = begin[size_t(e)], M = begin[size_t(e) + 1] - first;
-      const Packed p = down.expert(e);
+      const Packed& p = down[size_t(e)];
       float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
       engine.multiply(p, down_segments, tokens.data() + first, M, rows, tile);
       add_bias(p, rows, M, tile);
@@ -350,6 +362,9 @@ static void experts(const Kit& kit, const Packed& up, const Packed& down, bool g
 
 // --- the interface ----------------------------------------------------------------------------------------------------
 
+// To be raised with every change of a function below.
+EXPORT int eacmoe_interface() { return 2; }
+
 EXPORT int eacmoe_level() { return eacmoe::best_level(); }
 
 EXPORT void eacmoe_linear(int level, int int8, const eacmoe::Packed* p, const void* x, int dtype, int64_t M, void* out,
@@ -358,10 +373,13 @@ EXPORT void eacmoe_linear(int level, int int8, const eacmoe::Packed* p, const vo
   eacmoe::linear(eacmoe::kit(eacmoe::Level(level), d, int8), *p, x, d, M, out, threads);
 }
 
-EXPORT void eacmoe_experts(int level, int int8, const eacmoe::Packed* up, const eacmoe::Packed* down, int gated,
-                           int activation, const void* x, int dtype, int64_t N, const int64_t* ids,
-                           const float* weights, int64_t K, int64_t E, void* out, int threads) {
+// up_bits and down_bits: of each expert, or null.
+EXPORT void eacmoe_experts(int level, int int8, const eacmoe::Packed* up, const uint8_t* up_bits,
+                           const eacmoe::Packed* down, const uint8_t* down_bits, int gated, int activation,
+                           const void* x, int dtype, int64_t N, const int64_t* ids, const float* weights, int64_t K,
+                           int64_t E, void* out, int threads) {
   const auto d = eacmoe::Dtype(dtype);
-  eacmoe::experts(eacmoe::kit(eacmoe::Level(level), d, int8), *up, *down, gated, eacmoe::Activation(activation), x, d,
-                  N, ids, weights, K, E, out, threads);
+  eacmoe::experts(eacmoe::kit(eacmoe::Level(level), d, int8), eacmoe::unstack(*up, up_bits, E),
+                  eacmoe::unstack(*down, down_bits, E), gated, eacmoe::Activation(activation), x, d, N, ids, weights,
+                  K, out, threads);
 }

@@ -22,12 +22,13 @@ struct Packed {
 
   int64_t groups() const { return cols / group; }
   int64_t row_bytes() const { return cols / 8 * bits; }
-  Packed expert(int64_t e) const {
+  // The next expert of a stack, which has the same bits unless the caller knows better.
+  Packed following() const {
     Packed p = *this;
-    p.codes += e * rows * row_bytes();
-    p.scale += e * rows * groups();
-    p.zero += e * rows * groups();
-    if (bias) p.bias += e * rows;
+    p.codes += rows * row_bytes();
+    p.scale += rows * groups();
+    p.zero += rows * groups();
+    if (bias) p.bias += rows;
     return p;
   }
 };

@@ -104,7 +104,7 @@ def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]]
     """
     counts = Counter()
     for weight in weights:
-        counts[weight.bits, weight.group_size] += len(linears[weight.name])
+        counts[weight.bits, weight.group_size] += weight.shape[0] if len(weight.shape) == 3 else 1
     (bits, group_size), _ = counts.most_common(1)[0]
     dynamic = {}
     for weight in weights:
@@ -135,10 +135,11 @@ def _pattern(weight: WeightGrid, weights: list[WeightGrid], linears: list[str]) 
     siblings = [w for w in weights if w.part == "experts" and w.block == weight.block]
     if len({(w.bits, w.group_size) for w in siblings}) == 1:
         return rf"{layer}.*\bexperts(\.|$)"
+    ids = r"\d+" if weight.experts is None else f"({'|'.join(map(str, weight.experts))})"
     projection = weight.name.rpartition(".")[2]
     names = {name.rpartition(".")[2] for name in linears}
     names |= {"gate_proj", "up_proj"} if projection == "gate_up_proj" else {projection}
-    return rf"{layer}.*\bexperts\.\d+\.({'|'.join(sorted(names))})$"
+    return rf"{layer}.*\bexperts\.{ids}\.({'|'.join(sorted(names))})$"
 
 
 # --- reading, for the check: written from the format alone, in NumPy

@@ -115,22 +115,19 @@ class Source:
         yield None, read_tensors(self.path / compressed.REST)[0]
 
     def grids(self) -> list[WeightGrid]:
-        """How each quantized weight is stored, its symmetry as its zero points have it."""
+        """How each quantized weight is stored, its symmetry as its zero points have it; experts by their bits."""
         found = []
         for block, tensors in self.files():
             for name, (part, weight) in (block.weights() if block else {}).items():
                 bits, zero_point = self.quantization["bits"][name], tensors[f"{name}.zero_point"]
-                found.append(
-                    WeightGrid(
-                        name,
-                        block.index,
-                        part,
-                        tuple(weight.shape),
-                        bits,
-                        self.quantization["group_sizes"][name],
-                        symmetric=bool((zero_point == 2 ** (bits - 1)).all()),
-                    )
-                )
+                group_size = self.quantization["group_sizes"][name]
+                for width in sorted({bits} if isinstance(bits, int) else {*bits}):
+                    shape, own, experts = tuple(weight.shape), zero_point, None
+                    if not isinstance(bits, int):
+                        experts = tuple(e for e, b in enumerate(bits) if b == width)
+                        shape, own = (len(experts), *shape[1:]), zero_point[list(experts)]
+                    symmetric = bool((own == 2 ** (width - 1)).all())
+                    found.append(WeightGrid(name, block.index, part, shape, width, group_size, symmetric, experts))
         return found
 
     def blocks(self) -> Iterator[tuple[Block | None, dict[str, Quantized], dict[str, Tensor]]]:
@@ -162,7 +159,7 @@ class Source:
     def linear_names(self, kind: str) -> dict[str, list[str]]:
         """Module names of the linears that each quantized weight in memory is made of; `kind` as in `Target.names`."""
         return {
-            name: [unstacked if kind == "unstacked" else original for original, unstacked in self._linears(name)]
+            name: [unstacked if kind == "unstacked" else original for original, unstacked, _ in self._linears(name)]
             for name in self.weights
         }
 
@@ -180,13 +177,16 @@ class Source:
                 original,
                 unstacked,
                 name,
-                Quantized(*(part[original + WEIGHT].contiguous() for part in parts), quantized.bits),
+                Quantized(
+                    *(part[original + WEIGHT].contiguous() for part in parts),
+                    quantized.bits if isinstance(quantized.bits, int) else quantized.bits[expert],
+                ),
             )
-            for original, unstacked in self._linears(name)
+            for original, unstacked, expert in self._linears(name)
         ]
 
-    def _linears(self, name: str) -> list[tuple[str, str]]:
-        """Original and unstacked module name of each linear that a weight in memory is made of."""
+    def _linears(self, name: str) -> list[tuple[str, str, int | None]]:
+        """Original and unstacked module name, and the expert, of each linear that a weight in memory is made of."""
         shape = self.weights[name].shape[:-1]
         rows = torch.arange(shape.numel()).view(*shape, 1)  # walks the way back to tell which of them ends up where
         found = []
@@ -196,12 +196,12 @@ class Source:
                     f"{original}: the original {self.config.model_type} keeps the experts of a block in one tensor, "
                     "and this format needs a linear for each: export with --format dense"
                 )
-            unstacked = name.removesuffix(WEIGHT)
+            unstacked, expert = name.removesuffix(WEIGHT), None
             if len(shape) == 2:
                 module, _, projection = name.rpartition(".")
                 expert, row = divmod(int(taken[0]), shape[1])
                 if projection == "gate_up_proj":
                     projection = "up_proj" if row else "gate_proj"
                 unstacked = f"{module}.{expert}.{projection}"
-            found.append((original.removesuffix(WEIGHT), unstacked))
+            found.append((original.removesuffix(WEIGHT), unstacked, expert))
         return found
