@@ -15,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
 
-from eacmoe_lightning import analysis, callbacks, exports
+from eacmoe_lightning import analysis, callbacks, exports, study
 from eacmoe_lightning.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.data import TextWindows
 from eacmoe_lightning.qesc import QESC
@@ -24,6 +24,7 @@ from eacmoe_lightning.store import StoreError
 COMMANDS = {  # by their first word; these need no trainer
     "analyze": analysis.command.main,
     "export": exports.command.main,
+    "study": study.command.main,
 }
 NEVER = 10**9  # epochs between validations inside fit: nothing can be validated before the last block
 

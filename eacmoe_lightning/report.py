@@ -47,9 +47,9 @@ def build(
         "command": " ".join(sys.argv),
         "config": module.identity(),
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "commit": _commit(),
+        "commit": commit(),
         "seed": trainer.datamodule.seed,
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "processes": trainer.world_size},
+        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "processes": trainer.world_size},
         "model": {
             "name_or_path": module.name_or_path,
             "type": moe.config.model_type,
@@ -212,7 +212,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the checkout that this package runs from, or `unknown`."""
     where = Path(__file__).resolve().parent.parent
     try:
@@ -222,7 +222,7 @@ def _commit() -> str:
     return out.stdout.strip() if out.returncode == 0 else "unknown"
 
 
-def _processor() -> str:
+def processor() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:

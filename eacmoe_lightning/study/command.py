@@ -1,0 +1,177 @@
+"""`python train.py study`: every cell measured once, kept at once, and a report of all of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoTokenizer
+
+from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.analysis.command import open_model
+from eacmoe_lightning.choice_task import make_questions
+from eacmoe_lightning.compressed import fingerprint
+from eacmoe_lightning.data import name_sources
+from eacmoe_lightning.offload.codecs import Bound
+from eacmoe_lightning.report import commit, processor
+from eacmoe_lightning.store import write_atomically, write_json
+from eacmoe_lightning.study import report
+from eacmoe_lightning.study.cells import Cell, block_groups, choose_experts, plan, stable_seed
+from eacmoe_lightning.study.disturb import disturbed
+from eacmoe_lightning.study.measure import Measurement, Text
+from eacmoe_lightning.study.results import Results
+from eacmoe_lightning.text import read_documents, token_windows
+
+QUESTION_WINDOWS = 4  # windows for each question asked: its own, and others for the wrong continuations
+
+
+def study(
+    output: str,
+    model: str = "bundled",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
+    device: str = "cpu",
+    blocks: list[str] = ["each", "depth"],  # noqa: B006  (read only; jsonargparse shows it)
+    experts: list[str] = ["all"],  # noqa: B006
+    kinds: list[str] = ["sz3", "gaussian-noise"],  # noqa: B006
+    bound_mode: Literal["absolute", "range", "mean"] = "mean",
+    bounds: list[float] = [0.1, 0.3, 0.5, 0.8],  # noqa: B006
+    seeds: list[int] = [0],  # noqa: B006
+    heldout: dict[str, str] | list[str] | str | None = None,
+    num_windows: int = 8,
+    window_length: int = 512,
+    num_questions: int = 32,
+    context_length: int = 32,
+    continuation_length: int = 16,
+    batch_tokens: int = 4096,
+) -> dict[str, Any]:
+    """Measures which experts tolerate what: errors in chosen experts, and what they do to held-out text.
+
+    Killed at any moment, the same command goes on with the cell that it was at; with more bounds, kinds or experts it
+    measures what is new.
+
+    Args:
+        output: Directory of the results: cells.json, study.json, study.csv, study.md, heatmap.png, tensorboard.
+        model: A run directory, a compressed directory or an original model (`bundled`, a directory or a hub id).
+        dtype: Of the model; errors are bounded in it.
+        device: On which the model runs.
+        blocks: `each` block with experts, `depth` (shallow, middle and deep, as the paper cuts its blocks), `all`, or
+            blocks such as `0,2-3`.
+        experts: Of each of these blocks: `all`, `most-N` and `least-N` selected, `random-N`.
+        kinds: The real error of a codec (`sz3`, `uniform`), or noise of the same nominal size (`gaussian-noise` as in
+            the paper, `uniform-noise`).
+        bound_mode: The bounds are in weight units (`absolute`), or relative to a weight matrix's range or its mean |w|
+            (the paper's alpha).
+        bounds: The bounds.
+        seeds: Of noise and of random experts; each is measured.
+        heldout: Texts: sources as in --data.heldout; null: those of the package.
+        num_windows: Windows of each text, from its start.
+        window_length: Tokens of a window.
+        num_questions: Questions of each text: which of four continuations is its own? 0: none.
+        context_length: Tokens of a question's context.
+        continuation_length: Tokens of a continuation.
+        batch_tokens: Tokens in a forward pass.
+
+    Raises:
+        ValueError: an option, or the output holds a study of another model or other texts.
+        FileNotFoundError: there is no such model or text.
+        StoreError: the output cannot be read or written.
+    """
+    sizes = {"num_windows": num_windows, "window_length": window_length, "num_questions": num_questions}
+    sizes |= {"context_length": context_length, "continuation_length": continuation_length}
+    sources = name_sources(heldout, "--heldout")
+    directory, moe = open_model(model, dtype)
+    moe.model.to(device)
+    groups = block_groups(blocks, [block.index for block in moe.moe_blocks])
+    cells = plan(groups, experts, kinds, [Bound(bound_mode, value) for value in bounds], seeds)
+    identity = {"model": fingerprint(str(directory)), "dtype": str(moe.model.dtype), "texts": sources, **sizes}
+    results = Results(Path(output) / "cells.json", identity)
+
+    measurement = Measurement(moe, read_texts(sources, directory, **sizes), batch_tokens)
+    for block in moe.moe_blocks:
+        for choice in experts:
+            choose_experts(choice, measurement.load[block.index], 0, block.index)  # refused now, not after an hour
+    measure_cells(moe, measurement, cells, groups, results)
+
+    cells.sort(key=lambda cell: list(groups).index(cell.blocks))  # to be read: as they were asked for
+    rows = [report.row_of(cell, results[cell.key], measurement.baseline) for cell in cells]
+    _write(Path(output), model, measurement, rows)
+    return {"baseline": measurement.baseline, "rows": rows}
+
+
+def read_texts(
+    sources: dict[str, str],
+    tokenizer_of: Path,
+    num_windows: int,
+    window_length: int,
+    num_questions: int,
+    context_length: int,
+    continuation_length: int,
+) -> dict[str, Text]:
+    """Windows and questions of every text.
+
+    Raises:
+        FileNotFoundError, ValueError: a text cannot be read or is too short, with the option to change.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    texts = {}
+    for name, source in sources.items():
+        documents = read_documents(source)
+        cut = partial(token_windows, documents, tokenizer, source=source)
+        try:
+            windows, questions = cut(num_windows, window_length, option="--num_windows"), None
+            if num_questions:
+                length, number = context_length + continuation_length, QUESTION_WINDOWS * num_questions
+                pieces = cut(number, length, seed=0, option=f"{QUESTION_WINDOWS} x --num_questions")
+                questions = make_questions(pieces, num_questions, context_length)
+        except ValueError as error:
+            raise ValueError(f"--heldout: {str(error).replace('--data.', '--')}") from error
+        texts[name] = Text(windows, questions)
+    return texts
+
+
+def measure_cells(
+    moe: MoEModel, measurement: Measurement, cells: Iterable[Cell], groups: dict[str, list[int]], results: Results
+) -> None:
+    """Measures every cell that is not among the results and keeps it there."""
+    missing = [cell for cell in cells if cell.key not in results]
+    for number, cell in enumerate(missing, 1):
+        chosen = {b: choose_experts(cell.experts, measurement.load[b], cell.seed, b) for b in groups[cell.blocks]}
+        measurement.seek(min(chosen))
+        seed_of = partial(stable_seed, cell.seed)
+        with disturbed(moe.blocks, chosen, cell.kind, lambda block, expert, c=cell: c.bound, seed_of) as disturbance:
+            measured = measurement.measure()
+        results.add(cell.key, measured | {"disturbance": disturbance.summary()})
+        loss = report.lost(measured, measurement.baseline)
+        print(f"[{number}/{len(missing)}] {cell.key}: {loss:+.4f} nats", flush=True)
+
+
+def _write(output: Path, model: str, measurement: Measurement, rows: list[dict[str, Any]]) -> None:
+    """The report in all its forms."""
+    from eacmoe_lightning.study import heatmap  # matplotlib takes a second: only where it is needed
+
+    baseline = measurement.baseline
+    description = {"command": " ".join(sys.argv), "commit": commit(), "processor": processor()}
+    write_json(
+        output / "study.json",
+        {**description, "model": model, "baseline": baseline, "rows": rows, "depths": report.depth_summary(rows)},
+    )
+    notes = [f"Command: `{description['command']}`", f"Commit: {description['commit']}", description["processor"]]
+    shape = next(iter(measurement.texts.values())).windows.shape
+    notes.append(f"{shape[0]} windows of {shape[1]} tokens of each text")
+    text = report.markdown(f"Which experts of {model} tolerate what", notes, baseline, rows, [])
+    write_atomically(output / "study.md", lambda partial: partial.write_text(text))
+    write_atomically(output / "study.csv", lambda partial: partial.write_text(report.to_csv(rows)))
+    figure = heatmap.draw(rows)
+    heatmap.write(figure, output / "heatmap.png")
+    heatmap.log_to_tensorboard(output / "tensorboard", figure, rows)
+    print(f"{output}: study.md, study.json, study.csv, heatmap.png; tensorboard --logdir {output}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line of `study`."""
+    from jsonargparse import auto_cli
+
+    auto_cli(study, args=args, prog=f"{Path(sys.argv[0]).name} study", as_positional=False)

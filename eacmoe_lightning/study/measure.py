@@ -1,0 +1,150 @@
+"""What an error does to a model: perplexity, accuracy and changed selections, at the price of the blocks behind it.
+
+All held-out sequences run through the untouched model once, block by block. Where a cell disturbs block b first, the
+untouched stream before b is at hand, and only the rest of the model runs again. Cells are measured in the order of
+their first block, so one stream is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.choice_task import Questions, accuracy, choose
+from eacmoe_lightning.expert_shift import change_counts, change_rates, expert_load, mean_rates
+
+
+@dataclass
+class Text:
+    """One held-out text: windows for the perplexity, questions for the accuracy (`choice_task`)."""
+
+    windows: Tensor  # int64 [S, T]
+    questions: Questions | None = None
+
+
+@dataclass
+class _Batch:
+    """Sequences that run together: windows or questions' choices of one text."""
+
+    text: str
+    input_ids: Tensor  # [B, T]
+    first: int  # position of the first token that is scored
+    is_window: bool
+    kwargs: list[dict] = field(default_factory=list)  # of each block
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, T, D] before block `Measurement.at`
+    ids: list[Tensor] = field(default_factory=list)  # the untouched model's selections, per MoE block [N, K]
+
+
+class Measurement:
+    """Measures a model again and again on the same texts.
+
+    Args:
+        moe: the model, untouched for now.
+        texts: by name.
+        batch_tokens: tokens per forward pass.
+
+    Attributes:
+        baseline: what `measure` gives for the untouched model.
+        load: by block index, int64 [E]: tokens that the untouched model routes to each expert, over all windows.
+    """
+
+    def __init__(self, moe: MoEModel, texts: dict[str, Text], batch_tokens: int = 4096) -> None:
+        self.moe, self.texts = moe, texts
+        self.batches = [batch for name, text in texts.items() for batch in _batches(name, text, batch_tokens)]
+        self.at = 0
+        self._embed()
+        self.load = {
+            block.index: torch.zeros(block.num_experts, dtype=torch.int64, device=moe.device)
+            for block in moe.moe_blocks
+        }
+        self.baseline = self._run(remember=True)
+
+    @torch.no_grad()
+    def _embed(self) -> None:
+        by_shape: dict[torch.Size, list[dict]] = {}
+        for batch in self.batches:
+            batch.hidden, kwargs = self.moe.embed(batch.input_ids.to(self.moe.device))
+            batch.kwargs = by_shape.setdefault(batch.input_ids.shape, kwargs)
+
+    @torch.no_grad()
+    def seek(self, index: int) -> None:
+        """Brings the untouched stream to the block of this index; nothing may be disturbed now."""
+        if index < self.at:
+            self._embed()
+            self.at = 0
+        for block in self.moe.blocks[self.at : index]:
+            for batch in self.batches:
+                batch.hidden, _ = block.forward(batch.hidden, batch.kwargs[block.index])
+        self.at = index
+
+    def measure(self) -> dict[str, Any]:
+        """The model as it now is behind the block of `seek`.
+
+        Returns:
+            `nats.<text>`, mean nats per token; `accuracy.<text>`; `expert_shift.<rate>` over all windows and MoE
+            blocks; `expert_shift_blocks.<index>`, the share of selections changed in each block from `seek` on.
+        """
+        return self._run(remember=False)
+
+    @torch.no_grad()
+    def _run(self, remember: bool) -> dict[str, Any]:
+        nats = {name: 0.0 for name in self.texts}
+        scores: dict[str, list[Tensor]] = {name: [] for name in self.texts}
+        moe_index = {block.index: i for i, block in enumerate(self.moe.moe_blocks)}
+        counts = torch.zeros(len(moe_index), 4, dtype=torch.int64, device=self.moe.device)
+        for batch in self.batches:
+            hidden = batch.hidden
+            for block in self.moe.blocks[self.at :]:
+                hidden, routing = block.forward(hidden, batch.kwargs[block.index])
+                if routing is None or not batch.is_window:
+                    continue
+                if remember:
+                    batch.ids.append(routing.ids)
+                    self.load[block.index] += expert_load(routing.ids, block.num_experts)
+                else:
+                    place = moe_index[block.index]
+                    counts[place] += change_counts(batch.ids[place], routing.ids)
+            nll = self._score(batch, hidden)
+            if batch.is_window:
+                nats[batch.text] += nll.double().sum().item()
+            else:
+                scores[batch.text].append(-nll)
+        result: dict[str, Any] = {
+            "nats": {name: nats[name] / text.windows[:, 1:].numel() for name, text in self.texts.items()},
+            "accuracy": {
+                name: accuracy(
+                    choose(torch.cat(scores[name]).cpu(), text.questions.input_ids.shape[1]), text.questions.answers
+                )
+                for name, text in self.texts.items()
+                if text.questions is not None
+            },
+        }
+        if not remember:
+            tokens = sum(text.windows.numel() for text in self.texts.values())
+            rates = [change_rates(row, tokens, self.moe.top_k) for row in counts]
+            result["expert_shift"] = mean_rates(rates)
+            result["expert_shift_blocks"] = {
+                str(block): rates[place]["selections"] for block, place in moe_index.items() if block >= self.at
+            }
+        return result
+
+    def _score(self, batch: _Batch, hidden: Tensor) -> Tensor:
+        """Nats [B, n] of the tokens that count; the head runs for these alone."""
+        logits = self.moe.head(hidden[:, batch.first - 1 : -1]).float()  # [B, n, V]
+        targets = batch.input_ids[:, batch.first :].to(logits.device)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def _batches(name: str, text: Text, batch_tokens: int) -> list[_Batch]:
+    parts = [(text.windows, 1, True)]
+    if text.questions is not None:
+        parts.append((text.questions.input_ids.flatten(0, 1), text.questions.context_length, False))
+    return [
+        _Batch(name, rows, first, is_window)
+        for sequences, first, is_window in parts
+        for rows in sequences.split(max(1, batch_tokens // sequences.shape[1]))
+    ]

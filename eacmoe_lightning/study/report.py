@@ -1,0 +1,186 @@
+"""A study as tables: for programs (JSON, CSV) and for people (markdown), the paper's finding beside ours.
+
+"Lost" is always nats per token more than the untouched model's, the mean over the texts; perplexities follow by exp.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from eacmoe_lightning.expert_shift import RATES
+from eacmoe_lightning.study import paper
+from eacmoe_lightning.study.cells import DEPTHS, Cell
+
+COLUMNS = ("blocks", "experts", "kind", "mode", "bound", "seed")  # what a row is a measurement of
+
+
+def row_of(cell: Cell, measured: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    """One flat row: the cell, and what it did.
+
+    Args:
+        measured: `Measurement.measure`, and under `disturbance` what `Disturbance.summary` gave.
+        baseline: `Measurement.baseline`.
+    """
+    seed = cell.seed if cell.is_random else None
+    names = (cell.blocks, cell.experts, cell.kind, cell.bound.mode, cell.bound.value, seed)
+    row: dict[str, Any] = dict(zip(COLUMNS, names, strict=True))
+    row["relative_error"] = measured["disturbance"]["relative_error"]
+    row["bits"] = measured["disturbance"].get("bits")
+    row["lost"] = lost(measured, baseline)
+    row["accuracy"] = _mean(measured["accuracy"][text] for text in baseline["accuracy"])
+    row |= {f"perplexity {text}": math.exp(measured["nats"][text]) for text in baseline["nats"]}
+    row |= {f"accuracy {text}": measured["accuracy"][text] for text in baseline["accuracy"]}
+    row |= {f"changed {rate}": measured["expert_shift"][rate] for rate in (*RATES, "selections")}
+    return row
+
+
+def lost(measured: dict[str, Any], baseline: dict[str, Any]) -> float:
+    """Nats per token more than the untouched model's, the mean over the texts."""
+    return _mean(measured["nats"][text] - nats for text, nats in baseline["nats"].items())
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def over_seeds(rows: list[dict[str, Any]], column: str, **wanted: Any) -> float | None:
+    """The mean of a column over the rows with the wanted values, None where there are none."""
+    found = [row[column] for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return _mean(value for value in found if value is not None)
+
+
+def to_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# --- shallow, middle, deep --------------------------------------------------------------------------------------
+
+
+def depth_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each kind and bound with all three depths measured (all experts): what each lost, and their order.
+
+    Returns:
+        Rows with `kind`, `mode`, `bound`, `lost.<depth>`, `accuracy.<depth>`, `order` (from fragile to robust, by what
+        was lost) and `agrees` (whether the middle is the most fragile and the deep the most robust, as in the paper).
+    """
+    summary = []
+    for kind, mode, bound in _ordered((row["kind"], row["mode"], row["bound"]) for row in rows):
+        wanted = {"experts": "all", "kind": kind, "mode": mode, "bound": bound}
+        losses = {depth: over_seeds(rows, "lost", blocks=depth, **wanted) for depth in DEPTHS}
+        if None in losses.values():
+            continue
+        order = sorted(losses, key=lambda depth: -losses[depth])
+        summary.append(
+            {
+                "kind": kind,
+                "mode": mode,
+                "bound": bound,
+                "lost": losses,
+                "accuracy": {depth: over_seeds(rows, "accuracy", blocks=depth, **wanted) for depth in DEPTHS},
+                "order": order,
+                "agrees": order == paper.CLAIM,
+            }
+        )
+    return summary
+
+
+def _ordered(items: Iterable) -> list:
+    return list(dict.fromkeys(items))
+
+
+# --- markdown ---------------------------------------------------------------------------------------------------
+
+
+def markdown(
+    title: str, notes: list[str], baseline: dict[str, Any], rows: list[dict[str, Any]], sections: list[str]
+) -> str:
+    """The whole report.
+
+    Args:
+        notes: lines below the title: command, commit, machine.
+        sections: further parts, ready made, between the summary and the list of all rows.
+    """
+    texts = list(baseline["nats"])
+    parts = [f"# {title}", "  \n".join(notes)]
+    parts.append(
+        "## Untouched\n\n"
+        + table(["", *texts], [
+            ["perplexity", *(f"{math.exp(baseline['nats'][t]):.3f}" for t in texts)],
+            *([["accuracy", *(f"{baseline['accuracy'][t]:.3f}" for t in texts)]] if baseline["accuracy"] else []),
+        ])
+    )  # fmt: skip
+    parts += [_depth_markdown(rows, baseline), *_grids(rows), *sections]
+    parts.append(
+        "## All cells\n\n" + table(list(rows[0]) if rows else [], [[_cell(v) for v in r.values()] for r in rows])
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _depth_markdown(rows: list[dict[str, Any]], baseline: dict[str, Any]) -> str:
+    summary = depth_summary(rows)
+    if not summary:
+        return ""
+    ours = [
+        [
+            f"{s['kind']} {s['mode']} {s['bound']:g}",
+            *(f"{s['lost'][depth]:+.4f}" for depth in DEPTHS),
+            *(_cell(s["accuracy"][depth]) for depth in DEPTHS),
+            " > ".join(s["order"]),
+        ]
+        for s in summary
+    ]
+    theirs = [
+        [f"paper, Gaussian {alpha:g}", "", "", "", *(f"{paper.GROUPS[d][alpha]:.2f}" for d in DEPTHS), ""]
+        for alpha in (0.3, 0.5)
+    ]
+    head = ["all experts", *(f"lost, {d}" for d in DEPTHS), *(f"accuracy, {d}" for d in DEPTHS), "fragile > robust"]
+    agreeing = sum(s["agrees"] for s in summary)
+    right = _mean(baseline["accuracy"].values())
+    before = f", ours {right:.3f}" if right is not None else ""
+    return (
+        "## Shallow, middle and deep blocks\n\n"
+        "Nats per token lost and accuracy with errors in all experts of a third of the blocks. The paper (Moonlight, "
+        f"Gaussian noise) has accuracy alone, {paper.BASELINE:.2f} untouched{before}.\n\n"
+        + table(head, ours + theirs)
+        + "\n\nThe paper's claim, that middle blocks are the most fragile and deep ones the most robust, "
+        f"holds here in {agreeing} of {len(summary)} rows."
+    )
+
+
+def _grids(rows: list[dict[str, Any]]) -> list[str]:
+    """One table of losses and accuracies, blocks by bounds, for each kind and choice of experts."""
+    parts = []
+    for kind, experts, mode in _ordered((row["kind"], row["experts"], row["mode"]) for row in rows):
+        own = [row for row in rows if (row["kind"], row["experts"], row["mode"]) == (kind, experts, mode)]
+        bounds, blocks = _ordered(row["bound"] for row in own), _ordered(row["blocks"] for row in own)
+        bits = [over_seeds(own, "bits", bound=bound) for bound in bounds]
+        body = []
+        for name in blocks:
+            cells = [over_seeds(own, "lost", blocks=name, bound=bound) for bound in bounds]
+            rights = [over_seeds(own, "accuracy", blocks=name, bound=bound) for bound in bounds]
+            body.append([name, *(_cell(v, "+.4f") for v in cells), *(_cell(v) for v in rights)])
+        if any(value is not None for value in bits):
+            body.append(["bits per weight", *(_cell(v, ".2f") for v in bits), *("" for _ in bounds)])
+        head = ["blocks", *(f"lost, {b:g}" for b in bounds), *(f"accuracy, {b:g}" for b in bounds)]
+        parts.append(f"## {kind}, {experts} experts, bound relative to {mode}\n\n" + table(head, body))
+    return parts
+
+
+def _cell(value: Any, form: str = ".4g") -> str:
+    if value is None:
+        return ""
+    return format(value, form) if isinstance(value, float) else str(value)
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
