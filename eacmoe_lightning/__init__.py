@@ -1,6 +1,16 @@
 """Calibrate, quantize and ship Mixture-of-Experts language models as a Lightning job (EAC-MoE, arXiv 2508.01625)."""
 
+from typing import Any
+
 from eacmoe_lightning.compressed import load
 from eacmoe_lightning.version import __version__
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "pesf"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "pesf":
+        from eacmoe_lightning.skipping import pesf
+
+        return pesf
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,9 +11,10 @@ Letters: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E expert
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from transformers.utils import cached_file
 
 import eacmoe_lightning.deepseek  # noqa: F401  (registers model_type "deepseek")
 from eacmoe_lightning.forced_selection import forced_weights
+from eacmoe_lightning.packed_modules import PackedWeight
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny-moe"
 
@@ -362,15 +364,18 @@ class MoEModel:
 
 def _keep_float32(block: Block) -> None:
     """Takes the router out of mixed precision: in bfloat16 its logits would flip selections by themselves."""
-    router, forward = block.router, block.router.forward
+    router, own = block.router, block.router.__dict__.get("forward")
+    if not (isinstance(own, partial) and own.func is _without_autocast):
+        router.forward = partial(_without_autocast, router, own)
 
-    def without_autocast(hidden: Tensor, *args, **kwargs):
-        if not torch.is_autocast_enabled(hidden.device.type):
-            return forward(hidden, *args, **kwargs)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return forward(hidden.to(block.router_weight.dtype), *args, **kwargs)
 
-    router.forward = without_autocast
+def _without_autocast(router: nn.Module, own: Callable | None, hidden: Tensor, *args, **kwargs):
+    """A router's forward pass, by `own` where it had replaced the class's."""
+    forward = own or partial(type(router).forward, router)
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return forward(hidden, *args, **kwargs)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return forward(hidden.to(next(router.parameters()).dtype), *args, **kwargs)
 
 
 # --- finding the parts ---------------------------------------------------------------------------
@@ -398,7 +403,7 @@ def _find_parts(index: int, name: str, layer: nn.Module) -> Block:
     block = Block(index, name, layer)
     for path, module in layer.named_modules():
         down = getattr(module, "down_proj", None)
-        if isinstance(down, nn.Parameter) and down.ndim == 3:
+        if isinstance(down, nn.Parameter | PackedWeight) and len(down.shape) == 3:
             block.experts, block.experts_name = Experts(module), path
     if block.is_moe:
         moe_name = block.experts_name.rpartition(".")[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,13 +17,24 @@ def forced_weights(router: nn.Module, logits: Tensor, weights: Tensor, ids: Tens
     Raises:
         ValueError: no known rule reproduces the router's weights.
     """
+    return weight_rule(router, logits, weights, ids)(logits, forced)
+
+
+def weight_rule(
+    router: nn.Module, logits: Tensor, weights: Tensor, ids: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The rule itself: (logits [N, E], ids [N, K]) -> weights [N, K].
+
+    Raises:
+        ValueError: no known rule reproduces the router's weights.
+    """
     for rule in _WEIGHT_RULES:
         own = rule(router, logits.float(), ids)
         scale = (weights.float().sum() / own.sum()).item()
         if torch.allclose(
             own * scale, weights.float(), rtol=2e-2 if weights.dtype != torch.float32 else 1e-4, atol=1e-5
         ):
-            return (rule(router, logits.float(), forced) * scale).to(weights.dtype)
+            return lambda logits, ids: (rule(router, logits.float(), ids) * scale).to(weights.dtype)
     raise ValueError(f"{type(router).__name__}: how it weighs the selected experts is unknown, so none can be forced")
 
 

@@ -1,0 +1,75 @@
+"""Skipping in the decode phase, which the paper leaves open: a prompt's selection counts, carried on as demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Demand:
+    """PESF-decode (ours).
+
+    Each sequence has, per block, a demand d [E]: how often its tokens *asked* for each expert, whether or not the
+    expert then ran. It begins as the prompt's counts and forgets with a half-life of h tokens, so that it follows the
+    text. With m = sum(d) / K, the tokens that d remembers:
+
+        start   d = counts * min(1, m_h / m),  m_h = 1 / (1 - 2^(-1/h)): a prompt weighs no more than an endless past
+        step    d = d * 2^(-1/h), plus 1 for each of the token's K choices
+        rare    d_i < alpha * m * K / E, the paper's rule on demand
+        drop    a choice that is rare does not run, unless its weight reaches `rescue` times the token's largest
+
+    So an expert comes back in two ways: at once, for a token that wants it clearly enough, and for good, when it is
+    asked for often enough. A token's first choice always runs.
+
+    Args:
+        half_life: h, in tokens.
+        rescue: in [0, 1]; 1 protects the first choice alone, at 0 nothing is dropped.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    half_life: float = 128.0
+    rescue: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.half_life < float("inf"):
+            raise ValueError(f"half_life={self.half_life} must be a positive number of tokens (decode)")
+        check_rescue(self.rescue)
+
+    @property
+    def retention(self) -> float:
+        """What is left of a count after one more token."""
+        return 2 ** (-1 / self.half_life)
+
+    def start(self, counts: Tensor, top_k: int) -> Tensor:
+        """[B, E] counts of a prompt -> [B, E] float32 demand."""
+        tokens = counts.sum(1, keepdim=True) / top_k
+        most = 1 / (1 - self.retention)
+        return counts.float() * (most / tokens.clamp(min=most))
+
+    def step(self, demand: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+        """[B, E] demand after one more token with choices [B, K]; `real` [B] is False where that token is padding."""
+        choices = real.to(demand.dtype).unsqueeze(1).expand(ids.shape)
+        return (demand * self.retention).scatter_add_(1, ids, choices)
+
+
+def frequent(demand: Tensor, alpha: float) -> Tensor:
+    """[B, E] demand -> [B, E] bool, the experts that are not rare: d_i >= alpha * sum(d) / E."""
+    return demand * demand.shape[1] >= demand.sum(1, keepdim=True) * alpha
+
+
+def rescued(weights: Tensor, rescue: float) -> Tensor:
+    """[N, K] weights -> [N, K] bool: at least `rescue` times the token's largest."""
+    return weights >= rescue * weights.amax(-1, keepdim=True)
+
+
+def check_rescue(rescue: float) -> None:
+    """Raises ValueError unless it is in [0, 1]."""
+    if not 0 <= rescue <= 1:
+        raise ValueError(
+            f"rescue={rescue} is not in [0, 1]: a rare expert runs for a token that gives it this share of its largest "
+            "weight; 1 protects the token's first choice alone"
+        )

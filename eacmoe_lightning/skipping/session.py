@@ -1,0 +1,151 @@
+"""A rule at work on a model: hooks on the decoder, which tell what the tokens are, and on every router.
+
+A router's hook replaces the ids and weights that it returned; a pair that is not run has id E and weight 0, which the
+experts of transformers (`eager`, `batched_mm`, `grouped_mm`) and ours skip once they are told that such ids occur. What
+a rule remembers of a sequence hangs on the cache of the pass, so every `generate` begins anew.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eacmoe_lightning.adapter import Block, MoEModel, Routing
+from eacmoe_lightning.skipping.report import SkipReport
+from eacmoe_lightning.skipping.rules import Place, Rule
+from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, real_tokens
+
+Memory = dict[str, Tensor]
+
+
+class Session:
+    """One rule on one model; `attach` puts it to work, `detach` leaves the model as it was.
+
+    Raises:
+        ValueError: the model has no experts, the rule does not fit it, or its experts cannot leave a pair out.
+    """
+
+    def __init__(self, model: PreTrainedModel, rule: Rule) -> None:
+        self.model, self.rule, self.moe = model, rule, MoEModel(model)
+        self.places = [Place(i, block.router) for i, block in enumerate(self.moe.moe_blocks)]
+        self.report = SkipReport(len(self.places), self.moe.num_experts)
+        self.handles: list[Any] = []
+        self.tokens: Tokens | None = None
+        self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
+        rule.check(len(self.places), self.moe.num_experts, self.moe.top_k)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a model take its rule with them, and no sequence."""
+        return {name: value for name, value in self.__dict__.items() if name != "memories"} | {"tokens": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"memories": weakref.WeakKeyDictionary()}
+
+    def attach(self) -> None:
+        for block in self.moe.moe_blocks:
+            block.experts.module._is_expert_parallel = True
+            _check_can_skip(block, self.moe.top_k)
+        decoder = self.moe.decoder
+        self.handles += [
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_hook(self._end, with_kwargs=True),
+        ]
+        for place in self.places:
+            self.handles.append(place.router.register_forward_hook(partial(self._route, place)))
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for block in self.moe.moe_blocks:
+            block.experts.module._is_expert_parallel = False
+        self.handles, self.tokens = [], None
+        self.memories.clear()
+
+    # --- the hooks, in the order in which they run -------------------------------------------------------
+
+    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        arguments = named_arguments(decoder, args, kwargs)
+        cache = arguments.get("past_key_values")
+        memory = self.memories.get(cache) if self.rule.remembers and cache is not None else None
+        if memory is not None and not cache.get_seq_length():
+            memory = None  # a cache that was reset
+        self.tokens = Tokens(real_tokens(arguments), {} if memory is None else memory, memory is not None)
+
+    def _route(self, place: Place, router: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> tuple:
+        logits, weights, ids = output
+        batch, length = self.tokens.shape
+        if len(ids) != batch * length:
+            raise ValueError(
+                f"the router of MoE block {place.index} was given {len(ids)} tokens, and the model {batch} x {length}: "
+                "they cannot be told apart by sequence, so no expert can be skipped"
+            )
+        decision = self.rule.decide(place, Routing(logits, ids, weights), self.tokens)
+        self.report.add(place.index, self.tokens, decision)
+        return logits, decision.weights, decision.ids
+
+    def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if not self.rule.remembers or cache is None:
+            return
+        if cache not in self.memories:
+            _follow(cache, self.memories)
+        self.memories[cache] = self.tokens.memory
+
+
+def _check_can_skip(block: Block, top_k: int) -> None:
+    """Runs one token without a single expert: what experts cannot do that, they say so here."""
+    experts = block.experts.module
+    weight = block.router_weight
+    if weight.is_meta:
+        return
+    ids = torch.full((1, top_k), block.num_experts, device=weight.device)
+    token = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad():
+            experts(token, ids, token.new_zeros(1, top_k))
+    except (RuntimeError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"{type(experts).__name__} cannot leave out a (token, expert) pair in its present implementation "
+            f"({error}): try model.set_experts_implementation('grouped_mm')"
+        ) from error
+
+
+def _follow(cache: Any, memories: weakref.WeakKeyDictionary[Any, Memory]) -> None:
+    """Makes a memory go wherever its cache goes: beams, selected and repeated sequences, a reset."""
+    reference = weakref.ref(cache)
+
+    def then(method: str, change: Callable[..., Memory]) -> None:
+        original = getattr(type(cache), method)
+
+        @wraps(original)
+        def moved(*args: Any, **kwargs: Any) -> None:
+            own = reference()
+            original(own, *args, **kwargs)
+            if own in memories:
+                memories[own] = change(memories[own], *args, **kwargs)
+
+        setattr(cache, method, moved)
+
+    def select(memory: Memory, indices: Tensor) -> Memory:
+        return {name: tensor.index_select(0, indices.to(tensor.device)) for name, tensor in memory.items()}
+
+    def repeat(memory: Memory, repeats: int) -> Memory:
+        return {name: tensor.repeat_interleave(repeats, 0) for name, tensor in memory.items()}
+
+    def refuse(memory: Memory, *_: Any) -> Memory:
+        raise ValueError(
+            "tokens were taken back from the cache, and the expert counts of a rule that works while decoding cannot "
+            "be: leave out `decode`, or the assistant model"
+        )
+
+    then("reorder_cache", select)
+    then("batch_select_indices", select)
+    then("batch_repeat_interleave", repeat)
+    then("reset", lambda memory: {})
+    then("crop", refuse)

@@ -1,0 +1,78 @@
+"""Which sequence each of a router's N tokens belongs to, and which are padding: read off the decoder's arguments.
+
+A router sees [N, D] and knows neither. The decoder is called with [B, T] tokens and an attention mask, in one of the
+forms that transformers gives it: none, [B, past + T], or prepared [B, 1, T, keys] (one, or one per kind of layer).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Tokens:
+    """The tokens of one forward pass.
+
+    Attributes:
+        real: [B, T] bool, False for padding.
+        memory: what a rule keeps of each sequence from pass to pass of one cache, by a name of its own; [B, ...].
+        is_continued: whether `memory` already holds what earlier passes left.
+    """
+
+    real: Tensor
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    is_continued: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B, T."""
+        return self.real.shape[0], self.real.shape[1]
+
+    @property
+    def is_step(self) -> bool:
+        """One token per sequence: a step of generation, or a prompt of one token."""
+        return self.real.shape[1] == 1
+
+
+def named_arguments(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a decoder's forward pass by their names."""
+    if not args:
+        return kwargs
+    return kwargs | inspect.signature(decoder.forward).bind_partial(*args).arguments
+
+
+def real_tokens(arguments: dict[str, Any]) -> Tensor:
+    """[B, T] bool: which of the decoder's tokens are no padding.
+
+    Raises:
+        ValueError: the attention mask has a form that is not understood.
+    """
+    inputs = arguments.get("input_ids")
+    inputs = arguments["inputs_embeds"] if inputs is None else inputs
+    batch, length = inputs.shape[:2]
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, dict):  # one per kind of layer; padding is the same in all
+        mask = next((m for m in mask.values() if m is not None), None)
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, -length:].bool()
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise ValueError(
+            f"an attention mask of type {type(mask).__name__}{_shape(mask)} does not tell padding from tokens, so no "
+            "expert can be skipped: pass a [batch, length] mask, or none"
+        )
+    cache = arguments.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    past = past if past + length <= mask.shape[-1] else mask.shape[-1] - length  # a sliding window keeps fewer
+    itself = mask[:, 0].diagonal(past, -2, -1)  # only padding does not attend to itself
+    return (itself if itself.dtype == torch.bool else itself == 0).expand(batch, length)
+
+
+def _shape(mask: Any) -> str:
+    return f" and shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
