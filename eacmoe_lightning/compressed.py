@@ -27,6 +27,7 @@ from transformers.initialization import no_init_weights
 from eacmoe_lightning.adapter import MoEModel, local_directory, resolve_model
 from eacmoe_lightning.grid import Quantized, packed, take_quantized
 from eacmoe_lightning.packed_modules import set_activations
+from eacmoe_lightning.skipping import stored
 from eacmoe_lightning.store import StoreError, read_tensors, whole_directory, write_json, write_tensors
 from eacmoe_lightning.transformers_loading import INDEX, METHOD
 from eacmoe_lightning.version import __version__
@@ -128,7 +129,7 @@ def save(
 
 def save_packed(path: str | Path, model: PreTrainedModel) -> None:
     """Writes a packed model that `load` gave, as it is in memory, without its tokenizer."""
-    config = model.hf_quantizer.quantization_config.directory_config
+    config = {k: v for k, v in model.hf_quantizer.quantization_config.directory_config.items() if k != stored.KEY}
     shards: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _untied(model).items():
         layer = re.match(r"[^0-9]*\.(\d+)\.", name)
@@ -136,7 +137,8 @@ def save_packed(path: str | Path, model: PreTrainedModel) -> None:
     with whole_directory(path) as partial:
         _write_weights(partial, shards.items())
         model.generation_config.save_pretrained(partial)
-        write_json(partial / "config.json", config | {"dtype": str(model.dtype).rpartition(".")[2]})
+        dtype = str(model.dtype).rpartition(".")[2]
+        write_json(partial / "config.json", config | {"dtype": dtype} | stored.stored_rule(model))
 
 
 def _write_weights(directory: Path, shards: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
@@ -200,6 +202,7 @@ def _load_decoded(path: Path, config: dict[str, Any], dtype: torch.dtype) -> Pre
     if generation.exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.config.name_or_path = str(path)
+    stored.restore_rule(model, config)
     return model.eval()
 
 

@@ -20,6 +20,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eacmoe_lightning.packed_modules import pack_modules, set_activations
+from eacmoe_lightning.skipping.stored import restore_rule
 from eacmoe_lightning.store import StoreError, read_tensors
 
 METHOD = "eacmoe"  # model type and quantization method
@@ -103,6 +104,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         set_activations(model, self.quantization_config.activations)
+        restore_rule(model, self.quantization_config.directory_config)
         model.save_pretrained = _Saver(model)
 
     def is_serializable(self) -> bool:

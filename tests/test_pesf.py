@@ -1,6 +1,7 @@
 """PESF against a brute-force reference that masks token by token, in every experts implementation, dense and packed."""
 
 import copy
+import json
 import pickle
 from fractions import Fraction
 
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig
 import eacmoe_lightning
 from eacmoe_lightning import compressed
 from eacmoe_lightning.adapter import MoEModel, load_original
-from eacmoe_lightning.skipping import PESF, current_rule, set_skipping, skipping
+from eacmoe_lightning.skipping import PESF, Demand, current_rule, set_skipping, skipping
 from eacmoe_lightning.skipping.selection import drop, exact, kept_experts, reroute, skip_counts
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
@@ -323,6 +324,33 @@ def test_settings_nest_and_leave_with_errors():
     assert torch.equal(model(ids).logits, mild)
     set_skipping(model, None)
     assert current_rule(model) is None and torch.equal(model(ids).logits, plain)
+
+
+@torch.no_grad()
+def test_a_setting_is_saved_with_the_compressed_model_and_restored(tmp_path, tiny_model_dir):
+    model = compressed.load(compress(tiny_model_dir("mixtral"), tmp_path / "first"), "float32")
+    ids = random_ids(1, 64)
+    plain = model(ids).logits
+    rule = PESF(0.7, "renormalize", rescue=0.5, decode=Demand(half_life=32))
+    set_skipping(model, rule)
+    skipped = model(ids).logits
+    model.save_pretrained(tmp_path / "second")
+    for again in (
+        eacmoe_lightning.load(tmp_path / "second"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype=torch.float32),
+    ):
+        assert current_rule(again) == rule and torch.equal(again(ids).logits, skipped)
+    decoded = eacmoe_lightning.load(tmp_path / "second", packed=False)
+    assert current_rule(decoded) == rule and error(decoded(ids).logits, skipped) < 1e-5
+    set_skipping(again, None)
+    again.save_pretrained(tmp_path / "third")
+    third = eacmoe_lightning.load(tmp_path / "third")
+    assert current_rule(third) is None and torch.equal(third(ids).logits, plain)
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    for wrong in ({"rule": "other"}, {"rule": "pesf", "beta": 1}, {"rule": "pesf", "alpha": 2}):
+        (tmp_path / "second" / "config.json").write_text(json.dumps(config | {"expert_skipping": wrong}))
+        with pytest.raises(ValueError, match="expert_skipping in config.json|alpha=2"):
+            eacmoe_lightning.load(tmp_path / "second")
 
 
 @pytest.mark.parametrize("alpha", [0, -0.3, 1.01, float("nan"), float("inf"), True, "0.3", None])
