@@ -3,9 +3,10 @@
     torch.ops.eacmoe.linear     [..., I] times one packed weight [O, I]
     torch.ops.eacmoe.experts    all routed experts of a block in one call
 
-On CPU they are our C++ (`csrc/`), compiled when the package is installed and loaded without any tie to torch's ABI;
-elsewhere, and where no compiler was found, weights are decoded one at a time and multiplied by torch. A packed weight
-is always its three tensors as they lie on disk (`grid.packed`): nothing is repacked, so a file can be mapped and used.
+On CPU they are our C++ (`csrc/`), compiled when the package is installed and loaded without any tie to torch's ABI; on
+CUDA a Triton kernel (`triton_kernels.py`); elsewhere, and where no compiler or no Triton was found, weights are decoded
+one at a time and multiplied by torch. A packed weight is always its three tensors as they lie on disk (`grid.packed`):
+nothing is repacked, so a file can be mapped and used.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import os
 import sysconfig
 import warnings
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eacmoe_lightning.grid import Quantized, expert_codes, unpack
+from eacmoe_lightning.grid import Quantized, expert_codes, one_or_each, unpack
 
 LEVELS = ("portable", "avx2", "avx512")  # instruction sets of the C++ kernels; avx512 includes BF16, VNNI and VBMI
 INTERFACE = 2  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
@@ -176,6 +179,48 @@ def _experts(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bit
 
 
 @cache
+def triton_kernels() -> ModuleType | None:
+    """The kernels for CUDA; None without Triton, or where EACMOE_CUDA=decode asks for decoding.
+
+    Raises:
+        ValueError: EACMOE_CUDA is neither `triton` nor `decode`.
+    """
+    chosen = os.environ.get("EACMOE_CUDA", "triton")
+    if chosen not in ("triton", "decode"):
+        raise ValueError(f"EACMOE_CUDA={chosen!r} is neither 'triton' nor 'decode'")
+    if chosen == "decode":
+        return None
+    try:
+        return import_module("eacmoe_lightning.triton_kernels")
+    except ImportError as error:
+        warnings.warn(f"packed models will run slowly on this GPU, without Triton ({error})", stacklevel=2)
+        return None
+
+
+def _linear_cuda(x, codes, scale, zero_point, bias, bits, int8):
+    own = triton_kernels()
+    if own is None or not own.takes(x, scale, widths=(x.shape[-1],)):
+        return _linear(x, codes, scale, zero_point, bias, bits, int8)
+    return own.linear(x, codes, scale, zero_point, bias, bits)
+
+
+def _experts_cuda(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, *rest):
+    down_codes, down_scale, down_zero_point, down_bias, down_bits, gated, activation, _ = rest
+    own, width = triton_kernels(), _width(down_codes, down_scale, down_bits)
+    if own is None or not own.takes(x, up_scale, down_scale, widths=(x.shape[-1], width)):
+        return _experts(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, *rest)
+    up = up_codes, up_scale, up_zero_point, up_bias, one_or_each(up_bits)
+    down = down_codes, down_scale, down_zero_point, down_bias, one_or_each(down_bits)
+    return own.experts(x, ids, weights, up, down, lambda hidden: activate(hidden, gated, activation))
+
+
+def _width(codes: Tensor, scale: Tensor, bits: list[int]) -> int:
+    """in_features of a stack of experts."""
+    num_experts, out_features, _ = scale.shape
+    return codes.numel() * 8 // (out_features * sum(bits) * (num_experts if len(bits) == 1 else 1))
+
+
+@cache
 def _each(bits: tuple[int, ...]) -> ctypes.Array:
     """Bits of each expert as the kernels read them."""
     return (ctypes.c_uint8 * len(bits))(*bits)
@@ -190,12 +235,8 @@ def _experts_cpu(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up
     x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
     up_bias = None if up_bias is None else up_bias.float().contiguous()
     down_bias = None if down_bias is None else down_bias.float().contiguous()
-    (num_experts, out_features), up_each, down_each = down_scale.shape[:2], None, None
-    width = down_codes.numel() * 8 // (out_features * sum(down_bits) * (num_experts if len(down_bits) == 1 else 1))
-    if len(up_bits) > 1:
-        up_each = _each(tuple(up_bits))
-    if len(down_bits) > 1:
-        down_each = _each(tuple(down_bits))
+    width = _width(down_codes, down_scale, down_bits)
+    up_each, down_each = (_each(tuple(bits)) if len(bits) > 1 else None for bits in (up_bits, down_bits))
     out = torch.empty_like(x)
     library().eacmoe_experts(
         LEVELS.index(level()),
@@ -221,7 +262,9 @@ def _experts_cpu(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up
 
 _ops.impl("linear", _linear_cpu, "CPU")
 _ops.impl("experts", _experts_cpu, "CPU")
-for _device in ("CUDA", "MPS", "XPU"):
+_ops.impl("linear", _linear_cuda, "CUDA")
+_ops.impl("experts", _experts_cuda, "CUDA")
+for _device in ("MPS", "XPU"):
     _ops.impl("linear", _linear, _device)
     _ops.impl("experts", _experts, _device)
 
