@@ -7,7 +7,8 @@ apply.py       `pesf`, `skipping`, `set_skipping`
 """
 
 from eacmoe_lightning.skipping.apply import current_rule, pesf, set_skipping, skipping
+from eacmoe_lightning.skipping.baselines import EES, ODP, Truncation
 from eacmoe_lightning.skipping.decode import Demand
 from eacmoe_lightning.skipping.rules import PESF, Rule
 
-__all__ = ["PESF", "Demand", "Rule", "current_rule", "pesf", "set_skipping", "skipping"]
+__all__ = ["EES", "ODP", "PESF", "Demand", "Rule", "Truncation", "current_rule", "pesf", "set_skipping", "skipping"]

@@ -20,8 +20,8 @@ class SkipReport:
 
     FIELDS = ("pairs", "dropped", "sequence_experts", "sequence_skipped", "batch_experts", "batch_untouched")
 
-    def __init__(self, num_blocks: int, num_experts: int) -> None:
-        self.num_blocks, self.num_experts = num_blocks, num_experts
+    def __init__(self, num_experts: list[int]) -> None:
+        self.num_experts = num_experts  # of each MoE block
         self.clear()
 
     def clear(self) -> None:
@@ -29,19 +29,22 @@ class SkipReport:
 
     def add(self, block: int, tokens: Tokens, decision: Decision) -> None:
         """Counts one block's decision: no host sync."""
+        num_experts = self.num_experts[block]
         phase = DECODE if tokens.is_step else PREFILL
         ids = decision.ids.view(*tokens.shape, -1)
         if phase not in self.sums:
-            self.sums[phase] = torch.zeros(self.num_blocks, len(self.FIELDS), device=ids.device, dtype=torch.float64)
+            self.sums[phase] = torch.zeros(
+                len(self.num_experts), len(self.FIELDS), device=ids.device, dtype=torch.float64
+            )
         pairs = tokens.real.sum() * ids.shape[-1]
-        dropped = ((ids == self.num_experts) & tokens.real.unsqueeze(-1)).sum()
+        dropped = ((ids == num_experts) & tokens.real.unsqueeze(-1)).sum()
         kept = decision.kept
         nothing = torch.zeros_like(pairs)
         if kept is None:
             sequences, skipped, batch, untouched = nothing, nothing, nothing, nothing
         else:
             filled = tokens.real.any(1)  # a sequence of padding alone skips nothing and says nothing
-            sequences, batch = filled.sum() * self.num_experts, filled.any() * self.num_experts
+            sequences, batch = filled.sum() * num_experts, filled.any() * num_experts
             skipped = (~kept & filled.unsqueeze(1)).sum()
             untouched = (~kept | ~filled.unsqueeze(1)).all(0).sum() * filled.any()
         self.sums[phase][block] += torch.stack([pairs, dropped, sequences, skipped, batch, untouched])

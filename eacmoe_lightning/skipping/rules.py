@@ -25,7 +25,8 @@ class Place:
 
     index: int  # among the MoE blocks
     router: nn.Module
-    importance: Tensor | None = None  # [B, T] of the block's tokens, for rules that ask for it
+    inputs: Tensor | None = None  # [N, D] or [B, T, D], what the router is given
+    attention: Tensor | None = None  # [B, heads, T, past + T] of this block, for rules that ask for it
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None  # the router's rule for weights, once it is known
 
 
@@ -44,12 +45,12 @@ class Rule:
 
     name: ClassVar[str] = "none"
     remembers: ClassVar[bool] = False  # whether it keeps something of each sequence between passes
-    needs_importance: ClassVar[bool] = False  # whether it asks for the tokens' attention importance
+    needs_attention: ClassVar[bool] = False  # whether it asks for attention weights
 
     def decide(self, place: Place, routing: Routing, tokens: Tokens) -> Decision:
         return Decision(routing.ids, routing.weights)
 
-    def check(self, num_blocks: int, num_experts: int, top_k: int) -> None:
+    def check(self, num_blocks: int, top_k: int) -> None:
         """Raises ValueError where the rule does not fit a model."""
 
     def to_dict(self) -> dict[str, Any]:

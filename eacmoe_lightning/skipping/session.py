@@ -34,11 +34,12 @@ class Session:
     def __init__(self, model: PreTrainedModel, rule: Rule) -> None:
         self.model, self.rule, self.moe = model, rule, MoEModel(model)
         self.places = [Place(i, block.router) for i, block in enumerate(self.moe.moe_blocks)]
-        self.report = SkipReport(len(self.places), self.moe.num_experts)
+        self.report = SkipReport([block.num_experts for block in self.moe.moe_blocks])
         self.handles: list[Any] = []
         self.tokens: Tokens | None = None
         self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
-        rule.check(len(self.places), self.moe.num_experts, self.moe.top_k)
+        self.attention_before: str | None = None
+        rule.check(len(self.places), self.moe.top_k)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model take its rule with them, and no sequence."""
@@ -58,13 +59,23 @@ class Session:
         ]
         for place in self.places:
             self.handles.append(place.router.register_forward_hook(partial(self._route, place)))
+        if self.rule.needs_attention:
+            self.attention_before = self.model.config._attn_implementation
+            self.model.set_attn_implementation("eager")
+            for place, block in zip(self.places, self.moe.moe_blocks, strict=True):
+                for child in block.layer.children():
+                    self.handles.append(child.register_forward_hook(partial(_keep_attention, place)))
 
     def detach(self) -> None:
         for handle in self.handles:
             handle.remove()
         for block in self.moe.moe_blocks:
             block.experts.module._is_expert_parallel = False
-        self.handles, self.tokens = [], None
+        if self.attention_before is not None:
+            self.model.set_attn_implementation(self.attention_before)
+        for place in self.places:
+            place.inputs = place.attention = None
+        self.handles, self.tokens, self.attention_before = [], None, None
         self.memories.clear()
 
     # --- the hooks, in the order in which they run -------------------------------------------------------
@@ -85,8 +96,13 @@ class Session:
                 f"the router of MoE block {place.index} was given {len(ids)} tokens, and the model {batch} x {length}: "
                 "they cannot be told apart by sequence, so no expert can be skipped"
             )
+        if self.rule.needs_attention:
+            if place.attention is None:
+                raise ValueError(f"MoE block {place.index} gives no attention weights, and {self.rule.name} needs them")
+            place.inputs = args[0]
         decision = self.rule.decide(place, Routing(logits, ids, weights), self.tokens)
         self.report.add(place.index, self.tokens, decision)
+        place.inputs = place.attention = None
         return logits, decision.weights, decision.ids
 
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -96,6 +112,12 @@ class Session:
         if cache not in self.memories:
             _follow(cache, self.memories)
         self.memories[cache] = self.tokens.memory
+
+
+def _keep_attention(place: Place, module: nn.Module, args: tuple, output: Any) -> None:
+    """Of a layer's parts, attention is the one that returns (hidden, weights [B, heads, T, keys])."""
+    if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
+        place.attention = output[1]
 
 
 def _check_can_skip(block: Block, top_k: int) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from eacmoe_lightning.skipping.apply import current_rule, set_skipping
+from eacmoe_lightning.skipping.baselines import EES, ODP, Truncation
 from eacmoe_lightning.skipping.decode import Demand
 from eacmoe_lightning.skipping.rules import PESF, Rule
 
 KEY = "expert_skipping"  # in config.json
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (PESF,)}
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (PESF, EES, ODP, Truncation)}
 
 
 def stored_rule(model: PreTrainedModel) -> dict[str, Any]:

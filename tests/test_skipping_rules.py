@@ -1,0 +1,262 @@
+"""Skipping behind the prompt, and the baselines: against sequential and brute-force references, and by hand."""
+
+import math
+
+import pytest
+import tiny_models
+import torch
+from test_pesf import error, padded, random_ids, skewed_model
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import eacmoe_lightning
+from eacmoe_lightning.adapter import MoEModel, Routing
+from eacmoe_lightning.skipping import EES, ODP, PESF, Demand, Truncation, current_rule, set_skipping, skipping
+from eacmoe_lightning.skipping.baselines import mean_attention_received, median_ratios, most_important
+from eacmoe_lightning.skipping.rules import Place
+from eacmoe_lightning.skipping.stored import read_rule
+from eacmoe_lightning.skipping.tokens import Tokens
+
+# --- decode -----------------------------------------------------------------------------------------------------------
+
+
+def decode_reference(model: PreTrainedModel, ids: Tensor, prompt: int, alpha: float, half_life: float) -> Tensor:
+    """Logits [T, V] of one sequence in one pass, with what `Demand` says written as loops over tokens and experts."""
+
+    def choose(router, args, output):
+        logits, weights, chosen = output
+        weights, (length, top_k), num_experts = weights.clone(), chosen.shape, logits.shape[1]
+        counts = [0.0] * num_experts
+        for row in chosen[:prompt].tolist():
+            for e in row:
+                counts[e] += 1
+        for t in range(prompt):
+            for k in range(top_k):
+                if counts[int(chosen[t, k])] < alpha * prompt * top_k / num_experts:
+                    weights[t, k] = 0
+        retention = 2 ** (-1 / half_life)
+        scale = min(1.0, 1 / (1 - retention) / prompt)
+        demand = [c * scale for c in counts]
+        for t in range(prompt, length):
+            demand = [d * retention for d in demand]
+            for e in chosen[t].tolist():
+                demand[e] += 1
+            first = float(weights[t].max())
+            for k in range(top_k):
+                is_rare = demand[int(chosen[t, k])] < alpha * sum(demand) / num_experts
+                if is_rare and float(weights[t, k]) < first:
+                    weights[t, k] = 0
+        return logits, weights, chosen
+
+    handles = [block.router.register_forward_hook(choose) for block in MoEModel(model).moe_blocks]
+    logits = model(ids.unsqueeze(0), use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def stepwise(model: PreTrainedModel, ids: Tensor, prompt: int, mask: Tensor | None = None) -> Tensor:
+    """Logits [B, T, V] of a prompt and one token after another."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    out = model(ids[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True)
+    logits = [out.logits]
+    for t in range(prompt, ids.shape[1]):
+        step = {"attention_mask": mask[:, : t + 1], "past_key_values": out.past_key_values}
+        out = model(ids[:, t : t + 1], **step, use_cache=True)
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("half_life", [8.0, 500.0])
+@torch.no_grad()
+def test_decode_follows_the_algorithm_token_by_token(half_life):
+    model, ids = skewed_model(), random_ids(2, 64)
+    rule = PESF(0.7, decode=Demand(half_life))
+    with skipping(model, rule) as report:
+        got = stepwise(model, ids, 40)
+    assert report.summary("decode")["pairs_dropped"] > 0.02
+    for row, own in zip(got, ids, strict=True):
+        assert error(row.unsqueeze(0), decode_reference(model, own, 40, 0.7, half_life).unsqueeze(0)) < 1e-5
+    mask = padded([64, 57], "left")
+    with skipping(model, rule):
+        padded_rows = stepwise(model, ids, 40, mask)
+        alone = stepwise(model, ids[1:, 7:], 33)
+    assert error(padded_rows[1:, 7:], alone) < 1e-5
+
+
+def test_demand_by_hand():
+    demand = Demand(half_life=1)  # retention 1/2: a long past weighs 2 tokens
+    start = demand.start(torch.tensor([[6, 2, 0], [1, 1, 0]]), top_k=2)  # 4 tokens, and 1
+    assert start.tolist() == [[3, 1, 0], [1, 1, 0]]
+    after = demand.step(start, torch.tensor([[1, 2], [0, 2]]), torch.tensor([True, False]))
+    assert after.tolist() == [[1.5, 1.5, 1], [0.5, 0.5, 0]]
+
+
+def test_an_expert_comes_back_at_once_or_when_it_is_asked_for_again():
+    rule, place, memory = PESF(1.0, decode=Demand(half_life=16)), Place(0, torch.nn.Identity()), {}
+
+    def decide(chosen: list[int], weights: list[float], times: int = 1) -> list[int]:
+        routing = Routing(torch.zeros(times, 4), torch.tensor([chosen] * times), torch.tensor([weights] * times))
+        tokens = Tokens(torch.ones(1, times).bool(), memory, is_continued=bool(memory))
+        return rule.decide(place, routing, tokens).ids[-1].tolist()
+
+    assert decide([0, 1], [0.6, 0.4], times=40) == [0, 1]
+    assert decide([0, 2], [0.6, 0.4]) == [0, 4]  # 2 was never asked for
+    assert decide([2, 0], [0.6, 0.4]) == [2, 0]  # here it is the first choice
+    ran = [decide([0, 2], [0.6, 0.4]) == [0, 2] for _ in range(30)]
+    # demand of 2 after n more: (2 + n) against a mean of about 23.6 * 2 / 4
+    assert ran == sorted(ran) and 8 < ran.index(True) < 25
+
+
+@torch.no_grad()
+def test_generations_begin_anew_and_beams_take_their_demand_along():
+    model, ids = skewed_model(), random_ids(2, 40)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    with eacmoe_lightning.pesf(model, alpha=0.7, decode=True):
+        first = model.generate(ids, **options)
+        assert torch.equal(model.generate(ids, **options), first)
+        assert torch.equal(model.generate(ids, **options, cache_implementation="static"), first)
+        assert torch.equal(model.generate(ids, **options, cache_implementation="static"), first)
+        beams = model.generate(
+            ids, **options, num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True
+        )
+        for row, score in zip(beams.sequences, beams.sequences_scores, strict=True):
+            # replayed alone, a beam has the likelihood that it was given: its demand was its own
+            steps = stepwise(model, row.unsqueeze(0), 40)[0, 39:-1].log_softmax(-1)
+            own = steps.gather(1, row[40:].unsqueeze(1)).sum() / 12
+            assert own == pytest.approx(float(score), abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_selected_from_or_repeated_and_one_that_is_cropped():
+    model, ids = skewed_model(), random_ids(3, 50)
+    token = random_ids(3, 1, seed=1)
+    with eacmoe_lightning.pesf(model, alpha=0.7, decode=True):
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        cache.batch_repeat_interleave(2)
+        got = model(token[[2, 2, 0, 0]], past_key_values=cache).logits
+        want = stepwise(model, torch.cat([ids, token], 1)[[2, 2, 0, 0]], 50)[:, -1:]
+        assert error(got, want) < 1e-5
+        with pytest.raises(ValueError, match="taken back from the cache"):
+            cache.crop(-1)
+
+
+@torch.no_grad()
+def test_a_prompt_in_pieces_counts_as_one():
+    model, ids = skewed_model(), random_ids(2, 60)
+    with eacmoe_lightning.pesf(
+        model, alpha=1e-4, decode=Demand(rescue=0)
+    ):  # nothing is dropped: the same hidden states
+        whole, pieces = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        model(ids, past_key_values=whole)
+        for piece in ids.split(20, 1):
+            model(piece, past_key_values=pieces)
+        memories = model._expert_skipping.memories
+        assert memories[whole].keys() == memories[pieces].keys()
+        assert all(torch.equal(memories[whole][name], memories[pieces][name]) for name in memories[whole])
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def weights_under(model: PreTrainedModel, rule, ids: Tensor, mask: Tensor | None = None):
+    """(ids, weights) that the first MoE block runs with and without a rule, each [N, K]."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def see() -> None:
+        router = MoEModel(model).moe_blocks[0].router
+        handle = router.register_forward_hook(lambda m, a, out: seen.append((out[2], out[1])))
+        model(ids, attention_mask=mask, use_cache=False)
+        handle.remove()
+
+    see()
+    with skipping(model, rule):
+        see()
+    return seen
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+@torch.no_grad()
+def test_truncation_is_the_model_with_a_smaller_top_k(experts):
+    model, ids = tiny_models.build("deepseek"), random_ids(2, 24)
+    model.config._experts_implementation = experts
+    with skipping(model, Truncation(survivors="keep")) as report:  # ceil(2 * 3 / 3) = 2
+        got = model(ids).logits
+    assert report.summary()["pairs_dropped"] == pytest.approx(1 / 3)
+    fewer = tiny_models.build("deepseek")
+    for block in MoEModel(fewer).moe_blocks:
+        block.router.top_k = 2
+    assert error(got, fewer(ids).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_ees_drops_the_last_expert_of_half_the_tokens_it_was_calibrated_on():
+    model, ids = tiny_models.build("qwen2_moe"), random_ids(4, 31)
+    rule = EES.calibrate(model, ids, batch_size=3)
+    (plain_ids, plain), (ids_run, run) = weights_under(model, rule, ids)
+    ratio = plain.min(1).values / plain.max(1).values
+    weak = ratio < ratio.median()
+    assert rule.ratios[0] == pytest.approx(float(ratio.median())) and weak.sum() == (4 * 31 - 1) // 2
+    assert torch.equal((ids_run == 8).any(1), weak)
+    assert torch.equal(ids_run[~weak], plain_ids[~weak])
+    torch.testing.assert_close(run.sum(1), plain.sum(1))  # renormalised
+    assert torch.equal(run[weak].max(1).indices, plain[weak].max(1).indices)
+
+
+@torch.no_grad()
+def test_odp_is_ees_but_for_protected_tokens():
+    model, ids, mask = tiny_models.build("qwen3_moe"), random_ids(2, 50), padded([50, 40], "left")
+    ratios = median_ratios(model, ids)
+    before = model.config._attn_implementation
+    _, (ees, _) = weights_under(model, EES(ratios), ids, mask)
+    _, (none, _) = weights_under(model, ODP(ratios, protected=0), ids, mask)
+    _, (some, _) = weights_under(model, ODP(ratios, protected=0.2), ids, mask)
+    (full, _), (all_of_them, _) = weights_under(model, ODP(ratios, protected=1.0), ids, mask)
+    real = mask.flatten().bool()
+    assert torch.equal(none[real], ees[real]) and torch.equal(all_of_them[real], full[real])
+    changed = ((some != ees).any(1) & real).view(2, 50).sum(1)
+    assert 0 < changed[0] <= 10 and 0 < changed[1] <= 8
+    assert model.config._attn_implementation == before
+
+
+def test_importance_by_hand():
+    attention = torch.tensor([[[[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.2, 0.6]]]])
+    all_real = torch.ones(1, 3).bool()
+    received = mean_attention_received(attention, all_real)
+    torch.testing.assert_close(received, torch.tensor([[1.7 / 3, 0.7 / 2, 0.6]]))
+    padded_last = torch.tensor([[True, True, False]])
+    torch.testing.assert_close(mean_attention_received(attention, padded_last)[0, :2], torch.tensor([1.5 / 2, 0.5]))
+    importance = torch.tensor([[3.0, 1.0, 2.0, 9.0]])
+    assert most_important(importance, torch.tensor([[True, True, True, False]]), 0.7).tolist() == [
+        [True, False, True, False]
+    ]
+
+
+@torch.no_grad()
+def test_baselines_generate_and_are_stored():
+    model, ids = tiny_models.build("mixtral"), random_ids(2, 30)
+    ratios = median_ratios(model, ids)
+    for rule in (EES(ratios), ODP(ratios), Truncation(1)):
+        set_skipping(model, rule)
+        assert current_rule(model) == rule == read_rule(rule.to_dict())
+        model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        report = model._expert_skipping.report
+        assert report.summary("prefill")["dropped"] > 0 and report.summary("decode")["dropped"] > 0
+
+
+def test_bad_arguments_are_refused_by_name():
+    model = tiny_models.build("mixtral")
+    for make, message in [
+        (lambda: Demand(half_life=0), "half_life=0 must be a positive"),
+        (lambda: Demand(half_life=math.inf), "half_life=inf"),
+        (lambda: Demand(rescue=-0.1), r"rescue=-0.1 is not in \[0, 1\]"),
+        (lambda: ODP((0.5,), protected=2), r"protected=2 is not in \[0, 1\]"),
+        (lambda: Truncation(survivors="reroute"), "survivors='reroute' is none of keep, renormalize"),
+        (lambda: set_skipping(model, Truncation(3)), "top_k=3 is not between 1 and the 2 experts"),
+        (lambda: set_skipping(model, EES((0.5,))), "ees has 1 ratios and the model 3 MoE blocks"),
+        (lambda: EES.calibrate(model, random_ids(2, 8)[:0]), "no calibration window"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
