@@ -24,7 +24,6 @@ from transformers.utils import cached_file
 
 import eacmoe_lightning.deepseek  # noqa: F401  (registers model_type "deepseek")
 from eacmoe_lightning.forced_selection import forced_weights
-from eacmoe_lightning.packed_modules import PackedWeight
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny-moe"
 
@@ -403,7 +402,7 @@ def _find_parts(index: int, name: str, layer: nn.Module) -> Block:
     block = Block(index, name, layer)
     for path, module in layer.named_modules():
         down = getattr(module, "down_proj", None)
-        if isinstance(down, nn.Parameter | PackedWeight) and len(down.shape) == 3:
+        if len(getattr(down, "shape", ())) == 3:  # a stack: dense, packed or offloaded
             block.experts, block.experts_name = Experts(module), path
     if block.is_moe:
         moe_name = block.experts_name.rpartition(".")[0]

@@ -1,0 +1,216 @@
+"""The cache between the compressed store and the computing: bounded bytes, who stays, who is fetched ahead.
+
+A block opens a `Window` on the experts that it is about to run. Those in the cache are kept there, the others begin to
+be fetched, as many as have room; each is waited for when it is asked for, and gives its room back when the next is. All
+bookkeeping happens in the thread that runs the model; workers only fill slots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.offload.counters import Counters
+from eacmoe_lightning.offload.fetch import Fetcher
+from eacmoe_lightning.offload.policy import Place, Policy
+from eacmoe_lightning.offload.slots import Slots, nbytes_of
+from eacmoe_lightning.offload.store import ExpertStore, Key
+
+
+@dataclass
+class Entry:
+    """One expert in the cache."""
+
+    slot: int
+    future: Future[float] | None  # None: it is there
+    is_prediction: bool  # prefetched and not asked for yet
+    is_pinned: bool = False  # in use, or about to be
+
+    @property
+    def is_ready(self) -> bool:
+        return self.future is None or self.future.done()
+
+
+class ExpertCache:
+    """Experts of the blocks of one layout.
+
+    Args:
+        slots: where they lie.
+    """
+
+    def __init__(self, slots: Slots, store: ExpertStore, fetcher: Fetcher, policy: Policy, counters: Counters) -> None:
+        self.slots, self.store, self.fetcher, self.policy, self.counters = slots, store, fetcher, policy, counters
+        self.projections = tuple(name for name, _ in slots.layout)
+        self.expert_bytes = nbytes_of(slots.layout)
+        self.entries: dict[Place, Entry] = {}
+        self.free = list(range(slots.capacity))[::-1]
+
+    @property
+    def capacity(self) -> int:
+        return self.slots.capacity
+
+    def window(self, block: int, experts: Sequence[int]) -> Window:
+        """What `with` opens on experts that will be asked for in this order."""
+        return Window(self, block, experts)
+
+    def prefetch(self, block: int, experts: Sequence[int]) -> None:
+        """Begins to fetch experts that are likely to be asked for, the likeliest first, while there is room."""
+        predicted = {(block, expert) for expert in experts}
+        for expert in experts:
+            if (block, expert) not in self.entries and not self.start((block, expert), True, predicted):
+                return
+
+    def start(self, place: Place, is_prediction: bool, spare: Collection[Place] = ()) -> bool:
+        """Begins to fetch an expert; False where no slot can be freed (those of `spare` are not)."""
+        slot = self._room(spare)
+        if slot is None:
+            return False
+        self.entries[place] = Entry(
+            slot, self.fetcher.submit(self.slots.loader(slot, self._records(place))), is_prediction
+        )
+        self.counters.prefetches += is_prediction
+        self._count_bytes(place, 1)
+        return True
+
+    def wait(self, place: Place) -> int:
+        """The slot of an expert whose fetch has begun, when it is filled.
+
+        Raises:
+            RecordError: its record is damaged.
+        """
+        entry = self.entries[place]
+        if entry.future is not None:
+            try:
+                self.counters.decode_seconds += entry.future.result()
+            except BaseException:
+                self.free.append(self.entries.pop(place).slot)
+                raise
+            entry.future = None
+        return entry.slot
+
+    def drop_queued(self, wanted: Collection[Place]) -> None:
+        """Takes predictions back that are not wanted and that no worker has begun with."""
+        for place, entry in list(self.entries.items()):
+            if entry.future is not None and not entry.is_pinned and place not in wanted and entry.future.cancel():
+                self.free.append(self.entries.pop(place).slot)
+                self.counters.prefetches -= 1
+                self._count_bytes(place, -1)
+
+    def wait_for_room(self) -> None:
+        """Waits until some prediction is there, which may then leave."""
+        wait(
+            [e.future for e in self.entries.values() if not e.is_pinned and not e.is_ready], return_when=FIRST_COMPLETED
+        )
+
+    def _room(self, spare: Collection[Place]) -> int | None:
+        if self.free:
+            return self.free.pop()
+        idle = (p for p, entry in self.entries.items() if not entry.is_pinned and entry.is_ready and p not in spare)
+        victim = self.policy.victim(idle)
+        if victim is None:
+            return None
+        entry = self.entries.pop(victim)
+        self.counters.evictions += 1
+        self.counters.useless_prefetches += entry.is_prediction
+        return entry.slot
+
+    def _records(self, place: Place) -> tuple[tuple[int, int, str], ...]:
+        keys = [Key(*place, projection) for projection in self.projections]
+        return tuple((*self.store.places[key], self.store.name_of(key)) for key in keys)
+
+    def _count_bytes(self, place: Place, sign: int) -> None:
+        moved = sum(self.store.places[Key(*place, projection)][1] for projection in self.projections)
+        self.counters.bytes_moved += sign * moved
+        self.counters.bytes_saved += sign * (self.expert_bytes - moved)
+
+
+class Window:
+    """The experts that a block is about to run, in this order.
+
+    Attributes:
+        fits: all of them have a slot at once.
+    """
+
+    def __init__(self, cache: ExpertCache, block: int, experts: Sequence[int]) -> None:
+        self.cache, self.block, self.experts = cache, block, list(experts)
+        self.fits = len(self.experts) <= cache.capacity
+        self.next = 0  # the first of them whose fetch may not have begun
+        self.current: int | None = None
+
+    def __enter__(self) -> Window:
+        cache, places = self.cache, [(self.block, expert) for expert in self.experts]
+        cache.drop_queued(places)
+        for place in places:
+            cache.policy.used(place)
+            entry = cache.entries.get(place)
+            if entry is None:
+                cache.counters.misses += 1
+                continue
+            cache.counters.hits += entry.is_ready
+            cache.counters.late += not entry.is_ready
+            entry.is_prediction, entry.is_pinned = False, self.fits
+        self._go_ahead()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for expert in self.experts:
+            if (entry := self.cache.entries.get((self.block, expert))) is not None:
+                entry.is_pinned = False
+
+    def _go_ahead(self) -> None:
+        """Begins to fetch the next experts, in their order, while slots can be freed."""
+        start = time.perf_counter()
+        while self.next < len(self.experts):
+            place = (self.block, self.experts[self.next])
+            if place not in self.cache.entries and not self.cache.start(place, is_prediction=False):
+                break
+            self.cache.entries[place].is_pinned = True
+            self.next += 1
+        self.cache.counters.stall_seconds += time.perf_counter() - start
+
+    def slot(self, expert: int) -> int:
+        """The slot of an expert, filled; it stays so until another is asked for (or, if all fit, until the end).
+
+        Raises:
+            RecordError: its record is damaged.
+        """
+        if expert != self.current:
+            if self.current is not None and not self.fits:
+                self.cache.entries[self.block, self.current].is_pinned = False
+            self.current = expert
+            self._go_ahead()
+        start = time.perf_counter()
+        while (self.block, expert) not in self.cache.entries:
+            self.cache.wait_for_room()
+            self._go_ahead()
+        slot = self.cache.wait((self.block, expert))
+        self.cache.counters.stall_seconds += time.perf_counter() - start
+        return slot
+
+    def slots(self) -> list[int]:
+        """Of all experts, where they fit."""
+        assert self.fits
+        return [self.slot(expert) for expert in self.experts]
+
+
+class Weights:
+    """Stands for a stacked weight [E, ...] of which each expert is fetched when it is asked for."""
+
+    def __init__(self, window: Window, projection: str) -> None:
+        self.window = window
+        (self.stack,) = window.cache.slots.stack(projection)
+
+    def __getitem__(self, expert: Tensor | int) -> Tensor:
+        return self.stack[self.window.slot(int(expert))]
+
+
+def slot_table(window: Window, num_experts: int, device: torch.device) -> Tensor:
+    """int64 [E + 1]: the slot of each expert of the window; S, which skips, for all others."""
+    table = torch.full((num_experts + 1,), window.cache.capacity, dtype=torch.long)
+    table[torch.tensor(window.experts, dtype=torch.long)] = torch.tensor(window.slots(), dtype=torch.long)
+    return table.to(device, non_blocking=True)

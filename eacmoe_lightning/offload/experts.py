@@ -1,0 +1,139 @@
+"""A block's routed experts, fetched when a token needs them: (hidden [N, D], ids [N, K], weights [N, K]) -> [N, D].
+
+They take the place of transformers' experts module, or of `PackedExperts`, and run that module's own computation on
+weights from the cache; so results are those of the model without offloading, to the bit. An id of num_experts skips its
+pair, and what only skipped pairs would need is never fetched.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from eacmoe_lightning.offload.cache import ExpertCache, Weights, Window, slot_table
+from eacmoe_lightning.offload.jobs import PACKED_NAMES
+from eacmoe_lightning.packed_modules import PackedExperts
+
+Predict = Callable[[int, Tensor], None]  # prefetches for the block behind this one, given its hidden states
+
+
+class OffloadedExperts(nn.Module):
+    """Experts of one block in the cache.
+
+    Args:
+        experts: the module that is replaced; its stacked weights are removed, biases stay.
+        projections: of its weights.
+        block: index of the decoder block.
+        cache: for experts of these shapes.
+        predict: called with the block's index and hidden states [N, D] once its own experts are on their way.
+    """
+
+    def __init__(
+        self, experts: nn.Module, projections: tuple[str, ...], block: int, cache: ExpertCache, predict: Predict
+    ) -> None:
+        super().__init__()
+        self.num_experts = experts.num_experts
+        self.has_gate, self.has_bias, self.is_transposed = experts.has_gate, experts.has_bias, experts.is_transposed
+        self.block, self.projections = block, projections
+        self.has_warned = False
+        self.stack_shape = tuple(experts.down_proj.shape)
+        for projection in projections:
+            delattr(experts, projection)
+        for name, bias in list(experts.named_parameters(recurse=False)):
+            self.register_parameter(name, bias)
+        self.hidden = (experts, cache, predict)  # no submodules: nothing of them is saved or moved
+
+    @property
+    def inner(self) -> nn.Module:
+        return self.hidden[0]
+
+    @property
+    def cache(self) -> ExpertCache:
+        return self.hidden[1]
+
+    @property
+    def down_proj(self) -> Tensor:
+        """Shape and nothing more: what `MoEModel` knows experts by."""
+        return torch.empty(self.stack_shape, device="meta")
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        _, cache, predict = self.hidden
+        rows, needed = hidden_states.reshape(-1, hidden_states.shape[-1]), self.needed(top_k_index)
+        with cache.window(self.block, needed) as window:
+            predict(self.block, rows)
+            out = self.compute(window, rows, top_k_index, top_k_weights)
+        return out.view(hidden_states.shape)
+
+    def needed(self, ids: Tensor) -> list[int]:
+        """The experts that some pair runs, in order."""
+        needed = [expert for expert in ids.unique().tolist() if 0 <= expert < self.num_experts]
+        cache = self.cache
+        if len(needed) > cache.capacity:
+            cache.counters.passes += 1
+            if not self.has_warned:
+                self.has_warned = True
+                warnings.warn(
+                    f"block {self.block} needs {len(needed)} experts at once, and the cache holds {cache.capacity}: "
+                    "they are run in several passes and decoded anew each time, which is slower. All experts of a "
+                    f"block take {cache.expert_bytes * self.num_experts} bytes (cache_bytes)",
+                    stacklevel=2,
+                )
+        return needed
+
+    def compute(self, window: Window, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """With the experts implementation that the config names, where it can be had."""
+        experts, cache = self.inner, window.cache
+        chosen = experts.config._experts_implementation
+        if chosen == "eager" or self.has_bias or not window.fits:  # one expert after another
+            for projection in self.projections:
+                self._set(projection, Weights(window, projection))
+            return type(experts).forward.__wrapped__(experts, x, ids, weights)
+        table = slot_table(window, self.num_experts, x.device)
+        for projection in self.projections:
+            self._set(projection, *cache.slots.stack(projection))
+        experts.num_experts, experts._is_expert_parallel = cache.capacity, True  # so that the id S is skipped
+        try:
+            return ALL_EXPERTS_FUNCTIONS[chosen](experts, x, table[ids], weights)
+        finally:
+            experts.num_experts, experts._is_expert_parallel = self.num_experts, False
+
+    def _set(self, projection: str, weight: Any) -> None:
+        self.inner.__dict__[projection] = weight  # not a parameter: it belongs to the cache
+
+    def extra_repr(self) -> str:
+        return f"block={self.block}, num_experts={self.num_experts}, slots={self.cache.capacity}"
+
+
+class OffloadedPackedExperts(OffloadedExperts):
+    """The same for `PackedExperts`: codes come into the cache as codes, and the kernels run on them there."""
+
+    def __init__(
+        self, experts: PackedExperts, projections: tuple[str, ...], block: int, cache: ExpertCache, predict: Predict
+    ) -> None:
+        weights = {projection: getattr(experts, projection) for projection in projections}
+        super().__init__(experts, projections, block, cache, predict)
+        for projection, weight in weights.items():
+            stack = copy.copy(weight)
+            stack._buffers = dict(zip(PACKED_NAMES, cache.slots.stack(projection), strict=True))
+            stack.shape = torch.Size((cache.capacity, *weight.shape[1:]))
+            self._set(projection, stack)
+        experts.num_experts = cache.capacity
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        _, cache, predict = self.hidden
+        rows, needed = hidden_states.reshape(-1, hidden_states.shape[-1]), self.needed(top_k_index)
+        out = None
+        for start in range(0, max(len(needed), 1), cache.capacity):
+            with cache.window(self.block, needed[start : start + cache.capacity]) as window:
+                if start + cache.capacity >= len(needed):
+                    predict(self.block, rows)
+                ids = slot_table(window, self.num_experts, rows.device)[top_k_index]
+                some = self.inner(rows, ids, top_k_weights)
+            out = some if out is None else out.float() + some.float()
+        return out.to(rows.dtype).view(hidden_states.shape)

@@ -1,0 +1,79 @@
+"""Decoding one expert from the store's bytes into the arena: what threads and worker processes do alike."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.offload.codecs import codec_of, decode, decode_packed
+from eacmoe_lightning.offload.codecs.packed import PackedCodes, empty_packed
+from eacmoe_lightning.offload.codecs.record import Header
+
+PACKED_NAMES = ("codes", "scale", "zero_point")
+
+
+class Part(NamedTuple):
+    """One tensor of an expert in memory: a dense weight, or codes, scale or zero point."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Job:
+    """One expert.
+
+    Attributes:
+        records: of each weight: offset and length in the store, and what errors call it.
+        parts: of each weight: its tensors.
+        offsets: where the tensors begin in the arena, in the order of `parts`.
+    """
+
+    records: tuple[tuple[int, int, str], ...]
+    parts: tuple[tuple[Part, ...], ...]
+    offsets: tuple[int, ...]
+
+
+def parts_of(header: Header, packed: bool) -> tuple[Part, ...]:
+    """The tensors that a record becomes: the dense weight, or its packed ones."""
+    if not packed:
+        return (Part("weight", header.shape, header.torch_dtype),)
+    with torch.device("meta"):
+        tensors = empty_packed(header)
+    return tuple(Part(name, tuple(t.shape), t.dtype) for name, t in zip(PACKED_NAMES, tensors, strict=True))
+
+
+def is_packed(header: Header) -> bool:
+    return issubclass(codec_of(header), PackedCodes)
+
+
+def tensor_at(arena: Tensor, offset: int, part: Part) -> Tensor:
+    """A part's tensor in the arena."""
+    return arena[offset : offset + part.nbytes].view(part.dtype).view(part.shape)
+
+
+def run(job: Job, store: memoryview, arena: Tensor) -> float:
+    """Decodes; the seconds that it took.
+
+    Raises:
+        RecordError: a record is damaged.
+    """
+    start = time.perf_counter()
+    offsets = iter(job.offsets)
+    for (offset, length, name), parts in zip(job.records, job.parts, strict=True):
+        record = store[offset : offset + length]
+        tensors = tuple(tensor_at(arena, next(offsets), part) for part in parts)
+        if len(tensors) == 1:
+            decode(record, tensors[0], name)
+        else:
+            decode_packed(record, tensors, name)
+    return time.perf_counter() - start

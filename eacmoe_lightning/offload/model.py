@@ -1,0 +1,244 @@
+"""`offload_experts`: puts a model's experts into a compressed store and lets its blocks fetch them from there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eacmoe_lightning.adapter import Block, MoEModel
+from eacmoe_lightning.offload import store as stores
+from eacmoe_lightning.offload.cache import ExpertCache
+from eacmoe_lightning.offload.codecs import Codec, codec_of
+from eacmoe_lightning.offload.codecs import codec as codec_named
+from eacmoe_lightning.offload.codecs.packed import PackedCodes
+from eacmoe_lightning.offload.counters import Counters
+from eacmoe_lightning.offload.experts import OffloadedExperts, OffloadedPackedExperts
+from eacmoe_lightning.offload.fetch import Fetcher, Processes, Threads
+from eacmoe_lightning.offload.jobs import parts_of
+from eacmoe_lightning.offload.memory import Arena
+from eacmoe_lightning.offload.policy import policy
+from eacmoe_lightning.offload.slots import Layout, Plan, Slots, nbytes_of, pin
+from eacmoe_lightning.offload.store import ExpertStore, Key
+from eacmoe_lightning.packed_modules import PackedExperts
+from eacmoe_lightning.store import StoreError
+
+STORE = "experts.eacmoe"  # the file's name in its directory
+
+
+@dataclass
+class Offload:
+    """What an offloaded model is made of; `model.offload` after `offload_experts`.
+
+    Attributes:
+        store: the compressed experts.
+        caches: one for each shape of experts.
+        counters: what happened so far.
+    """
+
+    store: ExpertStore
+    caches: list[ExpertCache]
+    counters: Counters
+    fetcher: Fetcher
+    blocks: list[Block]
+    top_k: int
+    lookahead: float
+
+    def __post_init__(self) -> None:
+        self.successor = {a.index: b for a, b in zip(self.blocks, self.blocks[1:], strict=False)}
+        self.cache_of: dict[int, ExpertCache] = {}
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all experts as they are in the cache, uncompressed (packed ones: packed)."""
+        return sum(self.cache_of[block.index].expert_bytes * block.num_experts for block in self.blocks)
+
+    @property
+    def cache_bytes(self) -> int:
+        """That the caches take when they are full."""
+        return sum(cache.expert_bytes * cache.capacity for cache in self.caches)
+
+    def predict(self, block: int, hidden: Tensor) -> None:
+        """Prefetches what the next block is likely to select: what its router says of this block's hidden states.
+
+        Hidden states change little from block to block. The router is not called but its weights are used, so that
+        hooks on it (PESF) do not see a prediction.
+        """
+        following = self.successor.get(block)
+        if following is None or not self.lookahead or not self.fetcher.is_parallel:
+            return
+        logits = following.router_logits(hidden)
+        ids = logits.topk(self.top_k, dim=-1).indices
+        load = torch.bincount(ids.flatten(), minlength=logits.shape[-1])
+        likely = load.argsort(descending=True, stable=True)[: round(self.lookahead * self.top_k)]
+        likely = likely[load[likely] > 0].tolist()
+        self.cache_of[following.index].prefetch(following.index, likely)
+
+    def close(self) -> None:
+        """Ends workers; the model cannot fetch any more."""
+        self.fetcher.close()
+
+
+def expert_records(blocks: Iterable[Block], how: Codec | None) -> Iterator[tuple[Key, bytes]]:
+    """Every expert's weights as records, one at a time.
+
+    Args:
+        how: for dense experts; packed ones are stored as their codes, plain or entropy-coded (`packed-zstd`).
+    """
+    for block in blocks:
+        experts = block.experts.module
+        for expert in range(block.num_experts):
+            for projection in block.experts.projections:
+                key = Key(block.index, expert, projection)
+                weight = getattr(experts, projection)
+                if isinstance(experts, PackedExperts):
+                    kind = type(how) if isinstance(how, PackedCodes) else PackedCodes
+                    *tensors, bits = weight.expert(expert)
+                    yield key, kind(bits, weight.group_size).encode_packed(tuple(tensors))
+                else:
+                    try:
+                        yield key, how.encode(weight[expert])
+                    except ValueError as error:
+                        raise ValueError(f"block {block.index}, expert {expert}, {projection}: {error}") from error
+
+
+def offload_experts(
+    model: PreTrainedModel,
+    cache_bytes: int | float,
+    codec: str | Codec = "lossless",
+    directory: str | Path | None = None,
+    eviction: Literal["frequency", "lru"] = "frequency",
+    frequencies: Mapping[int, Sequence[float]] | None = None,
+    lookahead: float = 1.0,
+    num_workers: int | None = None,
+) -> Offload:
+    """Compresses the experts of a model in memory, frees them, and lets blocks fetch them when a token needs them.
+
+    Args:
+        model: a causal LM of transformers with routed experts, or a packed one that `load` gave. It is changed.
+        cache_bytes: for uncompressed experts; a float up to 1.0 is that share of all of them.
+        codec: how they are stored (`offload/codecs/base.py`). Packed experts are stored as their codes, whatever is
+            said here, except that `packed-zstd:...` stores them entropy-coded.
+        directory: where the store is written, to be mapped; None: in host memory.
+        eviction: who leaves a full cache: the most rarely selected (`frequency`) or the least recently used (`lru`).
+        frequencies: selections per expert by block index, such as those of `expert_frequency.json`, to begin with.
+        lookahead: how many experts are prefetched for the next block, in multiples of top_k; 0: none.
+        num_workers: threads or processes that decode; None: one less than there are cores, at least 1; 0: experts are
+            decoded by the thread that runs the model.
+
+    Returns:
+        What `model.offload` is from now on; its `counters` say what happens.
+
+    Raises:
+        ValueError: the model has no routed experts, weights are not finite, or the cache holds no expert.
+        StoreError: the disk is full.
+    """
+    moe, how = MoEModel(model), codec_named(codec)
+    about = {"codec": how.specification, "model_type": model.config.model_type}
+    records = expert_records(moe.moe_blocks, how)
+    if directory is None:
+        store = ExpertStore.in_memory(records, about)
+    else:
+        stores.write(Path(directory) / STORE, records, about)
+        store = ExpertStore.open(Path(directory) / STORE)
+    return attach(moe, store, cache_bytes, eviction, frequencies, lookahead, num_workers)
+
+
+def attach(
+    moe: MoEModel,
+    store: ExpertStore,
+    cache_bytes: int | float,
+    eviction: Literal["frequency", "lru"] = "frequency",
+    frequencies: Mapping[int, Sequence[float]] | None = None,
+    lookahead: float = 1.0,
+    num_workers: int | None = None,
+) -> Offload:
+    """Replaces a model's experts (dense, packed, or still without memory) by a store's; see `offload_experts`."""
+    counters, blocks = Counters(), moe.moe_blocks
+    layouts = {block.index: layout_of(block, store) for block in blocks}
+    plans = plan(layouts, {block.index: block.num_experts for block in blocks}, cache_bytes)
+    device, count = moe.device, _num_workers(num_workers)
+    device = torch.device("cpu") if device.type == "meta" else device
+    if device.type != "cpu":
+        for each in plans:
+            each.in_arena = max(count, 1)
+    for before, each in zip(plans, plans[1:], strict=False):
+        each.start = before.start + before.nbytes
+    arena = Arena(plans[-1].start + plans[-1].nbytes)
+    if device.type == "cuda":
+        pin(arena)
+    if not count:
+        fetcher = Fetcher(store, arena, counters)
+    else:
+        in_threads = all(codec_of(store.header(key)).releases_gil for key in store)
+        fetcher = (Threads if in_threads else Processes)(store, arena, counters, count)
+    who = policy(eviction, frequencies)
+    caches = {each.layout: ExpertCache(Slots(each, arena, device), store, fetcher, who, counters) for each in plans}
+    handle = Offload(store, list(caches.values()), counters, fetcher, blocks, moe.top_k, lookahead)
+    for block in blocks:
+        cache = handle.cache_of[block.index] = caches[layouts[block.index]]
+        experts = block.experts.module
+        kind = OffloadedPackedExperts if isinstance(experts, PackedExperts) else OffloadedExperts
+        offloaded = kind(experts, block.experts.projections, block.index, cache, handle.predict)
+        block.layer.set_submodule(block.experts_name, offloaded)
+        block.experts.module = offloaded
+    moe.model.offload = handle
+    return handle
+
+
+def layout_of(block: Block, store: ExpertStore) -> Layout:
+    """The tensors of one expert of a block in the cache.
+
+    Raises:
+        StoreError: the store's records are not of this model.
+        ValueError: the block's experts differ in bits.
+    """
+    packed = isinstance(block.experts.module, PackedExperts)
+    layouts = set()
+    for expert in range(block.num_experts):
+        headers = {p: store.header(Key(block.index, expert, p)) for p in block.experts.projections}
+        layouts.add(tuple((p, parts_of(header, packed)) for p, header in headers.items()))
+        for projection, header in headers.items():
+            shape = tuple(getattr(block.experts.module, projection).shape[1:])
+            if header.shape != shape:
+                name = store.name_of(Key(block.index, expert, projection))
+                raise StoreError(f"{name} has shape {header.shape}, the model's {shape}: it is of another model")
+    if len(layouts) > 1:
+        raise ValueError(f"{block.name}: experts of different bits in one block cannot be offloaded packed yet")
+    return layouts.pop()
+
+
+def plan(layouts: Mapping[int, Layout], num_experts: Mapping[int, int], cache_bytes: int | float) -> list[Plan]:
+    """Divides the cache among the layouts, in proportion to what their experts take; none gets more than all of them.
+
+    Raises:
+        ValueError: some layout would get no slot.
+    """
+    counts: dict[Layout, int] = {}
+    for block, layout in layouts.items():
+        counts[layout] = counts.get(layout, 0) + num_experts[block]
+    total = sum(nbytes_of(layout) * count for layout, count in counts.items())
+    share = cache_bytes if isinstance(cache_bytes, float) else cache_bytes / total
+    if not 0 < share or (isinstance(cache_bytes, float) and share > 1):
+        raise ValueError(f"cache_bytes={cache_bytes} is neither a number of bytes nor a share, a float up to 1.0")
+    capacities = {layout: min(count, int(share * count + 1e-9)) for layout, count in counts.items()}
+    if not all(capacities.values()):
+        smallest = max(-(-total // count) for count in counts.values())
+        largest = max(nbytes_of(layout) for layout in counts)
+        raise ValueError(
+            f"cache_bytes={cache_bytes} holds no expert: one takes {largest} bytes, all of them {total}. Pass "
+            f"at least {smallest}; from {max(num_experts.values()) * largest} on, a block's experts fit at once"
+        )
+    return [Plan(layout, capacity, capacity) for layout, capacity in capacities.items()]
+
+
+def _num_workers(asked: int | None) -> int:
+    if asked is not None and asked < 0:
+        raise ValueError(f"num_workers={asked} must not be negative")
+    return max(1, (os.cpu_count() or 2) - 1) if asked is None else asked

@@ -1,0 +1,146 @@
+"""All experts of a model as compressed records in one file, on disk or in host memory, mapped and never read whole.
+
+    records    one after another, at multiples of ALIGNMENT (`codecs/record.py`)
+    index      JSON: what is where, and what the model was
+    footer     magic, offset, length and CRC-32 of the index
+
+Opening compares the index's checksum and the size; each record's own checksums are compared whenever it is decoded, so
+a damaged expert is an error that names file, block, expert and weight before its weights are used.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from eacmoe_lightning.offload.codecs.record import ALIGNMENT, Header, RecordError, read_header, read_record
+from eacmoe_lightning.offload.memory import memory_file
+from eacmoe_lightning.store import StoreError, write_atomically
+
+FOOTER = struct.Struct("<8sQII")
+MAGIC = b"eacmoe-x"
+FORMAT_VERSION = 1
+
+
+class Key(NamedTuple):
+    """One weight of one expert."""
+
+    block: int  # index of the decoder block
+    expert: int
+    projection: str  # gate_up_proj, up_proj or down_proj
+
+
+class ExpertStore:
+    """The records of a file that `write` made.
+
+    Args:
+        file: open for reading.
+        name: what errors call it.
+
+    Raises:
+        StoreError: it is truncated, altered or no such file.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.file, self.name = file, name
+        self.nbytes = os.fstat(file.fileno()).st_size
+        if self.nbytes < FOOTER.size:
+            raise StoreError(f"{name} is truncated: it has {self.nbytes} bytes. {REMEDY}")
+        self.view = memoryview(mmap.mmap(file.fileno(), self.nbytes, access=mmap.ACCESS_READ))
+        magic, offset, length, crc = FOOTER.unpack_from(self.view, self.nbytes - FOOTER.size)
+        index = self.view[offset : offset + length]
+        if magic != MAGIC or offset + length + FOOTER.size != self.nbytes or zlib.crc32(index) != crc:
+            raise StoreError(f"{name} is truncated or altered: its index does not hold what was written. {REMEDY}")
+        said = json.loads(bytes(index))
+        if said["format_version"] > FORMAT_VERSION:
+            raise StoreError(f"{name} has format version {said['format_version']}; this version reads {FORMAT_VERSION}")
+        self.about: dict[str, Any] = said["about"]
+        self.places = {Key(*key): (offset, length) for *key, offset, length in said["records"]}
+
+    @classmethod
+    def open(cls, path: str | Path) -> ExpertStore:
+        """Raises FileNotFoundError or StoreError."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no store of experts at {path}")
+        return cls(open(path, "rb"), str(path))
+
+    @classmethod
+    def in_memory(cls, records: Iterable[tuple[Key, bytes]], about: dict[str, Any]) -> ExpertStore:
+        """A store that never touches a disk."""
+        file = memory_file("eacmoe-store")
+        _write(file, records, about)
+        return cls(file, "the store of experts in memory")
+
+    def name_of(self, key: Key) -> str:
+        return f"{self.name}: block {key.block}, expert {key.expert}, {key.projection}"
+
+    def record(self, key: Key) -> memoryview:
+        """A record; its checksums have not been compared yet.
+
+        Raises:
+            StoreError: the store has no such expert.
+        """
+        if key not in self.places:
+            raise StoreError(f"{self.name_of(key)} is missing. {REMEDY}")
+        offset, length = self.places[key]
+        return self.view[offset : offset + length]
+
+    def header(self, key: Key) -> Header:
+        return read_header(self.record(key), self.name_of(key))
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.places)
+
+    @property
+    def record_bytes(self) -> int:
+        """Of all records."""
+        return sum(length for _, length in self.places.values())
+
+    def verify(self) -> None:
+        """Reads everything once and compares all checksums.
+
+        Raises:
+            RecordError: names the first damaged record.
+        """
+        for key in self.places:
+            try:
+                read_record(self.record(key), self.name_of(key))
+            except RecordError as error:
+                raise RecordError(f"{error}. {REMEDY}") from error
+
+
+def write(path: str | Path, records: Iterable[tuple[Key, bytes]], about: dict[str, Any]) -> None:
+    """Writes a store, whole or not at all; records are taken one at a time, so they need not fit into memory.
+
+    Args:
+        about: kept in the index.
+
+    Raises:
+        StoreError: the disk is full.
+    """
+
+    def fill(partial: Path) -> None:
+        with open(partial, "wb") as file:
+            _write(file, records, about)
+
+    write_atomically(Path(path), fill)
+
+
+def _write(file: BinaryIO, records: Iterable[tuple[Key, bytes]], about: dict[str, Any]) -> None:
+    places, position = [], 0
+    for key, record in records:
+        places.append([*key, position, len(record)])
+        file.write(record + bytes(-len(record) % ALIGNMENT))
+        position += len(record) + -len(record) % ALIGNMENT
+    index = json.dumps({"format_version": FORMAT_VERSION, "about": about, "records": places}).encode()
+    file.write(index + FOOTER.pack(MAGIC, position, len(index), zlib.crc32(index)))
+    file.flush()
+
+
+REMEDY = "Delete it and have it written again, or restore it from a backup"
