@@ -9,10 +9,11 @@ from eacmoe_lightning import compressed
 from eacmoe_lightning.callbacks.block_callback import phase
 from eacmoe_lightning.qesc import QESC
 from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.streaming import StreamedModel
 
 
 class CompressedModel(Callback):
-    """`compressed/` in the run directory: reloaded, and its logits compared with the model in memory.
+    """`compressed/` in the run directory: read back, and its logits compared with those of the run's own blocks.
 
     Raises:
         StoreError: a weight is not quantized, or the reloaded logits differ at all.
@@ -26,21 +27,19 @@ class CompressedModel(Callback):
 
     @torch.no_grad()
     def write(self, trainer: Trainer, module: QESC) -> None:
-        moe, run = module.moe, module.run
-        blocks = module.quantized_blocks()
-        for block, quantized in zip(moe.blocks, blocks, strict=True):
-            if missing := block.weights().keys() - quantized.keys():
-                raise StoreError(f"{sorted(missing)[0]} was not quantized, so no model is written")
+        run, finished = module.run, module.finished()
+        moe = StreamedModel(finished, module.device)
         description = {
             "method": "qesc" if module.router_method != "none" else module.recipe.quantizer,
             "router_method": module.router_method,
             **{name: value for name, value in vars(module.recipe).items() if name != "bits"},
         }
+        blocks = (finished.quantized(block.index) for block in moe.blocks)
         compressed.save(run.compressed, moe, module.name_or_path, blocks, description)
 
         tokens = trainer.datamodule.calibration_windows[:1, :128].to(moe.device)
-        reloaded = compressed.load(run.compressed, packed=False).to(moe.device)
-        here, there = moe.model(tokens, use_cache=False).logits, reloaded(tokens, use_cache=False).logits
+        here = moe.logits(tokens)
+        there = StreamedModel(compressed.CompressedWeights(run.compressed), moe.device).logits(tokens)
         if not torch.equal(here, there):
             raise StoreError(
                 f"{run.compressed} does not give the logits of the model that was written: they differ by up to "

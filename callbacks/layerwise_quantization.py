@@ -38,7 +38,6 @@ class LayerwiseQuantization(Callback):
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch >= module.num_epochs:
             module.enter_end()
-            module.put_trained()
 
     @staticmethod
     def _training_phase(module: QESC) -> tuple[int | None, str]:

@@ -6,7 +6,6 @@ import torch
 from lightning.pytorch import Trainer
 
 from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel, load_original
 from eacmoe_lightning.callbacks.block_callback import BlockCallback, phase
 from eacmoe_lightning.callbacks.expert_pruning import ExpertPruning
 from eacmoe_lightning.evaluate import evaluate
@@ -14,6 +13,7 @@ from eacmoe_lightning.expert_shift import RATES
 from eacmoe_lightning.qesc import QESC
 from eacmoe_lightning.report import build, summary, write
 from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.streaming import StreamedModel, Weights
 
 
 class RoutingReport(BlockCallback):
@@ -59,14 +59,14 @@ class RoutingReport(BlockCallback):
         """`after`: the written model; `before`: the same codes with the original's routers, norms and scales."""
         data = trainer.datamodule
         data.setup("validate")
-        original = load_original(module.name_or_path, module.dtype_name).to(module.device)
-        subject = compressed.load(module.run.compressed, packed=False).to(module.device)
-        original_moe, subject_moe = MoEModel(original), MoEModel(subject)
-        after = evaluate(original_moe, subject_moe, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks)
-        if module.router_method == "none":
-            return {"before": after, "after": after}
-        subject_moe.put(module.untrained())
-        before = evaluate(original_moe, subject_moe, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks)
+        original = StreamedModel(module.original, module.device)
+
+        def of(weights: Weights) -> dict:
+            subject = StreamedModel(weights, module.device)
+            return evaluate(original, subject, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks)
+
+        after = of(compressed.CompressedWeights(module.run.compressed))
+        before = after if module.router_method == "none" else of(module.untrained())
         if not all(torch.isfinite(torch.tensor([*v.values()])).all() for v in after["perplexity"].values()):
             raise StoreError("the compressed model's perplexity is not finite: look at the blocks' quantization errors")
         return {"before": before, "after": after}

@@ -11,7 +11,7 @@ Letters: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E expert
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -268,6 +268,30 @@ class MoEModel:
                 "(--model.name_or_path), for example `bundled`"
             )
 
+    # --- where the weights are: here always in memory; `streaming.StreamedModel` fetches them ---------------
+
+    def load(self, index: int) -> None:
+        """Brings a block's original weights into memory, unless they are there."""
+
+    def release(self, index: int) -> None:
+        """Frees the memory of a block's weights; what was done to them is lost."""
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[Block]:
+        """The block with its weights in memory, for as long as the context lasts."""
+        self.load(index)
+        try:
+            yield self.blocks[index]
+        finally:
+            self.release(index)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Weights by their names in the model, whether or not their block is in memory."""
+        state = self.model.state_dict()
+        return {name: state[name] for name in names if name in state}
+
+    # --- its parts ----------------------------------------------------------------------------------
+
     @property
     def moe_blocks(self) -> list[Block]:
         return [block for block in self.blocks if block.is_moe]
@@ -315,6 +339,15 @@ class MoEModel:
         """[B, T, D] after the last block -> logits [B, T, V]."""
         return self.model.get_output_embeddings()(self.final_norm(hidden))
 
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, V], with one block after another."""
+        hidden, kwargs = self.embed(input_ids)
+        for index in range(len(self.blocks)):
+            with self.loaded(index) as block:
+                hidden, _ = block.forward(hidden, kwargs[index])
+        return self.head(hidden)
+
     @property
     def final_norm(self) -> nn.Module:
         norms = [m for n, m in self.decoder.named_children() if "norm" in n and "embed" not in n]
@@ -352,13 +385,22 @@ class MoEModel:
             parameters[name].copy_(tensor)
 
     def check_finite(self) -> None:
-        """Raises ValueError that names the first tensor with NaN or infinite values."""
+        """Raises ValueError that names the first tensor with NaN or infinite values. Reads every weight once."""
+        for index in range(len(self.blocks)):
+            with self.loaded(index) as block:
+                for name, parameter in block.layer.named_parameters(prefix=block.name):
+                    _check_finite(name, parameter)
         for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise ValueError(
-                    f"{name} of the original model holds NaN or infinite values: the checkpoint is damaged, or "
-                    "overflowed in --model.dtype; repair it or load it in float32"
-                )
+            if not parameter.is_meta:
+                _check_finite(name, parameter)
+
+
+def _check_finite(name: str, parameter: Tensor) -> None:
+    if not torch.isfinite(parameter).all():
+        raise ValueError(
+            f"{name} of the original model holds NaN or infinite values: the checkpoint is damaged, or "
+            "overflowed in --model.dtype; repair it or load it in float32"
+        )
 
 
 def _keep_float32(block: Block) -> None:

@@ -6,8 +6,8 @@
     experts    GPTQ of shared and routed experts; the calibrated router decides which tokens each one sees
     replay     x_hat runs through the compressed block
 
-Quantized weights replace the original ones in place (as dequantized values), so one model is in memory: blocks before
-the current one are compressed, the others original.
+Only the current block's weights need to be in memory. Quantized ones replace the original ones in place (as dequantized
+values); when a block is left, its codes are on disk and its memory is free.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Calibration:
     """Takes the blocks of a model one after another through the phases.
 
     Args:
-        moe: the original model; its blocks are replaced one after another.
+        moe: the original model; its blocks are loaded, replaced and released one after another.
         recipe: bits and solver.
         streams: the calibration windows of this process.
         run: where finished blocks are kept.
@@ -89,6 +89,7 @@ class Calibration:
 
     def _observe_and_solve_attention(self) -> None:
         block, streams = self.block, self.streams
+        self.moe.load(block.index)
         self.solver = BlockSolver(block, len(self.moe.blocks), self.recipe, self.ranks)
         self.stats = {"block": block.index, "name": block.name}
         with self.phase(block.index, "observe"):
@@ -130,6 +131,7 @@ class Calibration:
             streams.x = self._x_next
         self.stats["error"] = self.solver.error
         self._write()
+        self.moe.release(self.at)
         self.at, self.entered = self.at + 1, False
         self._x_next = self._router_input = torch.empty(0)
         self._teacher = None
@@ -194,26 +196,18 @@ class Calibration:
             self.streams.embed()
             if start:
                 self.streams.read(start)
-            for i in range(start):
-                self._restore(i)
         for i in range(start, index):
             self.at = i
             if exists[i]:
-                self.streams.x = self._observe()
-                self._restore(i)
-                self.streams.x_hat, _ = self.streams.forward(self.block, self.streams.x_hat)
+                with self.moe.loaded(i):
+                    self.streams.x = self._observe()
+                    self._restore(i)
+                    self.streams.x_hat, _ = self.streams.forward(self.block, self.streams.x_hat)
             else:
                 log.warning("block %d is not in %s: computing it again", i, self.run.path)
                 self._observe_and_solve_attention()
                 self.leave(routers.get(i))
         self.at, self.entered = index, False
-
-    @torch.no_grad()
-    def restore_all(self) -> None:
-        """Puts every written block in the model's place, whatever is in memory; streams are not needed."""
-        for block in self.moe.blocks:
-            self._restore(block.index)
-        self.at, self.entered = None, False
 
     def _restore(self, index: int) -> None:
         """Puts a written block's weights and router in the model's place."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from eacmoe_lightning.evaluate import Evaluation, load_subject, run_streams, token_log_likelihoods
+from eacmoe_lightning.evaluate import Evaluation, load_subject, run_batches
 from eacmoe_lightning.report import evaluation_summary
 from eacmoe_lightning.store import RunDirectory, write_json
+from eacmoe_lightning.streaming import StreamedModel
 
 
 class Comparison(LightningModule):
@@ -34,10 +36,11 @@ class Comparison(LightningModule):
 
     def setup(self, stage: str) -> None:
         if "subject" not in self._outside:
-            self._outside |= load_subject(self.name_or_path, self.dtype_name, self.evaluate, self.run)
-            for model in (self._outside["original"], self._outside["subject"]):
-                if model is not None:
-                    model.model.to(self.trainer.strategy.root_device)
+            found = load_subject(self.name_or_path, self.dtype_name, self.evaluate, self.run)
+            device = self.trainer.strategy.root_device
+            for name in ("original", "subject"):
+                found[name] = StreamedModel(found[name], device) if found[name] is not None else None
+            self._outside |= found
 
     def _start_evaluation(self, split: bool) -> None:
         original, subject = self._outside["original"], self._outside["subject"]
@@ -50,10 +53,9 @@ class Comparison(LightningModule):
         self._start_evaluation(split=self.split_damage)
 
     def _evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int, names: list[str]) -> None:
+        """Only gathers: all batches of all texts go through the model together, a block at a time."""
         if len(batch["input_ids"]):
-            evaluation: Evaluation = self._outside["evaluation"]
-            streams = run_streams(evaluation.original, evaluation.subject, batch["input_ids"], evaluation.split)
-            evaluation.update(names[dataloader_idx], streams)
+            self._outside["evaluation"].add(names[dataloader_idx], batch["input_ids"])
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluation_step(batch, dataloader_idx, self.trainer.datamodule.heldout_names)
@@ -84,9 +86,19 @@ class Comparison(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._finish_evaluation("test")
 
+    def on_predict_start(self) -> None:
+        """Runs all windows of this process block by block; `predict_step` hands their scores out."""
+        loaders = self.trainer.predict_dataloaders
+        loaders = loaders if isinstance(loaders, list) else [loaders]
+        dealt = {(n, j): batch["input_ids"] for n, loader in enumerate(loaders) for j, batch in enumerate(loader)}
+        batches = {key: ids for key, ids in dealt.items() if len(ids)}
+        nll = run_batches(None, self._outside["subject"], list(batches.values()))
+        self._outside["nll"] = {key: streams["original"] for key, streams in zip(batches, nll, strict=True)}
+
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Log-likelihoods in nats of each token but the first, [b, T-1], by global window index."""
+        nothing = torch.empty(0, batch["input_ids"].shape[1] - 1)  # other processes had more windows
         return {
             "index": batch["index"],
-            "log_likelihood": token_log_likelihoods(self._outside["subject"], batch["input_ids"]),
+            "log_likelihood": -self._outside["nll"].get((dataloader_idx, batch_idx), nothing),
         }

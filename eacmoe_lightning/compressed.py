@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
-from eacmoe_lightning.adapter import MoEModel, local_directory, resolve_model
+from eacmoe_lightning.adapter import Block, MoEModel, local_directory, resolve_model
 from eacmoe_lightning.grid import Quantized, packed, take_quantized
 from eacmoe_lightning.packed_modules import set_activations
 from eacmoe_lightning.skipping import stored
 from eacmoe_lightning.store import StoreError, read_tensors, whole_directory, write_json, write_tensors
+from eacmoe_lightning.streaming import StreamedModel
+from eacmoe_lightning.streaming.checkpoint import empty_model
 from eacmoe_lightning.transformers_loading import INDEX, METHOD
 from eacmoe_lightning.version import __version__
 
@@ -82,29 +83,40 @@ def save(
     path: str | Path,
     moe: MoEModel,
     name_or_path: str,
-    quantized_blocks: list[dict[str, Quantized]],
+    quantized_blocks: Iterable[dict[str, Quantized]],
     description: dict[str, Any],
 ) -> None:
     """Writes a compressed directory, whole or not at all.
 
     Args:
         path: where; an older directory there is replaced.
-        moe: the compressed model (dequantized, calibrated) as it is in memory.
+        moe: the compressed model (dequantized, calibrated), in memory or streamed.
         name_or_path: the original, for its tokenizer, generation config and dtype.
         quantized_blocks: per block, the codes by parameter name.
         description: kept in the config under `quantization`.
+
+    Raises:
+        StoreError: a weight is not quantized.
     """
     source = resolve_model(name_or_path)
     config = AutoConfig.from_pretrained(source)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
-    state = {n: _narrowed(t, stored_dtype) for n, t in _untied(moe.model).items()}
-    grids = {name: (q.bits, q.group_size) for quantized in quantized_blocks for name, q in quantized.items()}
+    tied = _tied_names(moe.model)
+    names = [name for name in moe.model.state_dict() if name not in tied]
+    grids: dict[str, tuple[int, int]] = {}
+
+    def others(chosen: list[str]) -> dict[str, Tensor]:
+        return {name: _narrowed(tensor, stored_dtype) for name, tensor in moe.read(chosen).items()}
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
-            own = {n: state.pop(n) for n in list(state) if n.startswith(f"{block.name}.")}
-            yield SHARD.format(block.index), packed(quantized) | {n: t for n, t in own.items() if n not in quantized}
-        yield REST, state
+            if missing := block.weights().keys() - quantized.keys():
+                raise StoreError(f"{sorted(missing)[0]} was not quantized, so no model is written")
+            grids.update({name: (q.bits, q.group_size) for name, q in quantized.items()})
+            own = [name for name in names if name.startswith(f"{block.name}.")]
+            yield SHARD.format(block.index), packed(quantized) | others([n for n in own if n not in quantized])
+        in_blocks = tuple(f"{block.name}." for block in moe.blocks)
+        yield REST, others([name for name in names if not name.startswith(in_blocks)])
 
     with whole_directory(path) as partial:
         _write_weights(partial, shards())
@@ -172,38 +184,66 @@ def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
         set_activations(model, activations)
         return model
-    return _load_decoded(path, config, torch_dtype)
+    moe = StreamedModel(CompressedWeights(path, dtype))
+    moe.load_all()
+    return moe.model.requires_grad_(True)
 
 
-def _load_decoded(path: Path, config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    original = dict(config["original"]["config"])
-    model_config = AutoConfig.for_model(original.pop("model_type"), **original)
-    model_config.dtype = dtype
-    with no_init_weights():  # memory is reserved, not touched: every tensor is replaced below
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    model.tie_weights()
-    moe, tied = MoEModel(model), _tied_names(model)
-    state: dict[str, Tensor] = {}
-    bits = config["quantization"]["bits"]
-    owner = {name: block for block in moe.blocks for name in block.weights()}
-    for file in [path / SHARD.format(block.index) for block in moe.blocks] + [path / REST]:
-        tensors, _ = read_tensors(file)
-        for name in [n.removesuffix(".codes") for n in tensors if n.endswith(".codes")]:
-            quantized = take_quantized(tensors, name, bits[name], owner[name].weights()[name][1].shape[-1])
-            state[name] = owner[name].as_parameter(name, quantized.dequantize(dtype)).contiguous()
-        state |= {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    if unexpected or set(missing) - tied:
-        raise StoreError(
-            f"{path} does not fit its config: missing {sorted(set(missing) - tied)[:3]}, unexpected {unexpected[:3]}"
-        )
-    generation = path / "generation_config.json"
-    if generation.exists():
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    model.config.name_or_path = str(path)
-    stored.restore_rule(model, config)
-    return model.eval()
+class CompressedWeights:
+    """A compressed directory's weights, decoded as they are read (see `streaming.Weights`).
+
+    Args:
+        path: of the compressed directory.
+        dtype: `auto` (in which it was calibrated), `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        FileNotFoundError: it is none.
+        StoreError: a file is missing, truncated or altered; when it is read.
+        ValueError: a newer version of this package wrote it.
+    """
+
+    def __init__(self, path: str | Path, dtype: str = "auto") -> None:
+        self.path = Path(path)
+        config = self._directory_config = read_config(path)
+        self.dtype: torch.dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
+        original = dict(config["original"]["config"])
+        self._config = AutoConfig.for_model(original.pop("model_type"), **original)
+        self._config.dtype = self.dtype
+        self._bits = config["quantization"]["bits"]
+        moe = MoEModel(self.skeleton())
+        self._owners = {name: block for block in moe.blocks for name in block.weights()}
+        self._files = {name: SHARD.format(b.index) for b in moe.blocks for name in _names(b)}
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def skeleton(self) -> PreTrainedModel:
+        model = empty_model(self._config, self.dtype)
+        if (self.path / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(self.path)
+        model.config.name_or_path = str(self.path)
+        stored.restore_rule(model, self._directory_config)
+        return model
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        names, found = set(names), {}
+        for file in sorted({self._files.get(name, REST) for name in names}):
+            tensors, _ = read_tensors(self.path / file)
+            for name in names & {n.removesuffix(".codes") for n in tensors if n.endswith(".codes")}:
+                block = self._owners[name]
+                quantized = take_quantized(tensors, name, self._bits[name], block.weights()[name][1].shape[-1])
+                found[name] = block.as_parameter(name, quantized.dequantize(self.dtype)).contiguous()
+            for name in names & tensors.keys():
+                tensor = tensors[name]
+                found[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return found
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Packed blocks are small: they are read when they are needed."""
+
+
+def _names(block: Block) -> list[str]:
+    return [f"{block.name}.{name}" for name in block.layer.state_dict()]
 
 
 def _untied(model: PreTrainedModel) -> dict[str, Tensor]:

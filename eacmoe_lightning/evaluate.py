@@ -1,6 +1,7 @@
 """What compression did: perplexity, expert-shift and the split of the damage, original beside compressed.
 
-Both models run block by block on the same text, so that one pass gives four streams (EAC-MoE, table 1):
+Both models run block by block on the same text, one block of each in memory at a time, and one pass gives four streams
+(EAC-MoE, table 1):
 
     original          full precision
     compressed        as it would be served
@@ -11,6 +12,8 @@ Both models run block by block on the same text, so that one pass gives four str
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,12 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import SumMetric
 
 from eacmoe_lightning import compressed as compressed_format
-from eacmoe_lightning.adapter import MoEModel, load_original, local_directory
+from eacmoe_lightning.adapter import Block, MoEModel, local_directory
 from eacmoe_lightning.data import shard
 from eacmoe_lightning.expert_shift import ExpertShift, mean_rates
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.store import RunDirectory
-
+from eacmoe_lightning.streaming import Checkpoint
 
 @dataclass
 class Streams:
@@ -36,66 +39,121 @@ class Streams:
     compressed_ids: list[Tensor]
 
 
-@torch.no_grad()
 def run_streams(original: MoEModel | None, subject: MoEModel, input_ids: Tensor, split: bool = False) -> Streams:
-    """Runs [B, T] tokens through the original and the subject side by side.
+    """`run_batches` of one batch [B, T], with all selections kept."""
+    streams = Streams({}, [], [])
 
-    Without an original, the subject is itself one: only its own stream runs, under the name `original`.
+    def keep(batch: int, block: int, ids: Tensor, compressed_ids: Tensor | None) -> None:
+        streams.original_ids.append(ids)
+        if compressed_ids is not None:
+            streams.compressed_ids.append(compressed_ids)
+
+    streams.nll = run_batches(original, subject, [input_ids], split, keep)[0]
+    return streams
+
+
+# batch, MoE block, the original's ids [N, K] and, where there is one beside it, the compressed model's
+OnSelections = Callable[[int, int, Tensor, Tensor | None], None]
+
+
+@torch.no_grad()
+def run_batches(
+    original: MoEModel | None,
+    subject: MoEModel,
+    batches: Sequence[Tensor],
+    split: bool = False,
+    on_selections: OnSelections | None = None,
+) -> list[dict[str, Tensor]]:
+    """Runs batches of tokens [B, T] through the original and the subject side by side, all of them block by block.
+
+    Each block is in memory once, whatever the number of batches. Without an original, the subject is itself one: only
+    its own stream runs, under the name `original`.
+
+    Returns:
+        Per batch, by stream: negative log-likelihoods [B, T-1] in nats.
     """
     reference, other = (original, subject) if original is not None else (subject, None)
-    x, kwargs = reference.embed(input_ids)
-    streams = {"original": x}
-    if other is not None:
-        streams["compressed"], other_kwargs = other.embed(input_ids)
-        if split:
-            streams |= {"selection_damage": x, "weight_damage": streams["compressed"]}
-    original_ids: list[Tensor] = []
-    compressed_ids: list[Tensor] = []
-    for i, block in enumerate(reference.blocks):
-        streams["original"], routing = block.forward(streams["original"], kwargs[i])
-        if routing is not None:
-            original_ids.append(routing.ids)
-        if other is None:
-            continue
-        twin = other.blocks[i]
-        streams["compressed"], twin_routing = twin.forward(streams["compressed"], other_kwargs[i])
-        if routing is not None:
-            compressed_ids.append(twin_routing.ids)
-        if split:
-            forced = (None, None) if routing is None else (twin_routing.ids, routing.ids)
-            streams["selection_damage"], _ = block.forward(streams["selection_damage"], kwargs[i], forced[0])
-            streams["weight_damage"], _ = twin.forward(streams["weight_damage"], other_kwargs[i], forced[1])
-    heads = {"original": reference, "selection_damage": reference, "compressed": other, "weight_damage": other}
-    nll = {name: next_token_nll(heads[name].head(hidden), input_ids) for name, hidden in streams.items()}
-    return Streams(nll, original_ids, compressed_ids)
+    names = ["original"] + (["compressed"] if other is not None else [])
+    names += ["selection_damage", "weight_damage"] if other is not None and split else []
+    embedded = _Embedded(reference, batches), _Embedded(other, batches) if other is not None else None
+    hidden = [{name: embedded[name in OF_SUBJECT].hidden[j] for name in names} for j in range(len(batches))]
+    moe_block = 0
+    for i in range(len(reference.blocks)):
+        with reference.loaded(i) as block, other.loaded(i) if other is not None else nullcontext() as twin:
+            for j, streams in enumerate(hidden):
+                kwargs = [e.kwargs(j, i) if e is not None else {} for e in embedded]
+                selected = _through_block(block, twin, streams, kwargs, split)
+                if block.is_moe and on_selections is not None:
+                    on_selections(j, moe_block, *selected)
+        moe_block += block.is_moe
+    return [
+        {name: next_token_nll((other if name in OF_SUBJECT else reference).head(h), ids) for name, h in streams.items()}
+        for streams, ids in zip(hidden, batches, strict=True)
+    ]
+
+
+OF_SUBJECT = ("compressed", "weight_damage")  # streams that run through the subject's weights
+
+
+class _Embedded:
+    """Hidden states [B, T, D] before block 0, and each block's keyword arguments, which depend on the shape only."""
+
+    def __init__(self, moe: MoEModel, batches: Sequence[Tensor]) -> None:
+        self.hidden: list[Tensor] = []
+        self._shapes = [tuple(batch.shape) for batch in batches]
+        self._kwargs: dict[tuple[int, ...], list[dict]] = {}
+        for batch in batches:
+            hidden, kwargs = moe.embed(batch.to(moe.device))
+            self._kwargs.setdefault(tuple(batch.shape), kwargs)
+            self.hidden.append(hidden)
+
+    def kwargs(self, batch: int, block: int) -> dict:
+        return self._kwargs[self._shapes[batch]][block]
+
+
+def _through_block(
+    block: Block, twin: Block | None, streams: dict[str, Tensor], kwargs: list[dict], split: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Takes one batch's streams through a block of the original and its twin; what experts the two selected."""
+    streams["original"], routing = block.forward(streams["original"], kwargs[0])
+    ids = routing.ids if routing is not None else None
+    if twin is None:
+        return ids, None
+    streams["compressed"], twin_routing = twin.forward(streams["compressed"], kwargs[1])
+    twin_ids = twin_routing.ids if twin_routing is not None else None
+    if split:
+        streams["selection_damage"], _ = block.forward(streams["selection_damage"], kwargs[0], twin_ids)
+        streams["weight_damage"], _ = twin.forward(streams["weight_damage"], kwargs[1], ids)
+    return ids, twin_ids
 
 
 def next_token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
     """[B, T, V], [B, T] -> [B, T-1] nats, float32."""
-    return nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none"
-    ).view(len(input_ids), -1)
+    targets = input_ids[:, 1:].flatten().to(logits.device)
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="none").view(
+        len(input_ids), -1
+    )
 
 
-@torch.no_grad()
 def token_log_likelihoods(model: MoEModel, input_ids: Tensor) -> Tensor:
     """[B, T] -> [B, T-1] nats."""
-    return -next_token_nll(model.model(input_ids=input_ids, use_cache=False).logits, input_ids)
+    return -run_batches(None, model, [input_ids])[0]["original"]
 
 
 class Evaluation:
-    """Gathers `Streams` over texts, batches and processes.
+    """Gathers batches of texts, runs them all block by block, and sums up over batches and processes.
 
     Args:
         original: the reference, or None where the subject is an original model.
         subject: what is evaluated.
-        split: whether `run_streams` is asked for the split of the damage.
+        split: whether `run_batches` is asked for the split of the damage.
     """
 
     def __init__(self, original: MoEModel | None, subject: MoEModel, split: bool) -> None:
         self.original, self.subject, self.split = original, subject, split
         self.names = ["original"] + (["compressed"] if original else [])
         self.names += ["selection_damage", "weight_damage"] if original and split else []
+        self.batches: list[tuple[str, Tensor]] = []  # text, token ids [B, T]
         self.nll: dict[str, dict[str, SumMetric]] = {}  # text -> stream, and `tokens`
         self.shift: dict[str, ExpertShift] = {}  # text
 
@@ -107,13 +165,21 @@ class Evaluation:
         if self.original is not None:
             self.shift[text] = ExpertShift(len(self.subject.moe_blocks), self.subject.top_k).to(device)
 
-    def update(self, text: str, streams: Streams) -> None:
+    def add(self, text: str, input_ids: Tensor) -> None:
+        """A batch of windows [B, T] that `compute` is to run."""
         self._open(text)
-        for name in self.names:
-            self.nll[text][name].update(streams.nll[name].double().sum())
-        self.nll[text]["tokens"].update(streams.nll["original"].numel())
-        if self.original is not None:
-            self.shift[text].update(streams.original_ids, streams.compressed_ids)
+        self.batches.append((text, input_ids))
+
+    def _run(self) -> None:
+        def count(batch: int, block: int, original: Tensor, ids: Tensor) -> None:
+            self.shift[self.batches[batch][0]].update([original], [ids], first=block)
+
+        all_nll = run_batches(self.original, self.subject, [ids for _, ids in self.batches], self.split, count)
+        for (text, _), nll in zip(self.batches, all_nll, strict=True):
+            for name in self.names:
+                self.nll[text][name].update(nll[name].double().sum())
+            self.nll[text]["tokens"].update(nll["original"].numel())
+        self.batches.clear()
 
     def compute(self, texts: list[str]) -> dict[str, Any]:
         """`perplexity.<text>.<stream>`, `tokens.<text>`, and `expert_shift` with `mean`, `texts` and `blocks`.
@@ -122,6 +188,8 @@ class Evaluation:
         """
         for text in texts:
             self._open(text)
+        if self.batches:
+            self._run()
         tokens = {text: float(self.nll[text]["tokens"].compute()) for text in texts}
         perplexity = {
             text: {name: math.exp(float(self.nll[text][name].compute()) / max(tokens[text], 1)) for name in self.names}
@@ -160,8 +228,7 @@ def evaluate(
     for text, windows in texts.items():
         own = shard(len(windows), ranks.rank, ranks.world)
         for start in range(own.start, own.stop, batch_size):
-            batch = windows[start : min(start + batch_size, own.stop)].to(subject.device)
-            evaluation.update(text, run_streams(original, subject, batch, split))
+            evaluation.add(text, windows[start : min(start + batch_size, own.stop)])
     return evaluation.compute(list(texts))
 
 
@@ -180,7 +247,7 @@ def compressed_directory(path: Path, option: str = "--model.evaluate") -> Path |
 
 
 def load_subject(name_or_path: str, dtype: str, path: str | None, run: RunDirectory) -> dict[str, Any]:
-    """The model to evaluate and the original to compare it with.
+    """The weights of the model to evaluate and of the original to compare it with.
 
     Args:
         name_or_path: the original, used where a compressed model does not know its own.
@@ -195,19 +262,19 @@ def load_subject(name_or_path: str, dtype: str, path: str | None, run: RunDirect
     """
     place = compressed_directory(Path(path) if path is not None else run.path)
     if place is not None:
-        subject = compressed_format.load(place, dtype, packed=False)
+        subject = compressed_format.CompressedWeights(place, dtype)
         recorded = compressed_format.read_config(place)["original"]["name_or_path"]
         source = recorded if name_or_path == "bundled" else name_or_path
-        original = load_original(source, str(subject.dtype).rpartition(".")[2])
+        original = Checkpoint(source, str(subject.dtype).rpartition(".")[2])
         size = {
             "original": compressed_format.size_of(local_directory(source)),
             "compressed": compressed_format.size_of(place),
         }
-        return {"subject": MoEModel(subject), "original": MoEModel(original), "size_bytes": size}
+        return {"subject": subject, "original": original, "size_bytes": size}
     if path is None:
         raise FileNotFoundError(
             f"there is no run in {run.path} (--trainer.default_root_dir): run `fit` first, or say with "
             "--model.evaluate which run directory, compressed directory or original model to look at"
         )
     size = {"original": compressed_format.size_of(local_directory(path))}
-    return {"subject": MoEModel(load_original(path, dtype)), "original": None, "size_bytes": size}
+    return {"subject": Checkpoint(path, dtype), "original": None, "size_bytes": size}

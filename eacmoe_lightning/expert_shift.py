@@ -46,16 +46,18 @@ class ExpertShift(Metric):
         super().__init__()
         self.top_k = top_k
         self.add_state("counts", torch.zeros(num_blocks, 4, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(num_blocks, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, original: list[Tensor], ids: list[Tensor]) -> None:
-        """One [N, K] tensor of expert ids per block from each model."""
-        self.counts += torch.stack([change_counts(a, b) for a, b in zip(original, ids, strict=True)])
-        self.tokens += len(original[0])
+    def update(self, original: list[Tensor], ids: list[Tensor], first: int = 0) -> None:
+        """One [N, K] tensor of expert ids per block from each model, for the blocks from `first` on."""
+        for block, (a, b) in enumerate(zip(original, ids, strict=True), start=first):
+            self.counts[block] += change_counts(a, b)
+            self.tokens[block] += len(a)
 
     def compute(self) -> list[dict[str, float]]:
         """The rates of each block."""
-        return [change_rates(counts, int(self.tokens), self.top_k) for counts in self.counts]
+        pairs = zip(self.counts, self.tokens.tolist(), strict=True)
+        return [change_rates(counts, tokens, self.top_k) for counts, tokens in pairs]
 
 
 def mean_rates(blocks: list[dict[str, float]]) -> dict[str, float]:

@@ -18,15 +18,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.adapter import MoEModel, load_original
 from eacmoe_lightning.calibration import Calibration, read_block
 from eacmoe_lightning.comparison import Comparison
 from eacmoe_lightning.compressed import fingerprint
 from eacmoe_lightning.data import shard
 from eacmoe_lightning.grid import Quantized
+from eacmoe_lightning.memory import available_memory
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 from eacmoe_lightning.router_loss import RouterLoss, TopKMSE
+from eacmoe_lightning.streaming import Checkpoint, StreamedModel, joint_bytes
+from eacmoe_lightning.streaming.finished import FinishedBlocks
 from eacmoe_lightning.streams import Streams
 from eacmoe_lightning.version import __version__
 
@@ -139,9 +141,14 @@ class QESC(Comparison):
     # --- the models -------------------------------------------------------------------------------------
 
     @property
-    def moe(self) -> MoEModel:
-        """The original model; while `fit` runs, its blocks are compressed one after another."""
+    def moe(self) -> StreamedModel:
+        """The original model; while `fit` runs, its blocks are loaded and compressed one after another."""
         return self._outside["moe"]
+
+    @property
+    def original(self) -> Checkpoint:
+        """The original's weights on disk."""
+        return self.moe.weights
 
     @property
     def calibration(self) -> Calibration:
@@ -154,19 +161,23 @@ class QESC(Comparison):
         resumes = getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None)
         if self.trainer.is_global_zero:
             self.run.check(self.identity(), resumes)  # before a large model is read
-        model = load_original(self.name_or_path, self.dtype_name)
-        moe = self._outside["moe"] = MoEModel(model.to(self.trainer.strategy.root_device).requires_grad_(False))
+        weights = Checkpoint(self.name_or_path, self.dtype_name)
+        moe = self._outside["moe"] = StreamedModel(weights, self.trainer.strategy.root_device)
         self.recipe.check(moe)
         self.router_loss.num_targets(moe.num_experts, moe.top_k)  # a k that does not fit is said now
-        moe.check_finite()
+        self._check_joint_memory(moe)
         if self.trainer.is_global_zero:
+            if not resumes:
+                moe.check_finite()
             self.run.start(self.identity(), resumes)
         self.trainer.strategy.barrier()
+        routers = moe.read(block.router_parameter_name for block in moe.moe_blocks)
         for block in moe.moe_blocks:
-            self.routers[f"block_{block.index:03d}"] = nn.Parameter(block.router_weight.detach().float().clone())
+            router = routers[block.router_parameter_name].float().clone()
+            self.routers[f"block_{block.index:03d}"] = nn.Parameter(router)
         if self.joint_epochs and self.joint_lr["norm"]:
-            for name, weight in moe.norms():
-                self.norms[_key(name)] = nn.Parameter(weight.detach().float().clone())
+            for name, weight in moe.read(name for name, _ in moe.norms()).items():
+                self.norms[_key(name)] = nn.Parameter(weight.float().clone())
         if self.joint_epochs and self.joint_lr["scale"]:  # their values are known once the blocks are solved
             for block in moe.blocks:
                 for name, (part, weight) in block.weights().items():
@@ -177,6 +188,20 @@ class QESC(Comparison):
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1):
             self.trainer.fit_loop.max_epochs = self.num_epochs
+
+    def _check_joint_memory(self, moe: StreamedModel) -> None:
+        """Raises ValueError where the joint stage, unlike all others, needs more memory than there is."""
+        if not self.joint_epochs:
+            return
+        needed = joint_bytes(moe, trains_scales=bool(self.joint_lr["scale"]))
+        available = available_memory(moe.device)
+        if needed > available:
+            raise ValueError(
+                f"the joint stage (--model.joint_epochs {self.joint_epochs}) holds the whole compressed model in "
+                f"memory: {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available. --model.joint_epochs 0 leaves "
+                "it out (one block is in memory then)"
+                + (", --model.joint_scale_lr 0 makes it smaller" if self.joint_lr["scale"] else "")
+            )
 
     def identity(self) -> dict[str, Any]:
         """All that the result of `fit` depends on, by option."""
@@ -244,16 +269,21 @@ class QESC(Comparison):
         self._outside["calibration"] = Calibration(self.moe, self.recipe, streams, self.run, self.ranks)
 
     def enter_block(self) -> None:
-        """Brings the streams to the current epoch's block. Idempotent."""
+        """Brings the streams to the current epoch's block, or the whole compressed model into memory. Idempotent."""
+        self._bring(self.block_index)
+        if self.is_joint and "compressed" not in self._outside:
+            self._outside["compressed"] = StreamedModel(FinishedBlocks(self.original, self.run), self.device)
+            self._outside["compressed"].load_all()
+
+    def _bring(self, index: int) -> None:
         routers = self.block_routers or {key: weight.detach() for key, weight in self.routers.items()}
-        self.calibration.enter(self.block_index, {int(key[6:]): weight for key, weight in routers.items()})
+        self.calibration.enter(index, {int(key[6:]): weight for key, weight in routers.items()})
 
     def enter_end(self) -> None:
-        """Puts every block as it was written in the model's place: a run resumed at its end has read none of them."""
-        if all(self.run.block(block.index).exists() for block in self.moe.blocks):
-            self.calibration.restore_all()
-        else:
-            self.enter_block()
+        """Makes sure that every block is written, and frees what no one needs behind the last epoch."""
+        if not all(self.run.block(block.index).exists() for block in self.moe.blocks):
+            self._bring(len(self.moe.blocks))
+        self._outside.pop("compressed", None)
 
     def block_stats(self) -> list[dict[str, Any]]:
         """The statistics of every block, as their files hold them (`Calibration.leave`)."""
@@ -308,9 +338,10 @@ class QESC(Comparison):
         last_hidden, teachers = self.calibration.streams.joint_rows(batch["index"])
         with torch.no_grad():
             target = self.moe.head(last_hidden.to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
-        with self.moe.recorded_logits() as students:
+        compressed: StreamedModel = self._outside["compressed"]
+        with compressed.recorded_logits() as students:
             logits = torch.func.functional_call(
-                self.moe.model, self.trained(), (batch["input_ids"],), {"use_cache": False}
+                compressed.model, self.trained() | self.decoded(), (batch["input_ids"],), {"use_cache": False}
             ).logits
         losses = nn.functional.kl_div(logits.float().log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
         selection = []
@@ -333,38 +364,29 @@ class QESC(Comparison):
         return self._outside["codes"]
 
     def trained(self) -> dict[str, Tensor]:
-        """What the job trains, by parameter name of the model, in the model's dtype and differentiable."""
+        """Trained routers and norms, by parameter name of the model, in the model's dtype and differentiable."""
         dtype = self.moe.model.dtype
         routers = {b.router_parameter_name: self.routers[f"block_{b.index:03d}"].to(dtype) for b in self.moe.moe_blocks}
-        norms = {_name(key): weight.to(dtype) for key, weight in self.norms.items()}
+        return routers | {_name(key): weight.to(dtype) for key, weight in self.norms.items()}
+
+    def decoded(self) -> dict[str, Tensor]:
+        """Where scales are trained: the quantized weights that they make, by parameter name, differentiable."""
         weights = {}
         for block in self.moe.blocks if self.scales else ():
             for name in block.weights():
                 scale = self.scales[_key(name)]
                 stored = scale + (scale.half().float() - scale).detach()  # as it will be stored; gradients pass
-                weights[name] = block.as_parameter(name, self.codes[name].dequantize(dtype, stored))
-        return routers | norms | weights
+                weights[name] = block.as_parameter(name, self.codes[name].dequantize(self.moe.model.dtype, stored))
+        return weights
 
-    def put_trained(self) -> None:
-        """Puts what was trained in the model's place, after the last epoch."""
-        with torch.no_grad():
-            self.moe.put(self.trained())
+    def finished(self) -> FinishedBlocks:
+        """The compressed model as this job leaves it, behind its last epoch."""
+        scales = {_name(key): scale for key, scale in self.scales.items()}
+        return FinishedBlocks(self.original, self.run, self.trained(), scales)
 
-    def quantized_blocks(self) -> list[dict[str, Quantized]]:
-        """Codes, final scales and zero points of every block, by parameter name."""
-        for key, scale in self.scales.items():
-            self.codes[_name(key)].scale = scale.detach().half()
-        return [{name: self.codes[name] for name in block.weights()} for block in self.moe.blocks]
-
-    def untrained(self) -> dict[str, Tensor]:
-        """The same parameters without any calibration: the original's routers and norms, the solver's scales."""
-        original = dict(load_original(self.name_or_path, self.dtype_name).named_parameters())
-        tensors = {name: original[name] for name in self.trained() if name not in self.codes}
-        if self.scales:
-            for block in self.moe.blocks:
-                for name, quantized in read_block(self.run, block.index)[0].items():
-                    tensors[name] = block.as_parameter(name, quantized.dequantize(self.moe.model.dtype))
-        return tensors
+    def untrained(self) -> FinishedBlocks:
+        """The same codes without any calibration: the original's routers and norms, the solver's scales."""
+        return FinishedBlocks(self.original, self.run)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         kinds = {"router": self.routers, "norm": self.norms, "scale": self.scales}
