@@ -280,9 +280,7 @@ class TextWindows(L.LightningDataModule):
             raise ValueError(f"--data.{option}: {error}") from error
 
 
-def name_sources(
-    sources: dict[str, str] | list[str] | str | None, option: str = "--data.heldout"
-) -> dict[str, str]:
+def name_sources(sources: dict[str, str] | list[str] | str | None, option: str = "--data.heldout") -> dict[str, str]:
     """Names for held-out sources: `prose` for bundled:prose, the stem of a file, else the source.
 
     Raises:

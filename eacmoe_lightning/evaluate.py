@@ -30,6 +30,7 @@ from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.store import RunDirectory
 from eacmoe_lightning.streaming import Checkpoint
 
+
 @dataclass
 class Streams:
     """What one batch of windows gave: negative log-likelihoods in nats and selections."""

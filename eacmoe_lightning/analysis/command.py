@@ -58,9 +58,7 @@ def analyze(
     directory, subject = open_model(model, dtype)
     subject.model.to(device)
     sources = name_sources(texts, "--texts")
-    windows = {
-        name: read_windows(source, directory, num_windows, window_length) for name, source in sources.items()
-    }
+    windows = {name: read_windows(source, directory, num_windows, window_length) for name, source in sources.items()}
     from eacmoe_lightning.analysis import figures  # matplotlib takes a second: only where it is needed
 
     selections = {name: select(subject, own, batch_size) for name, own in windows.items()}
