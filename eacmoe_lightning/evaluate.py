@@ -172,8 +172,9 @@ class Evaluation:
         self.batches.append((text, input_ids))
 
     def _run(self) -> None:
-        def count(batch: int, block: int, original: Tensor, ids: Tensor) -> None:
-            self.shift[self.batches[batch][0]].update([original], [ids], first=block)
+        def count(batch: int, block: int, original: Tensor, ids: Tensor | None) -> None:
+            if ids is not None:
+                self.shift[self.batches[batch][0]].update([original], [ids], first=block)
 
         all_nll = run_batches(self.original, self.subject, [ids for _, ids in self.batches], self.split, count)
         for (text, _), nll in zip(self.batches, all_nll, strict=True):
