@@ -63,7 +63,10 @@ class RoutingReport(BlockCallback):
 
         def of(weights: Weights) -> dict:
             subject = StreamedModel(weights, module.device)
-            return evaluate(original, subject, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks)
+            scratch = module.run.scratch(module.global_rank)
+            return evaluate(
+                original, subject, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks, scratch=scratch
+            )
 
         after = of(compressed.CompressedWeights(module.run.compressed))
         before = after if module.router_method == "none" else of(module.untrained())

@@ -27,6 +27,7 @@ from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 from eacmoe_lightning.solver import BlockSolver
 from eacmoe_lightning.store import RunDirectory, StoreError, read_tensors, write_tensors
+from eacmoe_lightning.streaming.hidden import HiddenFile
 from eacmoe_lightning.streams import Streams, concatenate
 
 log = logging.getLogger(__name__)
@@ -61,9 +62,8 @@ class Calibration:
         self.entered = False  # whether it was observed and its attention solved
         self.solver: BlockSolver | None = None
         self.stats: dict = {}
-        self._x_next = torch.empty(0)  # [S, T, D] x behind the block
         self._teacher: Routing | None = None  # what the original router says of x, all tokens of this process
-        self._router_input = torch.empty(0)  # [S, T, D] what reaches the router in the compressed stream
+        self._router_input: HiddenFile | None = None  # [S, T, D] what reaches the router in the compressed stream
 
     @property
     def block(self) -> Block:
@@ -93,22 +93,20 @@ class Calibration:
         self.solver = BlockSolver(block, len(self.moe.blocks), self.recipe, self.ranks)
         self.stats = {"block": block.index, "name": block.name}
         with self.phase(block.index, "observe"):
-            self._x_next = self._observe()
+            self._observe()
             self._groups = streams.input_groups(block)
         with self.phase(block.index, "attention"):
             self._solve_part("attention")
             if block.is_moe:
-                rows = [x.cpu() for x in streams.inputs_of(block, block.router)]
-                self._router_input = torch.cat(rows).view(*streams.x_hat.shape[:2], -1)
+                self._router_input = streams.keep_router_input(block)
                 self._count_shift("before")
         self.entered = True
 
-    def _observe(self) -> Tensor:
+    def _observe(self) -> None:
         """x through the original block; what its router says is kept, on disk too for the joint stage."""
-        output, self._teacher = self.streams.forward(self.block, self.streams.x)
+        self._teacher = self.streams.advance(self.block, "x")
         if self._teacher is not None:
             self.streams.write_teacher(self.at, self._teacher.logits)
-        return output
 
     @torch.no_grad()
     def leave(self, router: Tensor | None) -> dict:
@@ -127,15 +125,15 @@ class Calibration:
                 self.solver.solve_experts(self._router_input.flatten(0, 1), self._route())
                 self.stats["starved"] = self.solver.starved
         with self.phase(block.index, "replay"):
-            streams.x_hat, _ = streams.forward(block, streams.x_hat)
-            streams.x = self._x_next
+            streams.advance(block, "x_hat")
         self.stats["error"] = self.solver.error
         self._write()
         self.moe.release(self.at)
         self.at, self.entered = self.at + 1, False
-        self._x_next = self._router_input = torch.empty(0)
-        self._teacher = None
-        streams.write(self.at)
+        if self._router_input is not None:
+            self._router_input.delete()
+        self._teacher = self._router_input = None
+        streams.step(self.at)
         return self.stats
 
     def _solve_part(self, part: str) -> None:
@@ -200,9 +198,10 @@ class Calibration:
             self.at = i
             if exists[i]:
                 with self.moe.loaded(i):
-                    self.streams.x = self._observe()
+                    self._observe()
                     self._restore(i)
-                    self.streams.x_hat, _ = self.streams.forward(self.block, self.streams.x_hat)
+                    self.streams.advance(self.block, "x_hat")
+                self.streams.step(i + 1, keep=False)
             else:
                 log.warning("block %d is not in %s: computing it again", i, self.run.path)
                 self._observe_and_solve_attention()

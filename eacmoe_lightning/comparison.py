@@ -44,7 +44,8 @@ class Comparison(LightningModule):
 
     def _start_evaluation(self, split: bool) -> None:
         original, subject = self._outside["original"], self._outside["subject"]
-        self._outside["evaluation"] = Evaluation(original, subject, split)
+        scratch = self.run.scratch(self.global_rank)
+        self._outside["evaluation"] = Evaluation(original, subject, split, scratch)
 
     def on_validation_epoch_start(self) -> None:
         self._start_evaluation(split=False)

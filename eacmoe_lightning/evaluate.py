@@ -12,7 +12,7 @@ Both models run block by block on the same text, one block of each in memory at 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from eacmoe_lightning.expert_shift import ExpertShift, mean_rates
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.store import RunDirectory
 from eacmoe_lightning.streaming import Checkpoint
+from eacmoe_lightning.streaming.hidden import Shelf
 
 
 @dataclass
@@ -64,11 +65,13 @@ def run_batches(
     batches: Sequence[Tensor],
     split: bool = False,
     on_selections: OnSelections | None = None,
+    hidden: MutableMapping[tuple[int, str], Tensor] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Runs batches of tokens [B, T] through the original and the subject side by side, all of them block by block.
 
     Each block is in memory once, whatever the number of batches. Without an original, the subject is itself one: only
-    its own stream runs, under the name `original`.
+    its own stream runs, under the name `original`. Hidden states rest in `hidden` between blocks, by batch and stream:
+    in memory, or on a `streaming.hidden.Shelf`.
 
     Returns:
         Per batch, by stream: negative log-likelihoods [B, T-1] in nats.
@@ -77,20 +80,26 @@ def run_batches(
     names = ["original"] + (["compressed"] if other is not None else [])
     names += ["selection_damage", "weight_damage"] if other is not None and split else []
     embedded = _Embedded(reference, batches), _Embedded(other, batches) if other is not None else None
-    hidden = [{name: embedded[name in OF_SUBJECT].hidden[j] for name in names} for j in range(len(batches))]
+    hidden = {} if hidden is None else hidden
+    for j in range(len(batches)):
+        hidden.update({(j, name): embedded[name in OF_SUBJECT].embed(j) for name in names})
     moe_block = 0
     for i in range(len(reference.blocks)):
         with reference.loaded(i) as block, other.loaded(i) if other is not None else nullcontext() as twin:
-            for j, streams in enumerate(hidden):
+            for j in range(len(batches)):
                 kwargs = [e.kwargs(j, i) if e is not None else {} for e in embedded]
+                streams = {name: hidden[j, name].to(reference.device) for name in names}
                 selected = _through_block(block, twin, streams, kwargs, split)
+                hidden.update({(j, name): stream for name, stream in streams.items()})
                 if block.is_moe and on_selections is not None:
                     on_selections(j, moe_block, *selected)
         moe_block += block.is_moe
-    return [
-        {name: next_token_nll((other if name in OF_SUBJECT else reference).head(h), ids) for name, h in streams.items()}
-        for streams, ids in zip(hidden, batches, strict=True)
-    ]
+
+    def nll(j: int, name: str) -> Tensor:
+        head = (other if name in OF_SUBJECT else reference).head
+        return next_token_nll(head(hidden[j, name].to(reference.device)), batches[j])
+
+    return [{name: nll(j, name) for name in names} for j in range(len(batches))]
 
 
 OF_SUBJECT = ("compressed", "weight_damage")  # streams that run through the subject's weights
@@ -100,13 +109,14 @@ class _Embedded:
     """Hidden states [B, T, D] before block 0, and each block's keyword arguments, which depend on the shape only."""
 
     def __init__(self, moe: MoEModel, batches: Sequence[Tensor]) -> None:
-        self.hidden: list[Tensor] = []
+        self.moe, self.batches = moe, batches
         self._shapes = [tuple(batch.shape) for batch in batches]
         self._kwargs: dict[tuple[int, ...], list[dict]] = {}
-        for batch in batches:
-            hidden, kwargs = moe.embed(batch.to(moe.device))
-            self._kwargs.setdefault(tuple(batch.shape), kwargs)
-            self.hidden.append(hidden)
+
+    def embed(self, batch: int) -> Tensor:
+        hidden, kwargs = self.moe.embed(self.batches[batch].to(self.moe.device))
+        self._kwargs.setdefault(self._shapes[batch], kwargs)
+        return hidden
 
     def kwargs(self, batch: int, block: int) -> dict:
         return self._kwargs[self._shapes[batch]][block]
@@ -148,10 +158,13 @@ class Evaluation:
         original: the reference, or None where the subject is an original model.
         subject: what is evaluated.
         split: whether `run_batches` is asked for the split of the damage.
+        scratch: a directory for hidden states while they are not in use; None: they stay in memory.
     """
 
-    def __init__(self, original: MoEModel | None, subject: MoEModel, split: bool) -> None:
-        self.original, self.subject, self.split = original, subject, split
+    def __init__(
+        self, original: MoEModel | None, subject: MoEModel, split: bool = False, scratch: Path | None = None
+    ) -> None:
+        self.original, self.subject, self.split, self.scratch = original, subject, split, scratch
         self.names = ["original"] + (["compressed"] if original else [])
         self.names += ["selection_damage", "weight_damage"] if original and split else []
         self.batches: list[tuple[str, Tensor]] = []  # text, token ids [B, T]
@@ -176,7 +189,9 @@ class Evaluation:
             if ids is not None:
                 self.shift[self.batches[batch][0]].update([original], [ids], first=block)
 
-        all_nll = run_batches(self.original, self.subject, [ids for _, ids in self.batches], self.split, count)
+        batches = [ids for _, ids in self.batches]
+        with Shelf.opened(self.scratch) if self.scratch is not None else nullcontext({}) as hidden:
+            all_nll = run_batches(self.original, self.subject, batches, self.split, count, hidden)
         for (text, _), nll in zip(self.batches, all_nll, strict=True):
             for name in self.names:
                 self.nll[text][name].update(nll[name].double().sum())
@@ -223,10 +238,11 @@ def evaluate(
     batch_size: int,
     split: bool = False,
     ranks: Ranks | None = None,
+    scratch: Path | None = None,
 ) -> dict[str, Any]:
     """`Evaluation.compute` over named windows [S, T], divided among the processes."""
     ranks = ranks or Ranks()
-    evaluation = Evaluation(original, subject, split)
+    evaluation = Evaluation(original, subject, split, scratch)
     for text, windows in texts.items():
         own = shard(len(windows), ranks.rank, ranks.world)
         for start in range(own.start, own.stop, batch_size):

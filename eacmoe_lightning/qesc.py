@@ -71,6 +71,8 @@ class QESC(Comparison):
         joint_scale_lr: Of the scales of the quantized weights, whose codes stay; 0 leaves them as they are.
         lr_schedule: Over each stage: constant, linear or cosine (to zero).
         weight_decay: Of AdamW.
+        stream_dtype: In which hidden states rest on disk between blocks; auto: as the model computes, which loses
+            nothing; bfloat16 halves the disk that a float32 model takes.
         evaluate: What validate, test and predict look at: a run directory, a compressed directory or an original
             model; null: the run directory (trainer.default_root_dir).
         split_damage: Let test split the damage into weights and selections (EAC-MoE, table 1).
@@ -105,6 +107,7 @@ class QESC(Comparison):
         joint_scale_lr: float = 3e-3,
         lr_schedule: Literal["constant", "linear", "cosine"] = "cosine",
         weight_decay: float = 0.0,
+        stream_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         evaluate: str | None = None,
         split_damage: bool = False,
     ) -> None:
@@ -135,6 +138,7 @@ class QESC(Comparison):
         self.ridge, self.joint_selection = ridge, joint_selection
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
+        self.stream_dtype = stream_dtype
         self.routers, self.norms, self.scales = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.block_routers: dict[str, Tensor] = {}  # as the blocks were solved with them, once the joint stage moves on
 
@@ -225,7 +229,7 @@ class QESC(Comparison):
             **{
                 f"model.{name}": getattr(self, name)
                 for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
-                + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay")
+                + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
             },
             **{
                 f"data.{name}": getattr(data, name)
@@ -265,7 +269,10 @@ class QESC(Comparison):
         data = self.trainer.datamodule
         own = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
         windows = data.calibration_windows[own.start : own.stop]
-        streams = Streams(self.moe, windows, own.start, data.batch_size, self.run, self.ranks)
+        dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
+        streams = Streams(
+            self.moe, windows, own.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
+        )
         self._outside["calibration"] = Calibration(self.moe, self.recipe, streams, self.run, self.ranks)
 
     def enter_block(self) -> None:

@@ -3,7 +3,7 @@
     run.json               what this run is (options and the original model's fingerprint)
     blocks/block_003.safetensors   the compressed block 3: codes, scales, zero points, router, statistics
     costs.jsonl            seconds and peak memory of each phase
-    streams/rank_0_of_1/block_003.safetensors   both hidden streams as block 3 receives them
+    streams/rank_0_of_1/block_003.x, .x_hat   both hidden streams as block 3 receives them
     checkpoints/  tensorboard/  compressed/  report.json  report.md
 
 A file is written beside its place, flushed to disk and renamed. Tensor files carry a digest of their content, so a
@@ -41,12 +41,38 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         StoreError: the disk is full; nothing that was there before is lost.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    partial = partial_name(path)
+    with full_disk_named(path, partial):
         write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        settle(partial, path)
+
+
+def partial_name(path: Path) -> Path:
+    """Where a file is written before it is whole: beside its place, by this process."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def settle(partial: Path, path: Path) -> None:
+    """Puts a written file in its place, for good even if the power goes now."""
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself survives a power cut
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def full_disk_named(path: Path, partial: Path) -> Iterator[None]:
+    """Removes the partial file where what is done inside fails.
+
+    Raises:
+        StoreError: it failed for a full disk or quota.
+    """
+    try:
+        yield
     except BaseException as error:
         size = partial.stat().st_size if partial.exists() else 0
         partial.unlink(missing_ok=True)
@@ -57,11 +83,6 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
                 "free. Free some, and continue this run with --ckpt_path last: everything finished is kept"
             ) from error
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself survives a power cut
-    finally:
-        os.close(directory)
 
 
 @contextmanager
@@ -152,12 +173,13 @@ class RunDirectory:
     def block(self, index: int) -> Path:
         return self.path / "blocks" / f"block_{index:03d}.safetensors"
 
-    def teacher(self, index: int, rank: int, world: int) -> Path:
-        """The original router's logits of one block, for the joint stage."""
-        return self.streams(index, rank, world).with_name(f"teacher_{index:03d}.safetensors")
+    def streams(self, rank: int, world: int) -> Path:
+        """The directory of one process's hidden states, files of `streaming.hidden`."""
+        return self.path / "streams" / f"rank_{rank}_of_{world}"
 
-    def streams(self, index: int, rank: int, world: int) -> Path:
-        return self.path / "streams" / f"rank_{rank}_of_{world}" / f"block_{index:03d}.safetensors"
+    def scratch(self, rank: int) -> Path:
+        """A directory for what an evaluation need not keep in memory; removed with other litter after a kill."""
+        return self.path / f".evaluation_{rank}.partial"
 
     @property
     def costs(self) -> Path:

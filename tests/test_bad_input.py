@@ -172,7 +172,7 @@ def stopped(tmp_path_factory, tiny_model_dir) -> Path:
 DAMAGED = [
     ("truncated", "blocks/block_000.safetensors"),
     ("flipped", "blocks/block_001.safetensors"),
-    ("flipped", "streams/**/block_002.safetensors"),
+    ("flipped", "streams/**/block_002.x_hat"),
 ]
 
 

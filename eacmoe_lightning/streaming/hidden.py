@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.store import REMEDY, StoreError, full_disk_named, sync_directory, write_json
+from eacmoe_lightning.store import REMEDY, StoreError, full_disk_named, partial_name, settle, write_json
 
 HASHED_AT_ONCE = 1 << 26  # bytes
 
@@ -88,7 +89,7 @@ class HiddenWriter:
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self.path, self.dtype = path, dtype
-        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self.partial = partial_name(path)
         self._sha, self._windows, self._rest = hashlib.sha256(), 0, (0,)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.partial, "wb", buffering=0)  # noqa: SIM115  (closed by `written`)
@@ -115,10 +116,8 @@ class HiddenWriter:
     def finish(self, note: dict[str, Any]) -> HiddenFile:
         """Puts the file in its place for good: it survives a kill or a power cut from here on."""
         file = self.written()
-        with full_disk_named(self.path, self.partial), open(self.partial, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(self.partial, self.path)
-        sync_directory(self.path.parent)
+        with full_disk_named(self.path, self.partial):
+            settle(self.partial, self.path)
         dtype = str(self.dtype).rpartition(".")[2]
         content = {"shape": file.shape, "dtype": dtype, "sha256": self._sha.hexdigest(), "note": note}
         write_json(_note(self.path), content)
@@ -132,6 +131,16 @@ class Shelf(MutableMapping):
         self.directory = directory
         self._files: dict[Any, HiddenFile] = {}
         self._names: dict[Any, str] = {}
+
+    @classmethod
+    @contextmanager
+    def opened(cls, directory: Path) -> Iterator[Shelf]:
+        """An empty one whose directory is removed at the end."""
+        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            yield cls(directory)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
     def __setitem__(self, key: Any, tensor: Tensor) -> None:
         name = self._names.setdefault(key, f"{len(self._names):05d}")
