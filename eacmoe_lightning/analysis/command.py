@@ -12,8 +12,13 @@ from transformers import AutoTokenizer
 from eacmoe_lightning import compressed
 from eacmoe_lightning.adapter import MoEModel, load_original, local_directory
 from eacmoe_lightning.analysis.selection import describe, select
+from eacmoe_lightning.choice_task import make_questions
 from eacmoe_lightning.data import name_sources
 from eacmoe_lightning.evaluate import compressed_directory
+from eacmoe_lightning.skipping import PESF
+from eacmoe_lightning.skipping.selection import Survivors
+from eacmoe_lightning.skipping.sweep import summary as skipping_summary
+from eacmoe_lightning.skipping.sweep import sweep
 from eacmoe_lightning.store import write_json
 from eacmoe_lightning.text import read_documents, token_windows
 
@@ -28,8 +33,18 @@ def analyze(
     floor: float = 0.3,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "cpu",
+    alphas: list[float] | None = None,
+    tolerance: float = 0.01,
+    survivors: Survivors = "keep",
+    rescue: float | None = None,
+    num_questions: int = 0,
+    baselines: bool = False,
 ) -> dict[str, Any]:
     """Selection frequencies of each text, how alike texts are to the routers, coverage and load balance.
+
+    With `--alphas '[0.1, 0.3, 0.5, 0.7]'` also what skipping rarely selected experts (PESF) costs and saves, and which
+    alpha to take; a compressed model runs packed there. In `analysis.json` under `skipping` (see
+    `skipping.sweep.sweep`), in `skipping.png` and in TensorBoard.
 
     Leaves `analysis.json` (its keys: see `selection.describe`), `similarity.png`, `frequency.png`, `balance.png` and
     `tensorboard/` in the output directory.
@@ -45,6 +60,13 @@ def analyze(
             by the same measure (its alpha).
         dtype: In which the model is loaded.
         device: On which it runs.
+        alphas: Candidates in (0, 1] for PESF; null leaves the sweep out.
+        tolerance: The share of its perplexity that any text may lose under the alpha that is recommended.
+        survivors: Of a token that loses an expert: keep (their weights), renormalize or reroute.
+        rescue: In [0, 1]: a rare expert still runs for a token that gives it this share of its largest weight; null,
+            as in the paper: for none.
+        num_questions: Continuation questions of each text, answered under every candidate.
+        baselines: Also measure truncation to ceil(2K/3) experts, EES and ODP, calibrated on the package's text.
 
     Raises:
         FileNotFoundError: there is no such model or text.
@@ -55,6 +77,8 @@ def analyze(
             raise ValueError(f"{option}={value} (--{option}) is below 1")
     if not 0 <= floor <= 1:
         raise ValueError(f"floor={floor} (--floor) is not in [0, 1]")
+    for alpha in alphas or ():
+        PESF(alpha, survivors, rescue)  # says what is wrong before anything runs
     directory, subject = open_model(model, dtype)
     subject.model.to(device)
     sources = name_sources(texts, "--texts")
@@ -65,17 +89,34 @@ def analyze(
     description = describe(selections, [block.index for block in subject.moe_blocks], floor)
     place = Path(output)
     place.mkdir(parents=True, exist_ok=True)
-    figures.write(
-        place,
-        {
-            "similarity": figures.similarity(description),
-            "frequency": figures.frequency(description),
-            "balance": figures.balance(description, floor),
-        },
-    )
+    drawn = {
+        "similarity": figures.similarity(description),
+        "frequency": figures.frequency(description),
+        "balance": figures.balance(description, floor),
+    }
+    if alphas:
+        served = subject.model  # as it is served: a compressed model packed
+        if compressed.is_compressed(directory):
+            served = compressed.load(directory, dtype).to(device)
+        count = num_questions and {"num_questions": num_questions, "context_length": window_length * 3 // 4}
+        description["skipping"] = sweep(
+            served,
+            windows,
+            alphas,
+            tolerance,
+            survivors,
+            rescue,
+            batch_size,
+            read_windows("bundled:calibration", directory, 16, window_length) if baselines else None,
+            {name: make_questions(own, **count) for name, own in windows.items()} if count else None,
+        )
+        drawn["skipping"] = figures.skipping(description["skipping"])
+    figures.write(place, drawn)
     settings = {"model": model, "sources": sources, "window_length": window_length, "floor": floor, "dtype": dtype}
     write_json(place / "analysis.json", settings | description)
     print(summary(description, floor))
+    if alphas:
+        print(skipping_summary(description["skipping"]))
     print(f"{place}: analysis.json, figures, tensorboard --logdir {place}")
     return description
 

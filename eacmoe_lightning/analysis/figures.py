@@ -98,3 +98,38 @@ def balance(description: dict[str, Any], floor: float) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     all_axes[0].legend(fontsize=8)
     return figure
+
+
+def skipping(result: dict[str, Any]) -> Figure:
+    """Perplexity, what is skipped, and time by alpha (EAC-MoE, figure 7); baselines as crosses at what they drop."""
+    rows = [row for row in result["rows"] if row["alpha"] is not None]
+    others = [row for row in result["rows"] if row["alpha"] is None]
+    alphas, texts = [row["alpha"] for row in rows], list(rows[0]["perplexity"])
+    figure = Figure(figsize=(16, 3.6), layout="constrained")
+    loss, answers, share, trade = figure.subplots(1, 4)
+    for text in texts:
+        loss.plot(alphas, [row["perplexity"][text] / rows[0]["perplexity"][text] for row in rows], "o-", label=text)
+    loss.axhline(1 + result["tolerance"], color="gray", linestyle="--", label="tolerance")
+    loss.set_title("perplexity over that without skipping", fontsize=10)
+    for text in rows[0]["accuracy"]:
+        answers.plot(alphas, [row["accuracy"][text] for row in rows], "o-", label=text)
+    answers.set_title("questions answered rightly" if rows[0]["accuracy"] else "no questions were asked", fontsize=10)
+    for key, label in (
+        ("experts_skipped", "(sequence, expert) pairs skipped"),
+        ("pairs_dropped", "(token, expert) pairs dropped"),
+        ("latency", "time over that without skipping"),
+    ):
+        share.plot(alphas, [row[key] for row in rows], "o-", label=label)
+    share.set_title("what is skipped, and the time it takes", fontsize=10)
+    trade.plot([row["pairs_dropped"] for row in rows], [1 + row["increase"] for row in rows], "o-", label="PESF")
+    for row in others:
+        trade.plot([row["pairs_dropped"]], [1 + row["increase"]], "x", markersize=9, label=row["name"])
+    trade.set_title("worst text's perplexity by pairs dropped", fontsize=10)
+    for axes in (loss, answers, share):
+        axes.set_xlabel("alpha")
+        if result["recommended"]:
+            axes.axvline(result["recommended"], color="green", linewidth=1)
+    trade.set_xlabel("(token, expert) pairs dropped")
+    for axes in (loss, share, trade):
+        axes.legend(fontsize=7)
+    return figure

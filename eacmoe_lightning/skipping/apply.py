@@ -58,6 +58,17 @@ def skipping(model: PreTrainedModel, rule: Rule) -> Iterator[SkipReport]:
         _replace(model, before)
 
 
+@contextmanager
+def resting(model: PreTrainedModel) -> Iterator[None]:
+    """No rule is at work on a model while the block runs."""
+    before = current_session(model)
+    _replace(model, None)
+    try:
+        yield
+    finally:
+        _replace(model, before)
+
+
 def pesf(
     model: PreTrainedModel,
     alpha: float = 0.3,
