@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_packed_loading import compress
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel, Qwen2MoeConfig
 
 import eacmoe_lightning
 from eacmoe_lightning import compressed
@@ -302,6 +302,39 @@ def test_generate_prunes_the_prompt_and_runs_the_rest_in_full():
     assert torch.equal(dynamic, static)
     assert report.summary("prefill")["pairs"] == 2 * 65 * 2 * 3 and report.summary("prefill")["dropped"] > 0
     assert report.summary("decode")["pairs"] > 0 and report.summary("decode")["dropped"] == 0
+
+
+@torch.no_grad()
+def test_experts_that_cannot_leave_a_pair_out_say_so_and_others_with_biases_can():
+    config = GptOssConfig(**tiny_models.COMMON, intermediate_size=64, num_local_experts=8, num_experts_per_tok=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if "router" in name or name.endswith("bias"):
+            parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    ids = random_ids(2, 64)
+    model.set_experts_implementation("eager")
+    plain = model(ids).logits
+    with pytest.raises(ValueError, match="cannot leave out a .* pair"), eacmoe_lightning.pesf(model, alpha=0.7):
+        pass
+    assert current_rule(model) is None and torch.equal(model(ids).logits, plain)
+    model.set_experts_implementation("grouped_mm")
+    with eacmoe_lightning.pesf(model, alpha=0.7) as report:
+        got = model(ids).logits
+    model.set_experts_implementation("eager")
+
+    def zero_rare(router, args, output):
+        logits, weights, chosen = output
+        weights = weights.clone()
+        for rows, own in zip(chosen.view(2, 64, 2), weights.view(2, 64, 2), strict=True):
+            counts = rows.flatten().bincount(minlength=8)
+            own[counts[rows] < 0.7 * 64 * 2 / 8] = 0
+        return logits, weights, chosen
+
+    for block in MoEModel(model).moe_blocks:
+        block.router.register_forward_hook(zero_rare)
+    assert report.summary()["dropped"] > 0 and error(got, model(ids).logits) < 1e-5
 
 
 # --- settings and bad input -------------------------------------------------------------------------------------------

@@ -99,7 +99,12 @@ def _replace(model: PreTrainedModel, session: Session | None) -> None:
     before = current_session(model)
     if before is not None:
         before.detach()
-    setattr(model, ATTRIBUTE, None)
-    if session is not None:
-        session.attach()
-        setattr(model, ATTRIBUTE, session)
+    try:
+        if session is not None:
+            session.attach()
+    except BaseException:
+        session.detach()
+        if before is not None:
+            before.attach()
+        raise
+    setattr(model, ATTRIBUTE, session)
