@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from eacmoe_lightning.skipping.rules import Decision
 
 PREFILL, DECODE = "prefill", "decode"
+MOST_STEPS = 4096  # decisions of single tokens that wait to be counted
 
 
 class SkipReport:
@@ -26,28 +27,41 @@ class SkipReport:
 
     def clear(self) -> None:
         self.sums: dict[str, Tensor] = {}  # by phase: [blocks, fields] float64
+        self.steps: list[tuple[int, Tensor, Tensor, Tensor | None]] = []  # of decoding, not yet counted
 
     def add(self, block: int, tokens: Tokens, decision: Decision) -> None:
-        """Counts one block's decision: no host sync."""
-        num_experts = self.num_experts[block]
-        phase = DECODE if tokens.is_step else PREFILL
+        """Counts one block's decision: no host sync. Steps of decoding are put aside and counted many at a time."""
         ids = decision.ids.view(*tokens.shape, -1)
+        if not tokens.is_step:
+            kept = decision.kept if decision.kept is None else decision.kept[None]
+            return self._count(PREFILL, block, ids[None], tokens.real[None], kept)
+        self.steps.append((block, ids, tokens.real, decision.kept))
+        if len(self.steps) >= MOST_STEPS:
+            self._count_steps()
+
+    def _count_steps(self) -> None:
+        alike: dict[tuple, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
+        for block, ids, real, kept in self.steps:
+            alike.setdefault((block, ids.shape, kept is None), []).append((ids, real, kept))
+        self.steps = []
+        for (block, _, is_full), decisions in alike.items():
+            ids, real, kept = zip(*decisions, strict=True)
+            self._count(DECODE, block, torch.stack(ids), torch.stack(real), None if is_full else torch.stack(kept))
+
+    def _count(self, phase: str, block: int, ids: Tensor, real: Tensor, kept: Tensor | None) -> None:
+        """Adds M decisions: ids [M, B, T, K], real [M, B, T], kept [M, B, E]."""
+        num_experts = self.num_experts[block]
         if phase not in self.sums:
-            self.sums[phase] = torch.zeros(
-                len(self.num_experts), len(self.FIELDS), device=ids.device, dtype=torch.float64
-            )
-        pairs = tokens.real.sum() * ids.shape[-1]
-        dropped = ((ids == num_experts) & tokens.real.unsqueeze(-1)).sum()
-        kept = decision.kept
-        nothing = torch.zeros_like(pairs)
-        if kept is None:
-            sequences, skipped, batch, untouched = nothing, nothing, nothing, nothing
-        else:
-            filled = tokens.real.any(1)  # a sequence of padding alone skips nothing and says nothing
-            sequences, batch = filled.sum() * num_experts, filled.any() * num_experts
-            skipped = (~kept & filled.unsqueeze(1)).sum()
-            untouched = (~kept | ~filled.unsqueeze(1)).all(0).sum() * filled.any()
-        self.sums[phase][block] += torch.stack([pairs, dropped, sequences, skipped, batch, untouched])
+            shape = len(self.num_experts), len(self.FIELDS)
+            self.sums[phase] = torch.zeros(shape, device=ids.device, dtype=torch.float64)
+        pairs = real.sum() * ids.shape[-1]
+        found = [pairs, ((ids == num_experts) & real.unsqueeze(-1)).sum()]
+        if kept is not None:
+            filled = real.any(2)  # [M, B]; a sequence of padding alone skips nothing and says nothing
+            unused = ~kept | ~filled.unsqueeze(2)
+            found += [filled.sum() * num_experts, (unused & filled.unsqueeze(2)).sum()]
+            found += [filled.any(1).sum() * num_experts, (unused.all(1) & filled.any(1, keepdim=True)).sum()]
+        self.sums[phase][block, : len(found)] += torch.stack(found)
 
     def summary(self, phase: str = PREFILL) -> dict[str, float]:
         """Shares over all blocks.
@@ -56,6 +70,7 @@ class SkipReport:
         expert) pairs, those skipped: in a batch only these are saved. `experts_untouched`: of the experts, those that
         no sequence of the batch uses, whose weights are not even read. Plus the absolute numbers behind them.
         """
+        self._count_steps()
         totals = dict.fromkeys(self.FIELDS, 0.0)
         if phase in self.sums:
             totals = dict(zip(self.FIELDS, self.sums[phase].sum(0).tolist(), strict=True))
@@ -63,11 +78,13 @@ class SkipReport:
 
     def blocks(self, phase: str = PREFILL) -> list[dict[str, float]]:
         """`summary` for each block by itself."""
+        self._count_steps()
         if phase not in self.sums:
             return []
         return [_shares(dict(zip(self.FIELDS, row, strict=True))) for row in self.sums[phase].tolist()]
 
     def __str__(self) -> str:
+        self._count_steps()
         lines = []
         for phase in self.sums:
             s = self.summary(phase)
