@@ -6,13 +6,17 @@
 A model of one layer with random weights and a small vocabulary. Parts: `moe` is its MoE block (router, routed and
 shared experts) given hidden states; `layer` the whole model (attention, MoE block, a small head) given tokens, without
 a cache. Work: `decode` is 1x1, `prefill` 1x512, `batch` 4x512 (batch x tokens). Backends take turns, one call each, in
-every round; a row has the median over the rounds. They are transformers' `eager` and `grouped_mm` in bf16, this package
-with bf16 and with `int8` activations, and with --llama-cpp DIR (layer only) llama.cpp at its nearest format, in an
-environment of its own that is made under DIR (it compiles llama.cpp: some minutes).
+every round; a row has the median over the rounds. They are transformers' `eager` and `grouped_mm` in bf16 (with
+--float32 also in float32, which CPUs without bf16 instructions prefer), this package with bf16 and with `int8`
+activations, and with --llama-cpp DIR (layer only) llama.cpp at its nearest format, in an environment of its own that is
+made under DIR (it compiles llama.cpp: some minutes). `load` opens the layer's directory, compressed or bf16, in fresh
+processes (Linux).
 
 Rows: part, work, shape, bits, backend, threads, median_s, ratio_to_bf16 (against the faster bf16 backend at the same
-work), limit and limit_share (how much is reached of the machine's reading bandwidth or bf16 product rate, both measured
-in the same run; whichever is nearer), weight_bytes (of the part, as it lies in memory).
+work), limit and limit_share (how much is reached of the machine's reading bandwidth or product rate, the better of bf16
+and float32, both measured in the same run; whichever is nearer; more than 1 where integers are multiplied faster),
+weight_bytes (of the part, as it lies in memory); of `load` also resident_bytes and peak_bytes, beyond the process's
+own, and file_bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ import itertools
 import json
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 import venv
 from collections.abc import Callable
@@ -32,12 +38,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
 
+from eacmoe_lightning import compressed
 from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.packed_modules import pack_modules, packed_weights, set_activations
+from eacmoe_lightning.store import write_json
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY, GROUP_SIZE, ATTENTION_BITS = 512, 128, 4
 WORK = {"decode": (1, 1), "prefill": (1, 512), "batch": (4, 512)}
+LOADS = 3  # fresh processes for each `load` row
 COMMON = {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
 SHAPES: dict[str, Any] = {
     "qwen1.5-moe": Qwen2MoeConfig(
@@ -101,6 +110,16 @@ def packed_model(dense: PreTrainedModel, bits: int) -> PreTrainedModel:
     return model
 
 
+def dense_in_float32(dense: PreTrainedModel) -> PreTrainedModel:
+    """The same model in float32: what it would be if one had loaded it so."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dense.config, dtype=torch.float32)
+    model = model.to_empty(device="cpu").eval()
+    model.model.rotary_emb = dense.model.rotary_emb
+    model.load_state_dict(dense.state_dict())
+    return model
+
+
 def bytes_of(module: torch.nn.Module) -> int:
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
@@ -136,10 +155,11 @@ def best_of(action: Callable[[], object], rounds: int = 5) -> float:
 
 
 def machine_limits() -> tuple[float, float]:
-    """Bytes per second that reading 512 MB reaches, and flop per second of a 2048^3 bf16 product."""
+    """Bytes per second that reading 512 MB reaches, and flop per second of a 1024^3 product in bf16 or float32."""
     block = torch.ones(2**28, dtype=torch.bfloat16).view(torch.int64)
-    square = torch.ones(2048, 2048, dtype=torch.bfloat16)
-    return block.nbytes / best_of(block.sum), 2 * 2048**3 / best_of(lambda: square @ square)
+    squares = [torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    seconds = min(best_of(lambda square=square: square @ square) for square in squares)
+    return block.nbytes / best_of(block.sum), 2 * 1024**3 / seconds
 
 
 class LlamaCpp:
@@ -174,6 +194,49 @@ class LlamaCpp:
         self.process.wait()
 
 
+def save_compressed(directory: Path, model: PreTrainedModel) -> None:
+    """The directory that `fit` would leave for this packed model, without a tokenizer."""
+    weights = dict(packed_weights(model))
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel()}
+    layer = {name: tensor for name, tensor in tensors.items() if ".layers." in name}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in layer}
+    directory.mkdir()
+    compressed._write_weights(directory, {compressed.SHARD.format(0): layer, compressed.REST: rest}.items())
+    config = {
+        "model_type": compressed.METHOD,
+        "format_version": 1,
+        "original": {"name_or_path": "random", "config": model.config.to_dict()},
+        "dtype": "bfloat16",
+        "quantization": {
+            "bits": {name: weight.bits for name, weight in weights.items()},
+            "group_sizes": {name: weight.group_size for name, weight in weights.items()},
+        },
+    }
+    write_json(directory / "config.json", config)
+
+
+def load_rows(shape: str, bits: int, dense: PreTrainedModel, packed: PreTrainedModel) -> list[dict[str, Any]]:
+    """What opening the layer takes, compressed and in bf16, in turns."""
+    runs: dict[str, list[dict[str, float]]] = {"bf16": [], "packed": []}
+    with tempfile.TemporaryDirectory() as folder:
+        directories = {name: Path(folder) / name for name in runs}
+        dense.save_pretrained(directories["bf16"])
+        save_compressed(directories["packed"], packed)
+        sizes = {name: compressed.size_of(directory) for name, directory in directories.items()}
+        for _, name in itertools.product(range(LOADS), runs):
+            command = [sys.executable, HERE / "inference_load.py", directories[name], name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            runs[name].append(json.loads(done.stdout))
+    medians = {n: {k: statistics.median(run[k] for run in own) for k in own[0]} for n, own in runs.items()}
+    rows = []
+    for name, model in (("bf16", dense), ("packed", packed)):
+        seconds, own = medians[name].pop("seconds"), medians[name]
+        row = {"part": "layer", "work": "load", "shape": shape, "bits": bits, "backend": name, "threads": 1}
+        row |= {"median_s": seconds, "ratio_to_bf16": (rows[0]["median_s"] if rows else seconds) / seconds}
+        rows.append(row | own | {"file_bytes": sizes[name], "weight_bytes": bytes_of(model)})
+    return rows
+
+
 def timed(model: PreTrainedModel, part: str, ids: Tensor, experts: str = "eager") -> float:
     model.config._experts_implementation = experts
     if part == "layer":
@@ -189,12 +252,15 @@ def timed(model: PreTrainedModel, part: str, ids: Tensor, experts: str = "eager"
 def compare(shape: str, bits: int, args: argparse.Namespace, dense: PreTrainedModel) -> list[dict[str, Any]]:
     """All rows of one shape and bit width."""
     packed = packed_model(dense, bits)
+    wide = dense_in_float32(dense) if args.float32 else None
     llama = LlamaCpp(args.llama_cpp.resolve(), shape, bits) if args.llama_cpp and bits in LLAMA_FORMATS else None
-    rows = []
+    rows = load_rows(shape, bits, dense, packed) if "load" in args.work else []
+    for row in rows:
+        show(row)
     for threads in args.threads:
         torch.set_num_threads(threads)
         bandwidth, rate = machine_limits()
-        for part, work in itertools.product(args.parts, args.work):
+        for part, work in itertools.product(args.parts, [work for work in args.work if work != "load"]):
             batch, tokens = WORK[work]
             ids = torch.randint(0, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
@@ -206,6 +272,11 @@ def compare(shape: str, bits: int, args: argparse.Namespace, dense: PreTrainedMo
                 f"bf16 {name}": lambda name=name, part=part, ids=ids: timed(dense, part, ids, name)
                 for name in ("eager", "grouped_mm")
             }
+            if wide is not None:
+                backends |= {
+                    f"fp32 {name}": lambda name=name, part=part, ids=ids: timed(wide, part, ids, name)
+                    for name in ("eager", "grouped_mm")
+                }
             backends |= {"packed": lambda: ours("exact"), "packed int8": lambda: ours("int8")}
             if llama is not None and part == "layer":
                 name = f"llama.cpp {LLAMA_FORMATS[bits]}"
@@ -225,7 +296,7 @@ def compare(shape: str, bits: int, args: argparse.Namespace, dense: PreTrainedMo
                 if name.startswith("llama.cpp"):
                     row["weight_bytes"] = llama.weight_bytes
                 else:
-                    model = dense if name.startswith("bf16") else packed
+                    model = packed if name.startswith("packed") else dense if name.startswith("bf16") else wide
                     row["weight_bytes"] = bytes_of(weights_of(model, part))
                     reading = used_bytes(model, part, batch * tokens) / bandwidth
                     arithmetic = flops(dense.config, part, batch * tokens) / rate
@@ -240,6 +311,8 @@ def compare(shape: str, bits: int, args: argparse.Namespace, dense: PreTrainedMo
 
 def show(row: dict[str, Any]) -> None:
     limit = f"{row['limit_share']:5.0%} of {row['limit']}" if "limit" in row else ""
+    if row["work"] == "load":
+        limit = f"{row['resident_bytes'] / 1e6:.0f} MB, peak {row['peak_bytes'] / 1e6:.0f}"
     print(
         f"{row['shape']:12s} {row['part']:6s} {row['work']:8s} {row['bits']} bit {row['threads']} threads "
         f"{row['backend']:16s}"
@@ -255,9 +328,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--parts", nargs="+", choices=["moe", "layer"], default=["moe", "layer"])
-    parser.add_argument("--work", nargs="+", choices=list(WORK), default=list(WORK))
+    parser.add_argument("--work", nargs="+", choices=[*WORK, "load"], default=[*WORK, "load"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7, help="of every backend (decode: 8 times as many)")
+    parser.add_argument("--float32", action="store_true", help="measure transformers in float32 too")
     parser.add_argument("--llama-cpp", type=Path, help="directory for llama.cpp's environment and models")
     parser.add_argument("--json", type=Path, help="where the rows are written")
     args = parser.parse_args()

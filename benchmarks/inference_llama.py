@@ -1,7 +1,7 @@
 """llama.cpp's part of inference.py, in an environment with llama-cpp-python and gguf, without torch.
 
-Writes a GGUF model of one layer of the asked shape and format (every byte of a quantized tensor the same: speed does
-not depend on values), loads it, prints the layer's weight bytes, and then answers each line `batch tokens threads` on
+Writes a GGUF model of one layer of the asked shape and format (random codes, so that tokens differ and select different
+experts; fixed scales), loads it, prints the layer's weight bytes, and then answers each line `batch tokens threads` on
 standard input with the seconds of one llama_decode.
 """
 
@@ -16,6 +16,8 @@ import llama_cpp as llama
 import numpy as np
 
 MAX_TOKENS = 2048
+# by format: float16 fields of a block, by their place in it, so that weights have a mean near 0 and a deviation of 0.02
+SCALES = {"Q4_0": {0: 0.004}, "Q3_K": {108: 0.0005}, "Q2_K": {80: 0.0017, 82: 0.0026}}
 
 
 def write_model(path: Path, config: dict, name: str) -> int:
@@ -51,7 +53,12 @@ def write_model(path: Path, config: dict, name: str) -> int:
             writer.add_tensor(tensor, data.astype(np.float32))
             return
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        raw = np.full((*shape[:-1], shape[-1] // block * block_bytes), 0x11, dtype=np.uint8)
+        raw = np.random.default_rng(size).integers(
+            0, 256, (*shape[:-1], shape[-1] // block, block_bytes), dtype=np.uint8
+        )
+        for at, value in SCALES[kind.name].items():
+            raw[..., at : at + 2] = np.array([value], np.float16).view(np.uint8)
+        raw = raw.reshape(*shape[:-1], -1)
         writer.add_tensor(tensor, raw, raw_dtype=kind)
         size += raw.nbytes
 

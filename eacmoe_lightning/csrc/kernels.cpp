@@ -19,7 +19,7 @@
 #define ISA_WIDTH 4
 #include "portable.h"
 #if defined(__x86_64__)
-#define ISA avx2
+#define ISA avx2_portable
 #define ISA_TARGET __attribute__((target("avx2,fma,f16c")))
 #define ISA_WIDTH 8
 #include "portable.h"
@@ -27,6 +27,7 @@
 #define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define ISA_WIDTH 16
 #include "portable.h"
+#include "avx2.h"
 #include "avx512.h"
 #endif
 
@@ -161,7 +162,7 @@ static Level best_level() {
       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return AVX512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return AVX2;
 #endif
   return PORTABLE;
 }
@@ -177,7 +178,10 @@ static Kit kit(Level level, Dtype dtype, bool int8) {
     const Engine* engine = int8 ? &avx512::int8 : dtype == BFLOAT16 ? &avx512::bf16 : &avx512f::engine;
     return {engine, avx512f::activate<Activation>};
   }
-  if (level == AVX2) return {&avx2::engine, avx2::activate<Activation>};
+  if (level == AVX2) {
+    const Engine* engine = int8 ? &avx2::bytes : dtype == FLOAT32 ? &avx2::floats : &avx2::words;
+    return {engine, avx2_portable::activate<Activation>};
+  }
 #endif
   return {&baseline::engine, baseline::activate<Activation>};
 }

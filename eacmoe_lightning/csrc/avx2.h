@@ -1,0 +1,455 @@
+// CPUs with AVX2, which have neither bfloat16 nor 8-bit dot products: products are of 16-bit integers, of bytes, or of
+// float32.
+//
+//     WORDS   bfloat16 and float16 activations: 16-bit integers, one scale for each token and segment. What this rounds
+//             away (1 in 65535 of the segment's largest) is far below the rounding of the result. Codes less zero
+//             points are 16-bit integers as they are; sums are exact in 32 bits (256 * 255 * 32767 < 2^31).
+//     BYTES   the int8 option: codes of up to 4 bits as unsigned bytes, sums of up to 256 products in 16 bits
+//             (8 * 2 * 15 * 127 < 2^15), zero points subtracted through the sum of the activations. Wider codes meet
+//             the same activations as WORDS.
+//     FLOATS  float32 activations.
+//
+// 16 codes of any width become 16-bit integers by three instructions: bring its two bytes to each lane, shift it to the
+// lane's upper end (a multiplication), shift all down. Lanes behind a segment's end hold codes of its neighbour, which
+// meet zeros.
+//
+// Few tokens: a row's codes meet the tokens lane by lane (inputs lie in the lanes). Many tokens: the codes of 2 x 16
+// rows are transposed into a tile (outputs lie in the lanes) and every token passes over the tile.
+#pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "packed.h"
+
+#define WITH_AVX2 __attribute__((target("avx2,fma,f16c")))
+
+namespace eacmoe {
+namespace avx2 {
+
+enum Form { FLOATS, WORDS, BYTES };
+
+constexpr int64_t FEW = 3;     // tokens up to which codes are not transposed
+constexpr int64_t BLOCK = 4;   // tokens whose sums over half a tile stay in registers
+constexpr int64_t SLACK = 16;  // bytes that one load may read, wanted or not
+constexpr int64_t AHEAD = 2048;  // bytes that are fetched before they are used
+
+// --- prepared tokens ------------------------------------------------------------------------------------------------
+// FLOATS: inputs, segments padded with zeros. WORDS: the same as int16, then per segment the scale. BYTES: int8 in the
+// order of `order`, then the same as int16, then scales and sums.
+
+static inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+static inline int64_t words_at(const Segments& s, Form form) { return form == BYTES ? s.padded() : 0; }
+static inline int64_t scales_at(const Segments& s, Form form) { return words_at(s, form) + s.padded() * 2; }
+static inline int64_t sums_at(const Segments& s, Form form) { return scales_at(s, form) + lines(s.count * 4); }
+
+template <Form form>
+static int64_t token_bytes(const Segments& s) {
+  if (form == FLOATS) return s.padded() * 4;
+  return form == WORDS ? sums_at(s, form) : sums_at(s, form) + lines(s.count * 4);
+}
+
+static void prepare_floats(const float* x, const Segments& s, uint8_t* prepared) {
+  float* out = (float*)prepared;
+  const int64_t padded = s.chunks * CHUNK;
+  for (int64_t i = 0; i < s.count; i++, out += padded) {
+    std::memcpy(out, x + s.start(i), size_t(s.size(i)) * 4);
+    std::memset(out + s.size(i), 0, size_t(padded - s.size(i)) * 4);
+  }
+}
+
+// Where byte i of 32 goes: two vectors of 16-bit codes are packed to bytes lane by lane.
+static inline int64_t order(int64_t i) { return (i & ~31) | (i & 7) | (i & 8) << 1 | (i & 16) >> 1; }
+
+template <Form form>
+WITH_AVX2 static void prepare(const float* x, const Segments& s, uint8_t* prepared) {
+  constexpr float most = form == BYTES ? 127 : 32767;
+  const int64_t padded = s.chunks * CHUNK;
+  int16_t* out = (int16_t*)(prepared + words_at(s, form));
+  float *scales = (float*)(prepared + scales_at(s, form)), *sums = (float*)(prepared + sums_at(s, form));
+  for (int64_t i = 0; i < s.count; i++, out += padded) {
+    const float* in = x + s.start(i);
+    const int64_t n = s.size(i);  // a multiple of 8
+    __m256 largest = _mm256_setzero_ps();
+    for (int64_t k = 0; k < n; k += 8)
+      largest = _mm256_max_ps(largest, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(in + k)));
+    float most_of[8], top = 0;
+    _mm256_storeu_ps(most_of, largest);
+    for (float each : most_of) top = each > top ? each : top;
+    const __m256 inverse = _mm256_set1_ps(top > 0 ? most / top : 0);
+    __m256i sum = _mm256_setzero_si256();
+    std::memset(out + n, 0, size_t(padded - n) * 2);
+    for (int64_t k = 0; k < n; k += 8) {
+      const __m256i value = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(in + k), inverse));
+      sum = _mm256_add_epi32(sum, value);
+      _mm_storeu_si128((__m128i*)(out + k),
+                       _mm_packs_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1)));
+    }
+    scales[i] = top / most;
+    if (form != BYTES) continue;
+    int32_t parts[8], total = 0;
+    _mm256_storeu_si256((__m256i*)parts, sum);
+    for (int32_t part : parts) total += part;
+    sums[i] = float(total);
+    int8_t* bytes = (int8_t*)prepared + i * padded;
+    for (int64_t k = 0; k < padded; k += 8)
+      _mm_storel_epi64((__m128i*)(bytes + order(k)), _mm_packs_epi16(_mm_loadu_si128((const __m128i*)(out + k)),
+                                                                     _mm_setzero_si128()));
+  }
+}
+
+// --- codes ----------------------------------------------------------------------------------------------------------
+
+template <int bits>
+struct Unpacker {
+  __m256i spread, shift;
+
+  struct Tables {
+    alignas(32) uint8_t spread[32] = {};
+    alignas(32) uint16_t shift[16] = {};
+    constexpr Tables() {
+      for (int i = 0; i < 16; i++) {
+        const int first = i * bits / 8, offset = i * bits % 8;
+        spread[2 * i] = uint8_t(first);
+        spread[2 * i + 1] = uint8_t(offset + bits > 8 ? first + 1 : 0x80);  // 0x80 gives a zero
+        shift[i] = uint16_t(1u << (16 - bits - offset));
+      }
+    }
+  };
+
+  WITH_AVX2 Unpacker() {
+    static constexpr Tables tables;
+    spread = _mm256_load_si256((const __m256i*)tables.spread);
+    shift = _mm256_load_si256((const __m256i*)tables.shift);
+  }
+
+  // 16 codes from 2 * bits bytes, of which SLACK are read.
+  WITH_AVX2 inline __m256i operator()(const uint8_t* codes) const {
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)codes));
+    return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(both, spread), shift), 16 - bits);
+  }
+};
+
+// A row's codes, with SLACK bytes behind them: of the last rows a copy at `copy`.
+static inline const uint8_t* row_codes(const Packed& p, int64_t row, uint8_t* copy) {
+  const int64_t bytes = p.row_bytes();
+  if ((p.rows - 1 - row) * bytes >= SLACK) return p.codes + row * bytes;
+  std::memcpy(copy, p.codes + row * bytes, size_t(bytes));
+  return copy;
+}
+
+WITH_AVX2 static inline float half(const uint16_t* h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*h))); }
+
+WITH_AVX2 static inline void read_halves(const uint16_t* h, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(h + i))));
+  for (; i < n; i++) out[i] = half(h + i);
+}
+
+// sums += products, in place: with intrinsics gcc 12 copies every accumulator to another register and back.
+WITH_AVX2 static inline void add32(__m256i& sums, __m256i products) {
+  asm("vpaddd %1, %0, %0" : "+x"(sums) : "x"(products));
+}
+WITH_AVX2 static inline void add16(__m256i& sums, __m256i products) {
+  asm("vpaddw %1, %0, %0" : "+x"(sums) : "x"(products));
+}
+WITH_AVX2 static inline void fma(__m256& sums, __m256 w, __m256 x) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sums) : "x"(w), "x"(x));
+}
+
+WITH_AVX2 static inline __m256 low_floats(__m256i words) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(words)));
+}
+WITH_AVX2 static inline __m256 high_floats(__m256i words) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(words, 1)));
+}
+
+WITH_AVX2 static inline float add_lanes(__m256 v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+// --- few tokens: inputs in the lanes --------------------------------------------------------------------------------
+
+// Row r of both halves goes together. BYTES are multiplied as the WORDS that lie beside them, so `form` is FLOATS or
+// WORDS, and `input` how tokens were prepared. `all`: the inputs of every segment, 0 where they differ or the compiler
+// need not know.
+template <int bits, Form form, int64_t M, int64_t all>
+WITH_AVX2 static void few_rows(const Packed& p, const Segments& s, Form input, const uint8_t* const* tokens,
+                               const Rows& rows, float* out) {
+  const Unpacker<bits> unpack;
+  const int64_t groups = p.groups(), row_bytes = p.row_bytes(), padded = s.chunks * CHUNK, count = s.count;
+  const int64_t per_group = s.per_group;
+  float* scales = (float*)scratch(SCALES, size_t(2 * (row_bytes + SLACK + groups * 4)));
+  uint8_t* copies = (uint8_t*)(scales + 2 * groups);
+  const uint8_t* x[M];
+  const float* x_scale[M];
+  for (int64_t m = 0; m < M; m++) {
+    x[m] = tokens[m] + words_at(s, input);
+    x_scale[m] = (const float*)(tokens[m] + scales_at(s, input));
+  }
+  for (int64_t r = 0; r < rows.valid[0]; r++) {
+    const int64_t halves = r < rows.valid[1] ? 2 : 1;
+    const uint8_t *codes[2], *zero[2];
+    __m256 total[2][M];
+    for (int64_t j = 0; j < 2; j++) {
+      const int64_t row = rows.first[j < halves ? j : 0] + r;
+      codes[j] = row_codes(p, row, copies + j * (row_bytes + SLACK));
+      zero[j] = p.zero + row * groups;
+      read_halves(p.scale + row * groups, groups, scales + j * groups);
+      for (int64_t m = 0; m < M; m++) total[j][m] = _mm256_setzero_ps();
+    }
+    int64_t at = 0;
+    for (int64_t i = 0, g = 0, part = 0; i < count; i++, at += padded) {
+      const int64_t n = all ? all : s.size(i);
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < 2; j++) {
+        const __m256i z = _mm256_set1_epi16(zero[j][g]);
+        const uint8_t* from = codes[j];
+        codes[j] += n / 8 * bits;
+        __m256i sum[M];
+        __m256 sums[M];
+        for (int64_t m = 0; m < M; m++) sum[m] = _mm256_setzero_si256(), sums[m] = _mm256_setzero_ps();
+        for (int64_t byte = 0; byte < n / 8 * bits; byte += 64)
+          _mm_prefetch((const char*)from + AHEAD + byte, _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < n; k += 16, from += 2 * bits) {
+          const __m256i steps = _mm256_sub_epi16(unpack(from), z);
+          if constexpr (form == FLOATS) {
+            const __m256 low = low_floats(steps), high = high_floats(steps);
+            for (int64_t m = 0; m < M; m++) {
+              const float* place = (const float*)x[m] + at + k;
+              sums[m] = _mm256_fmadd_ps(low, _mm256_load_ps(place), sums[m]);
+              sums[m] = _mm256_fmadd_ps(high, _mm256_load_ps(place + 8), sums[m]);
+            }
+          } else {
+            for (int64_t m = 0; m < M; m++) {
+              const __m256i* place = (const __m256i*)((const int16_t*)x[m] + at + k);
+              add32(sum[m], _mm256_madd_epi16(steps, _mm256_load_si256(place)));
+            }
+          }
+        }
+        const float own = scales[j * groups + g];
+        for (int64_t m = 0; m < M; m++) {
+          const __m256 value = form == FLOATS ? sums[m] : _mm256_cvtepi32_ps(sum[m]);
+          const __m256 weight = _mm256_set1_ps(form == FLOATS ? own : own * x_scale[m][i]);
+          total[j][m] = _mm256_fmadd_ps(weight, value, total[j][m]);
+        }
+      }
+      if (++part == per_group) part = 0, g++;
+    }
+    for (int64_t j = 0; j < halves; j++)
+      for (int64_t m = 0; m < M; m++) out[(m * 2 + j) * TILE + r] = add_lanes(total[j][m]);
+  }
+}
+
+template <int bits, Form form, int64_t M>
+static void few(const Packed& p, const Segments& s, Form input, const uint8_t* const* tokens, const Rows& rows,
+                float* out) {
+  if (s.group == 128) return few_rows<bits, form, M, 128>(p, s, input, tokens, rows, out);
+  return few_rows<bits, form, M, 0>(p, s, input, tokens, rows, out);
+}
+
+// --- many tokens: outputs in the lanes ------------------------------------------------------------------------------
+
+// 8 x 8 doublewords.
+WITH_AVX2 static inline void transpose(__m256i v[8]) {
+  __m256i w[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    w[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; j++) {
+      v[i + 2 * j] = _mm256_unpacklo_epi64(w[i + j], w[i + 2 + j]);
+      v[i + 2 * j + 1] = _mm256_unpackhi_epi64(w[i + j], w[i + 2 + j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    w[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
+    w[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; i++) v[i] = w[i];
+}
+
+// The tile of one half and segment: per step of 1 (FLOATS), 2 (WORDS) or 4 (BYTES) inputs, [16 outputs] doublewords.
+template <int bits, Form form>
+WITH_AVX2 static inline void fill_tile(const Unpacker<bits>& unpack, const uint8_t* const* codes, int64_t n,
+                                       const uint8_t* zero, __m256i* tile) {
+  constexpr int64_t wide = form == BYTES ? 32 : 16, steps = form == FLOATS ? 16 : 8;  // inputs at once, their steps
+  for (int64_t k = 0; k < n; k += wide, tile += 2 * steps) {
+    for (int h = 0; h < 2; h++) {
+      __m256i v[8], upper[8];
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; r++) {
+        const uint8_t* from = codes[8 * h + r] + k / 8 * bits;
+        const __m256i first = unpack(from);
+        if constexpr (form == BYTES) {
+          v[r] = _mm256_packus_epi16(first, k + 16 < n ? unpack(from + 2 * bits) : _mm256_setzero_si256());
+        } else {
+          const __m256i own = _mm256_sub_epi16(first, _mm256_set1_epi16(zero[8 * h + r]));
+          v[r] = own;
+          if constexpr (form == FLOATS)
+            v[r] = _mm256_castps_si256(low_floats(own)), upper[r] = _mm256_castps_si256(high_floats(own));
+        }
+      }
+      transpose(v);
+      for (int t = 0; t < 8; t++) tile[2 * t + h] = v[t];
+      if constexpr (form == FLOATS) {
+        transpose(upper);
+        for (int t = 0; t < 8; t++) tile[16 + 2 * t + h] = upper[t];
+      }
+    }
+  }
+}
+
+// M tokens pass over the tile of one half and segment, of `steps` steps.
+template <Form form, int64_t M>
+WITH_AVX2 static inline void pass(const __m256i* tile, int64_t steps, const uint8_t* const* x, const float* x_scale,
+                                  const float* x_sum, const float* scale, const float* zero, float* out) {
+  __m256i sum[M][2], part[M][2];
+  __m256 sums[M][2];
+#pragma GCC unroll 4
+  for (int64_t m = 0; m < M; m++)
+    for (int h = 0; h < 2; h++)
+      sum[m][h] = part[m][h] = _mm256_setzero_si256(), sums[m][h] = _mm256_setzero_ps();
+  for (int64_t t = 0; t < steps;) {
+    const int64_t until = form == BYTES && t + 8 < steps ? t + 8 : steps;  // what 16 bits can sum up
+    for (; t < until; t++, tile += 2) {
+      __m256i w[2] = {tile[0], tile[1]};
+      asm("" : "+x"(w[0]), "+x"(w[1]));  // in registers
+#pragma GCC unroll 4
+      for (int64_t m = 0; m < M; m++) {
+        int32_t inputs;
+        std::memcpy(&inputs, x[m] + 4 * t, 4);
+        const __m256i a = _mm256_set1_epi32(inputs);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+          if constexpr (form == FLOATS)
+            fma(sums[m][h], _mm256_castsi256_ps(w[h]), _mm256_castsi256_ps(a));
+          else if constexpr (form == WORDS)
+            add32(sum[m][h], _mm256_madd_epi16(w[h], a));
+          else
+            add16(part[m][h], _mm256_maddubs_epi16(w[h], a));
+        }
+      }
+    }
+    if constexpr (form == BYTES) {
+#pragma GCC unroll 4
+      for (int64_t m = 0; m < M; m++) {
+        for (int h = 0; h < 2; h++) {
+          sum[m][h] = _mm256_add_epi32(sum[m][h], _mm256_madd_epi16(part[m][h], _mm256_set1_epi16(1)));
+          part[m][h] = _mm256_setzero_si256();
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int64_t m = 0; m < M; m++) {
+    for (int h = 0; h < 2; h++) {
+      __m256 value = form == FLOATS ? sums[m][h] : _mm256_cvtepi32_ps(sum[m][h]);
+      __m256 weight = _mm256_loadu_ps(scale + 8 * h);
+      if (form == BYTES) value = _mm256_fnmadd_ps(_mm256_loadu_ps(zero + 8 * h), _mm256_set1_ps(x_sum[m]), value);
+      if (form != FLOATS) weight = _mm256_mul_ps(weight, _mm256_set1_ps(x_scale[m]));
+      float* place = out + m * 2 * TILE + 8 * h;
+      _mm256_storeu_ps(place, _mm256_fmadd_ps(weight, value, _mm256_loadu_ps(place)));
+    }
+  }
+}
+
+// `input` is how tokens were prepared, `form` how they are multiplied: the same, or BYTES and WORDS.
+template <int bits, Form input, Form form>
+WITH_AVX2 static void many(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M,
+                           const Rows& rows, float* out) {
+  constexpr int64_t size = form == FLOATS ? 4 : form == WORDS ? 2 : 1;
+  const Unpacker<bits> unpack;
+  const int64_t groups = p.groups(), row_bytes = p.row_bytes(), bytes = s.chunks * CHUNK * size;
+  const int64_t x_at = input == BYTES && form == WORDS ? words_at(s, input) : 0;
+  uint8_t* copies = scratch(SCALES, size_t(2 * TILE * (row_bytes + SLACK)));
+  alignas(64) __m256i tile[2][MAX_SEGMENT / 4 * size * 2];
+  float scale[2][TILE], zero[2][TILE];
+  uint8_t zeros[2][TILE];
+  const uint8_t* codes[2][TILE];
+  for (int h = 0; h < 2; h++)
+    for (int64_t r = 0; r < TILE; r++)
+      codes[h][r] = r < rows.valid[h] ? row_codes(p, rows.first[h] + r, copies + (h * TILE + r) * (row_bytes + SLACK))
+                                      : codes[0][0];
+  std::memset(out, 0, size_t(M) * 2 * TILE * 4);
+  for (int64_t i = 0; i < s.count; i++) {
+    const int64_t n = s.size(i), g = i / s.per_group, begin = s.start(i) / 8 * bits;
+    const int64_t steps = form == FLOATS ? n : form == WORDS ? n / 2 : (n + 31) / 32 * 8;
+    for (int h = 0; h < 2; h++) {
+      const uint8_t* from[TILE];
+      for (int64_t r = 0; r < TILE; r++) {
+        const int64_t at = (rows.first[h] + (r < rows.valid[h] ? r : 0)) * groups + g;
+        const bool there = rows.valid[h] > 0;
+        scale[h][r] = there ? half(p.scale + at) : 0, zeros[h][r] = there ? p.zero[at] : 0;
+        zero[h][r] = zeros[h][r];
+        from[r] = codes[h][r] + begin;
+        _mm_prefetch((const char*)from[r] + TILE * row_bytes, _MM_HINT_T1);  // the same place of the next tile
+      }
+      fill_tile<bits, form>(unpack, from, n, zeros[h], tile[h]);
+    }
+    for (int64_t m = 0; m < M; m += BLOCK) {
+      const int64_t count = M - m < BLOCK ? M - m : BLOCK;
+      const uint8_t* x[BLOCK];
+      float x_scale[BLOCK], x_sum[BLOCK];
+      for (int64_t b = 0; b < count; b++) {
+        const uint8_t* token = tokens[m + b];
+        x[b] = token + x_at + i * bytes;
+        x_scale[b] = input == FLOATS ? 1 : ((const float*)(token + scales_at(s, input)))[i];
+        x_sum[b] = form == BYTES ? ((const float*)(token + sums_at(s, input)))[i] : 0;
+        for (int64_t line = 0; m + BLOCK + b < M && line < bytes; line += 64)
+          _mm_prefetch((const char*)tokens[m + BLOCK + b] + x_at + i * bytes + line, _MM_HINT_T0);
+      }
+      for (int h = 0; h < 2; h++) {
+        float* place = out + m * 2 * TILE + h * TILE;
+        switch (count) {
+          case 1: pass<form, 1>(tile[h], steps, x, x_scale, x_sum, scale[h], zero[h], place); break;
+          case 2: pass<form, 2>(tile[h], steps, x, x_scale, x_sum, scale[h], zero[h], place); break;
+          case 3: pass<form, 3>(tile[h], steps, x, x_scale, x_sum, scale[h], zero[h], place); break;
+          default: pass<form, 4>(tile[h], steps, x, x_scale, x_sum, scale[h], zero[h], place);
+        }
+      }
+    }
+  }
+}
+
+template <int bits, Form input, Form form>
+static void multiply_bits(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M,
+                          const Rows& rows, float* out) {
+  constexpr Form lanes = form == FLOATS ? FLOATS : WORDS;
+  static_assert(FEW == 3);
+  switch (M) {
+    case 1: return few<bits, lanes, 1>(p, s, input, tokens, rows, out);
+    case 2: return few<bits, lanes, 2>(p, s, input, tokens, rows, out);
+    case 3: return few<bits, lanes, 3>(p, s, input, tokens, rows, out);
+    default: return many<bits, input, form>(p, s, tokens, M, rows, out);
+  }
+}
+
+template <Form form>
+static void multiply(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M, const Rows& rows,
+                     float* out) {
+  constexpr Form wide = form == BYTES ? WORDS : form;
+  switch (p.bits) {
+    case 2: return multiply_bits<2, form, form>(p, s, tokens, M, rows, out);
+    case 3: return multiply_bits<3, form, form>(p, s, tokens, M, rows, out);
+    case 4: return multiply_bits<4, form, form>(p, s, tokens, M, rows, out);
+    case 5: return multiply_bits<5, form, wide>(p, s, tokens, M, rows, out);
+    case 6: return multiply_bits<6, form, wide>(p, s, tokens, M, rows, out);
+    case 7: return multiply_bits<7, form, wide>(p, s, tokens, M, rows, out);
+    case 8: return multiply_bits<8, form, wide>(p, s, tokens, M, rows, out);
+  }
+}
+
+static const Engine floats = {token_bytes<FLOATS>, prepare_floats, multiply<FLOATS>};
+static const Engine words = {token_bytes<WORDS>, prepare<WORDS>, multiply<WORDS>};
+static const Engine bytes = {token_bytes<BYTES>, prepare<BYTES>, multiply<BYTES>};
+
+}  // namespace avx2
+}  // namespace eacmoe
+#endif
