@@ -3,10 +3,10 @@
 from typing import Any
 
 from eacmoe_lightning.compressed import load
-from eacmoe_lightning.offload import offload_experts
+from eacmoe_lightning.offload import load_offloaded, offload_experts
 from eacmoe_lightning.version import __version__
 
-__all__ = ["__version__", "load", "offload_experts", "pesf"]
+__all__ = ["__version__", "load", "load_offloaded", "offload_experts", "pesf"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ type and an unknown quantization method, transformers would warn and leave the w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class PackedConfig(QuantizationConfigMixin):
         bits, group_sizes: by parameter name; bits of each expert where they differ.
         activations: `exact` or `int8`; see `packed_modules.set_activations`.
         directory_config: the compressed directory's own config.json, for `save_pretrained`.
+        prepare: at most one function, called with the packed model before its weights are read (offload/loading.py).
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class PackedConfig(QuantizationConfigMixin):
         group_sizes: dict[str, int] | None = None,
         activations: str = "exact",
         directory_config: dict[str, Any] | None = None,
+        prepare: Sequence[Callable[[PreTrainedModel], None]] = (),
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
         self.bits, self.group_sizes = bits or {}, group_sizes or {}
         self.activations, self.directory_config = activations, directory_config or {}
+        self.prepare = prepare
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained(..., quantization_config=PackedConfig(activations="int8"))` may override."""
@@ -92,6 +96,8 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config: PackedConfig = self.quantization_config
         pack_modules(model, config.bits, config.group_sizes)
+        for prepare in config.prepare:
+            prepare(model)
         files = [Path(file) for file in kwargs["checkpoint_files"]]
         # checksums are compared here
         stored = {name: tensor.shape for file in files for name, tensor in read_tensors(file)[0].items()}

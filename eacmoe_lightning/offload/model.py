@@ -98,14 +98,18 @@ def expert_records(blocks: Iterable[Block], how: Codec | None) -> Iterator[tuple
                 key = Key(block.index, expert, projection)
                 weight = getattr(experts, projection)
                 if isinstance(experts, PackedExperts):
-                    kind = type(how) if isinstance(how, PackedCodes) else PackedCodes
                     *tensors, bits = weight.expert(expert)
-                    yield key, kind(bits, weight.group_size).encode_packed(tuple(tensors))
+                    yield key, packed_codec(how, bits, weight.group_size).encode_packed(tuple(tensors))
                 else:
                     try:
                         yield key, how.encode(weight[expert])
                     except ValueError as error:
                         raise ValueError(f"block {block.index}, expert {expert}, {projection}: {error}") from error
+
+
+def packed_codec(how: Codec, bits: int, group_size: int) -> PackedCodes:
+    """That stores codes of these bits: plain, unless `how` is a codec of packed codes that does it otherwise."""
+    return (type(how) if isinstance(how, PackedCodes) else PackedCodes)(bits, group_size)
 
 
 def offload_experts(
@@ -158,13 +162,13 @@ def attach(
     frequencies: Mapping[int, Sequence[float]] | None = None,
     lookahead: float = 1.0,
     num_workers: int | None = None,
+    device: str | torch.device | None = None,
 ) -> Offload:
     """Replaces a model's experts (dense, packed, or still without memory) by a store's; see `offload_experts`."""
     counters, blocks = Counters(), moe.moe_blocks
     layouts = {block.index: layout_of(block, store) for block in blocks}
     plans = plan(layouts, {block.index: block.num_experts for block in blocks}, cache_bytes)
-    device, count = moe.device, _num_workers(num_workers)
-    device = torch.device("cpu") if device.type == "meta" else device
+    device, count = torch.device(moe.device if device is None else device), _num_workers(num_workers)
     if device.type != "cpu":
         for each in plans:
             each.in_arena = max(count, 1)
@@ -188,8 +192,12 @@ def attach(
         offloaded = kind(experts, block.experts.projections, block.index, cache, handle.predict)
         block.layer.set_submodule(block.experts_name, offloaded)
         block.experts.module = offloaded
-    moe.model.offload = handle
+    moe.model.offload, moe.model.save_pretrained = handle, refuse_to_save
     return handle
+
+
+def refuse_to_save(*_: object, **__: object) -> None:
+    raise ValueError("the experts of an offloaded model are in its store: save the model that it was made of instead")
 
 
 def layout_of(block: Block, store: ExpertStore) -> Layout:

@@ -1,0 +1,81 @@
+"""`load_offloaded`: the same model, of whose experts one block at most was in memory; and offloading under PESF."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from test_packed_loading import compress
+from torch import Tensor
+
+from eacmoe_lightning import load, load_offloaded, offload_experts, pesf
+from eacmoe_lightning.adapter import load_original
+from eacmoe_lightning.offload import loading
+from eacmoe_lightning.offload.model import STORE
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(0, tiny_models.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mixtral", "deepseek"])
+def test_an_original_is_loaded_a_block_at_a_time(family, tiny_model_dir, tokens, tmp_path, monkeypatch):
+    seen, expert_records = [], loading.expert_records
+
+    def counted(blocks, how):
+        seen.append([block.index for block in blocks])
+        yield from expert_records(blocks, how)
+
+    monkeypatch.setattr(loading, "expert_records", counted)
+    folder = tiny_model_dir(family)
+    expected = load_original(str(folder))(tokens).logits
+    model = load_offloaded(folder, 0.5, directory=tmp_path)
+    assert torch.equal(model(tokens).logits, expected) and not model.training
+    assert seen == ([[0], [1], [2]] if family == "mixtral" else [[1], [2]])  # deepseek's first block is dense
+    model.offload.close()
+
+    written = (tmp_path / STORE).stat().st_mtime_ns
+    again = load_offloaded(folder, 0.5, directory=tmp_path)  # the store is there
+    assert torch.equal(again(tokens).logits, expected)
+    assert len(seen) == (3 if family == "mixtral" else 2) and (tmp_path / STORE).stat().st_mtime_ns == written
+    again.offload.close()
+
+    other = load_offloaded(folder, 0.5, "plain", directory=tmp_path)  # another codec: written again
+    assert (tmp_path / STORE).stat().st_mtime_ns > written and other.offload.store.about["codec"] == "plain"
+    other.offload.close()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek"])
+def test_a_compressed_directory_is_loaded_packed(family, tiny_model_dir, tokens, tmp_path):
+    folder = compress(tiny_model_dir(family), tmp_path / "compressed")
+    expected = load(folder)(tokens).logits
+    model = load_offloaded(tmp_path, 1.0, "packed-zstd:3:32", directory=tmp_path / "store")
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    model.config.to_json_string()
+    with pytest.raises(ValueError, match="save the model that it was made of"):
+        model.save_pretrained(tmp_path / "saved")
+    assert {model.offload.store.header(key).codec for key in model.offload.store} == {"packed-zstd"}
+    model.offload.close()
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    with pytest.raises((FileNotFoundError, OSError, ValueError), match="nothing"):
+        load_offloaded(Path(tmp_path / "nothing"), 1.0)
+
+
+@torch.no_grad()
+def test_pesf_decides_before_anything_is_fetched(tokens):
+    """Experts that PESF skips for all sequences are not asked for; the result is that of PESF alone."""
+    prompt = tokens[:1]
+    reference, model = tiny_models.build("qwen3_moe"), tiny_models.build("qwen3_moe")
+    handle = offload_experts(model, 1.0, lookahead=0)
+    model(prompt)
+    without = handle.counters.requests
+    handle.counters.reset()
+    with pesf(model, alpha=1.0), pesf(reference, alpha=1.0) as report:
+        assert torch.equal(model(prompt).logits, reference(prompt).logits)
+    assert 0 < handle.counters.requests < without, report
+    handle.close()
