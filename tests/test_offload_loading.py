@@ -48,11 +48,14 @@ def test_an_original_is_loaded_a_block_at_a_time(family, tiny_model_dir, tokens,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek"])
-def test_a_compressed_directory_is_loaded_packed(family, tiny_model_dir, tokens, tmp_path):
-    folder = compress(tiny_model_dir(family), tmp_path / "compressed")
+@pytest.mark.parametrize(
+    ("family", "mixed", "share"), [("qwen3_moe", False, 1.0), ("deepseek", False, 1.0), ("qwen2_moe", True, 0.5)]
+)
+def test_a_compressed_directory_is_loaded_packed(family, mixed, share, tiny_model_dir, tokens, tmp_path):
+    """`mixed`: experts of a block differ in bits."""
+    folder = compress(tiny_model_dir(family), tmp_path / "compressed", mixed)
     expected = load(folder)(tokens).logits
-    model = load_offloaded(tmp_path, 1.0, "packed-zstd:3:32", directory=tmp_path / "store")
+    model = load_offloaded(tmp_path, share, "packed-zstd:3:32", directory=tmp_path / "store")
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
     model.config.to_json_string()
     with pytest.raises(ValueError, match="save the model that it was made of"):

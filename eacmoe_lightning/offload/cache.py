@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eacmoe_lightning.offload.counters import Counters
 from eacmoe_lightning.offload.fetch import Fetcher
+from eacmoe_lightning.offload.jobs import Part, parts_of
 from eacmoe_lightning.offload.policy import Place, Policy
 from eacmoe_lightning.offload.slots import Slots, nbytes_of
 from eacmoe_lightning.offload.store import ExpertStore, Key
@@ -47,6 +48,8 @@ class ExpertCache:
         self.slots, self.store, self.fetcher, self.policy, self.counters = slots, store, fetcher, policy, counters
         self.projections = tuple(name for name, _ in slots.layout)
         self.expert_bytes = nbytes_of(slots.layout)
+        self.is_packed = len(slots.parts[0]) > 1
+        self.parts: dict[Place, tuple[tuple[Part, ...], ...]] = {}
         self.entries: dict[Place, Entry] = {}
         self.free = list(range(slots.capacity))[::-1]
 
@@ -70,9 +73,8 @@ class ExpertCache:
         slot = self._room(spare)
         if slot is None:
             return False
-        self.entries[place] = Entry(
-            slot, self.fetcher.submit(self.slots.loader(slot, self._records(place))), is_prediction
-        )
+        future = self.fetcher.submit(self.slots.loader(slot, self._records(place), self.parts_of(place)))
+        self.entries[place] = Entry(slot, future, is_prediction)
         self.counters.prefetches += is_prediction
         self._count_bytes(place, 1)
         return True
@@ -118,6 +120,13 @@ class ExpertCache:
         self.counters.evictions += 1
         self.counters.useless_prefetches += entry.is_prediction
         return entry.slot
+
+    def parts_of(self, place: Place) -> tuple[tuple[Part, ...], ...]:
+        """An expert's own tensors, projection by projection."""
+        if place not in self.parts:
+            headers = (self.store.header(Key(*place, projection)) for projection in self.projections)
+            self.parts[place] = tuple(parts_of(header, self.is_packed) for header in headers)
+        return self.parts[place]
 
     def _records(self, place: Place) -> tuple[tuple[int, int, str], ...]:
         keys = [Key(*place, projection) for projection in self.projections]

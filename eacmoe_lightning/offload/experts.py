@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from eacmoe_lightning.kernels import loop_over_experts
 from eacmoe_lightning.offload.cache import ExpertCache, Weights, Window, slot_table
 from eacmoe_lightning.offload.jobs import PACKED_NAMES
 from eacmoe_lightning.packed_modules import PackedExperts
@@ -118,9 +119,15 @@ class OffloadedPackedExperts(OffloadedExperts):
     ) -> None:
         weights = {projection: getattr(experts, projection) for projection in projections}
         super().__init__(experts, projections, block, cache, predict)
+        self.own_bits: dict[str, tuple[int, ...]] = {}  # of projections whose experts differ in them
         for projection, weight in weights.items():
+            tensors = cache.slots.stack(projection)
+            if not isinstance(weight.bits, int):
+                self.own_bits[projection] = weight.bits
+                self._set(projection, MixedStack(tensors, weight.shape[-1]))
+                continue
             stack = copy.copy(weight)
-            stack._buffers = dict(zip(PACKED_NAMES, cache.slots.stack(projection), strict=True))
+            stack._buffers = dict(zip(PACKED_NAMES, tensors, strict=True))
             stack.shape = torch.Size((cache.capacity, *weight.shape[1:]))
             self._set(projection, stack)
         experts.num_experts = cache.capacity
@@ -134,6 +141,28 @@ class OffloadedPackedExperts(OffloadedExperts):
                 if start + cache.capacity >= len(needed):
                     predict(self.block, rows)
                 ids = slot_table(window, self.num_experts, rows.device)[top_k_index]
-                some = self.inner(rows, ids, top_k_weights)
+                some = self._run(window, rows, ids, top_k_weights)
             out = some if out is None else out.float() + some.float()
         return out.to(rows.dtype).view(hidden_states.shape)
+
+    def _run(self, window: Window, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        if not self.own_bits:
+            return self.inner(x, slots, weights)
+        for projection, bits in self.own_bits.items():
+            for expert, slot in zip(window.experts, window.slots(), strict=True):
+                getattr(self.inner, projection).bits[slot] = bits[expert]
+        return loop_over_experts(x, slots, weights, window.cache.capacity, self.inner._expert)
+
+
+class MixedStack:
+    """Stands for a `PackedWeight` in whose slots experts of different bits lie, each with room for the widest."""
+
+    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], in_features: int) -> None:
+        self.codes, self.scale, self.zero_point = tensors  # [S, bytes], [S, O, G], [S, O, G]
+        self.in_features, self.bits = in_features, {}  # bits of each slot's expert
+
+    def expert(self, slot: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Codes, scale, zero point and bits of a slot."""
+        bits, rows = self.bits[slot], self.scale.shape[1]
+        codes = self.codes[slot, : rows * self.in_features // 8 * bits].view(rows, -1)
+        return codes, self.scale[slot], self.zero_point[slot], bits

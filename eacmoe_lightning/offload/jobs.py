@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.offload.codecs import codec_of, decode, decode_packed
-from eacmoe_lightning.offload.codecs.packed import PackedCodes, empty_packed
+from eacmoe_lightning.offload.codecs import decode, decode_packed
+from eacmoe_lightning.offload.codecs.packed import empty_packed
 from eacmoe_lightning.offload.codecs.record import Header
 
 PACKED_NAMES = ("codes", "scale", "zero_point")
@@ -52,8 +52,12 @@ def parts_of(header: Header, packed: bool) -> tuple[Part, ...]:
     return tuple(Part(name, tuple(t.shape), t.dtype) for name, t in zip(PACKED_NAMES, tensors, strict=True))
 
 
-def is_packed(header: Header) -> bool:
-    return issubclass(codec_of(header), PackedCodes)
+def widest(experts: list[tuple[Part, ...]]) -> tuple[Part, ...]:
+    """What has room for any of a block's experts: their own tensors, or flat ones where those differ (in bits)."""
+    return tuple(
+        same[0] if len(set(same)) == 1 else Part(same[0].name, (max(part.nbytes for part in same),), torch.uint8)
+        for same in zip(*experts, strict=True)
+    )
 
 
 def tensor_at(arena: Tensor, offset: int, part: Part) -> Tensor:

@@ -21,7 +21,7 @@ from eacmoe_lightning.offload.codecs.packed import PackedCodes
 from eacmoe_lightning.offload.counters import Counters
 from eacmoe_lightning.offload.experts import OffloadedExperts, OffloadedPackedExperts
 from eacmoe_lightning.offload.fetch import Fetcher, Processes, Threads
-from eacmoe_lightning.offload.jobs import parts_of
+from eacmoe_lightning.offload.jobs import Part, parts_of, widest
 from eacmoe_lightning.offload.memory import Arena
 from eacmoe_lightning.offload.policy import policy
 from eacmoe_lightning.offload.slots import Layout, Plan, Slots, nbytes_of, pin
@@ -205,21 +205,18 @@ def layout_of(block: Block, store: ExpertStore) -> Layout:
 
     Raises:
         StoreError: the store's records are not of this model.
-        ValueError: the block's experts differ in bits.
     """
     packed = isinstance(block.experts.module, PackedExperts)
-    layouts = set()
+    experts: dict[str, list[tuple[Part, ...]]] = {projection: [] for projection in block.experts.projections}
     for expert in range(block.num_experts):
         headers = {p: store.header(Key(block.index, expert, p)) for p in block.experts.projections}
-        layouts.add(tuple((p, parts_of(header, packed)) for p, header in headers.items()))
         for projection, header in headers.items():
+            experts[projection].append(parts_of(header, packed))
             shape = tuple(getattr(block.experts.module, projection).shape[1:])
             if header.shape != shape:
                 name = store.name_of(Key(block.index, expert, projection))
                 raise StoreError(f"{name} has shape {header.shape}, the model's {shape}: it is of another model")
-    if len(layouts) > 1:
-        raise ValueError(f"{block.name}: experts of different bits in one block cannot be offloaded packed yet")
-    return layouts.pop()
+    return tuple((projection, widest(parts)) for projection, parts in experts.items())
 
 
 def plan(layouts: Mapping[int, Layout], num_experts: Mapping[int, int], cache_bytes: int | float) -> list[Plan]:

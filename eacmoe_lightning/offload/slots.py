@@ -82,10 +82,10 @@ class Slots:
             start += len(parts)
         raise KeyError(projection)
 
-    def loader(self, slot: int, records: tuple[tuple[int, int, str], ...]):
-        """What a fetcher runs to fill a slot with these records."""
+    def loader(self, slot: int, records: tuple[tuple[int, int, str], ...], parts: tuple[tuple[Part, ...], ...]):
+        """What a fetcher runs to fill a slot with these records, which become these tensors."""
         if not self.is_staged:
-            return lambda decode: decode(self._job(slot, records))
+            return lambda decode: decode(self._job(slot, records, parts))
         is_cuda = self.device.type == "cuda"
         computed = torch.cuda.current_stream(self.device).record_event() if is_cuda else None
 
@@ -93,7 +93,7 @@ class Slots:
             with self.lock:
                 staged = self.staging.pop()
             try:
-                seconds = decode(self._job(staged, records))
+                seconds = decode(self._job(staged, records, parts))
                 self._copy(staged, slot, computed)
             finally:
                 with self.lock:
@@ -102,10 +102,10 @@ class Slots:
 
         return load
 
-    def _job(self, index: int, records: tuple[tuple[int, int, str], ...]) -> Job:
+    def _job(self, index: int, records, parts) -> Job:
         flat = [part for parts in self.parts for part in parts]
         offsets = (base + index * part.nbytes for base, part in zip(self.bases, flat, strict=True))
-        return Job(records, self.parts, tuple(offsets))
+        return Job(records, parts, tuple(offsets))
 
     def _copy(self, staged: int, slot: int, computed) -> None:
         """To the device, when what was computed with the slot's old expert is done; waits until it is there."""
