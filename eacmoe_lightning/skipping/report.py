@@ -61,7 +61,7 @@ class SkipReport:
             unused = ~kept | ~filled.unsqueeze(2)
             found += [filled.sum() * num_experts, (unused & filled.unsqueeze(2)).sum()]
             found += [filled.any(1).sum() * num_experts, (unused.all(1) & filled.any(1, keepdim=True)).sum()]
-        self.sums[phase][block, : len(found)] += torch.stack(found)
+        self.sums[phase][block, : len(found)] += torch.stack(found).to(self.sums[phase].device)
 
     def summary(self, phase: str = PREFILL) -> dict[str, float]:
         """Shares over all blocks.

@@ -22,6 +22,7 @@ from eacmoe_lightning.skipping.rules import Place, Rule
 from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, real_tokens
 
 Memory = dict[str, Tensor]
+PARALLEL = "_is_expert_parallel"  # by which transformers' experts know that ids of E occur
 
 
 class Session:
@@ -39,6 +40,7 @@ class Session:
         self.tokens: Tokens | None = None
         self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
         self.attention_before: str | None = None
+        self.parallel_before = [getattr(experts, PARALLEL, False) for experts in self.experts]
         rule.check(len(self.places), self.moe.top_k)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -48,9 +50,13 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"memories": weakref.WeakKeyDictionary()}
 
+    @property
+    def experts(self) -> list[nn.Module]:
+        return [block.experts.module for block in self.moe.moe_blocks]
+
     def attach(self) -> None:
         for block in self.moe.moe_blocks:
-            block.experts.module._is_expert_parallel = True
+            setattr(block.experts.module, PARALLEL, True)
             _check_can_skip(block, self.moe.top_k)
         decoder = self.moe.decoder
         self.handles += [
@@ -69,8 +75,8 @@ class Session:
     def detach(self) -> None:
         for handle in self.handles:
             handle.remove()
-        for block in self.moe.moe_blocks:
-            block.experts.module._is_expert_parallel = False
+        for experts, before in zip(self.experts, self.parallel_before, strict=True):
+            setattr(experts, PARALLEL, before)
         if self.attention_before is not None:
             self.model.set_attn_implementation(self.attention_before)
         for place in self.places:
@@ -96,6 +102,7 @@ class Session:
                 f"the router of MoE block {place.index} was given {len(ids)} tokens, and the model {batch} x {length}: "
                 "they cannot be told apart by sequence, so no expert can be skipped"
             )
+        self.tokens.real = self.tokens.real.to(ids.device)  # blocks may lie on several
         if self.rule.needs_attention:
             if place.attention is None:
                 raise ValueError(f"MoE block {place.index} gives no attention weights, and {self.rule.name} needs them")
