@@ -20,6 +20,7 @@ from eacmoe_lightning import compressed
 from eacmoe_lightning.adapter import MoEModel, load_original
 from eacmoe_lightning.skipping import PESF, Demand, current_rule, set_skipping, skipping
 from eacmoe_lightning.skipping.selection import drop, exact, kept_experts, reroute, skip_counts
+from eacmoe_lightning.skipping.session import _check_can_skip
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 implementations = pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
@@ -244,7 +245,7 @@ def test_nothing_is_lost_by_short_sequences_or_by_padding_alone():
     assert report.summary() == {**report.summary(), "pairs": 0, "sequence_skipped": 0, "batch_untouched": 0}
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "packed"])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm", "packed"])
 @torch.no_grad()
 def test_the_weights_of_skipped_experts_are_not_touched(experts, tmp_path, tiny_model_dir):
     if experts == "packed":
@@ -305,7 +306,7 @@ def test_generate_prunes_the_prompt_and_runs_the_rest_in_full():
 
 
 @torch.no_grad()
-def test_experts_that_cannot_leave_a_pair_out_say_so_and_others_with_biases_can():
+def test_biased_and_transposed_experts_of_gpt_oss():
     config = GptOssConfig(**tiny_models.COMMON, intermediate_size=64, num_local_experts=8, num_experts_per_tok=2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -314,14 +315,11 @@ def test_experts_that_cannot_leave_a_pair_out_say_so_and_others_with_biases_can(
         if "router" in name or name.endswith("bias"):
             parameter.data.normal_(generator=torch.Generator().manual_seed(1))
     ids = random_ids(2, 64)
-    model.set_experts_implementation("eager")
-    plain = model(ids).logits
-    with pytest.raises(ValueError, match="cannot leave out a .* pair"), eacmoe_lightning.pesf(model, alpha=0.7):
-        pass
-    assert current_rule(model) is None and torch.equal(model(ids).logits, plain)
-    model.set_experts_implementation("grouped_mm")
-    with eacmoe_lightning.pesf(model, alpha=0.7) as report:
-        got = model(ids).logits
+    outputs = []
+    for experts in ("eager", "grouped_mm"):
+        model.set_experts_implementation(experts)
+        with eacmoe_lightning.pesf(model, alpha=0.7) as report:
+            outputs.append(model(ids).logits)
     model.set_experts_implementation("eager")
 
     def zero_rare(router, args, output):
@@ -334,7 +332,29 @@ def test_experts_that_cannot_leave_a_pair_out_say_so_and_others_with_biases_can(
 
     for block in MoEModel(model).moe_blocks:
         block.router.register_forward_hook(zero_rare)
-    assert report.summary()["dropped"] > 0 and error(got, model(ids).logits) < 1e-5
+    assert report.summary()["dropped"] > 0
+    assert all(error(got, model(ids).logits) < 1e-5 for got in outputs)
+
+
+@torch.no_grad()
+def test_experts_on_a_cpu_do_not_see_what_is_left_out():
+    model, ids = tiny_models.build("mixtral"), random_ids(1, 40)
+    experts = MoEModel(model).moe_blocks[1].experts.module
+
+    def strict(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if int(ids.max()) >= 8 or len(ids) == 0:
+            raise IndexError("no expert 8")
+        return type(experts).forward(experts, hidden, ids, weights)
+
+    set_skipping(model, PESF(0.3))
+    mild = model(ids).logits
+    set_skipping(model, None)
+    experts.forward = strict
+    with eacmoe_lightning.pesf(model, alpha=0.3):  # on CPUs experts do not see what is left out
+        assert error(model(ids).logits, mild) < 1e-6
+    assert experts.forward is strict
+    with pytest.raises(ValueError, match="cannot leave out a .* pair"):  # what is asked where they do
+        _check_can_skip(MoEModel(model).moe_blocks[1], 2)
 
 
 # --- settings and bad input -------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """A rule at work on a model: hooks on the decoder, which tell what the tokens are, and on every router.
 
-A router's hook replaces the ids and weights that it returned; a pair that is not run has id E and weight 0, which the
-experts of transformers (`eager`, `batched_mm`, `grouped_mm`) and ours skip once they are told that such ids occur. What
-a rule remembers of a sequence hangs on the cache of the pass, so every `generate` begins anew.
+A router's hook replaces the ids and weights that it returned; a pair that is not run has id E and weight 0. Packed
+experts skip those. The experts of transformers are shown the surviving pairs alone where that costs no wait for the
+device (on CPUs); elsewhere they are told that such ids occur: `grouped_mm` then leaves the products out, `batched_mm`
+still makes them. What a rule remembers of a sequence hangs on the cache of the pass, so every `generate` begins anew.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eacmoe_lightning.adapter import Block, MoEModel, Routing
+from eacmoe_lightning.packed_modules import PackedExperts
 from eacmoe_lightning.skipping.report import SkipReport
 from eacmoe_lightning.skipping.rules import Place, Rule
 from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, real_tokens
@@ -56,7 +58,9 @@ class Session:
 
     def attach(self) -> None:
         for block in self.moe.moe_blocks:
-            setattr(block.experts.module, PARALLEL, True)
+            experts = block.experts.module
+            if not isinstance(experts, PackedExperts):
+                experts.forward = partial(_run_survivors, experts, experts.__dict__.get("forward"))
             _check_can_skip(block, self.moe.top_k)
         decoder = self.moe.decoder
         self.handles += [
@@ -77,6 +81,10 @@ class Session:
             handle.remove()
         for experts, before in zip(self.experts, self.parallel_before, strict=True):
             setattr(experts, PARALLEL, before)
+            if (wrapped := experts.__dict__.get("forward")) is not None and wrapped.func is _run_survivors:
+                del experts.forward
+                if wrapped.args[1] is not None:
+                    experts.forward = wrapped.args[1]
         if self.attention_before is not None:
             self.model.set_attn_implementation(self.attention_before)
         for place in self.places:
@@ -119,6 +127,25 @@ class Session:
         if cache not in self.memories:
             _follow(cache, self.memories)
         self.memories[cache] = self.tokens.memory
+
+
+def _run_survivors(
+    experts: nn.Module, own: Callable | None, hidden: Tensor, ids: Tensor, weights: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Experts' forward pass (`own` where it had replaced the class's), on the pairs that are left, on CPUs."""
+    forward = own or partial(type(experts).forward, experts)
+    on_cpu = hidden.device.type == "cpu"
+    setattr(experts, PARALLEL, not on_cpu)
+    if not on_cpu:
+        return forward(hidden, ids, weights, *args, **kwargs)
+    token, choice = torch.where(ids < experts.num_experts)
+    if len(token) == ids.numel():
+        return forward(hidden, ids, weights, *args, **kwargs)
+    out = torch.zeros_like(hidden)
+    if len(token):  # each pair as a token with one expert
+        pairs = ids[token, choice].unsqueeze(1), weights[token, choice].unsqueeze(1)
+        out.index_add_(0, token, forward(hidden[token], *pairs, *args, **kwargs))
+    return out
 
 
 def _keep_attention(place: Place, module: nn.Module, args: tuple, output: Any) -> None:
