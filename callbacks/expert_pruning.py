@@ -1,34 +1,54 @@
-"""The end-of-run hook for removing experts for good."""
+"""Removes experts for good: the rule goes to the run, which applies it block by block; the report tells what went.
+
+A block is pruned inside the run, as soon as the full-precision block has run over the calibration text, and not after
+the last block: so pruned experts are never quantized, the experts that stay are quantized on the tokens that now reach
+them, the router is calibrated towards the original's logits of the experts that stay, and all later blocks, as well as
+the joint stage, are calibrated on what the pruned prefix really produces. With `--model.quantizer none` it is the same
+run without quantization.
+"""
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, Trainer
+from typing import Any, Literal
 
-from eacmoe_lightning.analysis.selection import selection_frequency
+from lightning.pytorch import LightningModule, Trainer
+
+from eacmoe_lightning.callbacks.block_callback import BlockCallback
+from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.qesc import QESC
 
 
-class ExpertPruning(Callback):
-    """Names the experts that the paper's frequency rule would remove (EAC-MoE, section 4.3, over a whole text).
+class ExpertPruning(BlockCallback):
+    """Removes the experts that matter least to the calibration text; without alpha and keep it does nothing.
 
-    Expert i of a block with E experts and top_k K falls under the rule when its load is below
-    alpha * tokens * K / E. The report lists them (`pruning`); weights are left as they are for now.
+    Router rows, correction biases and experts go together. With `keep`, or wherever blocks end up with the same number,
+    the model has an ordinary config; where the numbers differ, this package loads it.
 
     Args:
-        alpha: 0 to 1; null: the callback does nothing.
+        criterion: frequency (how many tokens select an expert: EAC-MoE, section 4.3) or reap (the mean of router
+            weight times norm of the output over these tokens: REAP).
+        alpha: Experts below this share of their block's mean go; top_k of a block stay at least.
+        keep: Instead, how many experts stay in each block.
     """
 
-    def __init__(self, alpha: float | None = None) -> None:
-        if alpha is not None and not 0 < alpha <= 1:
-            raise ValueError(f"alpha={alpha} (--pruning.alpha) is not in (0, 1]")
-        self.alpha = alpha
-        self.candidates: dict[int, list[int]] = {}
+    def __init__(
+        self,
+        criterion: Literal["frequency", "reap"] = "frequency",
+        alpha: float | None = None,
+        keep: int | None = None,
+    ) -> None:
+        is_off = alpha is None and keep is None
+        self.rule = None if is_off else PruningRule(criterion, alpha, keep)
 
-    def on_train_end(self, trainer: Trainer, module: QESC) -> None:
-        if self.alpha is None or trainer.current_epoch < module.num_epochs:
-            return
-        for stats in module.block_stats():
-            if "expert_load" in stats:
-                frequency = selection_frequency(stats["expert_load"]["original"])
-                rare = frequency < self.alpha / len(frequency)
-                self.candidates[stats["block"]] = rare.nonzero().flatten().tolist()
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.rule is not None:
+            module.pruning = self.rule
+
+    def on_block_end(self, trainer: Trainer, module: QESC, stats: dict[str, Any]) -> None:
+        if pruned := stats.get("pruning"):
+            scalars = {
+                "pruning/experts": len(pruned["kept"]),
+                "pruning/removed_selections": pruned["removed_selections"],
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars, step=stats["block"])

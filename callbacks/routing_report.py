@@ -7,7 +7,6 @@ from lightning.pytorch import Trainer
 
 from eacmoe_lightning import compressed
 from eacmoe_lightning.callbacks.block_callback import BlockCallback, phase
-from eacmoe_lightning.callbacks.expert_pruning import ExpertPruning
 from eacmoe_lightning.evaluate import evaluate
 from eacmoe_lightning.expert_shift import RATES
 from eacmoe_lightning.qesc import QESC
@@ -47,8 +46,7 @@ class RoutingReport(BlockCallback):
             with phase(trainer, None, "evaluate"):
                 result = self._evaluate(trainer, module)
         if trainer.is_global_zero:
-            pruning = {c.alpha: c.candidates for c in trainer.callbacks if isinstance(c, ExpertPruning) and c.alpha}
-            report = build(module, trainer, module.block_stats(), result, pruning)
+            report = build(module, trainer, module.block_stats(), result)
             write(module.run, report)
             module.run.drop_streams()
             print(summary(report))

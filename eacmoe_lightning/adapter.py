@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 import eacmoe_lightning.deepseek  # noqa: F401  (registers model_type "deepseek")
 from eacmoe_lightning.forced_selection import forced_weights
+from eacmoe_lightning.pruning.surgery import KEPT, keep_experts
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny-moe"
 
@@ -106,6 +107,11 @@ class Experts:
         h = nn.functional.linear(x, self.weight(self.up_name)[expert], self.bias(self.up_name, expert))
         return self.module._apply_gate(h) if self.module.has_gate else self.module.act_fn(h)
 
+    def output(self, x: Tensor, expert: int) -> Tensor:
+        """One expert: [n, D] -> [n, D]."""
+        h = self.intermediate(x, expert)
+        return nn.functional.linear(h, self.weight("down_proj")[expert], self.bias("down_proj", expert))
+
 
 @dataclass
 class Block:
@@ -119,6 +125,8 @@ class Block:
     router_name: str = ""
     experts_name: str = ""
     linears: dict[str, str] = field(default_factory=dict)  # name in the layer -> attention | shared
+    # of a pruned block: [E] the numbers that its experts have in the original
+    kept: slice | Tensor = field(default_factory=lambda: slice(None))
 
     @property
     def is_moe(self) -> bool:
@@ -130,6 +138,15 @@ class Block:
 
     def linear(self, name: str) -> nn.Linear:
         return self.layer.get_submodule(name)
+
+    @property
+    def expert_numbers(self) -> list[int]:
+        """The numbers that this block's experts have in the original."""
+        return list(range(self.num_experts)) if isinstance(self.kept, slice) else self.kept.tolist()
+
+    def original_ids(self, ids: Tensor) -> Tensor:
+        """This block's expert numbers [N, K] as the original counts them."""
+        return ids if isinstance(self.kept, slice) else self.kept.to(ids.device)[ids]
 
     @property
     def router_weight(self) -> nn.Parameter:
@@ -257,10 +274,10 @@ class MoEModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.config = model.config.get_text_config()
-        self.decoder, self.blocks = _find_blocks(model)
-        for block in self.blocks:
-            if block.is_moe:
-                _keep_float32(block)
+        self.decoder, self.blocks = find_blocks(model)
+        shrink_as_pruned(self.config, self.blocks)
+        for block in self.moe_blocks:
+            _keep_float32(block)
         if not any(block.is_moe for block in self.blocks):
             raise ValueError(
                 f"{model.config.model_type!r} has no routed experts in any of its {len(self.blocks)} blocks: it is a "
@@ -307,6 +324,10 @@ class MoEModel:
     @property
     def num_experts(self) -> int:
         return self.moe_blocks[0].num_experts
+
+    @property
+    def is_pruned(self) -> bool:
+        return any(not isinstance(block.kept, slice) for block in self.moe_blocks)
 
     @property
     def device(self) -> torch.device:
@@ -403,6 +424,12 @@ def _check_finite(name: str, parameter: Tensor) -> None:
         )
 
 
+def shrink_as_pruned(config: PreTrainedConfig, blocks: list[Block]) -> None:
+    """Takes out of the blocks of a model what the config of a pruned model says was removed."""
+    for index, kept in getattr(config, KEPT, {}).items():
+        keep_experts(blocks[int(index)], kept)
+
+
 def _keep_float32(block: Block) -> None:
     """Takes the router out of mixed precision: in bfloat16 its logits would flip selections by themselves."""
     router, own = block.router, block.router.__dict__.get("forward")
@@ -422,7 +449,7 @@ def _without_autocast(router: nn.Module, own: Callable | None, hidden: Tensor, *
 # --- finding the parts ---------------------------------------------------------------------------
 
 
-def _find_blocks(model: PreTrainedModel) -> tuple[nn.Module, list[Block]]:
+def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, list[Block]]:
     """The decoder that owns the longest list of layers, and its layers as `Block`s."""
     num_layers = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():

@@ -1,6 +1,7 @@
 """QESC, block by block (EAC-MoE, section 4): what happens between two blocks of a model, in the paper's order.
 
-    observe    the full-precision block runs on x and says which experts it selects
+    observe    the full-precision block runs on x and says which experts it selects; what a pruning rule does not keep
+               goes now, so that everything below sees the pruned block
     attention  GPTQ of the attention projections, on what the compressed prefix really produces (x_hat)
     router     calibrated outside, by a LightningModule or in closed form, on the rows offered here
     experts    GPTQ of shared and routed experts; the calibrated router decides which tokens each one sees
@@ -23,10 +24,13 @@ from eacmoe_lightning import ridge
 from eacmoe_lightning.adapter import Block, MoEModel, Routing
 from eacmoe_lightning.expert_shift import change_counts, change_rates, expert_load
 from eacmoe_lightning.grid import Quantized, packed, take_quantized
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.pruning.scores import ExpertScores, measured
+from eacmoe_lightning.pruning.surgery import Groups, keep_experts
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 from eacmoe_lightning.solver import BlockSolver
-from eacmoe_lightning.store import RunDirectory, StoreError, read_tensors, write_tensors
+from eacmoe_lightning.store import RunDirectory, StoreError, read_note, read_tensors, write_tensors
 from eacmoe_lightning.streaming.hidden import HiddenFile
 from eacmoe_lightning.streams import Streams, concatenate
 
@@ -45,6 +49,7 @@ class Calibration:
         run: where finished blocks are kept.
         ranks: the processes.
         phase: gives a context, by block and phase, in which the phase runs: for whoever watches.
+        pruning: which experts are removed; None: none.
     """
 
     def __init__(
@@ -55,9 +60,10 @@ class Calibration:
         run: RunDirectory,
         ranks: Ranks,
         phase: Callable[[int, str], AbstractContextManager] = lambda block, phase: nullcontext(),
+        pruning: PruningRule | None = None,
     ) -> None:
         self.moe, self.recipe, self.streams, self.run, self.ranks = moe, recipe, streams, run, ranks
-        self.phase = phase
+        self.phase, self.pruning = phase, pruning
         self.at: int | None = None  # the block that the streams have reached
         self.entered = False  # whether it was observed and its attention solved
         self.solver: BlockSolver | None = None
@@ -93,7 +99,10 @@ class Calibration:
         self.solver = BlockSolver(block, len(self.moe.blocks), self.recipe, self.ranks)
         self.stats = {"block": block.index, "name": block.name}
         with self.phase(block.index, "observe"):
-            self._observe()
+            with self._measured() as scores:
+                self._observe()
+            if scores is not None:
+                self._prune(scores)
             self._groups = streams.input_groups(block)
         with self.phase(block.index, "attention"):
             self._solve_part("attention")
@@ -108,9 +117,30 @@ class Calibration:
         if self._teacher is not None:
             self.streams.write_teacher(self.at, self._teacher.logits)
 
+    def _measured(self) -> AbstractContextManager[ExpertScores | None]:
+        """A context in which the block's experts are scored, where some are to go."""
+        prunes = self.pruning is not None and self.block.is_moe
+        return measured(self.block, self.pruning.criterion) if prunes else nullcontext()
+
+    def _prune(self, scores: ExpertScores) -> None:
+        """Removes the experts that the rule does not keep from the current block, for good."""
+        block, values = self.block, scores.finish(self.ranks)
+        kept = self.pruning.choose(values, self.moe.top_k, Groups.of(block).number)
+        removed = sorted(set(range(block.num_experts)) - set(kept))
+        self.stats["pruning"] = {
+            "kept": kept,
+            "removed": removed,
+            "removed_selections": float(scores.load[removed].sum() / scores.load.sum()),
+            "scores": values.tolist(),
+        }
+        keep_experts(block, kept)
+
     @torch.no_grad()
     def leave(self, router: Tensor | None) -> dict:
-        """Solves the experts under the calibrated router [E, D], replays the block and writes it.
+        """Solves the experts under the calibrated router, replays the block and writes it.
+
+        Args:
+            router: [E, D] with a row for each of the original's experts; a pruned block takes those of its own.
 
         Returns:
             The block's statistics, as in the report.
@@ -118,11 +148,12 @@ class Calibration:
         block, streams = self.block, self.streams
         with self.phase(block.index, "experts"):
             if block.is_moe:
-                block.router_weight.copy_(router)
+                block.router_weight.copy_(router[block.kept])
                 self._count_shift("after")
             self._solve_part("shared")
-            if block.is_moe:
+            if block.is_moe and self.recipe.quantizer != "none":
                 self.solver.solve_experts(self._router_input.flatten(0, 1), self._route())
+            if block.is_moe:
                 self.stats["starved"] = self.solver.starved
         with self.phase(block.index, "replay"):
             streams.advance(block, "x_hat")
@@ -138,7 +169,7 @@ class Calibration:
 
     def _solve_part(self, part: str) -> None:
         """Groups of linears that share their input, one after another in the order of the run."""
-        for names in self._groups:
+        for names in self._groups if self.recipe.quantizer != "none" else ():
             if self.block.linears[names[0]] == part:
                 inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]))
                 self.solver.solve_linears(names, inputs)
@@ -146,10 +177,11 @@ class Calibration:
     # --- the router's rows ------------------------------------------------------------------------------
 
     def router_rows(self, window_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Training rows of some windows by global index [b]: inputs [b*T, D], teacher logits [b*T, E]."""
+        """Training rows of some windows by global index [b]: inputs [b*T, D], teacher logits [b*T, E] (of
+        the experts that the block has)."""
         local = self.streams.local(window_ids)
         teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
-        return self._router_input[local].flatten(0, 1), teacher[local].flatten(0, 1)
+        return self._router_input[local].flatten(0, 1), teacher[local].flatten(0, 1)[:, self.block.kept]
 
     @torch.no_grad()
     def ridge_router(self, num_targets: int, strength: float) -> Tensor:
@@ -158,7 +190,7 @@ class Calibration:
         teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
         for rows in self.streams.slices:
             x = self.streams.to_device(self._router_input[rows].flatten(0, 1))
-            target = self.streams.to_device(teacher[rows].flatten(0, 1))
+            target = self.streams.to_device(teacher[rows].flatten(0, 1)[:, self.block.kept])
             residual = target - self.block.router_logits(x)
             sums = ridge.normal_equations(x.float(), residual, target.topk(num_targets, dim=-1).indices)
             gram, cross = gram + sums[0], cross + sums[1]
@@ -169,11 +201,12 @@ class Calibration:
     def _count_shift(self, when: str) -> None:
         """Change rates and loads on the calibration stream, with the router as it is now."""
         routing, sum_ = self._route(), self.ranks.sum
-        counts = sum_(change_counts(self._teacher.ids, routing.ids))
+        own_ids = self.block.original_ids(routing.ids)
+        counts = sum_(change_counts(self._teacher.ids, own_ids))
         tokens, top_k = sum_(torch.tensor(len(routing.ids))), routing.ids.shape[1]
         self.stats.setdefault("expert_shift", {})[when] = change_rates(counts, int(tokens), top_k)
-        name, ids = ("original", self._teacher.ids) if when == "before" else ("compressed", routing.ids)
-        load = sum_(expert_load(ids, self.block.num_experts))
+        name, ids = ("original", self._teacher.ids) if when == "before" else ("compressed", own_ids)
+        load = sum_(expert_load(ids, self._teacher.logits.shape[1]))
         self.stats.setdefault("expert_load", {})[name] = load.tolist()
 
     def _route(self) -> Routing:
@@ -194,6 +227,8 @@ class Calibration:
             self.streams.embed()
             if start:
                 self.streams.read(start)
+            for i in range(start):
+                self.shrink(i)
         for i in range(start, index):
             self.at = i
             if exists[i]:
@@ -208,12 +243,18 @@ class Calibration:
                 self.leave(routers.get(i))
         self.at, self.entered = index, False
 
+    def shrink(self, index: int) -> None:
+        """Takes the experts that the run has removed out of a block, whether or not its weights are in memory."""
+        if self.pruning is not None and self.moe.blocks[index].is_moe:
+            keep_experts(self.moe.blocks[index], read_note(self.run.block(index))["stats"]["pruning"]["kept"])
+
     def _restore(self, index: int) -> None:
         """Puts a written block's weights and router in the model's place."""
         block = self.moe.blocks[index]
         quantized, others, _ = read_block(self.run, index)
+        self.shrink(index)
         weights = block.weights()
-        if quantized.keys() != weights.keys():
+        if self.recipe.quantizer != "none" and quantized.keys() != weights.keys():
             raise StoreError(f"{self.run.block(index)} holds other weights than {block.name} of this model")
         for name, q in quantized.items():
             weights[name][1].copy_(q.dequantize(self.moe.model.dtype))

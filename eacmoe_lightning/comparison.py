@@ -40,6 +40,11 @@ class Comparison(LightningModule):
             device = self.trainer.strategy.root_device
             for name in ("original", "subject"):
                 found[name] = StreamedModel(found[name], device) if found[name] is not None else None
+            if self.split_damage and found["original"] is not None and found["subject"].is_pruned:
+                raise ValueError(
+                    "--model.split_damage forces the original's selections on the compressed model, and some of these "
+                    "experts were removed from it: leave the option out"
+                )
             self._outside |= found
 
     def _start_evaluation(self, split: bool) -> None:

@@ -6,8 +6,9 @@
 
 Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
 (uint8), under the parameter names that the model has in memory; everything else is stored as it is. Where the experts
-of a stack differ in bits, the config has a list and `.codes` is flat, one expert after another (format version 2). Such
-a directory is read by `load`, or by transformers once this package is imported (`transformers_loading.py`).
+of a stack differ in bits, the config has a list and `.codes` is flat, one expert after another (format version 2). A
+pruned model's config says under `kept_experts` which experts its blocks still have (version 2 as well). Such a
+directory is read by `load`, or by transformers once this package is imported (`transformers_loading.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from eacmoe_lightning.adapter import Block, MoEModel, local_directory, resolve_model
 from eacmoe_lightning.grid import Quantized, packed, take_quantized
 from eacmoe_lightning.packed_modules import set_activations
+from eacmoe_lightning.pruning.surgery import pruned_config
 from eacmoe_lightning.skipping import stored
 from eacmoe_lightning.store import StoreError, read_tensors, whole_directory, write_json, write_tensors
 from eacmoe_lightning.streaming import StreamedModel
@@ -33,7 +35,7 @@ from eacmoe_lightning.streaming.checkpoint import empty_model
 from eacmoe_lightning.transformers_loading import INDEX, METHOD
 from eacmoe_lightning.version import __version__
 
-FORMAT_VERSION = 2  # 1 where no experts of a stack differ in bits
+FORMAT_VERSION = 2  # 1 where no experts of a stack differ in bits, and none were removed
 SHARD, REST = "weights-block-{:03d}.safetensors", "weights-rest.safetensors"
 
 
@@ -99,7 +101,7 @@ def save(
         StoreError: a weight is not quantized.
     """
     source = resolve_model(name_or_path)
-    config = AutoConfig.from_pretrained(source)
+    config = pruned_config(AutoConfig.from_pretrained(source), moe)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
     tied = _tied_names(moe.model)
     names = [name for name in moe.model.state_dict() if name not in tied]
@@ -110,7 +112,8 @@ def save(
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
-            if missing := block.weights().keys() - quantized.keys():
+            missing = block.weights().keys() - quantized.keys()
+            if missing and description.get("quantizer") != "none":
                 raise StoreError(f"{sorted(missing)[0]} was not quantized, so no model is written")
             grids.update({name: (q.bits, q.group_size) for name, q in quantized.items()})
             own = [name for name in names if name.startswith(f"{block.name}.")]
@@ -127,7 +130,7 @@ def save(
             partial / "config.json",
             {
                 "model_type": METHOD,
-                "format_version": 1 if all(isinstance(bits, int) for bits, _ in grids.values()) else 2,
+                "format_version": 2 if moe.is_pruned or any(not isinstance(b, int) for b, _ in grids.values()) else 1,
                 "original": {"name_or_path": name_or_path, "config": config.to_dict()},
                 "dtype": str(moe.model.dtype).rpartition(".")[2],
                 "quantization": description

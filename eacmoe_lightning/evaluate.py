@@ -131,7 +131,7 @@ def _through_block(
     if twin is None:
         return ids, None
     streams["compressed"], twin_routing = twin.forward(streams["compressed"], kwargs[1])
-    twin_ids = twin_routing.ids if twin_routing is not None else None
+    twin_ids = twin.original_ids(twin_routing.ids) if twin_routing is not None else None
     if split:
         streams["selection_damage"], _ = block.forward(streams["selection_damage"], kwargs[0], twin_ids)
         streams["weight_damage"], _ = twin.forward(streams["weight_damage"], kwargs[1], ids)

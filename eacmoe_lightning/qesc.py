@@ -13,6 +13,7 @@ checkpoints stay small.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from eacmoe_lightning.compressed import fingerprint
 from eacmoe_lightning.data import shard
 from eacmoe_lightning.grid import Quantized
 from eacmoe_lightning.memory import available_memory
+from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 from eacmoe_lightning.router_loss import RouterLoss, TopKMSE
@@ -49,7 +51,7 @@ class QESC(Comparison):
         group_size: Inputs that share a scale and a zero point.
         symmetric: Fix the zero point to the middle code.
         clip_search: Fit the range of each group by least error instead of its minimum and maximum.
-        quantizer: gptq, or rtn (round-to-nearest, the baseline).
+        quantizer: gptq, rtn (round-to-nearest, the baseline) or none: weights stay as they are, for pruning alone.
         damping: Added to the Hessian's diagonal, as a share of its mean.
         act_order: GPTQ visits the inputs by falling importance (static groups, no index needed).
         affinity: Weigh an expert's tokens by their router weight.
@@ -89,7 +91,7 @@ class QESC(Comparison):
         group_size: int = 128,
         symmetric: bool = False,
         clip_search: bool = True,
-        quantizer: Literal["gptq", "rtn"] = "gptq",
+        quantizer: Literal["gptq", "rtn", "none"] = "gptq",
         damping: float = 0.01,
         act_order: bool = False,
         affinity: bool = False,
@@ -133,6 +135,7 @@ class QESC(Comparison):
         for option, value in (("epochs", joint_epochs), *((f"{kind}_lr", lr) for kind, lr in self.joint_lr.items())):
             if value < 0:
                 raise ValueError(f"joint_{option}={value} (--model.joint_{option}) is negative")
+        self.pruning: PruningRule | None = None  # set by callbacks.ExpertPruning
         self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
         self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
         self.ridge, self.joint_selection = ridge, joint_selection
@@ -168,6 +171,8 @@ class QESC(Comparison):
         weights = Checkpoint(self.name_or_path, self.dtype_name)
         moe = self._outside["moe"] = StreamedModel(weights, self.trainer.strategy.root_device)
         self.recipe.check(moe)
+        if self.pruning is not None:
+            self.pruning.check(moe)
         self.router_loss.num_targets(moe.num_experts, moe.top_k)  # a k that does not fit is said now
         self._check_joint_memory(moe)
         if self.trainer.is_global_zero:
@@ -182,7 +187,7 @@ class QESC(Comparison):
         if self.joint_epochs and self.joint_lr["norm"]:
             for name, weight in moe.read(name for name, _ in moe.norms()).items():
                 self.norms[_key(name)] = nn.Parameter(weight.float().clone())
-        if self.joint_epochs and self.joint_lr["scale"]:  # their values are known once the blocks are solved
+        if self.joint_epochs and self.joint_lr["scale"] and self.recipe.quantizer != "none":  # set by start_stage
             for block in moe.blocks:
                 for name, (part, weight) in block.weights().items():
                     group_size = self.recipe.grid(block.index, len(moe.blocks), part).group_size
@@ -221,6 +226,7 @@ class QESC(Comparison):
             "model.fingerprint": fingerprint(self.name_or_path),
             "model.dtype": self.dtype_name,
             **{f"model.{name}": value for name, value in vars(self.recipe).items()},
+            **{f"pruning.{name}": value for name, value in (vars(self.pruning) if self.pruning else {}).items()},
             "model.router_method": self.router_method,
             "model.router_loss": [
                 type(loss).__name__,
@@ -273,7 +279,9 @@ class QESC(Comparison):
         streams = Streams(
             self.moe, windows, own.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
         )
-        self._outside["calibration"] = Calibration(self.moe, self.recipe, streams, self.run, self.ranks)
+        self._outside["calibration"] = Calibration(
+            self.moe, self.recipe, streams, self.run, self.ranks, pruning=self.pruning
+        )
 
     def enter_block(self) -> None:
         """Brings the streams to the current epoch's block, or the whole compressed model into memory. Idempotent."""
@@ -290,6 +298,8 @@ class QESC(Comparison):
         """Makes sure that every block is written, and frees what no one needs behind the last epoch."""
         if not all(self.run.block(block.index).exists() for block in self.moe.blocks):
             self._bring(len(self.moe.blocks))
+        for block in self.moe.blocks:
+            self.calibration.shrink(block.index)
         self._outside.pop("compressed", None)
 
     def block_stats(self) -> list[dict[str, Any]]:
@@ -300,18 +310,20 @@ class QESC(Comparison):
         """Before the first batch of an epoch: the closed form of a block's router, or the start of the joint stage."""
         if self.current_epoch == self.num_block_epochs:
             self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
+            kept = self.kept_rows
             for key, scale in self.scales.items():
-                scale.data.copy_(self.codes[_name(key)].scale)
+                scale.data[kept[_name(key)]] = self.codes[_name(key)].scale.float()
             optimizer = self.optimizers(use_pl_optimizer=False)
             optimizer.state.clear()  # moments of single blocks say nothing here
             for group in optimizer.param_groups:
-                group["rms"] = _rms(group["params"][0])
+                group["rms"] = _rms(group["params"][0][kept[group["name"]]])
         elif not self.is_joint and self.current_epoch % self.router_epochs == 0:
             block = self.moe.blocks[self.block_index]
             closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
             if block.is_moe and closed_form:
                 k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
-                self.routers[f"block_{block.index:03d}"].data.copy_(self.calibration.ridge_router(k, self.ridge))
+                router = self.calibration.ridge_router(k, self.ridge)
+                self.routers[f"block_{block.index:03d}"].data[block.kept] = router
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["block_routers"] = self.block_routers
@@ -336,7 +348,7 @@ class QESC(Comparison):
         """Mean over the global batch's tokens; this process holds some of its windows, or none."""
         block = self.moe.blocks[self.block_index]
         x, teacher = self.calibration.router_rows(batch["index"])
-        student = block.router_logits(x.to(self.device), self.routers[f"block_{block.index:03d}"])
+        student = block.router_logits(x.to(self.device), self.routers[f"block_{block.index:03d}"][block.kept])
         losses = self.router_loss(student, teacher.to(self.device), self.moe.top_k)
         return self._global_mean(losses, batch)
 
@@ -370,25 +382,42 @@ class QESC(Comparison):
             self._outside["codes"] = {name: quantized for block in blocks for name, quantized in block.items()}
         return self._outside["codes"]
 
+    @property
+    def kept_rows(self) -> dict[str, slice | Tensor]:
+        """By parameter name of the model, the rows of what the job trains that the pruned model has.
+
+        Routers and scales keep a row for each of the original's experts: their shapes are fixed before it is known
+        which experts stay. The rows of the others are not used.
+        """
+        rows: dict[str, slice | Tensor] = defaultdict(lambda: slice(None))
+        for block in self.moe.moe_blocks:
+            rows[block.router_parameter_name] = block.kept
+            rows |= {name: block.kept for name, (part, _) in block.weights().items() if part == "experts"}
+        return rows
+
     def trained(self) -> dict[str, Tensor]:
         """Trained routers and norms, by parameter name of the model, in the model's dtype and differentiable."""
         dtype = self.moe.model.dtype
-        routers = {b.router_parameter_name: self.routers[f"block_{b.index:03d}"].to(dtype) for b in self.moe.moe_blocks}
+        routers = {
+            b.router_parameter_name: self.routers[f"block_{b.index:03d}"][b.kept].to(dtype) for b in self.moe.moe_blocks
+        }
         return routers | {_name(key): weight.to(dtype) for key, weight in self.norms.items()}
 
     def decoded(self) -> dict[str, Tensor]:
         """Where scales are trained: the quantized weights that they make, by parameter name, differentiable."""
+        kept = self.kept_rows
         weights = {}
         for block in self.moe.blocks if self.scales else ():
             for name in block.weights():
-                scale = self.scales[_key(name)]
+                scale = self.scales[_key(name)][kept[name]]
                 stored = scale + (scale.half().float() - scale).detach()  # as it will be stored; gradients pass
                 weights[name] = block.as_parameter(name, self.codes[name].dequantize(self.moe.model.dtype, stored))
         return weights
 
     def finished(self) -> FinishedBlocks:
         """The compressed model as this job leaves it, behind its last epoch."""
-        scales = {_name(key): scale for key, scale in self.scales.items()}
+        kept = self.kept_rows
+        scales = {_name(key): scale[kept[_name(key)]] for key, scale in self.scales.items()}
         return FinishedBlocks(self.original, self.run, self.trained(), scales)
 
     def untrained(self) -> FinishedBlocks:
@@ -398,9 +427,9 @@ class QESC(Comparison):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         kinds = {"router": self.routers, "norm": self.norms, "scale": self.scales}
         groups = [
-            {"params": [weight], "kind": kind, "rms": _rms(weight)}
+            {"params": [weight], "kind": kind, "name": _name(key), "rms": _rms(weight)}
             for kind, weights in kinds.items()
-            for weight in weights.values()
+            for key, weight in weights.items()
         ]
         return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay)
 

@@ -7,6 +7,7 @@ The paper quantizes attention to 4 bits, every expert to 2 or 3, and leaves the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from eacmoe_lightning.adapter import Block, MoEModel
@@ -30,7 +31,7 @@ class Recipe:
         group_size: inputs that share a scale.
         symmetric: middle code as zero point.
         clip_search: fit ranges by least error instead of minimum and maximum.
-        quantizer: `gptq`, or `rtn` (round-to-nearest, the baseline).
+        quantizer: `gptq`, `rtn` (round-to-nearest, the baseline) or `none` (weights stay as they are).
         damping, act_order: see `gptq`.
         affinity: weigh each token of an expert's Hessian by its router weight (MoEQuant).
         min_expert_tokens: an expert that fewer tokens reach is starved; it borrows the block's
@@ -57,8 +58,8 @@ class Recipe:
             _check_bits(name, bits)
         if self.shared_bits is not None:
             _check_bits("shared_expert_bits", self.shared_bits)
-        if self.quantizer not in ("gptq", "rtn"):
-            raise ValueError(f"quantizer={self.quantizer!r} (--model.quantizer) is neither 'gptq' nor 'rtn'")
+        if self.quantizer not in ("gptq", "rtn", "none"):
+            raise ValueError(f"quantizer={self.quantizer!r} (--model.quantizer) is none of 'gptq', 'rtn', 'none'")
         _check_group_size("group_size", self.group_size)
         if not 0 < self.damping < 1:
             raise ValueError(f"damping={self.damping} (--model.damping) is not between 0 and 1")
@@ -87,12 +88,11 @@ class Recipe:
         own = self.overrides.get(block, {})
         return Grid(own.get(part, bits), own.get("group_size", self.group_size), self.symmetric, self.clip_search)
 
-    def expert_bits(self, block: int, num_blocks: int, projection: str, num_experts: int) -> tuple[int, ...]:
-        """Bits of one projection of each routed expert of a block."""
+    def expert_bits(self, block: int, num_blocks: int, projection: str, numbers: Iterable[int]) -> tuple[int, ...]:
+        """Bits of one projection of the routed experts of a block that have these numbers in the original."""
         bits, own = self.grid(block, num_blocks, "experts").bits, self.overrides.get(block, {})
         bits = own.get(f"experts.{projection}", bits)
-        experts = (own.get(f"experts.{e}", bits) for e in range(num_experts))
-        return tuple(own.get(f"experts.{e}.{projection}", bits) for e, bits in enumerate(experts))
+        return tuple(own.get(f"experts.{e}.{projection}", own.get(f"experts.{e}", bits)) for e in numbers)
 
     def check(self, moe: MoEModel) -> None:
         """Raises ValueError, before anything is computed, for a model that this recipe does not fit."""
@@ -101,7 +101,7 @@ class Recipe:
             raise ValueError(f"overrides name block {unknown[0]}, the model has {len(moe.blocks)} (--model.overrides)")
         if len(self.bits) > len(moe.blocks):
             raise ValueError(f"bits lists {len(self.bits)} parts for {len(moe.blocks)} blocks (--model.bits)")
-        for block in moe.blocks:
+        for block in moe.blocks if self.quantizer != "none" else ():
             self._check_experts(block)
             for name, (part, weight) in block.weights().items():
                 group_size, in_features = self.grid(block.index, len(moe.blocks), part).group_size, weight.shape[-1]
@@ -145,12 +145,14 @@ def num_quantized(moe: MoEModel) -> int:
 
 def nominal_bits(moe: MoEModel, recipe: Recipe) -> float:
     """Average bits as the paper counts them: over the quantized weights, without scales and zero points."""
+    if recipe.quantizer == "none":
+        return 8.0 * moe.model.dtype.itemsize
     total = weighted = 0
     for block in moe.blocks:
         for name, (part, weight) in block.weights().items():
             total += weight.numel()
             bits = [recipe.grid(block.index, len(moe.blocks), part).bits]
             if part == "experts":
-                bits = recipe.expert_bits(block.index, len(moe.blocks), name.rpartition(".")[2], block.num_experts)
+                bits = recipe.expert_bits(block.index, len(moe.blocks), name.rpartition(".")[2], block.expert_numbers)
             weighted += weight.numel() * sum(bits) / len(bits)
     return weighted / total

@@ -5,7 +5,10 @@ Keys (dots are nesting): `command`, `config`, `versions`, `commit`, `seed`, `mac
 `size_bytes.original`, `.compressed`; `perplexity.<text>.original|compressed|before` (before: the compressed model with
 the original's routers); `expert_shift.mean.before|after.any|half|all|selections` over the held-out texts,
 `expert_shift.calibration.before|after` and `expert_shift.blocks[]`; `router.method`; `experts.starved` (number) and
-`experts.starved_by_block`; `cost.<phase>.seconds|peak_bytes|share`, `cost.total_seconds`; `pruning`.
+`experts.starved_by_block`; `cost.<phase>.seconds|peak_bytes|share`, `cost.total_seconds`; where experts were
+removed `pruning.rule`, `.experts`, `.removed`, `.removed_selections` (mean over blocks) and
+`pruning.blocks.<block>.kept|removed|removed_selections|scores`; `perplexity.<text>.original` is then the one before
+pruning, and `.before` that of the pruned (and quantized) model with the original's routers.
 """
 
 from __future__ import annotations
@@ -23,22 +26,19 @@ from lightning.pytorch import Trainer
 from eacmoe_lightning.adapter import local_directory
 from eacmoe_lightning.compressed import size_of
 from eacmoe_lightning.expert_shift import RATES, mean_rates
-from eacmoe_lightning.recipe import nominal_bits, num_quantized
+from eacmoe_lightning.recipe import Recipe, nominal_bits, num_quantized
 from eacmoe_lightning.store import RunDirectory, read_tensors, write_atomically, write_json
 
 PACKAGES = ("eacmoe-lightning", "torch", "lightning", "transformers", "torchmetrics", "datasets")
 
 
-def build(
-    module, trainer: Trainer, blocks: list[dict], evaluation: dict[str, dict] | None, pruning: dict
-) -> dict[str, Any]:
+def build(module, trainer: Trainer, blocks: list[dict], evaluation: dict[str, dict] | None) -> dict[str, Any]:
     """The report of a finished run.
 
     Args:
         module: the QESC module.
         blocks: statistics of every block, as `Calibration.leave` gives them.
         evaluation: `before` and `after` of `evaluate`, or None.
-        pruning: alpha -> block -> experts under the frequency rule.
     """
     run, moe = module.run, module.moe
     moe_stats = [s for s in blocks if "expert_shift" in s]
@@ -55,10 +55,10 @@ def build(
             "type": moe.config.model_type,
             "blocks": len(moe.blocks),
             "moe_blocks": len(moe.moe_blocks),
-            "experts": moe.num_experts,
+            "experts": len(moe_stats[0]["expert_load"]["original"]),
             "top_k": moe.top_k,
         },
-        "bits": {"nominal": nominal_bits(moe, module.recipe), "true": _true_bits(run, moe)},
+        "bits": {"nominal": nominal_bits(moe, module.recipe), "true": _true_bits(run, moe, module.recipe)},
         "size_bytes": {
             "original": size_of(local_directory(module.name_or_path)),
             "compressed": size_of(run.compressed),
@@ -93,8 +93,8 @@ def build(
     else:
         report["expert_shift"]["mean"] = report["expert_shift"]["calibration"]
     report["expert_shift"]["blocks"] = per_block
-    if pruning:
-        report["pruning"] = pruning
+    if module.pruning:
+        report["pruning"] = _pruning(vars(module.pruning), moe_stats)
     return report
 
 
@@ -113,6 +113,11 @@ def summary(report: dict[str, Any]) -> str:
         f"bits {bits['nominal']:.2f} nominal, {bits['true']:.2f} with scales and zero points; "
         f"{size['original'] / 1e6:.1f} MB -> {size['compressed'] / 1e6:.1f} MB",
     ]
+    if pruning := report.get("pruning"):
+        lines.append(
+            f"{pruning['removed']} of {pruning['experts']} experts removed ({pruning['rule']['criterion']}), which "
+            f"{pruning['removed_selections']:.2%} of the selections went to"
+        )
     for text, values in report["perplexity"].items():
         lines.append(f"perplexity {text:10s} {values['original']:8.3f} -> {values['compressed']:8.3f}")
     for rate in RATES:
@@ -167,6 +172,7 @@ def markdown(report: dict[str, Any]) -> str:
             "\n".join(f"- block {b}: starved experts {e}" for b, e in report["experts"]["starved_by_block"].items())
             or "No expert was starved of calibration tokens."
         ),
+        *([_pruning_table(report["pruning"])] if "pruning" in report else []),
         "## Cost\n\n"
         + _table(["phase", "seconds", "share", "peak MB"], [
             [p, f"{c['seconds']:.1f}", f"{c['share']:.1%}", f"{c['peak_bytes'] / 2**20:.0f}"]
@@ -181,8 +187,34 @@ def _table(head: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _true_bits(run: RunDirectory, moe) -> float:
+def _pruning(rule: dict[str, Any], blocks: list[dict]) -> dict[str, Any]:
+    """What was removed, and the share of the calibration text's selections that it had carried."""
+    removed = {s["block"]: s["pruning"] for s in blocks}
+    return {
+        "rule": rule,
+        "experts": sum(len(s["kept"]) + len(s["removed"]) for s in removed.values()),
+        "removed": sum(len(s["removed"]) for s in removed.values()),
+        "removed_selections": sum(s["removed_selections"] for s in removed.values()) / len(removed),
+        "blocks": removed,
+    }
+
+
+def _pruning_table(pruning: dict[str, Any]) -> str:
+    said = ", ".join(f"{name} {value}" for name, value in pruning["rule"].items() if value is not None)
+    rows = [
+        [block, len(s["kept"]), " ".join(map(str, s["removed"])) or "none", f"{s['removed_selections']:.2%}"]
+        for block, s in pruning["blocks"].items()
+    ]
+    return (
+        f"## Removed experts\n\nRule: {said}. Selections: the share on the calibration text that went to them.\n\n"
+        + _table(["block", "stay", "removed", "selections"], rows)
+    )
+
+
+def _true_bits(run: RunDirectory, moe, recipe: Recipe) -> float:
     """Stored bits per quantized weight: codes, scales and zero points."""
+    if recipe.quantizer == "none":
+        return nominal_bits(moe, recipe)
     stored = 0
     for block in moe.blocks:
         tensors, _ = read_tensors(run.block(block.index))

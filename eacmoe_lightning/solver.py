@@ -84,7 +84,8 @@ class BlockSolver:
         """
         experts, num_experts = self.block.experts, self.block.num_experts
         index, num_blocks = self.block.index, self.num_blocks
-        bits = {p: self.recipe.expert_bits(index, num_blocks, p, num_experts) for p in experts.projections}
+        numbers = self.block.expert_numbers
+        bits = {p: self.recipe.expert_bits(index, num_blocks, p, numbers) for p in experts.projections}
         tokens, weights = self._tokens(routing)
         parts: dict[str, list[Quantized]] = {p: [] for p in experts.projections}
         errors: dict[str, list[float]] = {p: [] for p in experts.projections}

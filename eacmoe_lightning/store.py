@@ -149,6 +149,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata["note"])
 
 
+def read_note(path: Path) -> dict[str, Any]:
+    """The note alone, without the tensors and without their checksum.
+
+    Raises:
+        StoreError: the file is missing or truncated.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(json.loads((file.metadata() or {})[KEY])["note"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{path} is missing, truncated or corrupt ({error}); {REMEDY}") from error
+
+
 REMEDY = "delete this file and continue with --ckpt_path last to have it computed again, or restore it from a backup"
 
 
@@ -169,6 +182,11 @@ class RunDirectory:
     @property
     def compressed(self) -> Path:
         return self.path / "compressed"
+
+    @property
+    def dense(self) -> Path:
+        """Where nothing is quantized: the same as an ordinary model directory."""
+        return self.path / "dense"
 
     def block(self, index: int) -> Path:
         return self.path / "blocks" / f"block_{index:03d}.safetensors"

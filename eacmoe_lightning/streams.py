@@ -128,11 +128,13 @@ class Streams:
 
     def joint_rows(self, window_ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Of some windows by global index [b]: the original's last hidden state [b, T, D], and by MoE block the
-        original router's logits [b*T, E]. Only behind the last block."""
+        original router's logits [b*T, E] for the experts that the block still has. Only behind the last block."""
         for block in self.moe.moe_blocks if not self._teachers else ():
             self._teachers[block.index] = HiddenFile.open(self._teacher_path(block.index), self._note)
         local = self.local(window_ids)
-        return self.x[local], {i: logits[local].flatten(0, 1).float() for i, logits in self._teachers.items()}
+        kept = {block.index: block.kept for block in self.moe.moe_blocks}
+        teachers = {i: logits[local].flatten(0, 1).float()[:, kept[i]] for i, logits in self._teachers.items()}
+        return self.x[local], teachers
 
     # --- files ------------------------------------------------------------------------------------------
 

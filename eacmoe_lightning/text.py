@@ -10,6 +10,9 @@ that lies in the package, in the user's files or in a data set. A *source* is a 
 - `[OWNER/]NAME[/CONFIG][:SPLIT]`: a data set of the Hugging Face hub; SPLIT is `train` if left out,
   and may be a slice (`train[:1%]`).
 
+`SOURCE[FROM%:TO%]` is a part of any of them, by characters and cut at line ends: `bundled:prose[:50%]` and
+`bundled:prose[50%:]` share nothing. (Behind a data set's split it is that library's own slice, by rows.)
+
 They are tried in that order. What exists on disk, begins with `/`, `./`, `../` or `~`, or ends like
 a text file is a path. In a hub name two parts are `OWNER/NAME`, three `OWNER/NAME/CONFIG`; names
 without an owner that papers use (`OWNERLESS`, such as wikitext) stand for both, so that
@@ -31,6 +34,7 @@ TEXT_FILES = (".txt", ".md")  # one document each
 ROW_FILES = (".jsonl", ".json", ".parquet")  # a document per row, in the field `text`
 OWNERLESS = {"wikitext": "Salesforce/wikitext", "c4": "allenai/c4", "gsm8k": "openai/gsm8k"}
 SPLIT = re.compile(r":(?P<split>[A-Za-z_][\w.+-]*(\[[^\]]*\])?)$")
+PART = re.compile(r"\[((?P<start>\d{1,3})%)?:((?P<stop>\d{1,3})%)?\]$")
 POOL = 16  # random windows are drawn from the first POOL times as many as are asked for
 MAX_CHARACTERS_PER_TOKEN = 16  # of ordinary text; more only cost another round of tokenizing
 INSTEAD = "pass a local file or directory, or bundled:NAME"
@@ -53,7 +57,10 @@ def read_documents(source: str) -> list[str]:
         FileNotFoundError: there is no such bundled text, file, directory or data set.
         ValueError: a file is not text, has no `text` field, or nothing but blanks was found.
     """
-    if source.startswith("bundled:"):
+    whole, start, stop = _take_part(source)
+    if whole != source:
+        documents = _part(read_documents(whole), start, stop)
+    elif source.startswith("bundled:"):
         documents = [_read_bundled(source.removeprefix("bundled:"))]
     else:
         documents = _read_path(source) if _is_path(source) else _read_dataset(source)
@@ -132,6 +139,39 @@ def _token_pieces(documents: Iterable[str], tokenizer, limit: int | None) -> Ite
         for start in range(0, len(document), most or max(len(document), 1)):
             text = document[start : start + most] if most else document
             yield tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _take_part(source: str) -> tuple[str, int, int]:
+    """The source without `[FROM%:TO%]`, and both numbers.
+
+    Raises:
+        ValueError: they are not a part of the text.
+    """
+    match = PART.search(source)
+    is_split = SPLIT.search(source) and not source.startswith("bundled:")
+    if match is None or is_split or Path(source).expanduser().exists():
+        return source, 0, 100
+    start, stop = int(match["start"] or 0), int(match["stop"] or 100)
+    if not 0 <= start < stop <= 100:
+        raise ValueError(f"{source}: {start}% to {stop}% is no part of a text: pass 0 <= FROM < TO <= 100")
+    return source[: match.start()], start, stop
+
+
+def _part(documents: list[str], start: int, stop: int) -> list[str]:
+    """The lines between two percentages of all characters; where one part stops another starts."""
+    total, at, taken = sum(map(len, documents)), 0, []
+    for document in documents:
+        ends = [_line_start(document, total * percent // 100 - at) for percent in (start, stop)]
+        taken.append(document[ends[0] : ends[1]])
+        at += len(document)
+    return taken
+
+
+def _line_start(document: str, position: int) -> int:
+    """Where the first line starts that begins at `position` or behind it."""
+    if position <= 0:
+        return 0
+    return (document.find("\n", position - 1) + 1) or len(document)
 
 
 def _read_bundled(name: str) -> str:

@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from eacmoe_lightning.adapter import find_blocks, shrink_as_pruned
 from eacmoe_lightning.packed_modules import pack_modules, set_activations
 from eacmoe_lightning.skipping.stored import restore_rule
 from eacmoe_lightning.store import StoreError, read_tensors
@@ -95,6 +96,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config: PackedConfig = self.quantization_config
+        shrink_as_pruned(model.config.get_text_config(), find_blocks(model)[1])
         pack_modules(model, config.bits, config.group_sizes)
         for prepare in config.prepare:
             prepare(model)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,7 @@ def test_the_command_writes_what_it_says(tiny_model_dir, tmp_path, capsys):
 @pytest.mark.parametrize(
     "more, messages",
     [
+        (["--cross", "/no/such.yaml"], ["/no/such.yaml", "--cross"]),
         (["--texts", "/no/such/text.txt"], ["/no/such/text.txt"]),
         (["--texts", '["bundled:prose", "./prose.txt"]'], ["--texts", "'prose'"]),
         (["--num_windows", "100000"], ["100000", "--num_windows"]),
@@ -105,3 +107,34 @@ def test_bad_input(more, messages, tiny_model_dir, tmp_path, capsys):
     said = capsys.readouterr().err
     assert end.value.code == 1 and all(message in said for message in messages), said
     assert not Path(tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")
+def test_cross_distribution_table(tiny_model_dir, tmp_path, capsys):
+    config, output = tmp_path / "fit.yaml", tmp_path / "analysis"
+    config.write_text("model: {group_size: 32, bits: 2, joint_epochs: 0}\ntrainer: {accelerator: cpu}\n")
+    words = ["analyze", "--model", str(tiny_model_dir("mixtral")), "--output", str(output), "--num_windows", "3"]
+    words += ["--window_length", "64", "--cross", str(config), "--cross_windows", "8", "--texts"]
+    texts = '["bundled:prose", "bundled:maths"]'
+    main([*words, texts])
+    table = json.loads((output / "cross.json").read_text())
+    assert table["calibrated_on"] == table["evaluated_on"] == ["prose", "maths"]
+    for i, calibrated in enumerate(("prose", "maths")):
+        report = json.loads((output / "cross" / calibrated / "report.json").read_text())
+        assert report["config"]["data.calibration"] == f"bundled:{calibrated}[50%:]"
+        for j, text in enumerate(("prose", "maths")):
+            said = report["perplexity"][text]
+            assert table["perplexity"][i][j] == said["compressed"]
+            assert table["lost"][i][j] == pytest.approx(math.log(said["compressed"] / said["original"]))
+            assert table["changed"]["any"][i][j] == report["expert_shift"]["texts"][text]["after"]["any"]
+    assert table["own"]["lost"] == pytest.approx((table["lost"][0][0] + table["lost"][1][1]) / 2)
+    assert (output / "cross.png").exists() and "calibrated on (rows)" in capsys.readouterr().out
+    # what is finished is read, what was interrupted goes on
+    (output / "cross" / "maths.json").unlink()
+    shutil.rmtree(output / "cross" / "prose")
+    main([*words, texts])
+    assert json.loads((output / "cross.json").read_text()) == table
+    with pytest.raises(SystemExit):
+        main([*words, '{prose: "bundled:code"}'])
+    assert "other settings (data.calibration was 'bundled:prose[50%:]'" in capsys.readouterr().err

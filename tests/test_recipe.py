@@ -78,10 +78,11 @@ def test_overrides_of_experts_and_projections_and_what_says_more_wins():
             2: {"experts.3": 6},
         },
     )
-    assert recipe.expert_bits(0, 3, "down_proj", 4) == (2, 2, 2, 2)
-    assert recipe.expert_bits(1, 3, "gate_up_proj", 4) == (3, 3, 5, 3)
-    assert recipe.expert_bits(1, 3, "down_proj", 4) == (8, 4, 5, 4)
-    assert recipe.expert_bits(2, 3, "up_proj", 4) == (2, 2, 2, 6)
+    assert recipe.expert_bits(0, 3, "down_proj", range(4)) == (2, 2, 2, 2)
+    assert recipe.expert_bits(1, 3, "gate_up_proj", range(4)) == (3, 3, 5, 3)
+    assert recipe.expert_bits(1, 3, "down_proj", range(4)) == (8, 4, 5, 4)
+    assert recipe.expert_bits(1, 3, "down_proj", [0, 2]) == (8, 5)  # of a pruned block, by the original's numbers
+    assert recipe.expert_bits(2, 3, "up_proj", range(4)) == (2, 2, 2, 6)
 
 
 def test_nominal_bits_count_every_expert():

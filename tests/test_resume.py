@@ -42,14 +42,23 @@ EPOCHS = [
 ]
 
 
+# while blocks lose experts, different numbers of them, by what the original's experts return
+PRUNING = {"pruning__criterion": "reap", "pruning__alpha": 0.9}
+PRUNED = [
+    ["phase", "1 attention", 1],  # the block is pruned, and nothing of it written
+    ["phase", "2 replay", 1],
+    ["call", "eacmoe_lightning.qesc.QESC._joint_loss", 2],
+]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_model_dir) -> Callable[[str], Path]:
+def undisturbed(tmp_path_factory, tiny_model_dir) -> Callable[[str, dict], Path]:
     done: dict[str, Path] = {}
 
-    def run(family: str) -> Path:
+    def run(family: str, more: dict) -> Path:
         if family not in done:
             done[family] = tmp_path_factory.mktemp("undisturbed") / family
-            attempts(tiny_model_dir(family), done[family], [], {})
+            attempts(tiny_model_dir(family), done[family], [], more)
         return done[family]
 
     return run
@@ -65,21 +74,26 @@ def attempts(model: Path, run: Path, places: list, more: dict) -> str:
 
 
 @pytest.mark.parametrize(
-    "family, places, more",
+    "family, places, more, options",
     [
-        ("qwen3_moe", STEPS, EVERY_STEP),
-        ("deepseek", EPOCHS, {}),
+        ("qwen3_moe", STEPS, EVERY_STEP, {}),
+        ("deepseek", EPOCHS, {}, {}),
+        ("mixtral", PRUNED, EVERY_STEP, PRUNING),
     ],
-    ids=["checkpoints of steps", "checkpoints of epochs"],
+    ids=["checkpoints of steps", "checkpoints of epochs", "pruning"],
 )
-def test_a_killed_job_ends_like_an_undisturbed_one(family, places, more, undisturbed, tiny_model_dir, tmp_path):
-    attempts(tiny_model_dir(family), tmp_path / "run", places, more)
-    reference = undisturbed(family)
+def test_a_killed_job_ends_like_an_undisturbed_one(
+    family, places, more, options, undisturbed, tiny_model_dir, tmp_path
+):
+    attempts(tiny_model_dir(family), tmp_path / "run", places, {**more, **options})
+    reference = undisturbed(family, options)
     for part in ("blocks", "compressed"):
         assert jobs.contents(tmp_path / "run" / part) == jobs.contents(reference / part)
     reports = [json.loads((run / "report.json").read_text()) for run in (tmp_path / "run", reference)]
-    for key in ("perplexity", "expert_shift", "bits", "experts", "quantization_error"):
-        assert reports[0][key] == reports[1][key]
+    for key in ("perplexity", "expert_shift", "bits", "experts", "quantization_error", "pruning"):
+        assert reports[0].get(key) == reports[1].get(key)
+    if options:
+        assert len({len(row["kept"]) for row in reports[0]["pruning"]["blocks"].values()}) > 1
     frequencies = [(run / "expert_frequency.json").read_text() for run in (tmp_path / "run", reference)]
     assert frequencies[0] == frequencies[1]
     # Fails while `.NAME.PID.partial` files of killed processes stay for good (store.py).

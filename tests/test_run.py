@@ -209,7 +209,7 @@ def test_other_options_run(tiny_model_dir, tmp_path, capsys):
         model__overrides="{1: {attention: 8, group_size: 16}}",
         model__router_method="sgd", model__router_warm_start="true", model__min_expert_tokens=100000,
         model__router_loss="eacmoe_lightning.router_loss.SelectionHinge",
-        model__router_loss__margin=0.2, pruning__alpha=0.5,
+        model__router_loss__margin=0.2,
     )  # fmt: skip
     report = json.loads((run / "report.json").read_text())
     attention, experts, shared = 64 * 64 * 2 + 64 * 32 * 2, 8 * 3 * 64 * 64, 3 * 64 * 128
@@ -217,7 +217,6 @@ def test_other_options_run(tiny_model_dir, tmp_path, capsys):
     assert report["bits"]["nominal"] == pytest.approx(expected / 3 / (attention + experts + shared))
     assert report["experts"]["starved"] == 24 and report["experts"]["starved_by_block"]["0"] == list(range(8))
     assert report["config"]["model.router_loss"][0] == "SelectionHinge"
-    assert report["pruning"]["0.5"].keys() == {"0", "1", "2"}
     with pytest.raises(SystemExit):  # the config that was kept is that of this very run
         main(["fit", "--config", str(run / "tensorboard" / "config.yaml")])
     assert "already holds this run: add --ckpt_path last" in capsys.readouterr().err

@@ -221,3 +221,31 @@ def test_unreachable_data_set_is_reported_at_once(monkeypatch, source, hub_name,
 def test_a_name_of_no_form_is_refused():
     with pytest.raises(ValueError, match="'a/b/c/d' is no text source: pass a local file"):
         read_documents("a/b/c/d")
+
+
+# --- parts of a source
+
+
+def test_parts_are_cut_at_line_ends_and_share_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("12\n45\n78\n")
+    (tmp_path / "b.txt").write_text("abcdefgh\n")  # 18 characters in all, the middle is b's start
+    folder = str(tmp_path)
+    assert read_documents(f"{folder}[:50%]") == ["12\n45\n78\n"]
+    assert read_documents(f"{folder}[50%:]") == ["abcdefgh\n"]
+    assert read_documents(f"{folder}[:25%]") == ["12\n45\n"]  # 4 characters: to the end of that line
+    assert read_documents(f"{folder}[25%:60%]") == ["78\n", "abcdefgh\n"]
+    assert read_documents(f"{folder}[50%:][:50%]") == ["abcdefgh\n"]
+    assert read_documents(f"{folder}[:]") == read_documents(folder)
+
+
+@given(st.integers(1, 99))
+def test_parts_of_a_bundled_text_make_the_whole(percent):
+    parts = [read_documents(f"bundled:code[{part}]")[0] for part in (f":{percent}%", f"{percent}%:")]
+    assert "".join(parts) == read_documents("bundled:code")[0] and parts[0].endswith("\n")
+    assert abs(len(parts[0]) / len("".join(parts)) - percent / 100) < 0.02
+
+
+@pytest.mark.parametrize("part", ["[50%:50%]", "[60%:40%]", "[:101%]"])
+def test_parts_that_are_none(part):
+    with pytest.raises(ValueError, match="no part of a text"):
+        read_documents(f"bundled:prose{part}")

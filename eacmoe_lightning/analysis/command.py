@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from eacmoe_lightning import compressed
 from eacmoe_lightning.adapter import MoEModel, load_original, local_directory
+from eacmoe_lightning.analysis.cross import cross_summary, cross_table, fit_rows
 from eacmoe_lightning.analysis.selection import describe, select
 from eacmoe_lightning.choice_task import make_questions
 from eacmoe_lightning.data import name_sources
@@ -39,6 +40,9 @@ def analyze(
     rescue: float | None = None,
     num_questions: int = 0,
     baselines: bool = False,
+    cross: str | None = None,
+    cross_calibration: dict[str, str] | list[str] | str | None = None,
+    cross_windows: int = 24,
 ) -> dict[str, Any]:
     """Selection frequencies of each text, how alike texts are to the routers, coverage and load balance.
 
@@ -67,6 +71,12 @@ def analyze(
             as in the paper: for none.
         num_questions: Continuation questions of each text, answered under every candidate.
         baselines: Also measure truncation to ceil(2K/3) experts, EES and ODP, calibrated on the package's text.
+        cross: A config of fit, such as configs/tiny.yaml: also compresses the model once for each text, evaluates every
+            result on all of them, and leaves the tables in `cross.json` and `cross.png`. The runs are kept in `cross/`,
+            and an interrupted analysis goes on when it is started again.
+        cross_calibration: Sources to calibrate on, by the names of the texts that are of their kind; null: the second
+            half of each text, and its first half is evaluated.
+        cross_windows: Windows to calibrate on.
 
     Raises:
         FileNotFoundError: there is no such model or text.
@@ -79,9 +89,16 @@ def analyze(
         raise ValueError(f"floor={floor} (--floor) is not in [0, 1]")
     for alpha in alphas or ():
         PESF(alpha, survivors, rescue)  # says what is wrong before anything runs
+    if cross is not None and not Path(cross).is_file():
+        raise FileNotFoundError(f"there is no config {cross} (--cross)")
+    if cross is not None and compressed_directory(Path(model), "--model") is not None:
+        raise ValueError(f"{model} (--model) is compressed already: --cross compresses an original")
     directory, subject = open_model(model, dtype)
     subject.model.to(device)
     sources = name_sources(texts, "--texts")
+    if cross is not None and cross_calibration is None:
+        cross_calibration = {name: f"{source}[50%:]" for name, source in sources.items()}
+        sources = {name: f"{source}[:50%]" for name, source in sources.items()}
     windows = {name: read_windows(source, directory, num_windows, window_length) for name, source in sources.items()}
     from eacmoe_lightning.analysis import figures  # matplotlib takes a second: only where it is needed
 
@@ -117,6 +134,16 @@ def analyze(
     print(summary(description, floor))
     if alphas:
         print(skipping_summary(description["skipping"]))
+    if cross is not None:
+        del subject  # fit loads it again
+        options = {"config": cross, "model.name_or_path": model, "data.heldout": sources}
+        options |= {"data.num_heldout_windows": num_windows, "data.num_windows": cross_windows}
+        options |= {"data.window_length": window_length, "trainer.enable_progress_bar": False}
+        rows = fit_rows(place / "cross", options, name_sources(cross_calibration, "--cross_calibration"))
+        description["cross"] = cross_table(rows)
+        figures.write(place, {"cross": figures.cross(description["cross"])})
+        write_json(place / "cross.json", description["cross"])
+        print(cross_summary(description["cross"]))
     print(f"{place}: analysis.json, figures, tensorboard --logdir {place}")
     return description
 

@@ -80,6 +80,27 @@ def frequency(description: dict[str, Any]) -> Figure:
     return figure
 
 
+def cross(table: dict[str, Any]) -> Figure:
+    """Nats lost and tokens changed, calibrated on (down) and evaluated on (across)."""
+    rows, columns = table["calibrated_on"], table["evaluated_on"]
+    figure = Figure(figsize=(4 + 1.6 * len(columns), 2 + 0.7 * len(rows)), layout="constrained")
+    panels = (
+        ("nats per token lost", table["lost"], "{:.3f}"),
+        ("tokens with any selection changed", table["changed"]["any"], "{:.1%}"),
+    )
+    for axes, (title, matrix, form) in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.imshow(matrix, cmap="viridis_r")
+        for i, row in enumerate(matrix):
+            for j, value in enumerate(row):
+                axes.text(j, i, form.format(value), ha="center", va="center", path_effects=OUTLINE)
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xlabel("evaluated on")
+        axes.set_ylabel("calibrated on")
+        axes.set_title(title)
+    return figure
+
+
 def balance(description: dict[str, Any], floor: float) -> Figure:
     """Entropy, busiest expert and coverage by block, a line for each text."""
     figure = Figure(figsize=(12, 3.5), layout="constrained")

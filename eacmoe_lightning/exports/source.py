@@ -23,6 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from eacmoe_lightning import compressed
 from eacmoe_lightning.adapter import Block, MoEModel
 from eacmoe_lightning.grid import Quantized, take_quantized
+from eacmoe_lightning.pruning.surgery import KEPT, has_shapes_of
 from eacmoe_lightning.store import StoreError, read_tensors
 from eacmoe_lightning.targets import WeightGrid
 
@@ -68,7 +69,7 @@ class Source:
 
     Raises:
         FileNotFoundError: there is no compressed model.
-        ValueError: a newer version of this package wrote it.
+        ValueError: a newer version of this package wrote it, or its blocks have different numbers of experts.
     """
 
     def __init__(self, path: str | Path, dtype: str = "auto") -> None:
@@ -91,13 +92,26 @@ class Source:
         with torch.device("meta"):
             self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
         self.moe = MoEModel(self.skeleton)
+        if self.moe.is_pruned:
+            if not has_shapes_of(self.config, self.moe):
+                numbers = [block.num_experts for block in self.moe.moe_blocks]
+                raise ValueError(
+                    f"{path} (--source) has {min(numbers)} to {max(numbers)} experts in its blocks. No other program "
+                    "loads a number that varies: prune with --pruning.keep, the same number in every block"
+                )
+            delattr(self.config.get_text_config(), KEPT)
         self.weights: dict[str, Tensor] = {  # [..., O, I] on meta, of everything quantized
-            name: weight for block in self.moe.blocks for name, (_, weight) in block.weights().items()
+            name: weight for block in self.moe.blocks for name, (_, weight) in self.quantized(block).items()
         }
 
     @property
     def quantization(self) -> dict[str, Any]:
         return self.directory_config["quantization"]
+
+    def quantized(self, block: Block | None) -> dict[str, tuple[str, Tensor]]:
+        """The part and the weight [..., O, I] on meta of everything quantized in a block, by parameter name."""
+        weights = block.weights() if block else {}
+        return {name: found for name, found in weights.items() if name in self.quantization["bits"]}
 
     def files(self) -> Iterator[tuple[Block | None, dict[str, Tensor]]]:
         """Every file's tensors: of each block, then the rest (None).
@@ -108,7 +122,7 @@ class Source:
         for block in self.moe.blocks:
             path = self.path / compressed.SHARD.format(block.index)
             tensors, _ = read_tensors(path)
-            names = [f"{name}.{kind}" for name in block.weights() for kind in ("codes", "scale", "zero_point")]
+            names = [f"{n}.{kind}" for n in self.quantized(block) for kind in ("codes", "scale", "zero_point")]
             if missing := [name for name in names if name not in tensors]:
                 raise StoreError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: restore it from a backup")
             yield block, tensors
@@ -118,7 +132,7 @@ class Source:
         """How each quantized weight is stored, its symmetry as its zero points have it; experts by their bits."""
         found = []
         for block, tensors in self.files():
-            for name, (part, weight) in (block.weights() if block else {}).items():
+            for name, (part, weight) in self.quantized(block).items():
                 bits, zero_point = self.quantization["bits"][name], tensors[f"{name}.zero_point"]
                 group_size = self.quantization["group_sizes"][name]
                 for width in sorted({bits} if isinstance(bits, int) else {*bits}):
@@ -133,8 +147,7 @@ class Source:
     def blocks(self) -> Iterator[tuple[Block | None, dict[str, Quantized], dict[str, Tensor]]]:
         """Of each block, then of the rest (None): quantized weights by parameter name, and all other tensors."""
         for block, tensors in self.files():
-            weights = block.weights() if block else {}
-            bits = self.quantization["bits"]
+            weights, bits = self.quantized(block), self.quantization["bits"]
             quantized = {n: take_quantized(tensors, n, bits[n], w.shape[-1]) for n, (_, w) in weights.items()}
             yield block, quantized, tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.calibration import read_block
 from eacmoe_lightning.grid import Quantized
-from eacmoe_lightning.store import RunDirectory
+from eacmoe_lightning.pruning.surgery import KEPT
+from eacmoe_lightning.store import RunDirectory, read_note
 from eacmoe_lightning.streaming.checkpoint import Checkpoint
 
 
@@ -33,14 +35,24 @@ class FinishedBlocks:
     ) -> None:
         self.original, self.run = original, run
         self.trained, self.scales = trained or {}, scales or {}
-        self._moe = MoEModel(original.skeleton())
+        self._kept = {
+            str(block.index): stats["pruning"]["kept"]
+            for block in MoEModel(original.skeleton()).blocks
+            if "pruning" in (stats := read_note(run.block(block.index))["stats"])
+        }
+        self._moe = MoEModel(self.skeleton())
         self._owners = {name: block for block in self._moe.blocks for name in block.weights()}
+        self._shapes = {name: tensor.shape for name, tensor in self._moe.model.state_dict().items()}
 
     def __str__(self) -> str:
         return f"{self.run.path}, with {self.original}"
 
     def skeleton(self) -> PreTrainedModel:
-        return self.original.skeleton()
+        model = self.original.skeleton()
+        if self._kept:  # MoEModel takes the other experts out
+            model.config = copy.deepcopy(model.config)
+            setattr(model.config.get_text_config(), KEPT, self._kept)
+        return model
 
     def quantized(self, index: int) -> dict[str, Quantized]:
         """A block's codes, final scales and zero points by parameter name."""
@@ -51,14 +63,21 @@ class FinishedBlocks:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)
-        found = self.original.read([n for n in names if n not in self._owners and n not in self.trained])
-        found |= {n: self.trained[n].detach().to("cpu", self.original.dtype) for n in names if n in self.trained}
+        found = {n: self.trained[n].detach().to("cpu", self.original.dtype) for n in names if n in self.trained}
         for index in sorted({self._owners[n].index for n in names if n in self._owners}):
             block = self._moe.blocks[index]
             for name, quantized in self.quantized(index).items():
                 if name in names:
                     found[name] = block.as_parameter(name, quantized.dequantize(self.original.dtype)).contiguous()
-        return found
+        rest = self.original.read([n for n in names if n not in found])
+        return found | {name: self._of_kept(name, tensor) for name, tensor in rest.items()}
+
+    def _of_kept(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the original; of one with an entry per expert, those of the experts that were kept."""
+        if tensor.shape == self._shapes[name]:
+            return tensor
+        block = next(b for b in self._moe.moe_blocks if name.startswith(f"{b.name}."))
+        return tensor[block.kept]
 
     def prefetch(self, names: Iterable[str]) -> None:
         self.original.prefetch([name for name in names if name not in self._owners and name not in self.trained])

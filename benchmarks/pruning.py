@@ -1,0 +1,95 @@
+"""Static pruning of a MoE without quantization: which criterion, how many experts, and what recalibration wins back.
+
+Every setting is one `train.py fit --model.quantizer none` in a directory of its own under --output: experts go by
+frequency or by REAP's saliency over the calibration text, and the routers of what is left stay as they are (`none`),
+are calibrated per block in closed form (`ridge`), or that and then together with the norms (`joint`). Held-out texts
+that the calibration text has kin of are *in*, the others *out*. Finished runs are only read, interrupted ones go on.
+
+    python benchmarks/pruning.py --output runs/pruning --json pruning.json
+    python benchmarks/pruning.py --output runs/pruning --keep 15 --criteria reap --routers none joint
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+ROUTERS = {
+    "none": ["--model.router_method", "none"],
+    "ridge": ["--model.router_method", "ridge", "--model.joint_epochs", "0"],
+    "joint": ["--model.router_method", "ridge"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="directory of the runs")
+    parser.add_argument("--config", type=Path, default=TRAIN.parent / "configs" / "tiny.yaml")
+    parser.add_argument("--keep", type=int, nargs="+", default=[15, 10], help="experts that stay in each block")
+    parser.add_argument("--criteria", nargs="+", default=["frequency", "reap"])
+    parser.add_argument("--routers", nargs="+", default=list(ROUTERS), choices=list(ROUTERS))
+    parser.add_argument("--out_texts", nargs="+", default=["german"], help="held-out texts without kin")
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="more options of fit, to the end")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for keep, router, criterion in itertools.product(args.keep, args.routers, args.criteria):
+        run = args.output / f"keep{keep}-{criterion}-{router}"
+        report = fit(run, args.config, keep, criterion, router, args.options)
+        rows.append({"keep": keep, "criterion": criterion, "router": router, **row(report, args.out_texts)})
+        print(json.dumps(rows[-1]), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    print_table(rows)
+
+
+def fit(run: Path, config: Path, keep: int, criterion: str, router: str, options: list[str]) -> dict:
+    """The report of a finished run, which is started, continued or only read."""
+    if not (run / "report.json").exists():
+        words = ["fit", "--config", config, "--trainer.default_root_dir", run, "--trainer.enable_progress_bar", "false"]
+        words += ["--model.quantizer", "none", "--pruning.keep", keep, "--pruning.criterion", criterion]
+        words += [*ROUTERS[router], *options, *(["--ckpt_path", "last"] if (run / "run.json").exists() else [])]
+        subprocess.run([sys.executable, TRAIN, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    return json.loads((run / "report.json").read_text())
+
+
+def row(report: dict, out_texts: list[str]) -> dict:
+    """Perplexities, and nats per token lost to the original in and out of the calibrated domains."""
+    perplexity = {text: values["compressed"] for text, values in report["perplexity"].items()}
+    lost = {t: math.log(v["compressed"] / v["original"]) for t, v in report["perplexity"].items()}
+    inside = [value for text, value in lost.items() if text not in out_texts]
+    outside = [value for text, value in lost.items() if text in out_texts]
+    return {
+        "removed_selections": report["pruning"]["removed_selections"],
+        "lost_in": sum(inside) / max(len(inside), 1),
+        "lost_out": sum(outside) / max(len(outside), 1),
+        "changed_any": report["expert_shift"]["mean"]["after"]["any"],
+        "seconds": report["cost"]["total_seconds"],
+        "original": {text: values["original"] for text, values in report["perplexity"].items()},
+        "perplexity": perplexity,
+    }
+
+
+def print_table(rows: list[dict]) -> None:
+    texts = list(rows[0]["perplexity"])
+    head = ["keep", "criterion", "router", "selections removed", "lost, in", "lost, out", "any changed", *texts]
+    lines = [
+        head,
+        ["---"] * len(head),
+        ["all", "", "", "", "", "", "", *(f"{rows[0]['original'][t]:.3f}" for t in texts)],
+    ]
+    for r in rows:
+        shares = [f"{r['removed_selections']:.2%}", f"{r['lost_in']:.4f}", f"{r['lost_out']:.4f}"]
+        values = [f"{r['perplexity'][t]:.3f}" for t in texts]
+        lines.append([r["keep"], r["criterion"], r["router"], *shares, f"{r['changed_any']:.1%}", *values])
+    print("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+
+
+if __name__ == "__main__":
+    main()
