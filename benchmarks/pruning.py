@@ -54,7 +54,7 @@ def fit(run: Path, config: Path, keep: int, criterion: str, router: str, options
     if not (run / "report.json").exists():
         words = ["fit", "--config", config, "--trainer.default_root_dir", run, "--trainer.enable_progress_bar", "false"]
         words += ["--model.quantizer", "none", "--pruning.keep", keep, "--pruning.criterion", criterion]
-        words += [*ROUTERS[router], *options, *(["--ckpt_path", "last"] if (run / "run.json").exists() else [])]
+        words += [*options, *ROUTERS[router], *(["--ckpt_path", "last"] if (run / "run.json").exists() else [])]
         subprocess.run([sys.executable, TRAIN, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
     return json.loads((run / "report.json").read_text())
 
