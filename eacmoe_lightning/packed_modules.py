@@ -86,7 +86,7 @@ class PackedLinear(nn.Module):
     """An `nn.Linear` whose weight is packed: [..., I] -> [..., O].
 
     Attributes:
-        int8: whether activations are rounded to 8 bits, per token and group (CPUs with AVX512 VNNI; else ignored).
+        int8: whether activations are rounded to 8 bits, per token and group (CPUs with AVX2 or AVX512; else ignored).
     """
 
     def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:

@@ -1,5 +1,9 @@
 """Every kernel, bit width, group size, odd shape and row count against a float64 reference."""
 
+import ctypes
+import itertools
+import mmap
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -233,6 +237,33 @@ def copy_of(experts: nn.Module, config) -> nn.Module:
     twin = type(experts)(config)
     twin.load_state_dict(experts.state_dict())
     return twin
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects a page by Linux's mprotect")
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_nothing_is_read_behind_the_last_code(level, bits):
+    """The codes end where a page ends, and the page behind it must not be read: a mapped file may end there."""
+    q, page = random_weight((9, 136), bits, 136), mmap.PAGESIZE
+    codes, pages = tensors(q)[0], mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    place = torch.frombuffer(pages, dtype=torch.uint8, count=codes.numel(), offset=page - codes.numel())
+    place.copy_(codes.flatten())
+    libc, behind = ctypes.CDLL(None, use_errno=True), place.data_ptr() + codes.numel()
+    assert libc.mprotect(ctypes.c_void_p(behind), ctypes.c_size_t(page), 0) == 0
+    try:
+        for count, dtype in itertools.product((1, 7), TOLERANCE):
+            x = torch.ones(count, 136, dtype=dtype)
+            for int8 in (False, True):
+                expected = torch.ops.eacmoe.linear(x, *tensors(q), None, bits, int8)
+                own = torch.ops.eacmoe.linear(x, place.view_as(codes), *tensors(q)[1:], None, bits, int8)
+                assert torch.equal(own, expected)
+    finally:
+        libc.mprotect(ctypes.c_void_p(behind), ctypes.c_size_t(page), mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def test_kernels_of_other_sources_are_not_called(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERFACE", 99)
+    with pytest.warns(UserWarning, match="has interface 2, not 99: it was compiled from other sources"):
+        assert kernels.library.__wrapped__() is None
 
 
 def test_a_wrong_level_is_an_error(monkeypatch):
