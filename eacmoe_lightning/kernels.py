@@ -30,7 +30,8 @@ LEVELS = ("portable", "avx2", "avx512")  # instruction sets of the C++ kernels; 
 INTERFACE = 2  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-MANY_FLOAT32 = 192  # tokens from which decoding to float32 and torch's product beat our float32 kernel
+# tokens of an expert from which decoding to float32 and torch's product beat our float32 kernel
+MANY_FLOAT32 = {"portable": 192, "avx2": 2048, "avx512": 192}
 
 
 class _Packed(ctypes.Structure):
@@ -112,10 +113,16 @@ def _linear(x, codes, scale, zero_point, bias, bits, int8):
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def _has_kernel(x: Tensor, tokens: int, int8: bool) -> bool:
+    """Whether the C++ kernels take these activations, of so many tokens a weight."""
+    if level() is None or x.dtype not in DTYPES:
+        return False
+    return x.dtype != torch.float32 or int8 or tokens < MANY_FLOAT32[level()]
+
+
 def _linear_cpu(x, codes, scale, zero_point, bias, bits, int8):
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    too_many = x.dtype == torch.float32 and len(rows) >= MANY_FLOAT32 and not int8
-    if level() is None or x.dtype not in DTYPES or too_many:
+    if not _has_kernel(x, len(rows), int8):
         return _linear(x, codes, scale, zero_point, bias, bits, int8)
     bias = None if bias is None else bias.float()
     out = rows.new_empty(len(rows), scale.shape[-2])
@@ -228,8 +235,7 @@ def _each(bits: tuple[int, ...]) -> ctypes.Array:
 
 def _experts_cpu(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, down_codes, down_scale, *rest):
     down_zero_point, down_bias, down_bits, gated, activation, int8 = rest
-    many = x.dtype == torch.float32 and ids.numel() >= MANY_FLOAT32 * len(up_scale) and not int8
-    if level() is None or x.dtype not in DTYPES or many:
+    if not _has_kernel(x, ids.numel() // len(up_scale), int8):
         args = (up_codes, up_scale, up_zero_point, up_bias, up_bits, down_codes, down_scale, *rest)
         return _experts(x, ids, weights, *args)
     x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()

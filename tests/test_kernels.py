@@ -54,7 +54,7 @@ def level(request, monkeypatch) -> str:
     """Each instruction set that this CPU has, and the way without compiled kernels."""
     name = None if request.param == "torch" else request.param
     monkeypatch.setattr(kernels, "level", lambda: name)
-    monkeypatch.setattr(kernels, "MANY_FLOAT32", 10**9)  # our kernel, however many tokens
+    monkeypatch.setattr(kernels, "MANY_FLOAT32", dict.fromkeys(kernels.LEVELS, 10**9))  # ours, however many tokens
     return request.param
 
 
