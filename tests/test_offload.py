@@ -312,6 +312,15 @@ def test_a_truncated_store_is_named(tmp_path):
         ExpertStore.open(tmp_path / "none")
 
 
+def test_a_store_that_is_cut_off_while_in_use_is_named(tmp_path, tokens):
+    model = tiny_models.build("mixtral")
+    handle = offload_experts(model, 0.5, directory=tmp_path)
+    os.truncate(tmp_path / STORE, 5000)
+    with pytest.raises(StoreError, match=f"{STORE} was cut off while it was in use: 5000 of"), torch.no_grad():
+        model(tokens)
+    handle.close()
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_flipped_bit_stops_the_pass_that_needs_it(num_workers, tmp_path, tokens):
     model = tiny_models.build("mixtral")

@@ -69,7 +69,12 @@ class ExpertCache:
                 return
 
     def start(self, place: Place, is_prediction: bool, spare: Collection[Place] = ()) -> bool:
-        """Begins to fetch an expert; False where no slot can be freed (those of `spare` are not)."""
+        """Begins to fetch an expert; False where no slot can be freed (those of `spare` are not).
+
+        Raises:
+            StoreError: the store's file was cut off since it was opened.
+        """
+        self.store.check_size()
         slot = self._room(spare)
         if slot is None:
             return False
@@ -89,7 +94,7 @@ class ExpertCache:
         if entry.future is not None:
             try:
                 self.counters.decode_seconds += entry.future.result()
-            except BaseException:
+            except Exception:
                 self.free.append(self.entries.pop(place).slot)
                 raise
             entry.future = None
@@ -105,9 +110,8 @@ class ExpertCache:
 
     def wait_for_room(self) -> None:
         """Waits until some prediction is there, which may then leave."""
-        wait(
-            [e.future for e in self.entries.values() if not e.is_pinned and not e.is_ready], return_when=FIRST_COMPLETED
-        )
+        on_their_way = [e.future for e in self.entries.values() if not (e.is_pinned or e.is_ready)]
+        wait(on_their_way, return_when=FIRST_COMPLETED)
 
     def _room(self, spare: Collection[Place]) -> int | None:
         if self.free:

@@ -88,7 +88,11 @@ class OffloadedExperts(nn.Module):
         return needed
 
     def compute(self, window: Window, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """With the experts implementation that the config names, where it can be had."""
+        """With the experts implementation that the config names.
+
+        Experts that do not fit at once, or have biases, run one after another as in transformers' `eager`, which adds
+        up more than two experts of a token in another order than `grouped_mm` does.
+        """
         experts, cache = self.inner, window.cache
         chosen = experts.config._experts_implementation
         if chosen == "eager" or self.has_bias or not window.fits:  # one expert after another

@@ -117,8 +117,11 @@ class Processes(Threads):
         self.counters.dead_workers += 1
         self.own.worker = None
         if self.own.dead <= MAX_DEAD:
-            self._start()
-            self.own.worker = self.started.get()
+            try:
+                self._start()
+                self.own.worker = self.started.get()
+            except OSError as failure:
+                error = failure
         more = "another is started" if self.own.worker else "no other is started: expect it to be slower"
         warnings.warn(
             f"a worker that decodes experts failed ({error}); its expert is decoded in this process, {more}",

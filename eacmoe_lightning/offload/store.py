@@ -94,6 +94,13 @@ class ExpertStore:
     def header(self, key: Key) -> Header:
         return read_header(self.record(key), self.name_of(key))
 
+    def check_size(self) -> None:
+        """Raises StoreError where the file is not as long as when it was mapped: reading on would end the process."""
+        if (size := os.fstat(self.file.fileno()).st_size) < self.nbytes:
+            raise StoreError(
+                f"{self.name} was cut off while it was in use: {size} of {self.nbytes} bytes are left. {REMEDY}"
+            )
+
     def __iter__(self) -> Iterator[Key]:
         return iter(self.places)
 
