@@ -75,6 +75,7 @@ class OffloadedExperts(nn.Module):
         """The experts that some pair runs, in order."""
         needed = [expert for expert in ids.unique().tolist() if 0 <= expert < self.num_experts]
         cache = self.cache
+        self.inner._parameters.update(self._parameters)  # biases may have been loaded or moved since
         if len(needed) > cache.capacity:
             cache.counters.passes += 1
             if not self.has_warned:

@@ -1,7 +1,7 @@
 """`load_offloaded`: a model whose experts go from its files into the store, a block at a time, never all in memory.
 
-A compressed directory's experts are read shard by shard, an original's by transformers itself, which is given a model
-in which only one block has experts. Then the rest is loaded with the offloaded experts already in their places.
+An original's experts are read as `streaming` reads them, a compressed directory's shard by shard. Then the rest is
+loaded with the offloaded experts already in their places.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel, local_directory, resolve_model
+from eacmoe_lightning.adapter import MoEModel, local_directory
 from eacmoe_lightning.grid import expert_codes
 from eacmoe_lightning.offload import store as stores
 from eacmoe_lightning.offload.codecs import Codec
 from eacmoe_lightning.offload.codecs import codec as codec_named
-from eacmoe_lightning.offload.model import STORE, attach, expert_records, packed_codec, refuse_to_save
+from eacmoe_lightning.offload.model import STORE, attach, encode, packed_codec, refuse_to_save
 from eacmoe_lightning.offload.store import ExpertStore, Key
 from eacmoe_lightning.store import read_tensors
-from eacmoe_lightning.transformers_loading import PackedConfig
+from eacmoe_lightning.streaming import Checkpoint, StreamedModel
 
-METHOD = "eacmoe-offload"
+Records = Iterator[tuple[Key, bytes]]
 
 
 def load_offloaded(
@@ -52,28 +50,43 @@ def load_offloaded(
         FileNotFoundError: there is no such model.
         ValueError, StoreError: as `offload_experts`, or a file of the model is damaged.
     """
-    path = Path(resolve_model(str(name_or_path)))
+    path, how = Path(name_or_path), codec_named(codec)
     path = path / "compressed" if compressed.is_compressed(path / "compressed") else path
-    is_packed, how = compressed.is_compressed(path), codec_named(codec)
-    config = AutoConfig.from_pretrained(path if is_packed else resolve_model(str(name_or_path)))
-    source = str(path if is_packed else local_directory(str(name_or_path)))
+    options |= {"cache_bytes": cache_bytes, "device": device}
+    if compressed.is_compressed(path):
+        return _load_packed(path, how, directory, dtype, options)
+    streamed = StreamedModel(Checkpoint(str(name_or_path), dtype), device)
+    about = _about(str(local_directory(str(name_or_path))), how, streamed.weights.dtype)
+    attach(streamed, _store(directory, lambda: _dense_records(streamed, how), about), **options)
+    streamed.load_all()
+    return streamed.model
+
+
+def _load_packed(
+    path: Path, how: Codec, directory: str | Path | None, dtype: str, options: dict[str, Any]
+) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(path)
     torch_dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
-
-    def records() -> Iterator[tuple[Key, bytes]]:
-        return _packed_records(path, config, how) if is_packed else _dense_records(source, torch_dtype, how)
-
-    about = {"codec": how.specification, "model": compressed.fingerprint(source), "dtype": str(torch_dtype)}
-    store = _store(directory, records, about)
+    store = _store(directory, lambda: _packed_records(path, config, how), _about(str(path), how, torch_dtype))
 
     def prepare(model: PreTrainedModel) -> None:
-        attach(MoEModel(model), store, cache_bytes, device=device, **options)
+        attach(MoEModel(model), store, **options)
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.experts\."}
 
-    model = _from_pretrained(source, config, torch_dtype, prepare).to(device)
+    config.quantization_config["prepare"] = [prepare]
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype)
+    model.config.quantization_config.prepare = ()
     model.save_pretrained = refuse_to_save  # in the place of a packed model's own
-    return model
+    return model.to(options["device"]).eval()
 
 
-def _store(directory: str | Path | None, records: Callable[[], Any], about: dict[str, Any]) -> ExpertStore:
+def _about(source: str, how: Codec, dtype: torch.dtype) -> dict[str, str]:
+    """What a store must have been made of to be used again."""
+    return {"codec": how.specification, "model": compressed.fingerprint(source), "dtype": str(dtype)}
+
+
+def _store(directory: str | Path | None, records: Callable[[], Records], about: dict[str, str]) -> ExpertStore:
     if directory is None:
         return ExpertStore.in_memory(records(), about)
     path = Path(directory) / STORE
@@ -85,9 +98,11 @@ def _store(directory: str | Path | None, records: Callable[[], Any], about: dict
     return ExpertStore.open(path)
 
 
-def _packed_records(path: Path, config: PreTrainedConfig, how: Codec) -> Iterator[tuple[Key, bytes]]:
+def _packed_records(path: Path, config: PreTrainedConfig, how: Codec) -> Records:
     bits = config.quantization_config["bits"]
-    for block in _skeleton(config).moe_blocks:
+    with torch.device("meta"):
+        moe = MoEModel(AutoModelForCausalLM.from_config(config))
+    for block in moe.moe_blocks:
         tensors, _ = read_tensors(path / compressed.SHARD.format(block.index))
         for expert in range(block.num_experts):
             for projection in block.experts.projections:
@@ -101,72 +116,11 @@ def _packed_records(path: Path, config: PreTrainedConfig, how: Codec) -> Iterato
                 yield Key(block.index, expert, projection), kind.encode_packed(parts)
 
 
-def _dense_records(source: str, dtype: torch.dtype, how: Codec) -> Iterator[tuple[Key, bytes]]:
-    config = AutoConfig.from_pretrained(source)
-    for index in [block.index for block in _skeleton(config).moe_blocks]:
-
-        def keep_one(model: PreTrainedModel, index: int = index) -> None:
-            for block in MoEModel(model).moe_blocks:
-                if block.index != index:
-                    block.layer.set_submodule(block.experts_name, torch.nn.Identity())
-
-        model = _from_pretrained(source, AutoConfig.from_pretrained(source), dtype, keep_one)
-        yield from expert_records(MoEModel(model).moe_blocks, how)
-
-
-def _skeleton(config: PreTrainedConfig) -> MoEModel:
-    with torch.device("meta"):
-        return MoEModel(AutoModelForCausalLM.from_config(config))
-
-
-def _from_pretrained(
-    source: str,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    prepare: Callable[[PreTrainedModel], None],
-) -> PreTrainedModel:
-    """transformers' own, with `prepare` on the model before its weights are read."""
-
-    def prepare_and_ignore(model: PreTrainedModel) -> None:
-        prepare(model)
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.experts\."}
-
-    if not getattr(config, "quantization_config", None):
-        config.quantization_config = {"quant_method": METHOD}
-    config.quantization_config["prepare"] = [prepare_and_ignore]
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
-    finally:
-        del config.quantization_config["prepare"]
-    if isinstance(kept := getattr(model.config, "quantization_config", None), PackedConfig):
-        kept.prepare = ()
-    return model.eval()
-
-
-@register_quantization_config(METHOD)
-class PreparedConfig(QuantizationConfigMixin):
-    """Carries a function through `from_pretrained`."""
-
-    def __init__(self, prepare: Any = None, **_: Any) -> None:
-        self.quant_method, self.prepare = METHOD, prepare
-
-
-@register_quantizer(METHOD)
-class PreparedQuantizer(HfQuantizer):
-    """Calls that function; quantizes nothing."""
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        self.quantization_config.prepare[0](model)
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        model.hf_quantizer = None
-        for holder in (model.config, model):
-            vars(holder).pop("quantization_config", None)
-
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
+def _dense_records(streamed: StreamedModel, how: Codec) -> Records:
+    for block in streamed.moe_blocks:
+        names = {p: f"{block.name}.{block.experts_name}.{p}" for p in block.experts.projections}
+        stacks = streamed.weights.read(names.values())  # in host memory
+        for expert in range(block.num_experts):
+            for projection, name in names.items():
+                key = Key(block.index, expert, projection)
+                yield key, encode(how, stacks[name][expert], key)

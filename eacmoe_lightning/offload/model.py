@@ -101,10 +101,15 @@ def expert_records(blocks: Iterable[Block], how: Codec | None) -> Iterator[tuple
                     *tensors, bits = weight.expert(expert)
                     yield key, packed_codec(how, bits, weight.group_size).encode_packed(tuple(tensors))
                 else:
-                    try:
-                        yield key, how.encode(weight[expert])
-                    except ValueError as error:
-                        raise ValueError(f"block {block.index}, expert {expert}, {projection}: {error}") from error
+                    yield key, encode(how, weight[expert], key)
+
+
+def encode(how: Codec, weight: Tensor, key: Key) -> bytes:
+    """An expert's record; errors say whose it is."""
+    try:
+        return how.encode(weight)
+    except ValueError as error:
+        raise ValueError(f"block {key.block}, expert {key.expert}, {key.projection}: {error}") from error
 
 
 def packed_codec(how: Codec, bits: int, group_size: int) -> PackedCodes:
