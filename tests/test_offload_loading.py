@@ -98,6 +98,17 @@ def test_what_is_no_model_is_named(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [1, 40])
+def test_the_bundled_model_in_bfloat16_gives_the_same_bits(length):
+    """Blocks of 20 experts; 30 of 120 have room, all of which 80 tokens need in turn."""
+    ids = torch.randint(0, 4096, (2, length), generator=torch.Generator().manual_seed(1))
+    expected = load_original("bundled")(ids).logits
+    model = load_offloaded("bundled", 0.25)
+    assert model.dtype == torch.bfloat16 and torch.equal(model(ids).logits, expected)
+    model.offload.close()
+
+
+@torch.no_grad()
 def test_pesf_decides_before_anything_is_fetched(tokens):
     """Experts that PESF skips for all sequences are not asked for; the result is that of PESF alone."""
     prompt = tokens[:1]
