@@ -98,6 +98,21 @@ def test_what_is_no_model_is_named(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("share", [1.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_experts_a_token_add_up_in_the_same_order(dtype, share, tokens):
+    config = tiny_models.config_of("qwen3_moe")
+    config.num_experts_per_tok = 4
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    expected = model(tokens).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        handle = offload_experts(model, share)
+        assert torch.equal(model(tokens).logits, expected)
+    handle.close()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("length", [1, 40])
 def test_the_bundled_model_in_bfloat16_gives_the_same_bits(length):
     """Blocks of 20 experts; 30 of 120 have room, all of which 80 tokens need in turn."""

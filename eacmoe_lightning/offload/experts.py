@@ -112,11 +112,12 @@ class OffloadedExperts(nn.Module):
 
     def _one_by_one(self, window: Window, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Expert after expert, then the sum over each token's pairs, as in `grouped_mm`."""
-        experts, choices = self.inner, ids.reshape(-1)  # [N * K]
+        experts = self.inner
+        choices, order = torch.sort(ids.reshape(-1))  # [N * K], tokens of an expert in the order of `grouped_mm`
         up, down = (Weights(window, projection) for projection in self.projections)
         pairs = x.new_zeros(len(choices), x.shape[-1])  # a skipped pair stays zero
         for expert in window.experts:
-            place = torch.where(choices == expert)[0]
+            place = order[choices == expert]
             hidden = x[place // ids.shape[-1]] @ self._as_matrix(up[expert])
             hidden = experts._apply_gate(hidden) if self.has_gate else experts.act_fn(hidden)
             pairs[place] = hidden @ self._as_matrix(down[expert])
