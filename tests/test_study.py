@@ -13,11 +13,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.adapter import MoEModel, load_original
 from eacmoe_lightning.choice_task import accuracy, answer, make_questions
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.evaluate import token_log_likelihoods
-from eacmoe_lightning.offload.codecs import Bound
+from eacmoe_lightning.offload.codecs import Bound, codec
 from eacmoe_lightning.study.cells import block_groups, choose_experts, plan, stable_seed
 from eacmoe_lightning.study.disturb import disturb, disturbed
 from eacmoe_lightning.study.measure import Measurement, Text
@@ -274,6 +274,31 @@ def test_unknown_options_are_refused_before_anything_is_measured(tiny_model_dir,
             main(["study", *options(model, tmp_path / "out", **more)])
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_bounds_by_budget_take_no_more_bytes(tiny_model_dir, tmp_path, capsys):
+    model = tiny_model_dir("deepseek")  # the first block is dense
+    few = {"blocks": "[each]", "experts": "[all, most-1]", "kinds": "[sz3]", "budgets": "[0.7]", "budget_windows": 3}
+    main(["study", *options(model, tmp_path / "out", **few)])
+    said = json.loads((tmp_path / "out/bounds-0.7.json").read_text())
+    moe, taken, codecs = MoEModel(load_original(str(model))), 0, set()
+    for block in moe.moe_blocks:
+        for expert, name in enumerate(said["codecs"][str(block.index)]):
+            codecs.add(name)
+            for projection in block.experts.projections:
+                taken += len(codec(name).encode(block.experts.weight(projection)[expert]))
+    text = (tmp_path / "out/study.md").read_text()
+    assert 0.95 * said["budget_bytes"] < taken <= said["budget_bytes"] and len(codecs) > 1
+    assert f"| 0.7 | one bound | {said['budget_bytes']} |" in text
+    assert f"| 0.7 | by block and expert | {taken} |" in text
+
+    before = (tmp_path / "out/cells.json").read_bytes()
+    main(["study", *options(model, tmp_path / "out", **few)])  # nothing is measured again
+    assert (tmp_path / "out/cells.json").read_bytes() == before
+    for more, message in (({"kinds": "[gaussian-noise, sz3]"}, "--kinds"), ({"blocks": "[all]"}, "--blocks")):
+        with pytest.raises(SystemExit):
+            main(["study", *options(model, tmp_path / "other", **few | more)])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", sorted((jobs.ROOT / "configs").glob("study-*.yaml")), ids=lambda path: path.stem)

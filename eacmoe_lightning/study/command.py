@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from eacmoe_lightning.adapter import MoEModel
@@ -18,9 +19,9 @@ from eacmoe_lightning.data import name_sources
 from eacmoe_lightning.offload.codecs import Bound
 from eacmoe_lightning.report import commit, processor
 from eacmoe_lightning.store import write_atomically, write_json
-from eacmoe_lightning.study import report
+from eacmoe_lightning.study import budget, report, spend
 from eacmoe_lightning.study.cells import Cell, block_groups, choose_experts, plan, stable_seed
-from eacmoe_lightning.study.disturb import disturbed
+from eacmoe_lightning.study.disturb import NOISES, disturbed
 from eacmoe_lightning.study.measure import Measurement, Text
 from eacmoe_lightning.study.results import Results
 from eacmoe_lightning.text import read_documents, token_windows
@@ -45,6 +46,8 @@ def study(
     num_questions: int = 32,
     context_length: int = 32,
     continuation_length: int = 16,
+    budgets: list[float] = [],  # noqa: B006
+    budget_windows: int = 8,
     batch_tokens: int = 4096,
 ) -> dict[str, Any]:
     """Measures which experts tolerate what: errors in chosen experts, and what they do to held-out text.
@@ -72,6 +75,10 @@ def study(
         num_questions: Questions of each text: which of four continuations is its own? 0: none.
         context_length: Tokens of a question's context.
         continuation_length: Tokens of a continuation.
+        budgets: Global bounds whose bytes are to be spent better: a bound for each block and expert is chosen by the
+            study's single blocks, and judged beside the global one; bounds-*.json is what the offloaded model takes.
+            The first of `kinds` is the codec.
+        budget_windows: Windows of each text that this is judged on, those that follow the study's own.
         batch_tokens: Tokens in a forward pass.
 
     Raises:
@@ -86,6 +93,7 @@ def study(
     moe.model.to(device)
     groups = block_groups(blocks, [block.index for block in moe.moe_blocks])
     cells = plan(groups, experts, kinds, [Bound(bound_mode, value) for value in bounds], seeds)
+    _check_budgets(budgets, groups, moe, kinds[0])
     identity = {"model": fingerprint(str(directory)), "dtype": str(moe.model.dtype), "texts": sources, **sizes}
     results = Results(Path(output) / "cells.json", identity)
 
@@ -97,7 +105,16 @@ def study(
 
     cells.sort(key=lambda cell: list(groups).index(cell.blocks))  # to be read: as they were asked for
     rows = [report.row_of(cell, results[cell.key], measurement.baseline) for cell in cells]
-    _write(Path(output), model, measurement, rows)
+    sections = []
+    if budgets:
+        sensitivity = budget.fit_sensitivity(_cells_to_fit(groups, measurement.load, rows, kinds[0]))
+        later = read_texts(
+            sources, directory, **sizes | {"num_windows": budget_windows, "num_questions": 0}, skip=num_windows
+        )
+        judge, spending = Measurement(moe, later, batch_tokens), [Bound(bound_mode, value) for value in budgets]
+        spent = spend.spend(moe, judge, sensitivity, measurement.load, kinds[0], spending, results, Path(output))
+        sections.append(spend.markdown(spent, sensitivity))
+    _write(Path(output), model, measurement, rows, sections)
     return {"baseline": measurement.baseline, "rows": rows}
 
 
@@ -109,19 +126,20 @@ def read_texts(
     num_questions: int,
     context_length: int,
     continuation_length: int,
+    skip: int = 0,
 ) -> dict[str, Text]:
-    """Windows and questions of every text.
+    """Windows, behind the first `skip`, and questions of every text.
 
     Raises:
         FileNotFoundError, ValueError: a text cannot be read or is too short, with the option to change.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
-    texts = {}
+    texts, option = {}, "--num_windows" + (" + --budget_windows" if skip else "")
     for name, source in sources.items():
         documents = read_documents(source)
         cut = partial(token_windows, documents, tokenizer, source=source)
         try:
-            windows, questions = cut(num_windows, window_length, option="--num_windows"), None
+            windows, questions = cut(skip + num_windows, window_length, option=option)[skip:], None
             if num_questions:
                 length, number = context_length + continuation_length, QUESTION_WINDOWS * num_questions
                 pieces = cut(number, length, seed=0, option=f"{QUESTION_WINDOWS} x --num_questions")
@@ -148,7 +166,29 @@ def measure_cells(
         print(f"[{number}/{len(missing)}] {cell.key}: {loss:+.4f} nats", flush=True)
 
 
-def _write(output: Path, model: str, measurement: Measurement, rows: list[dict[str, Any]]) -> None:
+def _check_budgets(budgets: list[float], groups: dict[str, list[int]], moe: MoEModel, kind: str) -> None:
+    """Raises ValueError where the study would not measure what a budget needs."""
+    alone = {blocks[0] for blocks in groups.values() if len(blocks) == 1}
+    if budgets and kind in NOISES:
+        raise ValueError(f"{kind!r}, the first of --kinds, stores nothing: --budgets needs a codec such as sz3 there")
+    if budgets and (left := sorted({block.index for block in moe.moe_blocks} - alone)):
+        raise ValueError(f"blocks {left} are not measured alone: --budgets needs `each` among --blocks")
+
+
+def _cells_to_fit(
+    groups: dict[str, list[int]], load: dict[int, Tensor], rows: list[dict[str, Any]], kind: str
+) -> list[tuple[int, float, float]]:
+    """The rows of single blocks, for `budget.fit_sensitivity`."""
+    cells = []
+    for row in rows:
+        if row["kind"] == kind and len(blocks := groups[row["blocks"]]) == 1:
+            chosen = choose_experts(row["experts"], load[blocks[0]], row["seed"] or 0, blocks[0])
+            share = float(budget.frequencies(load[blocks[0]]).cpu()[chosen].sum())
+            cells.append((blocks[0], share * row["relative_error"] ** 2, row["lost"]))
+    return cells
+
+
+def _write(output: Path, model: str, measurement: Measurement, rows: list[dict[str, Any]], sections: list[str]) -> None:
     """The report in all its forms."""
     from eacmoe_lightning.study import heatmap  # matplotlib takes a second: only where it is needed
 
@@ -161,7 +201,7 @@ def _write(output: Path, model: str, measurement: Measurement, rows: list[dict[s
     notes = [f"Command: `{description['command']}`", f"Commit: {description['commit']}", description["processor"]]
     shape = next(iter(measurement.texts.values())).windows.shape
     notes.append(f"{shape[0]} windows of {shape[1]} tokens of each text")
-    text = report.markdown(f"Which experts of {model} tolerate what", notes, baseline, rows, [])
+    text = report.markdown(f"Which experts of {model} tolerate what", notes, baseline, rows, sections)
     write_atomically(output / "study.md", lambda partial: partial.write_text(text))
     write_atomically(output / "study.csv", lambda partial: partial.write_text(report.to_csv(rows)))
     figure = heatmap.draw(rows)

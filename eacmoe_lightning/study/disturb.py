@@ -41,10 +41,12 @@ class Disturbance:
     squared_weight: float = 0.0
 
     def summary(self) -> dict[str, float]:
-        """`relative_error`, the root of the squared error over the squared weights, and of a codec `bits`."""
+        """`relative_error`, the root of the squared error over the squared weights; of a codec `bits` and bytes."""
         relative = (self.squared_error / max(self.squared_weight, 1e-300)) ** 0.5
-        bits = {"bits": 8 * self.stored_bytes / max(self.num_weights, 1)} if self.stored_bytes else {}
-        return {"num_weights": self.num_weights, "relative_error": relative, **bits}
+        summary = {"num_weights": self.num_weights, "relative_error": relative}
+        if self.stored_bytes:
+            summary |= {"stored_bytes": self.stored_bytes, "bits": 8 * self.stored_bytes / self.num_weights}
+        return summary
 
 
 def disturb(weight: Tensor, kind: str, bound: Bound, generator: torch.Generator) -> tuple[Tensor, int]:

@@ -1,0 +1,143 @@
+"""Bounds by budget at work: points measured with the codec, bounds chosen, and the model judged on unused text.
+
+Each budget is what one global bound takes, so the two are compared at equal bytes: chosen bounds never take more.
+Beside the choice by block and expert stand those that know blocks alone or experts alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.offload.codecs import Bound
+from eacmoe_lightning.store import write_json
+from eacmoe_lightning.study.budget import LADDER, Point, Sensitivity, allocate, frequencies
+from eacmoe_lightning.study.cells import stable_seed
+from eacmoe_lightning.study.disturb import disturb, disturbed
+from eacmoe_lightning.study.measure import Measurement
+from eacmoe_lightning.study.report import lost, table
+from eacmoe_lightning.study.results import Results
+
+Place = tuple[int, int]  # block, expert
+CHOICES = {"by block and expert": (True, True), "by block": (True, False), "by expert": (False, True)}
+
+
+def measure_points(moe: MoEModel, kind: str) -> dict[str, list[list[float]]]:
+    """For each `block,expert` and each bound of the ladder: bytes of the records and r^2 that they leave."""
+    points: dict[str, list[list[float]]] = {}
+    for block in moe.moe_blocks:
+        for expert in range(block.num_experts):
+            weights = [block.experts.weight(projection)[expert] for projection in block.experts.projections]
+            energy = sum(w.double().square().sum().item() for w in weights)
+            own = points[f"{block.index},{expert}"] = []
+            for bound in LADDER:
+                results = [disturb(w, kind, Bound("mean", bound), torch.Generator()) for w in weights]
+                error = sum(
+                    (w.double() - changed.double()).square().sum().item()
+                    for w, (changed, _) in zip(weights, results, strict=True)
+                )
+                own.append([sum(size for _, size in results), error / max(energy, 1e-300)])
+    return points
+
+
+def damages(
+    points: dict[str, list[list[float]]], load: dict[int, Tensor], nats: dict[int, float], blocks: bool, experts: bool
+) -> dict[Place, list[Point]]:
+    """Points with the damage of `budget`'s model; without `blocks` every c_b, without `experts` every f is the mean."""
+    mean = sum(nats.values()) / len(nats)
+    found = {}
+    for name, own in points.items():
+        block, expert = (int(part) for part in name.split(","))
+        share = float(frequencies(load[block])[expert]) if experts else 1 / len(load[block])
+        weight = (nats[block] if blocks else mean) * share
+        found[block, expert] = [
+            Point(bound, int(size), weight * error) for bound, (size, error) in zip(LADDER, own, strict=True)
+        ]
+    return found
+
+
+def spend(
+    moe: MoEModel,
+    measurement: Measurement,
+    sensitivity: Sensitivity,
+    load: dict[int, Tensor],
+    kind: str,
+    bounds: list[Bound],
+    results: Results,
+    output: Path,
+) -> list[dict[str, Any]]:
+    """For each global bound: what it loses, and what bounds chosen at the same bytes lose.
+
+    Args:
+        measurement: on text that neither the sensitivities nor the loads were measured on.
+        load: by block index, [E], of the study.
+        results: finished measurements are taken from here and kept here.
+        output: gets `bounds-<bound>.json`: the codec of each expert, chosen by block and expert.
+
+    Returns:
+        Rows with `mode`, `bound`, `choice`, `bytes`, `bits`, `lost` and `perplexity <text>`.
+    """
+    key = f"points of {kind}"
+    if key not in results:
+        results.add(key, measure_points(moe, kind))
+    points, everyone, rows = results[key], {b.index: list(range(b.num_experts)) for b in moe.moe_blocks}, []
+
+    def judge(choice: str, chosen: dict[Place, Bound], bound: Bound) -> dict[str, Any]:
+        exactly = hashlib.sha256(repr(sorted((*place, b.mode, b.value) for place, b in chosen.items())).encode())
+        name = f"bytes of {kind} {bound.mode} {bound.value:g}, {choice}, {exactly.hexdigest()[:16]}"
+        name += f", {next(iter(measurement.texts.values())).windows.shape[0]} windows"
+        if name not in results:
+            measurement.seek(min(everyone))
+            bound_of, seed_of = (lambda block, expert: chosen[block, expert]), partial(stable_seed, 0)
+            with disturbed(moe.blocks, everyone, kind, bound_of, seed_of) as disturbance:
+                results.add(name, measurement.measure() | {"disturbance": disturbance.summary()})
+        measured = results[name]
+        disturbance = measured["disturbance"]
+        row = {"mode": bound.mode, "bound": bound.value, "choice": choice}
+        row |= {"bytes": disturbance["stored_bytes"], "bits": disturbance["bits"]}
+        row["lost"] = lost(measured, measurement.baseline)
+        texts = measurement.baseline["nats"]
+        rows.append(row | {f"perplexity {text}": math.exp(measured["nats"][text]) for text in texts})
+        print(
+            f"{choice}, bytes of {bound.mode} {bound.value:g}: {row['lost']:+.4f} nats, {row['bits']:.3f} bits",
+            flush=True,
+        )
+        return row
+
+    for bound in bounds:
+        one = {(block, expert): bound for block, experts in everyone.items() for expert in experts}
+        budget = judge("one bound", one, bound)["bytes"]
+        for choice, knows in CHOICES.items():
+            best = allocate(damages(points, load, sensitivity.nats, *knows), budget)
+            chosen = {place: Bound("mean", point.bound) for place, point in best.items()}
+            judge(choice, chosen, bound)
+            if all(knows):
+                codecs = {
+                    b: [f"{kind}:mean:{chosen[b, e].value!r}" for e in experts] for b, experts in everyone.items()
+                }
+                write_json(output / f"bounds-{bound.value:g}.json", {"budget_bytes": budget, "codecs": codecs})
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]], sensitivity: Sensitivity) -> str:
+    """The section of the report."""
+    blocks = ", ".join(f"{block}: {c:.3g}" for block, c in sensitivity.nats.items())
+    body = [
+        [f"{r['bound']:g}", r["choice"], r["bytes"], f"{r['bits']:.3f}", f"{r['lost']:+.5f}"]
+        + [f"{value:.3f}" for name, value in r.items() if name.startswith("perplexity")]
+        for r in rows
+    ]
+    texts = [name for name in rows[0] if name.startswith("perplexity")]
+    return (
+        "## Bounds by budget\n\nOne global bound, and bounds chosen at the same bytes (`study/budget.py`), on windows "
+        f"that follow those of the study. Sensitivity by block, nats for a relative error of 1: {blocks}; it explains "
+        f"{sensitivity.explained:.0%} of the variance of what single blocks lost.\n\n"
+        + table(["bytes of bound", "chosen", "bytes", "bits per weight", "nats lost", *texts], body)
+    )
