@@ -1,0 +1,198 @@
+"""Group-wise GPTQ against GPTQ on a lattice with entropy coding, at equal stored size: held-out perplexity.
+
+    python benchmarks/entropy_qesc.py --bits 2 3 --json FILE
+
+Experts alone are quantized (attention and routers stay), block by block, on what the compressed prefix produces. The
+group-wise grid (groups of 128, range search) sets the size: its codes, scales and zero points entropy-coded as the
+store of offloaded experts does it. The others get that many bits per weight, steps included:
+
+    one step        a step for each matrix
+    column steps    a step for each column, in proportion to U_jj (`eacmoe_lightning/lattice.py`)
+    shared budget   the same with one factor for all experts of a block, so that bits go where tokens go
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from eacmoe_lightning.adapter import MoEModel, load_original, local_directory
+from eacmoe_lightning.grid import Quantized
+from eacmoe_lightning.lattice import (
+    Lattice,
+    column_steps,
+    entropy,
+    gptq_on_lattice,
+    inverse_factor,
+    step_for_bits,
+)
+from eacmoe_lightning.ranks import Ranks
+from eacmoe_lightning.recipe import Recipe
+from eacmoe_lightning.solver import BlockSolver
+from eacmoe_lightning.study.measure import Measurement, Text
+from eacmoe_lightning.text import heldout_names, read_documents, token_windows
+
+GROUP = 128
+METHODS = ("group-wise", "one step", "column steps", "shared budget")
+
+
+@dataclass
+class Solved:
+    """Codes of a stack of experts in the form in which `BlockSolver` keeps them, and their stored bits."""
+
+    lattice: Lattice
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.lattice.dequantize(dtype)
+
+
+class LatticeSolver(BlockSolver):
+    """Solves experts on a lattice of given bits per weight.
+
+    Attributes:
+        method: one of METHODS but the first.
+        target: by projection of this block, bits per weight with all that is stored.
+        stored: the same, as it came out.
+    """
+
+    def __init__(self, block, num_blocks: int, recipe: Recipe, method: str, target: list[float]) -> None:
+        super().__init__(block, num_blocks, recipe, Ranks())
+        self.method, self.target, self.stored = method, target, []
+
+    def _solve_widths(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> Solved:
+        wanted = self.target[len(self.stored)]
+        factor = inverse_factor(hessian, self.recipe.damping)
+        is_shared = self.method == "shared budget"
+        shape = factor.diagonal(dim1=-2, dim2=-1) if is_shared else column_steps(factor)
+        if self.method == "one step":
+            shape = torch.ones_like(shape)
+        side = 16 / weight.shape[-2] if self.method != "one step" else 16 / weight[0].numel()
+        step, correction = step_for_bits(weight, shape, wanted - side, is_shared), 0.0
+        for _ in range(3):  # error compensation makes codes a little larger than those rounded to nearest
+            lattice = gptq_on_lattice(weight, factor, shape * step * 2**correction)
+            found = entropy(lattice.codes).mean().item() + side
+            if found <= wanted:
+                break
+            correction += (found - wanted) * 1.05 + 1e-3
+        self.stored.append(found)
+        nothing = torch.zeros(len(weight), dtype=torch.uint8)
+        return Solved(lattice, lattice.codes, lattice.step, nothing)
+
+
+class GroupwiseSolver(BlockSolver):
+    """The ordinary one, noting what its codes take when they are entropy-coded."""
+
+    def __init__(self, block, num_blocks: int, recipe: Recipe) -> None:
+        super().__init__(block, num_blocks, recipe, Ranks())
+        self.stored: list[float] = []
+
+    def _solve_widths(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> Quantized:
+        solved = super()._solve_widths(weight, hessian, bits)
+        self.stored.append(sum(entropy_coded_bits(solved)))
+        return solved
+
+
+def entropy_coded_bits(solved: Quantized) -> tuple[float, float, float]:
+    """Bits per weight of codes (given their zero point), scales (16 bits each) and zero points; means over experts."""
+    zero = solved.zero_point[..., None].expand(*solved.zero_point.shape, solved.group_size).reshape(solved.codes.shape)
+    given = 0.0
+    for codes, zeros in zip(solved.codes, zero, strict=True):
+        for value in zeros.unique():
+            own = codes[zeros == value]
+            given += entropy(own[None]).item() * own.numel() / codes.numel() / len(solved.codes)
+    zeros = entropy(solved.zero_point).mean().item() / solved.group_size
+    return given, 16 / solved.group_size, zeros
+
+
+@torch.no_grad()
+def quantize(moe: MoEModel, windows: Tensor, batch_size: int, solver_of) -> list[BlockSolver]:
+    """Quantizes the experts of all blocks in place; `solver_of` gives each block's solver."""
+    batches, hidden, kwargs = windows.split(batch_size), [], []
+    for batch in batches:
+        h, k = moe.embed(batch)
+        hidden.append(h)
+        kwargs.append(k)
+    solvers = []
+    for block in moe.blocks:
+        i = block.index
+        if block.is_moe:
+            x = torch.cat([block.input_of(block.router, h, k[i]) for h, k in zip(hidden, kwargs, strict=True)])
+            solver = solver_of(block)
+            solver.solve_experts(x, block.route(x))
+            solvers.append(solver)
+        hidden = [block.forward(h, k[i])[0] for h, k in zip(hidden, kwargs, strict=True)]
+    return solvers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--num_windows", type=int, default=128, help="calibration windows of the bundled text")
+    parser.add_argument("--window_length", type=int, default=512)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--num_heldout_windows", type=int, default=16, help="per held-out text")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration windows")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(local_directory(options.model))
+    length = options.window_length
+    calibration = token_windows(
+        read_documents("bundled:calibration"), tokenizer, options.num_windows, length, options.seed
+    )
+    texts = {
+        name: Text(token_windows(read_documents(f"bundled:{name}"), tokenizer, options.num_heldout_windows, length))
+        for name in heldout_names()
+    }
+    moe = MoEModel(load_original(options.model, "float32"))
+    original = {name: parameter.clone() for name, parameter in moe.model.named_parameters()}
+    measurement = Measurement(moe, texts)
+    baseline, rows = measurement.baseline["nats"], []
+    for bits in options.bits:
+        recipe, target = Recipe(bits=(bits,), group_size=GROUP), {}
+        for method in dict.fromkeys(["group-wise", *options.methods]):  # group-wise sets the size
+            moe.put(original)
+
+            def solver_of(block, method=method, recipe=recipe, target=target):
+                if method == "group-wise":
+                    return GroupwiseSolver(block, len(moe.blocks), recipe)
+                return LatticeSolver(block, len(moe.blocks), recipe, method, target[block.index])
+
+            solvers = quantize(moe, calibration, options.batch_size, solver_of)
+            if method == "group-wise":
+                target.update({solver.block.index: solver.stored for solver in solvers})
+            nats = measurement.measure()["nats"]
+            stored = [
+                (sum(b * w for b, w in zip(s.stored, sizes, strict=True)) / sum(sizes))
+                for s in solvers
+                for sizes in [[s.block.experts.weight(p)[0].numel() for p in s.block.experts.projections]]
+            ]
+            row = {"bits": bits, "method": method, "stored_bits": sum(stored) / len(stored)}
+            if method == "group-wise":
+                row["plain_bits"] = bits + 24 / GROUP
+            row["lost"] = {name: nats[name] - baseline[name] for name in nats}
+            row["mean_lost"] = sum(row["lost"].values()) / len(nats)
+            row["error"] = sum(sum(s.error.values()) / len(s.error) for s in solvers) / len(solvers)
+            rows.append(row)
+            print(
+                f"{bits} bit {method:14s} {row['stored_bits']:.4f} bits stored, {row['mean_lost']:+.4f} nats lost, "
+                f"relative output error {row['error']:.4f}",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps({"options": vars(options) | {"json": None}, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
