@@ -20,7 +20,7 @@ from eacmoe_lightning.offload.codecs.packed import bit_stream, whole_codes
 from eacmoe_lightning.store import StoreError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOSSY = ("sz3", "uniform")
+LOSSY = ("sz3", "uniform", "entropy")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).rpartition(".")[2])
 
 
@@ -185,7 +185,7 @@ def test_upper_bytes_of_bfloat16_compress():
 # --- packed codes
 
 
-@pytest.mark.parametrize("name", ["packed", "packed-zstd"])
+@pytest.mark.parametrize("name", ["packed", "packed-zstd", "packed-entropy"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_packed_codes_come_back(bits, name):
     weight = gaussian(3, 24, 64)
@@ -239,7 +239,16 @@ def test_a_record_says_what_it_is():
 
 
 @pytest.mark.parametrize(
-    "specification", ["plain", "lossless", "sz3:mean:0.1", "uniform:range:0.01", "packed-zstd:3:8"]
+    "specification",
+    [
+        "plain",
+        "lossless",
+        "sz3:mean:0.1",
+        "uniform:range:0.01",
+        "entropy:mean:0.5",
+        "packed-zstd:3:8",
+        "packed-entropy:3:8",
+    ],
 )
 def test_every_damage_is_noticed(specification):
     record = codec(specification).encode(gaussian(16, 24).bfloat16())

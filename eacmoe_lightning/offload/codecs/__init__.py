@@ -1,6 +1,6 @@
 """Tensors as compressed, checksummed records: one interface, whatever made them."""
 
-from eacmoe_lightning.offload.codecs import bounded, lossless, nvcomp, packed  # noqa: F401  (they register themselves)
+from eacmoe_lightning.offload.codecs import bounded, entropy, lossless, nvcomp, packed  # noqa: F401  (they register themselves)
 from eacmoe_lightning.offload.codecs.base import CODECS, Codec, codec, codec_of, decode
 from eacmoe_lightning.offload.codecs.bound import Bound, max_error
 from eacmoe_lightning.offload.codecs.packed import decode_packed

@@ -9,7 +9,9 @@
 | `lossless` | byte planes through zstd |
 | `sz3:MODE:BOUND` | SZ3 without prediction; MODE is `absolute`, `range` or `mean` |
 | `uniform:MODE:BOUND` | codes of one step through zstd |
+| `entropy:MODE:BOUND` | the same at their entropy |
 | `packed:BITS:GROUP`, `packed-zstd:BITS:GROUP` | the codes of QESC (`grid.py`) as they lie on disk, or entropy-coded |
+| `packed-entropy:BITS:GROUP` | the same at their entropy given the zero point |
 | `nvcomp`, `nvcomp:MODE:BOUND` | on CUDA: byte planes, or codes of one step, through nvCOMP |
 """
 
