@@ -115,7 +115,7 @@ def test_packed_codes_take_less_than_zstd_makes_of_them(bits):
     tensors = (pack(q.codes, bits), q.scale, q.zero_point)
     sizes = {name: len(codec(f"{name}:{bits}:128").encode_packed(tensors)) for name in ("packed", "packed-zstd")}
     ours = len(codec(f"packed-entropy:{bits}:128").encode_packed(tensors))
-    assert ours < 0.97 * sizes["packed-zstd"] < sizes["packed"]
+    assert ours < 0.98 * sizes["packed-zstd"] < sizes["packed"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

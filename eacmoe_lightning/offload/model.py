@@ -85,11 +85,14 @@ class Offload:
         self.fetcher.close()
 
 
-def expert_records(blocks: Iterable[Block], how: Codec | None) -> Iterator[tuple[Key, bytes]]:
+def expert_records(
+    blocks: Iterable[Block], how: Codec | None | Mapping[int, Sequence[Codec]]
+) -> Iterator[tuple[Key, bytes]]:
     """Every expert's weights as records, one at a time.
 
     Args:
-        how: for dense experts; packed ones are stored as their codes, plain or entropy-coded (`packed-zstd`).
+        how: for dense experts, one codec or by block index one for each expert; packed ones are stored as their codes,
+            plain or entropy-coded (`packed-zstd`, `packed-entropy`).
     """
     for block in blocks:
         experts = block.experts.module
@@ -101,7 +104,8 @@ def expert_records(blocks: Iterable[Block], how: Codec | None) -> Iterator[tuple
                     *tensors, bits = weight.expert(expert)
                     yield key, packed_codec(how, bits, weight.group_size).encode_packed(tuple(tensors))
                 else:
-                    yield key, encode(how, weight[expert], key)
+                    own = how[block.index][expert] if isinstance(how, Mapping) else how
+                    yield key, encode(own, weight[expert], key)
 
 
 def encode(how: Codec, weight: Tensor, key: Key) -> bytes:
@@ -117,10 +121,29 @@ def packed_codec(how: Codec, bits: int, group_size: int) -> PackedCodes:
     return (type(how) if isinstance(how, PackedCodes) else PackedCodes)(bits, group_size)
 
 
+def codec_of_each(blocks: Iterable[Block], codecs: Mapping[int | str, Sequence[str | Codec]]) -> dict[int, list[Codec]]:
+    """By block index, a codec for each expert.
+
+    Args:
+        codecs: of every block; indices may be strings, as in JSON.
+
+    Raises:
+        ValueError: a block is missing, or has another number of experts.
+    """
+    said = {int(block): own for block, own in codecs.items()}
+    for block in blocks:
+        if len(said.get(block.index, ())) != block.num_experts:
+            raise ValueError(
+                f"codec names {len(said.get(block.index, ()))} codecs for block {block.index}, which has "
+                f"{block.num_experts} experts"
+            )
+    return {block: [codec_named(name) for name in own] for block, own in said.items()}
+
+
 def offload_experts(
     model: PreTrainedModel,
     cache_bytes: int | float,
-    codec: str | Codec = "lossless",
+    codec: str | Codec | Mapping[int | str, Sequence[str | Codec]] = "lossless",
     directory: str | Path | None = None,
     eviction: Literal["frequency", "lru"] = "frequency",
     frequencies: Mapping[int, Sequence[float]] | None = None,
@@ -132,8 +155,9 @@ def offload_experts(
     Args:
         model: a causal LM of transformers with routed experts, or a packed one that `load` gave. It is changed.
         cache_bytes: for uncompressed experts; a float up to 1.0 is that share of all of them.
-        codec: how they are stored (`offload/codecs/base.py`). Packed experts are stored as their codes, whatever is
-            said here, except that `packed-zstd:...` stores them entropy-coded.
+        codec: how they are stored (`offload/codecs/base.py`), or by block index a list of that for each expert, such
+            as `codecs` of a study's `bounds-*.json`. Packed experts are stored as their codes, whatever is said here,
+            except that `packed-zstd:...` and `packed-entropy:...` store them entropy-coded.
         directory: where the store is written, to be mapped; None: in host memory.
         eviction: who leaves a full cache: the most rarely selected (`frequency`) or the least recently used (`lru`).
         frequencies: selections per expert by block index, such as those of `expert_frequency.json`, to begin with.
@@ -148,8 +172,10 @@ def offload_experts(
         ValueError: the model has no routed experts, weights are not finite, or the cache holds no expert.
         StoreError: the disk is full.
     """
-    moe, how = MoEModel(model), codec_named(codec)
-    about = {"codec": how.specification, "model_type": model.config.model_type}
+    moe = MoEModel(model)
+    how = codec_of_each(moe.moe_blocks, codec) if isinstance(codec, Mapping) else codec_named(codec)
+    about = {"codec": "each expert's own" if isinstance(how, Mapping) else how.specification}
+    about |= {"model_type": model.config.model_type}
     records = expert_records(moe.moe_blocks, how)
     if directory is None:
         store = ExpertStore.in_memory(records, about)

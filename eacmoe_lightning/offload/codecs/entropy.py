@@ -43,14 +43,14 @@ def encode_codes(codes: np.ndarray, given: np.ndarray | None = None) -> bytes:
     low, high = int(codes.min()), int(codes.max())
     if high - low >= ALPHABET:
         raise ValueError(f"codes from {low} to {high} are more than {ALPHABET}")
-    symbols = (codes - low).astype(np.int32)
+    symbols, size = (codes - low).astype(np.int32), max(high - low + 1, 2)  # the library knows no single symbol
     coder, tables = constriction.stream.stack.AnsCoder(), []
     for own in reversed(_cases(symbols.size, given)):  # a stack: what is decoded first is encoded last
-        counts = np.bincount(symbols[own], minlength=high - low + 1)
-        table = np.ceil(counts * (65535 / counts.max())).astype("<u2")
+        counts = np.bincount(symbols[own], minlength=size)
+        table = (-(-counts * 65535 // counts.max())).astype("<u2")  # rounded up: what occurs stays above 0
         coder.encode_reverse(symbols[own], _model(table))
         tables.insert(0, table)
-    head = TABLE.pack(low, high - low + 1)
+    head = TABLE.pack(low, size)
     return b"".join([head, *(table.tobytes() for table in tables), coder.get_compressed().astype("<u4").tobytes()])
 
 
