@@ -37,6 +37,7 @@ from pathlib import Path
 
 import torch
 from gptq_tools import ATTENTION_BITS, GROUP_SIZE
+from process_tree import run_watched
 from safetensors.torch import save_file
 
 from eacmoe_lightning.adapter import MoEModel, load_original, resolve_model
@@ -49,9 +50,18 @@ NUM_WINDOWS, WINDOW_LENGTH = 128, 512
 SETTINGS = {  # tool -> setting -> its options
     "ours": {
         "rtn": {"quantizer": "rtn", "clip_search": False},
-        "equal": {"clip_search": False, "act_order": False, "damping": 0.01, "min_expert_tokens": 1},
+        "equal": {
+            "clip_search": False,
+            "act_order": False,
+            "scale_search": False,
+            "refine": 0,
+            "damping": 0.01,
+            "min_expert_tokens": 1,
+        },
         "default": {},
-        "best": {"clip_search": True, "act_order": True},
+        "best": {"refine": 3},
+        "routers": {"router_method": "ridge", "joint_epochs": 0},  # for calibration.py
+        "joint": {"router_method": "ridge"},
     },
     "llm-compressor": {
         "equal": {"actorder": None, "observer": "memoryless_minmax", "dampening_frac": 0.01, "all_experts": False},
@@ -104,11 +114,12 @@ def quantize(
     env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     command = [environment(tool, work_dir), str(HERE / "gptq_tools.py"), tool, json.dumps(job)]
     with open(place / "log.txt", "w") as log:
-        code = subprocess.run(command, cwd=place / "scratch", env=env, stdout=log, stderr=log).returncode
+        code, wall, peak = run_watched(command, cwd=place / "scratch", env=env, stdout=log, stderr=log)
     if code:
         last = (place / "log.txt").read_text().strip().splitlines()[-1:]
         raise RuntimeError(f"exit status {code}: {' '.join(last)[:300]} (see {place / 'log.txt'})")
-    return json.loads((place / "dense" / "result.json").read_text()), place / "dense"
+    result = json.loads((place / "dense" / "result.json").read_text())
+    return result | {"wall_seconds": wall, "tree_peak_bytes": peak}, place / "dense"
 
 
 def inspect(moe: MoEModel, bits: int) -> dict[str, int]:
@@ -142,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bundled", help="directory of an MoE whose output embedding is tied")
     parser.add_argument("--tools", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--settings", nargs="+", help="of each tool, e.g. equal best (default: all)")
+    parser.add_argument("--settings", nargs="+", default=["rtn", "equal", "default", "best"], help="of each tool")
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 2], help="of the experts")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the choice of calibration windows")
     parser.add_argument("--heldout-windows", type=int, help="per text (default: all)")
@@ -169,7 +180,7 @@ def main() -> None:
     show(rows[0])
     for seed, bits, tool in itertools.product(args.seeds, args.bits, args.tools):
         for setting, options in SETTINGS[tool].items():
-            if args.settings and setting.partition(",")[0] not in args.settings:
+            if setting.partition(",")[0] not in args.settings:
                 continue
             row = {"tool": tool, "setting": setting, "bits": bits, "seed": seed, "options": options}
             try:

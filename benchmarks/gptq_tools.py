@@ -56,7 +56,8 @@ def ours(model: Path, input_ids: Tensor, job: dict) -> Result:
     arguments += [f"--data.{name}={value}" for name, value in text.items()] + ["--data.num_heldout_windows=1"]
     command_line(["fit", *arguments, *(f"--trainer.{name}={value}" for name, value in trainer.items())])
     cost = json.loads(Path("run/report.json").read_text())["cost"]
-    phases = [cost[name] for name in ("observe", "attention", "experts", "replay")]
+    names = ("observe", "attention", "router", "experts", "replay", "joint")
+    phases = [cost[name] for name in names if name in cost]
     seconds, peak = sum(phase["seconds"] for phase in phases), max(phase["peak_bytes"] for phase in phases)
     return seconds, peak, dense(load("run").state_dict()), __version__
 
@@ -73,7 +74,7 @@ def llm_compressor(model: Path, input_ids: Tensor, job: dict) -> Result:
     grid = {"type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP_SIZE, "observer": observer}
     targets = {
         "attention": (r"re:.*self_attn\.[qkvo]_proj$", ATTENTION_BITS),
-        "experts": (r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$", job["bits"]),
+        "experts": (r"re:.*mlp\.(experts\.\d+|shared_expert)\.(gate|up|down)_proj$", job["bits"]),
     }
     groups = {
         part: QuantizationScheme(targets=[pattern], weights=QuantizationArgs(num_bits=part_bits, **grid))

@@ -18,6 +18,8 @@ from torch import Tensor
 
 NUM_SHRINKS = 24  # candidates of the clipping search, from the full range down to MIN_SHRINK of it
 MIN_SHRINK = 0.45
+SCALE_FACTORS = (0.8, 0.87, 0.93, 1.0, 1.07, 1.14, 1.2)  # of the scale, tried by `gptq` with its search
+ZERO_OFFSETS = (0, -1, 1)  # of the zero point
 
 Bits = int | tuple[int, ...]  # of a weight; or of each expert of a stack [E, O, I]
 
@@ -90,6 +92,16 @@ def fit_scale(groups: Tensor, grid: Grid, importance: Tensor | None = None) -> t
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
         best_error = torch.where(better, error, best_error)
     return best_scale, best_zero
+
+
+def neighbours(scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scales and zero points around fitted ones, [...] -> [..., C]; the first is the fitted one."""
+    offsets = (0,) if grid.symmetric else ZERO_OFFSETS
+    pairs = [(1.0, 0), *((f, o) for o in offsets for f in SCALE_FACTORS if (f, o) != (1.0, 0))]
+    factor, offset = scale.new_tensor(pairs).unbind(-1)
+    scales = (scale.unsqueeze(-1) * factor).half().float()
+    scales = torch.where((scales > 0) & scales.isfinite(), scales, scale.unsqueeze(-1))
+    return scales, (zero_point.unsqueeze(-1) + offset).clamp(0, grid.max_code)
 
 
 def _range_to_scale(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -53,9 +53,12 @@ class QESC(Comparison):
         clip_search: Fit the range of each group by least error instead of its minimum and maximum.
         quantizer: gptq, rtn (round-to-nearest, the baseline) or none: weights stay as they are, for pruning alone.
         damping: Added to the Hessian's diagonal, as a share of its mean.
-        act_order: GPTQ visits the inputs by falling importance (static groups, no index needed).
+        act_order: GPTQ visits the groups, and the inputs within each, by falling importance (no index needed).
+        scale_search: Choose each group's scale and zero point by the loss that GPTQ's own column loop adds.
+        refine: Rounds of scales by least squares and coordinate descent over the codes, after GPTQ.
         affinity: Weigh an expert's tokens by their router weight.
         min_expert_tokens: An expert that fewer calibration tokens reach borrows others up to this number.
+        solver_gib: Experts of a block are solved together as far as that fits in so much memory (GiB).
         router_method: How routers are calibrated: none (plain GPTQ), ridge (closed form per block), sgd (gradient
             steps per block), joint (only the last stage).
         router_loss: What sgd minimises; its num_targets is also the k of ridge.
@@ -92,10 +95,13 @@ class QESC(Comparison):
         symmetric: bool = False,
         clip_search: bool = True,
         quantizer: Literal["gptq", "rtn", "none"] = "gptq",
-        damping: float = 0.01,
-        act_order: bool = False,
+        damping: float = 0.05,
+        act_order: bool = True,
+        scale_search: bool = True,
+        refine: int = 1,
         affinity: bool = False,
         min_expert_tokens: int = 256,
+        solver_gib: float = 2.0,
         router_method: Literal["none", "ridge", "sgd", "joint"] = "ridge",
         router_loss: RouterLoss | None = None,
         router_lr: float = 2e-2,
@@ -125,8 +131,11 @@ class QESC(Comparison):
             quantizer=quantizer,
             damping=damping,
             act_order=act_order,
+            scale_search=scale_search,
+            refine=refine,
             affinity=affinity,
             min_expert_tokens=min_expert_tokens,
+            solver_gib=solver_gib,
         )
         for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge)):
             if value <= 0:
@@ -225,7 +234,7 @@ class QESC(Comparison):
             "model.name_or_path": self.name_or_path,
             "model.fingerprint": fingerprint(self.name_or_path),
             "model.dtype": self.dtype_name,
-            **{f"model.{name}": value for name, value in vars(self.recipe).items()},
+            **{f"model.{name}": value for name, value in vars(self.recipe).items() if name != "solver_gib"},
             **{f"pruning.{name}": value for name, value in (vars(self.pruning) if self.pruning else {}).items()},
             "model.router_method": self.router_method,
             "model.router_loss": [

@@ -32,7 +32,8 @@ class Recipe:
         symmetric: middle code as zero point.
         clip_search: fit ranges by least error instead of minimum and maximum.
         quantizer: `gptq`, `rtn` (round-to-nearest, the baseline) or `none` (weights stay as they are).
-        damping, act_order: see `gptq`.
+        damping, act_order, scale_search, refine: see `gptq`.
+        solver_gib: experts of a block are solved together as far as that fits in so much memory.
         affinity: weigh each token of an expert's Hessian by its router weight (MoEQuant).
         min_expert_tokens: an expert that fewer tokens reach is starved; it borrows the block's
             other tokens with the highest router logits for it, up to this number.
@@ -46,10 +47,13 @@ class Recipe:
     symmetric: bool = False
     clip_search: bool = True
     quantizer: str = "gptq"
-    damping: float = 0.01
-    act_order: bool = False
+    damping: float = 0.05
+    act_order: bool = True
+    scale_search: bool = True
+    refine: int = 1
     affinity: bool = False
     min_expert_tokens: int = 256
+    solver_gib: float = 2.0
 
     def __post_init__(self) -> None:
         if not self.bits:
@@ -63,6 +67,10 @@ class Recipe:
         _check_group_size("group_size", self.group_size)
         if not 0 < self.damping < 1:
             raise ValueError(f"damping={self.damping} (--model.damping) is not between 0 and 1")
+        if self.refine < 0:
+            raise ValueError(f"refine={self.refine} (--model.refine) is negative")
+        if self.solver_gib <= 0:
+            raise ValueError(f"solver_gib={self.solver_gib} (--model.solver_gib) is not positive")
         if self.min_expert_tokens < 1:
             raise ValueError(f"min_expert_tokens={self.min_expert_tokens} (--model.min_expert_tokens) is below 1")
         for block, parts in self.overrides.items():

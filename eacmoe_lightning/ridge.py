@@ -14,6 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.gram import gram, tokens_by_expert
+
+SOLVED_BYTES = 1 << 30  # experts are solved together as far as their matrices fit in this
+
 
 def normal_equations(x: Tensor, residual: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over tokens that `solve` needs; sums of several calls add up.
@@ -29,10 +33,10 @@ def normal_equations(x: Tensor, residual: Tensor, target_ids: Tensor) -> tuple[T
     num_experts = residual.shape[1]
     mask = torch.zeros_like(residual, dtype=torch.bool).scatter_(1, target_ids, True)
     if target_ids.shape[1] == num_experts:  # every token counts for every expert
-        gram = (x.T @ x).expand(num_experts, -1, -1).clone()
+        grams = gram(x).expand(num_experts, -1, -1).clone()
     else:
-        gram = torch.stack([(rows := x[mask[:, i]]).T @ rows for i in range(num_experts)])
-    return gram, (residual * mask).T @ x
+        grams = torch.stack([gram(x[tokens]) for tokens in tokens_by_expert(target_ids, num_experts)])
+    return grams, (residual * mask).T @ x
 
 
 def solve(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -42,8 +46,12 @@ def solve(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
         weight: [E, D] the original router's.
         ridge: lambda as a multiple of the mean diagonal of all tokens' gram; larger keeps closer to `weight`.
     """
-    gram, cross = gram.double(), cross.double()
-    strength = ridge * gram.diagonal(dim1=-2, dim2=-1).mean().clamp(min=torch.finfo(torch.float32).tiny)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    update = torch.linalg.solve(gram + strength * eye, cross.unsqueeze(-1)).squeeze(-1)
-    return (weight.double() + update).to(weight.dtype)
+    mean = gram.diagonal(dim1=-2, dim2=-1).double().mean()
+    strength = ridge * mean.clamp(min=torch.finfo(torch.float32).tiny)
+    together = max(1, SOLVED_BYTES // (16 * gram.shape[-1] ** 2))  # a matrix and its factor in float64
+    update = []
+    for own, right in zip(gram.split(together), cross.split(together), strict=True):
+        matrix = own.double()
+        matrix.diagonal(dim1=-2, dim2=-1).add_(strength)
+        update.append(torch.linalg.solve(matrix, right.double().unsqueeze(-1)).squeeze(-1))
+    return (weight.double() + torch.cat(update)).to(weight.dtype)

@@ -7,6 +7,7 @@ up projection produces. With several processes, Hessians are summed and the expe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from eacmoe_lightning.adapter import Block, Routing
 from eacmoe_lightning.expert_shift import expert_load
-from eacmoe_lightning.gptq import gptq, output_error
+from eacmoe_lightning.gptq import gptq, output_error, working_bytes
+from eacmoe_lightning.gram import gram, tokens_by_expert
 from eacmoe_lightning.grid import Grid, Quantized, one_or_each, round_to_nearest
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 
-HESSIAN_BYTES = 2 << 30  # experts are solved together as far as their Hessians fit in this
+log = logging.getLogger(__name__)
 
 
 class BlockSolver:
@@ -44,7 +46,8 @@ class BlockSolver:
     def _solve(self, weight: Tensor, hessian: Tensor, grid: Grid) -> Quantized:
         if self.recipe.quantizer == "rtn":
             return round_to_nearest(weight, grid)
-        return gptq(weight, hessian, grid, self.recipe.damping, self.recipe.act_order)
+        recipe = self.recipe
+        return gptq(weight, hessian, grid, recipe.damping, recipe.act_order, recipe.scale_search, recipe.refine)
 
     # --- linears: attention, shared experts, dense feed-forwards --------------------------------------
 
@@ -68,7 +71,7 @@ class BlockSolver:
         """2/n sum x x^T over all processes, [I, I] float32."""
         total, tokens = None, torch.zeros((), dtype=torch.int64)
         for x in inputs:
-            product = x.float().T @ x.float()
+            product = gram(x.float())
             total = product if total is None else total.add_(product)
             tokens += len(x)
         return self.ranks.sum(total) * (2 / int(self.ranks.sum(tokens)))
@@ -89,17 +92,16 @@ class BlockSolver:
         tokens, weights = self._tokens(routing)
         parts: dict[str, list[Quantized]] = {p: [] for p in experts.projections}
         errors: dict[str, list[float]] = {p: [] for p in experts.projections}
-        width = max(experts.weight(p).shape[-1] for p in experts.projections)
-        chunk = max(1, HESSIAN_BYTES // (4 * width * width))
+        chunk = self._experts_together()
         for start in range(0, num_experts, chunk):
             chosen = slice(start, min(start + chunk, num_experts))
             for projection in experts.projections:
                 weight = experts.weight(projection)[chosen]
-                hessian = torch.zeros(len(weight), weight.shape[-1], weight.shape[-1], device=weight.device)
+                hessian = weight.new_empty(len(weight), weight.shape[-1], weight.shape[-1], dtype=torch.float32)
                 for i, e in enumerate(range(chosen.start, chosen.stop)):
                     rows = x[tokens[e]].to(weight.device)
                     rows = (rows if projection == experts.up_name else experts.intermediate(rows, e)).float()
-                    hessian[i] = rows.T @ (rows * weights[e].to(weight.device)[:, None])
+                    hessian[i] = gram(rows, None if weights is None else weights[e].to(weight.device))
                 self.ranks.sum(hessian)
                 quantized = self._solve_widths(weight, hessian, bits[projection][chosen])
                 parts[projection].append(quantized)
@@ -110,6 +112,17 @@ class BlockSolver:
             fields = (torch.cat([getattr(q, f) for q in stack]) for f in ("codes", "scale", "zero_point"))
             self.solved[name] = Quantized(*fields, bits=one_or_each(bits[projection]))
             self.error[name] = sum(errors[projection]) / len(errors[projection])
+
+    def _experts_together(self) -> int:
+        """How many experts are solved as one stack: as many as `solver_gib` holds, and at least one."""
+        shapes = [self.block.experts.weight(p).shape[-2:] for p in self.block.experts.projections]
+        each = max(working_bytes(rows, columns) for rows, columns in shapes)
+        together = min(self.block.num_experts, max(1, int(self.recipe.solver_gib * 2**30) // each))
+        log.info(
+            "%s: %d experts, %d at a time in %.2f GiB (--model.solver_gib %g)",
+            *(self.block.name, self.block.num_experts, together, together * each / 2**30, self.recipe.solver_gib),
+        )
+        return together
 
     def _solve_widths(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> Quantized:
         """A stack of experts [S, O, I] with bits of their own: those of one width as one stack."""
@@ -142,8 +155,8 @@ class BlockSolver:
                 self.ranks.broadcast(tensor[share], rank)
         return Quantized(codes, scale, zero, grid.bits)
 
-    def _tokens(self, routing: Routing) -> tuple[list[Tensor], list[Tensor]]:
-        """For each expert the tokens [n] that its Hessians are made of, and their weights [n].
+    def _tokens(self, routing: Routing) -> tuple[list[Tensor], list[Tensor] | None]:
+        """For each expert the tokens [n] that its Hessians are made of, and with `affinity` their weights [n].
 
         They are those that the router sends it. An expert with fewer than `min_expert_tokens` (over all
         processes) is starved: it borrows the other tokens that the router scores highest for it.
@@ -151,17 +164,15 @@ class BlockSolver:
         num_experts, wanted = self.block.num_experts, self.recipe.min_expert_tokens
         load = self.ranks.sum(expert_load(routing.ids, num_experts)).tolist()
         self.starved = [e for e in range(num_experts) if load[e] < wanted]
+        tokens = tokens_by_expert(routing.ids, num_experts)
+        for e in self.starved:
+            score = routing.logits[:, e].index_fill(0, tokens[e], -torch.inf)
+            borrowed = self._borrowed(score, wanted - load[e]).nonzero().squeeze(1)
+            tokens[e] = torch.cat([tokens[e], borrowed]).sort().values
+        if not self.recipe.affinity:
+            return tokens, None
         probabilities = routing.logits.softmax(-1)
-        tokens, weights = [], []
-        for e in range(num_experts):
-            chosen = (routing.ids == e).any(-1)
-            if load[e] < wanted:
-                chosen = chosen | self._borrowed(routing.logits[:, e].masked_fill(chosen, -torch.inf), wanted - load[e])
-            index = chosen.nonzero().squeeze(1)
-            tokens.append(index)
-            weight = probabilities[index, e].square()
-            weights.append(weight if self.recipe.affinity else torch.ones_like(weight))
-        return tokens, weights
+        return tokens, [probabilities[index, e].square() for e, index in enumerate(tokens)]
 
     def _borrowed(self, score: Tensor, num: int) -> Tensor:
         """[N] mask of the `num` highest scores over all processes (all finite ones where there are fewer)."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.gptq import gptq, output_error
+from eacmoe_lightning.gptq import _descend, _refit, gptq, output_error
 from eacmoe_lightning.grid import Grid, round_to_nearest
 
 GRID = Grid(bits=3, group_size=16, clip_search=False)
@@ -23,8 +23,8 @@ def problem(rows: int = 24, columns: int = 64, tokens: int = 200, seed: int = 0)
 def textbook(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, act_order: bool = False) -> np.ndarray:
     """The dequantized weight [O, I] of GPTQ as OBQ in a fixed order, with explicit updates of the inverse Hessian.
 
-    Minimum-maximum ranges. Each group's scale comes from its weights as they are when the group begins; with act_order
-    from the original weights.
+    Minimum-maximum ranges. Each group's scale comes from its weights as they are when the group begins. With act_order,
+    groups come by falling mean of diag(H), and columns by falling diag(H) within their group.
     """
     w, h = weight.double().numpy().copy(), hessian.double().numpy()
     columns = w.shape[1]
@@ -35,19 +35,18 @@ def textbook(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, act_or
         scale = ((high - low) / grid.max_code).astype(np.float16).astype(np.float64)
         return scale, np.round(-low / scale)
 
-    order = np.argsort(-np.diag(h), kind="stable") if act_order else np.arange(columns)
-    starts = range(0, columns, grid.group_size)
-    scales = [scale_of(w[:, start : start + grid.group_size]) for start in starts]
+    groups = [range(start, start + grid.group_size) for start in range(0, columns, grid.group_size)]
+    if act_order:
+        groups = sorted(groups, key=lambda group: -np.diag(h)[list(group)].mean())
+        groups = [sorted(group, key=lambda j: -h[j, j]) for group in groups]
     result = np.zeros_like(w)
-    for place, j in enumerate(order):
-        group = j // grid.group_size
-        if not act_order and place % grid.group_size == 0:
-            scales[group] = scale_of(w[:, place : place + grid.group_size])
-        scale, zero = scales[group]
-        result[:, j] = (np.clip(np.round(w[:, j] / scale + zero), 0, grid.max_code) - zero) * scale
-        w -= np.outer((w[:, j] - result[:, j]) / inverse[j, j], inverse[j])
-        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]  # remove row and column j
-        inverse[j, j] = 1  # no longer used; keeps 0/0 away
+    for group in groups:
+        scale, zero = scale_of(w[:, list(group)])
+        for j in group:
+            result[:, j] = (np.clip(np.round(w[:, j] / scale + zero), 0, grid.max_code) - zero) * scale
+            w -= np.outer((w[:, j] - result[:, j]) / inverse[j, j], inverse[j])
+            inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]  # remove row and column j
+            inverse[j, j] = 1  # no longer used; keeps 0/0 away
     return result
 
 
@@ -72,7 +71,7 @@ def test_with_a_diagonal_hessian_it_is_round_to_nearest(clip_search, act_order, 
     diagonal = torch.rand(64, generator=torch.Generator().manual_seed(3)) + 0.1
     grid = Grid(3, 16, symmetric, clip_search)
     ours = gptq(weight, torch.diag(diagonal), grid, act_order=act_order)
-    rounded = round_to_nearest(weight, grid, diagonal)
+    rounded = round_to_nearest(weight, grid, diagonal + 0.01 * diagonal.mean())  # with the damping
     for field in ("codes", "scale", "zero_point"):
         assert torch.equal(getattr(ours, field), getattr(rounded, field))
 
@@ -150,7 +149,7 @@ def test_the_arguments_are_left_alone():
     weight, hessian = problem()
     hessian[:, 3] = hessian[3] = 0
     before = weight.clone(), hessian.clone()
-    gptq(weight, hessian, GRID, act_order=True)
+    gptq(weight, hessian, GRID, act_order=True, search=True, refine=1)
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 
@@ -180,3 +179,72 @@ def test_values_that_are_not_finite_are_refused(value, where):
 def test_a_group_size_that_does_not_divide_is_named_with_the_inputs():
     with pytest.raises(ValueError, match=r"in_features=64 is not a multiple of group_size=24 \(--model.group_size\)"):
         gptq(*problem(), Grid(3, 24))
+
+
+# --- beyond the paper: search, refit, coordinate descent
+
+
+def damped(hessian: Tensor, damping: float = 0.01) -> Tensor:
+    return hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_search_lowers_the_loss_of_a_group(bits, symmetric):
+    """With one group the loop's loss is the whole loss, and the fitted scale is among those tried."""
+    grid = Grid(bits, 64, symmetric)
+    weight, hessian = problem()
+    plain, searched = (output_error(weight, gptq(weight, hessian, grid, search=s), damped(hessian)) for s in (0, 1))
+    assert searched < 0.98 * plain
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_every_round_of_refinement_lowers_the_loss(bits, act_order):
+    weight, hessian = problem()
+    grid = Grid(bits, 16)
+    losses = [output_error(weight, gptq(weight, hessian, grid, 0.01, act_order, True, r), damped(hessian)) for r in
+              range(4)]  # fmt: skip
+    assert losses[1] < 0.98 * losses[0]
+    assert all(later <= earlier * (1 + 1e-5) for earlier, later in zip(losses, losses[1:], strict=False))
+
+
+def test_refitted_scales_are_those_of_least_squares():
+    """Against numpy's lstsq on the outputs themselves, in float64."""
+    weight, _ = problem()
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(5))
+    start = round_to_nearest(weight, GRID)
+    scale, zero = start.scale.float(), start.zero_point.float()
+    fitted = _refit(weight[None], (x.T @ x)[None], start.codes[None], scale[None], zero[None])[0]
+    steps = (start.codes.unflatten(-1, (4, 16)).float() - zero[..., None]).double()  # [O, G, g]
+    for row in range(len(weight)):
+        columns = torch.stack([x[:, 16 * k : 16 * k + 16].double() @ steps[row, k] for k in range(4)], 1)
+        exact = np.linalg.lstsq(columns.numpy(), (x.double() @ weight[row].double()).numpy(), rcond=None)[0]
+        np.testing.assert_allclose(fitted[row].numpy(), exact, rtol=2e-3)  # float16
+
+
+def test_a_group_that_decodes_to_zeros_keeps_its_scale():
+    weight, hessian = problem()
+    weight[:, 16:32] = 0
+    quantized = gptq(weight, hessian, Grid(2, 16), search=True, refine=2)
+    assert torch.isfinite(quantized.scale).all() and (quantized.scale > 0).all()
+    codes = torch.full((1, 24, 64), 1, dtype=torch.uint8)
+    scale, zero = torch.full((1, 24, 4), 0.5), torch.ones(1, 24, 4)
+    assert torch.equal(_refit(weight[None], hessian[None], codes, scale, zero), scale)
+
+
+def test_after_a_sweep_no_code_of_the_last_column_can_be_bettered():
+    weight, hessian = problem()
+    grid = Grid(3, 16)
+    start = gptq(weight, hessian, grid)
+    scale, zero = start.scale.float(), start.zero_point.float()
+    codes = _descend(weight[None], hessian[None], start.codes[None], scale[None], zero[None], grid)[0]
+
+    def loss(last: Tensor) -> Tensor:  # of each row
+        tried = codes.clone()
+        tried[:, -1] = last
+        delta = weight - ((tried.unflatten(-1, (4, 16)).float() - zero[..., None]) * scale[..., None]).flatten(-2)
+        return ((delta @ hessian) * delta).sum(-1)
+
+    every = torch.stack([loss(torch.full((24,), code, dtype=torch.uint8)) for code in range(8)])
+    assert (loss(codes[:, -1]) <= every.amin(0) * (1 + 1e-4)).all()

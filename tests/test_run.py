@@ -204,7 +204,7 @@ def test_router_methods_change_what_they_say(method, changes, tiny_model_dir, tm
 def test_other_options_run(tiny_model_dir, tmp_path, capsys):
     """Everything that is off by default, at once, with a loss from the command line."""
     run = jobs.fit(
-        tiny_model_dir("qwen2_moe"), tmp_path / "run", model__bits="[3, 2]", model__act_order="true",
+        tiny_model_dir("qwen2_moe"), tmp_path / "run", model__bits="[3, 2]", model__act_order="false", model__refine=2,
         model__symmetric="true", model__affinity="true", model__shared_expert_bits=6,
         model__overrides="{1: {attention: 8, group_size: 16}}",
         model__router_method="sgd", model__router_warm_start="true", model__min_expert_tokens=100000,

@@ -1,0 +1,202 @@
+"""Cost of calibration: seconds and memory of ours, GPTQModel and llm-compressor side by side, and how ours grows.
+
+Every tool quantizes the same model on the same windows to the same bits and group size, each in a process and an
+environment of its own (gptq_quality.py builds them), in turn and --rounds times; medians are printed. Rows of --json:
+
+    tool         ours (routers in closed form), ours with the joint stage, gptqmodel, llm-compressor
+    model        bundled, or `blocks`: random weights in the block shapes of Qwen1.5-MoE-A2.7B (hidden 2048, experts of
+                 1408 top-4, a shared one of 5632), with as many blocks and experts as --blocks and --experts say
+    seconds      of quantizing, router calibration included, without loading and writing
+    wall_seconds of the whole process
+    peak_bytes   of the process and all its descendants, at their highest point together
+    perplexity   of the bundled model, geometric mean over the held-out texts; null for random weights
+
+    python benchmarks/calibration.py --json calibration.json
+    python benchmarks/calibration.py --growth --json growth.json
+
+--growth runs ours alone on random models, each time with one size doubled twice: tokens, experts, width of an expert,
+blocks; it prints seconds with the fitted exponent, and how far GPTQ's column loop is from this machine's rate of matrix
+products. It needs what gptq_quality.py needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from gptq_quality import quantize
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from eacmoe_lightning.adapter import BUNDLED, MoEModel, load_original
+from eacmoe_lightning.column_loop import column_loop
+from eacmoe_lightning.data import TextWindows
+from eacmoe_lightning.evaluate import evaluate
+from eacmoe_lightning.grid import Grid
+
+TOOLS = {  # row's tool -> tool and setting of gptq_quality.py
+    "ours": ("ours", "routers"),
+    "ours, joint stage": ("ours", "joint"),
+    "gptqmodel": ("gptqmodel", "best"),
+    "llm-compressor": ("llm-compressor", "best, routed tokens"),
+}
+QWEN = {"hidden_size": 2048, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
+SMALL = {"hidden_size": 512, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512}
+GROWTH = {"tokens": (8192, 16384, 32768), "experts": (8, 16, 32), "width": (256, 512, 1024), "blocks": (1, 2, 4)}
+WINDOW_LENGTH = 512
+
+
+def random_model(path: Path, blocks: int, experts: int, shape: dict[str, int]) -> Path:
+    """A saved Qwen2-MoE with random weights, the bundled tokenizer and a tied embedding."""
+    if not (path / "config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+        config = Qwen2MoeConfig(
+            vocab_size=len(tokenizer),
+            num_hidden_layers=blocks,
+            num_experts=experts,
+            num_experts_per_tok=min(4, experts),
+            num_attention_heads=shape["hidden_size"] // 128,
+            num_key_value_heads=shape["hidden_size"] // 128,
+            intermediate_size=shape["shared_expert_intermediate_size"],
+            tie_word_embeddings=True,
+            **shape,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            Qwen2MoeForCausalLM(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return path
+
+
+def windows(model: Path, number: int, work_dir: Path) -> TextWindows:
+    """The calibration windows, put where `quantize` looks for them."""
+    data = TextWindows(tokenizer=str(model), seed=0, num_windows=number, window_length=WINDOW_LENGTH)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    save_file({"input_ids": data.calibration_windows.contiguous()}, work_dir / "windows-0.safetensors")
+    return data
+
+
+def measure(tool: str, bits: int, model: Path, work_dir: Path, threads: int) -> tuple[dict, Path]:
+    """One row of one tool, and where its dense weights lie."""
+    result, weights = quantize(*TOOLS[tool], bits, 0, model, work_dir, threads)
+    keys = {"seconds": "seconds", "wall_seconds": "wall_seconds", "tree_peak_bytes": "peak_bytes", "version": "version"}
+    return {own: result[key] for key, own in keys.items()}, weights
+
+
+def compare(args: argparse.Namespace) -> list[dict]:
+    models = {"bundled": BUNDLED}
+    if "blocks" in args.models:
+        path = args.work / f"qwen-{args.blocks}x{args.experts}"
+        models["blocks"] = random_model(path, args.blocks, args.experts, QWEN)
+    rows = []
+    for name in args.models:
+        work_dir, runs, perplexity, errors = args.work / name, {}, {}, {}
+        data = windows(models[name], args.windows, work_dir)
+        (work_dir / "environments").exists() or (work_dir / "environments").symlink_to(args.work / "environments")
+        for round_, tool in itertools.product(range(args.rounds), args.tools):
+            if tool in errors:
+                continue
+            try:
+                row, weights = measure(tool, args.bits, models[name], work_dir, args.threads)
+            except (RuntimeError, subprocess.CalledProcessError) as error:
+                errors[tool] = str(error)
+                continue
+            runs.setdefault(tool, []).append(row)
+            if name == "bundled" and tool not in perplexity:
+                moe = MoEModel(load_original(str(weights), "float32"))
+                texts = evaluate(None, moe, data.heldout_windows, data.heldout_batch_size)["perplexity"]
+                logs = [math.log(streams["original"]) for streams in texts.values()]
+                perplexity[tool] = math.exp(sum(logs) / len(logs))
+            shutil.rmtree(weights, ignore_errors=True)
+            print(f"{name} round {round_} {tool}: {row['seconds']:.0f} s", flush=True)
+        for tool in args.tools:
+            row = {"tool": tool, "model": name, "bits": args.bits, "tokens": args.windows * WINDOW_LENGTH}
+            if tool in errors:
+                row["error"] = errors[tool]
+            else:
+                for key in ("seconds", "wall_seconds", "peak_bytes"):
+                    row[key] = statistics.median(run[key] for run in runs[tool])
+                row |= {"perplexity": perplexity.get(tool), "runs": runs[tool]}
+            rows.append(row)
+            print(json.dumps({key: value for key, value in row.items() if key != "runs"}), flush=True)
+    return rows
+
+
+def grow(args: argparse.Namespace) -> list[dict]:
+    base = {"tokens": 8192, "experts": 8, "width": 256, "blocks": 1}
+    rows = []
+    for what, sizes in GROWTH.items():
+        seconds = []
+        for size in sizes:
+            own = base | {what: size}
+            shape = SMALL | {"moe_intermediate_size": own["width"]}
+            name = "-".join(f"{key}{value}" for key, value in own.items())
+            model = random_model(args.work / name / "model", own["blocks"], own["experts"], shape)
+            windows(model, own["tokens"] // WINDOW_LENGTH, args.work / name)
+            row, _ = measure("ours", args.bits, model, args.work / name, args.threads)
+            seconds.append(row["seconds"])
+            rows.append({"tool": "ours", "model": "growth", "of": what, **own, **row})
+        exponent = _slope([math.log(size) for size in sizes], [math.log(value) for value in seconds])
+        rows.append({"tool": "ours", "model": "growth", "of": what, "exponent": exponent})
+        figures = ", ".join(f"{size}: {value:.1f} s" for size, value in zip(sizes, seconds, strict=True))
+        print(f"{what:8s} {figures}; seconds ~ {what}^{exponent:.2f}", flush=True)
+    return [*rows, loop_rate(args.bits)]
+
+
+def _slope(x: list[float], y: list[float]) -> float:
+    """Of the least-squares line."""
+    return statistics.covariance(x, y) / statistics.variance(x)
+
+
+def loop_rate(bits: int, rows: int = 2816, columns: int = 128, candidates: int = 21) -> dict:
+    """The column loop's multiply-adds per second of processor time, and those of a matrix product of its size."""
+    g = torch.Generator().manual_seed(0)
+    value, matrix = torch.randn(2, rows, columns, generator=g), torch.randn(2048, 2048, generator=g)
+    factor = torch.eye(columns).expand(2, -1, -1) + 0.01 * torch.randn(2, columns, columns, generator=g)
+    scale = (0.5 + torch.rand(2, rows, candidates, generator=g)) * 4 / 2**bits
+    zero = torch.full(scale.shape, float(2 ** (bits - 1)))
+    loops, products = [], []
+    for _ in range(5):
+        start = time.process_time()
+        column_loop(value, factor, scale[..., :1], zero[..., :1], Grid(bits, columns))
+        loops.append(2 * rows * columns * (columns - 1) / 2 / (time.process_time() - start))
+        start = time.process_time()
+        torch.mm(matrix, matrix)
+        products.append(2048**3 / (time.process_time() - start))
+    loop, product = statistics.median(loops), statistics.median(products)
+    print(f"column loop {loop / 1e9:.1f}, matrix product {product / 1e9:.1f} GFMA/s: {loop / product:.0%}", flush=True)
+    return {"tool": "ours", "model": "column loop", "fma_per_second": loop, "matrix_fma_per_second": product}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
+    parser.add_argument("--models", nargs="+", choices=["bundled", "blocks"], default=["bundled", "blocks"])
+    parser.add_argument("--bits", type=int, default=3, help="of the experts; attention has 4")
+    parser.add_argument("--windows", type=int, default=128, help=f"of {WINDOW_LENGTH} tokens")
+    parser.add_argument("--blocks", type=int, default=4, help="of the random model")
+    parser.add_argument("--experts", type=int, default=60, help="of each of its blocks")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--growth", action="store_true", help="how ours grows, instead of the comparison")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--work", type=Path, default=Path("runs/calibration"), help="environments, models and logs")
+    parser.add_argument("--json", type=Path, help="where the rows are written")
+    args = parser.parse_args()
+    args.work = args.work.resolve()
+    (args.work / "environments").mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    rows = grow(args) if args.growth else compare(args)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

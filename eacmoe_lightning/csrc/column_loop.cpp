@@ -1,0 +1,68 @@
+// The inner loops of GPTQ on CPU: a plain C interface, loaded through ctypes (column_loop.py). No dependency.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+
+namespace eacmoe {
+
+// S problems of `rows` rows and one group of g columns (a multiple of 4). Row r of problem p is row p * rows + r.
+struct Columns {
+  const float* value;    // rows, `stride` floats apart, of g values
+  const float* old;      // the same of decoded weights: coordinate descent; null: GPTQ
+  const float* factor;   // [S, g, g], only what is right of the diagonal is read
+  const float* inverse;  // [S, g], 1 / diagonal of the factor; not read in coordinate descent
+  const float* scale;    // [S, rows, candidates]
+  const float* zero;     // [S, rows, candidates]
+  uint8_t* codes;        // [S, rows, g]
+  float* errors;         // [S, rows, g]
+  int32_t* chosen;       // [S, rows], the candidate of least loss, the first of equals
+  int64_t problems, rows, columns, stride, candidates;
+  float top;  // the largest code
+};
+
+}  // namespace eacmoe
+
+#define ISA baseline
+#define ISA_TARGET
+#define ISA_WIDTH 4
+#include "column_loop.h"
+#if defined(__x86_64__)
+#define ISA avx2
+#define ISA_TARGET __attribute__((target("avx2,fma")))
+#define ISA_WIDTH 8
+#include "column_loop.h"
+#define ISA avx512
+#define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define ISA_WIDTH 16
+#include "column_loop.h"
+#endif
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// The instruction set to use on this CPU: 0 any, 1 AVX2, 2 AVX512.
+EXPORT int eacmoe_columns_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+// Rows [first, last) of all problems, numbered through.
+EXPORT void eacmoe_columns(int level, const eacmoe::Columns* c, int64_t first, int64_t last) {
+  float* area = (float*)std::aligned_alloc(64, size_t(c->columns) * 4 * 48 * 4);
+#if defined(__x86_64__)
+  if (level == 2) eacmoe::avx512::columns(*c, first, last, area);
+  if (level == 1) eacmoe::avx2::columns(*c, first, last, area);
+#endif
+  if (level == 0) eacmoe::baseline::columns(*c, first, last, area);
+  std::free(area);
+}

@@ -1,0 +1,79 @@
+"""The compiled column loop beside torch's, and the sums of tokens beside plain products."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from eacmoe_lightning import column_loop as module
+from eacmoe_lightning.column_loop import column_loop, loop_in_torch
+from eacmoe_lightning.gram import gram, tokens_by_expert
+from eacmoe_lightning.grid import Grid
+
+BUILT = module.library() is not None
+LEVELS = range(module.level() + 1) if BUILT else ()
+
+
+def test_the_loop_is_built_here():
+    """CI has a compiler: without this, GPTQ would run through torch and nobody would notice."""
+    assert BUILT
+
+
+def group(rows: int, columns: int, candidates: int, bits: int) -> tuple[Tensor, ...]:
+    """Values as a view of a wider weight, an upper factor, and candidates around the true size."""
+    g = torch.Generator().manual_seed(rows + columns)
+    values = torch.randn(3, rows, 2 * columns, generator=g)[:, :, columns:]
+    x = torch.randn(3, 2 * columns, columns, generator=g)
+    factor = torch.linalg.cholesky(torch.linalg.inv(x.mT @ x / columns), upper=True)
+    scale = (torch.rand(3, rows, candidates, generator=g) + 0.5) * 4 / 2**bits
+    return values, factor, scale, torch.randint(0, 2**bits, scale.shape, generator=g).float()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows, columns, candidates, bits", [(1, 8, 1, 3), (25, 16, 5, 2), (50, 128, 7, 4)])
+def test_the_compiled_loop_is_torch_s(level, threads, rows, columns, candidates, bits, monkeypatch):
+    monkeypatch.setattr(module, "level", lambda: level)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    values, factor, scale, zero = group(rows, columns, candidates, bits)
+    before = values.clone()
+    codes, errors, chosen = column_loop(values, factor, scale, zero, Grid(bits, columns))
+    expected = loop_in_torch(values, factor, scale, zero, Grid(bits, columns))
+    assert torch.equal(codes, expected[0]) and torch.equal(chosen, expected[2])
+    torch.testing.assert_close(errors, expected[1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_compiled_descent_is_torch_s(level, monkeypatch):
+    monkeypatch.setattr(module, "level", lambda: level)
+    values, factor, scale, zero = group(30, 32, 1, 3)
+    old = values + 0.1 * torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
+    codes, errors, _ = column_loop(values, factor, scale, zero, Grid(3, 32), old)
+    expected = loop_in_torch(values, factor, scale, zero, Grid(3, 32), old)
+    assert torch.equal(codes, expected[0])
+    torch.testing.assert_close(errors, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_each_row_keeps_its_own_best_candidate():
+    """Without any coupling the loss of a row is its rounding error: found by trying every pair."""
+    values, _, scale, zero = group(40, 16, 6, 2)
+    grid, factor = Grid(2, 16), torch.eye(16).repeat(3, 1, 1)
+    every = (values[..., None, :] / scale[..., None] + zero[..., None]).round().clamp(0, 3)  # [S, O, C, g]
+    loss = ((every - zero[..., None]) * scale[..., None] - values[..., None, :]).square().sum(-1)
+    chosen = column_loop(values, factor, scale, zero, grid)[2]
+    taken = loss.gather(-1, chosen[..., None])[..., 0]
+    torch.testing.assert_close(taken, loss.amin(-1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (700, 256), (300, 600)])
+def test_gram_is_the_product(shape):
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(shape, generator=g), torch.rand(shape[0], generator=g)
+    torch.testing.assert_close(gram(x), x.T @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(gram(x, weight), x.T @ (x * weight[:, None]), rtol=1e-4, atol=1e-3)
+    assert torch.equal(gram(x), gram(x).T)
+
+
+def test_tokens_by_expert_are_those_that_select_it():
+    ids = torch.tensor([[0, 3], [3, 1], [4, 0], [3, 3]])  # expert 4 is one that was skipped
+    assert [t.tolist() for t in tokens_by_expert(ids, 4)] == [[0, 2], [1], [], [0, 1, 3]]
