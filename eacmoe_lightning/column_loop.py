@@ -1,4 +1,4 @@
-"""GPTQ's column loop over one group, the only part of it that is no matrix product: in C++ where it can be, else torch.
+"""GPTQ's column loop over one group, the only part of it that is no matrix product: in C++, in Triton, or in torch.
 
 A row of a weight meets no other row, so the loop runs over many rows at once; columns come one after another, each
 error changing what the later ones are rounded from. Two methods share the loop, with what it leaves in e:
@@ -16,7 +16,9 @@ import sysconfig
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -42,18 +44,22 @@ def column_loop(
     Returns:
         codes [S, O, g] uint8, e [S, O, g] float32, and which candidate was taken [S, O].
     """
-    compiled = value.device.type == "cpu" and value.shape[-1] % UNROLL == 0 and library() is not None
-    return (_compiled if compiled else loop_in_torch)(value, factor, scale, zero, grid, old)
+    run = loop_in_torch
+    if value.device.type == "cpu" and value.shape[-1] % UNROLL == 0 and library() is not None:
+        run = _compiled
+    elif value.device.type == "cuda" and triton_loop() is not None:
+        run = triton_loop().column_loop
+    return run(value, factor, scale, zero, grid, old)
 
 
 def loop_in_torch(value, factor, scale, zero, grid, old=None) -> tuple[Tensor, Tensor, Tensor]:
     """`column_loop` on any device: the reference."""
-    best_loss = torch.full(value.shape[:2], torch.inf, device=value.device)
-    chosen = torch.zeros(value.shape[:2], dtype=torch.long, device=value.device)
-    for c in range(scale.shape[-1] if scale.shape[-1] > 1 else 0):
-        loss = _pass(value, factor, scale[..., c], zero[..., c], grid, None)[1].square().sum(-1)
-        better = loss < best_loss
-        best_loss, chosen = torch.where(better, loss, best_loss), chosen.masked_fill(better, c)
+    num, rows, candidates = scale.shape
+    chosen = torch.zeros(num, rows, dtype=torch.long, device=value.device)
+    if candidates > 1:  # as so many more rows
+        repeated = value.repeat_interleave(candidates, 1)
+        loss = _pass(repeated, factor, scale.flatten(1), zero.flatten(1), grid, None)[1].square().sum(-1)
+        chosen = loss.view(scale.shape).argmin(-1)
     pick = chosen[..., None]
     codes, errors = _pass(value, factor, scale.gather(-1, pick)[..., 0], zero.gather(-1, pick)[..., 0], grid, old)
     return codes.to(torch.uint8), errors, chosen
@@ -87,6 +93,16 @@ def library() -> ctypes.CDLL | None:
     lib.eacmoe_columns.argtypes = [ctypes.c_int, ctypes.POINTER(_Columns), ctypes.c_int64, ctypes.c_int64]
     lib.eacmoe_columns.restype = None
     return lib
+
+
+@cache
+def triton_loop() -> ModuleType | None:
+    """The loop for CUDA; None without Triton."""
+    try:
+        return import_module("eacmoe_lightning.triton_column_loop")
+    except ImportError as error:
+        warnings.warn(f"GPTQ will run slowly on this GPU, without Triton ({error})", stacklevel=2)
+        return None
 
 
 @cache
