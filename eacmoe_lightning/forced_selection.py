@@ -20,9 +20,7 @@ def forced_weights(router: nn.Module, logits: Tensor, weights: Tensor, ids: Tens
     return weight_rule(router, logits, weights, ids)(logits, forced)
 
 
-def weight_rule(
-    router: nn.Module, logits: Tensor, weights: Tensor, ids: Tensor
-) -> Callable[[Tensor, Tensor], Tensor]:
+def weight_rule(router: nn.Module, logits: Tensor, weights: Tensor, ids: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """The rule itself: (logits [N, E], ids [N, K]) -> weights [N, K].
 
     Raises:

@@ -1,0 +1,165 @@
+"""What one block of a real model costs to calibrate, and what many blocks of a small one do to memory.
+
+    python benchmarks/block_cost.py --json FILE [--shapes mixtral qwen1.5 qwen3] [--windows 4 --length 512]
+
+Weights are random, of the real shapes, in bfloat16, written to disk as a checkpoint first; then the block goes through
+what `fit` does with it: read, observe, attention, router (closed form), experts, replay. Every row runs in a process of
+its own; seconds and peak memory by phase are of that process. `--blocks 2 4 8 16` does the same with a small shape and
+that many blocks: the peak has to stay where it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.calibration import Calibration
+from eacmoe_lightning.memory import peak_memory, reset_peak_memory
+from eacmoe_lightning.ranks import Ranks
+from eacmoe_lightning.recipe import Recipe
+from eacmoe_lightning.store import RunDirectory
+from eacmoe_lightning.streaming import Checkpoint, StreamedModel
+from eacmoe_lightning.streaming.checkpoint import empty_model
+from eacmoe_lightning.streams import Streams
+
+VOCABULARY = 1024  # of the random models: embeddings are not what is measured
+
+
+def config_of(shape: str, num_blocks: int) -> PreTrainedConfig:
+    common = {"vocab_size": VOCABULARY, "num_hidden_layers": num_blocks, "max_position_embeddings": 4096}
+    if shape == "mixtral":
+        return MixtralConfig(**common)  # Mixtral-8x7B is the class's default
+    if shape == "qwen1.5":  # Qwen1.5-MoE-A2.7B
+        return Qwen2MoeConfig(
+            **common, hidden_size=2048, num_attention_heads=16, num_key_value_heads=16, intermediate_size=5632,
+            moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_experts=60, num_experts_per_tok=4,
+        )  # fmt: skip
+    if shape == "qwen3":  # Qwen3-30B-A3B
+        return Qwen3MoeConfig(
+            **common, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+            intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        )  # fmt: skip
+    return Qwen3MoeConfig(  # small
+        **common, hidden_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=64, intermediate_size=512,
+        moe_intermediate_size=512, num_experts=32, num_experts_per_tok=4,
+    )  # fmt: skip
+
+
+def write_checkpoint(config: PreTrainedConfig, folder: Path) -> None:
+    """Random weights in the original's format, one file for each parameter in memory."""
+    model = empty_model(config, torch.bfloat16)
+    routers = {block.router_parameter_name for block in MoEModel(model).moe_blocks}
+    places: dict[str, str] = {}
+    generator = torch.Generator().manual_seed(0)
+    for i, (name, empty) in enumerate(model.state_dict().items()):
+        scale = 1 / empty.shape[-1] ** 0.5 if empty.ndim > 1 else 0.0
+        weight = torch.empty(empty.shape, dtype=empty.dtype).normal_(generator=generator).mul_(scale)
+        weight = weight + 1 if empty.ndim == 1 else weight * (4 if name in routers else 1)
+        tensors = {key: part.contiguous() for key, part in revert_weight_conversion(model, {name: weight}).items()}
+        save_file(tensors, folder / f"model-{i:05d}.safetensors", {"format": "pt"})
+        places |= dict.fromkeys(tensors, f"model-{i:05d}.safetensors")
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+
+
+class Costs:
+    """Seconds and peak memory by phase, summed and maximised over blocks."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def phase(self, block: int | None, name: str) -> Iterator[None]:
+        reset_peak_memory()
+        start = time.perf_counter()
+        yield
+        entry = self.phases.setdefault(name, {"seconds": 0.0, "peak_bytes": 0})
+        entry["seconds"] += time.perf_counter() - start
+        entry["peak_bytes"] = max(entry["peak_bytes"], peak_memory())
+
+
+def measure(shape: str, num_blocks: int, windows: int, length: int, folder: Path) -> dict:
+    """Calibrates the checkpoint in `folder`; one row of the result."""
+    costs, ranks, run = Costs(), Ranks(), RunDirectory(folder / "run")
+    with costs.phase(None, "open"):
+        moe = StreamedModel(Checkpoint(str(folder)))
+    tokens = torch.randint(0, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(1))
+    streams = Streams(moe, tokens, 0, 1, run, ranks, keep_teachers=False)
+    calibration = Calibration(moe, Recipe(bits=(3,)), streams, run, ranks, costs.phase)
+    for i in range(num_blocks):
+        with costs.phase(i, "read"):
+            moe.load(i)
+        calibration.enter(i, {})
+        with costs.phase(i, "router"):
+            router = calibration.ridge_router(2 * moe.top_k, 1e-3)
+        stats = calibration.leave(router)
+    weights = [p for p in moe.blocks[0].layer.parameters()]
+    return {
+        "shape": shape,
+        "blocks": num_blocks,
+        "tokens": windows * length,
+        "block_bytes": sum(p.numel() * p.element_size() for p in weights),
+        "seconds": sum(phase["seconds"] for phase in costs.phases.values()),
+        "peak_bytes": max(phase["peak_bytes"] for phase in costs.phases.values()),
+        "phases": costs.phases,
+        "error": sum(stats["error"].values()) / len(stats["error"]),
+    }
+
+
+def row(shape: str, num_blocks: int, options: argparse.Namespace) -> dict:
+    """`measure` in a process of its own: an earlier row's peak must not count."""
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        folder = Path(scratch)
+        write_checkpoint(config_of(shape, num_blocks), folder)
+        words = [shape, str(num_blocks), str(options.windows), str(options.length), scratch]
+        done = subprocess.run([sys.executable, __file__, "--measure", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shape} with {num_blocks} blocks failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--shapes", nargs="*", default=["mixtral", "qwen1.5", "qwen3"])
+    parser.add_argument("--blocks", nargs="*", type=int, default=[2, 4, 8, 16], help="of the small shape")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--scratch", help="directory for the checkpoints; the system's temporary one by default")
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        shape, num_blocks, windows, length, folder = options.measure
+        print(json.dumps(measure(shape, int(num_blocks), int(windows), int(length), Path(folder))))
+        return
+    rows = []
+    for shape, num_blocks in [(s, 1) for s in options.shapes] + [("small", n) for n in options.blocks]:
+        rows.append(row(shape, num_blocks, options))
+        last = rows[-1]
+        print(
+            f"{shape:8s} {num_blocks:3d} blocks of {last['block_bytes'] / 2**20:6.0f} MiB, {last['tokens']} tokens: "
+            f"{last['seconds']:7.1f} s, peak {last['peak_bytes'] / 2**30:5.2f} GiB"
+        )
+        for name, phase in last["phases"].items():
+            print(f"    {name:10s} {phase['seconds']:8.1f} s  {phase['peak_bytes'] / 2**30:6.2f} GiB", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
