@@ -3,9 +3,9 @@
     python benchmarks/block_cost.py --json FILE [--shapes mixtral qwen1.5 qwen3] [--windows 4 --length 512]
 
 Weights are random, of the real shapes, in bfloat16, written to disk as a checkpoint first; then the block goes through
-what `fit` does with it: read, observe, attention, router (closed form), experts, replay. Every row runs in a process of
-its own; seconds and peak memory by phase are of that process. `--blocks 2 4 8 16` does the same with a small shape and
-that many blocks: the peak has to stay where it is.
+what `fit` does with it, in `--dtype`: read, observe, attention, router (closed form), experts, replay. Every row runs
+in a process of its own; seconds and peak memory by phase are of that process. `--blocks 2 4 8 16` does the same with a
+small shape and that many blocks: the peak has to stay where it is.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ class Costs:
         entry["peak_bytes"] = max(entry["peak_bytes"], peak_memory())
 
 
-def measure(shape: str, num_blocks: int, windows: int, length: int, folder: Path) -> dict:
+def measure(shape: str, num_blocks: int, windows: int, length: int, dtype: str, folder: Path) -> dict:
     """Calibrates the checkpoint in `folder`; one row of the result."""
     costs, ranks, run = Costs(), Ranks(), RunDirectory(folder / "run")
     with costs.phase(None, "open"):
-        moe = StreamedModel(Checkpoint(str(folder)))
+        moe = StreamedModel(Checkpoint(str(folder), dtype))
     tokens = torch.randint(0, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(1))
     streams = Streams(moe, tokens, 0, 1, run, ranks, keep_teachers=False)
     calibration = Calibration(moe, Recipe(bits=(3,)), streams, run, ranks, costs.phase)
@@ -113,6 +113,7 @@ def measure(shape: str, num_blocks: int, windows: int, length: int, folder: Path
         "shape": shape,
         "blocks": num_blocks,
         "tokens": windows * length,
+        "dtype": dtype,
         "block_bytes": sum(p.numel() * p.element_size() for p in weights),
         "seconds": sum(phase["seconds"] for phase in costs.phases.values()),
         "peak_bytes": max(phase["peak_bytes"] for phase in costs.phases.values()),
@@ -126,7 +127,7 @@ def row(shape: str, num_blocks: int, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
         write_checkpoint(config_of(shape, num_blocks), folder)
-        words = [shape, str(num_blocks), str(options.windows), str(options.length), scratch]
+        words = [shape, str(num_blocks), str(options.windows), str(options.length), options.dtype, scratch]
         done = subprocess.run([sys.executable, __file__, "--measure", *words], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shape} with {num_blocks} blocks failed:\n{done.stderr[-4000:]}")
@@ -140,12 +141,13 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="*", type=int, default=[2, 4, 8, 16], help="of the small shape")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--dtype", default="float32", help="computed in; bfloat16 is slow on CPUs without AVX512")
     parser.add_argument("--scratch", help="directory for the checkpoints; the system's temporary one by default")
-    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        shape, num_blocks, windows, length, folder = options.measure
-        print(json.dumps(measure(shape, int(num_blocks), int(windows), int(length), Path(folder))))
+        shape, num_blocks, windows, length, dtype, folder = options.measure
+        print(json.dumps(measure(shape, int(num_blocks), int(windows), int(length), dtype, Path(folder))))
         return
     rows = []
     for shape, num_blocks in [(s, 1) for s in options.shapes] + [("small", n) for n in options.blocks]:

@@ -186,14 +186,14 @@ class Calibration:
     @torch.no_grad()
     def ridge_router(self, num_targets: int, strength: float) -> Tensor:
         """The closed-form router [E, D] of the current block (see `ridge`)."""
-        gram = cross = 0
+        gram = cross = None
         teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
         for rows in self.streams.slices:
             x = self.streams.to_device(self._router_input[rows].flatten(0, 1))
             target = self.streams.to_device(teacher[rows].flatten(0, 1)[:, self.block.kept])
             residual = target - self.block.router_logits(x)
             sums = ridge.normal_equations(x.float(), residual, target.topk(num_targets, dim=-1).indices)
-            gram, cross = gram + sums[0], cross + sums[1]
+            gram, cross = sums if gram is None else (gram.add_(sums[0]), cross.add_(sums[1]))
         self.ranks.sum(gram)
         self.ranks.sum(cross)
         return ridge.solve(self.block.router_weight.float(), gram, cross, strength)

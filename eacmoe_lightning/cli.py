@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import torch.distributed
@@ -15,7 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
 
-from eacmoe_lightning import analysis, callbacks, exports, study
+from eacmoe_lightning import analysis, callbacks, exports, planning, study
 from eacmoe_lightning.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.data import TextWindows
 from eacmoe_lightning.qesc import QESC
@@ -24,6 +25,7 @@ from eacmoe_lightning.store import StoreError
 COMMANDS = {  # by their first word; these need no trainer
     "analyze": analysis.command.main,
     "export": exports.command.main,
+    "plan": planning.command.main,
     "study": study.command.main,
 }
 NEVER = 10**9  # epochs between validations inside fit: nothing can be validated before the last block
@@ -118,6 +120,23 @@ class CommandLine(LightningCLI):
         if self.config_init[self.subcommand]["trainer"].get("plugins") is None:
             kwargs["plugins"] = [AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
+
+
+class ParsedOnly(CommandLine):
+    """The options of `fit` as a module and a data module, without a trainer and without a run."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def parse_fit(words: list[str]) -> tuple[QESC, TextWindows, str]:
+    """The module, the data module and the run directory that `fit` would have with these options."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args")  # meant for scripts that pass both
+        parsed = ParsedOnly(["fit", *words])
+    return parsed.model, parsed.datamodule, parsed.config["fit"]["trainer"]["default_root_dir"]
 
 
 def follow_launcher(trainer: Namespace) -> None:

@@ -97,7 +97,8 @@ def run_batches(
 
     def nll(j: int, name: str) -> Tensor:
         head = (other if name in OF_SUBJECT else reference).head
-        return next_token_nll(head(hidden[j, name].to(reference.device)), batches[j])
+        windows = zip(hidden[j, name].to(reference.device).split(1), batches[j].split(1), strict=True)
+        return torch.cat([next_token_nll(head(h), ids) for h, ids in windows])  # logits of one window at a time
 
     return [{name: nll(j, name) for name in names} for j in range(len(batches))]
 

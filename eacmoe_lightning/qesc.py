@@ -24,12 +24,13 @@ from eacmoe_lightning.comparison import Comparison
 from eacmoe_lightning.compressed import fingerprint
 from eacmoe_lightning.data import shard
 from eacmoe_lightning.grid import Quantized
-from eacmoe_lightning.memory import available_memory
+from eacmoe_lightning.planning.checks import check_disk, check_memory
+from eacmoe_lightning.planning.command import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 from eacmoe_lightning.router_loss import RouterLoss, TopKMSE
-from eacmoe_lightning.streaming import Checkpoint, StreamedModel, joint_bytes
+from eacmoe_lightning.streaming import Checkpoint, StreamedModel
 from eacmoe_lightning.streaming.finished import FinishedBlocks
 from eacmoe_lightning.streams import Streams
 from eacmoe_lightning.version import __version__
@@ -183,9 +184,11 @@ class QESC(Comparison):
         if self.pruning is not None:
             self.pruning.check(moe)
         self.router_loss.num_targets(moe.num_experts, moe.top_k)  # a k that does not fit is said now
-        self._check_joint_memory(moe)
+        job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size)
+        check_memory(moe, job)
         if self.trainer.is_global_zero:
             if not resumes:
+                print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
                 moe.check_finite()
             self.run.start(self.identity(), resumes)
         self.trainer.strategy.barrier()
@@ -206,20 +209,6 @@ class QESC(Comparison):
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1):
             self.trainer.fit_loop.max_epochs = self.num_epochs
-
-    def _check_joint_memory(self, moe: StreamedModel) -> None:
-        """Raises ValueError where the joint stage, unlike all others, needs more memory than there is."""
-        if not self.joint_epochs:
-            return
-        needed = joint_bytes(moe, trains_scales=bool(self.joint_lr["scale"]))
-        available = available_memory(moe.device)
-        if needed > available:
-            raise ValueError(
-                f"the joint stage (--model.joint_epochs {self.joint_epochs}) holds the whole compressed model in "
-                f"memory: {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available. --model.joint_epochs 0 leaves "
-                "it out (one block is in memory then)"
-                + (", --model.joint_scale_lr 0 makes it smaller" if self.joint_lr["scale"] else "")
-            )
 
     def identity(self) -> dict[str, Any]:
         """All that the result of `fit` depends on, by option."""

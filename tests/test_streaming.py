@@ -205,7 +205,7 @@ def test_evaluation_block_by_block_is_that_of_the_models(split, tiny_model_dir, 
 
 
 def test_the_joint_stage_says_before_the_run_that_it_does_not_fit(tiny_model_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("eacmoe_lightning.qesc.available_memory", lambda device: 10**5)
+    monkeypatch.setattr("eacmoe_lightning.planning.checks.available_memory", lambda device: 10**5)
     with pytest.raises(SystemExit):
         main(["fit", *jobs.options(tiny_model_dir("mixtral"), tmp_path / "run")])
     said = capsys.readouterr().err

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.recipe import num_quantized
 from eacmoe_lightning.store import StoreError
 from eacmoe_lightning.streaming.checkpoint import put
 
@@ -100,11 +99,3 @@ class StreamedModel(MoEModel):
                 f"{missing[0]} and {len(missing) - 1} other weights are missing from the files of {self.weights}: they "
                 "do not fit its config.json, or a file is missing"
             )
-
-
-def joint_bytes(moe: MoEModel, trains_scales: bool) -> int:
-    """Memory that the joint stage takes for weights: all of them in the model's dtype and, where scales are trained,
-    the codes (a byte each), what is decoded from them and the gradients of that. Activations come on top."""
-    itemsize = moe.model.dtype.itemsize
-    weights = sum(parameter.numel() for parameter in moe.model.parameters())
-    return weights * itemsize + (num_quantized(moe) * (1 + 2 * itemsize) if trains_scales else 0)

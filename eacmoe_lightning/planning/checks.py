@@ -1,0 +1,45 @@
+"""What `fit` checks before its first block: memory for the joint stage, and room on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.memory import available_memory
+from eacmoe_lightning.planning.sizes import Job, disk_use, joint_bytes
+from eacmoe_lightning.recipe import Recipe
+
+GB = 1e9
+
+
+def check_memory(moe: MoEModel, job: Job) -> None:
+    """Raises ValueError where the joint stage, unlike all others, needs more memory than there is."""
+    if not job.joint_epochs:
+        return
+    needed, available = joint_bytes(moe, job.trains_scales), available_memory(moe.device)
+    if needed > available:
+        raise ValueError(
+            f"the joint stage (--model.joint_epochs {job.joint_epochs}) holds the whole compressed model in memory: "
+            f"{needed / GB:.1f} GB, {available / GB:.1f} GB are available. --model.joint_epochs 0 leaves it out (one "
+            "block is in memory then)" + (", --model.joint_scale_lr 0 makes it smaller" if job.trains_scales else "")
+        )
+
+
+def check_disk(moe: MoEModel, recipe: Recipe, job: Job, folder: Path) -> str:
+    """What the run will take of the disk, as a sentence.
+
+    Raises:
+        ValueError: that is more than is free.
+    """
+    use = disk_use(moe, recipe, job)
+    needed = sum(use.values())
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    parts = ", ".join(f"{what} {size / GB:.2f}" for what, size in use.items() if size)
+    said = f"{folder} will take up to {needed / GB:.2f} GB ({parts}); {free / GB:.2f} GB are free"
+    if needed > free:
+        raise ValueError(
+            f"{said}: fewer or shorter windows (--data.num_windows, --data.window_length), --model.stream_dtype "
+            "bfloat16, or another --trainer.default_root_dir"
+        )
+    return said

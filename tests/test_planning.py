@@ -1,0 +1,159 @@
+"""`plan` from a config.json alone: numbers that are known from the models' cards, counted by hand, or seen in a run."""
+
+import json
+from pathlib import Path
+
+import jobs
+import pytest
+import tiny_models
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+
+from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.cli import main
+from eacmoe_lightning.planning.checks import check_disk
+from eacmoe_lightning.planning.command import warnings
+from eacmoe_lightning.planning.machine import Rates
+from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, gptq_flops, packed_bytes, plan, weight_grids
+from eacmoe_lightning.recipe import Recipe
+from eacmoe_lightning.streaming.checkpoint import empty_model
+
+REAL = {
+    "mixtral": MixtralConfig(),
+    "qwen1.5": Qwen2MoeConfig(
+        vocab_size=151936, hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16,
+        intermediate_size=5632, moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_experts=60,
+        num_experts_per_tok=4,
+    ),
+    "qwen3": Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+    ),
+}  # fmt: skip
+BILLIONS = {"mixtral": 46.7, "qwen1.5": 14.3, "qwen3": 30.5}  # parameters, from the models' cards
+JOB = Job(128, 2048, 4, 0, "ridge", 1, 4, 0, False, 2)
+
+
+def shapes(name: str) -> MoEModel:
+    return MoEModel(empty_model(REAL[name], torch.bfloat16))
+
+
+def config_only(folder: Path, name: str) -> Path:
+    """A directory that holds a config.json and nothing else."""
+    REAL[name].save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    return folder
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_sizes_are_those_of_the_cards(name):
+    moe = shapes(name)
+    parameters = sum(parameter.numel() for parameter in moe.model.parameters())
+    assert parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.06)
+    result = plan(moe, Recipe(), JOB)
+    assert 2 * 2 * parameters * 0.9 < result.phases["read"].read_bytes < 2 * 2 * parameters
+    block = sum(p.numel() for p in moe.blocks[0].layer.parameters()) * 2
+    whole = parameters * 2
+    assert block < result.peak_bytes < whole  # one block and what is made of it, never the model
+
+
+def test_peak_memory_does_not_know_how_many_blocks_there_are():
+    peaks = []
+    for num_blocks in (2, 16):
+        config = tiny_models.config_of("mixtral")
+        config.num_hidden_layers = num_blocks
+        peaks.append(plan(MoEModel(empty_model(config, torch.float32)), Recipe(group_size=32), JOB).peak_bytes)
+    assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@torch.no_grad()
+def test_arithmetic_of_a_forward_pass_is_what_torch_counts(family):
+    """Beside attention scores: the counter does not see them on the CPU."""
+    moe = MoEModel(tiny_models.build(family))
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    hidden, kwargs = moe.embed(tokens)
+    moe.model.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        moe.blocks[0].forward(hidden, kwargs[0])
+    job = Job(1, 32, 1, 0, "none", 1, 2, 0, False, 4)
+    planned = plan(moe, Recipe(group_size=32), job).phases["observe"].flops / len(moe.blocks)
+    scores = 32 * 2 * 32 * 64  # tokens x (2 products, causal) x tokens x width of all heads
+    assert planned - scores == pytest.approx(counter.get_total_flops(), rel=0.005)
+
+
+def test_more_tokens_experts_and_width_cost_what_they_must():
+    moe = shapes("qwen1.5")
+    one, two = (plan(moe, Recipe(), Job(n, 2048, 4, 0, "none", 1, 4, 0, False, 2)).phases for n in (64, 128))
+    assert two["observe"].flops == 2 * one["observe"].flops
+    assert one["experts"].flops32 < two["experts"].flops32 < 2 * one["experts"].flops32  # solving does not grow
+    assert gptq_flops(100, 200) / gptq_flops(100, 100) == pytest.approx((4 / 3 * 8 + 5 * 4) / (4 / 3 + 5))
+    shared = plan(moe, Recipe(), Job(128, 2048, 4, 0, "none", 1, 4, 0, False, 2, processes=2)).phases
+    assert shared["observe"].flops == two["observe"].flops / 2
+
+
+def test_packed_size_is_counted_by_hand():
+    moe = MoEModel(empty_model(tiny_models.config_of("mixtral"), torch.float32))
+    attention, experts = 64 * 64 * 2 + 64 * 32 * 2, 8 * 3 * 64 * 64
+    bits = 3 * (attention * (4 + 24 / 32) + experts * (2 + 24 / 32))
+    assert packed_bytes(weight_grids(moe, Recipe(bits=(2,), group_size=32))) == bits / 8
+    mixed = Recipe(bits=(2,), group_size=32, overrides={0: {"experts.3": 4}})
+    grids = weight_grids(moe, mixed)
+    assert packed_bytes(grids) == (bits + 2 * 3 * 64 * 64) / 8
+    assert [grid.experts for grid in grids if grid.block == 0 and grid.bits == 4 and grid.part == "experts"] == [
+        (3,)
+    ] * 2
+
+
+def test_time_is_work_over_rates():
+    cost = Cost(flops=100, flops32=30, loop_bytes=8, read_bytes=5, written_bytes=5)
+    assert Rates(flops=50, flops32=10, memory=4, disk=2).seconds(cost) == 2 + 3 + 2 + 5
+
+
+def test_warnings_name_what_will_not_work():
+    moe, recipe = shapes("qwen1.5"), Recipe(bits=(4,), symmetric=True)
+    grids, found = weight_grids(moe, recipe), plan(moe, recipe, JOB)
+    said = warnings(found, grids, memory=10**12, free=10**12)
+    cut = [line for line in said if line.startswith("tensor parallelism over 2")]
+    assert len(cut) == 1 and "2048 x 1408 in groups of 128" in cut[0]  # 11 groups do not halve
+    assert not any("vllm" in line and "refused" in line for line in said)
+    said = warnings(found, weight_grids(moe, Recipe(bits=(3,))), memory=10**9, free=10**6)
+    assert any("--target vllm will be refused" in line and "3 bits" in line for line in said)
+    assert any("GB of memory, 1.0 GB are available" in line for line in said)
+    assert any("GB of disk, 0.0 GB are free" in line for line in said)
+
+
+@pytest.mark.parametrize("name, config", [("mixtral", "mixtral-8x7b"), ("qwen1.5", "qwen1.5-moe")])
+def test_the_command_needs_a_config_json_only(name, config, tmp_path, capsys):
+    folder = config_only(tmp_path / "model", name)
+    words = ["plan", "--config", str(jobs.ROOT / "configs" / f"{config}.yaml"), "--model.name_or_path", str(folder)]
+    words += ["--data.num_heldout_windows", "8", "--json", str(tmp_path / "plan.json")]
+    words += ["--trainer.default_root_dir", str(tmp_path / "run"), "--rate.flops", "4e14", "--rate.flops32", "4e13"]
+    main([*words, "--rate.memory", "2e12", "--rate.disk", "2e9", "--available.memory", "8e10"])
+    said, result = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert f"{BILLIONS[name]} billion parameters" in said and "expect a factor of two" in said
+    assert result["rates"] == {"flops": 4e14, "flops32": 4e13, "memory": 2e12, "disk": 2e9}
+    assert result["seconds"] == pytest.approx(sum(phase["seconds"] for phase in result["phases"].values()))
+    assert {"observe", "attention", "router", "experts", "replay"} <= result["phases"].keys()
+    assert not (tmp_path / "run").exists()  # nothing is created
+
+
+def test_a_model_without_a_config_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--model.name_or_path", str(tmp_path)])
+    assert "weights are not needed" in capsys.readouterr().err
+
+
+def test_fit_is_refused_where_the_disk_is_too_small(tmp_path, monkeypatch):
+    moe, recipe = shapes("mixtral"), Recipe()
+    use = disk_use(moe, recipe, JOB)
+    assert use["hidden streams"] == 7 * 128 * 2048 * 4096 * 2
+    usage = type("Usage", (), {"free": sum(use.values()) - 1})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="--model.stream_dtype bfloat16"):
+        check_disk(moe, recipe, JOB, tmp_path / "run")
+    usage.free += 1
+    assert "will take up to" in check_disk(moe, recipe, JOB, tmp_path / "run")
