@@ -102,7 +102,7 @@ def weight_grids(moe: MoEModel, recipe: Recipe) -> list[WeightGrid]:
             groups: dict[int, list[int]] = {grid.bits: []}
             if part == "experts":
                 projection = name.rpartition(".")[2]
-                bits = recipe.expert_bits(block.index, len(moe.blocks), projection, block.num_experts)
+                bits = recipe.expert_bits(block.index, len(moe.blocks), projection, range(block.num_experts))
                 groups = {b: [e for e, own in enumerate(bits) if own == b] for b in sorted(set(bits))}
             for bits, experts in groups.items():
                 some = tuple(experts) if len(groups) > 1 else None
