@@ -146,7 +146,7 @@ def save_packed(path: str | Path, model: PreTrainedModel) -> None:
     """Writes a packed model that `load` gave, as it is in memory, without its tokenizer."""
     config = {k: v for k, v in model.hf_quantizer.quantization_config.directory_config.items() if k != stored.KEY}
     shards: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _untied(model).items():
+    for name, tensor in untied(model).items():
         layer = re.match(r"[^0-9]*\.(\d+)\.", name)
         shards.setdefault(SHARD.format(int(layer[1])) if layer else REST, {})[name] = tensor
     with whole_directory(path) as partial:
@@ -249,7 +249,7 @@ def _names(block: Block) -> list[str]:
     return [f"{block.name}.{name}" for name in block.layer.state_dict()]
 
 
-def _untied(model: PreTrainedModel) -> dict[str, Tensor]:
+def untied(model: PreTrainedModel) -> dict[str, Tensor]:
     """The model's tensors, each once."""
     tied = _tied_names(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "dense")
+FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "gguf", "dense")
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")  # cut along their inputs by tensor parallelism
 
 
@@ -218,6 +218,18 @@ TARGETS = (
         note="reads the bits of a block from one of its experts",
     ),
     Target(
+        engine="llama.cpp",
+        format="gguf",
+        version="llama-cpp-python 0.3.36",
+        verified=True,
+        bits=(2, 3, 4, 5, 6, 7, 8),
+        symmetric=False,
+        group_sizes=None,
+        mixing="weight",
+        note="codes lie in ggml's blocks of 32: 4.5 bits a weight up to 3 bit and for symmetric 4 bit, 5.5 for "
+        "asymmetric 4 bit, 8.5 above",
+    ),
+    Target(
         engine="transformers",
         format="dense",
         version="transformers 5.23",
@@ -232,25 +244,36 @@ TARGETS = (
 ENGINES = tuple(dict.fromkeys(target.engine for target in TARGETS))
 
 
-def find(format: str | None = None, engine: str | None = None) -> Target:
-    """The first row of the table with this format and engine; None stands for any.
+def find(format: str | None = None, engine: str | None = None) -> list[Target]:
+    """The rows of the table with this format and engine, in its order; None stands for any.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or neither is named.
     """
-    for target in TARGETS:
-        if format in (None, target.format) and engine in (None, target.engine):
-            return target
     known = "; ".join(f"--format {t.format} --target {t.engine}" for t in TARGETS)
-    raise ValueError(f"nothing is known of --format {format} with --target {engine}; there are: {known}")
+    if format is None and engine is None:
+        raise ValueError(f"say for what: --format, --target or both. There are: {known}")
+    rows = [t for t in TARGETS if format in (None, t.format) and engine in (None, t.engine)]
+    if not rows:
+        raise ValueError(f"nothing is known of --format {format} with --target {engine}; there are: {known}")
+    return rows
 
 
-def check(target: Target, weights: Iterable[WeightGrid], tensor_parallel: int = 1) -> None:
-    """Raises ValueError with the first reason why `target` does not load these weights, and how many more there are."""
+def choose(rows: list[Target], weights: Iterable[WeightGrid], tensor_parallel: int = 1) -> Target:
+    """The first of some rows that loads these weights.
+
+    Raises:
+        ValueError: none does; with the first row's reason, and how many more it has.
+    """
     if tensor_parallel < 1:
         raise ValueError(f"tensor_parallel={tensor_parallel} (--tensor_parallel) is below 1")
-    if found := target.problems(weights, tensor_parallel):
-        raise ValueError(found[0] + (f"\n{len(found) - 1} more: " + "\n".join(found[1:]) if found[1:] else ""))
+    weights = list(weights)
+    problems = [row.problems(weights, tensor_parallel) for row in rows]
+    for row, found in zip(rows, problems, strict=True):
+        if not found:
+            return row
+    first, *others = problems[0]
+    raise ValueError(first + (f"\n{len(others)} more: " + "\n".join(others) if others else ""))
 
 
 def _divides(weight: WeightGrid, devices: int) -> bool:

@@ -59,12 +59,13 @@ class Reference:
         self.seen = reload.look(model, self.tokens)
         self.norms = {name: _norms(t) for name, t in model.state_dict().items() if t.is_floating_point()}
 
-    def compare(self, seen: dict[str, Tensor], what: str | Path) -> Difference:
+    def compare(self, seen: dict[str, Tensor], what: str | Path, rounded: str | None = None) -> Difference:
         """The difference of another model from this one.
 
         Args:
             seen: `reload.look` of the other.
             what: how it is called in an error.
+            rounded: the narrowest dtype that weights went through on their way; None: the model's.
 
         Raises:
             StoreError: a tensor is missing, or they differ by more than rounding in the dtype does.
@@ -82,7 +83,8 @@ class Reference:
         apart = theirs - ours
         rms = float((apart.square().mean() / ours.square().mean()).sqrt())
         difference = Difference(rms, float(apart.abs().max()), worst, len(self.norms))
-        if not (worst <= WEIGHT_LIMIT[self.dtype_name] and rms <= LOGIT_LIMIT[self.dtype_name]):
+        limits = {self.dtype_name, rounded or self.dtype_name}
+        if not (worst <= max(WEIGHT_LIMIT[d] for d in limits) and rms <= max(LOGIT_LIMIT[d] for d in limits)):
             raise StoreError(
                 f"{what} does not give our model when it is read back, so it is not kept: {difference}"
                 f"{f'; the worst tensor is {worst_name}' if worst_name else ''}"
@@ -106,8 +108,10 @@ class Reference:
                 )
             return self.compare(load_file(out), directory)
 
-    def compare_decoded(self, source: Source, tensors: dict[str, Tensor], what: Path) -> Difference:
-        """The difference of the model that checkpoint tensors under original names give.
+    def compare_decoded(
+        self, source: Source, tensors: dict[str, Tensor], what: Path, rounded: str | None = None
+    ) -> Difference:
+        """The difference of the model that checkpoint tensors under original names give; `rounded` as in `compare`.
 
         Raises:
             StoreError: names are missing, or it differs.
@@ -118,7 +122,7 @@ class Reference:
         )
         if strange := sorted([*loading["missing_keys"], *loading["unexpected_keys"]]):
             raise StoreError(f"{what} has other tensors than the original: {strange[:3]}")
-        return self.compare(reload.look(model.eval(), self.tokens), what)
+        return self.compare(reload.look(model.eval(), self.tokens), what, rounded)
 
 
 def _norms(tensor: Tensor) -> Tensor:

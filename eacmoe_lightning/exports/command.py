@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Literal
 
 from eacmoe_lightning import targets
-from eacmoe_lightning.exports import compressed_tensors, dense, gptq
+from eacmoe_lightning.exports import compressed_tensors, dense, gguf_file, gptq
 from eacmoe_lightning.exports.check import Difference
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.store import whole_directory
 
-WRITERS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "gptq_v2": gptq, "dense": dense}
+WRITERS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "gptq_v2": gptq, "dense": dense, "gguf": gguf_file}
+NEED_LIBRARY = ("compressed-tensors", "gguf")
 
 
 def export(
     source: str,
     output: str,
-    format: Literal["compressed-tensors", "gptq", "gptq_v2", "dense"] = "compressed-tensors",
-    target: str | None = None,
+    format: Literal["compressed-tensors", "gptq", "gptq_v2", "gguf", "dense"] | None = None,
+    target: Literal[targets.ENGINES] | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     tensor_parallel: int = 1,
 ) -> Difference:
@@ -30,9 +31,10 @@ def export(
         source: A run directory or a compressed directory.
         output: The directory to write; it must be empty or not exist.
         format: compressed-tensors (pack-quantized, symmetric), gptq (zero points less 1, symmetric), gptq_v2 (true
-            zero points) or dense (decoded, of the original's size).
-        target: The engine that is to load it: transformers, vllm, sglang or gptqmodel; null: the format's first. What
-            it is known not to load, or to load wrongly, is refused.
+            zero points), gguf (for llama.cpp) or dense (decoded, of the original's size); null: the target's first that
+            it loads the model in.
+        target: The engine that is to load it; null: the format's first. What it is known not to load, or to load
+            wrongly, is refused.
         dtype: Of everything that is not quantized; auto: in which the model was calibrated.
         tensor_parallel: Over how many devices the engine is to cut each linear; group sizes that do not allow it are
             refused.
@@ -42,24 +44,25 @@ def export(
         ValueError: the target does not load such a model, or the output is not empty.
         StoreError: a file of the source is damaged, or what was read back is not the model; nothing is kept then.
     """
-    row = targets.find(format, target)
+    rows = targets.find(format, target)
     place = Path(output)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"{output} (--output) is not empty: pass a directory that is, or does not exist")
     opened = Source(source, dtype)
     weights = opened.grids()
-    targets.check(row, weights, tensor_parallel)
-    if format == "compressed-tensors":
-        compressed_tensors.require_library()
+    row = targets.choose(rows, weights, tensor_parallel)
+    writer = WRITERS[row.format]
+    if row.format in NEED_LIBRARY:
+        writer.require_library()
     place.parent.mkdir(parents=True, exist_ok=True)
     with whole_directory(place) as partial:
         try:
-            WRITERS[format].write(opened, weights, row, partial)
-            difference = WRITERS[format].read_back(opened, row, partial)
+            writer.write(opened, weights, row, partial)
+            difference = writer.read_back(opened, row, partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    print(f"{output}: {format} for {row.engine} ({row.version}). Read back: {difference}")
+    print(f"{output}: {row.format} for {row.engine} ({row.version}). Read back: {difference}")
     if not row.verified:
         print(f"warning: {row.engine} was never run on an export of this package: try it before you serve it")
     return difference

@@ -103,6 +103,7 @@ class Source:
         self.weights: dict[str, Tensor] = {  # [..., O, I] on meta, of everything quantized
             name: weight for block in self.moe.blocks for name, (_, weight) in self.quantized(block).items()
         }
+        self.parameters: dict[str, Tensor] = compressed.untied(self.skeleton)  # on meta, each once
 
     @property
     def quantization(self) -> dict[str, Any]:
