@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from eacmoe_lightning import targets
 from eacmoe_lightning.calibration import Calibration, read_block
 from eacmoe_lightning.comparison import Comparison
 from eacmoe_lightning.compressed import fingerprint
@@ -50,7 +51,10 @@ class QESC(Comparison):
             routed experts also for one (experts.3), for one projection of all (experts.down_proj) or for both
             (experts.3.down_proj).
         group_size: Inputs that share a scale and a zero point.
-        symmetric: Fix the zero point to the middle code.
+        symmetric: Fix the zero point to the middle code; null: where the target needs it.
+        target: The engine that is to load the result's export: what it does not load is refused before anything is
+            computed (its formats are in targets.py; activation order needs nothing of it).
+        tensor_parallel: Over how many devices the target is to cut each linear.
         clip_search: Fit the range of each group by least error instead of its minimum and maximum.
         quantizer: gptq, rtn (round-to-nearest, the baseline) or none: weights stay as they are, for pruning alone.
         damping: Added to the Hessian's diagonal, as a share of its mean.
@@ -93,7 +97,9 @@ class QESC(Comparison):
         shared_expert_bits: int | None = None,
         overrides: dict[int, dict[str, int]] | None = None,
         group_size: int = 128,
-        symmetric: bool = False,
+        symmetric: bool | None = None,
+        target: Literal[targets.ENGINES] | None = None,
+        tensor_parallel: int = 1,
         clip_search: bool = True,
         quantizer: Literal["gptq", "rtn", "none"] = "gptq",
         damping: float = 0.05,
@@ -121,6 +127,10 @@ class QESC(Comparison):
         split_damage: bool = False,
     ) -> None:
         super().__init__(name_or_path, dtype, evaluate, split_damage)
+        self.targets = targets.for_calibration(target) if target else []
+        self.tensor_parallel = tensor_parallel
+        if symmetric is None:
+            symmetric = bool(self.targets) and self.targets[0].symmetric
         self.recipe = Recipe(
             bits=tuple(bits) if isinstance(bits, list) else (bits,),
             attention_bits=attention_bits,
@@ -183,6 +193,8 @@ class QESC(Comparison):
         self.recipe.check(moe)
         if self.pruning is not None:
             self.pruning.check(moe)
+        if self.targets:
+            targets.choose(self.targets, self.recipe.grids(moe), self.tensor_parallel)
         self.router_loss.num_targets(moe.num_experts, moe.top_k)  # a k that does not fit is said now
         job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size)
         check_memory(moe, job)

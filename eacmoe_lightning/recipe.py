@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from eacmoe_lightning.adapter import Block, MoEModel
 from eacmoe_lightning.grid import Grid
+from eacmoe_lightning.targets import WeightGrid, by_bits
 
 PARTS = ("attention", "shared", "experts")
 SOME_EXPERTS = re.compile(r"experts(?:\.(0|[1-9]\d*))?(?:\.(gate_up_proj|up_proj|down_proj))?")  # keys of overrides
@@ -101,6 +102,22 @@ class Recipe:
         bits, own = self.grid(block, num_blocks, "experts").bits, self.overrides.get(block, {})
         bits = own.get(f"experts.{projection}", bits)
         return tuple(own.get(f"experts.{e}.{projection}", own.get(f"experts.{e}", bits)) for e in numbers)
+
+    def grids(self, moe: MoEModel) -> list[WeightGrid]:
+        """How every weight of a model is going to be quantized, experts by their bits."""
+        found = []
+        for block in moe.blocks:
+            for name, (part, weight) in block.weights().items():
+                grid, shape = self.grid(block.index, len(moe.blocks), part), tuple(weight.shape)
+                bits = grid.bits
+                if part == "experts":
+                    bits = self.expert_bits(block.index, len(moe.blocks), name.rpartition(".")[2], shape[0])
+                for width, experts in by_bits(bits):
+                    own = shape if experts is None else (len(experts), *shape[1:])
+                    found.append(
+                        WeightGrid(name, block.index, part, own, width, grid.group_size, self.symmetric, experts)
+                    )
+        return found
 
     def check(self, moe: MoEModel) -> None:
         """Raises ValueError, before anything is computed, for a model that this recipe does not fit."""

@@ -8,7 +8,7 @@ documentation and promise less.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +35,14 @@ class WeightGrid:
     group_size: int
     symmetric: bool
     experts: tuple[int, ...] | None = None
+
+
+def by_bits(bits: int | Sequence[int]) -> list[tuple[int, tuple[int, ...] | None]]:
+    """Each width of a weight, and which experts of its stack have it (None: all)."""
+    widths = {bits} if isinstance(bits, int) else {*bits}
+    if len(widths) == 1:
+        return [(*widths, None)]
+    return [(width, tuple(e for e, own in enumerate(bits) if own == width)) for width in sorted(widths)]
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,7 @@ class Target:
         )
 
 
+READ = "sources of September 2026, read and not run"
 GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 
 TARGETS = (
@@ -160,37 +169,25 @@ TARGETS = (
     Target(
         engine="vllm",
         format="compressed-tensors",
-        version="sources of 2026",
+        version=READ,
         verified=False,
         bits=(4, 8),
         symmetric=True,
         group_sizes=(32, 64, 128),
         mixing="model",
-        note="WNA16 Marlin experts",
+        note="experts by Marlin kernels; gate, up and down of all experts under one scheme; the expert width on each "
+        "device a multiple of the group",
     ),
     Target(
         engine="sglang",
         format="compressed-tensors",
-        version="sources of 2026",
+        version=READ,
         verified=False,
         bits=(4, 8),
         symmetric=True,
         group_sizes=(32, 64, 128),
         mixing="model",
-        note="as vLLM, from which its loader is adapted",
-    ),
-    Target(
-        engine="gptqmodel",
-        format="gptq",
-        version="GPTQModel 7.7.0",
-        verified=True,
-        bits=(2, 3, 4, 8),
-        symmetric=True,
-        group_sizes=GPTQ_GROUPS,
-        mixing="weight",
-        multiple=32,
-        names="unstacked",
-        note="the format stores zero points less 1; asymmetric ones need gptq_v2",
+        note="experts take the scheme of the target `Linear`, which the export names for them",
     ),
     Target(
         engine="gptqmodel",
@@ -206,9 +203,22 @@ TARGETS = (
         note="true zero points",
     ),
     Target(
+        engine="gptqmodel",
+        format="gptq",
+        version="GPTQModel 7.7.0",
+        verified=True,
+        bits=(2, 3, 4, 8),
+        symmetric=True,
+        group_sizes=GPTQ_GROUPS,
+        mixing="weight",
+        multiple=32,
+        names="unstacked",
+        note="the format stores zero points less 1; asymmetric ones need gptq_v2",
+    ),
+    Target(
         engine="vllm",
         format="gptq",
-        version="sources of 2026",
+        version=READ,
         verified=False,
         bits=(4, 8),
         symmetric=True,
@@ -257,6 +267,15 @@ def find(format: str | None = None, engine: str | None = None) -> list[Target]:
     if not rows:
         raise ValueError(f"nothing is known of --format {format} with --target {engine}; there are: {known}")
     return rows
+
+
+def for_calibration(engine: str) -> list[Target]:
+    """The rows of an engine that keep a model compressed.
+
+    Raises:
+        ValueError: there is no such engine.
+    """
+    return [row for row in find(engine=engine) if row.format != "dense"]
 
 
 def choose(rows: list[Target], weights: Iterable[WeightGrid], tensor_parallel: int = 1) -> Target:

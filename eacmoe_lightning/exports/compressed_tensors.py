@@ -28,7 +28,7 @@ from eacmoe_lightning.grid import Quantized
 from eacmoe_lightning.targets import Target, WeightGrid
 
 LIBRARY = "0.20.0"  # the release whose loader was tried
-EXPERTS = r"re:.*\.experts\.\d+\..*"
+EXPERTS = r"re:.*\.experts\.\d+\..*"  # beside it `Linear`, where SGLang looks for the experts' scheme; no other is left
 
 
 def require_library() -> None:
@@ -93,7 +93,7 @@ def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]]
     """
     targets: dict[tuple[int, int], list[str]] = {}
     for weight in sorted(weights, key=lambda w: w.part != "experts"):  # the experts' group first
-        names = [EXPERTS] if weight.part == "experts" else linears[weight.name]
+        names = [EXPERTS, "Linear"] if weight.part == "experts" else linears[weight.name]
         own = targets.setdefault((weight.bits, weight.group_size), [])
         own.extend(name for name in names if name not in own)
     groups = {

@@ -25,7 +25,7 @@ from eacmoe_lightning.adapter import Block, MoEModel
 from eacmoe_lightning.grid import Quantized, take_quantized
 from eacmoe_lightning.pruning.surgery import KEPT, has_shapes_of
 from eacmoe_lightning.store import StoreError, read_tensors
-from eacmoe_lightning.targets import WeightGrid
+from eacmoe_lightning.targets import WeightGrid, by_bits
 
 WEIGHT = ".weight"
 
@@ -136,10 +136,9 @@ class Source:
             for name, (part, weight) in self.quantized(block).items():
                 bits, zero_point = self.quantization["bits"][name], tensors[f"{name}.zero_point"]
                 group_size = self.quantization["group_sizes"][name]
-                for width in sorted({bits} if isinstance(bits, int) else {*bits}):
-                    shape, own, experts = tuple(weight.shape), zero_point, None
-                    if not isinstance(bits, int):
-                        experts = tuple(e for e, b in enumerate(bits) if b == width)
+                for width, experts in by_bits(bits):
+                    shape, own = tuple(weight.shape), zero_point
+                    if experts is not None:
                         shape, own = (len(experts), *shape[1:]), zero_point[list(experts)]
                     symmetric = bool((own == 2 ** (width - 1)).all())
                     found.append(WeightGrid(name, block.index, part, shape, width, group_size, symmetric, experts))
