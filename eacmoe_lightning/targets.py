@@ -1,8 +1,8 @@
 """What other programs load: one table, asked by `export` before it writes and by `fit` before it calibrates.
 
 A row is an engine and a format. "Verified" means that models exported by this package were loaded by that engine and
-gave our logits (LOG.md has the versions and differences); the other rows come from the engines' sources and
-documentation and promise less.
+gave our logits (benchmarks/export_check.py does that; LOG.md has versions and differences); the other rows come from
+the engines' sources and promise less.
 """
 
 from __future__ import annotations

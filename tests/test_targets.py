@@ -101,7 +101,7 @@ def test_a_target_changes_nothing_but_what_it_needs():
     [
         ({"bits": "3"}, "has 3 bits"),
         ({"bits": "4", "symmetric": "false"}, "loads symmetric weights only"),
-        ({"bits": "4", "overrides": "{1: {experts: 8}}"}, "would decode the others wrongly"),
+        ({"bits": "4", "overrides": "{1: {experts.3: 8}}"}, "would decode the others wrongly"),
         ({"bits": "4", "tensor_parallel": "4"}, "--tensor_parallel 4"),
     ],
 )

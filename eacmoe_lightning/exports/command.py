@@ -11,6 +11,7 @@ from eacmoe_lightning import targets
 from eacmoe_lightning.exports import compressed_tensors, dense, gguf_file, gptq
 from eacmoe_lightning.exports.check import Difference
 from eacmoe_lightning.exports.source import Source
+from eacmoe_lightning.skipping.stored import KEY as SKIPPING
 from eacmoe_lightning.store import whole_directory
 
 WRITERS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "gptq_v2": gptq, "dense": dense, "gguf": gguf_file}
@@ -63,6 +64,8 @@ def export(
             shutil.rmtree(partial, ignore_errors=True)
             raise
     print(f"{output}: {row.format} for {row.engine} ({row.version}). Read back: {difference}")
+    if SKIPPING in opened.directory_config:
+        print(f"warning: {row.engine} knows nothing of the rule by which this model skips experts: it runs all of them")
     if not row.verified:
         print(f"warning: {row.engine} was never run on an export of this package: try it before you serve it")
     return difference

@@ -1,0 +1,178 @@
+"""Exports in the engines that they are for: GPTQModel and llama.cpp load them, and their logits are compared with ours.
+
+    python benchmarks/export_check.py --json export_check.json
+    python benchmarks/export_check.py --engines llama.cpp --cases 3 --sources runs/tiny runs/tiny-2.06
+
+Models: the bundled one rounded to nearest in groups of 128 (CASES), and the runs or compressed directories given by
+--sources. Each is exported by `eacmoe_lightning.exports.export`, loaded by the engine in an environment of its own
+(made under --work where it is missing: GPTQModel's takes 6 GB, llama.cpp is compiled, some minutes), and run on the
+bundled held-out texts. Rows:
+
+    logits      root mean square of the difference from our decoded float32 model, relative to that of its logits
+    yardstick   the same for our own model in bfloat16: what rounding alone does
+    control     llama.cpp only: the same file with decoded float32 weights, so without rounded activations
+    perplexity  of both, and the share of positions with the same most likely token
+    tokens      llama.cpp only: the share of held-out texts whose token ids are the original tokenizer's
+
+    --python ENGINE=PATH uses an environment that there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from eacmoe_lightning import compressed
+from eacmoe_lightning.adapter import BUNDLED, MoEModel, load_original
+from eacmoe_lightning.exports import export
+from eacmoe_lightning.grid import Grid, round_to_nearest
+from eacmoe_lightning.text import heldout_names, read_documents, token_windows
+
+HERE = Path(__file__).resolve().parent
+GROUP_SIZE, WINDOWS_PER_TEXT, WINDOW_LENGTH = 128, 4, 128
+PACKAGES = {
+    "gptqmodel": [["torch==2.14.1"], ["gptqmodel==7.7.*"]],
+    "llama.cpp": [["llama-cpp-python==0.3.36", "gguf>=0.17", "numpy"]],
+}
+FORMATS = {"gptqmodel": ("gptq", "gptq_v2"), "llama.cpp": ("gguf",)}
+CASES = {  # name: bits of attention, of gate and up, of down; symmetric
+    "2": (4, 2, 2, False),
+    "3": (4, 3, 3, False),
+    "4": (4, 4, 4, False),
+    "4 symmetric": (4, 4, 4, True),
+    "8 symmetric": (8, 8, 8, True),
+    "mixed": (4, 2, 3, False),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="*", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--sources", nargs="*", type=Path, default=[])
+    parser.add_argument("--work", type=Path, default=Path("runs/export_check"))
+    parser.add_argument("--python", nargs="*", default=[], metavar="ENGINE=PATH")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    work = args.work.resolve()
+    pythons = dict(choice.split("=", 1) for choice in args.python)
+    subjects = {case: rounded(work / "models" / case.replace(" ", "-"), *CASES[case]) for case in args.cases}
+    subjects |= {str(path): path for path in args.sources}
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    texts = {name: read_documents(f"bundled:{name}") for name in heldout_names()}
+    windows = [token_windows(own, tokenizer, WINDOWS_PER_TEXT, WINDOW_LENGTH) for own in texts.values()]
+    tokens = torch.cat(windows)
+    np.save(work / "tokens.npy", tokens.numpy())
+    whole = ["\n".join(own) for own in texts.values()]
+    (work / "texts.json").write_text(json.dumps(whole))
+    expected = [tokenizer(text, add_special_tokens=False).input_ids for text in whole]
+    rows = []
+    for engine in args.engines:
+        python = pythons.get(engine) or environment(engine, work)
+        for name, source in subjects.items():
+            ours = run_ours(source, tokens, "float32")
+            for form in FORMATS[engine]:
+                row = {"engine": engine, "format": form, "model": name}
+                out = work / "exports" / f"{Path(name).name.replace(' ', '-')}-{form}"
+                try:
+                    difference = None if out.exists() else export(str(source), str(out), form)
+                except ValueError as error:
+                    rows.append(row | {"refused": str(error).splitlines()[0]})
+                    continue
+                seen, said = run_engine(python, engine, out, work)
+                row |= said | compare(ours, torch.from_numpy(seen["logits"]), tokens)
+                row["yardstick"] = relative(run_ours(source, tokens, "bfloat16"), ours)
+                row["weights"] = difference and difference.weights
+                if engine == "llama.cpp":
+                    same = [list(seen[f"ids_{i}"]) == ids for i, ids in enumerate(expected)]
+                    row["tokens"] = sum(same) / len(same)
+                    control, _ = run_engine(python, engine, out, work, decoded=work / "decoded")
+                    row["control"] = relative(torch.from_numpy(control["logits"]), ours)
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def environment(engine: str, work: Path) -> str:
+    """The Python that runs an engine; its virtual environment is made where it is missing."""
+    path = work / "environments" / engine
+    python, done = path / "bin" / "python", path / "installed"
+    if not done.exists():
+        venv.create(path, with_pip=True, clear=True)
+        for packages in PACKAGES[engine]:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        done.touch()
+    return str(python)
+
+
+def rounded(folder: Path, attention: int, up: int, down: int, symmetric: bool) -> Path:
+    """A compressed directory of the bundled model, rounded to nearest."""
+    if folder.exists():
+        return folder
+    moe, blocks = MoEModel(load_original("bundled", "float32")), []
+    for block in moe.blocks:
+        quantized = {}
+        for name, (part, weight) in block.weights().items():
+            bits = attention if part == "attention" else down if "down_proj" in name else up
+            quantized[name] = round_to_nearest(weight, Grid(bits, GROUP_SIZE, symmetric))
+        moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
+        blocks.append(quantized)
+    compressed.save(folder, moe, "bundled", blocks, {"method": "round to nearest"})
+    return folder
+
+
+@torch.no_grad()
+def run_ours(source: Path, tokens: Tensor, dtype: str) -> Tensor:
+    """Logits [B, T, V] of our decoded model."""
+    model = compressed.load(source, dtype=dtype, packed=False)
+    return torch.cat([model(row[None], use_cache=False).logits.float() for row in tokens])
+
+
+def run_engine(python: str, engine: str, export: Path, work: Path, decoded: Path | None = None) -> tuple[dict, dict]:
+    """What an engine computes with an export, and what it says of itself.
+
+    Raises:
+        RuntimeError: it does not load it.
+    """
+    out = work / "seen.npz"
+    job = {"export": str(export), "tokens": str(work / "tokens.npy"), "texts": str(work / "texts.json")}
+    job |= {"out": str(out), "decoded": decoded and str(decoded)}
+    env = {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [python, str(HERE / "export_engines.py"), engine, json.dumps(job)]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{engine} does not run {export}: {done.stderr.strip()[-1500:]}")
+    return dict(np.load(out)), json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def relative(other: Tensor, ours: Tensor) -> float:
+    return float(((other - ours).square().mean() / ours.square().mean()).sqrt())
+
+
+def compare(ours: Tensor, theirs: Tensor, tokens: Tensor) -> dict[str, float]:
+    """Difference of logits, both perplexities, and how often the most likely token is the same."""
+
+    def perplexity(logits: Tensor) -> float:
+        return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp())
+
+    return {
+        "logits": relative(theirs, ours),
+        "perplexity": perplexity(theirs),
+        "perplexity_ours": perplexity(ours),
+        "same_token": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""One engine loads one export: the processes that `export_check.py` starts, each in the engine's own environment.
+
+    python export_engines.py ENGINE JOB
+
+with JOB = {"export": directory, "tokens": ids [B, T] as .npy, "texts": list of strings as .json, "out": .npz}. Writes
+`logits` [B, T, V] in float32 and, where the engine has a tokenizer of its own, the token ids of each text; prints one
+line of JSON about the engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+Seen = tuple[np.ndarray, list[list[int]], dict]  # logits, token ids of the texts, what the engine says of itself
+
+
+def gptqmodel(export: Path, tokens: np.ndarray, texts: list[str]) -> Seen:
+    """On its portable kernel, which computes in bfloat16."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.7 does not start on two cores otherwise
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    model = GPTQModel.load(str(export), device="cpu", backend=BACKEND.TORCH, dtype=torch.bfloat16).model
+    packed = [module for module in model.modules() if hasattr(module, "qweight")]
+    with torch.no_grad():
+        logits = np.concatenate([model(row[None]).logits.float().numpy() for row in torch.from_numpy(tokens)])
+    said = {"version": f"GPTQModel {version('gptqmodel')}", "num_packed": len(packed)}
+    return logits, [], said | {"kernel": sorted({type(module).__name__ for module in packed})}
+
+
+def llama_cpp(export: Path, tokens: np.ndarray, texts: list[str]) -> Seen:
+    """In float32, but for activations: products with quantized weights round them to 8 bit in blocks of 32."""
+    import llama_cpp as llama
+
+    quiet = llama.llama_log_callback(lambda *_: None)  # kept: llama.cpp calls it for as long as it runs
+    if os.environ.get("LLAMA_LOG") != "1":
+        llama.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama.llama_backend_init()
+    options = llama.llama_model_default_params()
+    options.use_extra_bufts = False  # no repacking for this machine
+    model = llama.llama_model_load_from_file(str(export / "model.gguf").encode(), options)
+    if not model:
+        raise SystemExit(f"llama.cpp does not load {export}: LLAMA_LOG=1 shows why")
+    options = llama.llama_context_default_params()
+    options.n_ctx = options.n_batch = options.n_ubatch = tokens.shape[1]
+    options.n_threads = options.n_threads_batch = 1
+    options.type_k = options.type_v = llama.GGML_TYPE_F32
+    options.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = llama.llama_init_from_model(model, options)
+    vocabulary = llama.llama_model_get_vocab(model)
+    size = llama.llama_vocab_n_tokens(vocabulary)
+    logits = np.empty((*tokens.shape, size), dtype=np.float32)
+    batch = llama.llama_batch_init(tokens.shape[1], 0, 1)
+    for row, window in enumerate(tokens):
+        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        batch.n_tokens = len(window)
+        for i, token in enumerate(window):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = int(token), i, 1, 0
+            batch.logits[i] = True
+        if status := llama.llama_decode(context, batch):
+            raise SystemExit(f"llama_decode failed with {status}")
+        logits[row] = np.ctypeslib.as_array(llama.llama_get_logits(context), shape=(len(window), size))
+    ids = [_tokenize(llama, vocabulary, text.encode()) for text in texts]
+    return logits, ids, {"version": f"llama-cpp-python {llama.__version__}"}
+
+
+def _tokenize(llama, vocabulary, text: bytes) -> list[int]:
+    room = (llama.llama_token * (len(text) + 8))()
+    number = llama.llama_tokenize(vocabulary, text, len(text), room, len(room), False, False)
+    return list(room[:number])
+
+
+def decode_gguf(export: Path, out: Path) -> None:
+    """The same file with every tensor decoded to float32: what is then left of a difference is not the weights'."""
+    import gguf
+
+    reader = gguf.GGUFReader(export / "model.gguf")
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(out / "model.gguf", architecture)
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind = field.types[0]
+            own = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, own)
+    for tensor in reader.tensors:
+        shape = tuple(int(n) for n in tensor.shape[::-1])
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape).copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+ENGINES = {"gptqmodel": gptqmodel, "llama.cpp": llama_cpp}
+
+if __name__ == "__main__":
+    engine, job = sys.argv[1], json.loads(sys.argv[2])
+    export = Path(job["export"])
+    if job.get("decoded"):
+        decoded = Path(job["decoded"])
+        decoded.mkdir(parents=True, exist_ok=True)
+        decode_gguf(export, decoded)
+        export = decoded
+    logits, ids, said = ENGINES[engine](export, np.load(job["tokens"]), json.loads(Path(job["texts"]).read_text()))
+    np.savez(job["out"], logits=logits, **{f"ids_{i}": np.array(own) for i, own in enumerate(ids)})
+    print(json.dumps(said))
