@@ -111,7 +111,7 @@ class Recipe:
                 grid, shape = self.grid(block.index, len(moe.blocks), part), tuple(weight.shape)
                 bits = grid.bits
                 if part == "experts":
-                    bits = self.expert_bits(block.index, len(moe.blocks), name.rpartition(".")[2], shape[0])
+                    bits = self.expert_bits(block.index, len(moe.blocks), name.rpartition(".")[2], block.expert_numbers)
                 for width, experts in by_bits(bits):
                     own = shape if experts is None else (len(experts), *shape[1:])
                     found.append(
