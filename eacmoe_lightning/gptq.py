@@ -69,7 +69,7 @@ def gptq(
         order, group_order = _orders(diagonal, grid.group_size)  # [S, I], [S, G]
         w = w.gather(2, order.unsqueeze(1).expand_as(w))
         h = h.gather(1, order.unsqueeze(2).expand_as(h)).gather(2, order.unsqueeze(1).expand_as(h))
-    u, h = _inverse_factor(h, damping)
+    u, h = damped_factor(h, damping)
     original = w.clone() if refine else w
     codes, scale, zero = _columns(w, u, grid, search)
     del u
@@ -98,7 +98,7 @@ def _orders(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return (groups.unsqueeze(-1) * group_size + within).flatten(1), groups
 
 
-def _inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def damped_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Upper Cholesky factor of (H + damping * mean(diag H) * I)^-1, and what is in the brackets, [S, I, I].
 
     `h` is used up.

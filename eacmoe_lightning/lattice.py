@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.gptq import _inverse_factor
+from eacmoe_lightning.gptq import damped_factor
 
 CHUNK = 128  # columns whose errors are passed on together
 
@@ -42,7 +42,7 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     diagonal.copy_(torch.where(diagonal > 0, diagonal, torch.where(mean > 0, mean, 1.0)))
-    return _inverse_factor(h, damping)
+    return damped_factor(h, damping)[0]
 
 
 def column_steps(factor: Tensor) -> Tensor:
