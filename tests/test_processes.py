@@ -9,7 +9,7 @@ from pathlib import Path
 import jobs
 import pytest
 from lightning.pytorch import LightningModule, Trainer
-from test_launchers import codes
+from test_launchers import assert_same
 
 from eacmoe_lightning.callbacks.block_callback import BlockCallback
 
@@ -44,16 +44,6 @@ def launch(processes: int, *words: str) -> tuple[int, str]:
     return process.returncode, output
 
 
-def same(run: Path, other: Path) -> None:
-    """Equal but for the order of float sums, which decides values that lie between two codes."""
-    assert (codes(run) == codes(other)).float().mean() > 0.98
-    reports = [json.loads((folder / "report.json").read_text()) for folder in (run, other)]
-    for stream in ("original", "compressed", "before"):
-        first, second = (report["perplexity"]["prose"][stream] for report in reports)
-        assert first == pytest.approx(second, rel=2e-3)
-    assert reports[0]["experts"] == reports[1]["experts"]
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, tiny_model_dir) -> Path:
     return jobs.fit(tiny_model_dir("qwen2_moe"), tmp_path_factory.mktemp("alone") / "run", **OPTIONS)
@@ -69,5 +59,5 @@ def test_three_processes_a_death_and_two_that_go_on(alone, tiny_model_dir, tmp_p
     assert (run / "blocks" / "block_000.safetensors").exists() and not (run / "compressed").exists()
     status, output = launch(2, *words, "--ckpt_path", "last")
     assert status == 0, output[-3000:]
-    same(run, alone)
+    assert_same(run, alone)
     assert not list(run.rglob("*.partial"))
