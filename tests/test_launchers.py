@@ -55,7 +55,7 @@ def alone(tmp_path_factory, tiny_model_dir) -> Path:
     return jobs.fit(tiny_model_dir("qwen2_moe"), tmp_path_factory.mktemp("alone") / "run", **OPTIONS)
 
 
-def codes(run: Path, block: str = "*") -> torch.Tensor:
+def codes(run: Path, block: str = "") -> torch.Tensor:
     """All codes of a run's compressed model, or those of one block."""
     found, bits = [], compressed.read_config(run / "compressed")["quantization"]["bits"]
     for file in sorted((run / "compressed").glob(f"weights-block-{block}*")):
