@@ -70,13 +70,13 @@ def main(store_fd: int, store_bytes: int, arena_fd: int, arena_bytes: int) -> No
     os.dup2(2, 1)  # whatever a library prints does not come between the answers
     store = memoryview(mmap.mmap(store_fd, store_bytes, access=mmap.ACCESS_READ))
     arena = map_bytes(arena_fd, arena_bytes)
-    send(answers, os.getpid())
-    while True:
-        try:
+    try:
+        send(answers, os.getpid())
+        while True:
             job = receive(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            send(answers, run(job, store, arena))
-        except StoreError as error:
-            send(answers, str(error))
+            try:
+                send(answers, run(job, store, arena))
+            except StoreError as error:
+                send(answers, str(error))
+    except (EOFError, BrokenPipeError):  # whoever gave the jobs is gone
+        os._exit(0)  # the pipe cannot be flushed either
