@@ -165,6 +165,17 @@ def read_note(path: Path) -> dict[str, Any]:
 REMEDY = "delete this file and continue with --ckpt_path last to have it computed again, or restore it from a backup"
 
 
+def refuse_other_settings(holder: str, held: dict[str, Any], identity: dict[str, Any], remedy: str) -> None:
+    """Raises ValueError where what `holder` holds was made with other settings; `remedy` is what to pass instead."""
+    different = sorted(key for key in held.keys() | identity.keys() if held.get(key) != identity.get(key))
+    if different:
+        key, more = different[0], len(different) - 1
+        raise ValueError(
+            f"{holder} with other settings: {key} was {held.get(key)!r} and is now {identity.get(key)!r}"
+            f"{f', and {more} more differ' if more else ''}. Nothing was changed: pass {remedy}"
+        )
+
+
 class RunDirectory:
     """Paths and files of one run.
 
@@ -255,14 +266,8 @@ class RunDirectory:
                 f"{self.manifest} is corrupt ({error}); pass another --trainer.default_root_dir"
             ) from error
         identity = json.loads(json.dumps(identity))
-        different = sorted(key for key in held.keys() | identity.keys() if held.get(key) != identity.get(key))
-        if different:
-            key, more = different[0], len(different) - 1
-            raise ValueError(
-                f"{where} holds a run with other settings: {key} was {held.get(key)!r} and is now "
-                f"{identity.get(key)!r}{f', and {more} more differ' if more else ''}. Nothing was changed: pass "
-                "another --trainer.default_root_dir, or the settings of that run"
-            )
+        remedy = "another --trainer.default_root_dir, or the settings of that run"
+        refuse_other_settings(f"{where} holds a run", held, identity, remedy)
         if not resume:
             raise ValueError(f"{where} already holds this run: add --ckpt_path last to continue it")
 

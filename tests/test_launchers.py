@@ -69,8 +69,8 @@ def codes(run: Path, block: str = "") -> torch.Tensor:
 def assert_same(run: Path, other: Path) -> None:
     """Equal but for the order of float sums, which decides values that lie between two codes.
 
-    Both runs give the first block the same inputs. Behind it, these random models carry every such decision on: one
-    process that sums in another order (`--data.batch_size 7` for 4) may end with 14 % other codes, too.
+    Both runs give the first block the same inputs. Behind it, these random models carry every such decision on; with
+    the paper's GPTQ one process that sums in another order (`--data.batch_size 7` for 4) ended with 14 % other codes.
     """
     assert (codes(run, "000") == codes(other, "000")).float().mean() > 0.99
     assert (codes(run) == codes(other)).float().mean() > 0.8

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eacmoe_lightning.store import StoreError, write_json
+from eacmoe_lightning.store import StoreError, refuse_other_settings, write_json
 
 
 class Results:
@@ -33,15 +33,8 @@ class Results:
             raise StoreError(
                 f"{path} is not what was written ({error!r}): restore it, or delete it to measure again"
             ) from error
-        keys = held_identity.keys() | self.identity.keys()
-        different = sorted(key for key in keys if held_identity.get(key) != self.identity.get(key))
-        if different:
-            key, more = different[0], len(different) - 1
-            raise ValueError(
-                f"{path} holds measurements with other settings: {key} was {held_identity.get(key)!r} and is now "
-                f"{self.identity.get(key)!r}{f', and {more} more differ' if more else ''}. Nothing was changed: pass "
-                "another --output, or the settings of that study"
-            )
+        remedy = "another --output, or the settings of that study"
+        refuse_other_settings(f"{path} holds measurements", held_identity, self.identity, remedy)
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows
