@@ -32,6 +32,19 @@ def gptq(
     search: bool = False,
     refine: int = 0,
 ) -> Quantized:
+    """`solve` without its error."""
+    return solve(weight, hessian, grid, damping, act_order, search, refine)[0]
+
+
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    damping: float = 0.01,
+    act_order: bool = False,
+    search: bool = False,
+    refine: int = 0,
+) -> tuple[Quantized, Tensor]:
     """Codes that minimise the layer's output error sum_x |(W - Q) x|^2 (GPTQ, algorithm 1, and see above).
 
     Args:
@@ -43,7 +56,8 @@ def gptq(
         refine: rounds of scales by least squares and coordinate descent over the codes, after the last column.
 
     Returns:
-        Codes of shape [..., O, I], scale and zero point [..., O, I / group_size].
+        Codes of shape [..., O, I], scale and zero point [..., O, I / group_size]; and what `output_error` says of them
+        [...] (without inputs that are always zero), from the losses that are known here anyway.
 
     Raises:
         ValueError: in_features is not a multiple of group_size, or a Hessian or weight is not finite, or a
@@ -69,24 +83,35 @@ def gptq(
         order, group_order = _orders(diagonal, grid.group_size)  # [S, I], [S, G]
         w = w.gather(2, order.unsqueeze(1).expand_as(w))
         h = h.gather(1, order.unsqueeze(2).expand_as(h)).gather(2, order.unsqueeze(1).expand_as(h))
-    u, h = damped_factor(h, damping)
-    original = w.clone() if refine else w
-    codes, scale, zero = _columns(w, u, grid, search)
-    del u
+    u, h, added = damped_factor(h, damping)
+    original, target = w.clone(), w @ h
+    codes, scale, zero, loss = _columns(w, u, grid, search)
+    del u, w
+    whole = _inner(target, original)
     for _ in range(refine):
-        scale = _refit(original, h, codes, scale, zero)
+        scale, _ = _refit(target, h, codes, scale, zero)
         codes = _descend(original, h, codes, scale, zero, grid)
     if refine:
-        scale = _refit(original, h, codes, scale, zero)
+        scale, gain = _refit(target, h, codes, scale, zero)
+        loss = whole + gain
+    delta = (_steps(codes, zero) * scale.unsqueeze(-1)).flatten(-2).sub_(original)
+    loss, whole = loss - added * _inner(delta, delta), whole - added * _inner(original, original)  # as without damping
+    error = (loss.clamp(min=0) / whole.clamp(min=1e-30)).float().reshape(lead)
 
     if act_order:
         codes = torch.empty_like(codes).scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
         place = group_order.unsqueeze(1).expand_as(scale)
         scale, zero = (torch.empty_like(t).scatter_(2, place, t) for t in (scale, zero))
     shape = (*lead, rows, columns // grid.group_size)
-    return Quantized(
+    quantized = Quantized(
         codes.reshape(weight.shape), scale.half().reshape(shape), zero.to(torch.uint8).reshape(shape), grid.bits
     )
+    return quantized, error
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products over the last two dimensions, [S] float64: what is subtracted later is nearly equal."""
+    return (a * b).sum(-1).double().sum(-1)
 
 
 def _orders(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -98,8 +123,9 @@ def _orders(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return (groups.unsqueeze(-1) * group_size + within).flatten(1), groups
 
 
-def damped_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Upper Cholesky factor of (H + damping * mean(diag H) * I)^-1, and what is in the brackets, [S, I, I].
+def damped_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Upper Cholesky factor of (H + d I)^-1 with d = damping * mean(diag H), what is in the brackets, [S, I, I], and d
+    [S], ten times larger as often as that is needed.
 
     `h` is used up.
     """
@@ -111,7 +137,7 @@ def damped_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         if not info.any():
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not info.any():
-                return upper, h
+                return upper, h, added * mean[:, 0]
     raise ValueError(
         f"the Hessian of {int((info != 0).sum())} of {len(h)} matrices cannot be factored, even with damping "
         f"{damping * 10**MAX_DAMPING_STEPS}. Raise --model.damping, calibrate on more text (--data.num_windows), or "
@@ -119,9 +145,11 @@ def damped_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     )
 
 
-def _columns(w: Tensor, u: Tensor, grid: Grid, search: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """GPTQ's own part; `w` [S, O, I] is used up. Codes [S, O, I] uint8, scale and zero point [S, O, G] float32."""
+def _columns(w: Tensor, u: Tensor, grid: Grid, search: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """GPTQ's own part; `w` [S, O, I] is used up. Codes [S, O, I] uint8, scale and zero point [S, O, G] float32, and the
+    loss [S] float64."""
     num, rows, columns = w.shape
+    loss = w.new_zeros(num, dtype=torch.float64)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     scale, zero = w.new_empty(num, rows, columns // grid.group_size), w.new_empty(num, rows, columns // grid.group_size)
     importance = u.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # what an error costs that later columns repair
@@ -132,8 +160,9 @@ def _columns(w: Tensor, u: Tensor, grid: Grid, search: bool) -> tuple[Tensor, Te
         s, z = neighbours(s, z, grid) if search else (s[..., None], z[..., None])  # [S, O, C]
         codes[:, :, start:end], errors, chosen = column_loop(chunk, factor, s, z, grid)
         scale[:, :, group], zero[:, :, group] = (t.gather(-1, chosen[..., None])[..., 0] for t in (s, z))
+        loss += _inner(errors, errors)
         w[:, :, end:].baddbmm_(errors, u[:, start:end, end:], alpha=-1)
-    return codes, scale, zero
+    return codes, scale, zero, loss
 
 
 def _steps(codes: Tensor, zero: Tensor) -> Tensor:
@@ -141,26 +170,31 @@ def _steps(codes: Tensor, zero: Tensor) -> Tensor:
     return codes.unflatten(-1, (zero.shape[-1], -1)) - zero.unsqueeze(-1)
 
 
-def _refit(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def _refit(target: Tensor, h: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """The scales [S, O, G] of least loss (w - As) H (w - As)^T of each row for its codes; A [I, G] holds code - zero.
 
-    The normal equations (A^T H A) s = A^T H w of all rows at once. A row whose solution is worse once it is rounded to
-    float16, or not positive, keeps its scales.
+    The normal equations (A^T H A) s = A^T H w of all rows at once; `target` [S, O, I] is w H. A row whose solution is
+    worse once it is rounded to float16, or not positive, keeps its scales. Also the loss that the scales leave, less
+    w H w^T: [S] float64.
     """
     a, groups = _steps(codes, zero), scale.shape[-1]
-    right = (a * (w @ h).unflatten(-1, (groups, -1))).sum(-1)  # [S, O, G]
-    normal = w.new_empty(*scale.shape, groups)  # [S, O, G, G]
+    right = (a * target.unflatten(-1, (groups, -1))).sum(-1)  # [S, O, G]
+    normal = target.new_empty(*scale.shape, groups)  # [S, O, G, G], symmetric
     for k, part in enumerate(h.chunk(groups, dim=1)):
-        normal[:, :, k] = ((a[:, :, k] @ part).unflatten(-1, (groups, -1)) * a).sum(-1)
+        upper = part.unflatten(-1, (groups, -1))[:, :, k:].flatten(-2)  # [S, g, (G - k) g]
+        normal[:, :, k, k:] = ((a[:, :, k] @ upper).unflatten(-1, (groups - k, -1)) * a[:, :, k:]).sum(-1)
+        normal[:, :, k:, k] = normal[:, :, k, k:]
     unused = normal.diagonal(dim1=-2, dim2=-1) <= 0  # a group whose codes all decode to zero
     solvable = normal + torch.diag_embed(torch.where(unused, 1.0, 1e-6 * normal.diagonal(dim1=-2, dim2=-1)))
     fitted = torch.linalg.solve_ex(solvable, right.unsqueeze(-1))[0].squeeze(-1).half().float()
     fitted = torch.where((fitted > 0) & fitted.isfinite(), fitted, scale)
 
-    def loss(s: Tensor) -> Tensor:  # without what does not depend on s
+    def loss(s: Tensor) -> Tensor:  # [S, O]
         return ((normal @ s.unsqueeze(-1)).squeeze(-1) * s).sum(-1) - 2 * (right * s).sum(-1)
 
-    return torch.where((loss(fitted) < loss(scale)).unsqueeze(-1), fitted, scale)
+    new, old = loss(fitted), loss(scale)
+    better = new < old
+    return torch.where(better.unsqueeze(-1), fitted, scale), torch.where(better, new, old).double().sum(-1)
 
 
 def _descend(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 NUM_SHRINKS = 24  # candidates of the clipping search, from the full range down to MIN_SHRINK of it
 MIN_SHRINK = 0.45
+CACHED = 1 << 17  # weights whose ranges are searched at once on a CPU: more would leave its caches
 SCALE_FACTORS = (0.8, 0.87, 0.93, 1.0, 1.07, 1.14, 1.2)  # of the scale, tried by `gptq` with its search
 ZERO_OFFSETS = (0, -1, 1)  # of the zero point
 
@@ -79,6 +80,12 @@ def fit_scale(groups: Tensor, grid: Grid, importance: Tensor | None = None) -> t
     Returns:
         scale, zero_point: float32 [...], the scale already rounded to float16.
     """
+    if groups.device.type == "cpu" and groups.numel() > CACHED and groups.ndim > 1:
+        dim = max(range(groups.ndim - 1), key=lambda d: groups.shape[d])
+        halves = groups.tensor_split(2, dim)
+        shares = (None, None) if importance is None else importance.expand(groups.shape).tensor_split(2, dim)
+        found = [fit_scale(half, grid, share) for half, share in zip(halves, shares, strict=True)]
+        return torch.cat([scale for scale, _ in found], dim), torch.cat([zero for _, zero in found], dim)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # zero is always on the grid
     if not grid.clip_search:
         return _range_to_scale(low, high, grid)

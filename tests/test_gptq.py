@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.gptq import _descend, _refit, gptq, output_error
+from eacmoe_lightning.gptq import _descend, _refit, gptq, output_error, solve
 from eacmoe_lightning.grid import Grid, round_to_nearest
 
 GRID = Grid(bits=3, group_size=16, clip_search=False)
@@ -96,6 +96,16 @@ def test_output_error_is_the_share_of_squared_outputs():
     torch.testing.assert_close(output_error(weight, quantized, x.T @ x), direct, rtol=1e-4, atol=0)
     stack = gptq(weight.repeat(3, 1, 1), (x.T @ x).repeat(3, 1, 1), GRID)
     assert output_error(weight.repeat(3, 1, 1), stack, (x.T @ x).repeat(3, 1, 1)).shape == (3,)
+
+
+@pytest.mark.parametrize("refine", [0, 1])
+@pytest.mark.parametrize("damping", [0.01, 0.5])
+def test_the_error_that_comes_along_is_the_output_error(damping, refine):
+    problems = [problem(seed=seed) for seed in range(3)]
+    weights, hessians = (torch.stack(tensors) for tensors in zip(*problems, strict=True))
+    hessians[1, 5] = hessians[1, :, 5] = 0  # an input that is always zero
+    quantized, error = solve(weights, hessians, Grid(2, 16), damping, True, True, refine)
+    torch.testing.assert_close(error, output_error(weights, quantized, hessians), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -215,12 +225,15 @@ def test_refitted_scales_are_those_of_least_squares():
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(5))
     start = round_to_nearest(weight, GRID)
     scale, zero = start.scale.float(), start.zero_point.float()
-    fitted = _refit(weight[None], (x.T @ x)[None], start.codes[None], scale[None], zero[None])[0]
+    fitted, gain = _refit((weight @ x.T @ x)[None], (x.T @ x)[None], start.codes[None], scale[None], zero[None])
+    fitted = fitted[0]
     steps = (start.codes.unflatten(-1, (4, 16)).float() - zero[..., None]).double()  # [O, G, g]
     for row in range(len(weight)):
         columns = torch.stack([x[:, 16 * k : 16 * k + 16].double() @ steps[row, k] for k in range(4)], 1)
         exact = np.linalg.lstsq(columns.numpy(), (x.double() @ weight[row].double()).numpy(), rcond=None)[0]
         np.testing.assert_allclose(fitted[row].numpy(), exact, rtol=2e-3)  # float16
+    left = (x @ (weight - (steps * fitted[..., None]).flatten(-2).float()).T).square().sum()
+    torch.testing.assert_close(gain[0].float() + (x @ weight.T).square().sum(), left, rtol=1e-3, atol=0)
 
 
 def test_a_group_that_decodes_to_zeros_keeps_its_scale():
@@ -230,7 +243,7 @@ def test_a_group_that_decodes_to_zeros_keeps_its_scale():
     assert torch.isfinite(quantized.scale).all() and (quantized.scale > 0).all()
     codes = torch.full((1, 24, 64), 1, dtype=torch.uint8)
     scale, zero = torch.full((1, 24, 4), 0.5), torch.ones(1, 24, 4)
-    assert torch.equal(_refit(weight[None], hessian[None], codes, scale, zero), scale)
+    assert torch.equal(_refit((weight @ hessian)[None], hessian[None], codes, scale, zero)[0], scale)
 
 
 def test_after_a_sweep_no_code_of_the_last_column_can_be_bettered():
