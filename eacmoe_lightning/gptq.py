@@ -215,8 +215,8 @@ def _descend(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, g
 
 
 def working_bytes(rows: int, columns: int) -> int:
-    """Memory that one problem [O, I] of a stack takes at most, its Hessian included."""
-    return 4 * (5 * columns * columns + 8 * rows * columns)
+    """Memory that one problem [O, I] of a stack takes at most, beside its Hessian and weight."""
+    return 4 * (4 * columns * columns + 8 * rows * columns)
 
 
 def output_error(weight: Tensor, quantized: Quantized, hessian: Tensor) -> Tensor:

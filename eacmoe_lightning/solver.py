@@ -2,7 +2,8 @@
 
 Linears that read the same tensor share a Hessian. The experts of a block are solved as one stack: each expert's
 Hessian is made of the tokens that the calibrated router sends it; the down projection sees what the already quantized
-up projection produces. With several processes, Hessians are summed and the experts divided.
+up projection produces. With several processes, Hessians are summed and the experts divided: evenly, for solving costs
+the same for all experts of a block, whatever their bits and tokens.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from eacmoe_lightning.adapter import Block, Routing
 from eacmoe_lightning.expert_shift import expert_load
-from eacmoe_lightning.gptq import gptq, output_error, working_bytes
+from eacmoe_lightning.gptq import output_error, solve, working_bytes
 from eacmoe_lightning.gram import gram, tokens_by_expert
 from eacmoe_lightning.grid import Grid, Quantized, one_or_each, round_to_nearest
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 
 log = logging.getLogger(__name__)
+
+CACHED = 16 << 20  # bytes of a stack's weights on a CPU: more are no faster together
 
 
 class BlockSolver:
@@ -43,11 +46,13 @@ class BlockSolver:
     def _grid(self, part: str) -> Grid:
         return self.recipe.grid(self.block.index, self.num_blocks, part)
 
-    def _solve(self, weight: Tensor, hessian: Tensor, grid: Grid) -> Quantized:
-        if self.recipe.quantizer == "rtn":
-            return round_to_nearest(weight, grid)
+    def _solve(self, weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Quantized, Tensor]:
+        """Codes, and their relative squared output error [...]."""
         recipe = self.recipe
-        return gptq(weight, hessian, grid, recipe.damping, recipe.act_order, recipe.scale_search, recipe.refine)
+        if recipe.quantizer == "rtn":
+            rounded = round_to_nearest(weight, grid)
+            return rounded, output_error(weight, rounded, hessian)
+        return solve(weight, hessian, grid, recipe.damping, recipe.act_order, recipe.scale_search, recipe.refine)
 
     # --- linears: attention, shared experts, dense feed-forwards --------------------------------------
 
@@ -62,9 +67,8 @@ class BlockSolver:
         for name in names:
             parameter = f"{self.block.name}.{name}.weight"
             part, weight = self.block.weights()[parameter]
-            quantized = self._solve(weight, hessian, self._grid(part))
-            self.error[parameter] = float(output_error(weight, quantized, hessian))
-            self.solved[parameter] = quantized
+            quantized, error = self._solve(weight, hessian, self._grid(part))
+            self.error[parameter], self.solved[parameter] = float(error), quantized
             weight.copy_(quantized.dequantize(weight.dtype))
 
     def _hessian(self, inputs: Iterable[Tensor]) -> Tensor:
@@ -103,9 +107,9 @@ class BlockSolver:
                     rows = (rows if projection == experts.up_name else experts.intermediate(rows, e)).float()
                     hessian[i] = gram(rows, None if weights is None else weights[e].to(weight.device))
                 self.ranks.sum(hessian)
-                quantized = self._solve_widths(weight, hessian, bits[projection][chosen])
+                quantized, error = self._solve_stack(weight, hessian, bits[projection][chosen])
                 parts[projection].append(quantized)
-                errors[projection] += output_error(weight, quantized, hessian).tolist()
+                errors[projection] += error.tolist()
                 weight.copy_(quantized.dequantize(weight.dtype))
         for projection, stack in parts.items():
             name = f"{self.block.name}.{self.block.experts_name}.{projection}"
@@ -114,46 +118,38 @@ class BlockSolver:
             self.error[name] = sum(errors[projection]) / len(errors[projection])
 
     def _experts_together(self) -> int:
-        """How many experts are solved as one stack: as many as `solver_gib` holds, and at least one."""
-        shapes = [self.block.experts.weight(p).shape[-2:] for p in self.block.experts.projections]
-        each = max(working_bytes(rows, columns) for rows, columns in shapes)
-        together = min(self.block.num_experts, max(1, int(self.recipe.solver_gib * 2**30) // each))
+        """How many experts are solved at a time: a stack in each process, of as many as `solver_gib` and a CPU's caches
+        hold, and of at least one."""
+        projections, world = self.block.experts.projections, self.ranks.world
+        weight = self.block.experts.weight(projections[0])
+        shapes = [self.block.experts.weight(p).shape[-2:] for p in projections]
+        together = experts_together(shapes, self.block.num_experts, self.recipe.solver_gib, world, weight.device)
         log.info(
             "%s: %d experts, %d at a time in %.2f GiB (--model.solver_gib %g)",
-            *(self.block.name, self.block.num_experts, together, together * each / 2**30, self.recipe.solver_gib),
+            *(self.block.name, self.block.num_experts, together),
+            *(stack_bytes(shapes, together, world) / 2**30, self.recipe.solver_gib),
         )
         return together
 
-    def _solve_widths(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> Quantized:
-        """A stack of experts [S, O, I] with bits of their own: those of one width as one stack."""
-        grid, widths = self._grid("experts"), sorted(set(bits))
-        stacks = [[i for i, own in enumerate(bits) if own == width] for width in widths]
-        if len(widths) == 1:
-            return self._solve_divided(weight, hessian, replace(grid, bits=widths[0]))
-        parts = [
-            self._solve_divided(weight[stack], hessian[stack], replace(grid, bits=width))
-            for width, stack in zip(widths, stacks, strict=True)
-        ]
-        order = torch.tensor([i for stack in stacks for i in stack], device=weight.device).argsort()
-        fields = (torch.cat([getattr(q, f) for q in parts])[order] for f in ("codes", "scale", "zero_point"))
-        return Quantized(*fields, bits)
-
-    def _solve_divided(self, weight: Tensor, hessian: Tensor, grid: Grid) -> Quantized:
-        """A stack of experts [S, O, I], divided among the processes and shared."""
-        num, world = len(weight), self.ranks.world
+    def _solve_stack(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> tuple[Quantized, Tensor]:
+        """Experts [S, O, I] with bits of their own, those of one width as one problem, divided among the processes and
+        shared; and their errors [S]."""
+        grid, num, world = self._grid("experts"), len(weight), self.ranks.world
         groups = weight.shape[-1] // grid.group_size
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         scale = torch.empty((*weight.shape[:-1], groups), dtype=torch.float16, device=weight.device)
         zero = torch.empty((*weight.shape[:-1], groups), dtype=torch.uint8, device=weight.device)
-        shares = [slice(num * r // world, num * (r + 1) // world) for r in range(world)]
-        mine = shares[self.ranks.rank]
-        if mine.start < mine.stop:
-            solved = self._solve(weight[mine], hessian[mine], grid)
-            codes[mine], scale[mine], zero[mine] = solved.codes, solved.scale, solved.zero_point
-        for rank, share in enumerate(shares):
-            for tensor in (codes, scale, zero):
-                self.ranks.broadcast(tensor[share], rank)
-        return Quantized(codes, scale, zero, grid.bits)
+        error = torch.empty(num, device=weight.device)
+        by_width = sorted(range(num), key=lambda i: bits[i])
+        shares = [by_width[num * r // world : num * (r + 1) // world] for r in range(world)]
+        for width in sorted({bits[i] for i in shares[self.ranks.rank]}):
+            own = [i for i in shares[self.ranks.rank] if bits[i] == width]
+            solved, error[own] = self._solve(weight[own], hessian[own], replace(grid, bits=width))
+            codes[own], scale[own], zero[own] = solved.codes, solved.scale, solved.zero_point
+        for rank, share in enumerate(shares if world > 1 else ()):
+            for tensor in (codes, scale, zero, error) if share else ():
+                tensor[share] = self.ranks.broadcast(tensor[share], rank)
+        return Quantized(codes, scale, zero, one_or_each(bits)), error
 
     def _tokens(self, routing: Routing) -> tuple[list[Tensor], list[Tensor] | None]:
         """For each expert the tokens [n] that its Hessians are made of, and with `affinity` their weights [n].
@@ -181,3 +177,21 @@ class BlockSolver:
         best[: len(top)] = top
         threshold = torch.cat(self.ranks.gather(best)).topk(num).values[-1]
         return (score >= threshold) & score.isfinite()
+
+
+def stack_bytes(shapes: list[tuple[int, int]], together: int, world: int) -> int:
+    """Memory of one process while `together` experts, whose projections have these shapes (O, I), are solved by `world`
+    processes: the Hessians of all, and the work on its share."""
+    share = -(-together // world)
+    return max(together * 4 * columns**2 + share * working_bytes(rows, columns) for rows, columns in shapes)
+
+
+def experts_together(
+    shapes: list[tuple[int, int]], num_experts: int, gib: float, world: int, device: torch.device
+) -> int:
+    """How many experts are solved at a time by `world` processes: as many in each as `gib` (and on a CPU its caches)
+    hold, and at least one."""
+    stack = int(gib * 2**30) // stack_bytes(shapes, world, world)
+    if device.type == "cpu":
+        stack = min(stack, CACHED // max(4 * rows * columns for rows, columns in shapes))
+    return min(num_experts, max(1, stack) * world)
