@@ -14,7 +14,7 @@ values); when a block is left, its codes are on disk and its memory is free.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -185,18 +185,31 @@ class Calibration:
 
     @torch.no_grad()
     def ridge_router(self, num_targets: int, strength: float) -> Tensor:
-        """The closed-form router [E, D] of the current block (see `ridge`)."""
-        gram = cross = None
+        """The closed-form router [E, D] of the current block (see `ridge`).
+
+        Experts whose sums do not fit into `solver_gib` together come one part after another, each by a pass over the
+        router's inputs.
+        """
+        weight = self.block.router_weight.float()
+        num_experts, width = weight.shape
+        together, updated = ridge.experts_together(num_experts, width, self.recipe.solver_gib), []
+        for start in range(0, num_experts, together):
+            experts = slice(start, min(start + together, num_experts))
+            sums = ridge.NormalEquations(experts, width, weight.device)
+            for x, target in self._ridge_rows():
+                residual = target - self.block.router_logits(x)
+                sums.add(x.float(), residual, target.topk(num_targets, dim=-1).indices)
+            for total in (sums.gram, sums.cross, sums.squares):
+                self.ranks.sum(total)
+            updated.append(ridge.solve(weight, sums, strength))
+        return torch.cat(updated)
+
+    def _ridge_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """By batch, on the model's device: inputs [n, D], teacher logits [n, E] of the experts that the block has."""
         teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
         for rows in self.streams.slices:
-            x = self.streams.to_device(self._router_input[rows].flatten(0, 1))
-            target = self.streams.to_device(teacher[rows].flatten(0, 1)[:, self.block.kept])
-            residual = target - self.block.router_logits(x)
-            sums = ridge.normal_equations(x.float(), residual, target.topk(num_targets, dim=-1).indices)
-            gram, cross = sums if gram is None else (gram.add_(sums[0]), cross.add_(sums[1]))
-        self.ranks.sum(gram)
-        self.ranks.sum(cross)
-        return ridge.solve(self.block.router_weight.float(), gram, cross, strength)
+            x, target = self._router_input[rows], teacher[rows].flatten(0, 1)[:, self.block.kept]
+            yield self.streams.to_device(x.flatten(0, 1)), self.streams.to_device(target)
 
     def _count_shift(self, when: str) -> None:
         """Change rates and loads on the calibration stream, with the router as it is now."""

@@ -16,42 +16,74 @@ from torch import Tensor
 
 from eacmoe_lightning.gram import gram, tokens_by_expert
 
-SOLVED_BYTES = 1 << 30  # experts are solved together as far as their matrices fit in this
+SOLVED_BYTES = 1 << 30  # that matrices in float64 and their factors take at most, while some experts are solved
 
 
-def normal_equations(x: Tensor, residual: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over tokens that `solve` needs; sums of several calls add up.
+class NormalEquations:
+    """Sums over tokens that `solve` needs, for some of a block's experts: a [D, D] matrix for each of them.
 
-    Args:
-        x: [n, D] router inputs of the compressed stream.
-        residual: [n, E] teacher logits minus the current router's logits on x.
-        target_ids: [n, k] the teacher's k largest experts.
-
-    Returns:
-        gram [E, D, D] = X^T M_i X and cross [E, D] = X^T M_i residual_i, float32.
+    Attributes:
+        experts: which, of all.
+        gram: [e, D, D] = X^T M_i X, float32.
+        cross: [e, D] = X^T M_i residual_i, float32.
+        squares: the sum of all tokens' squares times k, float64: the trace of all experts' grams, also of those that
+            are not here.
     """
-    num_experts = residual.shape[1]
-    mask = torch.zeros_like(residual, dtype=torch.bool).scatter_(1, target_ids, True)
-    if target_ids.shape[1] == num_experts:  # every token counts for every expert
-        grams = gram(x).expand(num_experts, -1, -1).clone()
-    else:
-        grams = torch.stack([gram(x[tokens]) for tokens in tokens_by_expert(target_ids, num_experts)])
-    return grams, (residual * mask).T @ x
+
+    def __init__(self, experts: slice, width: int, device: torch.device) -> None:
+        self.experts = experts
+        num = experts.stop - experts.start
+        self.gram = torch.zeros(num, width, width, device=device)
+        self.cross = torch.zeros(num, width, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, residual: Tensor, target_ids: Tensor) -> NormalEquations:
+        """Adds tokens.
+
+        Args:
+            x: [n, D] router inputs of the compressed stream.
+            residual: [n, E] teacher logits minus the current router's logits on x.
+            target_ids: [n, k] the teacher's k largest experts.
+        """
+        num_experts, first = residual.shape[1], self.experts.start
+        mask = torch.zeros_like(residual, dtype=torch.bool).scatter_(1, target_ids, True)
+        if target_ids.shape[1] == num_experts:  # every token counts for every expert
+            self.gram += gram(x)
+        else:
+            for own, tokens in zip(self.gram, tokens_by_expert(target_ids - first, len(self.gram)), strict=True):
+                own += gram(x[tokens])
+        self.cross += (residual * mask)[:, self.experts].T @ x
+        self.squares += target_ids.shape[1] * x.square().sum(1).double().sum()
+        return self
 
 
-def solve(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """The calibrated router weight [E, D].
+def solve(weight: Tensor, sums: NormalEquations, ridge: float) -> Tensor:
+    """The calibrated router weight [e, D] of the experts that the sums are of.
 
     Args:
         weight: [E, D] the original router's.
-        ridge: lambda as a multiple of the mean diagonal of all tokens' gram; larger keeps closer to `weight`.
+        ridge: lambda as a multiple of the mean diagonal of all experts' gram; larger keeps closer to `weight`.
     """
-    mean = gram.diagonal(dim1=-2, dim2=-1).double().mean()
-    strength = ridge * mean.clamp(min=torch.finfo(torch.float32).tiny)
-    together = max(1, SOLVED_BYTES // (16 * gram.shape[-1] ** 2))  # a matrix and its factor in float64
+    num_experts, width = weight.shape
+    strength = ridge * (sums.squares / (num_experts * width)).clamp(min=torch.finfo(torch.float32).tiny)
+    together = _solved_together(width)
     update = []
-    for own, right in zip(gram.split(together), cross.split(together), strict=True):
+    for own, right in zip(sums.gram.split(together), sums.cross.split(together), strict=True):
         matrix = own.double()
         matrix.diagonal(dim1=-2, dim2=-1).add_(strength)
         update.append(torch.linalg.solve(matrix, right.double().unsqueeze(-1)).squeeze(-1))
-    return (weight.double() + torch.cat(update)).to(weight.dtype)
+    return (weight[sums.experts].double() + torch.cat(update)).to(weight.dtype)
+
+
+def working_bytes(num_experts: int, width: int) -> int:
+    """Memory that the sums of some experts take, and solving them."""
+    return (4 * num_experts + 16 * min(num_experts, _solved_together(width))) * width**2
+
+
+def _solved_together(width: int) -> int:
+    return max(1, SOLVED_BYTES // (16 * width**2))
+
+
+def experts_together(num_experts: int, width: int, gib: float) -> int:
+    """How many experts' sums `gib` holds beside what solving takes; at least one."""
+    return next((n for n in range(num_experts, 1, -1) if working_bytes(n, width) <= gib * 2**30), 1)

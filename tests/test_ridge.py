@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.ridge import normal_equations, solve
+from eacmoe_lightning.ridge import NormalEquations, experts_together, solve, working_bytes
 from eacmoe_lightning.router_loss import TopKMSE
 
 N, D, E = 300, 12, 6
@@ -22,7 +22,11 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def calibrated(x: Tensor, teacher: Tensor, weight: Tensor, k: int, ridge: float) -> Tensor:
-    return solve(weight, *normal_equations(x, teacher - x @ weight.T, teacher.topk(k).indices), ridge)
+    return solve(weight, sums(slice(0, E)).add(x, teacher - x @ weight.T, teacher.topk(k).indices), ridge)
+
+
+def sums(experts: slice) -> NormalEquations:
+    return NormalEquations(experts, D, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, E])
@@ -44,10 +48,26 @@ def test_equals_least_squares_with_augmented_rows(rows, k, ridge):
 def test_sums_over_chunks_add_up(rows, k):
     x, teacher, weight = rows
     ids, residual = teacher.topk(k).indices, teacher - x @ weight.T
-    whole = normal_equations(x, residual, ids)
-    parts = [normal_equations(x[s], residual[s], ids[s]) for s in (slice(0, 31), slice(31, 31), slice(31, N))]
-    for total, *pieces in zip(whole, *parts, strict=True):
-        torch.testing.assert_close(sum(pieces), total, rtol=1e-5, atol=1e-4)
+    whole, parts = sums(slice(0, E)).add(x, residual, ids), sums(slice(0, E))
+    for s in (slice(0, 31), slice(31, 31), slice(31, N)):
+        parts.add(x[s], residual[s], ids[s])
+    for name in ("gram", "cross", "squares"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [2, E])
+def test_experts_part_by_part_are_the_experts_together(rows, k):
+    x, teacher, weight = rows
+    ids, residual = teacher.topk(k).indices, teacher - x @ weight.T
+    parts = [solve(weight, sums(slice(*ends)).add(x, residual, ids), 1e-3) for ends in ((0, 1), (1, 4), (4, E))]
+    torch.testing.assert_close(torch.cat(parts), calibrated(x, teacher, weight, k, 1e-3), rtol=0, atol=1e-6)
+
+
+def test_as_many_experts_come_together_as_the_memory_holds():
+    """DeepSeek-V3: 256 experts, hidden 7168, 206 MB a sum and 822 MB for a matrix that is solved."""
+    assert experts_together(256, 7168, 2.0) == 6
+    assert working_bytes(6, 7168) == (6 * 4 + 16) * 7168**2 < 2**31 < working_bytes(7, 7168)
+    assert [experts_together(60, 2048, gib) for gib in (1e-9, 2.0)] == [1, 60]
 
 
 def test_a_strong_ridge_leaves_the_weight_unchanged(rows):
@@ -93,5 +113,5 @@ def test_an_expert_in_nobody_s_targets_keeps_its_row(rows):
 def test_the_dtype_of_the_weight_is_kept(rows, dtype):
     x, teacher, weight = rows
     assert calibrated(x, teacher, weight.to(dtype).float(), 2, 1e-3).dtype == torch.float32
-    sums = normal_equations(x, teacher - x @ weight.T, teacher.topk(2).indices)
-    assert solve(weight.to(dtype), *sums, 1e-3).dtype == dtype
+    added = sums(slice(0, E)).add(x, teacher - x @ weight.T, teacher.topk(2).indices)
+    assert solve(weight.to(dtype), added, 1e-3).dtype == dtype
