@@ -1,13 +1,11 @@
-"""Seconds and peak memory of every phase: `costs.jsonl` in the run directory, TensorBoard, and the report."""
+"""Seconds and bytes of every phase: `costs.jsonl` in the run directory, TensorBoard, and the report."""
 
 from __future__ import annotations
-
-import time
 
 from lightning.pytorch import Trainer
 
 from eacmoe_lightning.callbacks.block_callback import BlockCallback
-from eacmoe_lightning.memory import peak_memory, reset_peak_memory
+from eacmoe_lightning.memory import Watch
 from eacmoe_lightning.qesc import QESC
 
 
@@ -18,18 +16,19 @@ class PhaseCost(BlockCallback):
     """
 
     def __init__(self) -> None:
-        self.started: dict[str, float] = {}
+        self.started: dict[str, Watch] = {}
 
     def on_phase_start(self, trainer: Trainer, module: QESC, block: int | None, phase: str) -> None:
-        reset_peak_memory()
-        self.started[phase] = time.perf_counter()
+        self.started[phase] = Watch()
 
     def on_phase_end(self, trainer: Trainer, module: QESC, block: int | None, phase: str) -> None:
-        started = self.started.pop(phase, None)
-        if started is None or not trainer.is_global_zero:
+        watch = self.started.pop(phase, None)
+        if watch is None or not trainer.is_global_zero:
             return
-        seconds, peak = time.perf_counter() - started, peak_memory()
-        module.run.add_cost(block, phase, seconds, peak)
+        cost = watch.cost()
+        module.run.add_cost(block, phase, cost)
         if block is not None:
+            metrics = {f"seconds/{phase}": cost["seconds"]}
+            metrics |= {f"{n[:-6]}_megabytes/{phase}": size / 2**20 for n, size in cost.items() if n.endswith("_bytes")}
             for logger in trainer.loggers:
-                logger.log_metrics({f"seconds/{phase}": seconds, f"peak_megabytes/{phase}": peak / 2**20}, step=block)
+                logger.log_metrics(metrics, step=block)

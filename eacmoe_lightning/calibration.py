@@ -1,5 +1,6 @@
 """QESC, block by block (EAC-MoE, section 4): what happens between two blocks of a model, in the paper's order.
 
+    read       the block's weights come from disk
     observe    the full-precision block runs on x and says which experts it selects; what a pruning rule does not keep
                goes now, so that everything below sees the pruned block
     attention  GPTQ of the attention projections, on what the compressed prefix really produces (x_hat)
@@ -36,7 +37,7 @@ from eacmoe_lightning.streams import Streams, concatenate
 
 log = logging.getLogger(__name__)
 
-PHASES = ("observe", "attention", "router", "experts", "replay")
+PHASES = ("read", "observe", "attention", "router", "experts", "replay")
 
 
 class Calibration:
@@ -95,7 +96,8 @@ class Calibration:
 
     def _observe_and_solve_attention(self) -> None:
         block, streams = self.block, self.streams
-        self.moe.load(block.index)
+        with self.phase(block.index, "read"):
+            self.moe.load(block.index)
         self.solver = BlockSolver(block, len(self.moe.blocks), self.recipe, self.ranks)
         self.stats = {"block": block.index, "name": block.name}
         with self.phase(block.index, "observe"):

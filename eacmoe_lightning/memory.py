@@ -1,15 +1,40 @@
-"""Peak memory of a phase and what is left: of the CUDA device where there is one, else of this process and machine."""
+"""What a phase takes, and what is left: on the CUDA device where there is one, else of this process and machine."""
 
 from __future__ import annotations
 
 import os
 import resource
+import time
 from pathlib import Path
 
 import torch
 
 _MEMORY, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS, _CLEAR, _IO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/io")
+
+
+class Watch:
+    """What a stretch of this process takes, from its creation on."""
+
+    def __init__(self) -> None:
+        reset_peak_memory()
+        self._started, self._disk = time.perf_counter(), disk_traffic()
+
+    def cost(self) -> dict[str, float]:
+        """`seconds`; `peak_bytes` of memory; `read_bytes` and `written_bytes`, from and to the disk itself: what the
+        system's page cache had or still holds is not among them (0 where the system does not tell)."""
+        read, written = (now - then for now, then in zip(disk_traffic(), self._disk, strict=True))
+        seconds = round(time.perf_counter() - self._started, 4)
+        return {"seconds": seconds, "peak_bytes": peak_memory(), "read_bytes": read, "written_bytes": written}
+
+
+def disk_traffic() -> tuple[int, int]:
+    """Bytes that this process has had read from and written to disk so far."""
+    try:
+        counters = dict(line.split(": ") for line in _IO.read_text().splitlines())
+        return int(counters["read_bytes"]), int(counters["write_bytes"])
+    except (OSError, ValueError, KeyError):
+        return 0, 0  # another system
 
 
 def reset_peak_memory() -> None:

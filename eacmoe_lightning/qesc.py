@@ -25,6 +25,7 @@ from eacmoe_lightning.comparison import Comparison
 from eacmoe_lightning.compressed import fingerprint
 from eacmoe_lightning.data import shard
 from eacmoe_lightning.grid import Quantized
+from eacmoe_lightning.memory import Watch
 from eacmoe_lightning.planning.checks import check_disk, check_memory
 from eacmoe_lightning.planning.command import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
@@ -201,8 +202,12 @@ class QESC(Comparison):
         if self.trainer.is_global_zero:
             if not resumes:
                 print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
+                watch = Watch()
                 moe.check_finite()
+                checked = watch.cost()
             self.run.start(self.identity(), resumes)
+            if not resumes:
+                self.run.add_cost(None, "check", checked)
         self.trainer.strategy.barrier()
         routers = moe.read(block.router_parameter_name for block in moe.moe_blocks)
         for block in moe.moe_blocks:

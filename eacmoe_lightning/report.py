@@ -5,10 +5,11 @@ Keys (dots are nesting): `command`, `config`, `versions`, `commit`, `seed`, `mac
 `size_bytes.original`, `.compressed`; `perplexity.<text>.original|compressed|before` (before: the compressed model with
 the original's routers); `expert_shift.mean.before|after.any|half|all|selections` over the held-out texts,
 `expert_shift.calibration.before|after` and `expert_shift.blocks[]`; `router.method`; `experts.starved` (number) and
-`experts.starved_by_block`; `cost.<phase>.seconds|peak_bytes|share`, `cost.total_seconds`; where experts were
-removed `pruning.rule`, `.experts`, `.removed`, `.removed_selections` (mean over blocks) and
-`pruning.blocks.<block>.kept|removed|removed_selections|scores`; `perplexity.<text>.original` is then the one before
-pruning, and `.before` that of the pruned (and quantized) model with the original's routers.
+`experts.starved_by_block`; `cost.<phase>.seconds|peak_bytes|read_bytes|written_bytes|share` (read and written: disk
+traffic), `cost.total_seconds`; where experts were removed `pruning.rule`, `.experts`, `.removed`,
+`.removed_selections` (mean over blocks) and `pruning.blocks.<block>.kept|removed|removed_selections|scores`;
+`perplexity.<text>.original` is then the one before pruning, and `.before` that of the pruned (and quantized) model with
+the original's routers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from eacmoe_lightning.adapter import local_directory
+from eacmoe_lightning.calibration import PHASES
 from eacmoe_lightning.compressed import size_of
 from eacmoe_lightning.expert_shift import RATES, mean_rates
 from eacmoe_lightning.recipe import Recipe, nominal_bits, num_quantized
@@ -124,7 +126,12 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(
             f"tokens with {rate:4s} selections changed: {shift['before'][rate]:.2%} -> {shift['after'][rate]:.2%}"
         )
-    lines.append(f"{report['experts']['starved']} starved experts; {report['cost']['total_seconds']:.0f} s in all")
+    cost = report["cost"]
+    lines.append(f"{report['experts']['starved']} starved experts; {cost['total_seconds']:.0f} s in all")
+    if calibration := sum(cost[phase]["seconds"] for phase in (*PHASES, "joint") if phase in cost):
+        stages = {"router per block": "router", "joint stage": "joint"}
+        said = (f"{name} {cost[phase]['seconds'] / calibration:.1%}" for name, phase in stages.items() if phase in cost)
+        lines.append(f"router calibration, of the {calibration:.0f} s from reading to replaying: " + ", ".join(said))
     return "\n".join(lines)
 
 
@@ -174,8 +181,9 @@ def markdown(report: dict[str, Any]) -> str:
         ),
         *([_pruning_table(report["pruning"])] if "pruning" in report else []),
         "## Cost\n\n"
-        + _table(["phase", "seconds", "share", "peak MB"], [
-            [p, f"{c['seconds']:.1f}", f"{c['share']:.1%}", f"{c['peak_bytes'] / 2**20:.0f}"]
+        + _table(["phase", "seconds", "share", "peak MB", "from disk MB", "to disk MB"], [
+            [p, f"{c['seconds']:.1f}", f"{c['share']:.1%}",
+             *(f"{c[size] / 2**20:.0f}" for size in ("peak_bytes", "read_bytes", "written_bytes"))]
             for p, c in cost.items() if isinstance(c, dict)
         ]),
     ]  # fmt: skip
@@ -229,9 +237,10 @@ def _cost(run: RunDirectory) -> dict[str, Any]:
     total = sum(row["seconds"] for row in rows)
     phases: dict[str, Any] = {}
     for row in rows:
-        phase = phases.setdefault(row["phase"], {"seconds": 0.0, "peak_bytes": 0})
-        phase["seconds"] += row["seconds"]
+        phase = phases.setdefault(row["phase"], {"seconds": 0.0, "peak_bytes": 0, "read_bytes": 0, "written_bytes": 0})
         phase["peak_bytes"] = max(phase["peak_bytes"], row["peak_bytes"])
+        for name in ("seconds", "read_bytes", "written_bytes"):
+            phase[name] += row.get(name, 0)  # older runs did not count disk traffic
     for phase in phases.values():
         phase["share"] = phase["seconds"] / total if total else 0.0
     return {**phases, "total_seconds": total}

@@ -2,7 +2,7 @@
 
     run.json               what this run is (options and the original model's fingerprint)
     blocks/block_003.safetensors   the compressed block 3: codes, scales, zero points, router, statistics
-    costs.jsonl            seconds and peak memory of each phase
+    costs.jsonl            seconds, peak memory and disk traffic of each phase
     streams/rank_0_of_1/block_003.x, .x_hat   both hidden streams as block 3 receives them
     checkpoints/  tensorboard/  compressed/  report.json  report.md
 
@@ -214,9 +214,9 @@ class RunDirectory:
     def costs(self) -> Path:
         return self.path / "costs.jsonl"
 
-    def add_cost(self, block: int | None, phase: str, seconds: float, peak_bytes: int) -> None:
-        """Appends one phase's cost: what was computed again after an interruption counts again."""
-        row = {"block": block, "phase": phase, "seconds": round(seconds, 4), "peak_bytes": peak_bytes}
+    def add_cost(self, block: int | None, phase: str, cost: dict[str, float]) -> None:
+        """Appends a phase's cost (`memory.Watch.cost`): what was computed again after an interruption counts again."""
+        row = {"block": block, "phase": phase, **cost}
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.costs, "ab+") as file:
             if file.tell():

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from eacmoe_lightning import compressed
+from eacmoe_lightning.calibration import PHASES
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.text import read_documents, token_windows
 
@@ -141,7 +142,11 @@ def test_the_report_has_its_keys_and_they_are_true(family, run_of, tiny_model_di
     assert len(report["expert_shift"]["blocks"]) == moe_blocks
     assert report["router"]["method"] == "ridge" and report["experts"]["starved"] >= 0
     assert report["machine"]["processes"] == 1 and report["seed"] == 0
-    assert {"observe", "attention", "router", "experts", "replay"} <= report["cost"].keys()
+    cost = report["cost"]
+    assert {"check", "read", "observe", "attention", "router", "experts", "replay", "write"} <= cost.keys()
+    assert sum(phase["seconds"] for phase in cost.values() if isinstance(phase, dict)) == cost["total_seconds"]
+    of_blocks = sum(cost[phase]["seconds"] for phase in (*PHASES, "joint") if phase in cost)
+    assert f"router per block {cost['router']['seconds'] / of_blocks:.1%}" in (run / "report.md").read_text()
     assert set(report["versions"]) >= {"torch", "lightning", "transformers", "python"}
     text = (run / "report.md").read_text()
     assert "| prose |" in text and "## Expert-shift per block" in text

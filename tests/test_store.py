@@ -200,9 +200,9 @@ def test_a_damaged_manifest_is_said(tmp_path):
 def test_costs_survive_a_line_cut_off_by_a_kill(tmp_path):
     run = RunDirectory(tmp_path)
     assert run.read_costs() == []
-    run.add_cost(0, "observe", 1.5, 100)
+    run.add_cost(0, "observe", {"seconds": 1.5, "peak_bytes": 100})
     with open(run.costs, "a") as file:
         file.write('{"block": 0, "pha')
-    run.add_cost(0, "experts", 2.0, 200)
-    run.add_cost(1, "observe", 3.0, 300)
+    run.add_cost(0, "experts", {"seconds": 2.0, "peak_bytes": 200})
+    run.add_cost(1, "observe", {"seconds": 3.0, "peak_bytes": 300})
     assert [row["seconds"] for row in run.read_costs()] == [1.5, 2.0, 3.0]
