@@ -3,19 +3,23 @@
     python benchmarks/pesf.py --json pesf.json
     python benchmarks/pesf.py --parts prefill --models qwen1.5-moe --rounds 5
     python benchmarks/pesf.py --compressed runs/tiny --models bundled
+    python benchmarks/pesf.py --parts prefill --models mixtral --dtypes float32 --rounds 3
 
 Everything runs on one thread and is timed in CPU seconds of this process, which a shared machine disturbs less than
 wall clock does (`--clock wall`).
 
-Models: `bundled` is the package's own (with --compressed RUN also its packed form), on held-out text; `qwen1.5-moe` has
-one layer of real shape, random weights, and a routing like Zipf's law: tokens come in topics, and in each topic the
-experts are wanted with frequencies 1, 1/2, 1/3, ... in an order of its own. The dense path is the fastest of bfloat16
-and float32 with `eager` and `grouped_mm`, chosen by a call or two each.
+Models: `bundled` is the package's own (with --compressed RUN also its packed form), on held-out text; `qwen1.5-moe` and
+`mixtral` have one layer of real shape, random weights, and a routing like Zipf's law: tokens come in topics, and in
+each topic the experts are wanted with frequencies 1, 1/2^z, 1/3^z, ... in an order of its own, with a noise of unit
+variance on the logits. The exponents z (`--zipf`) are chosen so that about as much is skipped as in the bundled model:
+random routers alone are nearly uniform, and nothing would be rare. The dense path is the fastest of `--dtypes` with
+`eager` and `grouped_mm`, chosen by a call or two each; Mixtral's layer takes 2.8 GB in bfloat16, 5.6 GB in float32.
 
 Parts:
     prefill   1x512 and 4x512 tokens at alpha 0, 0.3 and 0.7, calls taking turns; medians. `limit` is the arithmetic
               that is left (products of attention, router, shared and routed experts, head) over that without skipping,
-              `time` what was measured of the same: equal means that all of the saved work was saved.
+              `time` what was measured of the same: equal means that all of the saved work was saved. `reached` is the
+              saved time as a share of the saved arithmetic.
     quality   held-out perplexity of the bundled model under every way of treating survivors, and under the baselines.
     decode    one sequence, token by token: tokens/s, and beside it the `limit`, weight bytes that are left to read.
               For the bundled model also the perplexity of held-out continuations decoded token by token, and, under
@@ -36,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference import SHAPES, bf16_model, packed_model
+from inference import SHAPES, bf16_model, dense_in_float32, packed_model
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -53,17 +57,18 @@ WORK = {"1x512": (1, 512), "4x512": (4, 512)}
 ALPHAS = (0.0, 0.3, 0.7)
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 TOPICS, PROMPT, BITS = 4, 192, 3
-PATHS = [(dtype, experts) for dtype in ("float32", "bfloat16") for experts in ("grouped_mm", "eager")]
+DTYPES = ("float32", "bfloat16")
+ZIPF = {"qwen1.5-moe": 0.8, "mixtral": 1.0}  # exponents
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def give_topics(model: PreTrainedModel) -> Callable[[int, int], Tensor]:
+def give_topics(model: PreTrainedModel, zipf: float) -> Callable[[int, int], Tensor]:
     """Makes embedding and router of a one-layer model route like Zipf's law; returns what draws [B, T] tokens.
 
-    Row b is about topic b: its tokens share a direction, and along it the router's logits are -log(rank) of an order of
-    experts of the topic's own, on top of what tells tokens apart.
+    Row b is about topic b: its tokens share a direction, and along it the router's logits are -zipf * log(rank) of
+    an order of experts of the topic's own, on top of what tells tokens apart.
     """
     generator = torch.Generator().manual_seed(0)
     embedding, router = model.get_input_embeddings().weight, MoEModel(model).moe_blocks[0].router_weight
@@ -77,13 +82,13 @@ def give_topics(model: PreTrainedModel) -> Callable[[int, int], Tensor]:
     rows = torch.randn(num_experts, hidden, generator=generator) * (2 / hidden) ** 0.5  # times a norm of sqrt(D): 1
     rows -= rows @ directions.T @ directions
     ranks = torch.stack([torch.randperm(num_experts, generator=generator) for _ in range(TOPICS)]) + 1.0
-    rows -= ranks.log().T @ directions * (2 / hidden) ** 0.5
+    rows -= zipf * ranks.log().T @ directions * (2 / hidden) ** 0.5
     embedding.data.copy_(tokens)
     router.data.copy_(rows)
     outputs = [p.data for n, p in model.named_parameters() if n.endswith("o_proj.weight")]
     outputs += [weight.scale for n, weight in packed_weights(model) if n.endswith("o_proj.weight")]
     for output in outputs:
-        output.mul_(0.01)  # attention does not drown the token
+        output.zero_()  # what attention adds must not make dense and packed experts be selected differently
 
     def draw(batch: int, length: int) -> Tensor:
         own = torch.Generator().manual_seed(1)
@@ -100,8 +105,9 @@ def use(model: PreTrainedModel, experts: str) -> PreTrainedModel:
 
 def strongest(models: dict[str, PreTrainedModel], ids: Tensor) -> tuple[str, str]:
     """The fastest (dtype, experts implementation), by the better of two calls each; one where that is far behind."""
-    seconds = {path: math.inf for path in PATHS}
-    for (dtype, experts), _ in itertools.product(PATHS, range(2)):
+    paths = list(itertools.product(models, ("grouped_mm", "eager")))
+    seconds = dict.fromkeys(paths, math.inf)
+    for (dtype, experts), _ in itertools.product(paths, range(2)):
         if seconds[dtype, experts] < math.inf and seconds[dtype, experts] > 2 * min(seconds.values()):
             continue
         own = timed(use(models[dtype], experts), ids, time.process_time)
@@ -111,26 +117,26 @@ def strongest(models: dict[str, PreTrainedModel], ids: Tensor) -> tuple[str, str
     return min(seconds, key=seconds.get)
 
 
-def prepare(name: str, compressed: Path | None) -> tuple[dict[str, PreTrainedModel], Callable[[int, int], Tensor]]:
+def prepare(name: str, args: argparse.Namespace) -> tuple[dict[str, PreTrainedModel], Callable[[int, int], Tensor]]:
     """Backends by name, the strongest dense one and a packed one, and what draws tokens."""
     if name == "bundled":
-        dense = {dtype: load_original("bundled", dtype) for dtype in ("float32", "bfloat16")}
+        dense = {dtype: load_original("bundled", dtype) for dtype in args.dtypes}
         windows = torch.cat([own[:4] for own in heldout(4, 512).values()])
 
         def draw(batch: int, length: int) -> Tensor:
             return windows[:: len(windows) // batch][:batch, :length]  # of different texts
 
-        packed = eacmoe_lightning.load(compressed, dtype="float32") if compressed else None
+        packed = eacmoe_lightning.load(args.compressed, dtype="float32") if args.compressed else None
     else:
+        zipf = ZIPF[name] if args.zipf is None else args.zipf
         model = bf16_model(SHAPES[name])
         packed = packed_model(model, BITS)
-        draw = give_topics(model)
-        give_topics(packed)
+        draw = give_topics(model, zipf)
+        give_topics(packed, zipf)
         packed = packed.float()
-        dense = {"bfloat16": model}
-        full = bf16_model(SHAPES[name]).float()
-        give_topics(full)
-        dense["float32"] = full
+        dense = {"bfloat16": model} if "bfloat16" in args.dtypes else {}
+        if "float32" in args.dtypes:  # in the place of the other where that is not wanted: two would not fit
+            dense = {"float32": dense_in_float32(model) if dense else model.float()} | dense
     print(name, flush=True)
     dtype, experts = strongest(dense, draw(1, 512))
     backends = {f"{dtype} {experts}": use(dense[dtype], experts)}
@@ -156,7 +162,7 @@ def weights_per_token(model: PreTrainedModel, context: int) -> tuple[int, int]:
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     attention = 2 * hidden * head_dim * (heads + config.num_key_value_heads) + 2 * heads * head_dim * context
     shared = 3 * hidden * (getattr(config, "shared_expert_intermediate_size", 0) or 0)
-    width = config.moe_intermediate_size
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     blocks = len(moe.moe_blocks)
     return blocks * (attention + shared + hidden * moe.num_experts), blocks * 3 * hidden * width
 
@@ -187,16 +193,19 @@ def prefill(name: str, backends: dict[str, PreTrainedModel], draw: Any, args: ar
         ids = draw(*WORK[work])
         times: dict[tuple[str, float], list[float]] = {(b, a): [] for b in backends for a in ALPHAS}
         shares: dict[tuple[str, float], dict[str, float]] = {}
-        for turn in range(args.rounds + 1):
+        num_warm = int(work == args.work[0])
+        for turn in range(args.rounds + num_warm):
             for backend, alpha in times:
                 with under(backends[backend], PESF(alpha) if alpha else None) as report:
                     seconds = timed(backends[backend], ids, CLOCKS[args.clock])
-                    if turn:  # the first warms up
+                    if turn >= num_warm:
                         times[backend, alpha].append(seconds)
                     shares[backend, alpha] = report.summary() if report else {}
         dense = statistics.median(times[next(iter(backends)), 0.0])
         for (backend, alpha), own in times.items():
             share, base = shares[backend, alpha], times[backend, 0.0]
+            ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
+            left = limit(backends[backend], share.get("pairs_dropped", 0.0), WORK[work][1] // 2)
             row = {
                 "part": "prefill",
                 "model": name,
@@ -204,8 +213,9 @@ def prefill(name: str, backends: dict[str, PreTrainedModel], draw: Any, args: ar
                 "backend": backend,
                 "alpha": alpha,
                 "median_s": statistics.median(own),
-                "time": statistics.median(a / b for a, b in zip(own, base, strict=True)),
-                "limit": limit(backends[backend], share.get("pairs_dropped", 0.0), WORK[work][1] // 2),
+                "time": ratio,
+                "limit": left,
+                "reached": (1 - ratio) / (1 - left) if left < 1 else None,
                 "speedup_over_full_precision": dense / statistics.median(own),
                 "pairs_dropped": share.get("pairs_dropped", 0.0),
                 "experts_skipped": share.get("experts_skipped", 0.0),
@@ -317,10 +327,12 @@ def continuations(model: PreTrainedModel, rules: dict[str, Rule | None], args: a
 def show(row: dict[str, Any]) -> None:
     head = f"{row['part']:8s} {row['model']:12s} {row['backend']:20s}"
     if row["part"] == "prefill":
+        said = "" if row["reached"] is None else f" (reached {row['reached']:.0%})"
         print(
             f"{head} {row['work']} alpha {row['alpha']:.1f} {1e3 * row['median_s']:8.1f} ms  time {row['time']:.3f}  "
-            f"limit {row['limit']:.3f}  dropped {row['pairs_dropped']:.1%}  skipped {row['experts_skipped']:.1%}  "
-            f"untouched {row['experts_untouched']:.1%}  x{row['speedup_over_full_precision']:.2f}",
+            f"limit {row['limit']:.3f}{said}  dropped {row['pairs_dropped']:.1%}  "
+            f"skipped {row['experts_skipped']:.1%}  untouched {row['experts_untouched']:.1%}  "
+            f"x{row['speedup_over_full_precision']:.2f}",
             flush=True,
         )
     elif row["part"] == "quality":
@@ -347,7 +359,9 @@ def show(row: dict[str, Any]) -> None:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=["bundled", "qwen1.5-moe"], default=["bundled", "qwen1.5-moe"])
+    parser.add_argument("--models", nargs="+", choices=["bundled", *ZIPF], default=["bundled", "qwen1.5-moe"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the dense path")
+    parser.add_argument("--zipf", type=float, help=f"exponent of the routing of real shapes, by default {ZIPF}")
     parser.add_argument("--parts", nargs="+", choices=["prefill", "quality", "decode"], default=None)
     parser.add_argument("--work", nargs="+", choices=list(WORK), default=list(WORK))
     parser.add_argument("--rounds", type=int, default=5)
@@ -363,7 +377,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name in args.models:
-        backends, draw = prepare(name, args.compressed)
+        backends, draw = prepare(name, args)
         for part in args.parts or ("prefill", "quality", "decode"):
             if part == "prefill":
                 rows += prefill(name, backends, draw, args)
