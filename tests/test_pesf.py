@@ -1,8 +1,6 @@
 """PESF against a brute-force reference that masks token by token, in every experts implementation, dense and packed."""
 
 import copy
-import json
-import pickle
 from fractions import Fraction
 
 import pytest
@@ -18,7 +16,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel, Qw
 import eacmoe_lightning
 from eacmoe_lightning import compressed
 from eacmoe_lightning.adapter import MoEModel, load_original
-from eacmoe_lightning.skipping import PESF, Demand, current_rule, set_skipping, skipping
+from eacmoe_lightning.skipping import PESF, set_skipping
 from eacmoe_lightning.skipping.selection import drop, exact, kept_experts, reroute, skip_counts
 from eacmoe_lightning.skipping.session import _check_can_skip
 
@@ -355,71 +353,3 @@ def test_experts_on_a_cpu_do_not_see_what_is_left_out():
     assert experts.forward is strict
     with pytest.raises(ValueError, match="cannot leave out a .* pair"):  # what is asked where they do
         _check_can_skip(MoEModel(model).moe_blocks[1], 2)
-
-
-# --- settings and bad input -------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_settings_nest_and_leave_with_errors():
-    model, ids = tiny_models.build("mixtral"), random_ids(1, 64)
-    plain = model(ids).logits
-    set_skipping(model, PESF(0.3))
-    mild = model(ids).logits
-    with pytest.raises(KeyError), eacmoe_lightning.pesf(model, alpha=1.0):
-        assert current_rule(model) == PESF(1.0) and not torch.equal(model(ids).logits, mild)
-        raise KeyError
-    assert current_rule(model) == PESF(0.3) and torch.equal(model(ids).logits, mild)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(ids).logits, mild)
-        set_skipping(twin, None)
-        assert torch.equal(twin(ids).logits, plain)
-    assert torch.equal(model(ids).logits, mild)
-    set_skipping(model, None)
-    assert current_rule(model) is None and torch.equal(model(ids).logits, plain)
-
-
-@torch.no_grad()
-def test_a_setting_is_saved_with_the_compressed_model_and_restored(tmp_path, tiny_model_dir):
-    model = compressed.load(compress(tiny_model_dir("mixtral"), tmp_path / "first"), "float32")
-    ids = random_ids(1, 64)
-    plain = model(ids).logits
-    rule = PESF(0.7, "renormalize", rescue=0.5, decode=Demand(half_life=32))
-    set_skipping(model, rule)
-    skipped = model(ids).logits
-    model.save_pretrained(tmp_path / "second")
-    for again in (
-        eacmoe_lightning.load(tmp_path / "second"),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype=torch.float32),
-    ):
-        assert current_rule(again) == rule and torch.equal(again(ids).logits, skipped)
-    decoded = eacmoe_lightning.load(tmp_path / "second", packed=False)
-    assert current_rule(decoded) == rule and error(decoded(ids).logits, skipped) < 1e-5
-    set_skipping(again, None)
-    again.save_pretrained(tmp_path / "third")
-    third = eacmoe_lightning.load(tmp_path / "third")
-    assert current_rule(third) is None and torch.equal(third(ids).logits, plain)
-    config = json.loads((tmp_path / "second" / "config.json").read_text())
-    for wrong in ({"rule": "other"}, {"rule": "pesf", "beta": 1}, {"rule": "pesf", "alpha": 2}):
-        (tmp_path / "second" / "config.json").write_text(json.dumps(config | {"expert_skipping": wrong}))
-        with pytest.raises(ValueError, match="expert_skipping in config.json|alpha=2"):
-            eacmoe_lightning.load(tmp_path / "second")
-
-
-@pytest.mark.parametrize("alpha", [0, -0.3, 1.01, float("nan"), float("inf"), True, "0.3", None])
-def test_alpha_outside_its_range_is_refused(alpha):
-    with pytest.raises(ValueError, match=r"alpha=.* is not in \(0, 1\]"), eacmoe_lightning.pesf(None, alpha=alpha):
-        pass
-
-
-def test_other_bad_input_is_refused_by_name():
-    with pytest.raises(ValueError, match="survivors='drop' is none of keep, renormalize, reroute"):
-        PESF(0.3, "drop")
-    with pytest.raises(ValueError, match=r"rescue=2 is not in \[0, 1\]"):
-        PESF(0.3, rescue=2)
-    dense = tiny_models.build("llama")
-    with pytest.raises(ValueError, match="no routed experts"), eacmoe_lightning.pesf(dense):
-        pass
-    model = tiny_models.build("mixtral")
-    with pytest.raises(ValueError, match="does not tell padding"), skipping(model, PESF()):
-        model(random_ids(2, 8), attention_mask=torch.ones(2, 1, 8))

@@ -40,6 +40,7 @@ class Session:
         self.report = SkipReport([block.num_experts for block in self.moe.moe_blocks])
         self.handles: list[Any] = []
         self.tokens: Tokens | None = None
+        self.is_running = False  # whether the decoder is, by whose call `tokens` are known
         self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
         self.attention_before: str | None = None
         self.parallel_before = [getattr(experts, PARALLEL, False) for experts in self.experts]
@@ -67,7 +68,8 @@ class Session:
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             decoder.register_forward_hook(self._end, with_kwargs=True),
         ]
-        for place in self.places:
+        for block, place in zip(self.moe.moe_blocks, self.places, strict=True):
+            self.handles.append(block.layer.register_forward_pre_hook(self._enter))
             self.handles.append(place.router.register_forward_hook(partial(self._route, place)))
         if self.rule.needs_attention:
             self.attention_before = self.model.config._attn_implementation
@@ -101,6 +103,12 @@ class Session:
         if memory is not None and not cache.get_seq_length():
             memory = None  # a cache that was reset
         self.tokens = Tokens(real_tokens(arguments), {} if memory is None else memory, memory is not None)
+        self.is_running = True
+
+    def _enter(self, layer: nn.Module, args: tuple) -> None:
+        """A block that is run by itself, as `evaluate` does with one batch after another, none of them padded."""
+        if not self.is_running and args and tuple(args[0].shape[:2]) != self.tokens.shape:
+            self.tokens = Tokens(torch.ones(args[0].shape[:2], dtype=torch.bool, device=args[0].device))
 
     def _route(self, place: Place, router: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> tuple:
         logits, weights, ids = output
@@ -121,6 +129,7 @@ class Session:
         return logits, decision.weights, decision.ids
 
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self.is_running = False
         cache = getattr(output, "past_key_values", None)
         if not self.rule.remembers or cache is None:
             return
