@@ -134,7 +134,13 @@ class Calibration:
             "removed": removed,
             "removed_selections": float(scores.load[removed].sum() / scores.load.sum()),
             "scores": values.tolist(),
+            "below_alpha": self.pruning.below_alpha(values, kept),
         }
+        if below := self.stats["pruning"]["below_alpha"]:
+            log.warning(
+                "block %d: experts %s are below alpha=%g (--pruning.alpha) and stay, since every token selects %d",
+                block.index, below, self.pruning.alpha, self.moe.top_k,
+            )  # fmt: skip
         keep_experts(block, kept)
 
     @torch.no_grad()

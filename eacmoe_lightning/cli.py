@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning
 from eacmoe_lightning import analysis, callbacks, exports, planning, study
 from eacmoe_lightning.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.data import TextWindows
+from eacmoe_lightning.pruning import command as pruning_command
 from eacmoe_lightning.qesc import QESC
 from eacmoe_lightning.store import StoreError
 
@@ -26,6 +27,7 @@ COMMANDS = {  # by their first word; these need no trainer
     "analyze": analysis.command.main,
     "export": exports.command.main,
     "plan": planning.command.main,
+    "prune": pruning_command.main,
     "study": study.command.main,
 }
 NEVER = 10**9  # epochs between validations inside fit: nothing can be validated before the last block

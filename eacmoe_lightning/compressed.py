@@ -22,7 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from eacmoe_lightning.adapter import Block, MoEModel, local_directory, resolve_model
 from eacmoe_lightning.grid import Quantized, packed, take_quantized
@@ -56,6 +63,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
     config = json.loads((Path(path) / "config.json").read_text())
     check_format(config)
     return config
+
+
+def original_config(config: dict[str, Any]) -> PreTrainedConfig:
+    """The original's config that a compressed directory's config holds."""
+    original = dict(config["original"]["config"])
+    return AutoConfig.for_model(original.pop("model_type"), **original)
 
 
 def check_format(config: dict[str, Any]) -> None:
@@ -93,7 +106,8 @@ def save(
     Args:
         path: where; an older directory there is replaced.
         moe: the compressed model (dequantized, calibrated), in memory or streamed.
-        name_or_path: the original, for its tokenizer, generation config and dtype.
+        name_or_path: the original, for its tokenizer, generation config and dtype; or the compressed directory that the
+            model was cut out of, for those and for what it says of the original and of skipping.
         quantized_blocks: per block, the codes by parameter name.
         description: kept in the config under `quantization`.
 
@@ -101,7 +115,8 @@ def save(
         StoreError: a weight is not quantized.
     """
     source = resolve_model(name_or_path)
-    config = pruned_config(AutoConfig.from_pretrained(source), moe)
+    held = read_config(source) if is_compressed(source) else {}
+    config = pruned_config(original_config(held) if held else AutoConfig.from_pretrained(source), moe)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
     tied = _tied_names(moe.model)
     names = [name for name in moe.model.state_dict() if name not in tied]
@@ -131,14 +146,18 @@ def save(
             {
                 "model_type": METHOD,
                 "format_version": 2 if moe.is_pruned or any(not isinstance(b, int) for b, _ in grids.values()) else 1,
-                "original": {"name_or_path": name_or_path, "config": config.to_dict()},
+                "original": {
+                    "name_or_path": held["original"]["name_or_path"] if held else name_or_path,
+                    "config": config.to_dict(),
+                },
                 "dtype": str(moe.model.dtype).rpartition(".")[2],
                 "quantization": description
                 | {
                     "bits": {name: bits for name, (bits, _) in grids.items()},
                     "group_sizes": {name: group_size for name, (_, group_size) in grids.items()},
                 },
-            },
+            }
+            | {key: value for key, value in held.items() if key == stored.KEY},
         )
 
 
@@ -209,11 +228,11 @@ class CompressedWeights:
         self.path = Path(path)
         config = self._directory_config = read_config(path)
         self.dtype: torch.dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
-        original = dict(config["original"]["config"])
-        self._config = AutoConfig.for_model(original.pop("model_type"), **original)
+        self._config = original_config(config)
         self._config.dtype = self.dtype
         self._bits = config["quantization"]["bits"]
         moe = MoEModel(self.skeleton())
+        self._blocks = moe.blocks
         self._owners = {name: block for block in moe.blocks for name in block.weights()}
         self._files = {name: SHARD.format(b.index) for b in moe.blocks for name in _names(b)}
 
@@ -240,6 +259,12 @@ class CompressedWeights:
                 tensor = tensors[name]
                 found[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return found
+
+    def quantized(self, index: int) -> dict[str, Quantized]:
+        """A block's codes, scales and zero points by parameter name."""
+        tensors, _ = read_tensors(self.path / SHARD.format(index))
+        weights = {n: weight for n, (_, weight) in self._blocks[index].weights().items() if n in self._bits}
+        return {n: take_quantized(tensors, n, self._bits[n], weight.shape[-1]) for n, weight in weights.items()}
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Packed blocks are small: they are read when they are needed."""

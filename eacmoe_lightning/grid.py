@@ -60,6 +60,11 @@ class Quantized:
     def group_size(self) -> int:
         return self.codes.shape[-1] // self.scale.shape[-1]
 
+    def of_experts(self, experts: list[int]) -> Quantized:
+        """Some of a stack's experts [E, O, I]."""
+        bits = self.bits if isinstance(self.bits, int) else one_or_each([self.bits[e] for e in experts])
+        return Quantized(self.codes[experts], self.scale[experts], self.zero_point[experts], bits)
+
     def dequantize(self, dtype: torch.dtype = torch.float32, scale: Tensor | None = None) -> Tensor:
         """[..., O, I]; the product is formed in float32 and rounded to `dtype` once.
 

@@ -7,9 +7,11 @@ the original's routers); `expert_shift.mean.before|after.any|half|all|selections
 `expert_shift.calibration.before|after` and `expert_shift.blocks[]`; `router.method`; `experts.starved` (number) and
 `experts.starved_by_block`; `cost.<phase>.seconds|peak_bytes|read_bytes|written_bytes|share` (read and written: disk
 traffic), `cost.total_seconds`; where experts were removed `pruning.rule`, `.experts`, `.removed`,
-`.removed_selections` (mean over blocks) and `pruning.blocks.<block>.kept|removed|removed_selections|scores`;
-`perplexity.<text>.original` is then the one before pruning, and `.before` that of the pruned (and quantized) model with
-the original's routers.
+`.removed_selections` (mean over blocks),
+`pruning.blocks.<block>.kept|removed|removed_selections|scores|below_alpha` (the last: experts that stay although alpha
+would remove them, since a token selects top_k), `pruning.below_alpha` (their number); `perplexity.<text>.original` is
+then the one before pruning, and `.before` that of the pruned (and quantized) model with the original's routers. The
+report of `prune` has the same keys, with the model that it was given in the place of the original.
 """
 
 from __future__ import annotations
@@ -44,14 +46,7 @@ def build(module, trainer: Trainer, blocks: list[dict], evaluation: dict[str, di
     """
     run, moe = module.run, module.moe
     moe_stats = [s for s in blocks if "expert_shift" in s]
-    calibration = {when: [s["expert_shift"][when] for s in moe_stats] for when in ("before", "after")}
-    report: dict[str, Any] = {
-        "command": " ".join(sys.argv),
-        "config": module.identity(),
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "commit": commit(),
-        "seed": trainer.datamodule.seed,
-        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "processes": trainer.world_size},
+    report = origin(module.identity(), trainer.datamodule.seed, trainer.world_size) | {
         "model": {
             "name_or_path": module.name_or_path,
             "type": moe.config.model_type,
@@ -71,10 +66,32 @@ def build(module, trainer: Trainer, blocks: list[dict], evaluation: dict[str, di
             "starved_by_block": {s["block"]: s["starved"] for s in moe_stats if s["starved"]},
         },
         "quantization_error": {name: value for s in blocks for name, value in s["error"].items()},
-        "cost": _cost(run),
-        "expert_shift": {"calibration": {when: mean_rates(rows) for when, rows in calibration.items()}},
-        "perplexity": {},
+        "cost": cost(run),
     }
+    add_quality(report, blocks, evaluation)
+    if module.pruning:
+        report["pruning"] = removed_experts(vars(module.pruning), moe_stats)
+    return report
+
+
+def origin(config: dict[str, Any], seed: int, num_processes: int = 1) -> dict[str, Any]:
+    """Where a report's figures come from: command, settings, versions, commit, machine."""
+    return {
+        "command": " ".join(sys.argv),
+        "config": config,
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "commit": commit(),
+        "seed": seed,
+        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "processes": num_processes},
+    }
+
+
+def add_quality(report: dict[str, Any], blocks: list[dict], evaluation: dict[str, dict] | None) -> None:
+    """Puts perplexity and expert-shift into a report; arguments as in `build`."""
+    moe_stats = [s for s in blocks if "expert_shift" in s]
+    calibration = {when: [s["expert_shift"][when] for s in moe_stats] for when in ("before", "after")}
+    report["expert_shift"] = {"calibration": {when: mean_rates(rows) for when, rows in calibration.items()}}
+    report["perplexity"] = {}
     per_block = [{"block": s["block"], "calibration": s["expert_shift"]} for s in moe_stats]
     if evaluation:
         before, after = evaluation["before"], evaluation["after"]
@@ -95,9 +112,6 @@ def build(module, trainer: Trainer, blocks: list[dict], evaluation: dict[str, di
     else:
         report["expert_shift"]["mean"] = report["expert_shift"]["calibration"]
     report["expert_shift"]["blocks"] = per_block
-    if module.pruning:
-        report["pruning"] = _pruning(vars(module.pruning), moe_stats)
-    return report
 
 
 def write(run: RunDirectory, report: dict[str, Any]) -> None:
@@ -120,6 +134,10 @@ def summary(report: dict[str, Any]) -> str:
             f"{pruning['removed']} of {pruning['experts']} experts removed ({pruning['rule']['criterion']}), which "
             f"{pruning['removed_selections']:.2%} of the selections went to"
         )
+        if pruning["below_alpha"]:
+            lines.append(
+                f"{pruning['below_alpha']} experts are below alpha and stay: a token selects {report['model']['top_k']}"
+            )
     for text, values in report["perplexity"].items():
         lines.append(f"perplexity {text:10s} {values['original']:8.3f} -> {values['compressed']:8.3f}")
     for rate in RATES:
@@ -127,7 +145,8 @@ def summary(report: dict[str, Any]) -> str:
             f"tokens with {rate:4s} selections changed: {shift['before'][rate]:.2%} -> {shift['after'][rate]:.2%}"
         )
     cost = report["cost"]
-    lines.append(f"{report['experts']['starved']} starved experts; {cost['total_seconds']:.0f} s in all")
+    starved = f"{report['experts']['starved']} starved experts; " if "experts" in report else ""
+    lines.append(f"{starved}{cost['total_seconds']:.0f} s in all")
     if calibration := sum(cost[phase]["seconds"] for phase in (*PHASES, "joint") if phase in cost):
         stages = {"router per block": "router", "joint stage": "joint"}
         said = (f"{name} {cost[phase]['seconds'] / calibration:.1%}" for name, phase in stages.items() if phase in cost)
@@ -160,7 +179,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"Command: `{report['command']}`  \nCommit: {report['commit']}  \nSeed: {report['seed']}  \n"
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
         + f"  \n{report['machine']['processor']}, {report['machine']['threads']} threads",
-        "## Perplexity on held-out text\n\n`before` is the compressed model with the original's routers.\n\n"
+        "## Perplexity on held-out text\n\n"
+        + "`original` is the model that this one was made of, `before` this one with its routers.\n\n"
         + _table(["text", "original", "before", "compressed"], [
             [t, *(f"{v[c]:.3f}" for c in ("original", "before", "compressed"))] for t, v in report["perplexity"].items()
         ]),
@@ -174,11 +194,7 @@ def markdown(report: dict[str, Any]) -> str:
                 if text in row
             ],
         ),
-        "## Experts\n\n"
-        + (
-            "\n".join(f"- block {b}: starved experts {e}" for b, e in report["experts"]["starved_by_block"].items())
-            or "No expert was starved of calibration tokens."
-        ),
+        *([_starved_list(report["experts"])] if "experts" in report else []),
         *([_pruning_table(report["pruning"])] if "pruning" in report else []),
         "## Cost\n\n"
         + _table(["phase", "seconds", "share", "peak MB", "from disk MB", "to disk MB"], [
@@ -195,7 +211,7 @@ def _table(head: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _pruning(rule: dict[str, Any], blocks: list[dict]) -> dict[str, Any]:
+def removed_experts(rule: dict[str, Any], blocks: list[dict]) -> dict[str, Any]:
     """What was removed, and the share of the calibration text's selections that it had carried."""
     removed = {s["block"]: s["pruning"] for s in blocks}
     return {
@@ -203,19 +219,32 @@ def _pruning(rule: dict[str, Any], blocks: list[dict]) -> dict[str, Any]:
         "experts": sum(len(s["kept"]) + len(s["removed"]) for s in removed.values()),
         "removed": sum(len(s["removed"]) for s in removed.values()),
         "removed_selections": sum(s["removed_selections"] for s in removed.values()) / len(removed),
+        "below_alpha": sum(len(s["below_alpha"]) for s in removed.values()),
         "blocks": removed,
     }
+
+
+def _starved_list(experts: dict[str, Any]) -> str:
+    lines = [f"- block {block}: starved experts {numbers}" for block, numbers in experts["starved_by_block"].items()]
+    return "## Experts\n\n" + ("\n".join(lines) or "No expert was starved of calibration tokens.")
 
 
 def _pruning_table(pruning: dict[str, Any]) -> str:
     said = ", ".join(f"{name} {value}" for name, value in pruning["rule"].items() if value is not None)
     rows = [
-        [block, len(s["kept"]), " ".join(map(str, s["removed"])) or "none", f"{s['removed_selections']:.2%}"]
+        [
+            block,
+            len(s["kept"]),
+            " ".join(map(str, s["removed"])) or "none",
+            f"{s['removed_selections']:.2%}",
+            " ".join(map(str, s["below_alpha"])) or "none",
+        ]
         for block, s in pruning["blocks"].items()
     ]
     return (
-        f"## Removed experts\n\nRule: {said}. Selections: the share on the calibration text that went to them.\n\n"
-        + _table(["block", "stay", "removed", "selections"], rows)
+        f"## Removed experts\n\nRule: {said}. Selections: the share on the calibration text that went to them. Below "
+        "alpha: experts that stay because a token selects top_k.\n\n"
+        + _table(["block", "stay", "removed", "selections", "below alpha"], rows)
     )
 
 
@@ -232,7 +261,7 @@ def _true_bits(run: RunDirectory, moe, recipe: Recipe) -> float:
     return 8 * stored / num_quantized(moe)
 
 
-def _cost(run: RunDirectory) -> dict[str, Any]:
+def cost(run: RunDirectory) -> dict[str, Any]:
     rows = run.read_costs()
     total = sum(row["seconds"] for row in rows)
     phases: dict[str, Any] = {}

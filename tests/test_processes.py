@@ -11,6 +11,7 @@ import pytest
 from lightning.pytorch import LightningModule, Trainer
 from test_launchers import assert_same
 
+from eacmoe_lightning import compressed
 from eacmoe_lightning.callbacks.block_callback import BlockCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
@@ -61,3 +62,22 @@ def test_three_processes_a_death_and_two_that_go_on(alone, tiny_model_dir, tmp_p
     assert status == 0, output[-3000:]
     assert_same(run, alone)
     assert not list(run.rglob("*.partial"))
+
+
+def test_two_processes_remove_the_experts_of_one(tiny_model_dir, tmp_path):
+    """By scores that are summed over processes; the number that stays varies, and a joint stage follows."""
+    options = OPTIONS | {"pruning__criterion": "reap", "pruning__alpha": 0.9}
+    options |= {"model__joint_epochs": 1, "model__joint_router_lr": 3e-4}
+    alone, run, model = tmp_path / "alone", tmp_path / "run", tiny_model_dir("mixtral")
+    jobs.fit(model, alone, **options)
+    status, output = launch(2, *jobs.options(model, run, **options))
+    assert status == 0, output[-3000:]
+    own, other = (json.loads((folder / "report.json").read_text())["pruning"] for folder in (run, alone))
+    assert len({len(row["kept"]) for row in own["blocks"].values()}) > 1
+    for block, row in other["blocks"].items():
+        assert own["blocks"][block]["kept"] == row["kept"]
+        assert own["blocks"][block]["scores"] == pytest.approx(row["scores"], rel=1e-4)
+        assert own["blocks"][block]["removed_selections"] == pytest.approx(row["removed_selections"])
+    assert_same(run, alone)
+    config = compressed.read_config(run / "compressed")["original"]["config"]
+    assert config["kept_experts"] == {block: row["kept"] for block, row in other["blocks"].items()}

@@ -162,7 +162,7 @@ def mask(block, removed: list[int]) -> None:
 
         def masked(x, w, b=None):
             out = linear(x, w, b)
-            return out.index_fill(-1, torch.tensor(removed), -torch.inf) if w is weight else out
+            return out.index_fill(-1, torch.tensor(removed, dtype=torch.int64), -torch.inf) if w is weight else out
 
         def with_mask(hidden, *args, **kwargs):
             torch.nn.functional.linear = masked

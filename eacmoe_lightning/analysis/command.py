@@ -157,15 +157,30 @@ def open_model(model: str, dtype: str) -> tuple[Path, MoEModel]:
     return local_directory(model), original
 
 
-def read_windows(source: str, tokenizer: Path, num_windows: int | None, window_length: int) -> Tensor:
-    """Token ids [S, T] of the first windows of a source."""
+def read_windows(
+    source: str,
+    tokenizer: Path,
+    num_windows: int | None,
+    window_length: int,
+    seed: int | None = None,
+    option: str = "--num_windows",
+) -> Tensor:
+    """Token ids [S, T] of the first windows of a source, or with a seed of random ones (`text.token_windows`).
+
+    Raises:
+        FileNotFoundError: there is no such text, or no tokenizer.
+        ValueError: the text is too short.
+    """
+    if not any(tokenizer.glob("tokenizer*")):  # transformers would make an empty one
+        raise FileNotFoundError(f"{tokenizer} (--model) holds no tokenizer: save the original's there")
     return token_windows(
         read_documents(source),
         AutoTokenizer.from_pretrained(tokenizer),
         num_windows,
         window_length,
+        seed,
         source=source,
-        option="--num_windows",
+        option=option,
     )
 
 

@@ -20,7 +20,7 @@ class PruningRule:
         criterion: `frequency` or `reap`; see `scores`.
         alpha: experts below alpha times the block's mean score go. For `frequency` that is the paper's rule
             c_i < alpha * l * K / E (EAC-MoE, section 4.3) over the whole calibration text. A block keeps its top_k best
-            at least.
+            at least, since a token selects as many: `below_alpha` says which ones only for that.
         keep: instead, experts that stay in each block.
 
     Raises:
@@ -85,3 +85,7 @@ class PruningRule:
         best = order[:, : self.keep // num_groups]
         first = torch.arange(num_groups, device=scores.device)[:, None] * (len(scores) // num_groups)
         return (best + first).flatten().sort().values.tolist()
+
+    def below_alpha(self, scores: Tensor, kept: list[int]) -> list[int]:
+        """Those of `choose` that alpha would remove, and that stay because a token selects top_k."""
+        return [] if self.alpha is None else [e for e in kept if scores[e] < self.alpha * scores.mean()]

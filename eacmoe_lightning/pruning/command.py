@@ -1,0 +1,272 @@
+"""`python train.py prune`: experts removed from a finished model, without its run happening again.
+
+The block loop is that of `fit` (`calibration.Calibration`) with nothing to quantize. The given model is the reference:
+its stream x scores each block's experts and gives the routers their targets, and the pruned prefix's stream x_hat says
+what reaches them. What is left of a block's codes is cut out of the given ones, bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from eacmoe_lightning.adapter import Block, MoEModel, local_directory
+from eacmoe_lightning.analysis.command import read_windows
+from eacmoe_lightning.calibration import Calibration, read_block
+from eacmoe_lightning.compressed import CompressedWeights, fingerprint, read_config, size_of
+from eacmoe_lightning.data import name_sources
+from eacmoe_lightning.evaluate import compressed_directory, evaluate
+from eacmoe_lightning.grid import Quantized
+from eacmoe_lightning.memory import Watch
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.ranks import Ranks
+from eacmoe_lightning.recipe import Recipe, nominal_bits
+from eacmoe_lightning.report import add_quality, cost, origin, removed_experts, summary, write
+from eacmoe_lightning.result import write_result
+from eacmoe_lightning.router_loss import TopKMSE
+from eacmoe_lightning.skipping.apply import set_skipping
+from eacmoe_lightning.store import RunDirectory, refuse_other_settings
+from eacmoe_lightning.streaming import Checkpoint, StreamedModel, Weights
+from eacmoe_lightning.streaming.finished import FinishedBlocks
+from eacmoe_lightning.streams import Streams
+from eacmoe_lightning.version import __version__
+
+NOTHING = Recipe(quantizer="none")  # what the block loop quantizes
+
+
+def prune(
+    model: str,
+    output: str,
+    pruning: PruningRule,
+    routers: Literal["ridge", "none"] = "ridge",
+    ridge: float = 1e-3,
+    calibration: str = "bundled:calibration",
+    num_windows: int = 128,
+    window_length: int = 512,
+    batch_size: int = 4,
+    texts: dict[str, str] | list[str] | str | None = None,
+    num_heldout_windows: int | None = 16,
+    seed: int = 0,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Removes the experts that matter least to a text from a finished model, compressed or not.
+
+    The output is a run directory: `compressed/` (and `dense/`, where nothing was quantized and every block keeps the
+    same number), `report.json` and `report.md` with what was removed and perplexity before and after. A setting that
+    skips experts (PESF) rests meanwhile and goes along. Interrupted, the same command goes on at the block that it was
+    at.
+
+    Args:
+        model: A run directory, a compressed directory or an original model (`bundled`, a directory or a hub id).
+        output: The directory to write to.
+        pruning: Which experts stay.
+        routers: How the routers of what is left are calibrated: ridge (closed form per block, towards the given
+            model's logits of the experts that stay) or none.
+        ridge: Strength of the closed form's penalty on drift, relative to the mean squared router input.
+        calibration: Source of the text that scores experts and calibrates routers.
+        num_windows: Windows of it, drawn at random.
+        window_length: Tokens per window.
+        batch_size: Windows at a time.
+        texts: Sources to evaluate on: one, a list, or {name: source}; null: the held-out texts of the package.
+        num_heldout_windows: Windows of each of these, from its start; null takes all.
+        seed: Of the choice of windows.
+        dtype: In which the model runs; auto: as stored.
+        device: On which it runs.
+
+    Raises:
+        FileNotFoundError: there is no such model or text.
+        ValueError: the model has no experts or was pruned before, the rule does not fit it, a text is too short, or
+            the output holds something else.
+        StoreError: a file is damaged, or what was written does not read back.
+    """
+    for option, value in (("batch_size", batch_size), ("ridge", ridge)):
+        if value <= 0:
+            raise ValueError(f"{option}={value} (--{option}) is not positive")
+    directory, weights = open_weights(model, dtype)
+    moe = open_model(weights, device)
+    if moe.is_pruned:
+        raise ValueError(f"{model} (--model) was pruned before: prune the model that it was made of")
+    pruning.check(moe)
+    sources = name_sources(texts, "--texts")
+    identity = {
+        "version": __version__,
+        "model": model,
+        "fingerprint": fingerprint(str(directory)),
+        "pruning": asdict(pruning),
+        "routers": [routers, ridge],
+        "calibration": [calibration, num_windows, window_length, batch_size, seed],
+        "texts": [sources, num_heldout_windows],
+        "dtype": dtype,
+    }
+    run = RunDirectory(output)
+    if report := finished_report(run, identity):
+        print(f"{output} is finished: nothing was computed{summary(report)}")
+        return report
+    windows = read_windows(calibration, directory, num_windows, window_length, seed)
+    heldout = {
+        name: read_windows(source, directory, num_heldout_windows, window_length, option="--num_heldout_windows")
+        for name, source in sources.items()
+    }
+    run.start(identity, resume=run.manifest.exists())
+
+    prune_blocks(moe, windows, batch_size, run, pruning, ridge if routers == "ridge" else None)
+    stats, trained = [], {}
+    for block in moe.blocks:
+        _, tensors, own = read_block(run, block.index)
+        stats.append(own)
+        trained |= tensors  # its router
+    pruned = open_model(FinishedBlocks(weights, run, trained), device)
+    with costed(run, None, "write"):
+        quantized = [cut_out(weights, block) for block in pruned.blocks]
+        description = describe(directory, weights) | {"pruning": asdict(pruning) | {"routers": routers}}
+        write_result(run, pruned, str(directory if is_packed(weights) else model), quantized, description, windows[:1])
+    with costed(run, None, "evaluate"):
+        given = open_model(weights, device)
+        scratch = run.scratch(0)
+        after = evaluate(given, pruned, heldout, batch_size, scratch=scratch)
+        before = after
+        if routers != "none":
+            before = evaluate(given, open_model(FinishedBlocks(weights, run), device), heldout, batch_size)
+    moe_stats = [own for own in stats if "pruning" in own]
+    report = origin(identity, seed) | {
+        "model": {
+            "name_or_path": model,
+            "type": given.config.model_type,
+            "blocks": len(given.blocks),
+            "moe_blocks": len(given.moe_blocks),
+            "experts": given.num_experts,
+            "top_k": given.top_k,
+        },
+        "bits": bits(pruned, quantized),
+        "size_bytes": {"original": size_of(directory), "compressed": size_of(run.compressed)},
+        "router": {"method": routers},
+        "pruning": removed_experts(asdict(pruning), moe_stats),
+        "cost": cost(run),
+    }
+    add_quality(report, stats, {"before": before, "after": after})
+    write(run, report)
+    run.drop_streams()
+    print(summary(report))
+    return report
+
+
+def open_weights(model: str, dtype: str) -> tuple[Path, CompressedWeights | Checkpoint]:
+    """The directory that a model's weights, config and tokenizer lie in, and the weights."""
+    if (place := compressed_directory(Path(model), "--model")) is not None:
+        return place, CompressedWeights(place, dtype)
+    weights = Checkpoint(model, dtype)
+    return local_directory(model), weights
+
+
+def open_model(weights: Weights, device: str) -> StreamedModel:
+    """The model, all of whose selections run."""
+    moe = StreamedModel(weights, device)
+    set_skipping(moe.model, None)
+    return moe
+
+
+def is_packed(weights: Weights) -> bool:
+    return isinstance(weights, CompressedWeights)
+
+
+def finished_report(run: RunDirectory, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a directory that holds the result of the very same command; None where there is work to do.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    where = f"{run.path} (--output)"
+    if run.manifest.exists():
+        held = json.loads(run.manifest.read_text())
+        same = json.loads(json.dumps(identity))
+        refuse_other_settings(f"{where} holds a result", held, same, "another --output, or the settings of that one")
+        is_finished = (run.path / "report.md").exists()  # the last file that is written
+        return json.loads((run.path / "report.json").read_text()) if is_finished else None
+    if run.path.exists() and any(run.path.iterdir()):
+        raise ValueError(f"{where} is not empty: pass a directory that is, or does not exist")
+    return None
+
+
+def prune_blocks(
+    moe: MoEModel, windows: Tensor, batch_size: int, run: RunDirectory, rule: PruningRule, ridge: float | None
+) -> None:
+    """Prunes one block after another, and writes what stays and the routers; finished blocks are not done again.
+
+    Args:
+        moe: the model, whose blocks shrink.
+        windows: [S, T] of the calibration text.
+        ridge: strength of the closed form; None leaves the routers as they are.
+    """
+    streams = Streams(moe, windows, 0, batch_size, run, Ranks(), keep_teachers=False)
+    loop = Calibration(moe, NOTHING, streams, run, Ranks(), partial(costed, run), rule)
+    done = next((b.index for b in moe.blocks if not run.block(b.index).exists()), len(moe.blocks))
+    for index in range(done, len(moe.blocks)):
+        block, router = moe.blocks[index], None
+        if block.is_moe:
+            router = moe.read([block.router_parameter_name])[block.router_parameter_name]
+        loop.enter(index, {})
+        if block.is_moe and ridge is not None:
+            with costed(run, index, "router"):
+                num_targets = TopKMSE().num_targets(block.num_experts, moe.top_k)
+                router[block.kept] = loop.ridge_router(num_targets, ridge).to(router.dtype)
+        stats = loop.leave(router)
+        if block.is_moe:
+            pruned = stats["pruning"]
+            print(
+                f"block {index}: {len(pruned['kept'])} of {len(pruned['scores'])} experts stay; "
+                f"{pruned['removed_selections']:.2%} of the selections went to the others",
+                flush=True,
+            )
+
+
+def cut_out(weights: Weights, block: Block) -> dict[str, Quantized]:
+    """The codes of a pruned block, out of those of the given model; nothing where it was not quantized."""
+    if not is_packed(weights):
+        return {}
+    parts = {name: part for name, (part, _) in block.weights().items()}
+    own = weights.quantized(block.index)
+    kept = block.expert_numbers
+    return {name: q.of_experts(kept) if parts[name] == "experts" else q for name, q in own.items()}
+
+
+def describe(directory: Path, weights: Weights) -> dict[str, Any]:
+    """What the config is to say of the quantization: what it said."""
+    if not is_packed(weights):
+        return {"method": "none", "router_method": "none", "quantizer": "none"}
+    held = read_config(directory)["quantization"]
+    return {key: value for key, value in held.items() if key not in ("bits", "group_sizes")}
+
+
+def bits(moe: MoEModel, blocks: list[dict[str, Quantized]]) -> dict[str, float]:
+    """Average bits of what is quantized: `nominal` as the paper counts, `true` with scales and zero points."""
+    quantized = [q for block in blocks for q in block.values()]
+    if not quantized:
+        return dict.fromkeys(("nominal", "true"), nominal_bits(moe, NOTHING))
+    total = sum(q.codes.numel() for q in quantized)
+    codes = sum(q.codes.numel() * (q.bits if isinstance(q.bits, int) else sum(q.bits) / len(q.bits)) for q in quantized)
+    grids = sum(8 * (q.scale.nbytes + q.zero_point.nbytes) for q in quantized)
+    return {"nominal": codes / total, "true": (codes + grids) / total}
+
+
+@contextmanager
+def costed(run: RunDirectory, block: int | None, phase: str) -> Iterator[None]:
+    """Writes down what a phase cost."""
+    watch = Watch()
+    yield
+    run.add_cost(block, phase, watch.cost())
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line of `prune`."""
+    from jsonargparse import auto_cli
+
+    auto_cli(prune, args=args, prog=f"{Path(sys.argv[0]).name} prune", as_positional=False)

@@ -1,0 +1,246 @@
+"""`prune`: experts cut out of a finished model, against the same model with masked routers, and routers by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+from test_packed_loading import compress
+from test_pruning import mask
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import eacmoe_lightning
+from eacmoe_lightning import compressed
+from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.cli import main
+from eacmoe_lightning.exports import export
+from eacmoe_lightning.pruning.command import prune
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.skipping import PESF, current_rule, set_skipping
+from eacmoe_lightning.store import read_tensors
+from eacmoe_lightning.text import read_documents, token_windows
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")
+OPTIONS = {"num_windows": 6, "window_length": 64, "num_heldout_windows": 2, "texts": ["bundled:prose", "bundled:code"]}
+TOKENS = torch.arange(3, 99).view(2, 48) * 7
+
+
+def calibration(directory: Path) -> Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return token_windows(read_documents("bundled:calibration"), tokenizer, 6, 64, seed=0)
+
+
+@torch.no_grad()
+def loads(model: Path, windows: Tensor) -> list[list[int]]:
+    """How often each expert of each block is selected, from one pass of the packed model."""
+    moe, counts = MoEModel(compressed.load(model)), []
+    for block in moe.moe_blocks:
+        block.router.register_forward_hook(
+            lambda m, args, out, e=block.num_experts: counts.append(out[2].flatten().bincount(minlength=e).tolist())
+        )
+    moe.model(windows)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "family, mixed, rule",
+    [
+        ("qwen2_moe", False, PruningRule(keep=5)),
+        ("qwen3_moe", True, PruningRule(alpha=0.6)),
+        ("mixtral", True, PruningRule(keep=6)),
+    ],
+)
+@torch.no_grad()
+def test_what_stays_is_bit_by_bit_what_was_given(family, mixed, rule, tiny_model_dir, tmp_path, capsys):
+    given = compress(tiny_model_dir(family), tmp_path / "given", mixed)
+    report = prune(str(given), str(tmp_path / "out"), rule, routers="none", **OPTIONS)
+    said = capsys.readouterr().out
+    counts = loads(given, calibration(given))
+    kept = []
+    for row, load in zip(report["pruning"]["blocks"].values(), counts, strict=True):
+        if rule.keep:
+            expected = sorted(sorted(range(8), key=lambda e: (-load[e], e))[: rule.keep])
+        else:
+            expected = [e for e in range(8) if load[e] >= rule.alpha * sum(load) / 8]
+        assert row["kept"] == expected and row["scores"] == load
+        assert row["removed_selections"] == pytest.approx(1 - sum(load[e] for e in expected) / sum(load))
+        kept.append(expected)
+        assert f"{len(expected)} of 8 experts stay" in said
+    assert rule.keep or len({len(row) for row in kept}) > 1  # a number that varies
+    pruned = tmp_path / "out" / "compressed"
+    for index, stay in enumerate(kept):
+        before, after = (read_tensors(d / compressed.SHARD.format(index))[0] for d in (given, pruned))
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            if ".experts." not in name and "mlp.gate.weight" not in name:
+                assert torch.equal(after[name], tensor)
+            elif not (mixed and name.endswith("codes")):
+                assert torch.equal(after[name], tensor[stay])
+    full = compressed.load(given, packed=False)
+    for block, stay in zip(MoEModel(full).moe_blocks, kept, strict=True):
+        mask(block, [e for e in range(8) if e not in stay])
+    expected = full(TOKENS).logits
+    for packed in (True, False):
+        again = compressed.load(tmp_path / "out", packed=packed)
+        torch.testing.assert_close(again(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+    prose = token_windows(read_documents("bundled:prose"), AutoTokenizer.from_pretrained(pruned), 2, 64)
+    for model, key in ((compressed.load(given), "original"), (again, "compressed"), (again, "before")):
+        loss = model(prose, labels=prose, output_router_logits=False).loss
+        assert report["perplexity"]["prose"][key] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert report["size_bytes"]["compressed"] < report["size_bytes"]["original"]
+    with pytest.raises(ValueError, match="pruned before"):
+        prune(str(tmp_path / "out"), str(tmp_path / "again"), rule, **OPTIONS)
+
+
+@torch.no_grad()
+def test_routers_are_the_closed_form_on_what_the_pruned_prefix_gives(tiny_model_dir, tmp_path):
+    given = compress(tiny_model_dir("mixtral"), tmp_path / "given")
+    report = prune(str(given), str(tmp_path / "out"), PruningRule("reap", keep=4), ridge=0.01, **OPTIONS)
+    windows = calibration(given)
+    seen = []
+    for model in (compressed.load(given, packed=False), compressed.load(tmp_path / "out", packed=False)):
+        inputs, moe = [], MoEModel(model)
+        for block in moe.moe_blocks:
+            block.router.register_forward_pre_hook(lambda m, args, own=inputs: own.append(args[0].reshape(-1, 64)))
+        model(windows)
+        seen.append((moe, inputs))
+    (full, teacher), (pruned, student) = seen
+    for block, twin, x, x_hat in zip(full.moe_blocks, pruned.moe_blocks, teacher, student, strict=True):
+        kept = report["pruning"]["blocks"][block.index]["kept"]
+        start, x, x_hat = block.router_weight[kept].double(), x.double(), x_hat.double()
+        gram = x_hat.T @ x_hat  # of all tokens: 4 experts, and each of them teaches
+        strength = 0.01 * gram.diagonal().mean() * torch.eye(64)
+        residual = x @ start.T - x_hat @ start.T
+        expected = start + torch.linalg.solve(gram + strength, x_hat.T @ residual).T
+        torch.testing.assert_close(twin.router_weight.double(), expected, rtol=1e-3, atol=1e-4)
+        if block.index:
+            error = [float((x @ start.T - x_hat @ w.double().T).square().mean()) for w in (start, twin.router_weight)]
+            assert error[1] < error[0]
+
+
+def test_an_interrupted_command_goes_on_and_a_finished_one_is_read(tiny_model_dir, tmp_path, capsys):
+    given, rule = compress(tiny_model_dir("qwen2_moe"), tmp_path / "given"), PruningRule("reap", keep=5)
+    out = [tmp_path / "whole", tmp_path / "cut"]
+    reports = [prune(str(given), str(place), rule, **OPTIONS) for place in out]
+    (out[1] / "report.md").unlink()
+    (out[1] / "blocks" / "block_001.safetensors").unlink()
+    (out[1] / "blocks" / "block_002.safetensors").unlink()
+    (out[1] / "compressed" / "config.json").unlink()
+    capsys.readouterr()
+    reports[1] = prune(str(given), str(out[1]), rule, **OPTIONS)
+    assert "block 1" in (said := capsys.readouterr().out) and "block 0" not in said
+    for part in ("blocks", "compressed"):
+        assert jobs.contents(out[0] / part) == jobs.contents(out[1] / part)
+    assert all(reports[0][key] == reports[1][key] for key in ("perplexity", "pruning", "bits"))
+    before = jobs.contents(out[0])
+    assert (
+        prune(str(given), str(out[0]), rule, **OPTIONS)["perplexity"] == json.loads(before["report.json"])["perplexity"]
+    )
+    assert jobs.contents(out[0]) == before and not list(out[0].rglob("*.partial"))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_original_becomes_an_ordinary_smaller_one(tiny_model_dir, tmp_path):
+    model = tiny_model_dir("phimoe")
+    report = prune(str(model), str(tmp_path / "out"), PruningRule("reap", keep=3), **OPTIONS)
+    assert report["bits"] == {"nominal": 32, "true": 32}
+    ours = compressed.load(tmp_path / "out")
+    elsewhere, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "dense", output_loading_info=True)
+    assert elsewhere.config.num_local_experts == 3 and not info["missing_keys"]
+    torch.testing.assert_close(elsewhere.eval()(TOKENS).logits, ours(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_setting_of_skipping_rests_and_goes_along(tiny_model_dir, tmp_path):
+    given = compress(tiny_model_dir("qwen3_moe"), tmp_path / "given")
+    plain = prune(str(given), str(tmp_path / "plain"), PruningRule(keep=5), **OPTIONS)
+    config = json.loads((given / "config.json").read_text())
+    model = compressed.load(given)
+    set_skipping(model, PESF(0.7, rescue=1.0))
+    model.save_pretrained(tmp_path / "skipping")
+    with pytest.raises(FileNotFoundError, match="tokenizer"):
+        prune(str(tmp_path / "skipping"), str(tmp_path / "out"), PruningRule(keep=5), **OPTIONS)
+    AutoTokenizer.from_pretrained(given).save_pretrained(tmp_path / "skipping")
+    report = prune(str(tmp_path / "skipping"), str(tmp_path / "out"), PruningRule(keep=5), **OPTIONS)
+    assert report["pruning"] == plain["pruning"] and report["perplexity"] == plain["perplexity"]
+    again = eacmoe_lightning.load(tmp_path / "out")
+    assert current_rule(again) == PESF(0.7, rescue=1.0) and current_rule(compressed.load(tmp_path / "plain")) is None
+    held = json.loads((tmp_path / "out" / "compressed" / "config.json").read_text())
+    assert held["original"]["name_or_path"] == config["original"]["name_or_path"]
+    assert held["quantization"]["method"] == "rtn" and held["quantization"]["pruning"]["keep"] == 5
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--pruning.keep", "1"], "keep=1 (--pruning.keep)"),
+        (["--pruning.keep", "9"], "num_experts=8"),
+        (["--pruning.alpha", "0"], "alpha=0.0 (--pruning.alpha)"),
+        ([], "pass one of them"),
+        (["--pruning.keep", "4", "--model", "/no/such/model"], "/no/such/model"),
+        (["--pruning.keep", "4", "--model", "LLAMA"], "no routed experts"),
+        (["--pruning.keep", "4", "--output", "FULL"], "is not empty"),
+        (["--pruning.keep", "4", "--num_windows", "100000"], "(--num_windows)"),
+        (["--pruning.keep", "4", "--num_heldout_windows", "100000"], "(--num_heldout_windows)"),
+        (["--pruning.keep", "4", "--texts", "/no/such/text.txt"], "/no/such/text.txt"),
+        (["--pruning.keep", "4", "--ridge", "0"], "--ridge"),
+    ],
+)
+def test_bad_options(words, message, tiny_model_dir, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("not a run")
+    places = {"LLAMA": str(tiny_model_dir("llama")), "FULL": str(tmp_path / "full")}
+    options = ["--model", str(tiny_model_dir("mixtral")), "--output", str(tmp_path / "out"), "--window_length", "32"]
+    with pytest.raises(SystemExit):
+        main(["prune", *options, *(places.get(word, word) for word in words)])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / "full").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--pruning.keep", "5"], ["--pruning.alpha", "0.8"]])
+@torch.no_grad()
+def test_every_command_takes_the_result(options, tiny_model_dir, tmp_path, capsys):
+    """A run of `fit`, pruned behind its end: `test`, `analyze` with all rules of skipping, `export`."""
+    model = tiny_model_dir("qwen2_moe")
+    run, out = jobs.fit(model, tmp_path / "run", model__joint_epochs=1), tmp_path / "out"
+    words = ["--num_windows", "16", "--window_length", "64", "--num_heldout_windows", "3"]
+    words += ["--texts", '["bundled:prose", "bundled:code"]']
+    main(["prune", "--model", str(run), "--output", str(out), *options, *words])
+    report = json.loads((out / "report.json").read_text())
+    first = json.loads((run / "report.json").read_text())
+    numbers = [len(row["kept"]) for row in report["pruning"]["blocks"].values()]
+    for text, values in first["perplexity"].items():
+        assert report["perplexity"][text]["original"] == pytest.approx(values["compressed"], rel=1e-6)
+
+    main(["test", *jobs.options(model, out)])
+    tested = json.loads((out / "test.json").read_text())
+    for text, values in first["perplexity"].items():
+        assert tested["perplexity"][text]["original"] == pytest.approx(values["original"], rel=1e-6)
+        pruned = report["perplexity"][text]["compressed"]
+        assert tested["perplexity"][text]["compressed"] == pytest.approx(pruned, rel=1e-6)
+
+    place = tmp_path / "analysis"
+    options = ["--model", str(out), "--output", str(place), "--num_windows", "4", "--window_length", "64"]
+    options += ["--texts", '["bundled:prose", "bundled:code"]', "--num_questions", "2"]
+    main(["analyze", *options, "--alphas", "[0.3, 0.7]", "--baselines", "true"])
+    said = json.loads((place / "analysis.json").read_text())
+    assert [row["num_experts"] for row in said["blocks"]] == numbers
+    assert all(len(row["texts"]["prose"]["load"]) == row["num_experts"] for row in said["blocks"])
+    names = ["none", "pesf 0.3", "pesf 0.7", "ceil(2K/3)", "ees", "odp"]
+    assert [row["name"] for row in said["skipping"]["rows"]] == names
+    assert all(0 <= row["pairs_dropped"] < 1 for row in said["skipping"]["rows"])
+    assert {path.name for path in place.glob("*.png")} >= {"frequency.png", "skipping.png"}
+
+    if len(set(numbers)) > 1:
+        with pytest.raises(ValueError, match="--pruning.keep"):
+            export(str(out), str(tmp_path / "dense"), "dense")
+        return
+    export(str(out), str(tmp_path / "dense"), "dense")
+    elsewhere = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    ours = compressed.load(out, packed=False)
+    torch.testing.assert_close(elsewhere(TOKENS).logits, ours(TOKENS).logits, rtol=1e-5, atol=1e-5)
