@@ -4,9 +4,10 @@
     torch.ops.eacmoe.experts    all routed experts of a block in one call
 
 On CPU they are our C++ (`csrc/`), compiled when the package is installed and loaded without any tie to torch's ABI; on
-CUDA a Triton kernel (`triton_kernels.py`); elsewhere, and where no compiler or no Triton was found, weights are decoded
-one at a time and multiplied by torch. A packed weight is always its three tensors as they lie on disk (`grid.packed`):
-nothing is repacked, so a file can be mapped and used.
+CUDA Humming where it is installed (`humming_kernels.py`), else a Triton kernel (`triton_kernels.py`); elsewhere, and
+where nothing of that was found, weights are decoded one at a time and multiplied by torch. A packed weight is always
+its three tensors as they lie on disk (`grid.packed`): nothing is repacked, so a file can be mapped and used (Humming
+alone makes a copy in its own layout).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from eacmoe_lightning.grid import Quantized, expert_codes, one_or_each, unpack
 
+CUDA = ("humming", "triton", "decode")  # kernels for GPUs, best first
 LEVELS = ("portable", "avx2", "avx512")  # instruction sets of the C++ kernels; avx512 includes BF16, VNNI and VBMI
 INTERFACE = 2  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -186,38 +188,46 @@ def _experts(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bit
 
 
 @cache
-def triton_kernels() -> ModuleType | None:
-    """The kernels for CUDA; None without Triton, or where EACMOE_CUDA=decode asks for decoding.
+def cuda_kernels() -> list[ModuleType]:
+    """The modules with kernels for CUDA that are installed, best first; EACMOE_CUDA asks for a later one of CUDA.
 
     Raises:
-        ValueError: EACMOE_CUDA is neither `triton` nor `decode`.
+        ValueError: EACMOE_CUDA is none of CUDA.
     """
-    chosen = os.environ.get("EACMOE_CUDA", "triton")
-    if chosen not in ("triton", "decode"):
-        raise ValueError(f"EACMOE_CUDA={chosen!r} is neither 'triton' nor 'decode'")
-    if chosen == "decode":
-        return None
-    try:
-        return import_module("eacmoe_lightning.triton_kernels")
-    except ImportError as error:
-        warnings.warn(f"packed models will run slowly on this GPU, without Triton ({error})", stacklevel=2)
-        return None
+    chosen = os.environ.get("EACMOE_CUDA", CUDA[0])
+    if chosen not in CUDA:
+        raise ValueError(f"EACMOE_CUDA={chosen!r} is none of {CUDA}")
+    found, missing = [], []
+    for name in CUDA[CUDA.index(chosen) : -1]:
+        try:
+            found.append(import_module(f"eacmoe_lightning.{name}_kernels"))
+        except ImportError as error:
+            missing.append(str(error))
+    if not found and missing:
+        warnings.warn(f"packed models will run slowly on this GPU ({'; '.join(missing)})", stacklevel=2)
+    return found
+
+
+def _kernels_for(x: Tensor, *weights: tuple) -> ModuleType | None:
+    """The first module that takes these activations and weights (codes, scale, in_features, bits)."""
+    return next((kernels for kernels in cuda_kernels() if kernels.takes(x, *weights)), None)
 
 
 def _linear_cuda(x, codes, scale, zero_point, bias, bits, int8):
-    own = triton_kernels()
-    if own is None or not own.takes(x, scale, widths=(x.shape[-1],)):
+    own = _kernels_for(x, (codes, scale, x.shape[-1], bits))
+    if own is None:
         return _linear(x, codes, scale, zero_point, bias, bits, int8)
     return own.linear(x, codes, scale, zero_point, bias, bits)
 
 
 def _experts_cuda(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, *rest):
     down_codes, down_scale, down_zero_point, down_bias, down_bits, gated, activation, _ = rest
-    own, width = triton_kernels(), _width(down_codes, down_scale, down_bits)
-    if own is None or not own.takes(x, up_scale, down_scale, widths=(x.shape[-1], width)):
-        return _experts(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, *rest)
     up = up_codes, up_scale, up_zero_point, up_bias, one_or_each(up_bits)
     down = down_codes, down_scale, down_zero_point, down_bias, one_or_each(down_bits)
+    widths = x.shape[-1], _width(down_codes, down_scale, down_bits)
+    own = _kernels_for(x, *((w[0], w[1], width, w[4]) for w, width in zip((up, down), widths, strict=True)))
+    if own is None:
+        return _experts(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, *rest)
     return own.experts(x, ids, weights, up, down, lambda hidden: activate(hidden, gated, activation))
 
 

@@ -88,9 +88,9 @@ def multiply(
     tl.store(place, sums.to(out.dtype.element_ty), mask=here[:, None] & there[None, :])
 
 
-def takes(x: Tensor, *scales: Tensor, widths: tuple[int, ...]) -> bool:
-    """Whether the kernel takes these activations and weights of these in_features: groups are multiples of 16."""
-    groups = (width // scale.shape[-1] for width, scale in zip(widths, scales, strict=True))
+def takes(x: Tensor, *weights: tuple[Tensor, Tensor, int, Bits]) -> bool:
+    """Whether the kernel takes these activations and weights (codes, scale, in_features, bits): groups of 16 n."""
+    groups = (in_features // scale.shape[-1] for _, scale, in_features, _ in weights)
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(group % 16 == 0 for group in groups)
 
 

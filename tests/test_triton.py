@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
 @pytest.fixture
 def on_cuda(monkeypatch):
     """What the operators call on CUDA, here with CPU tensors; decoding is an error."""
-    monkeypatch.setattr(kernels, "triton_kernels", lambda: interpreted)
+    monkeypatch.setattr(kernels, "cuda_kernels", lambda: [interpreted])
     monkeypatch.setattr(kernels, "unpack", None)
     return kernels
 
@@ -75,7 +75,7 @@ def test_blocks_of_one_expert_each():
 
 
 def test_groups_that_the_kernel_does_not_take_are_decoded(monkeypatch):
-    monkeypatch.setattr(kernels, "triton_kernels", lambda: interpreted)
+    monkeypatch.setattr(kernels, "cuda_kernels", lambda: [interpreted])
     monkeypatch.setattr(interpreted, "multiply", None)
     q, x = random_weight((8, 48), 3, 24), torch.ones(2, 48)
     torch.testing.assert_close(kernels._linear_cuda(x, *tensors(q), None, 3, False), x @ q.dequantize().T)
