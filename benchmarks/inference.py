@@ -1,4 +1,4 @@
-"""Speed of packed models on CPU at real shapes, beside transformers in bf16 and llama.cpp.
+"""Speed of packed models on CPU at real shapes, beside transformers in bf16, llama.cpp and ONNX Runtime.
 
     python benchmarks/inference.py --json inference.json
     python benchmarks/inference.py --shapes qwen1.5-moe --bits 3 --work decode --llama-cpp runs/llama.cpp
@@ -8,8 +8,9 @@ shared experts) given hidden states; `layer` the whole model (attention, MoE blo
 a cache. Work: `decode` is 1x1, `prefill` 1x512, `batch` 4x512 (batch x tokens). Backends take turns, one call each, in
 every round; a row has the median over the rounds. They are transformers' `eager` and `grouped_mm` in bf16 (with
 --float32 also in float32, which CPUs without bf16 instructions prefer), this package with bf16 and with `int8`
-activations, and with --llama-cpp DIR (layer only) llama.cpp at its nearest format, in an environment of its own that is
-made under DIR (it compiles llama.cpp: some minutes). `load` opens the layer's directory, compressed or bf16, in fresh
+activations, with --llama-cpp DIR (layer only) llama.cpp at its nearest format, and with --onnxruntime DIR (moe only)
+ONNX Runtime at 4 bit, with and without rounded activations; both in environments of their own that are made under DIR
+(the former compiles llama.cpp: some minutes). `load` opens the layer's directory, compressed or bf16, in fresh
 processes (Linux).
 
 Rows: part, work, shape, bits, backend, threads, median_s, ratio_to_bf16 (against the faster bf16 backend at the same
@@ -71,6 +72,8 @@ SHAPES: dict[str, Any] = {
 }
 LLAMA_FORMATS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_0"}  # llama.cpp's nearest, 2.6, 3.4 and 4.5 bits a weight
 LLAMA_PACKAGES = ["llama-cpp-python==0.3.36", "gguf>=0.17", "numpy"]
+ONNX_BITS = 4  # the least that its kernel for experts (QMoE) has on CPU
+ONNX_PACKAGES = ["onnxruntime==1.32.*", "onnx", "numpy"]
 
 
 def bf16_model(config: Any) -> PreTrainedModel:
@@ -162,18 +165,24 @@ def machine_limits() -> tuple[float, float]:
     return block.nbytes / best_of(block.sum), 2 * 1024**3 / seconds
 
 
-class LlamaCpp:
-    """llama.cpp in a process and an environment of its own (inference_llama.py); it times itself, on request."""
+class Other:
+    """Another engine in a process and an environment of its own; it times itself, on request.
 
-    def __init__(self, directory: Path, shape: str, bits: int) -> None:
+    Args:
+        directory: for its environment, which is made where it is missing, and its model.
+        script: beside this one, with what it is told.
+    """
+
+    def __init__(self, directory: Path, packages: list[str], script: str, job: dict[str, Any]) -> None:
+        directory = directory.resolve()
         python = directory / "environment" / "bin" / "python"
         if not (directory / "installed").exists():
             venv.create(directory / "environment", with_pip=True)
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *LLAMA_PACKAGES], check=True)
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
             (directory / "installed").touch()
-        job = {"config": SHAPES[shape].to_dict(), "format": LLAMA_FORMATS[bits], "directory": str(directory)}
+        job = job | {"directory": str(directory)}
         self.process = subprocess.Popen(
-            [python, HERE / "inference_llama.py", json.dumps(job)],
+            [python, HERE / script, json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=open(directory / "log.txt", "w"),  # noqa: SIM115
@@ -181,7 +190,7 @@ class LlamaCpp:
         )
         ready = self.process.stdout.readline()
         if not ready:
-            raise RuntimeError(f"llama.cpp did not start: see {directory / 'log.txt'}")
+            raise RuntimeError(f"{script} did not start: see {directory / 'log.txt'}")
         self.weight_bytes = int(ready)
 
     def seconds(self, batch: int, tokens: int, threads: int) -> float:
@@ -192,6 +201,21 @@ class LlamaCpp:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+def others(shape: str, bits: int, args: argparse.Namespace) -> dict[str, tuple[str, Other]]:
+    """The part that each of the other engines computes, and the engine, by name."""
+    config, found = SHAPES[shape].to_dict(), {}
+    if args.llama_cpp and bits in LLAMA_FORMATS and "layer" in args.parts:
+        job = {"config": config, "format": LLAMA_FORMATS[bits]}
+        name = f"llama.cpp {LLAMA_FORMATS[bits]}"
+        found[name] = "layer", Other(args.llama_cpp, LLAMA_PACKAGES, "inference_llama.py", job)
+    if args.onnxruntime and "moe" in args.parts:
+        for level, activations in ((0, ""), (4, " int8")):
+            job = {"config": config, "bits": ONNX_BITS, "level": level}
+            name = f"onnxruntime {ONNX_BITS} bit{activations}"
+            found[name] = "moe", Other(args.onnxruntime, ONNX_PACKAGES, "inference_onnx.py", job)
+    return found
 
 
 def save_compressed(directory: Path, model: PreTrainedModel) -> None:
@@ -253,7 +277,7 @@ def compare(shape: str, bits: int, args: argparse.Namespace, dense: PreTrainedMo
     """All rows of one shape and bit width."""
     packed = packed_model(dense, bits)
     wide = dense_in_float32(dense) if args.float32 else None
-    llama = LlamaCpp(args.llama_cpp.resolve(), shape, bits) if args.llama_cpp and bits in LLAMA_FORMATS else None
+    engines = others(shape, bits, args)
     rows = load_rows(shape, bits, dense, packed) if "load" in args.work else []
     for row in rows:
         show(row)
@@ -278,23 +302,18 @@ def compare(shape: str, bits: int, args: argparse.Namespace, dense: PreTrainedMo
                     for name in ("eager", "grouped_mm")
                 }
             backends |= {"packed": lambda: ours("exact"), "packed int8": lambda: ours("int8")}
-            if llama is not None and part == "layer":
-                name = f"llama.cpp {LLAMA_FORMATS[bits]}"
-                backends[name] = lambda b=batch, t=tokens, n=threads: llama.seconds(b, t, n)
-            rounds = args.rounds * (8 if work == "decode" else 1)
-            times: dict[str, list[float]] = {name: [] for name in backends}
-            for turn in range(rounds + 1):
-                for name, run in backends.items():
-                    seconds = run()
-                    if turn:  # the first warms up
-                        times[name].append(seconds)
-            medians = {name: statistics.median(values) for name, values in times.items()}
+            backends |= {
+                name: lambda engine=engine, b=batch, t=tokens, n=threads: engine.seconds(b, t, n)
+                for name, (own, engine) in engines.items()
+                if own == part
+            }
+            medians = interleaved(backends, args.rounds * (8 if work == "decode" else 1), args.seconds)
             bf16 = min(seconds for name, seconds in medians.items() if name.startswith("bf16"))
             for name, seconds in medians.items():
                 row = {"part": part, "work": work, "shape": shape, "bits": bits, "backend": name, "threads": threads}
                 row |= {"median_s": seconds, "ratio_to_bf16": bf16 / seconds}
-                if name.startswith("llama.cpp"):
-                    row["weight_bytes"] = llama.weight_bytes
+                if name in engines:
+                    row["weight_bytes"] = engines[name][1].weight_bytes
                 else:
                     model = packed if name.startswith("packed") else dense if name.startswith("bf16") else wide
                     row["weight_bytes"] = bytes_of(weights_of(model, part))
@@ -304,9 +323,23 @@ def compare(shape: str, bits: int, args: argparse.Namespace, dense: PreTrainedMo
                     row["limit_share"] = max(reading, arithmetic) / seconds
                 rows.append(row)
                 show(row)
-    if llama is not None:
-        llama.close()
+    for _, engine in engines.values():
+        engine.close()
     return rows
+
+
+def interleaved(backends: dict[str, Callable[[], float]], rounds: int, seconds: float) -> dict[str, float]:
+    """Medians of the backends, one call each in turn; the first call warms up and counts only if it is the only one.
+
+    Args:
+        seconds: after which a backend takes no further turn.
+    """
+    times: dict[str, list[float]] = {name: [] for name in backends}
+    for _ in range(rounds + 1):
+        for name, run in backends.items():
+            if sum(times[name]) < seconds:
+                times[name].append(run())
+    return {name: statistics.median(values[1:] or values) for name, values in times.items()}
 
 
 def show(row: dict[str, Any]) -> None:
@@ -315,7 +348,7 @@ def show(row: dict[str, Any]) -> None:
         limit = f"{row['resident_bytes'] / 1e6:.0f} MB, peak {row['peak_bytes'] / 1e6:.0f}"
     print(
         f"{row['shape']:12s} {row['part']:6s} {row['work']:8s} {row['bits']} bit {row['threads']} threads "
-        f"{row['backend']:16s}"
+        f"{row['backend']:22s}"
         f"{1e3 * row['median_s']:9.2f} ms {row['ratio_to_bf16']:6.2f} x bf16 {limit:22s}"
         f"{row['weight_bytes'] / 1e6:8.0f} MB",
         flush=True,
@@ -331,8 +364,10 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", choices=[*WORK, "load"], default=[*WORK, "load"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7, help="of every backend (decode: 8 times as many)")
+    parser.add_argument("--seconds", type=float, default=60, help="after which a backend takes no more turns in a row")
     parser.add_argument("--float32", action="store_true", help="measure transformers in float32 too")
     parser.add_argument("--llama-cpp", type=Path, help="directory for llama.cpp's environment and models")
+    parser.add_argument("--onnxruntime", type=Path, help="directory for ONNX Runtime's environment and model")
     parser.add_argument("--json", type=Path, help="where the rows are written")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -78,10 +78,10 @@ def block(config: dict, bits: int, level: int) -> tuple[onnx.ModelProto, int]:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    path = Path(job["directory"]) / "block.onnx"
+    path = Path(job["directory"]) / f"block-{job['level']}.onnx"
     model, size = block(job["config"], job["bits"], job["level"])
     path.with_suffix(".data").unlink(missing_ok=True)
-    onnx.save_model(model, path, save_as_external_data=True, location="block.data")
+    onnx.save_model(model, path, save_as_external_data=True, location=f"{path.stem}.data")
     del model
     hidden, session, has_threads = job["config"]["hidden_size"], None, 0
     print(size, flush=True)
