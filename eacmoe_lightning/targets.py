@@ -1,8 +1,7 @@
 """What other programs load: one table, asked by `export` before it writes and by `fit` before it calibrates.
 
-A row is an engine and a format. "Verified" means that models exported by this package were loaded by that engine and
-gave our logits (benchmarks/export_check.py does that; LOG.md has versions and differences); the other rows come from
-the engines' sources and promise less.
+A row is an engine and a format. What an engine is known to run, it has run: `Trial` says with which bits, in which
+version and how that was seen. The other rows come from the engines' sources and promise less.
 """
 
 from __future__ import annotations
@@ -46,6 +45,34 @@ def by_bits(bits: int | Sequence[int]) -> list[tuple[int, tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Exports of this package that an engine loaded and ran with our logits.
+
+    Attributes:
+        version: of the engine.
+        symmetric, asymmetric: bits of the weights.
+        mixed: whether weights of different bits were in one model.
+        how: it was seen.
+    """
+
+    version: str
+    symmetric: tuple[int, ...]
+    asymmetric: tuple[int, ...]
+    mixed: bool
+    how: str
+
+    def untried(self, weights: Iterable[WeightGrid]) -> list[str]:
+        """What of these weights was in no trial; empty: all was."""
+        kinds = sorted({(w.bits, w.symmetric) for w in weights})
+        missing = [
+            f"{bits} bit {'symmetric' if symmetric else 'asymmetric'}"
+            for bits, symmetric in kinds
+            if bits not in (self.symmetric if symmetric else self.asymmetric)
+        ]
+        return missing + (["several bits in one model"] if len({bits for bits, _ in kinds}) > 1 > self.mixed else [])
+
+
+@dataclass(frozen=True)
 class Target:
     """One engine and one format, and what it loads.
 
@@ -53,7 +80,7 @@ class Target:
         engine: by which it is chosen (`--target`, `--model.target`).
         format: of `FORMATS`.
         version: of the engine, as tried or as its sources were read.
-        verified: whether exports of this package were loaded by it.
+        trial: what of it was seen to run; None: nothing.
         bits: that it has.
         symmetric: whether the zero point has to be the middle code.
         group_sizes: that it has; None: any.
@@ -68,7 +95,7 @@ class Target:
     engine: str
     format: str
     version: str
-    verified: bool
+    trial: Trial | None
     bits: tuple[int, ...]
     symmetric: bool
     group_sizes: tuple[int, ...] | None
@@ -76,6 +103,10 @@ class Target:
     multiple: int = 1
     names: Literal["original", "unstacked"] = "original"
     note: str = ""
+
+    @property
+    def verified(self) -> bool:
+        return self.trial is not None
 
     @property
     def name(self) -> str:
@@ -152,14 +183,18 @@ class Target:
 
 
 READ = "sources of September 2026, read and not run"
+LOGITS = "logits, perplexity and the most likely tokens of the bundled held-out texts (benchmarks/export_check.py)"
+REOPENED = "opened and run by `export` itself: every weight, and logits on random tokens"
+GPTQMODEL, LLAMA_CPP = "GPTQModel 7.7.0", "llama-cpp-python 0.3.36"
+COMPRESSED_TENSORS = "transformers 5.23 with compressed-tensors 0.20.0"
 GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 
 TARGETS = (
     Target(
         engine="transformers",
         format="compressed-tensors",
-        version="transformers 5.23 with compressed-tensors 0.20.0",
-        verified=True,
+        version=COMPRESSED_TENSORS,
+        trial=Trial(COMPRESSED_TENSORS, (2, 3, 4, 8), (), False, REOPENED),
         bits=(2, 3, 4, 8),
         symmetric=True,
         group_sizes=None,
@@ -170,7 +205,7 @@ TARGETS = (
         engine="vllm",
         format="compressed-tensors",
         version=READ,
-        verified=False,
+        trial=None,
         bits=(4, 8),
         symmetric=True,
         group_sizes=(32, 64, 128),
@@ -182,7 +217,7 @@ TARGETS = (
         engine="sglang",
         format="compressed-tensors",
         version=READ,
-        verified=False,
+        trial=None,
         bits=(4, 8),
         symmetric=True,
         group_sizes=(32, 64, 128),
@@ -192,8 +227,8 @@ TARGETS = (
     Target(
         engine="gptqmodel",
         format="gptq_v2",
-        version="GPTQModel 7.7.0",
-        verified=True,
+        version=GPTQMODEL,
+        trial=Trial(GPTQMODEL, (4, 8), (2, 3, 4), True, LOGITS),
         bits=(2, 3, 4, 8),
         symmetric=False,
         group_sizes=GPTQ_GROUPS,
@@ -205,8 +240,8 @@ TARGETS = (
     Target(
         engine="gptqmodel",
         format="gptq",
-        version="GPTQModel 7.7.0",
-        verified=True,
+        version=GPTQMODEL,
+        trial=Trial(GPTQMODEL, (4, 8), (), False, LOGITS),
         bits=(2, 3, 4, 8),
         symmetric=True,
         group_sizes=GPTQ_GROUPS,
@@ -219,7 +254,7 @@ TARGETS = (
         engine="vllm",
         format="gptq",
         version=READ,
-        verified=False,
+        trial=None,
         bits=(4, 8),
         symmetric=True,
         group_sizes=(32, 64, 128),
@@ -230,8 +265,8 @@ TARGETS = (
     Target(
         engine="llama.cpp",
         format="gguf",
-        version="llama-cpp-python 0.3.36",
-        verified=True,
+        version=LLAMA_CPP,
+        trial=Trial(LLAMA_CPP, (4, 8), (2, 3, 4), True, LOGITS),
         bits=(2, 3, 4, 5, 6, 7, 8),
         symmetric=False,
         group_sizes=None,
@@ -243,7 +278,7 @@ TARGETS = (
         engine="transformers",
         format="dense",
         version="transformers 5.23",
-        verified=True,
+        trial=Trial("transformers 5.23", (), (2, 3, 4, 5), True, REOPENED),
         bits=(2, 3, 4, 5, 6, 7, 8),
         symmetric=False,
         group_sizes=None,

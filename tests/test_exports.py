@@ -196,6 +196,20 @@ def test_what_the_target_does_not_load_is_refused(form, folder_of, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "target", "said"),
+    [
+        (MIXED, "gptqmodel", "GPTQModel 7.7.0 was never run on an export with 8 bit asymmetric"),
+        (SYMMETRIC, "vllm", "vllm was never run on an export of this package"),
+        (SYMMETRIC, "gptqmodel", "seen in GPTQModel 7.7.0 for such models: logits"),
+    ],
+)
+def test_the_command_says_what_the_engine_has_run(setting, target, said, folder_of, tmp_path, capsys):
+    form = {"vllm": "gptq", "gptqmodel": "gptq_v2"}[target]
+    export(str(folder_of("mixtral", setting)), str(tmp_path / "out"), form, target)
+    assert said in capsys.readouterr().out
+
+
 def test_bad_places_are_refused(folder_of, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -1,5 +1,6 @@
 """GGUF exports against the gguf package's decoder, llama.cpp's own reordering, and transformers' GGUF reader."""
 
+import itertools
 import json
 import shutil
 
@@ -126,6 +127,67 @@ def test_the_rule_for_words_is_found_by_trial(expression, words):
     assert (name, share) == (words, 0) if words else share > 0
 
 
+def sentencepiece_tokenizer() -> Tokenizer:
+    """BPE with bytes to fall back on and spaces as sentencepiece writes them, like Llama's and Mixtral's."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=[*special, *bytes_], limit_alphabet=60, show_progress=False
+    )
+    tokenizer.train_from_iterator(read_documents("bundled:calibration"), trainer)
+    stored = json.loads(tokenizer.to_str())
+    stored["added_tokens"] = stored["added_tokens"][: len(special)]  # bytes are ordinary tokens
+    stored["pre_tokenizer"] = None
+    stored["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "\u2581"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        ],
+    }
+    steps = [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    stored["decoder"] = {"type": "Sequence", "decoders": steps}
+    return Tokenizer.from_str(json.dumps(stored))
+
+
+def by_scores(text: str, tokens: list[str], scores: list[float]) -> list[int]:
+    """llama.cpp's rule, by hand: join the neighbours whose union scores highest, the first of equals; then bytes."""
+    number = {token: i for i, token in enumerate(tokens)}
+    symbols = list("\u2581" + text.replace(" ", "\u2581"))
+    while True:
+        unions = [
+            (scores[number[a + b]], -i) for i, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in number
+        ]
+        if not unions:
+            break
+        i = -max(unions)[1]
+        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+    spelled = [[s] if s in number else [f"<0x{byte:02X}>" for byte in s.encode()] for s in symbols]
+    return [number[s] for parts in spelled for s in parts]
+
+
+def test_sentencepiece_tokenizers_go_by_scores(folder_of, tmp_path):  # noqa: F811
+    folder = shutil.copytree(folder_of("mixtral", ASYMMETRIC), tmp_path / "in")
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    export(str(folder), str(tmp_path / "out"), "gguf")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    keys = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type", "model")}
+    assert keys["model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"].contents()
+    text = read_documents("bundled:prose")[0][:600] + " \u4e2d\u6587 x"
+    expected = tokenizer.encode(text, add_special_tokens=False).ids
+    assert by_scores(text, keys["tokens"], keys["scores"]) == expected
+    types = gguf.TokenType
+    assert [keys["token_type"][i] for i in (1, 3, 258, 259)] == [types.CONTROL, types.BYTE, types.BYTE, types.NORMAL]
+
+
 def test_experts_with_bits_of_their_own_keep_their_values(tiny_model_dir, tmp_path):
     folder = compress(tiny_model_dir("qwen3_moe"), tmp_path / "mixed", mixed=True, symmetric=True)
     assert export(str(folder), str(tmp_path / "out"), "gguf").weights == 0
@@ -148,6 +210,6 @@ def test_what_llama_cpp_computes_otherwise_is_refused(folder_of, tmp_path):  # n
     stored = json.loads((folder / "tokenizer.json").read_text())
     stored["model"] = {"type": "Unigram", "vocab": [["<unk>", 0.0]], "unk_id": 0}
     (folder / "tokenizer.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="byte-level BPE"):
+    with pytest.raises(ValueError, match="writes BPE tokenizers"):
         export(str(folder), str(tmp_path / "out"), "gguf")
     assert not (tmp_path / "out").exists()

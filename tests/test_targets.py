@@ -46,6 +46,20 @@ def test_what_vllm_does_not_load_is_refused(weights, said):
     assert "vllm (compressed-tensors, unverified)" in str(refused.value)
 
 
+def test_what_was_in_no_trial_is_said():
+    (row,) = targets.find("gguf", "llama.cpp")
+    assert row.trial.untried([*BOTH, expert(bits=3, symmetric=False)]) == []
+    odd = [expert(bits=3), expert(bits=6, symmetric=False), expert()]
+    assert row.trial.untried(odd) == ["3 bit symmetric", "6 bit asymmetric"]
+    single = replace(row.trial, mixed=False)
+    assert single.untried([expert(bits=8), expert()]) == ["several bits in one model"] and not single.untried(BOTH)
+    for target in targets.TARGETS:
+        if target.trial is not None:
+            assert target.trial.version in target.version and target.trial.how
+            assert {*target.trial.symmetric, *target.trial.asymmetric} <= {*target.bits}
+            assert not (target.symmetric and target.trial.asymmetric)
+
+
 def test_tensor_parallelism_cuts_no_group():
     assert targets.choose(VLLM, BOTH, tensor_parallel=4) == VLLM[0]  # 512 inputs are 4 x 128
     with pytest.raises(ValueError, match="256 x 512 in groups of 128.*--tensor_parallel 8"):

@@ -66,8 +66,13 @@ def export(
     print(f"{output}: {row.format} for {row.engine} ({row.version}). Read back: {difference}")
     if SKIPPING in opened.directory_config:
         print(f"warning: {row.engine} knows nothing of the rule by which this model skips experts: it runs all of them")
-    if not row.verified:
+    if row.trial is None:
         print(f"warning: {row.engine} was never run on an export of this package: try it before you serve it")
+    elif untried := row.trial.untried(weights):
+        said = f"{row.trial.version} was never run on an export with {', '.join(untried)}"
+        print(f"warning: {said}: try it before you serve it")
+    else:
+        print(f"seen in {row.trial.version} for such models: {row.trial.how}")
     return difference
 
 
