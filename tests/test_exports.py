@@ -199,7 +199,7 @@ def test_what_the_target_does_not_load_is_refused(form, folder_of, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "target", "said"),
     [
-        (MIXED, "gptqmodel", "GPTQModel 7.7.0 was never run on an export with 8 bit asymmetric"),
+        ((8, False), "gptqmodel", "GPTQModel 7.7.0 was never run on an export with 8 bit asymmetric"),
         (SYMMETRIC, "vllm", "vllm was never run on an export of this package"),
         (SYMMETRIC, "gptqmodel", "seen in GPTQModel 7.7.0 for such models: logits"),
     ],
