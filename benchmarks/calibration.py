@@ -3,11 +3,12 @@
 Every tool quantizes the same model on the same windows to the same bits and group size, each in a process and an
 environment of its own (gptq_quality.py builds them), in turn and --rounds times; medians are printed. Rows of --json:
 
-    tool         ours (routers in closed form), ours with the joint stage, gptqmodel, llm-compressor
+    tool         ours (routers in closed form), the same with the paper's GPTQ (without search and refinement), ours
+                 with the joint stage, gptqmodel, llm-compressor
     model        bundled, or `blocks`: random weights in the block shapes of Qwen1.5-MoE-A2.7B (hidden 2048, experts of
                  1408 top-4, a shared one of 5632), with as many blocks and experts as --blocks and --experts say
     seconds      of quantizing, router calibration included, without loading and writing
-    wall_seconds of the whole process
+    wall_seconds, processor_seconds   of the whole process; those of the processor hold on a shared machine too
     peak_bytes   of the process and all its descendants, at their highest point together
     perplexity   of the bundled model, geometric mean over the held-out texts; null for random weights
 
@@ -44,6 +45,7 @@ from eacmoe_lightning.grid import Grid
 
 TOOLS = {  # row's tool -> tool and setting of gptq_quality.py
     "ours": ("ours", "routers"),
+    "ours, the paper's GPTQ": ("ours", "paper"),
     "ours, joint stage": ("ours", "joint"),
     "gptqmodel": ("gptqmodel", "best"),
     "llm-compressor": ("llm-compressor", "best, routed tokens"),
@@ -87,8 +89,8 @@ def windows(model: Path, number: int, work_dir: Path) -> TextWindows:
 def measure(tool: str, bits: int, model: Path, work_dir: Path, threads: int) -> tuple[dict, Path]:
     """One row of one tool, and where its dense weights lie."""
     result, weights = quantize(*TOOLS[tool], bits, 0, model, work_dir, threads)
-    keys = {"seconds": "seconds", "wall_seconds": "wall_seconds", "tree_peak_bytes": "peak_bytes", "version": "version"}
-    return {own: result[key] for key, own in keys.items()}, weights
+    keys = ("seconds", "wall_seconds", "processor_seconds", "version")
+    return {key: result[key] for key in keys} | {"peak_bytes": result["tree_peak_bytes"]}, weights
 
 
 def compare(args: argparse.Namespace) -> list[dict]:
@@ -122,7 +124,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
             if tool in errors:
                 row["error"] = errors[tool]
             else:
-                for key in ("seconds", "wall_seconds", "peak_bytes"):
+                for key in ("seconds", "wall_seconds", "processor_seconds", "peak_bytes"):
                     row[key] = statistics.median(run[key] for run in runs[tool])
                 row |= {"perplexity": perplexity.get(tool), "runs": runs[tool]}
             rows.append(row)

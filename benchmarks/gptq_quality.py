@@ -61,6 +61,13 @@ SETTINGS = {  # tool -> setting -> its options
         "default": {},
         "best": {"refine": 3},
         "routers": {"router_method": "ridge", "joint_epochs": 0},  # for calibration.py
+        "paper": {
+            "router_method": "ridge",
+            "joint_epochs": 0,
+            "act_order": False,
+            "scale_search": False,
+            "refine": 0,
+        },
         "joint": {"router_method": "ridge"},
     },
     "llm-compressor": {
@@ -114,12 +121,12 @@ def quantize(
     env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     command = [environment(tool, work_dir), str(HERE / "gptq_tools.py"), tool, json.dumps(job)]
     with open(place / "log.txt", "w") as log:
-        code, wall, peak = run_watched(command, cwd=place / "scratch", env=env, stdout=log, stderr=log)
+        code, wall, processor, peak = run_watched(command, cwd=place / "scratch", env=env, stdout=log, stderr=log)
     if code:
         last = (place / "log.txt").read_text().strip().splitlines()[-1:]
         raise RuntimeError(f"exit status {code}: {' '.join(last)[:300]} (see {place / 'log.txt'})")
     result = json.loads((place / "dense" / "result.json").read_text())
-    return result | {"wall_seconds": wall, "tree_peak_bytes": peak}, place / "dense"
+    return result | {"wall_seconds": wall, "processor_seconds": processor, "tree_peak_bytes": peak}, place / "dense"
 
 
 def inspect(moe: MoEModel, bits: int) -> dict[str, int]:

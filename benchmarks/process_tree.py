@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-INTERVAL = 0.1  # seconds between two looks
+INTERVAL, COST = 0.1, 0.01  # least seconds between two looks, and the most of the time that looking may take
 
 
-def run_watched(command: list[str], **options: Any) -> tuple[int, float, int]:
-    """Exit status, wall seconds, and peak bytes of the process and its descendants together.
+def run_watched(command: list[str], **options: Any) -> tuple[int, float, float, int]:
+    """Exit status, wall seconds, processor seconds, and peak bytes of the process and its descendants together.
 
     A page that several of them map is shared out among them (PSS). `options` are those of `subprocess.Popen`.
     """
-    start = time.perf_counter()
+    start, used = time.perf_counter(), _processor_seconds()
     process = subprocess.Popen(command, **options)
     peak, done = 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(INTERVAL):
+        looked = 0.0  # looking walks all pages, on a processor that the watched may want
+        while not done.wait(max(INTERVAL, looked / COST)):
+            begin = time.thread_time()
             peak = max(peak, sum(map(_bytes_of, _tree(process.pid))))
+            looked = time.thread_time() - begin
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -32,7 +36,13 @@ def run_watched(command: list[str], **options: Any) -> tuple[int, float, int]:
     finally:
         done.set()
         watcher.join()
-    return code, time.perf_counter() - start, peak
+    return code, time.perf_counter() - start, _processor_seconds() - used, peak
+
+
+def _processor_seconds() -> float:
+    """Of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _tree(root: int) -> list[int]:

@@ -138,6 +138,7 @@ def parse_fit(words: list[str]) -> tuple[QESC, TextWindows, str]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args")  # meant for scripts that pass both
         parsed = ParsedOnly(["fit", *words])
+    parsed.model.pruning = parsed.config_init["fit"]["pruning"].rule
     return parsed.model, parsed.datamodule, parsed.config["fit"]["trainer"]["default_root_dir"]
 
 

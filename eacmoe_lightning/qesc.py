@@ -197,7 +197,7 @@ class QESC(Comparison):
         if self.targets:
             targets.choose(self.targets, self.recipe.grids(moe), self.tensor_parallel)
         self.router_loss.num_targets(moe.num_experts, moe.top_k)  # a k that does not fit is said now
-        job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size)
+        job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size, moe.device.type)
         check_memory(moe, job)
         if self.trainer.is_global_zero:
             if not resumes:

@@ -1,6 +1,7 @@
 """`plan` from a config.json alone: numbers that are known from the models' cards, counted by hand, or seen in a run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jobs
@@ -15,7 +16,7 @@ from eacmoe_lightning.cli import main
 from eacmoe_lightning.planning.checks import check_disk
 from eacmoe_lightning.planning.command import warnings
 from eacmoe_lightning.planning.machine import Rates
-from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, gptq_flops, packed_bytes, plan, weight_grids
+from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, gptq_flops, packed_bytes, plan
 from eacmoe_lightning.recipe import Recipe
 from eacmoe_lightning.streaming.checkpoint import empty_model
 
@@ -54,7 +55,8 @@ def test_sizes_are_those_of_the_cards(name):
     parameters = sum(parameter.numel() for parameter in moe.model.parameters())
     assert parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.06)
     result = plan(moe, Recipe(), JOB)
-    assert 2 * 2 * parameters * 0.9 < result.phases["read"].read_bytes < 2 * 2 * parameters
+    for phase in ("check", "read"):
+        assert 2 * parameters * 0.9 < result.phases[phase].read_bytes < 2 * parameters
     block = sum(p.numel() for p in moe.blocks[0].layer.parameters()) * 2
     whole = parameters * 2
     assert block < result.peak_bytes < whole  # one block and what is made of it, never the model
@@ -90,7 +92,10 @@ def test_more_tokens_experts_and_width_cost_what_they_must():
     one, two = (plan(moe, Recipe(), Job(n, 2048, 4, 0, "none", 1, 4, 0, False, 2)).phases for n in (64, 128))
     assert two["observe"].flops == 2 * one["observe"].flops
     assert one["experts"].flops32 < two["experts"].flops32 < 2 * one["experts"].flops32  # solving does not grow
-    assert gptq_flops(100, 200) / gptq_flops(100, 100) == pytest.approx((4 / 3 * 8 + 5 * 4) / (4 / 3 + 5))
+    papers = Recipe(scale_search=False, refine=0)
+    assert gptq_flops(100, 200, papers) / gptq_flops(100, 100, papers) == pytest.approx(
+        (4 / 3 * 8 + 3 * 4) / (4 / 3 + 3)
+    )
     shared = plan(moe, Recipe(), Job(128, 2048, 4, 0, "none", 1, 4, 0, False, 2, processes=2)).phases
     assert shared["observe"].flops == two["observe"].flops / 2
 
@@ -99,13 +104,43 @@ def test_packed_size_is_counted_by_hand():
     moe = MoEModel(empty_model(tiny_models.config_of("mixtral"), torch.float32))
     attention, experts = 64 * 64 * 2 + 64 * 32 * 2, 8 * 3 * 64 * 64
     bits = 3 * (attention * (4 + 24 / 32) + experts * (2 + 24 / 32))
-    assert packed_bytes(weight_grids(moe, Recipe(bits=(2,), group_size=32))) == bits / 8
+    assert packed_bytes(Recipe(bits=(2,), group_size=32).grids(moe)) == bits / 8
     mixed = Recipe(bits=(2,), group_size=32, overrides={0: {"experts.3": 4}})
-    grids = weight_grids(moe, mixed)
+    grids = mixed.grids(moe)
     assert packed_bytes(grids) == (bits + 2 * 3 * 64 * 64) / 8
     assert [grid.experts for grid in grids if grid.block == 0 and grid.bits == 4 and grid.part == "experts"] == [
         (3,)
     ] * 2
+
+
+@pytest.mark.parametrize("name", ["qwen1.5", "qwen3"])
+def test_memory_of_a_stack_of_experts_and_of_the_routers_sums_is_that_of_the_option(name):
+    moe = shapes(name)
+    small, large = (plan(moe, Recipe(solver_gib=gib), replace(JOB, device="cuda")).phases for gib in (1.0, 4.0))
+    for phase in ("router", "experts"):
+        assert 0.5 * 2**30 < large[phase].peak_bytes - small[phase].peak_bytes < 3.5 * 2**30
+    assert small["router"].read_bytes > large["router"].read_bytes  # more passes over the router's inputs
+
+
+def test_a_pruned_model_is_smaller_and_cheaper():
+    moe, job = shapes("qwen1.5"), replace(JOB, kept_experts=30)
+    whole, pruned = plan(moe, Recipe(), JOB), plan(moe, Recipe(), job)
+    experts = 24 * 60 * 3 * 2048 * 1408 * (3 + 24 / 128) / 8
+    assert whole.disk["finished blocks"] - pruned.disk["finished blocks"] == pytest.approx(experts / 2, rel=1e-6)
+    assert pruned.phases["experts"].loop_bytes < 0.6 * whole.phases["experts"].loop_bytes
+    assert pruned.phases["read"].read_bytes == whole.phases["read"].read_bytes
+
+
+def test_what_the_page_cache_holds_waits_for_no_disk():
+    cost, rates = Cost(read_bytes=10, written_bytes=10, again_bytes=15), Rates(flops=1, flops32=1, memory=10, disk=1)
+    assert rates.seconds(cost) == 20 and rates.seconds(cost, cached=True) == 5 + 3
+
+
+def test_the_command_knows_of_pruning(tmp_path, capsys):
+    folder = config_only(tmp_path / "model", "qwen1.5")
+    words = ["plan", "--model.name_or_path", str(folder), "--pruning.keep", "30", "--data.num_heldout_windows", "1"]
+    main([*words, "--json", str(tmp_path / "plan.json")])
+    assert json.loads((tmp_path / "plan.json").read_text())["job"]["kept_experts"] == 30
 
 
 def test_time_is_work_over_rates():
@@ -115,12 +150,12 @@ def test_time_is_work_over_rates():
 
 def test_warnings_name_what_will_not_work():
     moe, recipe = shapes("qwen1.5"), Recipe(bits=(4,), symmetric=True)
-    grids, found = weight_grids(moe, recipe), plan(moe, recipe, JOB)
+    grids, found = recipe.grids(moe), plan(moe, recipe, JOB)
     said = warnings(found, grids, memory=10**12, free=10**12)
     cut = [line for line in said if line.startswith("tensor parallelism over 2")]
     assert len(cut) == 1 and "2048 x 1408 in groups of 128" in cut[0]  # 11 groups do not halve
     assert not any("vllm" in line and "refused" in line for line in said)
-    said = warnings(found, weight_grids(moe, Recipe(bits=(3,))), memory=10**9, free=10**6)
+    said = warnings(found, Recipe(bits=(3,)).grids(moe), memory=10**9, free=10**6)
     assert any("--target vllm will be refused" in line and "3 bits" in line for line in said)
     assert any("GB of memory, 1.0 GB are available" in line for line in said)
     assert any("GB of disk, 0.0 GB are free" in line for line in said)

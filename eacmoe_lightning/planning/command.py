@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from eacmoe_lightning.adapter import MoEModel, resolve_model
 from eacmoe_lightning.memory import available_memory
 from eacmoe_lightning.planning.machine import Rates, measure
-from eacmoe_lightning.planning.sizes import Job, Plan, num_bytes, plan, weight_grids
+from eacmoe_lightning.planning.sizes import Job, Plan, num_bytes, plan
 from eacmoe_lightning.recipe import num_quantized
 from eacmoe_lightning.streaming.checkpoint import empty_model
 from eacmoe_lightning.targets import TARGETS, WeightGrid
@@ -41,7 +41,7 @@ def load_shapes(name_or_path: str, dtype: str) -> MoEModel:
     return MoEModel(empty_model(config, stored if dtype == "auto" else getattr(torch, dtype)))
 
 
-def job_of(module: Any, data: Any, moe: MoEModel, processes: int) -> Job:
+def job_of(module: Any, data: Any, moe: MoEModel, processes: int, device: str) -> Job:
     """What the options of `fit` say about cost. Held-out text counts where its length is known or can be read."""
     if data.num_heldout_windows is not None:
         heldout = len(data.heldout) * data.num_heldout_windows
@@ -63,6 +63,8 @@ def job_of(module: Any, data: Any, moe: MoEModel, processes: int) -> Job:
         trains_scales=bool(module.joint_lr["scale"]),
         stream_bytes=dtype.itemsize,
         processes=processes,
+        kept_experts=module.pruning.keep if module.pruning else None,
+        device=device,
     )
 
 
@@ -79,7 +81,8 @@ def warnings(found: Plan, grids: list[WeightGrid], memory: int, free: int, proce
         if needed > memory:
             cure = {
                 "joint": "--model.joint_epochs 0 leaves it out, --model.joint_scale_lr 0 makes it smaller",
-                "router": "--model.router_method sgd needs none of its matrices",
+                "router": "a smaller --model.solver_gib",
+                "experts": "a smaller --model.solver_gib",
             }.get(name, "shorter batches (--data.batch_size), fewer processes or a larger machine")
             said.append(f"{name} takes {needed / GB:.1f} GB of memory, {memory / GB:.1f} GB are available: {cure}")
     if found.disk_bytes > free:
@@ -101,12 +104,14 @@ def warnings(found: Plan, grids: list[WeightGrid], memory: int, free: int, proce
     return said
 
 
-def report(found: Plan, moe: MoEModel, job: Job, rates: Rates, said: list[str]) -> dict[str, Any]:
+def report(found: Plan, moe: MoEModel, job: Job, rates: Rates, memory: int, said: list[str]) -> dict[str, Any]:
     """Everything that is printed, with numbers as they are."""
+    size = num_bytes(moe.model.parameters(), moe.model.dtype.itemsize)
+    cached = size + found.disk_bytes + found.peak_bytes < memory
     itemsize = moe.model.dtype.itemsize
     sizes = [num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks]
     phases = {
-        name: vars(cost) | {"peak_bytes": cost.peak_bytes + PYTHON_BYTES, "seconds": rates.seconds(cost)}
+        name: vars(cost) | {"peak_bytes": cost.peak_bytes + PYTHON_BYTES, "seconds": rates.seconds(cost, cached)}
         for name, cost in found.phases.items()
         if cost.peak_bytes and (cost.flops or cost.flops32 or cost.read_bytes)
     }
@@ -119,7 +124,7 @@ def report(found: Plan, moe: MoEModel, job: Job, rates: Rates, said: list[str]) 
             "top_k": moe.top_k,
             "parameters": sum(p.numel() for p in moe.model.parameters()),
             "quantized_parameters": num_quantized(moe),
-            "bytes": num_bytes(moe.model.parameters(), itemsize),
+            "bytes": size,
             "block_bytes": max(sizes),
         },
         "job": vars(job),
@@ -195,22 +200,21 @@ def main(words: list[str]) -> None:
     module, data, folder = parse_fit(words)
     moe = load_shapes(module.name_or_path, module.dtype_name)
     module.recipe.check(moe)
-    job = job_of(module, data, moe, own.processes)
+    job = job_of(module, data, moe, own.processes, torch.device(own.device).type)
     found = plan(moe, module.recipe, job)
     device, folder = torch.device(own.device), _existing(Path(folder))
-    rates = vars(measure(device, moe.model.dtype, folder))
+    rates = vars(measure(device, moe.model.dtype, folder, moe.config.hidden_size))
     rates = Rates(**{name: getattr(own, f"rate.{name}") or value for name, value in rates.items()})
     memory = getattr(own, "available.memory") or available_memory(device)
     free = getattr(own, "available.disk") or shutil.disk_usage(folder).free
-    grids = weight_grids(moe, module.recipe)
-    said = warnings(found, grids, int(memory), int(free), own.processes)
+    said = warnings(found, module.recipe.grids(moe), int(memory), int(free), own.processes)
     if rates.flops < rates.flops32 / 2:
         said.insert(
             0,
             f"products in {moe.model.dtype} run at {rates.flops / 1e9:.1f} GFLOP/s on this machine, in float32 at "
             f"{rates.flops32 / 1e9:.1f}: --model.dtype float32 is faster, at twice the memory for a block",
         )
-    result = report(found, moe, job, rates, said)
+    result = report(found, moe, job, rates, int(memory), said)
     print(summary(result, module.name_or_path))
     if own.json:
         own.json.write_text(json.dumps(result, indent=2) + "\n")

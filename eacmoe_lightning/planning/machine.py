@@ -25,26 +25,29 @@ class Rates:
     memory: float
     disk: float
 
-    def seconds(self, cost: Cost) -> float:
-        """Products, the column loop and the disk one after another: nothing is assumed to overlap."""
+    def seconds(self, cost: Cost, cached: bool = False) -> float:
+        """Products, other passes over memory and the disk one after another: nothing is assumed to overlap. `cached`:
+        memory has room for the files that are used again."""
         computed = cost.flops / self.flops + cost.flops32 / self.flops32 + cost.loop_bytes / self.memory
-        return computed + (cost.read_bytes + cost.written_bytes) / self.disk
+        again = cost.again_bytes if cached else 0
+        return computed + (cost.read_bytes + cost.written_bytes - again) / self.disk + 2 * again / self.memory
 
 
-def measure(device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
-    """Times products of 1024 (on CUDA 8192), copies of 64 MB, and a file of 64 MB in `folder`."""
-    side = 8192 if device.type == "cuda" else 1024
-    flops = {d: _product_rate(side, d, device) for d in {dtype, torch.float32}}
+def measure(device: torch.device, dtype: torch.dtype, folder: Path, width: int = 1024) -> Rates:
+    """Times products of 1024 tokens as wide as the model up to that (on CUDA of 8192), copies of 64 MB, and a file of
+    64 MB in `folder`."""
+    rows, width = (8192, 8192) if device.type == "cuda" else (1024, min(width, 1024))
+    flops = {d: _product_rate(rows, width, d, device) for d in {dtype, torch.float32}}
     source = torch.ones(16 << 20, device=device)  # 64 MB
     target = torch.empty_like(source)
     copies = _per_second(lambda: target.copy_(source), device)
     return Rates(flops[dtype], flops[torch.float32], 2 * source.nbytes * copies, _disk_rate(folder))
 
 
-def _product_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
-    a = torch.ones(side, side, dtype=dtype, device=device)
+def _product_rate(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
+    a, b = (torch.ones(n, width, dtype=dtype, device=device) for n in (rows, width))
     out = torch.empty_like(a)
-    return 2 * side**3 * _per_second(lambda: torch.mm(a, a, out=out), device)
+    return 2 * rows * width**2 * _per_second(lambda: torch.mm(a, b, out=out), device)
 
 
 def _per_second(work: Callable[[], object], device: torch.device) -> float:

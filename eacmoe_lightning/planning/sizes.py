@@ -2,7 +2,8 @@
 
 Counts are of multiplications and additions (2 for each weight that a token meets). They are those of the code as it is:
 the streams go through a block twice, attention is run up to each group of linears that is solved, a Hessian [I, I] is
-made of all tokens that reach it, and GPTQ factors it (4/3 I^3), spreads errors (O I^2) and weighs them (4 O I^2).
+made of all tokens that reach it (its upper half), and GPTQ factors it (4/3 I^3), multiplies the weight by it (2 O I^2),
+spreads errors (O I^2), tries scales in its column loop, and refines (`gptq_flops`).
 Letters: N tokens, D hidden, F expert width, E experts, K top_k, O/I out/in features.
 """
 
@@ -11,12 +12,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
+
+from eacmoe_lightning import ridge
 from eacmoe_lightning.adapter import Block, MoEModel
+from eacmoe_lightning.gptq import working_bytes
+from eacmoe_lightning.gram import TILE
+from eacmoe_lightning.grid import SCALE_FACTORS, ZERO_OFFSETS
 from eacmoe_lightning.recipe import Recipe, num_quantized
+from eacmoe_lightning.solver import experts_together, stack_bytes
 from eacmoe_lightning.targets import WeightGrid
 
 GENERATIONS = 3  # of both streams on disk while a block is left: before it, behind it, and of the last checkpoint
-STACK_BYTES = 4 << 30  # that a stack of experts takes while it is solved; one expert where that is more
+LOOP_RATE = 0.73  # of the column loop's search, as a share of a matrix product's
+RANGE_BYTES = 1400  # that searching the range of a group moves through caches, for each weight
+DECODED_BYTES = 48  # that decoding a weight and the gradient of its scale touch, in a step of the joint stage
+JOINT_PASSES = 3  # over the activations of such a step, beside products
 LAST = ("o_proj", "out_proj", "down_proj", "dense", "w2")  # linears that share their input with no other
 
 
@@ -30,6 +41,8 @@ class Job:
         router_method, router_epochs, num_targets, joint_epochs, trains_scales: as `fit` has them.
         stream_bytes: of a number in the hidden streams on disk.
         processes: that share windows and experts.
+        kept_experts: of each block, where a pruning rule says how many; None: all (a rule by `alpha` is not foreseen).
+        device: where it runs (`cpu` or `cuda`).
     """
 
     num_windows: int
@@ -43,6 +56,12 @@ class Job:
     trains_scales: bool
     stream_bytes: int
     processes: int = 1
+    kept_experts: int | None = None
+    device: str = "cpu"
+
+    def share(self, num_experts: int) -> float:
+        """Of a block's experts, those that pruning leaves."""
+        return min(num_experts, self.kept_experts or num_experts) / num_experts
 
     @property
     def tokens(self) -> int:
@@ -56,8 +75,10 @@ class Cost:
     Attributes:
         flops: in the model's dtype.
         flops32: in float32, whatever the model's dtype.
-        loop_bytes: that GPTQ's column loop touches.
-        read_bytes, written_bytes: from and to disk.
+        loop_bytes: of memory that what is no matrix product touches.
+        read_bytes, written_bytes: from and to files.
+        again_bytes: of these, what was written or read shortly before or will be read shortly after: where memory has
+            room for that, it waits for no disk.
         peak_bytes: of one process, at the worst block, without what Python itself takes.
     """
 
@@ -66,6 +87,7 @@ class Cost:
     loop_bytes: float = 0.0
     read_bytes: float = 0.0
     written_bytes: float = 0.0
+    again_bytes: float = 0.0
     peak_bytes: float = 0.0
 
     def add(self, peak_bytes: float = 0.0, **more: float) -> None:
@@ -74,7 +96,7 @@ class Cost:
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
 
 
-PHASES = ("read", "observe", "attention", "router", "experts", "replay", "joint", "write", "evaluate")
+PHASES = ("check", "read", "observe", "attention", "router", "experts", "replay", "joint", "write", "evaluate")
 
 
 @dataclass
@@ -93,31 +115,12 @@ class Plan:
         return sum(self.disk.values())
 
 
-def weight_grids(moe: MoEModel, recipe: Recipe) -> list[WeightGrid]:
-    """How each weight is going to be quantized."""
-    grids = []
-    for block in moe.blocks:
-        for name, (part, weight) in block.weights().items():
-            grid, shape = recipe.grid(block.index, len(moe.blocks), part), tuple(weight.shape)
-            groups: dict[int, list[int]] = {grid.bits: []}
-            if part == "experts":
-                projection = name.rpartition(".")[2]
-                bits = recipe.expert_bits(block.index, len(moe.blocks), projection, range(block.num_experts))
-                groups = {b: [e for e, own in enumerate(bits) if own == b] for b in sorted(set(bits))}
-            for bits, experts in groups.items():
-                some = tuple(experts) if len(groups) > 1 else None
-                grids.append(
-                    WeightGrid(name, block.index, part, shape, bits, grid.group_size, recipe.symmetric, experts=some)
-                )
-    return grids
-
-
-def packed_bytes(grids: Iterable[WeightGrid]) -> int:
-    """Codes, float16 scales and 8-bit zero points."""
+def packed_bytes(grids: Iterable[WeightGrid], share: float = 1.0) -> int:
+    """Codes, float16 scales and 8-bit zero points; of experts, a share."""
     total = 0.0
     for grid in grids:
         *stack, rows, columns = grid.shape
-        number = len(grid.experts) if grid.experts is not None else (stack[0] if stack else 1)
+        number = stack[0] * share if grid.part == "experts" else 1
         total += number * rows * (columns * grid.bits / 8 + 3 * columns / grid.group_size)
     return int(total)
 
@@ -137,7 +140,7 @@ def joint_bytes(moe: MoEModel, trains_scales: bool) -> int:
 def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     """Bytes that a run directory takes at most, by what they are for."""
     hidden = job.tokens * moe.config.hidden_size * job.stream_bytes
-    packed, itemsize = packed_bytes(weight_grids(moe, recipe)), moe.model.dtype.itemsize
+    packed, itemsize = packed_bytes(recipe.grids(moe), job.share(moe.num_experts)), moe.model.dtype.itemsize
     rest = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
     evaluated = 2 * job.heldout_tokens * moe.config.hidden_size * itemsize
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
@@ -160,41 +163,49 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     stream = job.tokens * hidden * job.stream_bytes
     batch = job.batch_size * job.window_length
     share = 1 / job.processes
-    for block in moe.blocks:
+    of_blocks = [_Shapes(block, moe.top_k, hidden, job) for block in moe.blocks]
+    for block, shapes in zip(moe.blocks, of_blocks, strict=True):
         size = num_bytes(block.layer.parameters(), itemsize)
-        shapes = _Shapes(block, moe.top_k, hidden, job.window_length)
         largest = max(parameter.numel() for parameter in block.layer.parameters()) * itemsize
         here = rest + size
         active = here + batch * itemsize * (8 * hidden + shapes.activations)
         routing = job.tokens * share * (4 * block.num_experts + 24 * moe.top_k)
-        phases["read"].add(here + 2 * largest, read_bytes=2 * size)  # once to check it, once to calibrate it
-        forward = dict(flops=job.tokens * shapes.forward * share)
-        phases["observe"].add(active + routing, **forward, read_bytes=stream, written_bytes=stream)
-        phases["replay"].add(active + routing, **forward, read_bytes=stream, written_bytes=stream)
-        _linears(phases["attention"], shapes.attention, job.tokens * share, here)
+        phases["check"].add(here + 2 * largest, read_bytes=size)
+        phases["read"].add(here + 2 * largest, read_bytes=size, again_bytes=size)
+        forward = dict(flops=job.tokens * shapes.forward * share, loop_bytes=job.tokens * shapes.touched * share)
+        through = dict(read_bytes=stream, written_bytes=stream, again_bytes=2 * stream)
+        phases["observe"].add(active + routing, **forward, **through)
+        phases["replay"].add(active + routing, **forward, **through)
+        _linears(phases["attention"], shapes.attention, recipe, job.tokens * share, here)
         passes = len({name for name, *_ in shapes.attention}) + 1
         phases["attention"].add(active, flops=job.tokens * share * passes * shapes.attention_forward)
-        phases["attention"].add(written_bytes=stream, read_bytes=passes * stream)
-        _linears(phases["experts"], shapes.shared, job.tokens * share, here)
+        read = dict(read_bytes=passes * stream, written_bytes=stream, again_bytes=(passes + 1) * stream)
+        phases["attention"].add(**read, loop_bytes=job.tokens * share * passes * 16 * hidden * itemsize)
+        _linears(phases["experts"], shapes.shared, recipe, job.tokens * share, here)
         if block.is_moe:
-            _router(phases["router"], block, job, hidden, here + routing, share)
-            _experts(phases["experts"], shapes, job, here + routing, share)
+            _router(phases["router"], shapes, recipe, job, hidden, here + routing, share)
+            _experts(phases["experts"], shapes, recipe, job, here + routing)
+    forward = sum(shapes.forward for shapes in of_blocks) + 2 * hidden * vocabulary
     if job.joint_epochs:
-        forward = sum(_Shapes(b, moe.top_k, hidden, job.window_length).forward for b in moe.blocks)
-        activations = batch * 4 * (len(moe.blocks) * (12 * hidden + 4 * shapes.activations) + 4 * vocabulary)
+        activations = batch * 4 * (sum(12 * hidden + 4 * shapes.activations for shapes in of_blocks) + 4 * vocabulary)
+        steps = job.joint_epochs * job.num_windows / job.batch_size * share
+        decoded = num_quantized(moe) * DECODED_BYTES if job.trains_scales else 0
         phases["joint"].add(
             joint_bytes(moe, job.trains_scales) + rest + activations,
-            flops=3 * job.joint_epochs * job.tokens * share * (forward + 4 * hidden * vocabulary),
+            flops=job.joint_epochs * job.tokens * share * (3 * forward + 2 * hidden * vocabulary),  # and its teacher
+            loop_bytes=steps * (decoded + JOINT_PASSES * activations),
         )
     block_size = max(num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks)
     codes = result.disk["compressed model"]
-    phases["write"].add(2 * rest + block_size, read_bytes=codes, written_bytes=codes)
+    phases["write"].add(2 * rest + block_size, read_bytes=codes, written_bytes=codes, again_bytes=2 * codes)
     evaluations = 1 if job.router_method == "none" else 2  # before and after calibration
-    forward = sum(_Shapes(b, moe.top_k, hidden, job.window_length).forward for b in moe.blocks)
+    read, touched = evaluations * (in_blocks + codes), sum(s.touched for s in of_blocks) + 6 * 4 * vocabulary
     phases["evaluate"].add(
         2 * (rest + block_size) + batch * 8 * hidden * itemsize + job.window_length * 8 * vocabulary,
-        flops=2 * evaluations * job.heldout_tokens * share * (forward + 2 * hidden * vocabulary),
-        read_bytes=evaluations * (in_blocks + codes),
+        flops=2 * evaluations * job.heldout_tokens * share * forward,
+        loop_bytes=2 * evaluations * job.heldout_tokens * share * touched,
+        read_bytes=read,
+        again_bytes=read,
     )
     return result
 
@@ -202,7 +213,7 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
 class _Shapes:
     """One block as numbers per token, and its linears as (input group, O, I)."""
 
-    def __init__(self, block: Block, top_k: int, hidden: int, length: int) -> None:
+    def __init__(self, block: Block, top_k: int, hidden: int, job: Job) -> None:
         linears = [
             (part, f"{n.rpartition('.')[0]}/{n if n.rpartition('.')[2] in LAST else block.linear(n).in_features}", *w)
             for n, part in block.linears.items()
@@ -211,64 +222,94 @@ class _Shapes:
         self.attention = [(group, rows, columns) for part, group, rows, columns in linears if part == "attention"]
         self.shared = [(group, rows, columns) for part, group, rows, columns in linears if part == "shared"]
         heads = [columns for group, _, columns in self.attention if group.rpartition(".")[2] in LAST]
+        length, itemsize = (
+            job.window_length,
+            block.router_weight.element_size() if block.is_moe else next(block.layer.parameters()).element_size(),
+        )
         scores = 2 * length * max(heads, default=hidden)  # of queries with keys and of weights with values, causal
         self.attention_forward = sum(2 * rows * columns for _, rows, columns in self.attention) + scores
         self.forward = self.attention_forward + sum(2 * rows * columns for _, rows, columns in self.shared)
         self.activations = sum(rows for _, rows, _ in self.shared)
-        self.top_k, self.num_experts, self.experts = top_k, block.num_experts, []
+        self.top_k, self.experts = top_k, []
+        self.num_experts = round(block.num_experts * job.share(block.num_experts)) if block.is_moe else 0
         if block.is_moe:
             self.experts = [tuple(block.experts.weight(p).shape[-2:]) for p in block.experts.projections]
             self.forward += top_k * sum(2 * rows * columns for rows, columns in self.experts)
             self.forward += 2 * block.num_experts * hidden
             self.activations += top_k * sum(rows for rows, _ in self.experts)
+        self.touched = itemsize * 4 * (8 * hidden + self.activations)  # bytes of activations, written and read
 
 
-def gptq_flops(rows: int, columns: int) -> float:
-    return 4 / 3 * columns**3 + 5 * rows * columns**2
+def gptq_flops(rows: int, columns: int, recipe: Recipe) -> float:
+    """The factor; the weight times the Hessian and the lazy updates; the search; refits and descents."""
+    units = 1.5 + (0.5 * (recipe.refine + 1) + 1.5 * recipe.refine if recipe.refine else 0)  # of a product O I^2
+    flops = 4 / 3 * columns**3 + units * 2 * rows * columns**2
+    if recipe.scale_search:
+        candidates = len(SCALE_FACTORS) * (1 if recipe.symmetric else len(ZERO_OFFSETS))
+        flops += candidates * rows * columns * recipe.group_size / LOOP_RATE
+    return flops
 
 
-def solve_bytes(rows: int, columns: int) -> int:
-    """The Hessian, its factor and its inverse; the weight, its codes and errors: float32."""
-    return 4 * (4 * columns**2 + 4 * rows * columns)
+def loop_bytes(rows: int, columns: int, recipe: Recipe) -> float:
+    """Each column spreads its error over half a group of 128, read and written; ranges are searched."""
+    return rows * columns * (4 * recipe.group_size + RANGE_BYTES * recipe.clip_search)
 
 
-def loop_bytes(rows: int, columns: int) -> float:
-    """Each column spreads its error over half a group of 128, read and written."""
-    return rows * columns * 64 * 8
+def gram_flops(tokens: float, columns: int) -> float:
+    """The tiles on and above the diagonal."""
+    return tokens * columns * (columns + min(TILE, columns))
 
 
-def _linears(cost: Cost, linears: list[tuple[str, int, int]], tokens: float, here: float) -> None:
+def _linears(cost: Cost, linears: list[tuple[str, int, int]], recipe: Recipe, tokens: float, here: float) -> None:
     """A Hessian for each group of linears with the same input, of this process's tokens; every process solves all."""
+    if recipe.quantizer == "none":
+        return
     for columns in {group: columns for group, _, columns in linears}.values():
-        cost.add(flops32=2 * tokens * columns**2)
+        cost.add(flops32=gram_flops(tokens, columns))
     for _, rows, columns in linears:
-        peak = here + solve_bytes(rows, columns)
-        cost.add(peak, flops32=gptq_flops(rows, columns), loop_bytes=loop_bytes(rows, columns))
+        _solve(cost, 1, rows, columns, recipe)
+        cost.add(here + 4 * columns**2 + working_bytes(rows, columns))
 
 
-def _router(cost: Cost, block: Block, job: Job, hidden: int, here: float, share: float) -> None:
-    experts = block.num_experts
+def _solve(cost: Cost, number: float, rows: int, columns: int, recipe: Recipe) -> None:
+    if recipe.quantizer == "gptq":
+        flops, touched = gptq_flops(rows, columns, recipe), loop_bytes(rows, columns, recipe)
+        cost.add(flops32=number * flops, loop_bytes=number * touched)
+
+
+def _router(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, hidden: int, here: float, share: float) -> None:
+    experts, stream = shapes.num_experts, job.tokens * share * hidden * job.stream_bytes
     if job.router_method == "ridge":
+        together = ridge.experts_together(experts, hidden, recipe.solver_gib)
+        passes, num_targets = -(-experts // together), min(job.num_targets, experts)
+        taught = 1 if num_targets == experts else num_targets  # one matrix for all, where every token teaches all
+        batches = job.num_windows / job.batch_size * share
         cost.add(
-            here + 3 * 4 * experts * hidden**2,
-            flops32=2 * job.tokens * share * job.num_targets * hidden**2 + 2 * 2 / 3 * experts * hidden**3,
+            here + ridge.working_bytes(together, hidden),
+            flops32=gram_flops(job.tokens * share * taught, hidden) + 2 / 3 * experts * hidden**3,
+            loop_bytes=batches * experts * 12 * hidden**2,
+            read_bytes=(passes + 1) * stream,
+            again_bytes=(passes + 1) * stream,
         )
     elif job.router_method == "sgd":
-        stream = job.tokens * share * hidden * job.stream_bytes
         cost.add(
             here,
             flops32=6 * job.router_epochs * job.tokens * share * experts * hidden,
             read_bytes=job.router_epochs * stream,
+            again_bytes=job.router_epochs * stream,
         )
 
 
-def _experts(cost: Cost, shapes: _Shapes, job: Job, here: float, share: float) -> None:
+def _experts(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, here: float) -> None:
     """Hessians of this process's tokens; solves of its share of the experts."""
-    (up_rows, up_columns), (down_rows, down_columns) = shapes.experts
-    sent = job.tokens * share * shapes.top_k
-    each = max(solve_bytes(rows, columns) for rows, columns in shapes.experts)
-    stack = max(each, min(shapes.num_experts * each, STACK_BYTES))
-    cost.add(here + stack, flops=2 * sent * up_rows * up_columns, flops32=2 * sent * (up_columns**2 + down_columns**2))
-    solved = shapes.num_experts * share
+    if recipe.quantizer == "none":
+        return
+    (up_rows, up_columns), (_, down_columns) = shapes.experts
+    share = 1 / job.processes
+    sent = max(job.tokens * shapes.top_k, recipe.min_expert_tokens * shapes.num_experts) * share
+    device, experts = torch.device(job.device), shapes.num_experts
+    together = experts_together(shapes.experts, experts, recipe.solver_gib, job.processes, device)
+    cost.add(here + stack_bytes(shapes.experts, together, job.processes), flops=2 * sent * up_rows * up_columns)
     for rows, columns in shapes.experts:
-        cost.add(flops32=solved * gptq_flops(rows, columns), loop_bytes=solved * loop_bytes(rows, columns))
+        cost.add(flops32=gram_flops(sent, columns))
+        _solve(cost, experts * share, rows, columns, recipe)
