@@ -4,8 +4,10 @@
 
 Weights are random, of the real shapes, in bfloat16, written to disk as a checkpoint first; then the block goes through
 what `fit` does with it, in `--dtype`: read, observe, attention, router (closed form), experts, replay. Every row runs
-in a process of its own; seconds and peak memory by phase are of that process. `--blocks 2 4 8 16` does the same with a
-small shape and that many blocks: the peak has to stay where it is.
+in a process of its own; seconds and peak memory by phase are of that process, beside what `plan` foresees from this
+machine's rates. `--paper` leaves out activation order, search and refinement. Under "experts" stands how far GPTQ and
+its Hessians are from this machine's rate of matrix products. `--blocks 2 4 8 16` does the same with a small shape and
+that many blocks: the peak has to stay where it is.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.calibration import Calibration
 from eacmoe_lightning.memory import peak_memory, reset_peak_memory
+from eacmoe_lightning.planning.machine import measure as rates_of
+from eacmoe_lightning.planning.sizes import Job, plan
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
+from eacmoe_lightning.router_loss import TopKMSE
 from eacmoe_lightning.store import RunDirectory
 from eacmoe_lightning.streaming import Checkpoint, StreamedModel
 from eacmoe_lightning.streaming.checkpoint import empty_model
@@ -93,21 +98,30 @@ class Costs:
         entry["peak_bytes"] = max(entry["peak_bytes"], peak_memory())
 
 
-def measure(shape: str, num_blocks: int, windows: int, length: int, dtype: str, folder: Path) -> dict:
+def measure(shape: str, num_blocks: int, windows: int, length: int, dtype: str, paper: bool, folder: Path) -> dict:
     """Calibrates the checkpoint in `folder`; one row of the result."""
+    recipe = Recipe(bits=(3,), act_order=False, scale_search=False, refine=0) if paper else Recipe(bits=(3,))
     costs, ranks, run = Costs(), Ranks(), RunDirectory(folder / "run")
     with costs.phase(None, "open"):
         moe = StreamedModel(Checkpoint(str(folder), dtype))
     tokens = torch.randint(0, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(1))
     streams = Streams(moe, tokens, 0, 1, run, ranks, keep_teachers=False)
-    calibration = Calibration(moe, Recipe(bits=(3,)), streams, run, ranks, costs.phase)
+    calibration = Calibration(moe, recipe, streams, run, ranks, costs.phase)
+    num_targets = TopKMSE().num_targets(moe.num_experts, moe.top_k)
     for i in range(num_blocks):
-        with costs.phase(i, "read"):
-            moe.load(i)
         calibration.enter(i, {})
         with costs.phase(i, "router"):
-            router = calibration.ridge_router(2 * moe.top_k, 1e-3)
+            router = calibration.ridge_router(num_targets, 1e-3)
         stats = calibration.leave(router)
+    job = Job(windows, length, 1, 0, "ridge", 1, num_targets, 0, False, moe.model.dtype.itemsize)
+    planned, rates = (
+        plan(moe, recipe, job).phases,
+        rates_of(moe.device, moe.model.dtype, folder, moe.config.hidden_size),
+    )
+    for name, phase in costs.phases.items():
+        if name in planned:
+            phase["planned_seconds"] = rates.seconds(planned[name], cached=True)
+            phase["flops"] = planned[name].flops + planned[name].flops32
     weights = [p for p in moe.blocks[0].layer.parameters()]
     return {
         "shape": shape,
@@ -118,6 +132,8 @@ def measure(shape: str, num_blocks: int, windows: int, length: int, dtype: str, 
         "seconds": sum(phase["seconds"] for phase in costs.phases.values()),
         "peak_bytes": max(phase["peak_bytes"] for phase in costs.phases.values()),
         "phases": costs.phases,
+        "paper": paper,
+        "matrix_flops_per_second": rates.flops32,
         "error": sum(stats["error"].values()) / len(stats["error"]),
     }
 
@@ -127,7 +143,10 @@ def row(shape: str, num_blocks: int, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
         write_checkpoint(config_of(shape, num_blocks), folder)
-        words = [shape, str(num_blocks), str(options.windows), str(options.length), options.dtype, scratch]
+        words = [
+            shape,
+            *map(str, (num_blocks, options.windows, options.length, options.dtype, int(options.paper), scratch)),
+        ]
         done = subprocess.run([sys.executable, __file__, "--measure", *words], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shape} with {num_blocks} blocks failed:\n{done.stderr[-4000:]}")
@@ -142,12 +161,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32", help="computed in; bfloat16 is slow on CPUs without AVX512")
+    parser.add_argument("--paper", action="store_true", help="the paper's GPTQ")
     parser.add_argument("--scratch", help="directory for the checkpoints; the system's temporary one by default")
-    parser.add_argument("--measure", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        shape, num_blocks, windows, length, dtype, folder = options.measure
-        print(json.dumps(measure(shape, int(num_blocks), int(windows), int(length), dtype, Path(folder))))
+        shape, *numbers, dtype, paper, folder = options.measure
+        print(json.dumps(measure(shape, *map(int, numbers), dtype, bool(int(paper)), Path(folder))))
         return
     rows = []
     for shape, num_blocks in [(s, 1) for s in options.shapes] + [("small", n) for n in options.blocks]:
@@ -158,7 +178,13 @@ def main() -> None:
             f"{last['seconds']:7.1f} s, peak {last['peak_bytes'] / 2**30:5.2f} GiB"
         )
         for name, phase in last["phases"].items():
-            print(f"    {name:10s} {phase['seconds']:8.1f} s  {phase['peak_bytes'] / 2**30:6.2f} GiB", flush=True)
+            said = f"    {name:10s} {phase['seconds']:8.1f} s  {phase['peak_bytes'] / 2**30:6.2f} GiB"
+            if "planned_seconds" in phase:
+                said += f"  planned {phase['planned_seconds']:8.1f} s"
+            if name == "experts":
+                rate, most = phase["flops"] / phase["seconds"] / 1e9, last["matrix_flops_per_second"] / 1e9
+                said += f"  {rate:.1f} of {most:.1f} GFLOP/s: {rate / most:.0%}"
+            print(said, flush=True)
         if options.json:
             options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.grid import Grid, encode
+from eacmoe_lightning.grid import Grid, encode, fit_scale, ranges
 
 LEVELS = ("portable", "avx2", "avx512")  # instruction sets of csrc/column_loop.cpp
 UNROLL = 4  # it takes so many columns at a time
@@ -50,6 +50,23 @@ def column_loop(
     elif value.device.type == "cuda" and triton_loop() is not None:
         run = triton_loop().column_loop
     return run(value, factor, scale, zero, grid, old)
+
+
+def fit_range(value: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """`grid.fit_scale` of one group of columns, in C++ where that is built: the loop without anything between columns.
+
+    Args:
+        value: float32 [S, O, g], a view of a wider tensor or not.
+        importance: [S, g].
+
+    Returns:
+        scale, zero_point: float32 [S, O].
+    """
+    if not grid.clip_search or value.device.type != "cpu" or value.shape[-1] % UNROLL or not _has_ranges():
+        return fit_scale(value, grid, importance.unsqueeze(1))
+    scale, zero = ranges(value, grid)
+    chosen = _compiled(value, importance.sqrt(), scale, zero, grid, None)[2].unsqueeze(-1)
+    return scale.gather(-1, chosen)[..., 0], zero.gather(-1, chosen)[..., 0]
 
 
 def loop_in_torch(value, factor, scale, zero, grid, old=None) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,6 +113,12 @@ def library() -> ctypes.CDLL | None:
 
 
 @cache
+def _has_ranges() -> bool:
+    """Whether the compiled loop is there, and no older than `fit_range`."""
+    return library() is not None and hasattr(library(), "eacmoe_columns_without_factor")
+
+
+@cache
 def triton_loop() -> ModuleType | None:
     """The loop for CUDA; None without Triton."""
     try:
@@ -129,8 +152,11 @@ def _compiled(value, factor, scale, zero, grid, old) -> tuple[Tensor, Tensor, Te
     if not strided or (old is not None and old.stride() != value.stride()):
         value, old, stride = value.contiguous(), None if old is None else old.contiguous(), columns
     factor, scale, zero = factor.contiguous(), scale.contiguous(), zero.contiguous()
-    inverse = factor.diagonal(dim1=-2, dim2=-1).reciprocal()
-    codes, errors = torch.empty(value.shape, dtype=torch.uint8), torch.empty(value.shape)
+    if factor.ndim == 2:  # [S, g]: what an error of a column counts, and nothing between columns
+        factor, inverse, codes, errors = None, factor, None, None
+    else:
+        inverse = factor.diagonal(dim1=-2, dim2=-1).reciprocal()
+        codes, errors = torch.empty(value.shape, dtype=torch.uint8), torch.empty(value.shape)
     chosen = torch.empty(num, rows, dtype=torch.int32)
     tensors = value, old, factor, inverse, scale, zero, codes, errors, chosen
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.column_loop import column_loop
-from eacmoe_lightning.grid import Grid, Quantized, fit_scale, neighbours
+from eacmoe_lightning.column_loop import column_loop, fit_range
+from eacmoe_lightning.grid import Grid, Quantized, neighbours
 
 MAX_DAMPING_STEPS = 4  # each ten times the last, before a Hessian is given up
 
@@ -156,7 +156,7 @@ def _columns(w: Tensor, u: Tensor, grid: Grid, search: bool) -> tuple[Tensor, Te
     for start in range(0, columns, grid.group_size):  # a group is also the chunk of lazy updates
         end, group = start + grid.group_size, start // grid.group_size
         chunk, factor = w[:, :, start:end], u[:, start:end, start:end].contiguous()
-        s, z = fit_scale(chunk, grid, importance[:, None, start:end])
+        s, z = fit_range(chunk, grid, importance[:, start:end])
         s, z = neighbours(s, z, grid) if search else (s[..., None], z[..., None])  # [S, O, C]
         codes[:, :, start:end], errors, chosen = column_loop(chunk, factor, s, z, grid)
         scale[:, :, group], zero[:, :, group] = (t.gather(-1, chosen[..., None])[..., 0] for t in (s, z))

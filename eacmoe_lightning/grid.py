@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NUM_SHRINKS = 24  # candidates of the clipping search, from the full range down to MIN_SHRINK of it
-MIN_SHRINK = 0.45
+NUM_SHRINKS, MIN_SHRINK = 24, 0.45
+SHRINKS = [1 - (1 - MIN_SHRINK) * i / (NUM_SHRINKS - 1) for i in range(NUM_SHRINKS)]  # of a range, tried by its search
 CACHED = 1 << 17  # weights whose ranges are searched at once on a CPU: more would leave its caches
 SCALE_FACTORS = (0.8, 0.87, 0.93, 1.0, 1.07, 1.14, 1.2)  # of the scale, tried by `gptq` with its search
 ZERO_OFFSETS = (0, -1, 1)  # of the zero point
@@ -91,19 +91,28 @@ def fit_scale(groups: Tensor, grid: Grid, importance: Tensor | None = None) -> t
         shares = (None, None) if importance is None else importance.expand(groups.shape).tensor_split(2, dim)
         found = [fit_scale(half, grid, share) for half, share in zip(halves, shares, strict=True)]
         return torch.cat([scale for scale, _ in found], dim), torch.cat([zero for _, zero in found], dim)
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # zero is always on the grid
+    low, high = _range(groups)
     if not grid.clip_search:
         return _range_to_scale(low, high, grid)
     best_scale, best_zero = _range_to_scale(low, high, grid)
     best_error = _rounding_error(groups, best_scale, best_zero, grid, importance)
-    for i in range(1, NUM_SHRINKS):
-        shrink = 1 - (1 - MIN_SHRINK) * i / (NUM_SHRINKS - 1)
+    for shrink in SHRINKS[1:]:
         scale, zero = _range_to_scale(low * shrink, high * shrink, grid)
         error = _rounding_error(groups, scale, zero, grid, importance)
         better = error < best_error
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
         best_error = torch.where(better, error, best_error)
     return best_scale, best_zero
+
+
+def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
+    return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # zero is always on the grid
+
+
+def ranges(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of all the ranges that `fit_scale` tries, in its order: [..., g] -> [..., C]."""
+    shrinks, (low, high) = groups.new_tensor(SHRINKS), _range(groups)
+    return _range_to_scale(low.unsqueeze(-1) * shrinks, high.unsqueeze(-1) * shrinks, grid)
 
 
 def neighbours(scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

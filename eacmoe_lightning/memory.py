@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import time
@@ -57,6 +58,14 @@ def peak_memory() -> int:
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def return_free_memory() -> None:
+    """Hands what is free in the C library's heap back to the system (glibc keeps it, in ever more pieces)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, TypeError, AttributeError):
+        pass  # another C library
 
 
 def available_memory(device: torch.device) -> int:

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning import column_loop as module
-from eacmoe_lightning.column_loop import column_loop, loop_in_torch
+from eacmoe_lightning.column_loop import column_loop, fit_range, loop_in_torch
 from eacmoe_lightning.gram import gram, tokens_by_expert
-from eacmoe_lightning.grid import Grid
+from eacmoe_lightning.grid import Grid, fit_scale
 
 BUILT = module.library() is not None
 LEVELS = range(module.level() + 1) if BUILT else ()
@@ -52,6 +52,26 @@ def test_the_compiled_descent_is_torch_s(level, monkeypatch):
     expected = loop_in_torch(values, factor, scale, zero, Grid(3, 32), old)
     assert torch.equal(codes, expected[0])
     torch.testing.assert_close(errors, expected[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_compiled_range_search_is_the_grid_s(level, bits, symmetric, monkeypatch):
+    monkeypatch.setattr(module, "level", lambda: level)
+    values, grid = group(50, 128, 1, bits)[0], Grid(bits, 128, symmetric)
+    values[0, 3] = 0
+    importance = torch.rand(3, 128, generator=torch.Generator().manual_seed(1)) + 0.1
+    scale, zero = fit_range(values, grid, importance)
+    expected = fit_scale(values, grid, importance.unsqueeze(1))
+    same = (scale == expected[0]) & (zero == expected[1])
+    assert same.float().mean() > 0.99  # two ranges may be equally good in float32
+
+    def error(s: Tensor, z: Tensor) -> Tensor:
+        codes = (values / s[..., None] + z[..., None]).round().clamp(0, grid.max_code)
+        return (((codes - z[..., None]) * s[..., None] - values).square() * importance[:, None]).sum(-1)
+
+    torch.testing.assert_close(error(scale, zero), error(*expected), rtol=1e-5, atol=0)
 
 
 def test_each_row_keeps_its_own_best_candidate():

@@ -10,11 +10,11 @@ namespace eacmoe {
 struct Columns {
   const float* value;    // rows, `stride` floats apart, of g values
   const float* old;      // the same of decoded weights: coordinate descent; null: GPTQ
-  const float* factor;   // [S, g, g], only what is right of the diagonal is read
+  const float* factor;   // [S, g, g], only what is right of the diagonal is read; null: columns do not meet
   const float* inverse;  // [S, g], 1 / diagonal of the factor; not read in coordinate descent
   const float* scale;    // [S, rows, candidates]
   const float* zero;     // [S, rows, candidates]
-  uint8_t* codes;        // [S, rows, g]
+  uint8_t* codes;        // [S, rows, g]; null: only `chosen` is wanted
   float* errors;         // [S, rows, g]
   int32_t* chosen;       // [S, rows], the candidate of least loss, the first of equals
   int64_t problems, rows, columns, stride, candidates;
@@ -55,6 +55,9 @@ EXPORT int eacmoe_columns_level() {
 #endif
   return 0;
 }
+
+// That a null `factor` and null `codes` are understood: a library that was built before has no such symbol.
+EXPORT int eacmoe_columns_without_factor() { return 1; }
 
 // Rows [first, last) of all problems, numbered through.
 EXPORT void eacmoe_columns(int level, const eacmoe::Columns* c, int64_t first, int64_t last) {

@@ -42,7 +42,7 @@ ISA_TARGET static bool pass(const Columns& c, const float* factor, const float* 
     Lanes sum[COLUMNS][VECTORS];
     for (int i = 0; i < COLUMNS; i++)
       for (int v = 0; v < VECTORS; v++) sum[i][v] = *(const Lanes*)(value + (j + i) * ROWS + v * ISA_WIDTH);
-    for (int64_t k = 0; k < j; k++) {
+    for (int64_t k = 0; factor && k < j; k++) {
       const float* row = factor + k * g + j;
       Lanes e[VECTORS];
       for (int v = 0; v < VECTORS; v++) e[v] = *(const Lanes*)(errors + k * ROWS + v * ISA_WIDTH);
@@ -56,7 +56,7 @@ ISA_TARGET static bool pass(const Columns& c, const float* factor, const float* 
         const Lanes e = descent ? q - *(const Lanes*)(old + at) : (sum[i][v] - q) * inverse[j + i];
         *(Lanes*)(codes + at) = code, *(Lanes*)(errors + at) = e;
         total[v] += e * e;
-        for (int later = i + 1; later < COLUMNS; later++) sum[later][v] -= e * factor[(j + i) * g + j + later];
+        for (int later = i + 1; factor && later < COLUMNS; later++) sum[later][v] -= e * factor[(j + i) * g + j + later];
       }
     }
     if (bound) {
@@ -80,7 +80,7 @@ ISA_TARGET static void tile(const Columns& c, int64_t p, int64_t first, int64_t 
   int32_t best[ROWS] = {};
   gather(c.value + row * c.stride, c.stride, count, g, value);
   if (c.old) gather(c.old + row * c.stride, c.stride, count, g, old);
-  const float *factor = c.factor + p * g * g, *inverse = c.inverse + p * g;
+  const float *factor = c.factor ? c.factor + p * g * g : nullptr, *inverse = c.inverse + p * g;
   for (int64_t r = 0; r < ROWS; r++)  // padding rows are rows of zeros, which any scale rounds to zero
     best_loss[r] = r < count ? INFINITY : 0.0f, best_scale[r] = 1.0f, best_zero[r] = 0.0f;
   const auto candidate = [&](int64_t i) {
@@ -100,6 +100,7 @@ ISA_TARGET static void tile(const Columns& c, int64_t p, int64_t first, int64_t 
     best_zero[r] = c.zero[(row + r) * c.candidates + best[r]];
     c.chosen[row + r] = best[r];
   }
+  if (!c.codes) return;
   if (c.old)
     pass<true>(c, factor, inverse, value, old, best_scale, best_zero, nullptr, codes, errors, loss);
   else

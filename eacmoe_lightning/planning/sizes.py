@@ -25,7 +25,8 @@ from eacmoe_lightning.targets import WeightGrid
 
 GENERATIONS = 3  # of both streams on disk while a block is left: before it, behind it, and of the last checkpoint
 LOOP_RATE = 0.73  # of the column loop's search, as a share of a matrix product's
-RANGE_BYTES = 1400  # that searching the range of a group moves through caches, for each weight
+RANGE_BYTES = 200  # that searching the range of a group moves through caches, for each weight
+LOADED = 20  # bytes of memory that loading a byte touches: copies, conversions, pages touched for the first time
 DECODED_BYTES = 48  # that decoding a weight and the gradient of its scale touch, in a step of the joint stage
 JOINT_PASSES = 3  # over the activations of such a step, beside products
 LAST = ("o_proj", "out_proj", "down_proj", "dense", "w2")  # linears that share their input with no other
@@ -170,8 +171,8 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
         here = rest + size
         active = here + batch * itemsize * (8 * hidden + shapes.activations)
         routing = job.tokens * share * (4 * block.num_experts + 24 * moe.top_k)
-        phases["check"].add(here + 2 * largest, read_bytes=size)
-        phases["read"].add(here + 2 * largest, read_bytes=size, again_bytes=size)
+        phases["check"].add(here + 2 * largest, read_bytes=size, loop_bytes=LOADED * size)
+        phases["read"].add(here + 2 * largest, read_bytes=size, again_bytes=size, loop_bytes=LOADED * size)
         forward = dict(flops=job.tokens * shapes.forward * share, loop_bytes=job.tokens * shapes.touched * share)
         through = dict(read_bytes=stream, written_bytes=stream, again_bytes=2 * stream)
         phases["observe"].add(active + routing, **forward, **through)
@@ -286,8 +287,8 @@ def _router(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, hidden: int, 
         batches = job.num_windows / job.batch_size * share
         cost.add(
             here + ridge.working_bytes(together, hidden),
-            flops32=gram_flops(job.tokens * share * taught, hidden) + 2 / 3 * experts * hidden**3,
-            loop_bytes=batches * experts * 12 * hidden**2,
+            flops32=gram_flops(job.tokens * share * taught, hidden) + 4 / 3 * experts * hidden**3,  # in float64
+            loop_bytes=batches * experts * 40 * hidden**2,
             read_bytes=(passes + 1) * stream,
             again_bytes=(passes + 1) * stream,
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.memory import return_free_memory
 from eacmoe_lightning.store import StoreError
 from eacmoe_lightning.streaming.checkpoint import put
 
@@ -78,6 +79,7 @@ class StreamedModel(MoEModel):
         block = self.blocks[index]
         for name, parameter in list(block.layer.named_parameters()):
             put(block.layer, name, parameter.detach().to("meta"))
+        return_free_memory()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: tensor.to(self._device) for name, tensor in self.weights.read(list(names)).items()}
