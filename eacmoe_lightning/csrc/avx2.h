@@ -5,7 +5,7 @@
 //             away (1 in 65535 of the segment's largest) is far below the rounding of the result. Codes less zero
 //             points are 16-bit integers as they are; sums are exact in 32 bits (256 * 255 * 32767 < 2^31).
 //     BYTES   the int8 option: codes of up to 4 bits as unsigned bytes, sums of up to 256 products in 16 bits
-//             (8 * 2 * 15 * 127 < 2^15), zero points subtracted through the sum of the activations. Wider codes meet
+//             (8 * 2 * 15 * 127 < 2^15). Wider codes meet
 //             the same activations as WORDS.
 //     FLOATS  float32 activations.
 //
@@ -34,8 +34,8 @@ constexpr int64_t SLACK = 16;  // bytes that one load may read, wanted or not
 constexpr int64_t AHEAD = 2048;  // bytes that are fetched before they are used
 
 // --- prepared tokens ------------------------------------------------------------------------------------------------
-// FLOATS: inputs, segments padded with zeros. WORDS: the same as int16, then per segment the scale. BYTES: int8 in the
-// order of `order`, then the same as int16, then scales and sums.
+// FLOATS: inputs, segments padded with zeros. WORDS: the same as int16, then per segment the scale and the sum. BYTES:
+// int8 in the order of `order`, then what WORDS have.
 
 static inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static inline int64_t words_at(const Segments& s, Form form) { return form == BYTES ? s.padded() : 0; }
@@ -45,7 +45,7 @@ static inline int64_t sums_at(const Segments& s, Form form) { return scales_at(s
 template <Form form>
 static int64_t token_bytes(const Segments& s) {
   if (form == FLOATS) return s.padded() * 4;
-  return form == WORDS ? sums_at(s, form) : sums_at(s, form) + lines(s.count * 4);
+  return sums_at(s, form) + lines(s.count * 4);
 }
 
 static void prepare_floats(const float* x, const Segments& s, uint8_t* prepared) {
@@ -85,11 +85,11 @@ WITH_AVX2 static void prepare(const float* x, const Segments& s, uint8_t* prepar
                        _mm_packs_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1)));
     }
     scales[i] = top / most;
-    if (form != BYTES) continue;
     int32_t parts[8], total = 0;
     _mm256_storeu_si256((__m256i*)parts, sum);
     for (int32_t part : parts) total += part;
-    sums[i] = float(total);
+    sums[i] = float(total);  // exact: 256 * 32767 < 2^24
+    if (form != BYTES) continue;
     int8_t* bytes = (int8_t*)prepared + i * padded;
     for (int64_t k = 0; k < padded; k += 8)
       _mm_storel_epi64((__m128i*)(bytes + order(k)), _mm_packs_epi16(_mm_loadu_si128((const __m128i*)(out + k)),
@@ -126,6 +126,42 @@ struct Unpacker {
   WITH_AVX2 inline __m256i operator()(const uint8_t* codes) const {
     const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)codes));
     return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(both, spread), shift), 16 - bits);
+  }
+};
+
+// 32 codes of up to 4 bits as bytes, in the order of `order`. Two neighbours go together: their bits to the upper end of
+// a lane of 16, then each to its byte.
+template <int bits>
+struct ByteUnpacker {
+  __m256i spread, shift, low, high;
+
+  struct Tables {
+    alignas(32) uint8_t spread[32] = {};
+    alignas(32) uint16_t shift[16] = {};
+    constexpr Tables() {
+      for (int i = 0; i < 16; i++) {
+        const int pair = (i & 3) + (i & 4) * 2 + (i & 8) / 2, first = pair * 2 * bits / 8, offset = pair * 2 * bits % 8;
+        spread[2 * i] = uint8_t(first);
+        spread[2 * i + 1] = uint8_t(offset + 2 * bits > 8 ? first + 1 : 0x80);
+        shift[i] = uint16_t(1u << (16 - 2 * bits - offset));
+      }
+    }
+  };
+
+  WITH_AVX2 ByteUnpacker() {
+    static_assert(bits <= 4);
+    static constexpr Tables tables;
+    spread = _mm256_load_si256((const __m256i*)tables.spread);
+    shift = _mm256_load_si256((const __m256i*)tables.shift);
+    low = _mm256_set1_epi16((1 << bits) - 1), high = _mm256_slli_epi16(low, 8);
+  }
+
+  // From 4 * bits bytes, of which SLACK are read.
+  WITH_AVX2 inline __m256i operator()(const uint8_t* codes) const {
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)codes));
+    const __m256i pairs = _mm256_mullo_epi16(_mm256_shuffle_epi8(both, spread), shift);
+    return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(pairs, 16 - 2 * bits), low),
+                           _mm256_and_si256(_mm256_srli_epi16(pairs, 8 - bits), high));
   }
 };
 
@@ -171,22 +207,28 @@ WITH_AVX2 static inline float add_lanes(__m256 v) {
 
 // --- few tokens: inputs in the lanes --------------------------------------------------------------------------------
 
-// Row r of both halves goes together. BYTES are multiplied as the WORDS that lie beside them, so `form` is FLOATS or
-// WORDS, and `input` how tokens were prepared. `all`: the inputs of every segment, 0 where they differ or the compiler
-// need not know.
+// Sums of codes times inputs, less zero points times the sums of the inputs: integers, exact (8 bits could overflow one
+// lane, so there zero points are subtracted from the codes).
+//
+// Row r of both halves goes together. `input` is how tokens were prepared, `form` how they are multiplied: the same, or
+// BYTES and WORDS. `all`: the inputs of every segment, 0 where they differ or the compiler need not know.
 template <int bits, Form form, int64_t M, int64_t all>
 WITH_AVX2 static void few_rows(const Packed& p, const Segments& s, Form input, const uint8_t* const* tokens,
                                const Rows& rows, float* out) {
+  constexpr int64_t wide = form == BYTES ? 32 : 16;
+  constexpr bool subtract = form == FLOATS || bits == 8;
   const Unpacker<bits> unpack;
+  const ByteUnpacker<form == BYTES ? bits : 2> unpack_bytes;
   const int64_t groups = p.groups(), row_bytes = p.row_bytes(), padded = s.chunks * CHUNK, count = s.count;
   const int64_t per_group = s.per_group;
   float* scales = (float*)scratch(SCALES, size_t(2 * (row_bytes + SLACK + groups * 4)));
   uint8_t* copies = (uint8_t*)(scales + 2 * groups);
   const uint8_t* x[M];
-  const float* x_scale[M];
+  const float *x_scale[M], *x_sum[M];
   for (int64_t m = 0; m < M; m++) {
-    x[m] = tokens[m] + words_at(s, input);
+    x[m] = tokens[m] + (form == BYTES ? 0 : words_at(s, input));
     x_scale[m] = (const float*)(tokens[m] + scales_at(s, input));
+    x_sum[m] = (const float*)(tokens[m] + sums_at(s, input));
   }
   for (int64_t r = 0; r < rows.valid[0]; r++) {
     const int64_t halves = r < rows.valid[1] ? 2 : 1;
@@ -202,19 +244,31 @@ WITH_AVX2 static void few_rows(const Packed& p, const Segments& s, Form input, c
     int64_t at = 0;
     for (int64_t i = 0, g = 0, part = 0; i < count; i++, at += padded) {
       const int64_t n = all ? all : s.size(i);
+      int32_t own_sum[M];
+      for (int64_t m = 0; m < M; m++) own_sum[m] = subtract ? 0 : int32_t(x_sum[m][i]);
 #pragma GCC unroll 2
       for (int64_t j = 0; j < 2; j++) {
         const __m256i z = _mm256_set1_epi16(zero[j][g]);
         const uint8_t* from = codes[j];
         codes[j] += n / 8 * bits;
-        __m256i sum[M];
+        __m256i sum[M], part16[M];
         __m256 sums[M];
-        for (int64_t m = 0; m < M; m++) sum[m] = _mm256_setzero_si256(), sums[m] = _mm256_setzero_ps();
+        for (int64_t m = 0; m < M; m++) {
+          sum[m] = _mm256_setr_epi32(-int32_t(zero[j][g]) * own_sum[m], 0, 0, 0, 0, 0, 0, 0);
+          part16[m] = _mm256_setzero_si256(), sums[m] = _mm256_setzero_ps();
+        }
         for (int64_t byte = 0; byte < n / 8 * bits; byte += 64)
           _mm_prefetch((const char*)from + AHEAD + byte, _MM_HINT_T0);
 #pragma GCC unroll 8
-        for (int64_t k = 0; k < n; k += 16, from += 2 * bits) {
-          const __m256i steps = _mm256_sub_epi16(unpack(from), z);
+        for (int64_t k = 0; k < n; k += wide, from += wide / 8 * bits) {
+          if constexpr (form == BYTES) {
+            const __m256i bytes = unpack_bytes(from);
+            for (int64_t m = 0; m < M; m++)
+              add16(part16[m], _mm256_maddubs_epi16(bytes, _mm256_load_si256((const __m256i*)(x[m] + at + k))));
+            continue;
+          }
+          __m256i steps = unpack(from);
+          if (subtract) steps = _mm256_sub_epi16(steps, z);
           if constexpr (form == FLOATS) {
             const __m256 low = low_floats(steps), high = high_floats(steps);
             for (int64_t m = 0; m < M; m++) {
@@ -231,6 +285,8 @@ WITH_AVX2 static void few_rows(const Packed& p, const Segments& s, Form input, c
         }
         const float own = scales[j * groups + g];
         for (int64_t m = 0; m < M; m++) {
+          if (form == BYTES)
+            sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(part16[m], _mm256_set1_epi16(1)));
           const __m256 value = form == FLOATS ? sums[m] : _mm256_cvtepi32_ps(sum[m]);
           const __m256 weight = _mm256_set1_ps(form == FLOATS ? own : own * x_scale[m][i]);
           total[j][m] = _mm256_fmadd_ps(weight, value, total[j][m]);
@@ -421,12 +477,11 @@ WITH_AVX2 static void many(const Packed& p, const Segments& s, const uint8_t* co
 template <int bits, Form input, Form form>
 static void multiply_bits(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M,
                           const Rows& rows, float* out) {
-  constexpr Form lanes = form == FLOATS ? FLOATS : WORDS;
   static_assert(FEW == 3);
   switch (M) {
-    case 1: return few<bits, lanes, 1>(p, s, input, tokens, rows, out);
-    case 2: return few<bits, lanes, 2>(p, s, input, tokens, rows, out);
-    case 3: return few<bits, lanes, 3>(p, s, input, tokens, rows, out);
+    case 1: return few<bits, form, 1>(p, s, input, tokens, rows, out);
+    case 2: return few<bits, form, 2>(p, s, input, tokens, rows, out);
+    case 3: return few<bits, form, 3>(p, s, input, tokens, rows, out);
     default: return many<bits, input, form>(p, s, tokens, M, rows, out);
   }
 }
