@@ -1,0 +1,63 @@
+"""What rounding activations to 8 bit costs a packed model: perplexity on each bundled held-out text.
+
+    python benchmarks/int8_quality.py runs/tiny runs/tiny-2.54 runs/tiny-2.06 --json int8_quality.json
+
+Each run or compressed directory is loaded packed, in float32 and bfloat16, each with exact and with int8 activations.
+Rows: model, text, dtype, activations, perplexity, and nats, the difference per token from float32 with exact ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from eacmoe_lightning import kernels, load
+from eacmoe_lightning.adapter import BUNDLED
+from eacmoe_lightning.packed_modules import set_activations
+from eacmoe_lightning.text import heldout_names, read_documents, token_windows
+
+
+@torch.inference_mode()
+def nats_per_token(model: PreTrainedModel, windows: Tensor) -> float:
+    """Mean negative log-likelihood of windows [W, T], one at a time."""
+    losses = [model(row[None], labels=row[None], use_cache=False).loss.double() for row in windows]
+    return float(torch.stack(losses).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--windows", type=int, default=16, help="of each text")
+    parser.add_argument("--length", type=int, default=256, help="of a window, in tokens")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    print(f"CPU kernels: {kernels.level()}; {args.windows} windows of {args.length} tokens a text")
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    texts = {name: read_documents(f"bundled:{name}") for name in heldout_names()}
+    windows = {name: token_windows(own, tokenizer, args.windows, args.length) for name, own in texts.items()}
+    rows = []
+    for path in args.models:
+        exact: dict[str, float] = {}
+        for dtype in ("float32", "bfloat16"):
+            model = load(path, dtype=dtype)
+            for activations in ("exact", "int8"):
+                set_activations(model, activations)
+                found = {text: nats_per_token(model, own) for text, own in windows.items()}
+                exact = exact or found
+                for text, nats in found.items():
+                    row = {"model": str(path), "text": text, "dtype": dtype, "activations": activations}
+                    rows.append(row | {"perplexity": math.exp(nats), "nats": nats - exact[text]})
+                said = ", ".join(f"{text} {math.exp(n):.3f} ({n - exact[text]:+.4f})" for text, n in found.items())
+                print(f"{path} {dtype} {activations}: {said}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
