@@ -1,12 +1,15 @@
-"""Static pruning of a MoE without quantization: which criterion, how many experts, and what recalibration wins back.
+"""Static pruning of a MoE: which criterion, how many experts, and what recalibrating the routers wins back.
 
-Every setting is one `train.py fit --model.quantizer none` in a directory of its own under --output: experts go by
-frequency or by REAP's saliency over the calibration text, and the routers of what is left stay as they are (`none`),
-are calibrated per block in closed form (`ridge`), or that and then together with the norms (`joint`). Held-out texts
-that the calibration text has kin of are *in*, the others *out*. Finished runs are only read, interrupted ones go on.
+*In the run*: every setting is one `train.py fit --model.quantizer none` in a directory of its own under --output:
+experts go by frequency or by REAP's saliency over the calibration text, and the routers of what is left stay as they
+are (`none`), are calibrated per block in closed form (`ridge`), or that and then together with the norms (`joint`).
+*Finished*: with --finished RUN, one `train.py prune` of that compressed model, routers as they are and `ridge`. What is
+lost is counted from the model that was pruned. Held-out texts that the calibration text has kin of are *in*, the others
+*out*. Runs that are there are only read, interrupted ones go on.
 
     python benchmarks/pruning.py --output runs/pruning --json pruning.json
     python benchmarks/pruning.py --output runs/pruning --keep 15 --criteria reap --routers none joint
+    python benchmarks/pruning.py --output runs/pruning --routers --finished runs/tiny
 """
 
 from __future__ import annotations
@@ -33,43 +36,67 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=TRAIN.parent / "configs" / "tiny.yaml")
     parser.add_argument("--keep", type=int, nargs="+", default=[15, 10], help="experts that stay in each block")
     parser.add_argument("--criteria", nargs="+", default=["frequency", "reap"])
-    parser.add_argument("--routers", nargs="+", default=list(ROUTERS), choices=list(ROUTERS))
+    parser.add_argument("--routers", nargs="*", default=list(ROUTERS), choices=list(ROUTERS), help="in the run")
+    parser.add_argument("--finished", type=Path, help="a run directory or compressed directory")
+    parser.add_argument("--windows", type=int, default=96, help="of calibration")
+    parser.add_argument("--heldout_windows", type=int, default=16, help="of each held-out text")
     parser.add_argument("--out_texts", nargs="+", default=["german"], help="held-out texts without kin")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="more options of fit, to the end")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
-    for keep, router, criterion in itertools.product(args.keep, args.routers, args.criteria):
-        run = args.output / f"keep{keep}-{criterion}-{router}"
-        report = fit(run, args.config, keep, criterion, router, args.options)
-        rows.append({"keep": keep, "criterion": criterion, "router": router, **row(report, args.out_texts)})
+
+    def add(keep: int, criterion: str, router: str, report: dict, state: str = "compressed") -> None:
+        rows.append({"keep": keep, "criterion": criterion, "router": router, **row(report, args.out_texts, state)})
         print(json.dumps(rows[-1]), flush=True)
         if args.json:
             args.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+    for keep, router, criterion in itertools.product(args.keep, args.routers, args.criteria):
+        run = args.output / f"keep{keep}-{criterion}-{router}"
+        add(keep, criterion, router, fit(run, keep, criterion, router, args))
+    for keep, criterion in itertools.product(args.keep, args.criteria) if args.finished else ():
+        report = prune(args.output / f"finished-keep{keep}-{criterion}", keep, criterion, args)
+        add(keep, criterion, "finished, none", report, "before")
+        add(keep, criterion, "finished, ridge", report)
     print_table(rows)
 
 
-def fit(run: Path, config: Path, keep: int, criterion: str, router: str, options: list[str]) -> dict:
-    """The report of a finished run, which is started, continued or only read."""
+def fit(run: Path, keep: int, criterion: str, router: str, args: argparse.Namespace) -> dict:
+    """The report of a run, which is started, continued or only read."""
     if not (run / "report.json").exists():
-        words = ["fit", "--config", config, "--trainer.default_root_dir", run, "--trainer.enable_progress_bar", "false"]
-        words += ["--model.quantizer", "none", "--pruning.keep", keep, "--pruning.criterion", criterion]
-        words += [*options, *ROUTERS[router], *(["--ckpt_path", "last"] if (run / "run.json").exists() else [])]
+        words = ["fit", "--config", args.config, "--trainer.default_root_dir", run]
+        words += ["--trainer.enable_progress_bar", "false", "--model.quantizer", "none"]
+        words += ["--pruning.keep", keep, "--pruning.criterion", criterion]
+        words += ["--data.num_windows", args.windows, "--data.num_heldout_windows", args.heldout_windows]
+        words += [*args.options, *ROUTERS[router], *(["--ckpt_path", "last"] if (run / "run.json").exists() else [])]
         subprocess.run([sys.executable, TRAIN, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
     return json.loads((run / "report.json").read_text())
 
 
-def row(report: dict, out_texts: list[str]) -> dict:
-    """Perplexities, and nats per token lost to the original in and out of the calibrated domains."""
-    perplexity = {text: values["compressed"] for text, values in report["perplexity"].items()}
-    lost = {t: math.log(v["compressed"] / v["original"]) for t, v in report["perplexity"].items()}
+def prune(output: Path, keep: int, criterion: str, args: argparse.Namespace) -> dict:
+    """The report of the finished model with fewer experts."""
+    words = ["prune", "--model", args.finished, "--output", output]
+    words += ["--pruning.keep", keep, "--pruning.criterion", criterion]
+    words += ["--num_windows", args.windows, "--num_heldout_windows", args.heldout_windows]
+    subprocess.run([sys.executable, TRAIN, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    return json.loads((output / "report.json").read_text())
+
+
+def row(report: dict, out_texts: list[str], state: str) -> dict:
+    """Perplexities, and nats per token lost to the given model in and out of the calibrated domains.
+
+    `state` is `compressed`, or `before`: as it was before its routers were calibrated.
+    """
+    perplexity = {text: values[state] for text, values in report["perplexity"].items()}
+    lost = {t: math.log(v[state] / v["original"]) for t, v in report["perplexity"].items()}
     inside = [value for text, value in lost.items() if text not in out_texts]
     outside = [value for text, value in lost.items() if text in out_texts]
     return {
         "removed_selections": report["pruning"]["removed_selections"],
         "lost_in": sum(inside) / max(len(inside), 1),
         "lost_out": sum(outside) / max(len(outside), 1),
-        "changed_any": report["expert_shift"]["mean"]["after"]["any"],
+        "changed_any": report["expert_shift"]["mean"]["before" if state == "before" else "after"]["any"],
         "seconds": report["cost"]["total_seconds"],
         "original": {text: values["original"] for text, values in report["perplexity"].items()},
         "perplexity": perplexity,

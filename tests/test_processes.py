@@ -68,7 +68,7 @@ def test_two_processes_remove_the_experts_of_one(tiny_model_dir, tmp_path):
     """By scores that are summed over processes; the number that stays varies, and a joint stage follows."""
     options = OPTIONS | {"pruning__criterion": "reap", "pruning__alpha": 0.9}
     options |= {"model__joint_epochs": 1, "model__joint_router_lr": 3e-4}
-    alone, run, model = tmp_path / "alone", tmp_path / "run", tiny_model_dir("mixtral")
+    alone, run, model = tmp_path / "alone", tmp_path / "run", tiny_model_dir("qwen2_moe")
     jobs.fit(model, alone, **options)
     status, output = launch(2, *jobs.options(model, run, **options))
     assert status == 0, output[-3000:]

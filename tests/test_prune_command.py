@@ -8,7 +8,7 @@ import jobs
 import pytest
 import torch
 from test_packed_loading import compress
-from test_pruning import mask
+from test_pruning import build, mask
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +17,7 @@ from eacmoe_lightning import compressed
 from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.exports import export
+from eacmoe_lightning.packed_modules import packed_weights
 from eacmoe_lightning.pruning.command import prune
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.skipping import PESF, current_rule, set_skipping
@@ -91,6 +92,9 @@ def test_what_stays_is_bit_by_bit_what_was_given(family, mixed, rule, tiny_model
         loss = model(prose, labels=prose, output_router_logits=False).loss
         assert report["perplexity"]["prose"][key] == pytest.approx(math.exp(loss), rel=1e-4)
     assert report["size_bytes"]["compressed"] < report["size_bytes"]["original"]
+    weights = dict(packed_weights(compressed.load(tmp_path / "out")))
+    stored = 8 * sum(tensor.nbytes for weight in weights.values() for tensor in weight.tensors)
+    assert report["bits"]["true"] == pytest.approx(stored / sum(weight.shape.numel() for weight in weights.values()))
     with pytest.raises(ValueError, match="pruned before"):
         prune(str(tmp_path / "out"), str(tmp_path / "again"), rule, **OPTIONS)
 
@@ -140,6 +144,27 @@ def test_an_interrupted_command_goes_on_and_a_finished_one_is_read(tiny_model_di
         prune(str(given), str(out[0]), rule, **OPTIONS)["perplexity"] == json.loads(before["report.json"])["perplexity"]
     )
     assert jobs.contents(out[0]) == before and not list(out[0].rglob("*.partial"))
+
+
+def test_experts_that_stay_below_alpha_are_named(tokenizer, tmp_path, capsys, caplog):
+    """Every token gives nearly all its weight to expert 5: no other has the mean saliency, the best of them stays."""
+    model = build("gpt_oss")
+    for block in MoEModel(model).moe_blocks:
+        block.router_bias.data[5] = 30.0
+    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    report = prune(
+        str(tmp_path / "model"), str(tmp_path / "out"), PruningRule("reap", alpha=1.0), routers="none", **OPTIONS
+    )
+    said = []
+    for index, row in report["pruning"]["blocks"].items():
+        others = row["scores"][:5] + [0] + row["scores"][6:]
+        best = others.index(max(others))
+        assert 0 < max(others) < sum(row["scores"]) / 8 < row["scores"][5]
+        assert row["kept"] == sorted([5, best]) and row["below_alpha"] == [best]
+        said.append(f"block {index}: experts [{best}] are below alpha=1 (--pruning.alpha) and stay")
+    assert [line.startswith(start) for line, start in zip(caplog.messages, said, strict=True)] == [True] * 3
+    assert report["pruning"]["below_alpha"] == 3 and "3 experts are below alpha and stay" in capsys.readouterr().out
+    assert "below alpha" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -40,7 +40,10 @@ def test_the_papers_rule():
     assert PruningRule(alpha=0.3).choose(load, top_k=2) == [0, 1, 2, 3]  # 15 is not below 15
     assert PruningRule(alpha=0.31).choose(load, top_k=2) == [0, 2]
     assert PruningRule(alpha=1.0).choose(load, top_k=2) == [0, 2]
-    assert PruningRule(alpha=1.0).choose(torch.tensor([199.0, 0, 0, 1]), top_k=2) == [0, 3]  # never fewer than top_k
+    starved = torch.tensor([199.0, 0, 0, 1])
+    assert PruningRule(alpha=1.0).choose(starved, top_k=2) == [0, 3]  # never fewer than top_k
+    assert PruningRule(alpha=1.0).below_alpha(starved, [0, 3]) == [3]
+    assert PruningRule(alpha=0.3).below_alpha(load, [0, 1, 2, 3]) == PruningRule(keep=2).below_alpha(load, [1, 3]) == []
 
 
 @pytest.mark.parametrize(

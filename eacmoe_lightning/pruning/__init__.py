@@ -1,1 +1,2 @@
-"""Removing experts for good: which (`rule.py`, `scores.py`) and how a model shrinks (`surgery.py`)."""
+"""Removing experts for good: which (`rule.py`, `scores.py`), how a model shrinks (`surgery.py`), and the command for
+finished models (`command.py`); in a run `calibration.Calibration` does it."""

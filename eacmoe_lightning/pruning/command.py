@@ -126,17 +126,15 @@ def prune(
         trained |= tensors  # its router
     pruned = open_model(FinishedBlocks(weights, run, trained), device)
     with costed(run, None, "write"):
-        quantized = [cut_out(weights, block) for block in pruned.blocks]
+        codes = (cut_out(weights, block) for block in pruned.blocks)
         description = describe(directory, weights) | {"pruning": asdict(pruning) | {"routers": routers}}
-        write_result(run, pruned, str(directory if is_packed(weights) else model), quantized, description, windows[:1])
+        write_result(run, pruned, str(directory if is_packed(weights) else model), codes, description, windows[:1])
     with costed(run, None, "evaluate"):
-        given = open_model(weights, device)
-        scratch = run.scratch(0)
-        after = evaluate(given, pruned, heldout, batch_size, scratch=scratch)
-        before = after
+        given, scratch = open_model(weights, device), run.scratch(0)
+        after = before = evaluate(given, pruned, heldout, batch_size, scratch=scratch)
         if routers != "none":
-            before = evaluate(given, open_model(FinishedBlocks(weights, run), device), heldout, batch_size)
-    moe_stats = [own for own in stats if "pruning" in own]
+            untrained = open_model(FinishedBlocks(weights, run), device)
+            before = evaluate(given, untrained, heldout, batch_size, scratch=scratch)
     report = origin(identity, seed) | {
         "model": {
             "name_or_path": model,
@@ -146,10 +144,10 @@ def prune(
             "experts": given.num_experts,
             "top_k": given.top_k,
         },
-        "bits": bits(pruned, quantized),
+        "bits": bits(pruned, run.compressed),
         "size_bytes": {"original": size_of(directory), "compressed": size_of(run.compressed)},
         "router": {"method": routers},
-        "pruning": removed_experts(asdict(pruning), moe_stats),
+        "pruning": removed_experts(asdict(pruning), [own for own in stats if "pruning" in own]),
         "cost": cost(run),
     }
     add_quality(report, stats, {"before": before, "after": after})
@@ -246,14 +244,18 @@ def describe(directory: Path, weights: Weights) -> dict[str, Any]:
     return {key: value for key, value in held.items() if key not in ("bits", "group_sizes")}
 
 
-def bits(moe: MoEModel, blocks: list[dict[str, Quantized]]) -> dict[str, float]:
+def bits(moe: MoEModel, directory: Path) -> dict[str, float]:
     """Average bits of what is quantized: `nominal` as the paper counts, `true` with scales and zero points."""
-    quantized = [q for block in blocks for q in block.values()]
-    if not quantized:
+    held = read_config(directory)["quantization"]
+    weights = {name: weight.numel() for block in moe.blocks for name, (_, weight) in block.weights().items()}
+    if not held["bits"]:
         return dict.fromkeys(("nominal", "true"), nominal_bits(moe, NOTHING))
-    total = sum(q.codes.numel() for q in quantized)
-    codes = sum(q.codes.numel() * (q.bits if isinstance(q.bits, int) else sum(q.bits) / len(q.bits)) for q in quantized)
-    grids = sum(8 * (q.scale.nbytes + q.zero_point.nbytes) for q in quantized)
+    codes = grids = 0.0
+    for name, own in held["bits"].items():
+        own = [own] if isinstance(own, int) else own
+        codes += weights[name] * sum(own) / len(own)
+        grids += weights[name] / held["group_sizes"][name] * (16 + 8)  # a scale and a zero point
+    total = sum(weights[name] for name in held["bits"])
     return {"nominal": codes / total, "true": (codes + grids) / total}
 
 
