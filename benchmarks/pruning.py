@@ -76,7 +76,7 @@ def fit(run: Path, keep: int, criterion: str, router: str, args: argparse.Namesp
 
 def prune(output: Path, keep: int, criterion: str, args: argparse.Namespace) -> dict:
     """The report of the finished model with fewer experts."""
-    words = ["prune", "--model", args.finished, "--output", output]
+    words = ["prune", "--model", args.finished, "--output", output, "--routers", "ridge"]
     words += ["--pruning.keep", keep, "--pruning.criterion", criterion]
     words += ["--num_windows", args.windows, "--num_heldout_windows", args.heldout_windows]
     subprocess.run([sys.executable, TRAIN, *map(str, words)], check=True, stdout=subprocess.DEVNULL)

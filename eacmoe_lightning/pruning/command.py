@@ -46,7 +46,7 @@ def prune(
     model: str,
     output: str,
     pruning: PruningRule,
-    routers: Literal["ridge", "none"] = "ridge",
+    routers: Literal["none", "ridge"] = "none",
     ridge: float = 1e-3,
     calibration: str = "bundled:calibration",
     num_windows: int = 128,
@@ -69,8 +69,8 @@ def prune(
         model: A run directory, a compressed directory or an original model (`bundled`, a directory or a hub id).
         output: The directory to write to.
         pruning: Which experts stay.
-        routers: How the routers of what is left are calibrated: ridge (closed form per block, towards the given
-            model's logits of the experts that stay) or none.
+        routers: How the routers of what is left are calibrated: none, or ridge (closed form per block, towards the
+            given model's logits of the experts that stay).
         ridge: Strength of the closed form's penalty on drift, relative to the mean squared router input.
         calibration: Source of the text that scores experts and calibrates routers.
         num_windows: Windows of it, drawn at random.
