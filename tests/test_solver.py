@@ -1,8 +1,12 @@
 """The experts of a block: how many at a time changes nothing, and who is starved borrows the right tokens."""
 
+from pathlib import Path
+
 import pytest
 import tiny_models
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 
 from eacmoe_lightning.adapter import MoEModel
@@ -31,6 +35,36 @@ def test_memory_changes_nothing_but_the_number_of_experts_at_a_time():
     for name, quantized in together.items():
         assert same(quantized.codes, alone[name].codes) > 0.99  # products of one and of many may sum in another order
         assert same(quantized.scale, alone[name].scale) > 0.9
+
+
+WORLD = 3  # which divides neither 8 experts nor 400 tokens
+MIXED = {0: {"experts.3": 4, "experts.5.down_proj": 3}}
+
+
+def solve_a_share(rank: int, world: int, folder: Path) -> None:
+    """One of several processes: its tokens, and what it then holds of all experts."""
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+    block = MoEModel(tiny_models.build("mixtral").requires_grad_(False)).blocks[0]
+    recipe = Recipe(bits=(2,), group_size=32, min_expert_tokens=1, overrides=MIXED)
+    solver = BlockSolver(block, 3, recipe, Ranks(rank, world))
+    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))[
+        400 * rank // world : 400 * (rank + 1) // world
+    ]
+    solver.solve_experts(x, block.route(x))
+    torch.save((solver.solved, solver.error), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_share_experts_with_bits_of_their_own(tmp_path):
+    mp.spawn(solve_a_share, (WORLD, tmp_path), WORLD)
+    alone, solver = solve(min_expert_tokens=1, overrides=MIXED)
+    shares = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    for name, quantized in alone.items():
+        for solved, error in shares:
+            assert solved[name].bits == quantized.bits
+            assert torch.equal(solved[name].codes, shares[0][0][name].codes)  # everybody has the same
+            assert same(solved[name].codes, quantized.codes) > 0.97
+            assert error[name] == pytest.approx(solver.error[name], rel=0.02)
 
 
 @pytest.mark.parametrize("affinity", [False, True])
