@@ -2,11 +2,13 @@
 
     python benchmarks/export_check.py --json export_check.json
     python benchmarks/export_check.py --engines llama.cpp --cases 3 --sources runs/tiny runs/tiny-2.06
+    python benchmarks/export_check.py --engines llama.cpp --cases --families mixtral qwen2_moe deepseek
 
-Models: the bundled one rounded to nearest in groups of 128 (CASES), and the runs or compressed directories given by
---sources. Each is exported by `eacmoe_lightning.exports.export`, loaded by the engine in an environment of its own
-(made under --work where it is missing: GPTQModel's takes 6 GB, llama.cpp is compiled, some minutes), and run on the
-bundled held-out texts. Rows:
+Models: the bundled one rounded to nearest in groups of 128 (CASES), the runs or compressed directories given by
+--sources, and with --families the tests' tiny random models (tests/tiny_models.py) of other architectures, 3 bit in
+groups of 32; Mixtral's with a tokenizer like its own. Each is exported by `eacmoe_lightning.exports.export`, loaded by
+the engine in an environment of its own (made under --work where it is missing: GPTQModel's takes 6 GB, llama.cpp is
+compiled, some minutes), and run on the bundled held-out texts. Rows:
 
     logits      root mean square of the difference from our decoded float32 model, relative to that of its logits
     yardstick   the same for our own model in bfloat16: what rounding alone does
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="*", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--sources", nargs="*", type=Path, default=[])
+    parser.add_argument("--families", nargs="*", default=[])
     parser.add_argument("--work", type=Path, default=Path("runs/export_check"))
     parser.add_argument("--python", nargs="*", default=[], metavar="ENGINE=PATH")
     parser.add_argument("--json", type=Path)
@@ -68,6 +72,7 @@ def main() -> None:
     pythons = dict(choice.split("=", 1) for choice in args.python)
     subjects = {case: rounded(work / "models" / case.replace(" ", "-"), *CASES[case]) for case in args.cases}
     subjects |= {str(path): path for path in args.sources}
+    subjects |= {family: random_model(work / "models" / family, family) for family in args.families}
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     texts = {name: read_documents(f"bundled:{name}") for name in heldout_names()}
     windows = [token_windows(own, tokenizer, WINDOWS_PER_TEXT, WINDOW_LENGTH) for own in texts.values()]
@@ -75,7 +80,6 @@ def main() -> None:
     np.save(work / "tokens.npy", tokens.numpy())
     whole = ["\n".join(own) for own in texts.values()]
     (work / "texts.json").write_text(json.dumps(whole))
-    expected = [tokenizer(text, add_special_tokens=False).input_ids for text in whole]
     rows = []
     for engine in args.engines:
         python = pythons.get(engine) or environment(engine, work)
@@ -94,7 +98,9 @@ def main() -> None:
                 row["yardstick"] = relative(run_ours(source, tokens, "bfloat16"), ours)
                 row["weights"] = difference and difference.weights
                 if engine == "llama.cpp":
-                    same = [list(seen[f"ids_{i}"]) == ids for i, ids in enumerate(expected)]
+                    own = next(path for path in (source / "compressed", source) if path.exists())
+                    theirs = Tokenizer.from_file(str(own / "tokenizer.json")).encode_batch(whole, False, False)
+                    same = [list(seen[f"ids_{i}"]) == encoding.ids for i, encoding in enumerate(theirs)]
                     row["tokens"] = sum(same) / len(same)
                     control, _ = run_engine(python, engine, out, work, decoded=work / "decoded")
                     row["control"] = relative(torch.from_numpy(control["logits"]), ours)
@@ -118,17 +124,34 @@ def environment(engine: str, work: Path) -> str:
 
 def rounded(folder: Path, attention: int, up: int, down: int, symmetric: bool) -> Path:
     """A compressed directory of the bundled model, rounded to nearest."""
-    if folder.exists():
-        return folder
-    moe, blocks = MoEModel(load_original("bundled", "float32")), []
+    return folder if folder.exists() else round_model(folder, "bundled", GROUP_SIZE, attention, up, down, symmetric)
+
+
+def random_model(folder: Path, family: str) -> Path:
+    """A compressed directory of one of the tests' tiny models."""
+    sys.path.append(str(HERE.parent / "tests"))
+    import tiny_models
+    from test_gguf import sentencepiece_tokenizer
+
+    if not folder.exists():
+        original = folder.with_name(f"{family}-original")
+        tiny_models.save(family, original, AutoTokenizer.from_pretrained(BUNDLED))
+        round_model(folder, str(original), 32, 4, 3, 3, False)
+        if family == "mixtral":
+            sentencepiece_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def round_model(folder: Path, original: str, group_size: int, attention: int, up: int, down: int, symmetric: bool):
+    moe, blocks = MoEModel(load_original(original, "float32")), []
     for block in moe.blocks:
         quantized = {}
         for name, (part, weight) in block.weights().items():
             bits = attention if part == "attention" else down if "down_proj" in name else up
-            quantized[name] = round_to_nearest(weight, Grid(bits, GROUP_SIZE, symmetric))
+            quantized[name] = round_to_nearest(weight, Grid(bits, group_size, symmetric))
         moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
         blocks.append(quantized)
-    compressed.save(folder, moe, "bundled", blocks, {"method": "round to nearest"})
+    compressed.save(folder, moe, original, blocks, {"method": "round to nearest"})
     return folder
 
 
