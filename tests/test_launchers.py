@@ -20,6 +20,13 @@ OPTIONS = {  # AdamW divides by the gradient's size: small rates keep the noise 
     "model__router_lr": 2e-3,
     "model__joint_router_lr": 3e-4,
     "data__num_windows": 15,  # 15 = 7 + 8
+    # GPTQ without choices: what two processes round apart stays apart by that much, and all blocks can be compared
+    "model__bits": 8,
+    "model__attention_bits": 8,
+    "model__act_order": "false",
+    "model__clip_search": "false",
+    "model__scale_search": "false",
+    "model__refine": 0,
 }
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT", "train.py"],
@@ -66,17 +73,20 @@ def codes(run: Path, block: str = "") -> torch.Tensor:
     return torch.cat([codes.flatten() for codes in found])
 
 
-def assert_same(run: Path, other: Path) -> None:
-    """Equal but for the order of float sums, which decides values that lie between two codes.
+def assert_same(run: Path, other: Path, chooses: bool = False) -> None:
+    """Equal but for the order of float sums.
 
-    Both runs give the first block the same inputs. Behind it, these random models carry every such decision on; with
-    the paper's GPTQ one process that sums in another order (`--data.batch_size 7` for 4) ended with 14 % other codes.
+    Args:
+        run, other: finished.
+        chooses: whether GPTQ searched scales or orders: then sums that differ by 1e-7 decide ties, each of them moves
+            weights by a step, and random models carry that on from block to block; the first block saw the same.
     """
-    assert (codes(run, "000") == codes(other, "000")).float().mean() > 0.99
-    assert (codes(run) == codes(other)).float().mean() > 0.8
+    if chooses:
+        assert (codes(run, "000") == codes(other, "000")).float().mean() > 0.99
+    assert (codes(run) == codes(other)).float().mean() > (0.8 if chooses else 0.999)
     reports = [json.loads((folder / "report.json").read_text()) for folder in (run, other)]
     for text, values in reports[1]["perplexity"].items():
-        for stream, tolerance in (("original", 1e-5), ("compressed", 0.04)):
+        for stream, tolerance in (("original", 1e-5), ("compressed", 0.04 if chooses else 1e-3)):
             assert reports[0]["perplexity"][text][stream] == pytest.approx(values[stream], rel=tolerance)
     assert reports[0]["experts"] == reports[1]["experts"] and reports[0]["bits"] == reports[1]["bits"]
 
@@ -97,7 +107,7 @@ def test_two_processes_give_the_model_of_one(launcher, alone, tiny_model_dir, tm
         assert report["expert_shift"]["mean"]["after"][rate] == pytest.approx(value, abs=0.02)
     routers = [dict(compressed.load(folder).named_parameters()) for folder in (run, alone)]
     for name, weight in routers[1].items():
-        if "layers.0.mlp.gate." in name:
+        if "mlp.gate." in name:
             torch.testing.assert_close(routers[0][name], weight, rtol=0, atol=1e-3)
     assert not list(run.rglob("*.partial"))
     if launcher == "fabric":
