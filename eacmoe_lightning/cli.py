@@ -90,7 +90,7 @@ class CommandLine(LightningCLI):
         parser.link_arguments("model.name_or_path", "data.tokenizer")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(callbacks.ExpertPruning, "pruning")
-        parser.set_defaults(  # one file, replaced by the next: Lightning 2.6 writes none with save_top_k=0, save_last=True
+        parser.set_defaults(  # one file, replaced by the next: save_top_k=0, save_last=True writes none
             {
                 "checkpoint.filename": "last",
                 "checkpoint.enable_version_counter": False,

@@ -65,13 +65,15 @@ class Quantized:
         bits = self.bits if isinstance(self.bits, int) else one_or_each([self.bits[e] for e in experts])
         return Quantized(self.codes[experts], self.scale[experts], self.zero_point[experts], bits)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, scale: Tensor | None = None) -> Tensor:
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, scale: Tensor | None = None, codes: Tensor | None = None
+    ) -> Tensor:
         """[..., O, I]; the product is formed in float32 and rounded to `dtype` once.
 
-        With `scale` [..., O, G], that is used in the place of the own one (while scales are trained).
+        `scale` [..., O, G] and `codes` [..., O, I] are used in the place of the own ones (while they are trained).
         """
-        scale = self.scale if scale is None else scale
-        steps = self.codes.unflatten(-1, (-1, self.group_size)).float() - self.zero_point[..., None].float()
+        scale, codes = self.scale if scale is None else scale, self.codes if codes is None else codes
+        steps = codes.unflatten(-1, (-1, self.group_size)).float() - self.zero_point[..., None].float()
         return (steps * scale[..., None].float()).flatten(-2).to(dtype)
 
 

@@ -2,12 +2,11 @@
 
 Epochs walk through the model: `router_epochs` passes over the calibration windows for block 0, then for block 1,
 and so on. A batch of windows stands for its tokens at the current block: the router's inputs in the compressed
-stream and the original router's logits. After the last block, `joint_epochs` train all routers together (with norms
-and scales) towards the original's output distribution. What happens to the weights between epochs is done by
-`callbacks.LayerwiseQuantization`.
+stream and the original router's logits. After the last block, `joint_epochs` train all routers together (with norms,
+scales and codes) towards the original's output distribution (`joint.py`). What happens to the weights between
+epochs is done by `callbacks.LayerwiseQuantization`.
 
-The language model itself stays outside the module tree: only routers, norms and scales are parameters of the job, so
-checkpoints stay small.
+The language model itself stays outside the module tree: only what is trained is a parameter of the job.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from eacmoe_lightning.comparison import Comparison
 from eacmoe_lightning.compressed import fingerprint
 from eacmoe_lightning.data import shard
 from eacmoe_lightning.grid import Quantized
+from eacmoe_lightning.joint import decode, distillation, rounded, selection, start_positions
 from eacmoe_lightning.memory import Watch
 from eacmoe_lightning.planning.checks import check_disk, check_memory
 from eacmoe_lightning.planning.command import job_of
@@ -79,7 +79,8 @@ class QESC(Comparison):
             divergence.
         joint_router_lr: Learning rate of the routers in the joint stage.
         joint_norm_lr: Of the weights of the normalisations; 0 leaves them as they are.
-        joint_scale_lr: Of the scales of the quantized weights, whose codes stay; 0 leaves them as they are.
+        joint_scale_lr: Of the scales of the quantized weights; 0 leaves them as they are.
+        joint_code_lr: Of their codes, in steps of the grid; 0 leaves them as they are. It takes 16 bytes a weight.
         lr_schedule: Over each stage: constant, linear or cosine (to zero).
         weight_decay: Of AdamW.
         stream_dtype: In which hidden states rest on disk between blocks; auto: as the model computes, which loses
@@ -121,6 +122,7 @@ class QESC(Comparison):
         joint_router_lr: float = 3e-3,
         joint_norm_lr: float = 5e-3,
         joint_scale_lr: float = 3e-3,
+        joint_code_lr: float = 1e-4,
         lr_schedule: Literal["constant", "linear", "cosine"] = "cosine",
         weight_decay: float = 0.0,
         stream_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -152,7 +154,12 @@ class QESC(Comparison):
         for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge)):
             if value <= 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is not positive")
-        self.joint_lr = {"router": joint_router_lr, "norm": joint_norm_lr, "scale": joint_scale_lr}
+        self.joint_lr = {
+            "router": joint_router_lr,
+            "norm": joint_norm_lr,
+            "scale": joint_scale_lr,
+            "code": joint_code_lr,
+        }
         for option, value in (("epochs", joint_epochs), *((f"{kind}_lr", lr) for kind, lr in self.joint_lr.items())):
             if value < 0:
                 raise ValueError(f"joint_{option}={value} (--model.joint_{option}) is negative")
@@ -163,7 +170,8 @@ class QESC(Comparison):
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.stream_dtype = stream_dtype
-        self.routers, self.norms, self.scales = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.routers, self.norms = nn.ParameterDict(), nn.ParameterDict()
+        self.scales, self.positions = nn.ParameterDict(), nn.ParameterDict()  # of the quantized weights: see joint.py
         self.block_routers: dict[str, Tensor] = {}  # as the blocks were solved with them, once the joint stage moves on
 
     # --- the models -------------------------------------------------------------------------------------
@@ -216,13 +224,15 @@ class QESC(Comparison):
         if self.joint_epochs and self.joint_lr["norm"]:
             for name, weight in moe.read(name for name, _ in moe.norms()).items():
                 self.norms[_key(name)] = nn.Parameter(weight.float().clone())
-        if self.joint_epochs and self.joint_lr["scale"] and self.recipe.quantizer != "none":  # set by start_stage
+        if self.joint_epochs and self.recipe.quantizer != "none":  # start_stage gives them their values
             for block in moe.blocks:
                 for name, (part, weight) in block.weights().items():
                     group_size = self.recipe.grid(block.index, len(moe.blocks), part).group_size
-                    self.scales[_key(name)] = nn.Parameter(
-                        torch.ones(*weight.shape[:-1], weight.shape[-1] // group_size)
-                    )
+                    *rows, columns = weight.shape
+                    if self.joint_lr["scale"]:
+                        self.scales[_key(name)] = nn.Parameter(torch.ones(*rows, columns // group_size))
+                    if self.joint_lr["code"]:
+                        self.positions[_key(name)] = nn.Parameter(torch.zeros(*rows, columns))
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1):
             self.trainer.fit_loop.max_epochs = self.num_epochs
@@ -325,13 +335,7 @@ class QESC(Comparison):
         """Before the first batch of an epoch: the closed form of a block's router, or the start of the joint stage."""
         if self.current_epoch == self.num_block_epochs:
             self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
-            kept = self.kept_rows
-            for key, scale in self.scales.items():
-                scale.data[kept[_name(key)]] = self.codes[_name(key)].scale.float()
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            optimizer.state.clear()  # moments of single blocks say nothing here
-            for group in optimizer.param_groups:
-                group["rms"] = _rms(group["params"][0][kept[group["name"]]])
+            self._start_joint()
         elif not self.is_joint and self.current_epoch % self.router_epochs == 0:
             block = self.moe.blocks[self.block_index]
             closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
@@ -339,6 +343,22 @@ class QESC(Comparison):
                 k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
                 router = self.calibration.ridge_router(k, self.ridge)
                 self.routers[f"block_{block.index:03d}"].data[block.kept] = router
+
+    def _start_joint(self) -> None:
+        """Scales and positions as the solver left the blocks, and a fresh optimizer."""
+        kept = self.kept_rows
+        for key, scale in self.scales.items():
+            scale.data[kept[_name(key)]] = self.codes[_name(key)].scale.to(scale)
+        for block in self.moe.blocks if self.positions else ():
+            for name, weight in self.original.read(block.weights()).items():
+                weight = block.as_parameter(name, weight)[kept[name]]
+                position = self.positions[_key(name)]
+                position.data[kept[name]] = start_positions(weight, self.codes[name]).to(position)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.state.clear()  # moments of single blocks say nothing here
+        for group in optimizer.param_groups:
+            if group["kind"] != "code":  # whose unit is a step
+                group["rms"] = _rms(group["params"][0][kept[group["name"]]])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["block_routers"] = self.block_routers
@@ -368,7 +388,7 @@ class QESC(Comparison):
         return self._global_mean(losses, batch)
 
     def _joint_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """KL(original || compressed) of the next-token distributions in nats, and the router loss of all blocks."""
+        """KL to the original's next-token distributions, and the router loss of all blocks (see `joint`)."""
         last_hidden, teachers = self.calibration.streams.joint_rows(batch["index"])
         with torch.no_grad():
             target = self.moe.head(last_hidden.to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
@@ -377,13 +397,10 @@ class QESC(Comparison):
             logits = torch.func.functional_call(
                 compressed.model, self.trained() | self.decoded(), (batch["input_ids"],), {"use_cache": False}
             ).logits
-        losses = nn.functional.kl_div(logits.float().log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
-        selection = []
-        for i, teacher in teachers.items():
-            spread = teacher.std(unbiased=False).clamp(min=1e-6).to(self.device)  # logits differ in size between models
-            student, teacher = students[i] / spread, teacher.to(self.device) / spread
-            selection.append(self.router_loss(student, teacher, self.moe.top_k))
-        return self._global_mean(losses.flatten() + self.joint_selection * torch.stack(selection).mean(0), batch)
+        losses = distillation(logits, target).flatten()
+        teachers = {i: teacher.to(self.device) for i, teacher in teachers.items()}
+        losses += self.joint_selection * selection(students, teachers, self.router_loss, self.moe.top_k)
+        return self._global_mean(losses, batch)
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
         tokens = int(batch["global_size"]) * self.trainer.datamodule.window_length
@@ -419,34 +436,39 @@ class QESC(Comparison):
         return routers | {_name(key): weight.to(dtype) for key, weight in self.norms.items()}
 
     def decoded(self) -> dict[str, Tensor]:
-        """Where scales are trained: the quantized weights that they make, by parameter name, differentiable."""
-        kept = self.kept_rows
+        """Where scales or codes are trained: the weights that they make, by parameter name, differentiable."""
+        kept, dtype = self.kept_rows, self.moe.model.dtype
         weights = {}
-        for block in self.moe.blocks if self.scales else ():
+        for block in self.moe.blocks if self.scales or self.positions else ():
             for name in block.weights():
-                scale = self.scales[_key(name)][kept[name]]
-                stored = scale + (scale.half().float() - scale).detach()  # as it will be stored; gradients pass
-                weights[name] = block.as_parameter(name, self.codes[name].dequantize(self.moe.model.dtype, stored))
+                scale, position = (
+                    trained[_key(name)][kept[name]] if trained else None for trained in (self.scales, self.positions)
+                )
+                weights[name] = block.as_parameter(name, decode(self.codes[name], scale, position, dtype))
         return weights
 
     def finished(self) -> FinishedBlocks:
         """The compressed model as this job leaves it, behind its last epoch."""
         kept = self.kept_rows
         scales = {_name(key): scale[kept[_name(key)]] for key, scale in self.scales.items()}
-        return FinishedBlocks(self.original, self.run, self.trained(), scales)
+        codes = {
+            _name(key): rounded(position[kept[_name(key)]], self.codes[_name(key)])
+            for key, position in self.positions.items()
+        }
+        return FinishedBlocks(self.original, self.run, self.trained(), scales, codes)
 
     def untrained(self) -> FinishedBlocks:
         """The same codes without any calibration: the original's routers and norms, the solver's scales."""
         return FinishedBlocks(self.original, self.run)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        kinds = {"router": self.routers, "norm": self.norms, "scale": self.scales}
+        kinds = {"router": self.routers, "norm": self.norms, "scale": self.scales, "code": self.positions}
         groups = [
-            {"params": [weight], "kind": kind, "name": _name(key), "rms": _rms(weight)}
+            {"params": [weight], "kind": kind, "name": _name(key), "rms": 1.0 if kind == "code" else _rms(weight)}
             for kind, weights in kinds.items()
             for key, weight in weights.items()
         ]
-        return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay, fused=True)
 
     @property
     def takes_steps(self) -> bool:

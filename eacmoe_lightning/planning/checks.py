@@ -17,12 +17,14 @@ def check_memory(moe: MoEModel, job: Job) -> None:
     """Raises ValueError where the joint stage, unlike all others, needs more memory than there is."""
     if not job.joint_epochs:
         return
-    needed, available = joint_bytes(moe, job.trains_scales), available_memory(moe.device)
+    needed, available = joint_bytes(moe, job), available_memory(moe.device)
     if needed > available:
+        trained = [kind for kind, trains in (("code", job.trains_codes), ("scale", job.trains_scales)) if trains]
+        smaller = "".join(f", --model.joint_{kind}_lr 0 makes it smaller" for kind in trained)
         raise ValueError(
             f"the joint stage (--model.joint_epochs {job.joint_epochs}) holds the whole compressed model in memory: "
             f"{needed / GB:.1f} GB, {available / GB:.1f} GB are available. --model.joint_epochs 0 leaves it out (one "
-            "block is in memory then)" + (", --model.joint_scale_lr 0 makes it smaller" if job.trains_scales else "")
+            f"block is in memory then){smaller}"
         )
 
 

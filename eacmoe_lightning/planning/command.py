@@ -61,6 +61,7 @@ def job_of(module: Any, data: Any, moe: MoEModel, processes: int, device: str) -
         num_targets=module.router_loss.num_targets(moe.num_experts, moe.top_k),
         joint_epochs=module.joint_epochs,
         trains_scales=bool(module.joint_lr["scale"]),
+        trains_codes=bool(module.joint_lr["code"]),
         stream_bytes=dtype.itemsize,
         processes=processes,
         kept_experts=module.pruning.keep if module.pruning else None,
@@ -80,7 +81,7 @@ def warnings(found: Plan, grids: list[WeightGrid], memory: int, free: int, proce
         needed = processes * (cost.peak_bytes + PYTHON_BYTES)
         if needed > memory:
             cure = {
-                "joint": "--model.joint_epochs 0 leaves it out, --model.joint_scale_lr 0 makes it smaller",
+                "joint": "--model.joint_epochs 0 leaves it out, --model.joint_code_lr 0 (then --model.joint_scale_lr 0) makes it smaller",
                 "router": "a smaller --model.solver_gib",
                 "experts": "a smaller --model.solver_gib",
             }.get(name, "shorter batches (--data.batch_size), fewer processes or a larger machine")

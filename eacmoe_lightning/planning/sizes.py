@@ -28,6 +28,8 @@ LOOP_RATE = 0.73  # of the column loop's search, as a share of a matrix product'
 RANGE_BYTES = 200  # that searching the range of a group moves through caches, for each weight
 LOADED = 20  # bytes of memory that loading a byte touches: copies, conversions, pages touched for the first time
 DECODED_BYTES = 48  # that decoding a weight and the gradient of its scale touch, in a step of the joint stage
+POSITION_BYTES = 16  # of a code while it is trained: its position, that one's gradient and AdamW's two moments
+TRAINED_BYTES = 56  # that rounding a position and AdamW's step touch, beside its decoding
 JOINT_PASSES = 3  # over the activations of such a step, beside products
 LAST = ("o_proj", "out_proj", "down_proj", "dense", "w2")  # linears that share their input with no other
 
@@ -39,7 +41,7 @@ class Job:
     Attributes:
         num_windows, window_length, batch_size: of the calibration text.
         heldout_tokens: of the evaluation at the end.
-        router_method, router_epochs, num_targets, joint_epochs, trains_scales: as `fit` has them.
+        router_method, router_epochs, num_targets, joint_epochs, trains_scales, trains_codes: as `fit` has them.
         stream_bytes: of a number in the hidden streams on disk.
         processes: that share windows and experts.
         kept_experts: of each block, where a pruning rule says how many; None: all (a rule by `alpha` is not foreseen).
@@ -56,6 +58,7 @@ class Job:
     joint_epochs: int
     trains_scales: bool
     stream_bytes: int
+    trains_codes: bool = False
     processes: int = 1
     kept_experts: int | None = None
     device: str = "cpu"
@@ -130,12 +133,14 @@ def num_bytes(parameters: Iterable, itemsize: int) -> int:
     return sum(parameter.numel() for parameter in parameters) * itemsize
 
 
-def joint_bytes(moe: MoEModel, trains_scales: bool) -> int:
-    """Memory that the joint stage takes for weights: all of them in the model's dtype and, where scales are trained,
-    the codes (a byte each), what is decoded from them and the gradients of that. Activations come on top."""
+def joint_bytes(moe: MoEModel, job: Job) -> int:
+    """Memory that the joint stage takes for weights: all of them in the model's dtype and, where scales or codes are
+    trained, the codes (a byte each), what is decoded from them and the gradients of that; what training codes takes.
+    Activations come on top."""
     itemsize = moe.model.dtype.itemsize
-    whole = num_bytes(moe.model.parameters(), itemsize)
-    return whole + (num_quantized(moe) * (1 + 2 * itemsize) if trains_scales else 0)
+    each = 1 + 2 * itemsize if job.trains_scales or job.trains_codes else 0
+    each += POSITION_BYTES if job.trains_codes else 0
+    return num_bytes(moe.model.parameters(), itemsize) + num_quantized(moe) * each
 
 
 def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
@@ -145,9 +150,13 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     rest = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
     evaluated = 2 * job.heldout_tokens * moe.config.hidden_size * itemsize
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
+    checkpoint = 0  # the last and its successor: positions and AdamW's moments; all else is small beside them
+    if job.joint_epochs and job.trains_codes:
+        checkpoint = 2 * 12 * num_quantized(moe)
     return {
         "hidden streams": (2 * GENERATIONS + 1) * hidden,  # and what reaches the router
         "router logits for the joint stage": teachers,
+        "checkpoints": checkpoint,
         "finished blocks": packed,
         "compressed model": packed + rest,
         "hidden states of the evaluation": evaluated,
@@ -190,9 +199,10 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     if job.joint_epochs:
         activations = batch * 4 * (sum(12 * hidden + 4 * shapes.activations for shapes in of_blocks) + 4 * vocabulary)
         steps = job.joint_epochs * job.num_windows / job.batch_size * share
-        decoded = num_quantized(moe) * DECODED_BYTES if job.trains_scales else 0
+        decoded = DECODED_BYTES if job.trains_scales or job.trains_codes else 0
+        decoded = num_quantized(moe) * (decoded + (TRAINED_BYTES if job.trains_codes else 0))
         phases["joint"].add(
-            joint_bytes(moe, job.trains_scales) + rest + activations,
+            joint_bytes(moe, job) + rest + activations,
             flops=job.joint_epochs * job.tokens * share * (3 * forward + 2 * hidden * vocabulary),  # and its teacher
             loop_bytes=steps * (decoded + JOINT_PASSES * activations),
         )

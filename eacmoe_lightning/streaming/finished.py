@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,7 +24,7 @@ class FinishedBlocks:
         original: everything that is neither quantized nor trained.
         run: its block files hold the codes.
         trained: routers and norms by parameter name; those that are left out stay the original's.
-        scales: other scales [..., O, G] than the solver's, by parameter name.
+        scales, codes: others than the solver's, by parameter name: [..., O, G] and [..., O, I].
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class FinishedBlocks:
         run: RunDirectory,
         trained: Mapping[str, Tensor] | None = None,
         scales: Mapping[str, Tensor] | None = None,
+        codes: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.original, self.run = original, run
-        self.trained, self.scales = trained or {}, scales or {}
+        self.trained, self.scales, self.codes = trained or {}, scales or {}, codes or {}
         self._kept = {
             str(block.index): stats["pruning"]["kept"]
             for block in MoEModel(original.skeleton()).blocks
@@ -59,6 +61,8 @@ class FinishedBlocks:
         found = read_block(self.run, index)[0]
         for name in found.keys() & self.scales.keys():
             found[name].scale = self.scales[name].detach().cpu().half()
+        for name in found.keys() & self.codes.keys():
+            found[name].codes = self.codes[name].detach().to("cpu", torch.uint8)
         return found
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -1,0 +1,67 @@
+"""The joint stage's arithmetic: positions of weights on the axis of codes, straight-through rounding, its losses."""
+
+import pytest
+import torch
+
+from eacmoe_lightning.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.joint import decode, distillation, rounded, selection, start_positions
+from eacmoe_lightning.router_loss import MSE
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_positions_round_to_the_codes_and_lie_where_the_weights_do(weight, bits):
+    quantized = round_to_nearest(weight, Grid(bits, 32, clip_search=False))
+    position = start_positions(weight, quantized)
+    assert torch.equal(rounded(position, quantized).to(torch.uint8), quantized.codes)
+    steps = (
+        position - quantized.zero_point.repeat_interleave(32, -1).float()
+    ) * quantized.scale.float().repeat_interleave(32, -1)
+    inside = (position - quantized.codes).abs() < 0.49  # the code is the nearest: the position says the weight exactly
+    assert inside.float().mean() > 0.9
+    torch.testing.assert_close(steps[inside], weight[inside], rtol=1e-4, atol=1e-4)
+
+
+def test_a_code_that_was_moved_away_leans_back_to_its_weight(weight):
+    quantized = round_to_nearest(weight, Grid(3, 32))
+    moved = quantized.codes.clone()
+    moved[0, 0, 0] = (int(moved[0, 0, 0]) + 3) % 8
+    side = torch.sign(quantized.codes[0, 0, 0].float() - moved[0, 0, 0].float())
+    quantized.codes = moved
+    assert start_positions(weight, quantized)[0, 0, 0] == moved[0, 0, 0] + side * 0.499
+
+
+def test_each_expert_keeps_within_its_own_codes():
+    quantized = Quantized(
+        torch.zeros(2, 1, 8, dtype=torch.uint8), torch.ones(2, 1, 1).half(), torch.zeros(2, 1, 1).byte(), (2, 3)
+    )
+    position = torch.tensor([[[9.0, -3, 1.4, 2.6, 3.6, 0, 0, 0]]]).expand(2, 1, 8)
+    assert rounded(position, quantized)[:, 0, :5].tolist() == [[3, 0, 1, 3, 3], [7, 0, 1, 3, 4]]
+
+
+def test_gradients_pass_the_rounding_of_codes_and_scales(weight):
+    quantized = round_to_nearest(weight, Grid(3, 32))
+    scale = quantized.scale.float().requires_grad_()
+    position = start_positions(weight, quantized).requires_grad_()
+    decoded = decode(quantized, scale, position, torch.float32)
+    assert torch.equal(decoded, quantized.dequantize())
+    wanted = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    (decoded * wanted).sum().backward()
+    torch.testing.assert_close(position.grad, wanted * quantized.scale.float().repeat_interleave(32, -1))
+    steps = quantized.codes.float() - quantized.zero_point.float().repeat_interleave(32, -1)
+    torch.testing.assert_close(scale.grad, (wanted * steps).unflatten(-1, (2, 32)).sum(-1))
+    assert torch.equal(decode(quantized, None, None, torch.float32), quantized.dequantize())
+
+
+def test_losses_by_hand():
+    target = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    logits = torch.tensor([[0.25, 0.25, 0.5]]).log() + 3  # a constant does not matter
+    by_hand = 0.5 * torch.tensor(2.0).log() - 0.25 * torch.tensor(2.0).log()
+    torch.testing.assert_close(distillation(logits, target), by_hand[None])
+    teachers = {0: torch.tensor([[0.0, 2.0]]), 4: torch.tensor([[0.0, 20.0]])}  # spreads 1 and 10
+    students = {0: torch.tensor([[1.0, 2.0]]), 4: torch.tensor([[0.0, 20.0]])}
+    torch.testing.assert_close(selection(students, teachers, MSE(), 1), torch.tensor([0.25]))  # (1/2 + 0) / 2
