@@ -81,7 +81,7 @@ def warnings(found: Plan, grids: list[WeightGrid], memory: int, free: int, proce
         needed = processes * (cost.peak_bytes + PYTHON_BYTES)
         if needed > memory:
             cure = {
-                "joint": "--model.joint_epochs 0 leaves it out, --model.joint_code_lr 0 (then --model.joint_scale_lr 0) makes it smaller",
+                "joint": "--model.joint_epochs 0 leaves it out, --model.joint_code_lr 0 makes it smaller",
                 "router": "a smaller --model.solver_gib",
                 "experts": "a smaller --model.solver_gib",
             }.get(name, "shorter batches (--data.batch_size), fewer processes or a larger machine")
