@@ -122,7 +122,7 @@ class QESC(Comparison):
         joint_router_lr: float = 3e-3,
         joint_norm_lr: float = 5e-3,
         joint_scale_lr: float = 3e-3,
-        joint_code_lr: float = 1e-4,
+        joint_code_lr: float = 5e-5,
         lr_schedule: Literal["constant", "linear", "cosine"] = "cosine",
         weight_decay: float = 0.0,
         stream_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",

@@ -19,6 +19,7 @@ OPTIONS = {  # AdamW divides by the gradient's size: small rates keep the noise 
     "model__router_warm_start": "true",
     "model__router_lr": 2e-3,
     "model__joint_router_lr": 3e-4,
+    "model__joint_code_lr": 1e-6,
     "data__num_windows": 15,  # 15 = 7 + 8
     # GPTQ without choices: what two processes round apart stays apart by that much, and all blocks can be compared
     "model__bits": 8,
