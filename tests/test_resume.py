@@ -19,7 +19,7 @@ EVERY_STEP = {"checkpoint__every_n_train_steps": 1}
 
 # a checkpoint after every step: also in the middle of an epoch, and of the last batch of one
 STEPS = [
-    ["call", "eacmoe_lightning.gptq.fit_scale", 5],  # inside GPTQ, before there is any checkpoint
+    ["call", "eacmoe_lightning.gptq.fit_range", 5],  # inside GPTQ, before there is any checkpoint
     ["replace", "last.ckpt", 3],  # while a checkpoint is written, in the middle of an epoch
     ["phase", "0 experts", 1],
     ["replace", "blocks/block_001", 1],  # while a block is written
@@ -33,7 +33,7 @@ EPOCHS = [
     ["phase", "1 attention", 1],
     ["replace", "streams/", 2],  # while streams are written
     ["phase", "2 replay", 1],
-    ["call", "eacmoe_lightning.gptq.fit_scale", 3],
+    ["call", "eacmoe_lightning.gptq.fit_range", 3],
     ["call", "eacmoe_lightning.qesc.QESC._joint_loss", 2],
     ["replace", "last.ckpt", 1],  # the checkpoint of the last epoch
     ["replace", ".compressed.partial/weights-rest", 1],
