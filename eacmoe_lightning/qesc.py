@@ -452,7 +452,7 @@ class QESC(Comparison):
         kept = self.kept_rows
         scales = {_name(key): scale[kept[_name(key)]] for key, scale in self.scales.items()}
         codes = {
-            _name(key): rounded(position[kept[_name(key)]], self.codes[_name(key)])
+            _name(key): rounded(position.detach()[kept[_name(key)]], self.codes[_name(key)]).to(torch.uint8)
             for key, position in self.positions.items()
         }
         return FinishedBlocks(self.original, self.run, self.trained(), scales, codes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -62,7 +61,7 @@ class FinishedBlocks:
         for name in found.keys() & self.scales.keys():
             found[name].scale = self.scales[name].detach().cpu().half()
         for name in found.keys() & self.codes.keys():
-            found[name].codes = self.codes[name].detach().to("cpu", torch.uint8)
+            found[name].codes = self.codes[name].cpu()
         return found
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
