@@ -24,7 +24,7 @@ class CompressedModel(Callback):
         trainer.strategy.barrier()
 
     def write(self, trainer: Trainer, module: QESC) -> None:
-        finished = module.finished()
+        finished = module.parts.finished()
         moe = StreamedModel(finished, module.device)
         description = {
             "method": "qesc" if module.router_method != "none" else module.recipe.quantizer,

@@ -67,7 +67,7 @@ class RoutingReport(BlockCallback):
             )
 
         after = of(compressed.CompressedWeights(module.run.compressed))
-        before = after if module.router_method == "none" else of(module.untrained())
+        before = after if module.router_method == "none" else of(module.parts.untrained())
         if not all(torch.isfinite(torch.tensor([*v.values()])).all() for v in after["perplexity"].values()):
             raise StoreError("the compressed model's perplexity is not finite: look at the blocks' quantization errors")
         return {"before": before, "after": after}

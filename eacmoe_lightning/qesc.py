@@ -6,25 +6,24 @@ stream and the original router's logits. After the last block, `joint_epochs` tr
 scales and codes) towards the original's output distribution (`joint.py`). What happens to the weights between
 epochs is done by `callbacks.LayerwiseQuantization`.
 
-The language model itself stays outside the module tree: only what is trained is a parameter of the job.
+The language model itself stays outside the module tree: only what is trained (`trained.py`) is a parameter of the job.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eacmoe_lightning import targets
 from eacmoe_lightning.calibration import Calibration, read_block
+from eacmoe_lightning.checkpoint_io import follow_moved, mend_progress
 from eacmoe_lightning.comparison import Comparison
 from eacmoe_lightning.compressed import fingerprint
 from eacmoe_lightning.data import shard
-from eacmoe_lightning.grid import Quantized
-from eacmoe_lightning.joint import decode, distillation, rounded, selection, start_positions
+from eacmoe_lightning.joint import distillation, selection
 from eacmoe_lightning.memory import Watch
 from eacmoe_lightning.planning.checks import check_disk, check_memory
 from eacmoe_lightning.planning.command import job_of
@@ -33,8 +32,8 @@ from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 from eacmoe_lightning.router_loss import RouterLoss, TopKMSE
 from eacmoe_lightning.streaming import Checkpoint, StreamedModel
-from eacmoe_lightning.streaming.finished import FinishedBlocks
 from eacmoe_lightning.streams import Streams
+from eacmoe_lightning.trained import TrainedParts, router_key
 from eacmoe_lightning.version import __version__
 
 
@@ -154,12 +153,7 @@ class QESC(Comparison):
         for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge)):
             if value <= 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is not positive")
-        self.joint_lr = {
-            "router": joint_router_lr,
-            "norm": joint_norm_lr,
-            "scale": joint_scale_lr,
-            "code": joint_code_lr,
-        }
+        self.joint_lr = dict(router=joint_router_lr, norm=joint_norm_lr, scale=joint_scale_lr, code=joint_code_lr)
         for option, value in (("epochs", joint_epochs), *((f"{kind}_lr", lr) for kind, lr in self.joint_lr.items())):
             if value < 0:
                 raise ValueError(f"joint_{option}={value} (--model.joint_{option}) is negative")
@@ -170,8 +164,6 @@ class QESC(Comparison):
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.stream_dtype = stream_dtype
-        self.routers, self.norms = nn.ParameterDict(), nn.ParameterDict()
-        self.scales, self.positions = nn.ParameterDict(), nn.ParameterDict()  # of the quantized weights: see joint.py
         self.block_routers: dict[str, Tensor] = {}  # as the blocks were solved with them, once the joint stage moves on
 
     # --- the models -------------------------------------------------------------------------------------
@@ -185,6 +177,11 @@ class QESC(Comparison):
     def original(self) -> Checkpoint:
         """The original's weights on disk."""
         return self.moe.weights
+
+    @property
+    def parts(self) -> TrainedParts:
+        """What this job trains; its parameters are parameters of this module too."""
+        return self._outside["parts"]
 
     @property
     def calibration(self) -> Calibration:
@@ -217,22 +214,10 @@ class QESC(Comparison):
             if not resumes:
                 self.run.add_cost(None, "check", checked)
         self.trainer.strategy.barrier()
-        routers = moe.read(block.router_parameter_name for block in moe.moe_blocks)
-        for block in moe.moe_blocks:
-            router = routers[block.router_parameter_name].float().clone()
-            self.routers[f"block_{block.index:03d}"] = nn.Parameter(router)
-        if self.joint_epochs and self.joint_lr["norm"]:
-            for name, weight in moe.read(name for name, _ in moe.norms()).items():
-                self.norms[_key(name)] = nn.Parameter(weight.float().clone())
-        if self.joint_epochs and self.recipe.quantizer != "none":  # start_stage gives them their values
-            for block in moe.blocks:
-                for name, (part, weight) in block.weights().items():
-                    group_size = self.recipe.grid(block.index, len(moe.blocks), part).group_size
-                    *rows, columns = weight.shape
-                    if self.joint_lr["scale"]:
-                        self.scales[_key(name)] = nn.Parameter(torch.ones(*rows, columns // group_size))
-                    if self.joint_lr["code"]:
-                        self.positions[_key(name)] = nn.Parameter(torch.zeros(*rows, columns))
+        joint = [kind for kind, lr in self.joint_lr.items() if lr] if self.joint_epochs else []
+        self._outside["parts"] = TrainedParts(moe, self.run, self.recipe, joint)
+        for name, parameters in self.parts.named_children():
+            self.add_module(name, parameters)
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1):
             self.trainer.fit_loop.max_epochs = self.num_epochs
@@ -268,6 +253,30 @@ class QESC(Comparison):
             },
         }
 
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = self.parts.optimizer_groups()
+        return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay, fused=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["block_routers"] = self.block_routers
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.block_routers = checkpoint["block_routers"]
+        mend_progress(checkpoint["loops"]["fit_loop"])
+        follow_moved(checkpoint["callbacks"], self.trainer.checkpoint_callbacks, self.trainer.ckpt_path)
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule
+        own = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
+        windows = data.calibration_windows[own.start : own.stop]
+        dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
+        streams = Streams(
+            self.moe, windows, own.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
+        )
+        self._outside["calibration"] = Calibration(
+            self.moe, self.recipe, streams, self.run, self.ranks, pruning=self.pruning
+        )
+
     # --- epochs: which block, which stage ---------------------------------------------------------------
 
     @property
@@ -296,76 +305,28 @@ class QESC(Comparison):
     def ranks(self) -> Ranks:
         return Ranks(self.global_rank, self.trainer.world_size, self.trainer.strategy.root_device)
 
-    def on_fit_start(self) -> None:
-        data = self.trainer.datamodule
-        own = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
-        windows = data.calibration_windows[own.start : own.stop]
-        dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
-        streams = Streams(
-            self.moe, windows, own.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
-        )
-        self._outside["calibration"] = Calibration(
-            self.moe, self.recipe, streams, self.run, self.ranks, pruning=self.pruning
-        )
-
     def enter_block(self) -> None:
         """Brings the streams to the current epoch's block, or the whole compressed model into memory. Idempotent."""
         self._bring(self.block_index)
         if self.is_joint and "compressed" not in self._outside:
-            self._outside["compressed"] = StreamedModel(FinishedBlocks(self.original, self.run), self.device)
+            self._outside["compressed"] = StreamedModel(self.parts.untrained(), self.device)
             self._outside["compressed"].load_all()
 
     def _bring(self, index: int) -> None:
-        routers = self.block_routers or {key: weight.detach() for key, weight in self.routers.items()}
-        self.calibration.enter(index, {int(key[6:]): weight for key, weight in routers.items()})
-
-    def enter_end(self) -> None:
-        """Makes sure that every block is written, and frees what no one needs behind the last epoch."""
-        if not all(self.run.block(block.index).exists() for block in self.moe.blocks):
-            self._bring(len(self.moe.blocks))
-        for block in self.moe.blocks:
-            self.calibration.shrink(block.index)
-        self._outside.pop("compressed", None)
-
-    def block_stats(self) -> list[dict[str, Any]]:
-        """The statistics of every block, as their files hold them (`Calibration.leave`)."""
-        return [read_block(self.run, block.index)[2] for block in self.moe.blocks]
+        routers = self.block_routers or self.routers
+        self.calibration.enter(index, {b.index: routers[router_key(b)].detach() for b in self.moe.moe_blocks})
 
     def start_stage(self) -> None:
         """Before the first batch of an epoch: the closed form of a block's router, or the start of the joint stage."""
         if self.current_epoch == self.num_block_epochs:
             self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
-            self._start_joint()
+            self.parts.start_joint(self.optimizers(use_pl_optimizer=False))
         elif not self.is_joint and self.current_epoch % self.router_epochs == 0:
             block = self.moe.blocks[self.block_index]
             closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
             if block.is_moe and closed_form:
                 k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
-                router = self.calibration.ridge_router(k, self.ridge)
-                self.routers[f"block_{block.index:03d}"].data[block.kept] = router
-
-    def _start_joint(self) -> None:
-        """Scales and positions as the solver left the blocks, and a fresh optimizer."""
-        kept = self.kept_rows
-        for key, scale in self.scales.items():
-            scale.data[kept[_name(key)]] = self.codes[_name(key)].scale.to(scale)
-        for block in self.moe.blocks if self.positions else ():
-            for name, weight in self.original.read(block.weights()).items():
-                weight = block.as_parameter(name, weight)[kept[name]]
-                position = self.positions[_key(name)]
-                position.data[kept[name]] = start_positions(weight, self.codes[name]).to(position)
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        optimizer.state.clear()  # moments of single blocks say nothing here
-        for group in optimizer.param_groups:
-            if group["kind"] != "code":  # whose unit is a step
-                group["rms"] = _rms(group["params"][0][kept[group["name"]]])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["block_routers"] = self.block_routers
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.block_routers = checkpoint["block_routers"]
-        _mend_progress(checkpoint["loops"]["fit_loop"])
+                self.parts.put_router(block, self.calibration.ridge_router(k, self.ridge))
 
     # --- gradient steps -----------------------------------------------------------------------------------
 
@@ -383,7 +344,7 @@ class QESC(Comparison):
         """Mean over the global batch's tokens; this process holds some of its windows, or none."""
         block = self.moe.blocks[self.block_index]
         x, teacher = self.calibration.router_rows(batch["index"])
-        student = block.router_logits(x.to(self.device), self.routers[f"block_{block.index:03d}"][block.kept])
+        student = block.router_logits(x.to(self.device), self.parts.router(block))
         losses = self.router_loss(student, teacher.to(self.device), self.moe.top_k)
         return self._global_mean(losses, batch)
 
@@ -394,9 +355,9 @@ class QESC(Comparison):
             target = self.moe.head(last_hidden.to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
         compressed: StreamedModel = self._outside["compressed"]
         with compressed.recorded_logits() as students:
-            logits = torch.func.functional_call(
-                compressed.model, self.trained() | self.decoded(), (batch["input_ids"],), {"use_cache": False}
-            ).logits
+            weights = self.parts.routers_and_norms() | self.parts.decoded()
+            ids = (batch["input_ids"],)
+            logits = torch.func.functional_call(compressed.model, weights, ids, {"use_cache": False}).logits
         losses = distillation(logits, target).flatten()
         teachers = {i: teacher.to(self.device) for i, teacher in teachers.items()}
         losses += self.joint_selection * selection(students, teachers, self.router_loss, self.moe.top_k)
@@ -405,70 +366,6 @@ class QESC(Comparison):
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
         tokens = int(batch["global_size"]) * self.trainer.datamodule.window_length
         return losses.sum() / tokens * self.trainer.world_size  # DDP averages gradients over processes
-
-    @property
-    def codes(self) -> dict[str, Quantized]:
-        """All quantized weights as the blocks' files hold them, by parameter name."""
-        if "codes" not in self._outside:
-            blocks = (read_block(self.run, block.index)[0] for block in self.moe.blocks)
-            self._outside["codes"] = {name: quantized for block in blocks for name, quantized in block.items()}
-        return self._outside["codes"]
-
-    @property
-    def kept_rows(self) -> dict[str, slice | Tensor]:
-        """By parameter name of the model, the rows of what the job trains that the pruned model has.
-
-        Routers and scales keep a row for each of the original's experts: their shapes are fixed before it is known
-        which experts stay. The rows of the others are not used.
-        """
-        rows: dict[str, slice | Tensor] = defaultdict(lambda: slice(None))
-        for block in self.moe.moe_blocks:
-            rows[block.router_parameter_name] = block.kept
-            rows |= {name: block.kept for name, (part, _) in block.weights().items() if part == "experts"}
-        return rows
-
-    def trained(self) -> dict[str, Tensor]:
-        """Trained routers and norms, by parameter name of the model, in the model's dtype and differentiable."""
-        dtype = self.moe.model.dtype
-        routers = {
-            b.router_parameter_name: self.routers[f"block_{b.index:03d}"][b.kept].to(dtype) for b in self.moe.moe_blocks
-        }
-        return routers | {_name(key): weight.to(dtype) for key, weight in self.norms.items()}
-
-    def decoded(self) -> dict[str, Tensor]:
-        """Where scales or codes are trained: the weights that they make, by parameter name, differentiable."""
-        kept, dtype = self.kept_rows, self.moe.model.dtype
-        weights = {}
-        for block in self.moe.blocks if self.scales or self.positions else ():
-            for name in block.weights():
-                scale, position = (
-                    trained[_key(name)][kept[name]] if trained else None for trained in (self.scales, self.positions)
-                )
-                weights[name] = block.as_parameter(name, decode(self.codes[name], scale, position, dtype))
-        return weights
-
-    def finished(self) -> FinishedBlocks:
-        """The compressed model as this job leaves it, behind its last epoch."""
-        kept = self.kept_rows
-        scales = {_name(key): scale[kept[_name(key)]] for key, scale in self.scales.items()}
-        codes = {
-            _name(key): rounded(position.detach()[kept[_name(key)]], self.codes[_name(key)]).to(torch.uint8)
-            for key, position in self.positions.items()
-        }
-        return FinishedBlocks(self.original, self.run, self.trained(), scales, codes)
-
-    def untrained(self) -> FinishedBlocks:
-        """The same codes without any calibration: the original's routers and norms, the solver's scales."""
-        return FinishedBlocks(self.original, self.run)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        kinds = {"router": self.routers, "norm": self.norms, "scale": self.scales, "code": self.positions}
-        groups = [
-            {"params": [weight], "kind": kind, "name": _name(key), "rms": 1.0 if kind == "code" else _rms(weight)}
-            for kind, weights in kinds.items()
-            for key, weight in weights.items()
-        ]
-        return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay, fused=True)
 
     @property
     def takes_steps(self) -> bool:
@@ -490,28 +387,16 @@ class QESC(Comparison):
         done = ((epoch - first) % passes + batch_idx / self.trainer.num_training_batches) / passes
         return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
 
+    # --- behind the last epoch --------------------------------------------------------------------------
 
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.detach().square().mean().sqrt())
+    def enter_end(self) -> None:
+        """Makes sure that every block is written, and frees what no one needs behind the last epoch."""
+        if not all(self.run.block(block.index).exists() for block in self.moe.blocks):
+            self._bring(len(self.moe.blocks))
+        for block in self.moe.blocks:
+            self.calibration.shrink(block.index)
+        self._outside.pop("compressed", None)
 
-
-def _key(name: str) -> str:
-    """A parameter's name as a key of a ParameterDict, which takes no dots."""
-    return name.replace(".", "/")
-
-
-def _name(key: str) -> str:
-    return key.replace("/", ".")
-
-
-def _mend_progress(fit_loop: dict[str, Any]) -> None:
-    """Makes the counters of a checkpoint's loops what they are in a run that was never resumed.
-
-    A resume behind an epoch's last batch leaves Lightning 2.6 short of one completed batch and one started epoch. The
-    next such resume would not be recognised as one, and its epoch trained twice.
-    """
-    batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
-    lag = batches["current"]["processed"] - batches["current"]["completed"]  # 1 in on_train_batch_end, 0 at epoch ends
-    batches["total"]["completed"] = batches["total"]["processed"] - lag
-    for progress in (epochs["total"], epochs["current"]):
-        progress["ready"] = progress["started"] = progress["processed"] + lag
+    def block_stats(self) -> list[dict[str, Any]]:
+        """The statistics of every block, as their files hold them (`Calibration.leave`)."""
+        return [read_block(self.run, block.index)[2] for block in self.moe.blocks]

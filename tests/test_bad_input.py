@@ -134,6 +134,7 @@ def test_a_run_of_other_settings(resume, refused, tiny_model_dir, copied):
     assert before.items() <= jobs.contents(copied).items()  # "Nothing was changed"
 
 
+@pytest.mark.filterwarnings("error:The dirpath has changed")  # a run that was moved is as good
 def test_a_finished_run_continues_to_the_same_result(tiny_model_dir, copied):
     before = jobs.contents(copied / "compressed")
     shutil.rmtree(copied / "compressed")
