@@ -7,7 +7,7 @@ group-wise grid (groups of 128, range search) sets the size: its codes, scales a
 store of offloaded experts does it. The others get that many bits per weight, steps included:
 
     one step        a step for each matrix
-    column steps    a step for each column, in proportion to U_jj (`eacmoe_lightning/lattice.py`)
+    column steps    a step for each column, in proportion to p_j^-1/2 (`eacmoe_lightning/lattice.py`)
     shared budget   the same with one factor for all experts of a block, so that bits go where tokens go
 """
 
@@ -23,13 +23,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from eacmoe_lightning.adapter import MoEModel, load_original, local_directory
+from eacmoe_lightning.gptq import output_error
 from eacmoe_lightning.grid import Quantized
 from eacmoe_lightning.lattice import (
     Lattice,
     column_steps,
     entropy,
+    factored,
     gptq_on_lattice,
-    inverse_factor,
     step_for_bits,
 )
 from eacmoe_lightning.ranks import Ranks
@@ -68,11 +69,14 @@ class LatticeSolver(BlockSolver):
         super().__init__(block, num_blocks, recipe, Ranks())
         self.method, self.target, self.stored = method, target, []
 
-    def _solve_widths(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> Solved:
+    def _experts_together(self) -> int:
+        return self.block.num_experts  # they share bits
+
+    def _solve_stack(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> tuple[Solved, Tensor]:
         wanted = self.target[len(self.stored)]
-        factor = inverse_factor(hessian, self.recipe.damping)
+        factor, pivot = factored(hessian, self.recipe.damping)
         is_shared = self.method == "shared budget"
-        shape = factor.diagonal(dim1=-2, dim2=-1) if is_shared else column_steps(factor)
+        shape = pivot.rsqrt() if is_shared else column_steps(pivot)
         if self.method == "one step":
             shape = torch.ones_like(shape)
         side = 16 / weight.shape[-2] if self.method != "one step" else 16 / weight[0].numel()
@@ -85,7 +89,8 @@ class LatticeSolver(BlockSolver):
             correction += (found - wanted) * 1.05 + 1e-3
         self.stored.append(found)
         nothing = torch.zeros(len(weight), dtype=torch.uint8)
-        return Solved(lattice, lattice.codes, lattice.step, nothing)
+        solved = Solved(lattice, lattice.codes, lattice.step, nothing)
+        return solved, output_error(weight, solved, hessian)
 
 
 class GroupwiseSolver(BlockSolver):
@@ -95,10 +100,13 @@ class GroupwiseSolver(BlockSolver):
         super().__init__(block, num_blocks, recipe, Ranks())
         self.stored: list[float] = []
 
-    def _solve_widths(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> Quantized:
-        solved = super()._solve_widths(weight, hessian, bits)
+    def _experts_together(self) -> int:
+        return self.block.num_experts
+
+    def _solve_stack(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> tuple[Quantized, Tensor]:
+        solved, error = super()._solve_stack(weight, hessian, bits)
         self.stored.append(sum(entropy_coded_bits(solved)))
-        return solved
+        return solved, error
 
 
 def entropy_coded_bits(solved: Quantized) -> tuple[float, float, float]:

@@ -1,12 +1,13 @@
 """GPTQ's column loop over one group, the only part of it that is no matrix product: in C++, in Triton, or in torch.
 
-A row of a weight meets no other row, so the loop runs over many rows at once; columns come one after another, each
-error changing what the later ones are rounded from. Two methods share the loop, with what it leaves in e:
+A row of a weight meets no other row, so the loop runs over many rows at once; columns come one after another, what each
+one moved away from `old` changing what the later ones are rounded from:
 
-    GPTQ                 v_j = value_j - sum_{k<j} e_k F_kj,   e_j = (v_j - q_j) / F_jj,   F the factor U
-    coordinate descent   the same v_j,                         e_j = q_j - old_j,          F = H_kj / H_jj
+    v_j = value_j - sum_{k<j} e_k F_kj,   q_j = v_j rounded,   e_j = q_j - old_j
 
-In GPTQ the sum of e_j^2 is the loss that the group adds. So several scales can be tried, each row keeping its best.
+Two methods share it, with F and `old` of their own: GPTQ, where `old` is the original weight and H = F diag(p) F^T, and
+coordinate descent, where `old` is what was decoded before and F_kj = H_kj / H_jj (see gptq.py). In GPTQ the sum of
+p_j (v_j - q_j)^2 is the loss that the group adds. So several scales can be tried, each row keeping its best.
 """
 
 from __future__ import annotations
@@ -30,16 +31,15 @@ UNROLL = 4  # it takes so many columns at a time
 
 
 def column_loop(
-    value: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, grid: Grid, old: Tensor | None = None
+    value: Tensor, old: Tensor, factor: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds one group of columns.
 
     Args:
-        value: float32 [S, O, g], a view of a wider tensor or not; left as it is.
-        factor: [S, g, g] float32, see above; what is left of the diagonal is not read.
-        scale, zero: [S, O, C], candidates of each row, float32. Without `old` the one of least sum of e_j^2 is
-            taken, the first of equals; with it there is one.
-        old: [S, O, g] decoded weights: coordinate descent.
+        value, old: float32 [S, O, g], views of wider tensors or not; left as they are.
+        factor: F [S, g, g] float32; only what is right of the diagonal is read.
+        weight: [S, g], what (v_j - q_j)^2 counts.
+        scale, zero: [S, O, C], candidates of each row, float32. The one of least loss is taken, the first of equals.
 
     Returns:
         codes [S, O, g] uint8, e [S, O, g] float32, and which candidate was taken [S, O].
@@ -49,7 +49,7 @@ def column_loop(
         run = _compiled
     elif value.device.type == "cuda" and triton_loop() is not None:
         run = triton_loop().column_loop
-    return run(value, factor, scale, zero, grid, old)
+    return run(value, old, factor, weight, scale, zero, grid)
 
 
 def fit_range(value: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,36 +62,38 @@ def fit_range(value: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Te
     Returns:
         scale, zero_point: float32 [S, O].
     """
-    if not grid.clip_search or value.device.type != "cpu" or value.shape[-1] % UNROLL or not _has_ranges():
+    compiled = value.device.type == "cpu" and value.shape[-1] % UNROLL == 0 and library() is not None
+    if not grid.clip_search or not compiled:
         return fit_scale(value, grid, importance.unsqueeze(1))
     scale, zero = ranges(value, grid)
-    chosen = _compiled(value, importance.sqrt(), scale, zero, grid, None)[2].unsqueeze(-1)
+    chosen = _compiled(value, value, None, importance, scale, zero, grid)[2].unsqueeze(-1)
     return scale.gather(-1, chosen)[..., 0], zero.gather(-1, chosen)[..., 0]
 
 
-def loop_in_torch(value, factor, scale, zero, grid, old=None) -> tuple[Tensor, Tensor, Tensor]:
+def loop_in_torch(value, old, factor, weight, scale, zero, grid) -> tuple[Tensor, Tensor, Tensor]:
     """`column_loop` on any device: the reference."""
     num, rows, candidates = scale.shape
     chosen = torch.zeros(num, rows, dtype=torch.long, device=value.device)
     if candidates > 1:  # as so many more rows
-        repeated = value.repeat_interleave(candidates, 1)
-        loss = _pass(repeated, factor, scale.flatten(1), zero.flatten(1), grid, None)[1].square().sum(-1)
+        repeated = (t.repeat_interleave(candidates, 1) for t in (value, old))
+        loss = _pass(*repeated, factor, weight, scale.flatten(1), zero.flatten(1), grid)[2]
         chosen = loss.view(scale.shape).argmin(-1)
-    pick = chosen[..., None]
-    codes, errors = _pass(value, factor, scale.gather(-1, pick)[..., 0], zero.gather(-1, pick)[..., 0], grid, old)
+    scale, zero = (t.gather(-1, chosen[..., None])[..., 0] for t in (scale, zero))
+    codes, errors, _ = _pass(value, old, factor, weight, scale, zero, grid)
     return codes.to(torch.uint8), errors, chosen
 
 
-def _pass(value, factor, scale, zero, grid, old) -> tuple[Tensor, Tensor]:
-    value = value.clone()
+def _pass(value, old, factor, weight, scale, zero, grid) -> tuple[Tensor, Tensor, Tensor]:
+    value, loss = value.clone(), torch.zeros_like(scale)
     codes, errors = torch.empty_like(value), torch.empty_like(value)
     for j in range(value.shape[-1]):
         code = encode(value[..., j], scale, zero, grid)
         rounded = (code - zero) * scale
-        error = (value[..., j] - rounded) / factor[:, None, j, j] if old is None else rounded - old[..., j]
+        loss += (value[..., j] - rounded).square() * weight[:, None, j]
+        error = rounded - old[..., j]
         value[..., j + 1 :] -= error[..., None] * factor[:, None, j, j + 1 :]
         codes[..., j], errors[..., j] = code, error
-    return codes, errors
+    return codes, errors, loss
 
 
 @cache
@@ -100,22 +102,17 @@ def library() -> ctypes.CDLL | None:
     path = Path(__file__).with_name(f"_column_loop{sysconfig.get_config_var('EXT_SUFFIX')}")
     try:
         lib = ctypes.CDLL(str(path))
-    except OSError as error:
+        run = lib.eacmoe_column_loop  # a name that libraries of an older interface lack
+    except (OSError, AttributeError) as error:
         warnings.warn(
             f"GPTQ's compiled loop cannot be loaded ({error}): it will run through torch, many times slower. Install "
             "a C++ compiler and reinstall eacmoe-lightning to have it",
             stacklevel=2,
         )
         return None
-    lib.eacmoe_columns.argtypes = [ctypes.c_int, ctypes.POINTER(_Columns), ctypes.c_int64, ctypes.c_int64]
-    lib.eacmoe_columns.restype = None
+    run.argtypes = [ctypes.c_int, ctypes.POINTER(_Columns), ctypes.c_int64, ctypes.c_int64]
+    run.restype = None
     return lib
-
-
-@cache
-def _has_ranges() -> bool:
-    """Whether the compiled loop is there, and no older than `fit_range`."""
-    return library() is not None and hasattr(library(), "eacmoe_columns_without_factor")
 
 
 @cache
@@ -131,37 +128,35 @@ def triton_loop() -> ModuleType | None:
 @cache
 def level() -> int:
     """The best instruction set of this CPU, by its place in LEVELS."""
-    return library().eacmoe_columns_level()
+    return library().eacmoe_column_loop_level()
 
 
 class _Columns(ctypes.Structure):
     """`struct Columns` of csrc/column_loop.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("value", "old", "factor", "inverse", "scale", "zero")),
+        *((name, ctypes.c_void_p) for name in ("value", "old", "factor", "weight", "scale", "zero")),
         *((name, ctypes.c_void_p) for name in ("codes", "errors", "chosen")),
-        *((name, ctypes.c_int64) for name in ("problems", "rows", "columns", "stride", "candidates")),
+        *((name, ctypes.c_int64) for name in ("problems", "rows", "columns", "value_stride", "old_stride")),
+        ("candidates", ctypes.c_int64),
         ("top", ctypes.c_float),
     ]
 
 
-def _compiled(value, factor, scale, zero, grid, old) -> tuple[Tensor, Tensor, Tensor]:
+def _compiled(value, old, factor, weight, scale, zero, grid) -> tuple[Tensor, Tensor, Tensor]:
     num, rows, columns = value.shape
-    stride = value.stride(1)
-    strided = value.stride(0) == rows * stride and value.stride(2) == 1
-    if not strided or (old is not None and old.stride() != value.stride()):
-        value, old, stride = value.contiguous(), None if old is None else old.contiguous(), columns
-    factor, scale, zero = factor.contiguous(), scale.contiguous(), zero.contiguous()
-    if factor.ndim == 2:  # [S, g]: what an error of a column counts, and nothing between columns
-        factor, inverse, codes, errors = None, factor, None, None
-    else:
-        inverse = factor.diagonal(dim1=-2, dim2=-1).reciprocal()
+    value, old = _with_rows_in_line(value), _with_rows_in_line(old)
+    weight, scale, zero = weight.contiguous(), scale.contiguous(), zero.contiguous()
+    codes = errors = None
+    if factor is not None:  # else nothing is between columns, and only the choice is wanted
+        factor = factor.contiguous()
         codes, errors = torch.empty(value.shape, dtype=torch.uint8), torch.empty(value.shape)
     chosen = torch.empty(num, rows, dtype=torch.int32)
-    tensors = value, old, factor, inverse, scale, zero, codes, errors, chosen
+    tensors = value, old, factor, weight, scale, zero, codes, errors, chosen
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    task = _Columns(*pointers, num, rows, columns, stride, scale.shape[-1], grid.max_code)
-    run, threads, total = library().eacmoe_columns, torch.get_num_threads(), num * rows
+    sizes = num, rows, columns, value.stride(1), old.stride(1), scale.shape[-1]
+    task = _Columns(*pointers, *sizes, grid.max_code)
+    run, threads, total = library().eacmoe_column_loop, torch.get_num_threads(), num * rows
     cuts = [total * t // threads for t in range(threads + 1)]
     if threads == 1:
         run(level(), task, 0, total)
@@ -169,3 +164,9 @@ def _compiled(value, factor, scale, zero, grid, old) -> tuple[Tensor, Tensor, Te
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda t: run(level(), task, cuts[t], cuts[t + 1]), range(threads)))
     return codes, errors, chosen.long()
+
+
+def _with_rows_in_line(tensor: Tensor) -> Tensor:
+    """[S, O, g] whose rows, numbered through all problems, are equally far apart."""
+    in_line = tensor.stride(2) == 1 and tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
+    return tensor if in_line else tensor.contiguous()

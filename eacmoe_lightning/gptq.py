@@ -1,13 +1,19 @@
 """GPTQ (arXiv 2210.17323) and what follows it: codes and scales that keep a layer's outputs, [..., O, I] from Hessians.
 
-In the notation of the paper: H = 2/n sum x x^T over the inputs of the layer, U the upper Cholesky factor of
-H^-1. Rounding column j by e_j = (w_j - q_j) / U_jj changes every later column by -e_j U_j,:, and adds e_j^2 to the
-loss sum_x |(W - Q) x|^2. Beyond the paper:
+H = 2/n sum x x^T over the inputs of the layer is factored once, as F diag(p) F^T with a unit upper triangular F. The
+loss of codes Q is then
+
+    sum_x |(W - Q) x|^2 = n/2 tr (W - Q) H (W - Q)^T = n/2 sum_j p_j |((W - Q) F)_j|^2
+
+and column j of (W - Q) F holds w_j - q_j and what the columns before it have moved. So each column in turn is rounded
+from w_j + sum_{k<j} (w_k - q_k) F_kj. The paper rounds the same numbers by way of the Cholesky factor of H^-1, which is
+diag(p)^-1/2 F^-1 (QuIP's LDLQ, arXiv 2307.13304, theorem 6); F takes a quarter of that factoring and no inverse. Beyond
+the paper:
 
     order    groups, and the inputs within a group, by falling importance; a group stays together, so no index is needed
     search   a group's scale and zero point are those whose column loop adds the least loss, of several
-    refine   scales by least squares against H, given the codes; then coordinate descent over the codes, given the
-             scales (QuantEase, arXiv 2309.01885); neither can raise the loss
+    refine   sweeps over the groups: a group's scales by least squares and its codes by coordinate descent (QuantEase,
+             arXiv 2309.01885), in turn, given all other groups; neither can raise the loss
 
 One call solves a stack of problems (the experts of a block) together.
 """
@@ -21,6 +27,8 @@ from eacmoe_lightning.column_loop import column_loop, fit_range
 from eacmoe_lightning.grid import Grid, Quantized, neighbours
 
 MAX_DAMPING_STEPS = 4  # each ten times the last, before a Hessian is given up
+TURNS = 2  # of codes and scales in a group, at each visit of a sweep
+TILE = 256  # columns of a tile of a product with a triangle
 
 
 def gptq(
@@ -53,7 +61,7 @@ def solve(
         damping: added to the diagonal, as a share of its mean.
         act_order: visit groups, and inputs within a group, by falling diagonal of H.
         search: choose scale and zero point of each group by the loss that its column loop adds.
-        refine: rounds of scales by least squares and coordinate descent over the codes, after the last column.
+        refine: sweeps of scales by least squares and coordinate descent over the codes, after the last column.
 
     Returns:
         Codes of shape [..., O, I], scale and zero point [..., O, I / group_size]; and what `output_error` says of them
@@ -83,19 +91,17 @@ def solve(
         order, group_order = _orders(diagonal, grid.group_size)  # [S, I], [S, G]
         w = w.gather(2, order.unsqueeze(1).expand_as(w))
         h = h.gather(1, order.unsqueeze(2).expand_as(h)).gather(2, order.unsqueeze(1).expand_as(h))
-    u, h, added = damped_factor(h, damping)
-    original, target = w.clone(), w @ h
-    codes, scale, zero, loss = _columns(w, u, grid, search)
-    del u, w
-    whole = _inner(target, original)
-    for _ in range(refine):
-        scale, _ = _refit(target, h, codes, scale, zero)
-        codes = _descend(original, h, codes, scale, zero, grid)
+    factor, pivot, added = damped_factor(h, damping)
+    codes, scale, zero, away = _columns(w, factor, pivot, grid, search)
+    root = pivot.sqrt().unsqueeze(1)
+    loss, whole = _squares(away.mul_(root)), _squares(_by_factor(w, factor).mul_(root))
     if refine:
-        scale, gain = _refit(target, h, codes, scale, zero)
-        loss = whole + gain
-    delta = (_steps(codes, zero) * scale.unsqueeze(-1)).flatten(-2).sub_(original)
-    loss, whole = loss - added * _inner(delta, delta), whole - added * _inner(original, original)  # as without damping
+        gradient = _by_transposed(away.mul_(root), factor)  # (W - Q) H
+        del factor, away
+        for sweeps_left in reversed(range(refine)):
+            loss -= _sweep(gradient, h, codes, scale, zero, grid, sweeps_left > 0)
+    delta = (_steps(codes, zero) * scale.unsqueeze(-1)).flatten(-2).sub_(w)
+    loss, whole = loss - added * _squares(delta), whole - added * _squares(w)  # as without damping
     error = (loss.clamp(min=0) / whole.clamp(min=1e-30)).float().reshape(lead)
 
     if act_order:
@@ -109,9 +115,9 @@ def solve(
     return quantized, error
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products over the last two dimensions, [S] float64: what is subtracted later is nearly equal."""
-    return (a * b).sum(-1).double().sum(-1)
+def _squares(x: Tensor) -> Tensor:
+    """Sum of squares over the last two dimensions, [S] float64: what is subtracted later is nearly equal."""
+    return torch.linalg.vector_norm(x, dim=-1).double().square().sum(-1)
 
 
 def _orders(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -124,20 +130,26 @@ def _orders(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def damped_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Upper Cholesky factor of (H + d I)^-1 with d = damping * mean(diag H), what is in the brackets, [S, I, I], and d
-    [S], ten times larger as often as that is needed.
+    """Factors H + d I = F diag(p) F^T with d = damping * mean(diag H), ten times larger as often as that is needed.
 
-    `h` is used up.
+    Args:
+        h: [S, I, I]; d is added to it in place.
+
+    Returns:
+        F [S, I, I], upper triangular with ones on its diagonal; p [S, I]; d [S].
+
+    Raises:
+        ValueError: even 10^4 times the damping is not enough.
     """
     mean, added = h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None], 0.0  # [S, 1]
     for step in range(MAX_DAMPING_STEPS + 1):
         h.diagonal(dim1=-2, dim2=-1).add_((damping * 10**step - added) * mean)
         added = damping * 10**step
-        lower, info = torch.linalg.cholesky_ex(h)
+        lower, info = torch.linalg.cholesky_ex(h.flip(-2, -1))  # the upper factor of H is the lower one from behind
         if not info.any():
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not info.any():
-                return upper, h, added * mean[:, 0]
+            factor = lower.flip(-2, -1)
+            root = factor.diagonal(dim1=-2, dim2=-1).clone()
+            return factor.div_(root.unsqueeze(-2)), root.square(), added * mean[:, 0]
     raise ValueError(
         f"the Hessian of {int((info != 0).sum())} of {len(h)} matrices cannot be factored, even with damping "
         f"{damping * 10**MAX_DAMPING_STEPS}. Raise --model.damping, calibrate on more text (--data.num_windows), or "
@@ -145,24 +157,37 @@ def damped_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _columns(w: Tensor, u: Tensor, grid: Grid, search: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """GPTQ's own part; `w` [S, O, I] is used up. Codes [S, O, I] uint8, scale and zero point [S, O, G] float32, and the
-    loss [S] float64."""
-    num, rows, columns = w.shape
-    loss = w.new_zeros(num, dtype=torch.float64)
+def _columns(
+    w: Tensor, factor: Tensor, pivot: Tensor, grid: Grid, search: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """GPTQ's own part: codes [S, O, I] uint8, scale and zero point [S, O, G] float32, and (W - Q) F [S, O, I]."""
+    value = w.clone()  # what a column is rounded from, and behind it what is left of that: (W - Q) F
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    scale, zero = w.new_empty(num, rows, columns // grid.group_size), w.new_empty(num, rows, columns // grid.group_size)
-    importance = u.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # what an error costs that later columns repair
-    for start in range(0, columns, grid.group_size):  # a group is also the chunk of lazy updates
+    scale = w.new_empty(*w.shape[:2], w.shape[-1] // grid.group_size)
+    zero = torch.empty_like(scale)
+    for start in range(0, w.shape[-1], grid.group_size):  # a group is also the chunk of lazy updates
         end, group = start + grid.group_size, start // grid.group_size
-        chunk, factor = w[:, :, start:end], u[:, start:end, start:end].contiguous()
-        s, z = fit_range(chunk, grid, importance[:, start:end])
+        here, old, inner = value[:, :, start:end], w[:, :, start:end], factor[:, start:end, start:end]
+        free = old + torch.linalg.solve_triangular(inner, here - old, upper=True, left=False, unitriangular=True)
+        s, z = fit_range(free, grid, pivot[:, start:end])  # of the group's best weights, were they not rounded
         s, z = neighbours(s, z, grid) if search else (s[..., None], z[..., None])  # [S, O, C]
-        codes[:, :, start:end], errors, chosen = column_loop(chunk, factor, s, z, grid)
+        codes[:, :, start:end], moved, chosen = column_loop(here, old, inner, pivot[:, start:end], s, z, grid)
         scale[:, :, group], zero[:, :, group] = (t.gather(-1, chosen[..., None])[..., 0] for t in (s, z))
-        loss += _inner(errors, errors)
-        w[:, :, end:].baddbmm_(errors, u[:, start:end, end:], alpha=-1)
-    return codes, scale, zero, loss
+        here.sub_(old).baddbmm_(moved, inner, alpha=-1)
+        value[:, :, end:].baddbmm_(moved, factor[:, start:end, end:], alpha=-1)
+    return codes, scale, zero, value
+
+
+def _by_factor(x: Tensor, factor: Tensor) -> Tensor:
+    """x F, [S, O, I], without what lies below the diagonal."""
+    ends = range(TILE, x.shape[-1] + TILE, TILE)
+    return torch.cat([x[:, :, :end] @ factor[:, :end, end - TILE : end] for end in ends], -1)
+
+
+def _by_transposed(x: Tensor, factor: Tensor) -> Tensor:
+    """x F^T, [S, O, I], likewise."""
+    starts = range(0, x.shape[-1], TILE)
+    return torch.cat([x[:, :, start:] @ factor[:, start : start + TILE, start:].mT for start in starts], -1)
 
 
 def _steps(codes: Tensor, zero: Tensor) -> Tensor:
@@ -170,48 +195,50 @@ def _steps(codes: Tensor, zero: Tensor) -> Tensor:
     return codes.unflatten(-1, (zero.shape[-1], -1)) - zero.unsqueeze(-1)
 
 
-def _refit(target: Tensor, h: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales [S, O, G] of least loss (w - As) H (w - As)^T of each row for its codes; A [I, G] holds code - zero.
+def _sweep(
+    gradient: Tensor, h: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid, goes_on: bool
+) -> Tensor:
+    """Takes each group in turn to better scales and codes, given all other groups as they are.
 
-    The normal equations (A^T H A) s = A^T H w of all rows at once; `target` [S, O, I] is w H. A row whose solution is
-    worse once it is rounded to float16, or not positive, keeps its scales. Also the loss that the scales leave, less
-    w H w^T: [S] float64.
+    With A = code - zero of a group [O, g] and its part K of H, the least-squares scale of a row moves by
+    (a gradient^T) / (a K a^T). It is rounded to float16, and left where it would not be positive.
+
+    Args:
+        gradient: [S, O, I], (W - Q) H; right afterwards only if `goes_on`, else used up.
+        h: [S, I, I].
+        codes, scale, zero: [S, O, I] and [S, O, G]; codes and scales are changed in place.
+
+    Returns:
+        By how much the loss tr (W - Q) H (W - Q)^T has fallen, [S] float64.
     """
-    a, groups = _steps(codes, zero), scale.shape[-1]
-    right = (a * target.unflatten(-1, (groups, -1))).sum(-1)  # [S, O, G]
-    normal = target.new_empty(*scale.shape, groups)  # [S, O, G, G], symmetric
-    for k, part in enumerate(h.chunk(groups, dim=1)):
-        upper = part.unflatten(-1, (groups, -1))[:, :, k:].flatten(-2)  # [S, g, (G - k) g]
-        normal[:, :, k, k:] = ((a[:, :, k] @ upper).unflatten(-1, (groups - k, -1)) * a[:, :, k:]).sum(-1)
-        normal[:, :, k:, k] = normal[:, :, k, k:]
-    unused = normal.diagonal(dim1=-2, dim2=-1) <= 0  # a group whose codes all decode to zero
-    solvable = normal + torch.diag_embed(torch.where(unused, 1.0, 1e-6 * normal.diagonal(dim1=-2, dim2=-1)))
-    fitted = torch.linalg.solve_ex(solvable, right.unsqueeze(-1))[0].squeeze(-1).half().float()
-    fitted = torch.where((fitted > 0) & fitted.isfinite(), fitted, scale)
-
-    def loss(s: Tensor) -> Tensor:  # [S, O]
-        return ((normal @ s.unsqueeze(-1)).squeeze(-1) * s).sum(-1) - 2 * (right * s).sum(-1)
-
-    new, old = loss(fitted), loss(scale)
-    better = new < old
-    return torch.where(better.unsqueeze(-1), fitted, scale), torch.where(better, new, old).double().sum(-1)
-
-
-def _descend(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """One sweep of coordinate descent: each code in turn becomes the best for all other codes as they are."""
-    q = (_steps(codes, zero) * scale.unsqueeze(-1)).flatten(-2)  # [S, O, I]
-    gradient = (w - q) @ h
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
-    codes = torch.empty_like(codes)
-    for start in range(0, w.shape[-1], grid.group_size):
+    gain = gradient.new_zeros(len(gradient), dtype=torch.float64)
+    for start in range(0, gradient.shape[-1], grid.group_size):
         end, group = start + grid.group_size, start // grid.group_size
-        old = q[:, :, start:end].contiguous()
-        wanted = old + gradient[:, :, start:end] / diagonal[:, None, start:end]
-        factor = h[:, start:end, start:end] / diagonal[:, None, start:end]
-        s, z = scale[:, :, group, None], zero[:, :, group, None]
-        codes[:, :, start:end], change, _ = column_loop(wanted, factor, s, z, grid, old)
-        gradient[:, :, end:].baddbmm_(change, h[:, start:end, end:], alpha=-1)
-    return codes
+        own = h[:, start:end, start:end].contiguous()
+        diagonal = own.diagonal(dim1=-2, dim2=-1)
+        factor = own / diagonal.unsqueeze(-2)
+        before, s, z = gradient[:, :, start:end], scale[:, :, group, None], zero[:, :, group, None]
+        steps = codes[:, :, start:end] - z
+        product, decoded, left = steps @ own, steps * s, before
+        old = decoded
+        for turn in range(TURNS + 1):
+            optimum = (
+                (s + (steps * left).sum(-1, keepdim=True) / (steps * product).sum(-1, keepdim=True)).half().float()
+            )
+            better = torch.where((optimum > 0) & optimum.isfinite(), optimum, s)  # not so where all steps are zero
+            left = left - (better - s) * product
+            s, decoded = better, steps * better
+            if turn < TURNS:
+                wanted = decoded + left / diagonal.unsqueeze(1)
+                new, moved, _ = column_loop(wanted, decoded, factor, diagonal, s, z, grid)
+                change = moved @ own
+                left, product, steps = left - change, product + change / s, new - z
+        codes[:, :, start:end], scale[:, :, group] = new, s[..., 0]
+        moved = decoded - old
+        gain += (moved * (before + left)).sum(-1).double().sum(-1)
+        first = 0 if goes_on else end
+        gradient[:, :, first:].baddbmm_(moved, h[:, start:end, first:], alpha=-1)
+    return gain
 
 
 def working_bytes(rows: int, columns: int) -> int:

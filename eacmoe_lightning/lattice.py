@@ -2,9 +2,9 @@
 
 A group-wise grid spends the same bits on every weight, so its steps follow the largest weight of a group. Where codes
 are entropy-coded, rare large codes cost little, and one step can do for a whole matrix: at equal size its error on
-Gaussian weights is about half. Columns may have steps of their own. Rounding column j with step d_j adds d_j^2 / 12
-U_jj^2 to GPTQ's loss (`gptq.py`) and takes log2(1 / d_j) bits, so all columns trade bits for loss at the same rate if
-d_j is in proportion to U_jj: `column_steps`.
+Gaussian weights is about half. Columns may have steps of their own. Rounding column j with step d_j adds p_j d_j^2 / 12
+to GPTQ's loss (`gptq.py`, also for F and p) and takes log2(1 / d_j) bits, so all columns trade bits for loss at the
+same rate if d_j is in proportion to p_j^-1/2: `column_steps`.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ class Lattice:
         return (self.codes.float() * self.step.unsqueeze(-2)).to(dtype)
 
 
-def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
-    """U [S, I, I] of `gptq.py`, for Hessians [S, I, I]; inputs that are always zero count like the mean of others."""
+def factored(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """F [S, I, I] and p [S, I] of Hessians [S, I, I]; inputs that are always zero count like the mean of others."""
     h = hessian.float().clone()
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     diagonal.copy_(torch.where(diagonal > 0, diagonal, torch.where(mean > 0, mean, 1.0)))
-    return damped_factor(h, damping)[0]
+    return damped_factor(h, damping)[:2]
 
 
-def column_steps(factor: Tensor) -> Tensor:
-    """[S, I] steps in proportion to U_jj, of geometric mean 1: to be multiplied by a step."""
-    diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    return diagonal / diagonal.log().mean(-1, keepdim=True).exp()
+def column_steps(pivot: Tensor) -> Tensor:
+    """[S, I] steps in proportion to p^-1/2, of geometric mean 1: to be multiplied by a step."""
+    root = pivot.rsqrt()
+    return root / root.log().mean(-1, keepdim=True).exp()
 
 
 def round_to_lattice(weight: Tensor, step: Tensor) -> Lattice:
@@ -62,23 +62,22 @@ def gptq_on_lattice(weight: Tensor, factor: Tensor, step: Tensor) -> Lattice:
 
     Args:
         weight: [S, O, I], any float dtype; not changed.
-        factor: [S, I, I], of `inverse_factor`.
+        factor: F [S, I, I] of `factored`.
         step: [S, I].
     """
-    w, step = weight.detach().float().clone(), step.half().float().clamp(min=2**-24)
-    columns = w.shape[-1]
-    codes = torch.empty_like(w)
+    w, step = weight.detach().float(), step.half().float().clamp(min=2**-24)
+    value, codes, columns = w.clone(), torch.empty_like(w), w.shape[-1]
     for start in range(0, columns, CHUNK):
         end = min(start + CHUNK, columns)
-        chunk, own = w[:, :, start:end], factor[:, start:end, start:end]
-        errors = torch.empty_like(chunk)
+        chunk, own = value[:, :, start:end], factor[:, start:end, start:end]
+        moved = torch.empty_like(chunk)
         for j in range(end - start):
-            column, s = chunk[:, :, j], step[:, None, start + j]
-            code = (column / s).round_().clamp_(-32768, 32767)
-            error = (column - code * s) / own[:, None, j, j]
-            chunk[:, :, j + 1 :] -= error[..., None] * own[:, None, j, j + 1 :]
-            codes[:, :, start + j], errors[:, :, j] = code, error
-        w[:, :, end:] -= errors @ factor[:, start:end, end:]
+            s = step[:, None, start + j]
+            code = (chunk[:, :, j] / s).round_().clamp_(-32768, 32767)
+            moved[:, :, j] = code * s - w[:, :, start + j]
+            chunk[:, :, j + 1 :] -= moved[:, :, j, None] * own[:, None, j, j + 1 :]
+            codes[:, :, start + j] = code
+        value[:, :, end:] -= moved @ factor[:, start:end, end:]
     return Lattice(codes.to(torch.int16), step)
 
 

@@ -60,7 +60,7 @@ class QESC(Comparison):
         damping: Added to the Hessian's diagonal, as a share of its mean.
         act_order: GPTQ visits the groups, and the inputs within each, by falling importance (no index needed).
         scale_search: Choose each group's scale and zero point by the loss that GPTQ's own column loop adds.
-        refine: Rounds of scales by least squares and coordinate descent over the codes, after GPTQ.
+        refine: Sweeps of scales by least squares and coordinate descent over the codes, after GPTQ.
         affinity: Weigh an expert's tokens by their router weight.
         min_expert_tokens: An expert that fewer calibration tokens reach borrows others up to this number.
         solver_gib: Experts of a block are solved together as far as that fits in so much memory (GiB).

@@ -19,8 +19,9 @@ ROWS = 32  # of a program
 @triton.jit
 def _loop(
     value,  # [S, O, g] with strides
-    old,  # the same, if DESCENT
+    old,  # [S, O, g] with strides
     factor,  # [S, g, g]
+    weight,  # [S, g]
     scale,  # [S, O, C]
     zero,  # [S, O, C]
     codes,  # [S, O, g] uint8
@@ -35,7 +36,6 @@ def _loop(
     top,
     g: tl.constexpr,
     PADDED: tl.constexpr,  # a power of two, g or above
-    DESCENT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
@@ -44,9 +44,7 @@ def _loop(
     inside = row < num_rows
     both = inside[:, None] & (column < g)[None, :]
     values = tl.load(value + problem * problem_stride + row[:, None] * row_stride + column[None, :], both, 0.0)
-    olds = values
-    if DESCENT:
-        olds = tl.load(old + problem * old_problem_stride + row[:, None] * old_row_stride + column[None, :], both, 0.0)
+    olds = tl.load(old + problem * old_problem_stride + row[:, None] * old_row_stride + column[None, :], both, 0.0)
     at = problem * num_rows + row
     best = tl.full([ROWS], 0, tl.int64)
     best_loss = tl.full([ROWS], float("inf"), tl.float32)
@@ -65,12 +63,9 @@ def _loop(
             code = tl.minimum(tl.maximum(tl.div_rn(x, s) + z, 0.0), top)
             code = (code + 12582912.0) - 12582912.0  # to the nearest whole number, ties to even
             rounded = (code - z) * s
-            if DESCENT:
-                e = rounded - tl.sum(tl.where(here, olds, 0.0), 1)
-            else:
-                e = tl.div_rn(x - rounded, tl.load(factor + (problem * g + j) * g + j))
+            e = rounded - tl.sum(tl.where(here, olds, 0.0), 1)
             w -= tl.where((column > j)[None, :], e[:, None] * f[None, :], 0.0)
-            loss += e * e
+            loss += (x - rounded) * (x - rounded) * tl.load(weight + problem * g + j)
             if last:
                 tl.store(codes + at * g + j, code.to(tl.uint8), inside)
                 tl.store(errors + at * g + j, e, inside)
@@ -81,21 +76,20 @@ def _loop(
 
 
 def column_loop(
-    value: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, grid: Grid, old: Tensor | None = None
+    value: Tensor, old: Tensor, factor: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `eacmoe_lightning.column_loop.column_loop`."""
     num, rows, columns = value.shape
-    value = value if value.stride(2) == 1 else value.contiguous()
-    old = value if old is None else old if old.stride(2) == 1 else old.contiguous()
+    value, old = (t if t.stride(2) == 1 else t.contiguous() for t in (value, old))
+    factor, weight, scale, zero = (t.contiguous() for t in (factor, weight, scale, zero))
     codes = torch.empty(value.shape, dtype=torch.uint8, device=value.device)
     errors = torch.empty(value.shape, device=value.device)
     chosen = torch.empty(num, rows, dtype=torch.int64, device=value.device)
     _loop[(num, triton.cdiv(rows, ROWS))](
-        *(value, old, factor.contiguous(), scale.contiguous(), zero.contiguous(), codes, errors, chosen),
+        *(value, old, factor, weight, scale, zero, codes, errors, chosen),
         *(value.stride(0), value.stride(1), old.stride(0), old.stride(1), rows, scale.shape[-1], float(grid.max_code)),
         g=columns,
         PADDED=triton.next_power_of_2(columns),
-        DESCENT=old is not value,
         ROWS=ROWS,
     )
     return codes, errors, chosen

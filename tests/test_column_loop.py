@@ -19,13 +19,17 @@ def test_the_loop_is_built_here():
 
 
 def group(rows: int, columns: int, candidates: int, bits: int) -> tuple[Tensor, ...]:
-    """Values as a view of a wider weight, an upper factor, and candidates around the true size."""
+    """Values and old ones as views of wider weights, a unit upper factor and its weights, and candidates around the
+    true size."""
     g = torch.Generator().manual_seed(rows + columns)
     values = torch.randn(3, rows, 2 * columns, generator=g)[:, :, columns:]
+    old = values + 0.1 * torch.randn(3, rows, 3 * columns, generator=g)[:, :, :columns]
     x = torch.randn(3, 2 * columns, columns, generator=g)
-    factor = torch.linalg.cholesky(torch.linalg.inv(x.mT @ x / columns), upper=True)
+    factor = torch.linalg.cholesky((x.mT @ x / columns).flip(-2, -1)).flip(-2, -1)
+    root = factor.diagonal(dim1=-2, dim2=-1)
     scale = (torch.rand(3, rows, candidates, generator=g) + 0.5) * 4 / 2**bits
-    return values, factor, scale, torch.randint(0, 2**bits, scale.shape, generator=g).float()
+    zero = torch.randint(0, 2**bits, scale.shape, generator=g).float()
+    return values, old, factor / root.unsqueeze(-2), root.square(), scale, zero
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -34,24 +38,13 @@ def group(rows: int, columns: int, candidates: int, bits: int) -> tuple[Tensor, 
 def test_the_compiled_loop_is_torch_s(level, threads, rows, columns, candidates, bits, monkeypatch):
     monkeypatch.setattr(module, "level", lambda: level)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    values, factor, scale, zero = group(rows, columns, candidates, bits)
-    before = values.clone()
-    codes, errors, chosen = column_loop(values, factor, scale, zero, Grid(bits, columns))
-    expected = loop_in_torch(values, factor, scale, zero, Grid(bits, columns))
+    tensors = group(rows, columns, candidates, bits)
+    before = [tensor.clone() for tensor in tensors]
+    codes, errors, chosen = column_loop(*tensors, Grid(bits, columns))
+    expected = loop_in_torch(*tensors, Grid(bits, columns))
     assert torch.equal(codes, expected[0]) and torch.equal(chosen, expected[2])
     torch.testing.assert_close(errors, expected[1], rtol=1e-4, atol=1e-5)
-    assert torch.equal(values, before)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_the_compiled_descent_is_torch_s(level, monkeypatch):
-    monkeypatch.setattr(module, "level", lambda: level)
-    values, factor, scale, zero = group(30, 32, 1, 3)
-    old = values + 0.1 * torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
-    codes, errors, _ = column_loop(values, factor, scale, zero, Grid(3, 32), old)
-    expected = loop_in_torch(values, factor, scale, zero, Grid(3, 32), old)
-    assert torch.equal(codes, expected[0])
-    torch.testing.assert_close(errors, expected[1], rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, tensors, before))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -76,11 +69,11 @@ def test_the_compiled_range_search_is_the_grid_s(level, bits, symmetric, monkeyp
 
 def test_each_row_keeps_its_own_best_candidate():
     """Without any coupling the loss of a row is its rounding error: found by trying every pair."""
-    values, _, scale, zero = group(40, 16, 6, 2)
+    values, old, _, _, scale, zero = group(40, 16, 6, 2)
     grid, factor = Grid(2, 16), torch.eye(16).repeat(3, 1, 1)
     every = (values[..., None, :] / scale[..., None] + zero[..., None]).round().clamp(0, 3)  # [S, O, C, g]
     loss = ((every - zero[..., None]) * scale[..., None] - values[..., None, :]).square().sum(-1)
-    chosen = column_loop(values, factor, scale, zero, grid)[2]
+    chosen = column_loop(values, old, factor, torch.ones(3, 16), scale, zero, grid)[2]
     taken = loss.gather(-1, chosen[..., None])[..., 0]
     torch.testing.assert_close(taken, loss.amin(-1), rtol=1e-5, atol=0)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.gptq import _descend, _refit, gptq, output_error, solve
+from eacmoe_lightning.gptq import _sweep, damped_factor, gptq, output_error, solve
 from eacmoe_lightning.grid import Grid, round_to_nearest
 
 GRID = Grid(bits=3, group_size=16, clip_search=False)
@@ -219,21 +219,49 @@ def test_every_round_of_refinement_lowers_the_loss(bits, act_order):
     assert all(later <= earlier * (1 + 1e-5) for earlier, later in zip(losses, losses[1:], strict=False))
 
 
-def test_refitted_scales_are_those_of_least_squares():
-    """Against numpy's lstsq on the outputs themselves, in float64."""
-    weight, _ = problem()
-    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(5))
-    start = round_to_nearest(weight, GRID)
-    scale, zero = start.scale.float(), start.zero_point.float()
-    fitted, gain = _refit((weight @ x.T @ x)[None], (x.T @ x)[None], start.codes[None], scale[None], zero[None])
-    fitted = fitted[0]
-    steps = (start.codes.unflatten(-1, (4, 16)).float() - zero[..., None]).double()  # [O, G, g]
-    for row in range(len(weight)):
-        columns = torch.stack([x[:, 16 * k : 16 * k + 16].double() @ steps[row, k] for k in range(4)], 1)
-        exact = np.linalg.lstsq(columns.numpy(), (x.double() @ weight[row].double()).numpy(), rcond=None)[0]
-        np.testing.assert_allclose(fitted[row].numpy(), exact, rtol=2e-3)  # float16
-    left = (x @ (weight - (steps * fitted[..., None]).flatten(-2).float()).T).square().sum()
-    torch.testing.assert_close(gain[0].float() + (x @ weight.T).square().sum(), left, rtol=1e-3, atol=0)
+def start(grid: Grid) -> tuple[Tensor, ...]:
+    """A problem and its codes rounded to nearest, as one of a stack: weight, Hessian, codes, scale, zero point."""
+    weight, hessian = problem()
+    rounded = round_to_nearest(weight, grid)
+    return tuple(t[None] for t in (weight, hessian, rounded.codes, rounded.scale.float(), rounded.zero_point.float()))
+
+
+def away(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    steps = codes.unflatten(-1, (scale.shape[-1], -1)) - zero[..., None]
+    return weight - (steps * scale[..., None]).flatten(-2)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_sweep_says_what_it_gains_and_where_it_leaves_the_gradient(goes_on):
+    grid = Grid(3, 16)
+    weight, hessian, codes, scale, zero = start(grid)
+
+    def loss() -> Tensor:
+        delta = away(weight, codes, scale, zero)
+        return ((delta @ hessian) * delta).sum()
+
+    before, gradient = loss(), away(weight, codes, scale, zero) @ hessian
+    gain = _sweep(gradient, hessian, codes, scale, zero, grid, goes_on)
+    assert gain > 0.05 * before
+    torch.testing.assert_close(gain[0].float(), before - loss(), rtol=1e-3, atol=0)
+    if goes_on:
+        expected = away(weight, codes, scale, zero) @ hessian
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_after_a_sweep_no_scale_of_the_last_group_can_be_bettered():
+    """Against least squares in float64, all other groups as they are."""
+    grid = Grid(3, 16)
+    weight, hessian, codes, scale, zero = start(grid)
+    _sweep(away(weight, codes, scale, zero) @ hessian, hessian, codes, scale, zero, grid, False)
+    others = scale.clone()
+    others[..., -1] = 0
+    rest = away(weight, codes, others, zero).double()[0]  # what the last group has to make
+    steps = torch.zeros(24, 64, dtype=torch.float64)
+    steps[:, -16:] = codes[0, :, -16:] - zero[0, :, -1:]
+    h = hessian[0].double()
+    exact = ((steps @ h) * rest).sum(-1) / ((steps @ h) * steps).sum(-1)
+    torch.testing.assert_close(scale[0, :, -1].double(), exact, rtol=2e-3, atol=0)  # float16
 
 
 def test_a_group_that_decodes_to_zeros_keeps_its_scale():
@@ -243,21 +271,32 @@ def test_a_group_that_decodes_to_zeros_keeps_its_scale():
     assert torch.isfinite(quantized.scale).all() and (quantized.scale > 0).all()
     codes = torch.full((1, 24, 64), 1, dtype=torch.uint8)
     scale, zero = torch.full((1, 24, 4), 0.5), torch.ones(1, 24, 4)
-    assert torch.equal(_refit((weight @ hessian)[None], hessian[None], codes, scale, zero)[0], scale)
+    gradient = torch.zeros(1, 24, 64)  # of weights that are zero too: nothing is to be won
+    gain = _sweep(gradient, hessian[None], codes, scale, zero, Grid(2, 16), True)
+    assert gain == 0 and (scale == 0.5).all() and (codes == 1).all()
 
 
-def test_after_a_sweep_no_code_of_the_last_column_can_be_bettered():
-    weight, hessian = problem()
+def test_a_sweep_betters_codes_as_far_as_one_at_a_time_can():
+    """Repeated sweeps end where no single code of any group can be changed to a lower loss."""
     grid = Grid(3, 16)
-    start = gptq(weight, hessian, grid)
-    scale, zero = start.scale.float(), start.zero_point.float()
-    codes = _descend(weight[None], hessian[None], start.codes[None], scale[None], zero[None], grid)[0]
+    weight, hessian, codes, scale, zero = start(grid)
+    gradient = away(weight, codes, scale, zero) @ hessian
+    for _ in range(60):
+        _sweep(gradient, hessian, codes, scale, zero, grid, True)
+    delta = away(weight, codes, scale, zero).double()[0]
+    h, steps = hessian[0].double(), scale[0].double().repeat_interleave(16, -1)  # [O, I]
+    gradient, diagonal = delta @ h, h.diagonal()
+    for sign in (-1, 1):  # a code one up moves q by a step
+        allowed = (codes[0].int() + sign >= 0) & (codes[0].int() + sign <= 7)
+        change = -2 * sign * steps * gradient + steps.square() * diagonal
+        assert (change[allowed] > -1e-3 * float(change.abs().mean())).all()
 
-    def loss(last: Tensor) -> Tensor:  # of each row
-        tried = codes.clone()
-        tried[:, -1] = last
-        delta = weight - ((tried.unflatten(-1, (4, 16)).float() - zero[..., None]) * scale[..., None]).flatten(-2)
-        return ((delta @ hessian) * delta).sum(-1)
 
-    every = torch.stack([loss(torch.full((24,), code, dtype=torch.uint8)) for code in range(8)])
-    assert (loss(codes[:, -1]) <= every.amin(0) * (1 + 1e-4)).all()
+def test_the_factor_is_that_of_the_damped_hessian():
+    hessian = problem()[1][None]
+    h = hessian.clone()
+    factor, pivot, added = damped_factor(h, 0.05)
+    torch.testing.assert_close(added, 0.05 * hessian.diagonal(dim1=-2, dim2=-1).mean(-1))
+    torch.testing.assert_close(h, hessian + added[:, None, None] * torch.eye(64))
+    torch.testing.assert_close((factor * pivot[:, None]) @ factor.mT, h, rtol=1e-4, atol=1e-4)
+    assert (factor.diagonal(dim1=1, dim2=2) == 1).all() and factor.tril(-1).count_nonzero() == 0

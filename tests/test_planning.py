@@ -93,9 +93,7 @@ def test_more_tokens_experts_and_width_cost_what_they_must():
     assert two["observe"].flops == 2 * one["observe"].flops
     assert one["experts"].flops32 < two["experts"].flops32 < 2 * one["experts"].flops32  # solving does not grow
     papers = Recipe(scale_search=False, refine=0)
-    assert gptq_flops(100, 200, papers) / gptq_flops(100, 100, papers) == pytest.approx(
-        (4 / 3 * 8 + 3 * 4) / (4 / 3 + 3)
-    )
+    assert gptq_flops(100, 200, papers) / gptq_flops(100, 100, papers) == pytest.approx((8 / 3 + 2 * 4) / (1 / 3 + 2))
     shared = plan(moe, Recipe(), Job(128, 2048, 4, 0, "none", 1, 4, 0, False, 2, processes=2)).phases
     assert shared["observe"].flops == two["observe"].flops / 2
 

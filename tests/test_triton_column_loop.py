@@ -26,14 +26,13 @@ def test_under_the_interpreter():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
-@pytest.mark.parametrize("descent", [False, True])
+@pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.parametrize("rows, columns, bits", [(40, 8, 2), (5, 24, 3)])
-def test_the_triton_loop_is_torch_s(rows, columns, bits, descent):
-    values, factor, scale, zero = group(rows, columns, 1 if descent else 3, bits)
-    old = torch.cat([values + 0.1, values], -1)[..., :columns] if descent else None
+def test_the_triton_loop_is_torch_s(rows, columns, bits, candidates):
+    tensors = group(rows, columns, candidates, bits)
     from eacmoe_lightning import triton_column_loop
 
-    codes, errors, chosen = triton_column_loop.column_loop(values, factor, scale, zero, Grid(bits, columns), old)
-    expected = loop_in_torch(values, factor, scale, zero, Grid(bits, columns), old)
+    codes, errors, chosen = triton_column_loop.column_loop(*tensors, Grid(bits, columns))
+    expected = loop_in_torch(*tensors, Grid(bits, columns))
     assert torch.equal(codes, expected[0]) and torch.equal(chosen, expected[2])
     torch.testing.assert_close(errors, expected[1], rtol=1e-4, atol=1e-5)

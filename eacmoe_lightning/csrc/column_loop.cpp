@@ -8,16 +8,16 @@ namespace eacmoe {
 
 // S problems of `rows` rows and one group of g columns (a multiple of 4). Row r of problem p is row p * rows + r.
 struct Columns {
-  const float* value;    // rows, `stride` floats apart, of g values
-  const float* old;      // the same of decoded weights: coordinate descent; null: GPTQ
+  const float* value;    // rows, `value_stride` floats apart, of g values
+  const float* old;      // rows, `old_stride` floats apart
   const float* factor;   // [S, g, g], only what is right of the diagonal is read; null: columns do not meet
-  const float* inverse;  // [S, g], 1 / diagonal of the factor; not read in coordinate descent
+  const float* weight;   // [S, g], what a squared rounding error counts
   const float* scale;    // [S, rows, candidates]
   const float* zero;     // [S, rows, candidates]
   uint8_t* codes;        // [S, rows, g]; null: only `chosen` is wanted
   float* errors;         // [S, rows, g]
   int32_t* chosen;       // [S, rows], the candidate of least loss, the first of equals
-  int64_t problems, rows, columns, stride, candidates;
+  int64_t problems, rows, columns, value_stride, old_stride, candidates;
   float top;  // the largest code
 };
 
@@ -45,7 +45,7 @@ struct Columns {
 #endif
 
 // The instruction set to use on this CPU: 0 any, 1 AVX2, 2 AVX512.
-EXPORT int eacmoe_columns_level() {
+EXPORT int eacmoe_column_loop_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -56,11 +56,8 @@ EXPORT int eacmoe_columns_level() {
   return 0;
 }
 
-// That a null `factor` and null `codes` are understood: a library that was built before has no such symbol.
-EXPORT int eacmoe_columns_without_factor() { return 1; }
-
 // Rows [first, last) of all problems, numbered through.
-EXPORT void eacmoe_columns(int level, const eacmoe::Columns* c, int64_t first, int64_t last) {
+EXPORT void eacmoe_column_loop(int level, const eacmoe::Columns* c, int64_t first, int64_t last) {
   float* area = (float*)std::aligned_alloc(64, size_t(c->columns) * 4 * 48 * 4);
 #if defined(__x86_64__)
   if (level == 2) eacmoe::avx512::columns(*c, first, last, area);

@@ -25,11 +25,10 @@ ISA_TARGET static inline void gather(const float* from, int64_t stride, int64_t 
     for (int64_t j = 0; j < g; j++) to[j * ROWS + r] = r < count ? from[r * stride + j] : 0.0f;
 }
 
-// One tile through the columns of a group: v_j = value_j - sum_{k<j} e_k factor_kj, rounded to code_j, which leaves e_j.
-// Without `old`, e_j = (v_j - q_j) inverse_j (GPTQ); with it, e_j = q_j - old_j (coordinate descent). Gives up, and
-// returns false, when no row's loss can be below `bound` any more; loss = sum e_j^2.
-template <bool descent>
-ISA_TARGET static bool pass(const Columns& c, const float* factor, const float* inverse, const float* value,
+// One tile through the columns of a group: v_j = value_j - sum_{k<j} e_k factor_kj, rounded to q_j of code_j, which
+// leaves e_j = q_j - old_j. Gives up, and returns false, when no row's loss can be below `bound` any more; the loss is
+// the sum of weight_j (v_j - q_j)^2.
+ISA_TARGET static bool pass(const Columns& c, const float* factor, const float* weight, const float* value,
                             const float* old, const float* scale, const float* zero, const float* bound, float* codes,
                             float* errors, float* loss) {
   const int64_t g = c.columns;
@@ -53,9 +52,9 @@ ISA_TARGET static bool pass(const Columns& c, const float* factor, const float* 
       for (int v = 0; v < VECTORS; v++) {
         const int64_t at = (j + i) * ROWS + v * ISA_WIDTH;
         const Lanes code = to_code(sum[i][v] / s[v] + z[v], c.top), q = (code - z[v]) * s[v];
-        const Lanes e = descent ? q - *(const Lanes*)(old + at) : (sum[i][v] - q) * inverse[j + i];
+        const Lanes e = q - *(const Lanes*)(old + at), away = sum[i][v] - q;
         *(Lanes*)(codes + at) = code, *(Lanes*)(errors + at) = e;
-        total[v] += e * e;
+        total[v] += away * away * weight[j + i];
         for (int later = i + 1; factor && later < COLUMNS; later++) sum[later][v] -= e * factor[(j + i) * g + j + later];
       }
     }
@@ -78,9 +77,9 @@ ISA_TARGET static void tile(const Columns& c, int64_t p, int64_t first, int64_t 
   float *value = area, *old = value + g * ROWS, *codes = old + g * ROWS, *errors = codes + g * ROWS;
   alignas(64) float scale[ROWS], zero[ROWS], loss[ROWS], best_loss[ROWS], best_scale[ROWS], best_zero[ROWS];
   int32_t best[ROWS] = {};
-  gather(c.value + row * c.stride, c.stride, count, g, value);
-  if (c.old) gather(c.old + row * c.stride, c.stride, count, g, old);
-  const float *factor = c.factor ? c.factor + p * g * g : nullptr, *inverse = c.inverse + p * g;
+  gather(c.value + row * c.value_stride, c.value_stride, count, g, value);
+  gather(c.old + row * c.old_stride, c.old_stride, count, g, old);
+  const float *factor = c.factor ? c.factor + p * g * g : nullptr, *weight = c.weight + p * g;
   for (int64_t r = 0; r < ROWS; r++)  // padding rows are rows of zeros, which any scale rounds to zero
     best_loss[r] = r < count ? INFINITY : 0.0f, best_scale[r] = 1.0f, best_zero[r] = 0.0f;
   const auto candidate = [&](int64_t i) {
@@ -91,7 +90,7 @@ ISA_TARGET static void tile(const Columns& c, int64_t p, int64_t first, int64_t 
   };
   for (int64_t i = 0; c.candidates > 1 && i < c.candidates; i++) {
     candidate(i);
-    if (!pass<false>(c, factor, inverse, value, nullptr, scale, zero, best_loss, codes, errors, loss)) continue;
+    if (!pass(c, factor, weight, value, old, scale, zero, best_loss, codes, errors, loss)) continue;
     for (int64_t r = 0; r < count; r++)
       if (loss[r] < best_loss[r]) best_loss[r] = loss[r], best[r] = int32_t(i);
   }
@@ -101,10 +100,7 @@ ISA_TARGET static void tile(const Columns& c, int64_t p, int64_t first, int64_t 
     c.chosen[row + r] = best[r];
   }
   if (!c.codes) return;
-  if (c.old)
-    pass<true>(c, factor, inverse, value, old, best_scale, best_zero, nullptr, codes, errors, loss);
-  else
-    pass<false>(c, factor, inverse, value, nullptr, best_scale, best_zero, nullptr, codes, errors, loss);
+  pass(c, factor, weight, value, old, best_scale, best_zero, nullptr, codes, errors, loss);
   for (int64_t r = 0; r < count; r++)
     for (int64_t j = 0; j < g; j++) {
       c.codes[(row + r) * g + j] = uint8_t(codes[j * ROWS + r]);

@@ -16,7 +16,7 @@ import torch
 
 from eacmoe_lightning import ridge
 from eacmoe_lightning.adapter import Block, MoEModel
-from eacmoe_lightning.gptq import working_bytes
+from eacmoe_lightning.gptq import TURNS, working_bytes
 from eacmoe_lightning.gram import TILE
 from eacmoe_lightning.grid import SCALE_FACTORS, ZERO_OFFSETS
 from eacmoe_lightning.recipe import Recipe, num_quantized
@@ -252,12 +252,13 @@ class _Shapes:
 
 
 def gptq_flops(rows: int, columns: int, recipe: Recipe) -> float:
-    """The factor; the weight times the Hessian and the lazy updates; the search; refits and descents."""
-    units = 1.5 + (0.5 * (recipe.refine + 1) + 1.5 * recipe.refine if recipe.refine else 0)  # of a product O I^2
-    flops = 4 / 3 * columns**3 + units * 2 * rows * columns**2
+    """The factor; lazy updates, the weight's own loss, gradients and sweeps; the products and loops within groups."""
+    inner = rows * columns * recipe.group_size
+    flops = columns**3 / 3 + (1 + recipe.refine) * 2 * rows * columns**2
+    flops += recipe.refine * ((TURNS + 1) * 2 + TURNS / LOOP_RATE) * inner
     if recipe.scale_search:
         candidates = len(SCALE_FACTORS) * (1 if recipe.symmetric else len(ZERO_OFFSETS))
-        flops += candidates * rows * columns * recipe.group_size / LOOP_RATE
+        flops += candidates * inner / LOOP_RATE
     return flops
 
 
