@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from eacmoe_lightning.adapter import MoEModel, load_original, local_directory
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.gptq import output_error
 from eacmoe_lightning.grid import Quantized
 from eacmoe_lightning.lattice import (
@@ -33,6 +33,7 @@ from eacmoe_lightning.lattice import (
     gptq_on_lattice,
     step_for_bits,
 )
+from eacmoe_lightning.originals import load_original, local_directory
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 from eacmoe_lightning.solver import BlockSolver

@@ -36,9 +36,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import BUNDLED, MoEModel, load_original
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.exports import export
 from eacmoe_lightning.grid import Grid, round_to_nearest
+from eacmoe_lightning.originals import BUNDLED, load_original
 from eacmoe_lightning.text import heldout_names, read_documents, token_windows
 
 HERE = Path(__file__).resolve().parent

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from eacmoe_lightning import kernels, load
-from eacmoe_lightning.adapter import BUNDLED
+from eacmoe_lightning.originals import BUNDLED
 from eacmoe_lightning.packed_modules import set_activations
 from eacmoe_lightning.text import heldout_names, read_documents, token_windows
 

@@ -39,9 +39,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from eacmoe_lightning import compressed, load, pesf
-from eacmoe_lightning.adapter import BUNDLED, MoEModel, load_original
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.grid import Grid, round_to_nearest
 from eacmoe_lightning.offload import Offload, offload_experts
+from eacmoe_lightning.originals import BUNDLED, load_original
 from eacmoe_lightning.text import heldout_names, read_documents
 
 STORAGE = ["plain", "lossless", "sz3:mean:0.1", "sz3:mean:0.3", "packed:3:128", "packed-zstd:3:128"]

@@ -45,8 +45,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import eacmoe_lightning
-from eacmoe_lightning.adapter import BUNDLED, MoEModel, load_original
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.evaluate import next_token_nll
+from eacmoe_lightning.originals import BUNDLED, load_original
 from eacmoe_lightning.packed_modules import packed_weights
 from eacmoe_lightning.skipping import EES, ODP, PESF, Demand, Rule, Truncation, skipping
 from eacmoe_lightning.skipping.baselines import median_ratios

@@ -15,51 +15,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import eacmoe_lightning.deepseek  # noqa: F401  (registers model_type "deepseek")
 from eacmoe_lightning.forced_selection import forced_weights
 from eacmoe_lightning.pruning.surgery import KEPT, keep_experts
-
-BUNDLED = Path(__file__).parent / "assets" / "tiny-moe"
-
-
-def resolve_model(name_or_path: str) -> str:
-    """`bundled` is the MoE that the package ships; a directory or a hub id stands for itself."""
-    return str(BUNDLED) if name_or_path == "bundled" else str(name_or_path)
-
-
-def local_directory(name_or_path: str) -> Path:
-    """Where a model's files lie: the directory itself, or the snapshot in the hub's cache."""
-    path = resolve_model(name_or_path)
-    return Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent
-
-
-def load_original(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
-    """Loads a full-precision causal LM in eval mode (PhiMoE's router samples in train mode).
-
-    Args:
-        name_or_path: `bundled`, a local directory or a hub id (`--model.name_or_path`).
-        dtype: `auto` (as stored), `float32`, `bfloat16` or `float16` (`--model.dtype`).
-
-    Raises:
-        FileNotFoundError: nothing can be loaded from there.
-    """
-    path = resolve_model(name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"no causal language model can be loaded from {name_or_path!r} (--model.name_or_path): pass "
-            f"`bundled`, a local Hugging Face directory or a hub id that this machine reaches. {error}"
-        ) from error
-    return model.eval()
 
 
 @dataclass
@@ -404,24 +367,6 @@ class MoEModel:
         parameters = dict(self.model.named_parameters())
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
-
-    def check_finite(self) -> None:
-        """Raises ValueError that names the first tensor with NaN or infinite values. Reads every weight once."""
-        for index in range(len(self.blocks)):
-            with self.loaded(index) as block:
-                for name, parameter in block.layer.named_parameters(prefix=block.name):
-                    _check_finite(name, parameter)
-        for name, parameter in self.model.named_parameters():
-            if not parameter.is_meta:
-                _check_finite(name, parameter)
-
-
-def _check_finite(name: str, parameter: Tensor) -> None:
-    if not torch.isfinite(parameter).all():
-        raise ValueError(
-            f"{name} of the original model holds NaN or infinite values: the checkpoint is damaged, or "
-            "overflowed in --model.dtype; repair it or load it in float32"
-        )
 
 
 def shrink_as_pruned(config: PreTrainedConfig, blocks: list[Block]) -> None:

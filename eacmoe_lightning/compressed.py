@@ -31,8 +31,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from eacmoe_lightning.adapter import Block, MoEModel, local_directory, resolve_model
+from eacmoe_lightning.adapter import Block, MoEModel
 from eacmoe_lightning.grid import Quantized, packed, take_quantized
+from eacmoe_lightning.originals import local_directory, resolve_model
 from eacmoe_lightning.packed_modules import set_activations
 from eacmoe_lightning.pruning.surgery import pruned_config
 from eacmoe_lightning.skipping import stored

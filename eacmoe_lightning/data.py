@@ -251,7 +251,7 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def _tokenizer(self):
-        from eacmoe_lightning.adapter import resolve_model
+        from eacmoe_lightning.originals import resolve_model
 
         try:
             return AutoTokenizer.from_pretrained(resolve_model(self.tokenizer))

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import SumMetric
 
 from eacmoe_lightning import compressed as compressed_format
-from eacmoe_lightning.adapter import Block, MoEModel, local_directory
+from eacmoe_lightning.adapter import Block, MoEModel
 from eacmoe_lightning.data import shard
 from eacmoe_lightning.expert_shift import ExpertShift, mean_rates
+from eacmoe_lightning.originals import local_directory
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.store import RunDirectory
 from eacmoe_lightning.streaming import Checkpoint

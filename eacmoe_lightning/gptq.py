@@ -31,19 +31,6 @@ TURNS = 2  # of codes and scales in a group, at each visit of a sweep
 TILE = 256  # columns of a tile of a product with a triangle
 
 
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    grid: Grid,
-    damping: float = 0.01,
-    act_order: bool = False,
-    search: bool = False,
-    refine: int = 0,
-) -> Quantized:
-    """`solve` without its error."""
-    return solve(weight, hessian, grid, damping, act_order, search, refine)[0]
-
-
 def solve(
     weight: Tensor,
     hessian: Tensor,

@@ -25,7 +25,7 @@ from eacmoe_lightning.compressed import fingerprint
 from eacmoe_lightning.data import shard
 from eacmoe_lightning.joint import distillation, selection
 from eacmoe_lightning.memory import Watch
-from eacmoe_lightning.planning.checks import check_disk, check_memory
+from eacmoe_lightning.planning.checks import check_disk, check_finite, check_memory
 from eacmoe_lightning.planning.command import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.ranks import Ranks
@@ -208,7 +208,7 @@ class QESC(Comparison):
             if not resumes:
                 print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
                 watch = Watch()
-                moe.check_finite()
+                check_finite(moe)
                 checked = watch.cost()
             self.run.start(self.identity(), resumes)
             if not resumes:

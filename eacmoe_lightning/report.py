@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from eacmoe_lightning.adapter import local_directory
 from eacmoe_lightning.calibration import PHASES
 from eacmoe_lightning.compressed import size_of
 from eacmoe_lightning.expert_shift import RATES, mean_rates
+from eacmoe_lightning.originals import local_directory
 from eacmoe_lightning.recipe import Recipe, nominal_bits, num_quantized
 from eacmoe_lightning.store import RunDirectory, read_tensors, write_atomically, write_json
 

@@ -1,4 +1,4 @@
-"""What all tests share: tiny models on disk, a tokenizer, and caches that are thrown away."""
+"""What tests share: tiny models on disk and offloaded, a tokenizer, and caches that are thrown away."""
 
 import os
 import tempfile
@@ -11,9 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import tiny_models
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eacmoe_lightning.adapter import BUNDLED
+from eacmoe_lightning.offload import offload_experts
+from eacmoe_lightning.offload.model import Offload
+from eacmoe_lightning.originals import BUNDLED
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +39,23 @@ def tiny_model_dir(
         return folders[family]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def tokens() -> torch.Tensor:
+    return torch.randint(0, tiny_models.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def offloaded() -> Callable[..., tuple[PreTrainedModel, Offload]]:
+    """`offloaded(family, cache_bytes, codec, ...)`: a tiny model and its handle, closed at the end."""
+    handles = []
+
+    def make(family: str, *args, **options) -> tuple[PreTrainedModel, Offload]:
+        model = tiny_models.build(family)
+        handles.append(offload_experts(model, *args, **options))
+        return model, handles[-1]
+
+    yield make
+    for handle in handles:
+        handle.close()

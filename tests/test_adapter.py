@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from eacmoe_lightning.adapter import Block, MoEModel, forced_weights, load_original
+from eacmoe_lightning.adapter import Block, MoEModel
+from eacmoe_lightning.forced_selection import forced_weights
+from eacmoe_lightning.originals import load_original
+from eacmoe_lightning.planning.checks import check_finite
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 SHARED = {  # by family and block
@@ -237,11 +240,11 @@ def test_a_dense_model_is_refused():
 @families
 def test_a_damaged_weight_is_named(family):
     model = tiny_models.build(family)
-    MoEModel(model).check_finite()
+    check_finite(MoEModel(model))
     name, parameter = list(model.named_parameters())[4]
     parameter.data.view(-1)[7] = float("nan")
     with pytest.raises(ValueError) as error:
-        MoEModel(model).check_finite()
+        check_finite(MoEModel(model))
     assert name in str(error.value) and "NaN" in str(error.value)
 
 

@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from eacmoe_lightning.adapter import BUNDLED, MoEModel, load_original
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.choice_task import accuracy, answer, choose, make_questions
 from eacmoe_lightning.evaluate import token_log_likelihoods
+from eacmoe_lightning.originals import BUNDLED, load_original
 from eacmoe_lightning.text import read_documents, token_windows
 
 

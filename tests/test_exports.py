@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from eacmoe_lightning import compressed, load
-from eacmoe_lightning.adapter import MoEModel, load_original
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.exports import export
 from eacmoe_lightning.exports.check import Reference
 from eacmoe_lightning.exports.compressed_tensors import to_tensors
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.grid import Grid, round_to_nearest
+from eacmoe_lightning.originals import load_original
 from eacmoe_lightning.store import StoreError
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)

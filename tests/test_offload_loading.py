@@ -7,18 +7,12 @@ import pytest
 import tiny_models
 import torch
 from test_packed_loading import compress
-from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from eacmoe_lightning import load, load_offloaded, offload_experts, pesf
-from eacmoe_lightning.adapter import load_original
 from eacmoe_lightning.offload.model import STORE
+from eacmoe_lightning.originals import load_original
 from eacmoe_lightning.streaming import Checkpoint
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return torch.randint(0, tiny_models.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, pipeline
 
 from eacmoe_lightning import compressed, load
-from eacmoe_lightning.adapter import MoEModel, load_original
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.originals import load_original
 from eacmoe_lightning.packed_modules import PackedExperts, PackedLinear, packed_weights, set_activations
 from eacmoe_lightning.store import StoreError, digest
 

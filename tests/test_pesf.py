@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel, Qw
 
 import eacmoe_lightning
 from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel, load_original
+from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.originals import load_original
 from eacmoe_lightning.skipping import PESF, set_skipping
 from eacmoe_lightning.skipping.selection import drop, exact, kept_experts, reroute, skip_counts
 from eacmoe_lightning.skipping.session import _check_can_skip

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import eacmoe_lightning
 from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel, load_original
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.evaluate import evaluate
+from eacmoe_lightning.originals import load_original
 from eacmoe_lightning.skipping import PESF, Demand, current_rule, set_skipping, skipping
 from eacmoe_lightning.streaming import StreamedModel
 

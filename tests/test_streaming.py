@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from eacmoe_lightning import memory
-from eacmoe_lightning.adapter import MoEModel, load_original
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.evaluate import evaluate, run_batches
+from eacmoe_lightning.originals import load_original
 from eacmoe_lightning.store import StoreError
 from eacmoe_lightning.streaming import Checkpoint, StreamedModel
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel, load_original, local_directory
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.analysis.cross import cross_summary, cross_table, fit_rows
 from eacmoe_lightning.analysis.selection import describe, select
 from eacmoe_lightning.choice_task import make_questions
 from eacmoe_lightning.data import name_sources
 from eacmoe_lightning.evaluate import compressed_directory
+from eacmoe_lightning.originals import load_original, local_directory
 from eacmoe_lightning.skipping import PESF
 from eacmoe_lightning.skipping.selection import Survivors
 from eacmoe_lightning.skipping.sweep import summary as skipping_summary

@@ -14,13 +14,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel, local_directory
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.grid import expert_codes
 from eacmoe_lightning.offload import store as stores
 from eacmoe_lightning.offload.codecs import Codec
 from eacmoe_lightning.offload.codecs import codec as codec_named
 from eacmoe_lightning.offload.model import STORE, attach, encode, packed_codec, refuse_to_save
 from eacmoe_lightning.offload.store import ExpertStore, Key
+from eacmoe_lightning.originals import local_directory
 from eacmoe_lightning.store import read_tensors
 from eacmoe_lightning.streaming import Checkpoint, StreamedModel
 

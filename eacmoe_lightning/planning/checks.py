@@ -1,9 +1,12 @@
-"""What `fit` checks before its first block: memory for the joint stage, and room on the disk."""
+"""What `fit` checks before its first block: memory for the joint stage, room on the disk, the original's weights."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.memory import available_memory
@@ -45,3 +48,22 @@ def check_disk(moe: MoEModel, recipe: Recipe, job: Job, folder: Path) -> str:
             "bfloat16, or another --trainer.default_root_dir"
         )
     return said
+
+
+def check_finite(moe: MoEModel) -> None:
+    """Raises ValueError that names the first tensor with NaN or infinite values. Reads every weight once."""
+    for block in moe.blocks:
+        with moe.loaded(block.index):
+            for name, parameter in block.layer.named_parameters(prefix=block.name):
+                _check_finite(name, parameter)
+    for name, parameter in moe.model.named_parameters():
+        if not parameter.is_meta:
+            _check_finite(name, parameter)
+
+
+def _check_finite(name: str, parameter: Tensor) -> None:
+    if not torch.isfinite(parameter).all():
+        raise ValueError(
+            f"{name} of the original model holds NaN or infinite values: the checkpoint is damaged, or "
+            "overflowed in --model.dtype; repair it or load it in float32"
+        )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from eacmoe_lightning.adapter import MoEModel, resolve_model
+from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.memory import available_memory
+from eacmoe_lightning.originals import resolve_model
 from eacmoe_lightning.planning.machine import Rates, measure
 from eacmoe_lightning.planning.sizes import Job, Plan, num_bytes, plan
 from eacmoe_lightning.recipe import num_quantized

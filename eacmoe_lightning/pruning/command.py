@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from eacmoe_lightning.adapter import Block, MoEModel, local_directory
+from eacmoe_lightning.adapter import Block, MoEModel
 from eacmoe_lightning.analysis.command import read_windows
 from eacmoe_lightning.calibration import Calibration, read_block
 from eacmoe_lightning.compressed import CompressedWeights, fingerprint, read_config, size_of
@@ -26,6 +26,7 @@ from eacmoe_lightning.data import name_sources
 from eacmoe_lightning.evaluate import compressed_directory, evaluate
 from eacmoe_lightning.grid import Quantized
 from eacmoe_lightning.memory import Watch
+from eacmoe_lightning.originals import local_directory
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe, nominal_bits

@@ -34,7 +34,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from eacmoe_lightning.adapter import resolve_model
+from eacmoe_lightning.originals import resolve_model
 
 log = logging.getLogger(__name__)
 

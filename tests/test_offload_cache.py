@@ -1,0 +1,158 @@
+"""The cache of offloaded experts: what is fetched, what is counted, who leaves, and how small it may be."""
+
+import pytest
+import tiny_models
+import torch
+from offloading import EXPERT_BYTES, generate
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.offload import offload_experts
+from eacmoe_lightning.offload.policy import LeastFrequent, LeastRecent
+
+# --- what is fetched
+
+
+def test_skipped_experts_are_never_fetched(offloaded, tokens):
+    """What a router hook takes out by the id E (PESF) costs no fetch, and counts as a weight of zero."""
+
+    def skip(module, args, output):
+        logits, weights, ids = output
+        dropped = (ids == 3) | (ids == 6)
+        return logits, weights.masked_fill(dropped, 0), ids.masked_fill(dropped, 8)
+
+    def silence(module, args, output):
+        logits, weights, ids = output
+        return logits, weights.masked_fill((ids == 3) | (ids == 6), 0), ids
+
+    model, handle = offloaded("qwen3_moe", 1.0, lookahead=0)
+    reference = tiny_models.build("qwen3_moe")
+    for each, hook in ((model, skip), (reference, silence)):
+        for block in MoEModel(each).moe_blocks:
+            block.router.register_forward_hook(hook)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, reference(tokens).logits, rtol=1e-5, atol=1e-5)
+    fetched = {expert for cache in handle.caches for _, expert in cache.entries}
+    assert fetched == {0, 1, 2, 4, 5, 7}
+
+
+def test_a_pass_in_which_everything_is_skipped_gives_zeros(offloaded):
+    model, handle = offloaded("mixtral", 1.0, lookahead=0)
+    experts = MoEModel(model).moe_blocks[0].experts.module
+    out = experts(torch.ones(3, 64), torch.full((3, 2), 8), torch.zeros(3, 2))
+    assert torch.equal(out, torch.zeros(3, 64)) and handle.counters.requests == 0
+
+
+def test_predictions_are_the_next_routers_choice_and_no_hook_sees_them(offloaded, tokens):
+    model, handle = offloaded("mixtral", 1.0, lookahead=2.0)
+    blocks, calls = MoEModel(model).moe_blocks, []
+    for block in blocks:
+        block.router.register_forward_hook(lambda *_, index=block.index: calls.append(index))
+    with torch.no_grad():
+        model(tokens[:1, :1])
+    assert calls == [0, 1, 2]
+    counters = handle.counters
+    assert counters.prefetches > 0 and counters.requests == 6  # one token, two experts in three blocks
+    hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
+    for cache in handle.caches:
+        cache.entries.clear()
+    handle.predict(0, hidden)
+    likely = set((hidden @ blocks[1].router_weight.float().t()).topk(2).indices[0].tolist())
+    assert {place for cache in handle.caches for place in cache.entries} == {(1, expert) for expert in likely}
+
+
+def test_counters_by_hand(offloaded):
+    model, handle = offloaded("mixtral", 4 * EXPERT_BYTES, "plain", num_workers=0, eviction="lru")
+    experts = MoEModel(model).moe_blocks[0].experts.module
+
+    def ask(*ids: int) -> None:
+        experts(torch.ones(1, 64), torch.tensor([ids]), torch.ones(1, len(ids)))
+
+    ask(0, 1)  # two misses
+    ask(1, 2)  # a hit, a miss
+    ask(3, 4)  # two misses; 0 leaves
+    ask(0, 3)  # a miss; 1 leaves
+    counters, record = handle.counters.to_dict(), handle.store.record_bytes // 24
+    assert {name: counters[name] for name in ("hits", "late", "misses", "evictions", "prefetches")} == {
+        "hits": 2, "late": 0, "misses": 6, "evictions": 2, "prefetches": 0,
+    }  # fmt: skip
+    assert counters["hit_rate"] == 0.25 and counters["bytes_moved"] == 6 * record
+    assert counters["bytes_saved"] == 6 * (EXPERT_BYTES - record) < 0  # headers, and nothing compressed
+    assert counters["stall_seconds"] > 0 < counters["decode_seconds"]
+    assert {expert for cache in handle.caches for _, expert in cache.entries} == {0, 2, 3, 4}
+    handle.counters.reset()
+    assert handle.counters.requests == handle.counters.bytes_moved == 0
+
+
+def test_counters_in_tensorboard(offloaded, tokens, tmp_path):
+    model, handle = offloaded("mixtral", 0.5)
+    with SummaryWriter(tmp_path) as writer, torch.no_grad():
+        model(tokens)
+        handle.counters.log(writer, step=7)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {f"offload/{name}" for name in handle.counters.to_dict()}
+    (event,) = events.Scalars("offload/bytes_moved")
+    assert event.step == 7 and event.value == handle.counters.bytes_moved
+
+
+# --- who leaves
+
+
+def test_the_least_recent_leaves():
+    lru = LeastRecent()
+    for expert in (0, 1, 2, 0):
+        lru.used((0, expert))
+    assert lru.victim([(0, 0), (0, 1), (0, 2)]) == (0, 1)
+    assert lru.victim([]) is None
+
+
+def test_the_rarest_leaves_by_given_frequencies_then_by_use():
+    rare = LeastFrequent({0: [8, 1, 1], 1: [1, 0, 9]})
+    places = [(block, expert) for block in (0, 1) for expert in range(3)]
+    assert rare.victim(places) == (1, 1)
+    assert rare.victim([(0, 0), (0, 1), (1, 0)]) in ((0, 1), (1, 0))
+    for _ in range(40):  # the text has changed
+        rare.used((0, 1))
+    assert rare.victim([(0, 0), (0, 1), (1, 2)]) == (0, 0)
+    for _ in range(300_000):
+        rare.used((1, 1))
+    assert rare.victim([(1, 1), (1, 2)]) == (1, 2) and rare.unit < 1e101
+
+
+def test_frequencies_keep_the_frequent_ones_where_a_circle_defeats_recency(offloaded):
+    """Experts 0 and 1 in every step, 2 to 7 in turn, three slots."""
+    hits = {}
+    for eviction in ("lru", "frequency"):
+        model, handle = offloaded(
+            "mixtral", 3 * EXPERT_BYTES, "plain", num_workers=0, eviction=eviction, frequencies={0: [50, 50, *[1] * 6]}
+        )
+        experts = MoEModel(model).moe_blocks[0].experts.module
+        for step in range(24):
+            for expert in (0, 2 + step % 6, 2 + (step + 1) % 6, 1):
+                experts(torch.ones(1, 64), torch.tensor([[expert]]), torch.ones(1, 1))
+        hits[eviction] = handle.counters.hits
+    assert hits["frequency"] >= 46 > hits["lru"]
+
+
+# --- the cache's size
+
+
+def test_a_cache_without_room_for_one_expert_is_refused():
+    for cache_bytes in (EXPERT_BYTES - 1, 0.01):
+        with pytest.raises(ValueError, match=f"holds no expert: one takes {EXPERT_BYTES} bytes, all of them") as error:
+            offload_experts(tiny_models.build("mixtral"), cache_bytes)
+        assert f"cache_bytes={cache_bytes}" in str(error.value)
+    for wrong in (0, -5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="neither a number of bytes nor a share"):
+            offload_experts(tiny_models.build("mixtral"), wrong)
+    with pytest.raises(ValueError, match="num_workers=-1"):
+        offload_experts(tiny_models.build("mixtral"), 1.0, num_workers=-1)
+
+
+def test_a_cache_without_room_for_a_block_says_that_it_is_slow(offloaded, tokens):
+    model, handle = offloaded("mixtral", 3 * EXPERT_BYTES)
+    with pytest.warns(UserWarning, match="needs [4-8] experts at once, and the cache holds 3.*slower") as said:
+        generate(model, tokens)
+    assert f"{8 * EXPERT_BYTES} bytes (cache_bytes)" in str(said[0].message)
+    assert handle.counters.passes > 0
