@@ -26,11 +26,11 @@ import json
 import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import numpy as np
 import torch
+from environments import python_of
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -83,7 +83,7 @@ def main() -> None:
     (work / "texts.json").write_text(json.dumps(whole))
     rows = []
     for engine in args.engines:
-        python = pythons.get(engine) or environment(engine, work)
+        python = pythons.get(engine) or python_of(work / "environments" / engine, PACKAGES[engine])
         for name, source in subjects.items():
             ours = run_ours(source, tokens, "float32")
             for form in FORMATS[engine]:
@@ -109,18 +109,6 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def environment(engine: str, work: Path) -> str:
-    """The Python that runs an engine; its virtual environment is made where it is missing."""
-    path = work / "environments" / engine
-    python, done = path / "bin" / "python", path / "installed"
-    if not done.exists():
-        venv.create(path, with_pip=True, clear=True)
-        for packages in PACKAGES[engine]:
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        done.touch()
-    return str(python)
 
 
 def rounded(folder: Path, attention: int, up: int, down: int, symmetric: bool) -> Path:

@@ -32,10 +32,10 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import torch
+from environments import python_of
 from gptq_tools import ATTENTION_BITS, GROUP_SIZE
 from process_tree import run_watched
 from safetensors.torch import save_file
@@ -90,20 +90,6 @@ PACKAGES = {  # tool -> what pip installs, step by step
 }
 
 
-def environment(tool: str, work_dir: Path) -> str:
-    """The Python that runs a tool; a peer's virtual environment is made where it is missing."""
-    if tool == "ours":
-        return sys.executable
-    path = work_dir / "environments" / tool
-    python, done = path / "bin" / "python", path / "installed"
-    if not done.exists():
-        venv.create(path, with_pip=True, clear=True)
-        for packages in PACKAGES[tool]:
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        done.touch()
-    return str(python)
-
-
 def quantize(
     tool: str, setting: str, bits: int, seed: int, model: Path, work_dir: Path, threads: int
 ) -> tuple[dict, Path]:
@@ -117,10 +103,12 @@ def quantize(
     (place / "scratch").mkdir(parents=True)
     job = {"model": str(model), "windows": str(work_dir / f"windows-{seed}.safetensors"), "seed": seed, "bits": bits}
     job |= {"options": SETTINGS[tool][setting], "out": str(place / "dense")}
+    own = tool == "ours"
     checkout = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": checkout if tool == "ours" else "", "OMP_NUM_THREADS": str(threads)}
+    env = os.environ | {"PYTHONPATH": checkout if own else "", "OMP_NUM_THREADS": str(threads)}
     env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    command = [environment(tool, work_dir), str(HERE / "gptq_tools.py"), tool, json.dumps(job)]
+    python = sys.executable if own else python_of(work_dir / "environments" / tool, PACKAGES[tool])
+    command = [python, str(HERE / "gptq_tools.py"), tool, json.dumps(job)]
     with open(place / "log.txt", "w") as log:
         code, wall, processor, peak = run_watched(command, cwd=place / "scratch", env=env, stdout=log, stderr=log)
     if code:
