@@ -200,10 +200,11 @@ class Calibration:
         """
         weight = self.block.router_weight.float()
         num_experts, width = weight.shape
-        together, updated = ridge.experts_together(num_experts, width, self.recipe.solver_gib), []
+        shared, updated = num_targets == num_experts, []
+        together = ridge.experts_together(num_experts, width, self.recipe.solver_gib, shared)
         for start in range(0, num_experts, together):
             experts = slice(start, min(start + together, num_experts))
-            sums = ridge.NormalEquations(experts, width, weight.device)
+            sums = ridge.NormalEquations(experts, width, weight.device, shared)
             for x, target in self._ridge_rows():
                 residual = target - self.block.router_logits(x)
                 sums.add(x.float(), residual, target.topk(num_targets, dim=-1).indices)

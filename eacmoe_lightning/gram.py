@@ -9,18 +9,25 @@ TILE = 256  # columns of a tile; smaller products run below the machine's rate
 
 
 def gram(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """sum_n weight_n x_n x_n^T, [n, I] -> [I, I] in x's dtype; `weight` [n], none of them negative.
+    """sum_n weight_n x_n x_n^T, [n, I] -> [I, I] in x's dtype; `weight` [n], none of them negative."""
+    return mirror(add_gram(x.new_zeros(x.shape[1], x.shape[1]), x, weight))
 
-    It is symmetric, so only the tiles on and above the diagonal are multiplied.
-    """
+
+def add_gram(total: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Adds `gram(x, weight)` to `total` [I, I], only in the tiles on and above the diagonal: half the work."""
     x = x if weight is None else x * weight.sqrt().unsqueeze(1)
-    size = x.shape[1]
-    total = x.new_empty(size, size)
-    for start in range(0, size, TILE):
-        end = min(start + TILE, size)
-        torch.mm(x[:, start:end].T, x[:, start:], out=(strip := x.new_empty(end - start, size - start)))
-        total[start:end, start:] = strip
-        total[end:, start:end] = strip[:, end - start :].T
+    for start in range(0, x.shape[1], TILE):
+        total[start : start + TILE, start:].addmm_(x[:, start : start + TILE].T, x[:, start:])
+    return total
+
+
+def mirror(total: Tensor) -> Tensor:
+    """Copies what lies above the diagonal of a matrix [I, I] below it, in place."""
+    for start in range(0, len(total), TILE):
+        end = start + TILE
+        total[end:, start:end] = total[start:end, end:].T
+        own = total[start:end, start:end]
+        own.copy_(own.triu() + own.triu(1).T)
     return total
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from eacmoe_lightning.adapter import Block, Routing
 from eacmoe_lightning.expert_shift import expert_load
 from eacmoe_lightning.gptq import output_error, solve, working_bytes
-from eacmoe_lightning.gram import gram, tokens_by_expert
+from eacmoe_lightning.gram import add_gram, gram, mirror, tokens_by_expert
 from eacmoe_lightning.grid import Grid, Quantized, one_or_each, round_to_nearest
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
@@ -75,10 +75,10 @@ class BlockSolver:
         """2/n sum x x^T over all processes, [I, I] float32."""
         total, tokens = None, torch.zeros((), dtype=torch.int64)
         for x in inputs:
-            product = gram(x.float())
-            total = product if total is None else total.add_(product)
+            x = x.float()
+            total = add_gram(x.new_zeros(x.shape[1], x.shape[1]) if total is None else total, x)
             tokens += len(x)
-        return self.ranks.sum(total) * (2 / int(self.ranks.sum(tokens)))
+        return mirror(self.ranks.sum(total)).mul_(2 / int(self.ranks.sum(tokens)))
 
     # --- routed experts ----------------------------------------------------------------------------------
 

@@ -22,11 +22,11 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def calibrated(x: Tensor, teacher: Tensor, weight: Tensor, k: int, ridge: float) -> Tensor:
-    return solve(weight, sums(slice(0, E)).add(x, teacher - x @ weight.T, teacher.topk(k).indices), ridge)
+    return solve(weight, sums(slice(0, E), k).add(x, teacher - x @ weight.T, teacher.topk(k).indices), ridge)
 
 
-def sums(experts: slice) -> NormalEquations:
-    return NormalEquations(experts, D, torch.device("cpu"))
+def sums(experts: slice, k: int) -> NormalEquations:
+    return NormalEquations(experts, D, torch.device("cpu"), shared=k == E)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, E])
@@ -48,7 +48,7 @@ def test_equals_least_squares_with_augmented_rows(rows, k, ridge):
 def test_sums_over_chunks_add_up(rows, k):
     x, teacher, weight = rows
     ids, residual = teacher.topk(k).indices, teacher - x @ weight.T
-    whole, parts = sums(slice(0, E)).add(x, residual, ids), sums(slice(0, E))
+    whole, parts = sums(slice(0, E), k).add(x, residual, ids), sums(slice(0, E), k)
     for s in (slice(0, 31), slice(31, 31), slice(31, N)):
         parts.add(x[s], residual[s], ids[s])
     for name in ("gram", "cross", "squares"):
@@ -59,7 +59,7 @@ def test_sums_over_chunks_add_up(rows, k):
 def test_experts_part_by_part_are_the_experts_together(rows, k):
     x, teacher, weight = rows
     ids, residual = teacher.topk(k).indices, teacher - x @ weight.T
-    parts = [solve(weight, sums(slice(*ends)).add(x, residual, ids), 1e-3) for ends in ((0, 1), (1, 4), (4, E))]
+    parts = [solve(weight, sums(slice(*ends), k).add(x, residual, ids), 1e-3) for ends in ((0, 1), (1, 4), (4, E))]
     torch.testing.assert_close(torch.cat(parts), calibrated(x, teacher, weight, k, 1e-3), rtol=0, atol=1e-6)
 
 
@@ -68,6 +68,14 @@ def test_as_many_experts_come_together_as_the_memory_holds():
     assert experts_together(256, 7168, 2.0) == 6
     assert working_bytes(6, 7168) == (6 * 4 + 16) * 7168**2 < 2**31 < working_bytes(7, 7168)
     assert [experts_together(60, 2048, gib) for gib in (1e-9, 2.0)] == [1, 60]
+    assert experts_together(60, 2048, 1e-9, shared=True) == 60
+
+
+def test_where_all_are_targets_the_shared_matrix_gives_what_matrices_of_their_own_give(rows):
+    x, teacher, weight = rows
+    apart = NormalEquations(slice(0, E), D, torch.device("cpu"))
+    apart.add(x, teacher - x @ weight.T, teacher.topk(E).indices)
+    torch.testing.assert_close(solve(weight, apart, 1e-3), calibrated(x, teacher, weight, E, 1e-3), rtol=0, atol=1e-6)
 
 
 def test_a_strong_ridge_leaves_the_weight_unchanged(rows):
@@ -113,5 +121,5 @@ def test_an_expert_in_nobody_s_targets_keeps_its_row(rows):
 def test_the_dtype_of_the_weight_is_kept(rows, dtype):
     x, teacher, weight = rows
     assert calibrated(x, teacher, weight.to(dtype).float(), 2, 1e-3).dtype == torch.float32
-    added = sums(slice(0, E)).add(x, teacher - x @ weight.T, teacher.topk(2).indices)
+    added = sums(slice(0, E), 2).add(x, teacher - x @ weight.T, teacher.topk(2).indices)
     assert solve(weight.to(dtype), added, 1e-3).dtype == dtype

@@ -292,14 +292,15 @@ def _solve(cost: Cost, number: float, rows: int, columns: int, recipe: Recipe) -
 def _router(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, hidden: int, here: float, share: float) -> None:
     experts, stream = shapes.num_experts, job.tokens * share * hidden * job.stream_bytes
     if job.router_method == "ridge":
-        together = ridge.experts_together(experts, hidden, recipe.solver_gib)
-        passes, num_targets = -(-experts // together), min(job.num_targets, experts)
-        taught = 1 if num_targets == experts else num_targets  # one matrix for all, where every token teaches all
-        batches = job.num_windows / job.batch_size * share
+        num_targets = min(job.num_targets, experts)
+        shared = num_targets == experts  # one matrix for all experts, where every token teaches all
+        together = ridge.experts_together(experts, hidden, recipe.solver_gib, shared)
+        matrices, taught = (1, 1) if shared else (experts, num_targets)
+        passes, batches = -(-experts // together), job.num_windows / job.batch_size * share
         cost.add(
-            here + ridge.working_bytes(together, hidden),
-            flops32=gram_flops(job.tokens * share * taught, hidden) + 4 / 3 * experts * hidden**3,  # in float64
-            loop_bytes=batches * experts * 40 * hidden**2,
+            here + ridge.working_bytes(min(together, matrices), hidden),
+            flops32=gram_flops(job.tokens * share * taught, hidden) + 2 / 3 * matrices * hidden**3,  # in float64
+            loop_bytes=batches * matrices * 8 * hidden**2,
             read_bytes=(passes + 1) * stream,
             again_bytes=(passes + 1) * stream,
         )
