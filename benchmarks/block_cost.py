@@ -7,7 +7,8 @@ what `fit` does with it, in `--dtype`: read, observe, attention, router (closed 
 in a process of its own; seconds and peak memory by phase are of that process, beside what `plan` foresees from this
 machine's rates. `--paper` leaves out activation order, search and refinement. Under "experts" stands how far GPTQ and
 its Hessians are from this machine's rate of matrix products. `--blocks 2 4 8 16` does the same with a small shape and
-that many blocks: the peak has to stay where it is.
+that many blocks: the peak has to stay where it is. glibc keeps pieces of freed tensors below 32 MiB, more of them with
+every block up to a point; with MALLOC_MMAP_THRESHOLD_=1048576 in the environment it does not (and is slower).
 """
 
 from __future__ import annotations
