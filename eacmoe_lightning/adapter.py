@@ -183,6 +183,22 @@ class Block:
             raise RuntimeError(f"{self.name}: no token reached {type(module).__name__}")
         return reached[0]
 
+    @contextmanager
+    def without_experts(self) -> Iterator[None]:
+        """The routed experts give zeros, at no cost: for what does not depend on them."""
+        module = self.experts.module
+        module.forward = lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
+        try:
+            yield
+        finally:
+            del module.forward  # the class has its own
+
+    def depends_on_experts(self, module: nn.Module, hidden: Tensor, kwargs: dict) -> bool:
+        """Whether what reaches `module` is another thing where the routed experts give zeros."""
+        with self.without_experts():
+            alone = self.input_of(module, hidden, kwargs)
+        return not torch.equal(alone, self.input_of(module, hidden, kwargs))
+
     def route(self, x: Tensor) -> Routing:
         """What the router says of [N, D] inputs."""
         logits, weights, ids = self.router(x)

@@ -179,7 +179,7 @@ class Calibration:
         """Groups of linears that share their input, one after another in the order of the run."""
         for names in self._groups if self.recipe.quantizer != "none" else ():
             if self.block.linears[names[0]] == part:
-                inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]))
+                inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]), part == "shared")
                 self.solver.solve_linears(names, inputs)
 
     # --- the router's rows ------------------------------------------------------------------------------

@@ -27,8 +27,12 @@ from eacmoe_lightning.column_loop import column_loop, fit_range
 from eacmoe_lightning.grid import Grid, Quantized, neighbours
 
 MAX_DAMPING_STEPS = 4  # each ten times the last, before a Hessian is given up
+CACHED = 16 << 20  # bytes of a stack's weights that a CPU solves together
+TOGETHER = 256 << 20  # the same of a GPU
 TURNS = 2  # of codes and scales in a group, at each visit of a sweep
 TILE = 256  # columns of a tile of a product with a triangle
+
+NOT_FINITE = "a weight or Hessian holds NaN or infinite values: look at the original checkpoint's block"
 
 
 def solve(
@@ -63,43 +67,59 @@ def solve(
         raise ValueError(
             f"in_features={columns} is not a multiple of group_size={grid.group_size} (--model.group_size)"
         )
-    w = weight.detach().float().reshape(-1, rows, columns).clone()  # [S, O, I]
+    flat = weight.detach().reshape(-1, rows, columns)  # [S, O, I]
     h = hessian.float().reshape(-1, columns, columns).clone()  # [S, I, I]
-    if not torch.isfinite(w).all() or not torch.isfinite(h).all():
-        raise ValueError("a weight or Hessian holds NaN or infinite values: look at the original checkpoint's block")
-
+    if not torch.isfinite(h).all():
+        raise ValueError(NOT_FINITE)
     diagonal = h.diagonal(dim1=-2, dim2=-1)  # [S, I] view
     dead = diagonal <= 0
-    w.masked_fill_(dead.unsqueeze(1), 0)  # inputs that are always zero: nothing depends on their weight
     live = (diagonal * ~dead).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)  # [S, 1]
     diagonal.copy_(torch.where(dead, torch.where(live > 0, live, 1.0), diagonal))
-
     if act_order:
         order, group_order = _orders(diagonal, grid.group_size)  # [S, I], [S, G]
-        w = w.gather(2, order.unsqueeze(1).expand_as(w))
         h = h.gather(1, order.unsqueeze(2).expand_as(h)).gather(2, order.unsqueeze(1).expand_as(h))
     factor, pivot, added = damped_factor(h, damping)
+
+    codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
+    scale = torch.empty(*flat.shape[:2], columns // grid.group_size, dtype=torch.float16, device=flat.device)
+    zero = torch.empty(scale.shape, dtype=torch.uint8, device=flat.device)
+    loss = whole = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
+    together = rows_together(len(flat), columns, flat.device)
+    for own in (slice(start, start + together) for start in range(0, rows, together)):
+        w = flat[:, own].float()
+        if not torch.isfinite(w).all():
+            raise ValueError(NOT_FINITE)
+        w = w.masked_fill(dead.unsqueeze(1), 0)  # inputs that are always zero: nothing depends on their weight
+        w = w.gather(2, order.unsqueeze(1).expand_as(w)) if act_order else w
+        found, own_loss, own_whole = _solve_rows(w, h, factor, pivot, added, grid, search, refine)
+        loss, whole = loss + own_loss, whole + own_whole
+        if act_order:
+            places = (order, group_order, group_order)
+            found = (
+                torch.empty_like(t).scatter_(2, p.unsqueeze(1).expand_as(t), t)
+                for t, p in zip(found, places, strict=True)
+            )
+        for stored, part in zip((codes, scale, zero), found, strict=True):
+            stored[:, own] = part
+    error = (loss.clamp(min=0) / whole.clamp(min=1e-30)).float().reshape(lead)
+    codes, scale, zero = (tensor.unflatten(0, lead) if lead else tensor[0] for tensor in (codes, scale, zero))
+    return Quantized(codes, scale, zero, grid.bits), error
+
+
+def _solve_rows(
+    w: Tensor, h: Tensor, factor: Tensor, pivot: Tensor, added: Tensor, grid: Grid, search: bool, refine: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """Some rows [S, O, I], which meet no others. Codes, scale and zero point; the loss that they leave, and that of a
+    weight of zeros, both without what was added to the diagonal: [S] float64."""
     codes, scale, zero, away = _columns(w, factor, pivot, grid, search)
     root = pivot.sqrt().unsqueeze(1)
     loss, whole = _squares(away.mul_(root)), _squares(_by_factor(w, factor).mul_(root))
     if refine:
         gradient = _by_transposed(away.mul_(root), factor)  # (W - Q) H
-        del factor, away
         for sweeps_left in reversed(range(refine)):
             loss -= _sweep(gradient, h, codes, scale, zero, grid, sweeps_left > 0)
     delta = (_steps(codes, zero) * scale.unsqueeze(-1)).flatten(-2).sub_(w)
-    loss, whole = loss - added * _squares(delta), whole - added * _squares(w)  # as without damping
-    error = (loss.clamp(min=0) / whole.clamp(min=1e-30)).float().reshape(lead)
-
-    if act_order:
-        codes = torch.empty_like(codes).scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
-        place = group_order.unsqueeze(1).expand_as(scale)
-        scale, zero = (torch.empty_like(t).scatter_(2, place, t) for t in (scale, zero))
-    shape = (*lead, rows, columns // grid.group_size)
-    quantized = Quantized(
-        codes.reshape(weight.shape), scale.half().reshape(shape), zero.to(torch.uint8).reshape(shape), grid.bits
-    )
-    return quantized, error
+    return (codes, scale, zero), loss - added * _squares(delta), whole - added * _squares(w)
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -228,9 +248,15 @@ def _sweep(
     return gain
 
 
-def working_bytes(rows: int, columns: int) -> int:
-    """Memory that one problem [O, I] of a stack takes at most, beside its Hessian and weight."""
-    return 4 * (4 * columns * columns + 8 * rows * columns)
+def rows_together(num: int, columns: int, device: torch.device) -> int:
+    """How many rows of each of `num` problems are solved at a time: more would be no faster, and take memory."""
+    return max(1, (CACHED if device.type == "cpu" else TOGETHER) // (4 * num * columns))
+
+
+def working_bytes(num: int, rows: int, columns: int, device: torch.device) -> int:
+    """Memory that a stack of `num` problems [O, I] takes at most, beside Hessians and weights."""
+    rows = min(rows, rows_together(num, columns, device))
+    return 4 * num * (4 * columns * columns + 8 * rows * columns)
 
 
 def output_error(weight: Tensor, quantized: Quantized, hessian: Tensor) -> Tensor:

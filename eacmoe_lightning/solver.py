@@ -17,15 +17,13 @@ from torch import Tensor
 
 from eacmoe_lightning.adapter import Block, Routing
 from eacmoe_lightning.expert_shift import expert_load
-from eacmoe_lightning.gptq import output_error, solve, working_bytes
+from eacmoe_lightning.gptq import CACHED, output_error, solve, working_bytes
 from eacmoe_lightning.gram import add_gram, gram, mirror, tokens_by_expert
 from eacmoe_lightning.grid import Grid, Quantized, one_or_each, round_to_nearest
 from eacmoe_lightning.ranks import Ranks
 from eacmoe_lightning.recipe import Recipe
 
 log = logging.getLogger(__name__)
-
-CACHED = 16 << 20  # bytes of a stack's weights on a CPU: more are no faster together
 
 
 class BlockSolver:
@@ -127,7 +125,7 @@ class BlockSolver:
         log.info(
             "%s: %d experts, %d at a time in %.2f GiB (--model.solver_gib %g)",
             *(self.block.name, self.block.num_experts, together),
-            *(stack_bytes(shapes, together, world) / 2**30, self.recipe.solver_gib),
+            *(stack_bytes(shapes, together, world, weight.device) / 2**30, self.recipe.solver_gib),
         )
         return together
 
@@ -179,11 +177,11 @@ class BlockSolver:
         return (score >= threshold) & score.isfinite()
 
 
-def stack_bytes(shapes: list[tuple[int, int]], together: int, world: int) -> int:
+def stack_bytes(shapes: list[tuple[int, int]], together: int, world: int, device: torch.device) -> int:
     """Memory of one process while `together` experts, whose projections have these shapes (O, I), are solved by `world`
     processes: the Hessians of all, and the work on its share."""
     share = -(-together // world)
-    return max(together * 4 * columns**2 + share * working_bytes(rows, columns) for rows, columns in shapes)
+    return max(together * 4 * columns**2 + working_bytes(share, rows, columns, device) for rows, columns in shapes)
 
 
 def experts_together(
@@ -191,7 +189,8 @@ def experts_together(
 ) -> int:
     """How many experts are solved at a time by `world` processes: as many in each as `gib` (and on a CPU its caches)
     hold, and at least one."""
-    stack = int(gib * 2**30) // stack_bytes(shapes, world, world)
+    most = -(-num_experts // world)
     if device.type == "cpu":
-        stack = min(stack, CACHED // max(4 * rows * columns for rows, columns in shapes))
-    return min(num_experts, max(1, stack) * world)
+        most = min(most, CACHED // max(4 * rows * columns for rows, columns in shapes))
+    held = (n for n in range(most, 1, -1) if stack_bytes(shapes, n * world, world, device) <= gib * 2**30)
+    return min(num_experts, next(held, 1) * world)

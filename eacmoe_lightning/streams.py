@@ -8,6 +8,7 @@ block is worked on, and, for the joint stage, the original router's logits of ev
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -98,10 +99,19 @@ class Streams:
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.moe.device)
 
-    def inputs_of(self, block: Block, module: nn.Module) -> Iterator[Tensor]:
-        """What reaches a module of the block in the compressed stream: pieces [n, I]."""
+    def inputs_of(self, block: Block, module: nn.Module, beside_experts: bool = False) -> Iterator[Tensor]:
+        """What reaches a module of the block in the compressed stream: pieces [n, I].
+
+        With `beside_experts` the module may run behind the routed experts, which are left out where it does not see
+        what they give (shared experts do not).
+        """
         for rows in self.slices:
-            yield block.input_of(module, self._batch(self.x_hat, rows), self._kwargs_of(block, rows))
+            batch = self._batch(self.x_hat, rows), self._kwargs_of(block, rows)
+            if rows == self.slices[0]:
+                leave_out = beside_experts and block.is_moe and not block.depends_on_experts(module, *batch)
+            with block.without_experts() if leave_out else nullcontext():
+                x = block.input_of(module, *batch)
+            yield x
 
     def keep_router_input(self, block: Block) -> HiddenFile:
         """What reaches the block's router in the compressed stream, [S, T, D] in a file until it is deleted."""

@@ -204,6 +204,35 @@ def test_linears_that_share_their_input_are_grouped_in_the_order_of_the_run(fami
         hidden = block.forward(hidden, own)[0]
 
 
+@pytest.mark.parametrize("family", SHARED)
+@torch.no_grad()
+def test_what_shared_experts_see_does_not_depend_on_routed_ones(family, ids):
+    moe = MoEModel(tiny_models.build(family))
+    block = moe.blocks[-1]
+    hidden, kwargs = moe.embed(ids)
+    for name in SHARED[family][-1]:
+        assert not block.depends_on_experts(block.linear(name), hidden, kwargs[-1])
+    ran = []
+    handle = block.experts.module.register_forward_hook(lambda *_: ran.append(1))
+    expected = block.input_of(block.linear(name), hidden, kwargs[-1])
+    assert len(ran) == (family == "deepseek")  # its routed experts run first
+    with block.without_experts():
+        assert torch.equal(block.input_of(block.linear(name), hidden, kwargs[-1]), expected)
+    handle.remove()
+    assert block.forward(hidden, kwargs[-1])[0].isfinite().all() and "forward" not in vars(block.experts.module)
+
+
+@torch.no_grad()
+def test_a_shared_expert_behind_the_routed_ones_is_noticed(ids):
+    moe = MoEModel(tiny_models.build("qwen2_moe"))
+    block, given = moe.blocks[0], []
+    hidden, kwargs = moe.embed(ids)
+    block.experts.module.register_forward_hook(lambda module, args, output: given.append(output))
+    shared = block.layer.mlp.shared_expert
+    shared.register_forward_pre_hook(lambda module, args: (args[0] + given[-1].view_as(args[0]),))
+    assert block.depends_on_experts(shared.up_proj, hidden, kwargs[0])
+
+
 @pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, "gpt_oss"])
 @torch.no_grad()
 def test_expert_views_and_intermediate_are_what_the_experts_compute(family, ids):

@@ -305,3 +305,14 @@ def test_the_factor_is_that_of_the_damped_hessian():
     torch.testing.assert_close(h, hessian + added[:, None, None] * torch.eye(64))
     torch.testing.assert_close((factor * pivot[:, None]) @ factor.mT, h, rtol=1e-4, atol=1e-4)
     assert (factor.diagonal(dim1=1, dim2=2) == 1).all() and factor.tril(-1).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_rows_in_parts_are_the_rows_together(act_order, monkeypatch):
+    weight, hessian = problem(rows=25)
+    weight, hessian = torch.stack([weight, -weight]), torch.stack([hessian, 2 * hessian])
+    whole, error = solve(weight, hessian, Grid(2, 16), 0.01, act_order, True, 1)
+    monkeypatch.setattr("eacmoe_lightning.gptq.CACHED", 4 * 2 * 64 * 7)  # 7 rows of both
+    parts, own_error = solve(weight, hessian, Grid(2, 16), 0.01, act_order, True, 1)
+    assert (parts.codes == whole.codes).float().mean() > 0.99  # sums may come in another order
+    torch.testing.assert_close(own_error, error, rtol=1e-3, atol=0)

@@ -186,12 +186,12 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
         through = dict(read_bytes=stream, written_bytes=stream, again_bytes=2 * stream)
         phases["observe"].add(active + routing, **forward, **through)
         phases["replay"].add(active + routing, **forward, **through)
-        _linears(phases["attention"], shapes.attention, recipe, job.tokens * share, here)
+        _linears(phases["attention"], shapes.attention, recipe, job, here, share)
         passes = len({name for name, *_ in shapes.attention}) + 1
         phases["attention"].add(active, flops=job.tokens * share * passes * shapes.attention_forward)
         read = dict(read_bytes=passes * stream, written_bytes=stream, again_bytes=(passes + 1) * stream)
         phases["attention"].add(**read, loop_bytes=job.tokens * share * passes * 16 * hidden * itemsize)
-        _linears(phases["experts"], shapes.shared, recipe, job.tokens * share, here)
+        _linears(phases["experts"], shapes.shared, recipe, job, here, share)
         if block.is_moe:
             _router(phases["router"], shapes, recipe, job, hidden, here + routing, share)
             _experts(phases["experts"], shapes, recipe, job, here + routing)
@@ -272,15 +272,17 @@ def gram_flops(tokens: float, columns: int) -> float:
     return tokens * columns * (columns + min(TILE, columns))
 
 
-def _linears(cost: Cost, linears: list[tuple[str, int, int]], recipe: Recipe, tokens: float, here: float) -> None:
+def _linears(
+    cost: Cost, linears: list[tuple[str, int, int]], recipe: Recipe, job: Job, here: float, share: float
+) -> None:
     """A Hessian for each group of linears with the same input, of this process's tokens; every process solves all."""
     if recipe.quantizer == "none":
         return
     for columns in {group: columns for group, _, columns in linears}.values():
-        cost.add(flops32=gram_flops(tokens, columns))
+        cost.add(flops32=gram_flops(job.tokens * share, columns))
     for _, rows, columns in linears:
         _solve(cost, 1, rows, columns, recipe)
-        cost.add(here + 4 * columns**2 + working_bytes(rows, columns))
+        cost.add(here + 4 * columns**2 + working_bytes(1, rows, columns, torch.device(job.device)))
 
 
 def _solve(cost: Cost, number: float, rows: int, columns: int, recipe: Recipe) -> None:
@@ -322,7 +324,7 @@ def _experts(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, here: float)
     sent = max(job.tokens * shapes.top_k, recipe.min_expert_tokens * shapes.num_experts) * share
     device, experts = torch.device(job.device), shapes.num_experts
     together = experts_together(shapes.experts, experts, recipe.solver_gib, job.processes, device)
-    cost.add(here + stack_bytes(shapes.experts, together, job.processes), flops=2 * sent * up_rows * up_columns)
+    cost.add(here + stack_bytes(shapes.experts, together, job.processes, device), flops=2 * sent * up_rows * up_columns)
     for rows, columns in shapes.experts:
         cost.add(flops32=gram_flops(sent, columns))
         _solve(cost, experts * share, rows, columns, recipe)
