@@ -224,13 +224,13 @@ def test_what_shared_experts_see_does_not_depend_on_routed_ones(family, ids):
 
 @torch.no_grad()
 def test_a_shared_expert_behind_the_routed_ones_is_noticed(ids):
-    moe = MoEModel(tiny_models.build("qwen2_moe"))
-    block, given = moe.blocks[0], []
+    moe, given = MoEModel(tiny_models.build("deepseek")), []
+    block = moe.blocks[-1]
     hidden, kwargs = moe.embed(ids)
     block.experts.module.register_forward_hook(lambda module, args, output: given.append(output))
-    shared = block.layer.mlp.shared_expert
+    shared = block.layer.mlp.shared_experts
     shared.register_forward_pre_hook(lambda module, args: (args[0] + given[-1].view_as(args[0]),))
-    assert block.depends_on_experts(shared.up_proj, hidden, kwargs[0])
+    assert block.depends_on_experts(shared.up_proj, hidden, kwargs[-1])
 
 
 @pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, "gpt_oss"])
