@@ -23,6 +23,7 @@ own, and file_bytes.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -47,7 +48,7 @@ from eacmoe_lightning.store import write_json
 HERE = Path(__file__).resolve().parent
 VOCABULARY, GROUP_SIZE, ATTENTION_BITS = 512, 128, 4
 WORK = {"decode": (1, 1), "prefill": (1, 512), "batch": (4, 512)}
-LOADS = 3  # fresh processes for each `load` row
+LOAD, LOADS = "load", 3  # fresh processes for each `load` row
 COMMON = {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
 SHAPES: dict[str, Any] = {
     "qwen1.5-moe": Qwen2MoeConfig(
@@ -185,7 +186,7 @@ class Other:
             [python, HERE / script, json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=open(directory / "log.txt", "w"),  # noqa: SIM115
+            stderr=open(directory / "log.txt", "a"),  # noqa: SIM115
             text=True,
         )
         ready = self.process.stdout.readline()
@@ -203,18 +204,19 @@ class Other:
         self.process.wait()
 
 
-def others(shape: str, bits: int, args: argparse.Namespace) -> dict[str, tuple[str, Other]]:
-    """The part that each of the other engines computes, and the engine, by name."""
+def others(shape: str, args: argparse.Namespace) -> dict[str, tuple[str, int, Other]]:
+    """The part that each of the other engines computes, its bits, and the engine, by name."""
     config, found = SHAPES[shape].to_dict(), {}
-    if args.llama_cpp and bits in LLAMA_FORMATS and "layer" in args.parts:
-        job = {"config": config, "format": LLAMA_FORMATS[bits]}
-        name = f"llama.cpp {LLAMA_FORMATS[bits]}"
-        found[name] = "layer", Other(args.llama_cpp, LLAMA_PACKAGES, "inference_llama.py", job)
+    if args.llama_cpp and "layer" in args.parts:
+        for bits in sorted(LLAMA_FORMATS.keys() & set(args.bits)):
+            job = {"config": config, "format": LLAMA_FORMATS[bits]}
+            engine = Other(args.llama_cpp, LLAMA_PACKAGES, "inference_llama.py", job)
+            found[f"llama.cpp {LLAMA_FORMATS[bits]}"] = "layer", bits, engine
     if args.onnxruntime and "moe" in args.parts:
         for level, activations in ((0, ""), (4, " int8")):
             job = {"config": config, "bits": ONNX_BITS, "level": level}
-            name = f"onnxruntime {ONNX_BITS} bit{activations}"
-            found[name] = "moe", Other(args.onnxruntime, ONNX_PACKAGES, "inference_onnx.py", job)
+            engine = Other(args.onnxruntime, ONNX_PACKAGES, "inference_onnx.py", job)
+            found[f"onnxruntime {ONNX_BITS} bit{activations}"] = "moe", ONNX_BITS, engine
     return found
 
 
@@ -239,30 +241,33 @@ def save_compressed(directory: Path, model: PreTrainedModel) -> None:
     write_json(directory / "config.json", config)
 
 
-def load_rows(shape: str, bits: int, dense: PreTrainedModel, packed: PreTrainedModel) -> list[dict[str, Any]]:
-    """What opening the layer takes, compressed and in bf16, in turns."""
-    runs: dict[str, list[dict[str, float]]] = {"bf16": [], "packed": []}
+def load_rows(shape: str, dense: PreTrainedModel, packed: dict[int, PreTrainedModel]) -> list[dict[str, Any]]:
+    """What opening the layer takes, in bf16 and compressed, in turns."""
+    models = {16: dense, **packed}
+    runs: dict[int, list[dict[str, float]]] = {bits: [] for bits in models}
     with tempfile.TemporaryDirectory() as folder:
-        directories = {name: Path(folder) / name for name in runs}
-        dense.save_pretrained(directories["bf16"])
-        save_compressed(directories["packed"], packed)
-        sizes = {name: compressed.size_of(directory) for name, directory in directories.items()}
-        for _, name in itertools.product(range(LOADS), runs):
-            command = [sys.executable, HERE / "inference_load.py", directories[name], name]
+        directories = {bits: Path(folder) / str(bits) for bits in models}
+        dense.save_pretrained(directories[16])
+        for bits, model in packed.items():
+            save_compressed(directories[bits], model)
+        sizes = {bits: compressed.size_of(directory) for bits, directory in directories.items()}
+        for _, bits in itertools.product(range(LOADS), models):
+            command = [sys.executable, HERE / "inference_load.py", directories[bits], "bf16" if bits == 16 else "packed"]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            runs[name].append(json.loads(done.stdout))
-    medians = {n: {k: statistics.median(run[k] for run in own) for k in own[0]} for n, own in runs.items()}
+            runs[bits].append(json.loads(done.stdout))
     rows = []
-    for name, model in (("bf16", dense), ("packed", packed)):
-        seconds, own = medians[name].pop("seconds"), medians[name]
-        row = {"part": "layer", "work": "load", "shape": shape, "bits": bits, "backend": name, "threads": 1}
+    for bits, own in runs.items():
+        medians = {key: statistics.median(run[key] for run in own) for key in own[0]}
+        seconds = medians.pop("seconds")
+        row = {"part": "layer", "work": LOAD, "shape": shape, "bits": bits, "backend": "bf16" if bits == 16 else "packed", "threads": 1}
         row |= {"median_s": seconds, "ratio_to_bf16": (rows[0]["median_s"] if rows else seconds) / seconds}
-        rows.append(row | own | {"file_bytes": sizes[name], "weight_bytes": bytes_of(model)})
+        rows.append(row | medians | {"file_bytes": sizes[bits], "weight_bytes": bytes_of(models[bits])})
     return rows
 
 
-def timed(model: PreTrainedModel, part: str, ids: Tensor, experts: str = "eager") -> float:
+def timed(model: PreTrainedModel, part: str, ids: Tensor, experts: str = "eager", activations: str = "exact") -> float:
     model.config._experts_implementation = experts
+    set_activations(model, activations)
     if part == "layer":
         start = time.perf_counter()
         model(ids, use_cache=False, logits_to_keep=1)
@@ -273,49 +278,41 @@ def timed(model: PreTrainedModel, part: str, ids: Tensor, experts: str = "eager"
     return time.perf_counter() - start
 
 
-def compare(shape: str, bits: int, args: argparse.Namespace, dense: PreTrainedModel) -> list[dict[str, Any]]:
-    """All rows of one shape and bit width."""
-    packed = packed_model(dense, bits)
+def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of one shape."""
+    dense = bf16_model(SHAPES[shape])
+    packed = {bits: packed_model(dense, bits) for bits in args.bits}
     wide = dense_in_float32(dense) if args.float32 else None
-    engines = others(shape, bits, args)
-    rows = load_rows(shape, bits, dense, packed) if "load" in args.work else []
+    engines = others(shape, args)
+    rows = load_rows(shape, dense, packed) if LOAD in args.work else []
     for row in rows:
         show(row)
     for threads in args.threads:
         torch.set_num_threads(threads)
         bandwidth, rate = machine_limits()
-        for part, work in itertools.product(args.parts, [work for work in args.work if work != "load"]):
+        for part, work in itertools.product(args.parts, [work for work in args.work if work != LOAD]):
             batch, tokens = WORK[work]
             ids = torch.randint(0, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(0))
-
-            def ours(activations: str, part: str = part, ids: Tensor = ids) -> float:
-                set_activations(packed, activations)
-                return timed(packed, part, ids)
-
-            backends: dict[str, Callable[[], float]] = {
-                f"bf16 {name}": lambda name=name, part=part, ids=ids: timed(dense, part, ids, name)
-                for name in ("eager", "grouped_mm")
-            }
-            if wide is not None:
-                backends |= {
-                    f"fp32 {name}": lambda name=name, part=part, ids=ids: timed(wide, part, ids, name)
-                    for name in ("eager", "grouped_mm")
-                }
-            backends |= {"packed": lambda: ours("exact"), "packed int8": lambda: ours("int8")}
-            backends |= {
-                name: lambda engine=engine, b=batch, t=tokens, n=threads: engine.seconds(b, t, n)
-                for name, (own, engine) in engines.items()
-                if own == part
-            }
+            backends: dict[tuple[str, int], Callable[[], float]] = {}  # by name, bits
+            for name, bits, model in (("bf16", 16, dense), ("fp32", 32, wide)):
+                for experts in ("eager", "grouped_mm") if model is not None else ():
+                    run = functools.partial(timed, model, part, ids, experts=experts)
+                    backends[f"{name} {experts}", bits] = run
+            for bits, model in packed.items():
+                for name, activations in (("packed", "exact"), ("packed int8", "int8")):
+                    backends[name, bits] = functools.partial(timed, model, part, ids, activations=activations)
+            for name, (own, bits, engine) in engines.items():
+                if own == part:
+                    backends[name, bits] = functools.partial(engine.seconds, batch, tokens, threads)
             medians = interleaved(backends, args.rounds * (8 if work == "decode" else 1), args.seconds)
-            bf16 = min(seconds for name, seconds in medians.items() if name.startswith("bf16"))
-            for name, seconds in medians.items():
+            bf16 = min(seconds for (_, bits), seconds in medians.items() if bits == 16)
+            for (name, bits), seconds in medians.items():
                 row = {"part": part, "work": work, "shape": shape, "bits": bits, "backend": name, "threads": threads}
                 row |= {"median_s": seconds, "ratio_to_bf16": bf16 / seconds}
                 if name in engines:
-                    row["weight_bytes"] = engines[name][1].weight_bytes
+                    row["weight_bytes"] = engines[name][2].weight_bytes
                 else:
-                    model = packed if name.startswith("packed") else dense if name.startswith("bf16") else wide
+                    model = {16: dense, 32: wide}.get(bits) or packed[bits]
                     row["weight_bytes"] = bytes_of(weights_of(model, part))
                     reading = used_bytes(model, part, batch * tokens) / bandwidth
                     arithmetic = flops(dense.config, part, batch * tokens) / rate
@@ -323,18 +320,18 @@ def compare(shape: str, bits: int, args: argparse.Namespace, dense: PreTrainedMo
                     row["limit_share"] = max(reading, arithmetic) / seconds
                 rows.append(row)
                 show(row)
-    for _, engine in engines.values():
+    for _, _, engine in engines.values():
         engine.close()
     return rows
 
 
-def interleaved(backends: dict[str, Callable[[], float]], rounds: int, seconds: float) -> dict[str, float]:
+def interleaved(backends: dict[Any, Callable[[], float]], rounds: int, seconds: float) -> dict[Any, float]:
     """Medians of the backends, one call each in turn; the first call warms up and counts only if it is the only one.
 
     Args:
         seconds: after which a backend takes no further turn.
     """
-    times: dict[str, list[float]] = {name: [] for name in backends}
+    times: dict[Any, list[float]] = {name: [] for name in backends}
     for _ in range(rounds + 1):
         for name, run in backends.items():
             if sum(times[name]) < seconds:
@@ -344,7 +341,7 @@ def interleaved(backends: dict[str, Callable[[], float]], rounds: int, seconds: 
 
 def show(row: dict[str, Any]) -> None:
     limit = f"{row['limit_share']:5.0%} of {row['limit']}" if "limit" in row else ""
-    if row["work"] == "load":
+    if row["work"] == LOAD:
         limit = f"{row['resident_bytes'] / 1e6:.0f} MB, peak {row['peak_bytes'] / 1e6:.0f}"
     print(
         f"{row['shape']:12s} {row['part']:6s} {row['work']:8s} {row['bits']} bit {row['threads']} threads "
@@ -361,7 +358,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--parts", nargs="+", choices=["moe", "layer"], default=["moe", "layer"])
-    parser.add_argument("--work", nargs="+", choices=[*WORK, "load"], default=[*WORK, "load"])
+    parser.add_argument("--work", nargs="+", choices=[*WORK, LOAD], default=[*WORK, LOAD])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7, help="of every backend (decode: 8 times as many)")
     parser.add_argument("--seconds", type=float, default=60, help="after which a backend takes no more turns in a row")
@@ -372,11 +369,9 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:
-        dense = bf16_model(SHAPES[shape])
-        for bits in args.bits:
-            rows += compare(shape, bits, args, dense)
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1))
+        rows += compare(shape, args)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

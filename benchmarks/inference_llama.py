@@ -2,7 +2,8 @@
 
 Writes a GGUF model of one layer of the asked shape and format (random codes, so that tokens differ and select different
 experts; fixed scales), loads it, prints the layer's weight bytes, and then answers each line `batch tokens threads` on
-standard input with the seconds of one llama_decode.
+standard input with the seconds of one llama_decode. It asks for the logits of every token: llama.cpp leaves tokens
+without logits out of the last layer's experts, and this model's last layer is its only one.
 """
 
 import ctypes
@@ -92,7 +93,7 @@ def write_model(path: Path, config: dict, name: str) -> int:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    path = Path(job["directory"]) / "layer.gguf"
+    path = Path(job["directory"]) / f"layer-{job['format']}.gguf"
     size = write_model(path, job["config"], job["format"])
     quiet = llama.llama_log_callback(lambda *_: None)  # kept: llama.cpp calls it for as long as it runs
     llama.llama_log_set(quiet, ctypes.c_void_p(0))
@@ -114,7 +115,7 @@ def main() -> None:
         for i in range(sequences * tokens):
             batch.token[i] = int(generator.integers(job["config"]["vocab_size"]))
             batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = i % tokens, 1, i // tokens
-            batch.logits[i] = i % tokens == tokens - 1
+            batch.logits[i] = 1
         llama.llama_set_n_threads(context, threads, threads)
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
         start = time.perf_counter()

@@ -13,8 +13,10 @@
 // lane's upper end (a multiplication), shift all down. Lanes behind a segment's end hold codes of its neighbour, which
 // meet zeros.
 //
-// Few tokens: a row's codes meet the tokens lane by lane (inputs lie in the lanes). Many tokens: the codes of 2 x 16
-// rows are transposed into a tile (outputs lie in the lanes) and every token passes over the tile.
+// Few tokens: a row's codes meet the tokens lane by lane (inputs lie in the lanes). Codes of up to 4 bits become bytes
+// there, 64 at once, those of even inputs and those of odd ones; a 16-bit input is 256 times one signed byte and another.
+// Many tokens: the codes of 2 x 16 rows are transposed into a tile (outputs lie in the lanes) and every token passes over
+// the tile.
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -30,22 +32,28 @@ enum Form { FLOATS, WORDS, BYTES };
 
 constexpr int64_t FEW = 3;     // tokens up to which codes are not transposed
 constexpr int64_t BLOCK = 4;   // tokens whose sums over half a tile stay in registers
-constexpr int64_t SLACK = 16;  // bytes that one load may read, wanted or not
+constexpr int64_t FRONT = 4, SLACK = 32;  // bytes before and behind a row that loads may read, wanted or not
 constexpr int64_t AHEAD = 2048;  // bytes that are fetched before they are used
 
 // --- prepared tokens ------------------------------------------------------------------------------------------------
-// FLOATS: inputs, segments padded with zeros. WORDS: the same as int16, then per segment the scale and the sum. BYTES:
-// int8 in the order of `order`, then what WORDS have.
+// FLOATS: inputs, segments padded with zeros. WORDS: the same as int16, then per segment the scale and the sum, then the
+// bytes that few tokens need (upper ones, lower ones; of 64 inputs the even, then the odd), then per group sum * scale
+// (`terms_at`). BYTES: int8 in the order of `order`, then what WORDS have, without lower bytes.
 
 static inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static inline int64_t words_at(const Segments& s, Form form) { return form == BYTES ? s.padded() : 0; }
 static inline int64_t scales_at(const Segments& s, Form form) { return words_at(s, form) + s.padded() * 2; }
 static inline int64_t sums_at(const Segments& s, Form form) { return scales_at(s, form) + lines(s.count * 4); }
 
+static inline int64_t bytes_at(const Segments& s, Form form) { return sums_at(s, form) + lines(s.count * 4); }
+static inline int64_t terms_at(const Segments& s, Form form) {
+  return bytes_at(s, form) + s.padded() * (form == BYTES ? 1 : 2);
+}
+
 template <Form form>
 static int64_t token_bytes(const Segments& s) {
   if (form == FLOATS) return s.padded() * 4;
-  return sums_at(s, form) + lines(s.count * 4);
+  return terms_at(s, form) + lines((s.cols / s.group + 8) * 4);
 }
 
 static void prepare_floats(const float* x, const Segments& s, uint8_t* prepared) {
@@ -60,9 +68,45 @@ static void prepare_floats(const float* x, const Segments& s, uint8_t* prepared)
 // Where byte i of 32 goes: two vectors of 16-bit codes are packed to bytes lane by lane.
 static inline int64_t order(int64_t i) { return (i & ~31) | (i & 7) | (i & 8) << 1 | (i & 16) >> 1; }
 
+// Four times eight doublewords as bytes.
+WITH_AVX2 static inline __m256i narrow(const __m256i v[4]) {
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+// The last two parts of a token, from the first.
+template <Form form>
+WITH_AVX2 static void split(const Segments& s, uint8_t* prepared) {
+  const int16_t* words = (const int16_t*)(prepared + words_at(s, form));
+  const float *scales = (const float*)(prepared + scales_at(s, form)), *sums = (const float*)(prepared + sums_at(s, form));
+  int8_t *upper = (int8_t*)(prepared + bytes_at(s, form)), *lower = upper + s.padded();
+  for (int64_t at = 0; at < s.padded(); at += CHUNK) {
+    for (int odd = 0; odd < 2; odd++) {
+      __m256i high[4], low[4];  // of 16 words: their bytes as doublewords
+      for (int i = 0; i < 4; i++) {
+        const __m256i two = _mm256_load_si256((const __m256i*)(words + at) + i);
+        const __m256i word = _mm256_srai_epi32(odd ? two : _mm256_slli_epi32(two, 16), 16);
+        high[i] = form == BYTES ? word : _mm256_srai_epi32(_mm256_add_epi32(word, _mm256_set1_epi32(128)), 8);
+        low[i] = _mm256_sub_epi32(word, _mm256_slli_epi32(high[i], 8));
+      }
+      _mm256_store_si256((__m256i*)(upper + at) + odd, narrow(high));
+      if (form == WORDS) _mm256_store_si256((__m256i*)(lower + at) + odd, narrow(low));
+    }
+  }
+  // eight groups at once; the last eight of a row overlap, with zeros for what came before
+  float* terms = (float*)(prepared + terms_at(s, form));
+  const int64_t groups = s.count / s.per_group, whole = groups / 8 * 8;
+  if (whole < groups) std::memset(terms + whole, 0, 8 * sizeof(float));
+  for (int64_t g = 0; g < groups; g++) {
+    float term = 0;
+    for (int64_t i = g * s.per_group; i < (g + 1) * s.per_group; i++) term += scales[i] * sums[i];
+    terms[g < whole ? g : whole + 8 - groups + g] = term;
+  }
+}
+
 template <Form form>
 WITH_AVX2 static void prepare(const float* x, const Segments& s, uint8_t* prepared) {
-  constexpr float most = form == BYTES ? 127 : 32767;
+  constexpr float most = form == BYTES ? 127 : 127 * 256;
   const int64_t padded = s.chunks * CHUNK;
   int16_t* out = (int16_t*)(prepared + words_at(s, form));
   float *scales = (float*)(prepared + scales_at(s, form)), *sums = (float*)(prepared + sums_at(s, form));
@@ -95,6 +139,7 @@ WITH_AVX2 static void prepare(const float* x, const Segments& s, uint8_t* prepar
       _mm_storel_epi64((__m128i*)(bytes + order(k)), _mm_packs_epi16(_mm_loadu_si128((const __m128i*)(out + k)),
                                                                      _mm_setzero_si128()));
   }
+  split<form>(s, prepared);
 }
 
 // --- codes ----------------------------------------------------------------------------------------------------------
@@ -129,49 +174,55 @@ struct Unpacker {
   }
 };
 
-// 32 codes of up to 4 bits as bytes, in the order of `order`. Two neighbours go together: their bits to the upper end of
-// a lane of 16, then each to its byte.
+// 64 codes of up to 4 bits as bytes: those of even inputs, those of odd ones. Pairs of codes come to the lower end of
+// each byte; of 3 bits, first four codes to the upper end of each lane of 16 bits.
 template <int bits>
 struct ByteUnpacker {
-  __m256i spread, shift, low, high;
+  __m256i spread, shift, mask, upper;
 
   struct Tables {
     alignas(32) uint8_t spread[32] = {};
-    alignas(32) uint16_t shift[16] = {};
     constexpr Tables() {
       for (int i = 0; i < 16; i++) {
-        const int pair = (i & 3) + (i & 4) * 2 + (i & 8) / 2, first = pair * 2 * bits / 8, offset = pair * 2 * bits % 8;
-        spread[2 * i] = uint8_t(first);
-        spread[2 * i + 1] = uint8_t(offset + 2 * bits > 8 ? first + 1 : 0x80);
-        shift[i] = uint16_t(1u << (16 - 2 * bits - offset));
+        const int first = i % 8 / 2 * 3 + i % 2 + (i < 8 ? FRONT : 0);  // the upper lane begins with its own
+        spread[2 * i] = uint8_t(first), spread[2 * i + 1] = uint8_t(first + 1);
       }
     }
   };
 
   WITH_AVX2 ByteUnpacker() {
-    static_assert(bits <= 4);
+    static_assert(bits >= 2 && bits <= 4);
     static constexpr Tables tables;
     spread = _mm256_load_si256((const __m256i*)tables.spread);
-    shift = _mm256_load_si256((const __m256i*)tables.shift);
-    low = _mm256_set1_epi16((1 << bits) - 1), high = _mm256_slli_epi16(low, 8);
+    shift = _mm256_set1_epi32(1 << 16 | 16);
+    mask = _mm256_set1_epi8((1 << bits) - 1), upper = _mm256_set1_epi16(int16_t(0xff00));
   }
 
-  // From 4 * bits bytes, of which SLACK are read.
-  WITH_AVX2 inline __m256i operator()(const uint8_t* codes) const {
-    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)codes));
-    const __m256i pairs = _mm256_mullo_epi16(_mm256_shuffle_epi8(both, spread), shift);
-    return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(pairs, 16 - 2 * bits), low),
-                           _mm256_and_si256(_mm256_srli_epi16(pairs, 8 - bits), high));
+  WITH_AVX2 inline void operator()(const uint8_t* codes, __m256i& even, __m256i& odd) const {
+    __m256i pairs;
+    if constexpr (bits == 2) {
+      const __m256i four = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)codes));
+      pairs = _mm256_or_si256(four, _mm256_slli_epi16(four, 4));
+    } else if constexpr (bits == 3) {
+      const __m256i both = _mm256_loadu_si256((const __m256i*)(codes - FRONT));
+      const __m256i four = _mm256_mullo_epi16(_mm256_shuffle_epi8(both, spread), shift);
+      pairs = _mm256_blendv_epi8(_mm256_srli_epi16(four, 4), _mm256_srli_epi16(four, 2), upper);
+    } else {
+      pairs = _mm256_loadu_si256((const __m256i*)codes);
+    }
+    even = _mm256_and_si256(pairs, mask), odd = _mm256_and_si256(_mm256_srli_epi16(pairs, bits), mask);
   }
 };
 
-// A row's codes, with SLACK bytes behind them: of the last rows a copy at `copy`.
+// A row's codes, with FRONT bytes before and SLACK behind them: of the first and last rows a copy at `copy`.
 static inline const uint8_t* row_codes(const Packed& p, int64_t row, uint8_t* copy) {
   const int64_t bytes = p.row_bytes();
-  if ((p.rows - 1 - row) * bytes >= SLACK) return p.codes + row * bytes;
-  std::memcpy(copy, p.codes + row * bytes, size_t(bytes));
-  return copy;
+  if (row * bytes >= FRONT && (p.rows - 1 - row) * bytes >= SLACK) return p.codes + row * bytes;
+  std::memcpy(copy + FRONT, p.codes + row * bytes, size_t(bytes));
+  return copy + FRONT;
 }
+// Bytes of such a copy.
+static inline int64_t copy_bytes(const Packed& p) { return FRONT + p.row_bytes() + SLACK; }
 
 WITH_AVX2 static inline float half(const uint16_t* h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*h))); }
 
@@ -207,26 +258,113 @@ WITH_AVX2 static inline float add_lanes(__m256 v) {
 
 // --- few tokens: inputs in the lanes --------------------------------------------------------------------------------
 
-// Sums of codes times inputs, less zero points times the sums of the inputs: integers, exact (8 bits could overflow one
-// lane, so there zero points are subtracted from the codes).
+// Codes of up to 4 bits: integers, exact within a group. Zero points are taken off once a row, through `terms`.
 //
-// Row r of both halves goes together. `input` is how tokens were prepared, `form` how they are multiplied: the same, or
-// BYTES and WORDS. `all`: the inputs of every segment, 0 where they differ or the compiler need not know.
+// Row r of both halves goes together. `all`: the inputs of every segment, 0 where they differ or the compiler need not
+// know.
+template <int bits, Form form, int64_t M, int64_t all>
+WITH_AVX2 static void few_bytes(const Packed& p, const Segments& s, const uint8_t* const* tokens, const Rows& rows,
+                                float* out) {
+  constexpr int64_t parts = form == WORDS ? 2 : 1;  // bytes of an input
+  const ByteUnpacker<bits> unpack;
+  const int64_t groups = p.groups(), padded = s.chunks * CHUNK, count = s.count, lower = s.padded();
+  float* scales = (float*)scratch(SCALES, size_t(2 * (copy_bytes(p) + (groups + M * count + 16) * 4)));
+  float* own = scales + groups + 8;  // [2, M, count] scale of the weight times that of the token
+  uint8_t* copies = (uint8_t*)(own + 2 * M * count + 8);
+  const int8_t* x[M];
+  const float *x_scale[M], *x_term[M];
+  for (int64_t m = 0; m < M; m++) {
+    x[m] = (const int8_t*)tokens[m] + bytes_at(s, form);
+    x_scale[m] = (const float*)(tokens[m] + scales_at(s, form));
+    x_term[m] = (const float*)(tokens[m] + terms_at(s, form));
+  }
+  const __m256i ones = _mm256_set1_epi16(1), places = _mm256_set1_epi16(256);
+  const bool vectors = s.per_group == 1 && groups >= 8;
+  for (int64_t r = 0; r < rows.valid[0]; r++) {
+    const int64_t row[2] = {rows.first[0] + r, rows.first[r < rows.valid[1] ? 1 : 0] + r};
+    const uint8_t* codes[2] = {row_codes(p, row[0], copies), row_codes(p, row[1], copies + copy_bytes(p))};
+    __m256 total[2][M];
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < 2; j++) {
+      const uint16_t* scale = p.scale + row[j] * groups;
+      const uint8_t* zero = p.zero + row[j] * groups;
+      for (int64_t m = 0; m < M; m++) total[j][m] = _mm256_setzero_ps();
+      if (vectors) {
+        for (int64_t g = 0, term = 0; g < groups; g += 8, term += 8) {
+          if (g + 8 > groups) g = groups - 8;
+          const __m256 step = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(scale + g)));
+          const __m256 offset = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(zero + g))));
+          for (int64_t m = 0; m < M; m++) {
+            _mm256_storeu_ps(own + (j * M + m) * count + g, _mm256_mul_ps(step, _mm256_loadu_ps(x_scale[m] + g)));
+            total[j][m] = _mm256_fnmadd_ps(_mm256_mul_ps(step, offset), _mm256_load_ps(x_term[m] + term), total[j][m]);
+          }
+        }
+      } else {
+        const int64_t whole = groups / 8 * 8, last = 8 - groups + whole;
+        read_halves(scale, groups, scales);
+        for (int64_t m = 0; m < M; m++) {
+          float sum = 0;
+          for (int64_t g = 0; g < groups; g++) sum -= scales[g] * zero[g] * x_term[m][g < whole ? g : g + last];
+          total[j][m] = _mm256_setr_ps(sum, 0, 0, 0, 0, 0, 0, 0);
+          for (int64_t i = 0; i < count; i++) own[(j * M + m) * count + i] = scales[i / s.per_group] * x_scale[m][i];
+        }
+      }
+    }
+    for (int64_t i = 0, at = 0; i < count; i++, at += padded) {
+      const int64_t n = all ? all : s.size(i);
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < 2; j++) {
+        const uint8_t* from = codes[j];
+        codes[j] += n / 8 * bits;
+        for (int64_t byte = 0; byte < n / 8 * bits; byte += 64)
+          _mm_prefetch((const char*)from + AHEAD + byte, _MM_HINT_T0);
+        __m256i sum[M][parts];
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < n; k += CHUNK, from += CHUNK / 8 * bits) {
+          __m256i even, odd;
+          unpack(from, even, odd);
+          for (int64_t m = 0; m < M; m++) {
+#pragma GCC unroll 2
+            for (int64_t b = 0; b < parts; b++) {
+              const __m256i* place = (const __m256i*)(x[m] + b * lower + at + k);
+              const __m256i first = _mm256_maddubs_epi16(even, _mm256_load_si256(place));
+              if (k == 0)
+                sum[m][b] = first;
+              else
+                add16(sum[m][b], first);
+              add16(sum[m][b], _mm256_maddubs_epi16(odd, _mm256_load_si256(place + 1)));
+            }
+          }
+        }
+        for (int64_t m = 0; m < M; m++) {
+          __m256i whole = _mm256_madd_epi16(sum[m][0], form == WORDS ? places : ones);
+          if (form == WORDS) whole = _mm256_add_epi32(whole, _mm256_madd_epi16(sum[m][parts - 1], ones));
+          const __m256 weight = _mm256_broadcast_ss(own + (j * M + m) * count + i);
+          total[j][m] = _mm256_fmadd_ps(weight, _mm256_cvtepi32_ps(whole), total[j][m]);
+        }
+      }
+    }
+    for (int64_t m = 0; m < M; m++) {
+      out[m * 2 * TILE + r] = add_lanes(total[0][m]);
+      if (r < rows.valid[1]) out[(m * 2 + 1) * TILE + r] = add_lanes(total[1][m]);
+    }
+  }
+}
+
+// FLOATS, and WORDS that meet wider codes: zero points are subtracted from the codes, or (up to 7 bits, integers) taken
+// off through the sums of the inputs. `input` is how tokens were prepared: as `form`, or BYTES.
 template <int bits, Form form, int64_t M, int64_t all>
 WITH_AVX2 static void few_rows(const Packed& p, const Segments& s, Form input, const uint8_t* const* tokens,
                                const Rows& rows, float* out) {
-  constexpr int64_t wide = form == BYTES ? 32 : 16;
   constexpr bool subtract = form == FLOATS || bits == 8;
   const Unpacker<bits> unpack;
-  const ByteUnpacker<form == BYTES ? bits : 2> unpack_bytes;
-  const int64_t groups = p.groups(), row_bytes = p.row_bytes(), padded = s.chunks * CHUNK, count = s.count;
-  const int64_t per_group = s.per_group;
-  float* scales = (float*)scratch(SCALES, size_t(2 * (row_bytes + SLACK + groups * 4)));
+  const int64_t groups = p.groups(), padded = s.chunks * CHUNK, count = s.count, per_group = s.per_group;
+  float* scales = (float*)scratch(SCALES, size_t(2 * (copy_bytes(p) + groups * 4)));
   uint8_t* copies = (uint8_t*)(scales + 2 * groups);
   const uint8_t* x[M];
   const float *x_scale[M], *x_sum[M];
   for (int64_t m = 0; m < M; m++) {
-    x[m] = tokens[m] + (form == BYTES ? 0 : words_at(s, input));
+    x[m] = tokens[m] + words_at(s, input);
     x_scale[m] = (const float*)(tokens[m] + scales_at(s, input));
     x_sum[m] = (const float*)(tokens[m] + sums_at(s, input));
   }
@@ -236,7 +374,7 @@ WITH_AVX2 static void few_rows(const Packed& p, const Segments& s, Form input, c
     __m256 total[2][M];
     for (int64_t j = 0; j < 2; j++) {
       const int64_t row = rows.first[j < halves ? j : 0] + r;
-      codes[j] = row_codes(p, row, copies + j * (row_bytes + SLACK));
+      codes[j] = row_codes(p, row, copies + j * copy_bytes(p));
       zero[j] = p.zero + row * groups;
       read_halves(p.scale + row * groups, groups, scales + j * groups);
       for (int64_t m = 0; m < M; m++) total[j][m] = _mm256_setzero_ps();
@@ -251,22 +389,16 @@ WITH_AVX2 static void few_rows(const Packed& p, const Segments& s, Form input, c
         const __m256i z = _mm256_set1_epi16(zero[j][g]);
         const uint8_t* from = codes[j];
         codes[j] += n / 8 * bits;
-        __m256i sum[M], part16[M];
+        __m256i sum[M];
         __m256 sums[M];
         for (int64_t m = 0; m < M; m++) {
           sum[m] = _mm256_setr_epi32(-int32_t(zero[j][g]) * own_sum[m], 0, 0, 0, 0, 0, 0, 0);
-          part16[m] = _mm256_setzero_si256(), sums[m] = _mm256_setzero_ps();
+          sums[m] = _mm256_setzero_ps();
         }
         for (int64_t byte = 0; byte < n / 8 * bits; byte += 64)
           _mm_prefetch((const char*)from + AHEAD + byte, _MM_HINT_T0);
 #pragma GCC unroll 8
-        for (int64_t k = 0; k < n; k += wide, from += wide / 8 * bits) {
-          if constexpr (form == BYTES) {
-            const __m256i bytes = unpack_bytes(from);
-            for (int64_t m = 0; m < M; m++)
-              add16(part16[m], _mm256_maddubs_epi16(bytes, _mm256_load_si256((const __m256i*)(x[m] + at + k))));
-            continue;
-          }
+        for (int64_t k = 0; k < n; k += 16, from += 2 * bits) {
           __m256i steps = unpack(from);
           if (subtract) steps = _mm256_sub_epi16(steps, z);
           if constexpr (form == FLOATS) {
@@ -285,8 +417,6 @@ WITH_AVX2 static void few_rows(const Packed& p, const Segments& s, Form input, c
         }
         const float own = scales[j * groups + g];
         for (int64_t m = 0; m < M; m++) {
-          if (form == BYTES)
-            sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(part16[m], _mm256_set1_epi16(1)));
           const __m256 value = form == FLOATS ? sums[m] : _mm256_cvtepi32_ps(sum[m]);
           const __m256 weight = _mm256_set1_ps(form == FLOATS ? own : own * x_scale[m][i]);
           total[j][m] = _mm256_fmadd_ps(weight, value, total[j][m]);
@@ -302,6 +432,10 @@ WITH_AVX2 static void few_rows(const Packed& p, const Segments& s, Form input, c
 template <int bits, Form form, int64_t M>
 static void few(const Packed& p, const Segments& s, Form input, const uint8_t* const* tokens, const Rows& rows,
                 float* out) {
+  if constexpr (form != FLOATS && bits <= 4) {
+    if (s.group == 128) return few_bytes<bits, form, M, 128>(p, s, tokens, rows, out);
+    return few_bytes<bits, form, M, 0>(p, s, tokens, rows, out);
+  }
   if (s.group == 128) return few_rows<bits, form, M, 128>(p, s, input, tokens, rows, out);
   return few_rows<bits, form, M, 0>(p, s, input, tokens, rows, out);
 }
@@ -424,14 +558,14 @@ WITH_AVX2 static void many(const Packed& p, const Segments& s, const uint8_t* co
   const Unpacker<bits> unpack;
   const int64_t groups = p.groups(), row_bytes = p.row_bytes(), bytes = s.chunks * CHUNK * size;
   const int64_t x_at = input == BYTES && form == WORDS ? words_at(s, input) : 0;
-  uint8_t* copies = scratch(SCALES, size_t(2 * TILE * (row_bytes + SLACK)));
+  uint8_t* copies = scratch(SCALES, size_t(2 * TILE * copy_bytes(p)));
   alignas(64) __m256i tile[2][MAX_SEGMENT / 4 * size * 2];
   float scale[2][TILE], zero[2][TILE];
   uint8_t zeros[2][TILE];
   const uint8_t* codes[2][TILE];
   for (int h = 0; h < 2; h++)
     for (int64_t r = 0; r < TILE; r++)
-      codes[h][r] = r < rows.valid[h] ? row_codes(p, rows.first[h] + r, copies + (h * TILE + r) * (row_bytes + SLACK))
+      codes[h][r] = r < rows.valid[h] ? row_codes(p, rows.first[h] + r, copies + (h * TILE + r) * copy_bytes(p))
                                       : codes[0][0];
   std::memset(out, 0, size_t(M) * 2 * TILE * 4);
   for (int64_t i = 0; i < s.count; i++) {
