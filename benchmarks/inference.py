@@ -243,7 +243,7 @@ def save_compressed(directory: Path, model: PreTrainedModel) -> None:
 
 def load_rows(shape: str, dense: PreTrainedModel, packed: dict[int, PreTrainedModel]) -> list[dict[str, Any]]:
     """What opening the layer takes, in bf16 and compressed, in turns."""
-    models = {16: dense, **packed}
+    models, names = {16: dense, **packed}, {16: "bf16"}
     runs: dict[int, list[dict[str, float]]] = {bits: [] for bits in models}
     with tempfile.TemporaryDirectory() as folder:
         directories = {bits: Path(folder) / str(bits) for bits in models}
@@ -252,14 +252,26 @@ def load_rows(shape: str, dense: PreTrainedModel, packed: dict[int, PreTrainedMo
             save_compressed(directories[bits], model)
         sizes = {bits: compressed.size_of(directory) for bits, directory in directories.items()}
         for _, bits in itertools.product(range(LOADS), models):
-            command = [sys.executable, HERE / "inference_load.py", directories[bits], "bf16" if bits == 16 else "packed"]
+            command = [
+                sys.executable,
+                HERE / "inference_load.py",
+                directories[bits],
+                "bf16" if bits == 16 else "packed",
+            ]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             runs[bits].append(json.loads(done.stdout))
     rows = []
     for bits, own in runs.items():
         medians = {key: statistics.median(run[key] for run in own) for key in own[0]}
         seconds = medians.pop("seconds")
-        row = {"part": "layer", "work": LOAD, "shape": shape, "bits": bits, "backend": "bf16" if bits == 16 else "packed", "threads": 1}
+        row = {
+            "part": "layer",
+            "work": LOAD,
+            "shape": shape,
+            "bits": bits,
+            "backend": "bf16" if bits == 16 else "packed",
+            "threads": 1,
+        }
         row |= {"median_s": seconds, "ratio_to_bf16": (rows[0]["median_s"] if rows else seconds) / seconds}
         rows.append(row | medians | {"file_bytes": sizes[bits], "weight_bytes": bytes_of(models[bits])})
     return rows
