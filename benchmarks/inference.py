@@ -6,12 +6,12 @@
 A model of one layer with random weights and a small vocabulary. Parts: `moe` is its MoE block (router, routed and
 shared experts) given hidden states; `layer` the whole model (attention, MoE block, a small head) given tokens, without
 a cache. Work: `decode` is 1x1, `prefill` 1x512, `batch` 4x512 (batch x tokens). Backends take turns, one call each, in
-every round; a row has the median over the rounds. They are transformers' `eager` and `grouped_mm` in bf16 (with
---float32 also in float32, which CPUs without bf16 instructions prefer), this package with bf16 and with `int8`
-activations, with --llama-cpp DIR (layer only) llama.cpp at its nearest format, and with --onnxruntime DIR (moe only)
-ONNX Runtime at 4 bit, with and without rounded activations; both in environments of their own that are made under DIR
-(the former compiles llama.cpp: some minutes). `load` opens the layer's directory, compressed or bf16, in fresh
-processes (Linux).
+every round, those of all widths together; a row has the median over the rounds. They are transformers' `eager` and
+`grouped_mm` (where a call takes long, only the former) in bf16 (with --float32 also in float32, which CPUs without bf16
+instructions prefer), this package with bf16 and with `int8` activations, with --llama-cpp DIR (layer only) llama.cpp at
+its nearest format, and with --onnxruntime DIR (moe only) ONNX Runtime at 4 bit, with and without rounded activations;
+both in environments of their own that are made under DIR (the former compiles llama.cpp: some minutes). `load` opens
+the layer's directory, compressed or bf16, in fresh processes (Linux).
 
 Rows: part, work, shape, bits, backend, threads, median_s, ratio_to_bf16 (against the faster bf16 backend at the same
 work), limit and limit_share (how much is reached of the machine's reading bandwidth or product rate, the better of bf16
@@ -48,7 +48,9 @@ from eacmoe_lightning.store import write_json
 HERE = Path(__file__).resolve().parent
 VOCABULARY, GROUP_SIZE, ATTENTION_BITS = 512, 128, 4
 WORK = {"decode": (1, 1), "prefill": (1, 512), "batch": (4, 512)}
-LOAD, LOADS = "load", 3  # fresh processes for each `load` row
+PARTS = {"decode": ("moe", "layer"), "prefill": ("moe", "layer"), "batch": ("layer",)}  # measured by default
+LOAD, LOADS = "load", 2  # fresh processes for each `load` row
+LONG = 30  # seconds of a bf16 call, by the machine's product rate, from which `grouped_mm` is left out
 COMMON = {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
 SHAPES: dict[str, Any] = {
     "qwen1.5-moe": Qwen2MoeConfig(
@@ -158,12 +160,12 @@ def best_of(action: Callable[[], object], rounds: int = 5) -> float:
     return min(times)
 
 
-def machine_limits() -> tuple[float, float]:
-    """Bytes per second that reading 512 MB reaches, and flop per second of a 1024^3 product in bf16 or float32."""
+def machine_limits() -> tuple[float, float, float]:
+    """Bytes per second that reading 512 MB reaches; flop per second of a 1024^3 product in bf16, and in float32."""
     block = torch.ones(2**28, dtype=torch.bfloat16).view(torch.int64)
     squares = [torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
-    seconds = min(best_of(lambda square=square: square @ square) for square in squares)
-    return block.nbytes / best_of(block.sum), 2 * 1024**3 / seconds
+    rates = (2 * 1024**3 / best_of(lambda square=square: square @ square) for square in squares)
+    return block.nbytes / best_of(block.sum), *rates
 
 
 class Other:
@@ -207,12 +209,12 @@ class Other:
 def others(shape: str, args: argparse.Namespace) -> dict[str, tuple[str, int, Other]]:
     """The part that each of the other engines computes, its bits, and the engine, by name."""
     config, found = SHAPES[shape].to_dict(), {}
-    if args.llama_cpp and "layer" in args.parts:
+    if args.llama_cpp and (not args.parts or "layer" in args.parts):
         for bits in sorted(LLAMA_FORMATS.keys() & set(args.bits)):
             job = {"config": config, "format": LLAMA_FORMATS[bits]}
             engine = Other(args.llama_cpp, LLAMA_PACKAGES, "inference_llama.py", job)
             found[f"llama.cpp {LLAMA_FORMATS[bits]}"] = "layer", bits, engine
-    if args.onnxruntime and "moe" in args.parts:
+    if args.onnxruntime and (not args.parts or "moe" in args.parts):
         for level, activations in ((0, ""), (4, " int8")):
             job = {"config": config, "bits": ONNX_BITS, "level": level}
             engine = Other(args.onnxruntime, ONNX_PACKAGES, "inference_onnx.py", job)
@@ -243,7 +245,7 @@ def save_compressed(directory: Path, model: PreTrainedModel) -> None:
 
 def load_rows(shape: str, dense: PreTrainedModel, packed: dict[int, PreTrainedModel]) -> list[dict[str, Any]]:
     """What opening the layer takes, in bf16 and compressed, in turns."""
-    models, names = {16: dense, **packed}, {16: "bf16"}
+    models, names = {16: dense, **packed}, {16: "bf16"} | dict.fromkeys(packed, "packed")
     runs: dict[int, list[dict[str, float]]] = {bits: [] for bits in models}
     with tempfile.TemporaryDirectory() as folder:
         directories = {bits: Path(folder) / str(bits) for bits in models}
@@ -252,26 +254,14 @@ def load_rows(shape: str, dense: PreTrainedModel, packed: dict[int, PreTrainedMo
             save_compressed(directories[bits], model)
         sizes = {bits: compressed.size_of(directory) for bits, directory in directories.items()}
         for _, bits in itertools.product(range(LOADS), models):
-            command = [
-                sys.executable,
-                HERE / "inference_load.py",
-                directories[bits],
-                "bf16" if bits == 16 else "packed",
-            ]
+            command = [sys.executable, HERE / "inference_load.py", directories[bits], names[bits]]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             runs[bits].append(json.loads(done.stdout))
     rows = []
     for bits, own in runs.items():
         medians = {key: statistics.median(run[key] for run in own) for key in own[0]}
         seconds = medians.pop("seconds")
-        row = {
-            "part": "layer",
-            "work": LOAD,
-            "shape": shape,
-            "bits": bits,
-            "backend": "bf16" if bits == 16 else "packed",
-            "threads": 1,
-        }
+        row = {"part": "layer", "work": LOAD, "shape": shape, "bits": bits, "backend": names[bits], "threads": 1}
         row |= {"median_s": seconds, "ratio_to_bf16": (rows[0]["median_s"] if rows else seconds) / seconds}
         rows.append(row | medians | {"file_bytes": sizes[bits], "weight_bytes": bytes_of(models[bits])})
     return rows
@@ -301,13 +291,16 @@ def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         show(row)
     for threads in args.threads:
         torch.set_num_threads(threads)
-        bandwidth, rate = machine_limits()
-        for part, work in itertools.product(args.parts, [work for work in args.work if work != LOAD]):
+        bandwidth, bf16_rate, float_rate = machine_limits()
+        cells = [(part, work) for work in args.work if work != LOAD for part in args.parts or PARTS[work]]
+        for part, work in cells:
             batch, tokens = WORK[work]
+            operations = flops(dense.config, part, batch * tokens)
+            long = operations / bf16_rate > LONG
             ids = torch.randint(0, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(0))
             backends: dict[tuple[str, int], Callable[[], float]] = {}  # by name, bits
             for name, bits, model in (("bf16", 16, dense), ("fp32", 32, wide)):
-                for experts in ("eager", "grouped_mm") if model is not None else ():
+                for experts in () if model is None else ("eager",) if long else ("eager", "grouped_mm"):
                     run = functools.partial(timed, model, part, ids, experts=experts)
                     backends[f"{name} {experts}", bits] = run
             for bits, model in packed.items():
@@ -327,7 +320,7 @@ def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                     model = {16: dense, 32: wide}.get(bits) or packed[bits]
                     row["weight_bytes"] = bytes_of(weights_of(model, part))
                     reading = used_bytes(model, part, batch * tokens) / bandwidth
-                    arithmetic = flops(dense.config, part, batch * tokens) / rate
+                    arithmetic = operations / max(bf16_rate, float_rate)
                     row["limit"] = "bandwidth" if reading > arithmetic else "arithmetic"
                     row["limit_share"] = max(reading, arithmetic) / seconds
                 rows.append(row)
@@ -368,12 +361,12 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
-    parser.add_argument("--parts", nargs="+", choices=["moe", "layer"], default=["moe", "layer"])
+    parser.add_argument("--bits", nargs="+", type=int, default=[3, 4])
+    parser.add_argument("--parts", nargs="+", choices=["moe", "layer"], help="default: moe not at `batch`")
     parser.add_argument("--work", nargs="+", choices=[*WORK, LOAD], default=[*WORK, LOAD])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7, help="of every backend (decode: 8 times as many)")
-    parser.add_argument("--seconds", type=float, default=60, help="after which a backend takes no more turns in a row")
+    parser.add_argument("--seconds", type=float, default=5, help="after which a backend takes no more turns in a row")
     parser.add_argument("--float32", action="store_true", help="measure transformers in float32 too")
     parser.add_argument("--llama-cpp", type=Path, help="directory for llama.cpp's environment and models")
     parser.add_argument("--onnxruntime", type=Path, help="directory for ONNX Runtime's environment and model")

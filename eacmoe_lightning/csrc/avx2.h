@@ -312,33 +312,39 @@ WITH_AVX2 static void few_bytes(const Packed& p, const Segments& s, const uint8_
     }
     for (int64_t i = 0, at = 0; i < count; i++, at += padded) {
       const int64_t n = all ? all : s.size(i);
-#pragma GCC unroll 2
-      for (int64_t j = 0; j < 2; j++) {
-        const uint8_t* from = codes[j];
-        codes[j] += n / 8 * bits;
-        for (int64_t byte = 0; byte < n / 8 * bits; byte += 64)
-          _mm_prefetch((const char*)from + AHEAD + byte, _MM_HINT_T0);
-        __m256i sum[M][parts];
+      for (int64_t byte = 0; byte < n / 8 * bits; byte += 64) {
+        _mm_prefetch((const char*)codes[0] + AHEAD + byte, _MM_HINT_T0);
+        _mm_prefetch((const char*)codes[1] + AHEAD + byte, _MM_HINT_T0);
+      }
+      __m256i sum[2][M][parts];
 #pragma GCC unroll 4
-        for (int64_t k = 0; k < n; k += CHUNK, from += CHUNK / 8 * bits) {
-          __m256i even, odd;
-          unpack(from, even, odd);
-          for (int64_t m = 0; m < M; m++) {
+      for (int64_t k = 0; k < n; k += CHUNK) {
+        __m256i even[2], odd[2];
+        unpack(codes[0] + k / 8 * bits, even[0], odd[0]);
+        unpack(codes[1] + k / 8 * bits, even[1], odd[1]);
+        for (int64_t m = 0; m < M; m++) {
 #pragma GCC unroll 2
-            for (int64_t b = 0; b < parts; b++) {
-              const __m256i* place = (const __m256i*)(x[m] + b * lower + at + k);
-              const __m256i first = _mm256_maddubs_epi16(even, _mm256_load_si256(place));
+          for (int64_t b = 0; b < parts; b++) {
+            const __m256i* place = (const __m256i*)(x[m] + b * lower + at + k);
+            const __m256i x_even = _mm256_load_si256(place), x_odd = _mm256_load_si256(place + 1);
+#pragma GCC unroll 2
+            for (int64_t j = 0; j < 2; j++) {
+              const __m256i first = _mm256_maddubs_epi16(even[j], x_even);
               if (k == 0)
-                sum[m][b] = first;
+                sum[j][m][b] = first;
               else
-                add16(sum[m][b], first);
-              add16(sum[m][b], _mm256_maddubs_epi16(odd, _mm256_load_si256(place + 1)));
+                add16(sum[j][m][b], first);
+              add16(sum[j][m][b], _mm256_maddubs_epi16(odd[j], x_odd));
             }
           }
         }
+      }
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < 2; j++) {
+        codes[j] += n / 8 * bits;
         for (int64_t m = 0; m < M; m++) {
-          __m256i whole = _mm256_madd_epi16(sum[m][0], form == WORDS ? places : ones);
-          if (form == WORDS) whole = _mm256_add_epi32(whole, _mm256_madd_epi16(sum[m][parts - 1], ones));
+          __m256i whole = _mm256_madd_epi16(sum[j][m][0], form == WORDS ? places : ones);
+          if (form == WORDS) whole = _mm256_add_epi32(whole, _mm256_madd_epi16(sum[j][m][parts - 1], ones));
           const __m256 weight = _mm256_broadcast_ss(own + (j * M + m) * count + i);
           total[j][m] = _mm256_fmadd_ps(weight, _mm256_cvtepi32_ps(whole), total[j][m]);
         }
