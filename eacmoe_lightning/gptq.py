@@ -7,8 +7,8 @@ loss of codes Q is then
 
 and column j of (W - Q) F holds w_j - q_j and what the columns before it have moved. So each column in turn is rounded
 from w_j + sum_{k<j} (w_k - q_k) F_kj. The paper rounds the same numbers by way of the Cholesky factor of H^-1, which is
-diag(p)^-1/2 F^-1 (QuIP's LDLQ, arXiv 2307.13304, theorem 6); F takes a quarter of that factoring and no inverse. Beyond
-the paper:
+diag(p)^-1/2 F^-1 (QuIP, arXiv 2307.13304, shows it of its LDLQ); F takes a quarter of that factoring and no inverse.
+Beyond the paper:
 
     order    groups, and the inputs within a group, by falling importance; a group stays together, so no index is needed
     search   a group's scale and zero point are those whose column loop adds the least loss, of several
