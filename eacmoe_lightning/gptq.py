@@ -229,9 +229,8 @@ def _sweep(
         product, decoded, left = steps @ own, steps * s, before
         old = decoded
         for turn in range(TURNS + 1):
-            optimum = (
-                (s + (steps * left).sum(-1, keepdim=True) / (steps * product).sum(-1, keepdim=True)).half().float()
-            )
+            away = (steps * left).sum(-1, keepdim=True) / (steps * product).sum(-1, keepdim=True)
+            optimum = (s + away).half().float()
             better = torch.where((optimum > 0) & optimum.isfinite(), optimum, s)  # not so where all steps are zero
             left = left - (better - s) * product
             s, decoded = better, steps * better
