@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -280,15 +280,14 @@ def timed(model: PreTrainedModel, part: str, ids: Tensor, experts: str = "eager"
     return time.perf_counter() - start
 
 
-def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of one shape."""
+def compare(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All rows of one shape, as they are measured."""
     dense = bf16_model(SHAPES[shape])
     packed = {bits: packed_model(dense, bits) for bits in args.bits}
     wide = dense_in_float32(dense) if args.float32 else None
     engines = others(shape, args)
-    rows = load_rows(shape, dense, packed) if LOAD in args.work else []
-    for row in rows:
-        show(row)
+    if LOAD in args.work:
+        yield from load_rows(shape, dense, packed)
     for threads in args.threads:
         torch.set_num_threads(threads)
         bandwidth, bf16_rate, float_rate = machine_limits()
@@ -323,11 +322,9 @@ def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                     arithmetic = operations / max(bf16_rate, float_rate)
                     row["limit"] = "bandwidth" if reading > arithmetic else "arithmetic"
                     row["limit_share"] = max(reading, arithmetic) / seconds
-                rows.append(row)
-                show(row)
+                yield row
     for _, _, engine in engines.values():
         engine.close()
-    return rows
 
 
 def interleaved(backends: dict[Any, Callable[[], float]], rounds: int, seconds: float) -> dict[Any, float]:
@@ -365,7 +362,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["moe", "layer"], help="default: moe not at `batch`")
     parser.add_argument("--work", nargs="+", choices=[*WORK, LOAD], default=[*WORK, LOAD])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=7, help="of every backend (decode: 8 times as many)")
+    parser.add_argument("--rounds", type=int, default=3, help="of every backend (decode: 8 times as many)")
     parser.add_argument("--seconds", type=float, default=5, help="after which a backend takes no more turns in a row")
     parser.add_argument("--float32", action="store_true", help="measure transformers in float32 too")
     parser.add_argument("--llama-cpp", type=Path, help="directory for llama.cpp's environment and models")
@@ -374,9 +371,11 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:
-        rows += compare(shape, args)
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1))
+        for row in compare(shape, args):
+            rows.append(row)
+            show(row)
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
