@@ -49,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 VOCABULARY, GROUP_SIZE, ATTENTION_BITS = 512, 128, 4
 WORK = {"decode": (1, 1), "prefill": (1, 512), "batch": (4, 512)}
 PARTS = {"decode": ("moe", "layer"), "prefill": ("moe", "layer"), "batch": ("layer",)}  # measured by default
-LOAD, LOADS = "load", 2  # fresh processes for each `load` row
+LOAD, LOADS = "load", 1  # fresh processes for each `load` row
 LONG = 30  # seconds of a bf16 call, by the machine's product rate, from which `grouped_mm` is left out
 COMMON = {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
 SHAPES: dict[str, Any] = {
@@ -286,8 +286,6 @@ def compare(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     packed = {bits: packed_model(dense, bits) for bits in args.bits}
     wide = dense_in_float32(dense) if args.float32 else None
     engines = others(shape, args)
-    if LOAD in args.work:
-        yield from load_rows(shape, dense, packed)
     for threads in args.threads:
         torch.set_num_threads(threads)
         bandwidth, bf16_rate, float_rate = machine_limits()
@@ -325,6 +323,8 @@ def compare(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield row
     for _, _, engine in engines.values():
         engine.close()
+    if LOAD in args.work:
+        yield from load_rows(shape, dense, packed)
 
 
 def interleaved(backends: dict[Any, Callable[[], float]], rounds: int, seconds: float) -> dict[Any, float]:
