@@ -68,16 +68,19 @@ def solve(
             f"in_features={columns} is not a multiple of group_size={grid.group_size} (--model.group_size)"
         )
     flat = weight.detach().reshape(-1, rows, columns)  # [S, O, I]
-    h = hessian.float().reshape(-1, columns, columns).clone()  # [S, I, I]
+    h = hessian.float().reshape(-1, columns, columns)  # [S, I, I]
     if not torch.isfinite(h).all():
         raise ValueError(NOT_FINITE)
-    diagonal = h.diagonal(dim1=-2, dim2=-1)  # [S, I] view
+    diagonal = h.diagonal(dim1=-2, dim2=-1)  # [S, I]
     dead = diagonal <= 0
     live = (diagonal * ~dead).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)  # [S, 1]
-    diagonal.copy_(torch.where(dead, torch.where(live > 0, live, 1.0), diagonal))
+    diagonal = torch.where(dead, torch.where(live > 0, live, 1.0), diagonal)
     if act_order:
         order, group_order = _orders(diagonal, grid.group_size)  # [S, I], [S, G]
-        h = h.gather(1, order.unsqueeze(2).expand_as(h)).gather(2, order.unsqueeze(1).expand_as(h))
+        h, diagonal = _ordered(_ordered(h, order, 0), order, 1), diagonal.gather(1, order)
+    else:
+        h = h.clone()
+    h.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     factor, pivot, added = damped_factor(h, damping)
 
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
@@ -90,15 +93,12 @@ def solve(
         if not torch.isfinite(w).all():
             raise ValueError(NOT_FINITE)
         w = w.masked_fill(dead.unsqueeze(1), 0)  # inputs that are always zero: nothing depends on their weight
-        w = w.gather(2, order.unsqueeze(1).expand_as(w)) if act_order else w
+        w = _ordered(w, order, 1) if act_order else w
         found, own_loss, own_whole = _solve_rows(w, h, factor, pivot, added, grid, search, refine)
         loss, whole = loss + own_loss, whole + own_whole
         if act_order:
             places = (order, group_order, group_order)
-            found = (
-                torch.empty_like(t).scatter_(2, p.unsqueeze(1).expand_as(t), t)
-                for t, p in zip(found, places, strict=True)
-            )
+            found = (_ordered(part, place.argsort(-1), 1) for part, place in zip(found, places, strict=True))
         for stored, part in zip((codes, scale, zero), found, strict=True):
             stored[:, own] = part
     error = (loss.clamp(min=0) / whole.clamp(min=1e-30)).float().reshape(lead)
@@ -134,6 +134,17 @@ def _orders(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     within = importance.argsort(dim=-1, descending=True, stable=True)
     within = within.gather(1, groups.unsqueeze(-1).expand_as(within))
     return (groups.unsqueeze(-1) * group_size + within).flatten(1), groups
+
+
+def _ordered(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    """Each matrix of a stack [S, A, B] with its rows (dim 0) or columns (1) in an order of its own, of `order` [S, n].
+
+    (`gather` would write out an index as large as twice the stack.)
+    """
+    ordered = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for own, places, into in zip(x, order, ordered, strict=True):
+        torch.index_select(own, dim, places, out=into)
+    return ordered
 
 
 def damped_factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -142,6 +142,7 @@ class BlockSolver:
         shares = [by_width[num * r // world : num * (r + 1) // world] for r in range(world)]
         for width in sorted({bits[i] for i in shares[self.ranks.rank]}):
             own = [i for i in shares[self.ranks.rank] if bits[i] == width]
+            own = slice(None) if len(own) == num else own  # no copies of what may be large
             solved, error[own] = self._solve(weight[own], hessian[own], replace(grid, bits=width))
             codes[own], scale[own], zero[own] = solved.codes, solved.scale, solved.zero_point
         for rank, share in enumerate(shares if world > 1 else ()):
