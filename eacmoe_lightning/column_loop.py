@@ -45,7 +45,7 @@ def column_loop(
         codes [S, O, g] uint8, e [S, O, g] float32, and which candidate was taken [S, O].
     """
     run = loop_in_torch
-    if value.device.type == "cpu" and value.shape[-1] % UNROLL == 0 and library() is not None:
+    if _is_compiled(value):
         run = _compiled
     elif value.device.type == "cuda" and triton_loop() is not None:
         run = triton_loop().column_loop
@@ -62,8 +62,7 @@ def fit_range(value: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Te
     Returns:
         scale, zero_point: float32 [S, O].
     """
-    compiled = value.device.type == "cpu" and value.shape[-1] % UNROLL == 0 and library() is not None
-    if not grid.clip_search or not compiled:
+    if not grid.clip_search or not _is_compiled(value):
         return fit_scale(value, grid, importance.unsqueeze(1))
     scale, zero = ranges(value, grid)
     chosen = _compiled(value, value, None, importance, scale, zero, grid)[2].unsqueeze(-1)
@@ -94,6 +93,11 @@ def _pass(value, old, factor, weight, scale, zero, grid) -> tuple[Tensor, Tensor
         value[..., j + 1 :] -= error[..., None] * factor[:, None, j, j + 1 :]
         codes[..., j], errors[..., j] = code, error
     return codes, errors, loss
+
+
+def _is_compiled(value: Tensor) -> bool:
+    """Whether C++ takes these columns."""
+    return value.device.type == "cpu" and value.shape[-1] % UNROLL == 0 and library() is not None
 
 
 @cache
