@@ -31,12 +31,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from environments import python_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
 
@@ -178,11 +178,7 @@ class Other:
 
     def __init__(self, directory: Path, packages: list[str], script: str, job: dict[str, Any]) -> None:
         directory = directory.resolve()
-        python = directory / "environment" / "bin" / "python"
-        if not (directory / "installed").exists():
-            venv.create(directory / "environment", with_pip=True)
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-            (directory / "installed").touch()
+        python = python_of(directory / "environment", [packages])
         job = job | {"directory": str(directory)}
         self.process = subprocess.Popen(
             [python, HERE / script, json.dumps(job)],
