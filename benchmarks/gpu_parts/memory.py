@@ -1,0 +1,113 @@
+"""What a model takes on the GPU: loaded at 3 bit and in bfloat16, beside the size of its files.
+
+The bundled model is quantized by `fit` (round-to-nearest, a few windows); one of Qwen3-30B-A3B's shapes with two blocks
+has random codes. Both are opened by `load` and moved to the device. `peak` is that of a forward pass over `TOKENS`
+tokens. The bundled model's logits are compared with those of the same packed model on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from gpu_parts import fit, shapes
+from gpu_parts.device import Device, choose_kernels
+from inference import bytes_of, save_compressed
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from eacmoe_lightning import load
+from eacmoe_lightning.compressed import size_of
+from eacmoe_lightning.memory import peak_memory, reset_peak_memory
+from eacmoe_lightning.originals import BUNDLED
+
+SHAPE, BLOCKS, BITS, TOKENS = "qwen3", 2, 3, 512
+NEAR = 1e-4  # relative difference of float32 logits between devices
+SLACK = 0.05  # of the GPU's memory over the tensors' bytes, and of the tensors' over the file's
+ROUNDING = 8 << 20  # bytes more that the allocator may take
+
+
+@torch.inference_mode()
+def rows(options: argparse.Namespace, device: Device) -> Iterator[dict]:
+    disable_progress_bar()
+    choose_kernels("decode" if device.is_miniature else "triton")  # Humming keeps a copy; the interpreter is slow
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        run = quantized(Path(scratch) / "cpu")
+        yield from _compare(device, "bundled", BUNDLED, run / "compressed")
+        yield _logits(device, run)
+        folders = Path(scratch) / "bf16", Path(scratch) / "packed"
+        config = shapes.config(device, SHAPE, BLOCKS)
+        dense = shapes.dense(device, config).to(torch.bfloat16)
+        save_compressed(folders[1], shapes.packed(device, dense, BITS).cpu())
+        dense.cpu().save_pretrained(folders[0])
+        del dense
+        yield from _compare(device, f"{SHAPE}, {BLOCKS} blocks", *folders)
+
+
+def quantized(folder: Path) -> Path:
+    """A run directory of the bundled model, quantized by rounding."""
+    options = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--model.quantizer", "rtn"]
+    options += ["--model.router_method", "none", "--data.num_windows", "2", "--data.window_length", "64"]
+    options += ["--data.heldout", "bundled:prose", "--data.num_heldout_windows", "1"]
+    fit.finish(fit.start(folder, options), folder)
+    return folder
+
+
+def _compare(device: Device, name: str, original: Path, compressed: Path) -> Iterator[dict]:
+    def in_bf16() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).eval()
+
+    dtype = str(device.dtype).rpartition(".")[2]
+    bf16 = _resident(device, in_bf16) | {"model": name, "bits": 16, "file_bytes": size_of(original)}
+    packed = _resident(device, lambda: load(compressed, dtype=dtype))
+    packed |= {"model": name, "bits": BITS, "file_bytes": size_of(compressed)}
+    for row in (bf16, packed):
+        row["times_less"] = bf16["resident_bytes"] / row["resident_bytes"] if row["resident_bytes"] > 0 else None
+        tensors, resident = row["tensor_bytes"], row["resident_bytes"]
+        fits = tensors <= row["file_bytes"] * (1 + SLACK) + ROUNDING
+        row["passed"] = fits and (not device.is_cuda or resident <= tensors * (1 + SLACK) + ROUNDING)
+        yield row
+
+
+def _resident(device: Device, make: Callable[[], PreTrainedModel]) -> dict:
+    """Bytes that the model made takes on the device, and that a forward pass takes at its peak."""
+    if device.is_cuda:
+        torch.cuda.empty_cache()
+    before = device.allocated()
+    model = make().to(device.device)
+    row = {"resident_bytes": device.allocated() - before, "tensor_bytes": bytes_of(model)}
+    reset_peak_memory()
+    generator = torch.Generator().manual_seed(0)
+    count = 16 if device.is_miniature else TOKENS
+    ids = torch.randint(model.config.vocab_size, (1, count), generator=generator).to(device.device)
+    logits = model(ids, use_cache=False).logits
+    device.synchronize()
+    row["peak_bytes"] = peak_memory() - (before if device.is_cuda else 0)
+    if not logits.isfinite().all():
+        raise RuntimeError("the logits are not finite")
+    return row
+
+
+def _logits(device: Device, run: Path) -> dict:
+    """The packed model in float32 on the device, beside itself on the CPU."""
+    shape = (1, 2) if device.is_miniature else (2, 64)
+    ids = torch.randint(1000, shape, generator=torch.Generator().manual_seed(1))
+    model = load(run, dtype="float32")
+    expected = model(ids, use_cache=False).logits.double()
+    choose_kernels("triton")
+    result = model.to(device.device)(ids.to(device.device), use_cache=False).logits.double().cpu()
+    away = float((result - expected).norm() / expected.norm())
+    return {"model": "bundled", "logits_error": away, "bound": NEAR, "passed": away <= NEAR}
+
+
+def line(row: dict) -> str:
+    if "logits_error" in row:
+        return f"bundled, packed, float32: logits differ from the CPU's by {row['logits_error']:.1e} of {row['bound']:.0e}"
+    less = f"{row['times_less']:5.2f} times less than bf16" if row["times_less"] else ""
+    return (
+        f"{row['model']:16s} {row['bits']:2d} bit: {row['resident_bytes'] / 1e6:9.1f} MB resident, tensors "
+        f"{row['tensor_bytes'] / 1e6:9.1f}, files {row['file_bytes'] / 1e6:9.1f}, peak {row['peak_bytes'] / 1e6:9.1f}  {less}"
+    )
