@@ -159,7 +159,7 @@ def _worst(result: Tensor, expected: Tensor) -> float:
     """The largest relative error of a row; infinite where something is not finite."""
     away, size = ((t if t.numel() else t.new_zeros(1, 1)).norm(dim=-1) for t in (result.double() - expected, expected))
     ratio = torch.where(away == 0, 0.0, away / size)
-    return float(ratio.nan_to_num(nan=torch.inf).max())
+    return float(ratio.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
 def _weight(shape: tuple[int, ...], bits: Bits, group: int, generator: torch.Generator) -> tuple[Tensor, ...]:
