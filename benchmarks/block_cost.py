@@ -128,7 +128,9 @@ def measure(
         with costs.phase(i, "router"):
             router = calibration.ridge_router(num_targets, 1e-3)
         stats = calibration.leave(router)
-    job = Job(windows, length, 1, 0, "ridge", 1, num_targets, 0, False, moe.model.dtype.itemsize, device=moe.device.type)
+    job = Job(
+        windows, length, 1, 0, "ridge", 1, num_targets, 0, False, moe.model.dtype.itemsize, device=moe.device.type
+    )
     planned, rates = (
         plan(moe, recipe, job).phases,
         rates_of(moe.device, moe.model.dtype, folder, moe.config.hidden_size),

@@ -105,6 +105,7 @@ def packed_model(dense: PreTrainedModel, bits: int, group_size: int = GROUP_SIZE
     by_part = {name: ATTENTION_BITS if part == "attention" else bits for name, part in weights.items()}
     pack_modules(model, by_part, dict.fromkeys(by_part, group_size))
     model = model.to_empty(device=dense.device).eval()
+    model.tie_weights()
     model.model.rotary_emb = dense.model.rotary_emb
     kept = dict(dense.named_parameters())
     for name, parameter in model.named_parameters():
@@ -221,7 +222,7 @@ def others(shape: str, args: argparse.Namespace) -> dict[str, tuple[str, int, Ot
 def save_compressed(directory: Path, model: PreTrainedModel) -> None:
     """The directory that `fit` would leave for this packed model, without a tokenizer."""
     weights = dict(packed_weights(model))
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel()}
+    tensors = {name: tensor for name, tensor in compressed.untied(model).items() if tensor.numel()}
     layer = {name: tensor for name, tensor in tensors.items() if ".layers." in name}
     rest = {name: tensor for name, tensor in tensors.items() if name not in layer}
     directory.mkdir()

@@ -25,7 +25,7 @@ def run(*words: str, code: int = 0) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, SCRIPT, *words], capture_output=True, text=True, env=environment, timeout=400
+        [sys.executable, SCRIPT, *words], capture_output=True, text=True, env=environment, timeout=900
     )
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
@@ -59,7 +59,7 @@ def test_experts_and_pesf_in_miniature(rows):
     assert all(value > 0 for value in limits["limits"].values())
     backends = {(row["shape"], row["tokens"], row["backend"], row["bits"]) for row in measured}
     each = [("grouped_mm", 16), *(("triton", bits) for bits in (2, 3, 4))]
-    assert backends == {(s, n, *backend) for s in ("qwen3", "mixtral") for n in (1, 3) for backend in each}
+    assert backends == {(s, n, *backend) for s in ("qwen3",) for n in (1, 3) for backend in each}
     assert all(row["ms"] > 0 and row["wall_ms"] > 0 and 0 < row["limit_share"] < 1 for row in measured)
     assert {(row["backend"], row["alpha"]) for row in rows["pesf"]} == {
         (backend, alpha) for backend in ("bf16", "triton 3 bit") for alpha in (0.0, 0.3, 0.7)
@@ -82,14 +82,13 @@ def test_block_fit_and_memory_in_miniature(rows):
     assert {row["loop"] for row in rows["block"] if row["what"] == "column loop"} == {"triton", "torch"}
     sides = {row["side"]: row for row in rows["fit"] if "side" in row}
     texts = {row["text"]: row for row in rows["fit"] if "text" in row}
-    assert set(sides) == {"gpu", "cpu"} and set(texts) == {"prose", "code"}
+    assert set(sides) == {"gpu", "cpu"} and set(texts) == {"prose"}
     assert sides["gpu"]["seconds"]["experts"] > 0
     assert texts["prose"]["gpu"]["compressed"] == sides["gpu"]["perplexity"]["prose"]["compressed"] > 1
     models = [(row["model"], row["bits"]) for row in rows["memory"] if "bits" in row]
     assert models == [(name, bits) for name in ("bundled", "qwen3, 2 blocks") for bits in (16, 3)]
-    bundled = [row for row in rows["memory"] if row["model"] == "bundled"]
-    assert bundled[1]["file_bytes"] < 0.3 * bundled[0]["file_bytes"]
-    assert 0 < bundled[2]["logits_error"] < 1e-5  # Triton's products beside decoded weights
+    assert rows["memory"][1]["file_bytes"] < 0.3 * rows["memory"][0]["file_bytes"]
+    assert 0 < rows["memory"][-1]["logits_error"] < 1e-5  # Triton's products beside decoded weights
 
 
 def test_without_a_gpu_it_says_what_to_do():
@@ -101,9 +100,10 @@ def test_without_a_gpu_it_says_what_to_do():
         timeout=100,
     )
     assert done.returncode == 1 and "--miniature" in done.stderr
-    assert "the parts are kernels, experts" in subprocess.run(
-        [sys.executable, SCRIPT, "kernel"], capture_output=True, text=True, timeout=100
-    ).stderr
+    assert (
+        "the parts are kernels, experts"
+        in subprocess.run([sys.executable, SCRIPT, "kernel"], capture_output=True, text=True, timeout=100).stderr
+    )
 
 
 # --- the machinery, in this process ------------------------------------------------------------------------------------

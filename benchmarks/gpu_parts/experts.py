@@ -27,7 +27,7 @@ def rows(options: argparse.Namespace, device: Device) -> Iterator[dict]:
     bandwidth, rate = device.bandwidth(), device.matmul_rate()
     yield {"limits": {"bytes_per_second": bandwidth, "operations_per_second": rate}}
     kernels = choose_kernels("humming" if device.is_cuda else "triton")  # Humming has no miniature
-    for shape in SHAPES:
+    for shape in SHAPES[:1] if device.is_miniature else SHAPES:
         dense = shapes.dense(device, shapes.config(device, shape))
         modules = {16: dense.model.layers[0].mlp.experts}
         modules |= {bits: shapes.packed(device, dense, bits).model.layers[0].mlp.experts for bits in BITS}

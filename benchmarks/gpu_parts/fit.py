@@ -55,7 +55,8 @@ def words(options: argparse.Namespace, device: Device, accelerator: str) -> list
         "data.num_heldout_windows": 1 if device.is_miniature else 16,
     }
     if device.is_miniature:
-        chosen |= {"model.joint_epochs": 1, "data.heldout": "[bundled:prose, bundled:code]"}
+        chosen |= {"model.joint_epochs": 1, "data.heldout": "bundled:prose", "model.refine": 0}
+        chosen |= {"model.scale_search": "false", "model.clip_search": "false"}
     return [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
 
 

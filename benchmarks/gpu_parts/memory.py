@@ -1,8 +1,8 @@
 """What a model takes on the GPU: loaded at 3 bit and in bfloat16, beside the size of its files.
 
-The bundled model is quantized by `fit` (round-to-nearest, a few windows); one of Qwen3-30B-A3B's shapes with two blocks
-has random codes. Both are opened by `load` and moved to the device. `peak` is that of a forward pass over `TOKENS`
-tokens. The bundled model's logits are compared with those of the same packed model on the CPU.
+The bundled model and one of Qwen3-30B-A3B's shapes with two blocks, with random codes, are opened by `load` and moved
+to the device. `peak` is that of a forward pass over `TOKENS` tokens. The bundled model's logits (in miniature the small
+one's) are compared with those of the same packed model on the CPU.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from gpu_parts import fit, shapes
+from gpu_parts import shapes
 from gpu_parts.device import Device, choose_kernels
-from inference import bytes_of, save_compressed
+from inference import bytes_of, packed_model, save_compressed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from eacmoe_lightning import load
 from eacmoe_lightning.compressed import size_of
 from eacmoe_lightning.memory import peak_memory, reset_peak_memory
-from eacmoe_lightning.originals import BUNDLED
+from eacmoe_lightning.originals import BUNDLED, load_original
 
 SHAPE, BLOCKS, BITS, TOKENS = "qwen3", 2, 3, 512
 NEAR = 1e-4  # relative difference of float32 logits between devices
@@ -30,30 +30,20 @@ SLACK = 0.05  # of the GPU's memory over the tensors' bytes, and of the tensors'
 ROUNDING = 8 << 20  # bytes more that the allocator may take
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def rows(options: argparse.Namespace, device: Device) -> Iterator[dict]:
     disable_progress_bar()
     choose_kernels("decode" if device.is_miniature else "triton")  # Humming keeps a copy; the interpreter is slow
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        run = quantized(Path(scratch) / "cpu")
-        yield from _compare(device, "bundled", BUNDLED, run / "compressed")
-        yield _logits(device, run)
-        folders = Path(scratch) / "bf16", Path(scratch) / "packed"
-        config = shapes.config(device, SHAPE, BLOCKS)
-        dense = shapes.dense(device, config).to(torch.bfloat16)
-        save_compressed(folders[1], shapes.packed(device, dense, BITS).cpu())
-        dense.cpu().save_pretrained(folders[0])
+        bundled, original, packed = (Path(scratch) / name for name in ("bundled", "original", "packed"))
+        save_compressed(bundled, packed_model(load_original("bundled", "bfloat16"), BITS))
+        yield from _compare(device, "bundled", BUNDLED, bundled)
+        dense = shapes.dense(device, shapes.config(device, SHAPE, BLOCKS)).to(torch.bfloat16)
+        save_compressed(packed, shapes.packed(device, dense, BITS).cpu())
+        dense.cpu().save_pretrained(original)
         del dense
-        yield from _compare(device, f"{SHAPE}, {BLOCKS} blocks", *folders)
-
-
-def quantized(folder: Path) -> Path:
-    """A run directory of the bundled model, quantized by rounding."""
-    options = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--model.quantizer", "rtn"]
-    options += ["--model.router_method", "none", "--data.num_windows", "2", "--data.window_length", "64"]
-    options += ["--data.heldout", "bundled:prose", "--data.num_heldout_windows", "1"]
-    fit.finish(fit.start(folder, options), folder)
-    return folder
+        yield from _compare(device, f"{SHAPE}, {BLOCKS} blocks", original, packed)
+        yield _logits(device, packed if device.is_miniature else bundled)
 
 
 def _compare(device: Device, name: str, original: Path, compressed: Path) -> Iterator[dict]:
@@ -91,21 +81,21 @@ def _resident(device: Device, make: Callable[[], PreTrainedModel]) -> dict:
     return row
 
 
-def _logits(device: Device, run: Path) -> dict:
+def _logits(device: Device, compressed: Path) -> dict:
     """The packed model in float32 on the device, beside itself on the CPU."""
-    shape = (1, 2) if device.is_miniature else (2, 64)
-    ids = torch.randint(1000, shape, generator=torch.Generator().manual_seed(1))
-    model = load(run, dtype="float32")
+    ids = torch.randint(1000, (2, 64), generator=torch.Generator().manual_seed(1))
+    ids = ids[:, :2] if device.is_miniature else ids
+    model = load(compressed, dtype="float32")
     expected = model(ids, use_cache=False).logits.double()
     choose_kernels("triton")
     result = model.to(device.device)(ids.to(device.device), use_cache=False).logits.double().cpu()
     away = float((result - expected).norm() / expected.norm())
-    return {"model": "bundled", "logits_error": away, "bound": NEAR, "passed": away <= NEAR}
+    return {"logits_error": away, "bound": NEAR, "passed": away <= NEAR}
 
 
 def line(row: dict) -> str:
     if "logits_error" in row:
-        return f"bundled, packed, float32: logits differ from the CPU's by {row['logits_error']:.1e} of {row['bound']:.0e}"
+        return f"packed, in float32: logits differ from the CPU's by {row['logits_error']:.1e} of {row['bound']:.0e}"
     less = f"{row['times_less']:5.2f} times less than bf16" if row["times_less"] else ""
     return (
         f"{row['model']:16s} {row['bits']:2d} bit: {row['resident_bytes'] / 1e6:9.1f} MB resident, tensors "

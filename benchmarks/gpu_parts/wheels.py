@@ -46,7 +46,9 @@ def main(words: list[str]) -> int:
     collecting.add_argument("--machine", default="x86_64", help="processor there: x86_64 or aarch64")
     installing = commands.add_parser("install", help="install")
     installing.add_argument("directory", type=Path)
-    installing.add_argument("--target", type=Path, help="directory for the packages, for PYTHONPATH; default: as pip does")
+    installing.add_argument(
+        "--target", type=Path, help="directory for the packages, for PYTHONPATH; default: as pip does"
+    )
     options = parser.parse_args(words)
     if options.command == "install":
         return install(options.directory, options.target)
