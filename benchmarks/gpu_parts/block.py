@@ -15,12 +15,12 @@ from unittest.mock import patch
 
 import torch
 from block_cost import measure, write_checkpoint
-from gpu_parts import shapes
-from gpu_parts.device import Call, Device, interleaved
 
 from eacmoe_lightning import column_loop
 from eacmoe_lightning.gptq import solve
 from eacmoe_lightning.grid import Grid
+from gpu_parts import shapes
+from gpu_parts.device import Call, Device, interleaved
 
 SHAPE = "qwen3"
 STACK = (16, 1536, 2048, 128)  # experts, outputs, inputs and group size of the comparison

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from gpu_parts import shapes
-from gpu_parts.device import Call, Device, choose_kernels, interleaved
 from inference import bytes_of
 from torch import nn
+
+from gpu_parts import shapes
+from gpu_parts.device import Call, Device, choose_kernels, interleaved
 
 SHAPES, BITS, TOKENS = ("qwen3", "mixtral"), (2, 3, 4), (1, 16, 512, 4096)
 DENSE = "grouped_mm"

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 
 import torch
-from gpu_parts.device import Device
 from torch import Tensor
 
 from eacmoe_lightning.column_loop import loop_in_torch
 from eacmoe_lightning.grid import Bits, Grid, Quantized, expert_codes, pack, unpack
 from eacmoe_lightning.kernels import activate
+from gpu_parts.device import Device
 
 BOUND = {"float32": 5e-6, "float16": 1e-3, "bfloat16": 3.5e-3}  # of a product; rounding of the result
 EXPERTS = 2  # times as much: the hidden states between two products are rounded too

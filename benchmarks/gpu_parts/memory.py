@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from gpu_parts import shapes
-from gpu_parts.device import Device, choose_kernels
 from inference import bytes_of, packed_model, save_compressed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -23,6 +21,8 @@ from eacmoe_lightning import load
 from eacmoe_lightning.compressed import size_of
 from eacmoe_lightning.memory import peak_memory, reset_peak_memory
 from eacmoe_lightning.originals import BUNDLED, load_original
+from gpu_parts import shapes
+from gpu_parts.device import Device, choose_kernels
 
 SHAPE, BLOCKS, BITS, TOKENS = "qwen3", 2, 3, 512
 NEAR = 1e-4  # relative difference of float32 logits between devices

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pesf
 import torch
+
 from gpu_parts import shapes
 from gpu_parts.device import Device, choose_kernels
 

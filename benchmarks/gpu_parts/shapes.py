@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from block_cost import VOCABULARY, config_of
-from gpu_parts.device import Device
 from inference import GROUP_SIZE, bf16_model, packed_model
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
+
+from gpu_parts.device import Device
 
 
 def config(device: Device, shape: str, num_blocks: int = 1) -> PreTrainedConfig:
