@@ -128,7 +128,7 @@ def write(path: Path | None, row: dict) -> None:
 
 
 def open_device(is_miniature: bool):
-    """The GPU; in miniature without one the CPU, Triton interpreted, which is decided before anything imports Triton."""
+    """The GPU; in miniature without one the CPU, with Triton interpreted: decided before anything imports Triton."""
     import torch
 
     has_gpu = torch.cuda.is_available()

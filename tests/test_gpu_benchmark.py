@@ -106,7 +106,7 @@ def test_without_a_gpu_it_says_what_to_do():
     )
 
 
-# --- the machinery, in this process ------------------------------------------------------------------------------------
+# --- the machinery, in this process -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -105,6 +105,6 @@ def line(row: dict) -> str:
             planned = f", planned {row['planned_seconds']:.1f}" if "planned_seconds" in row else ""
             return f"  {row['phase']:10s} {row['seconds']:7.2f} s{planned}, peak {row['peak_bytes'] / 2**30:.2f} GiB"
     return (
-        f"one block of {row['shape']}, {row['tokens']} tokens, solver_gib {row['solver_gib']:g}: {row['seconds']:.1f} s, "
-        f"peak {row['peak_bytes'] / 2**30:.2f} GiB, error {row['error']:.4f}"
+        f"one block of {row['shape']}, {row['tokens']} tokens, solver_gib {row['solver_gib']:g}: "
+        f"{row['seconds']:.1f} s, peak {row['peak_bytes'] / 2**30:.2f} GiB, error {row['error']:.4f}"
     )

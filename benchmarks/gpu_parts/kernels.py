@@ -127,7 +127,7 @@ def _miniature_cases() -> list[Case]:
     ]
 
 
-# --- a case ------------------------------------------------------------------------------------------------------------
+# --- a case -----------------------------------------------------------------------------------------------------------
 
 _broken = ""  # what CUDA failed with in this process
 
@@ -254,7 +254,7 @@ def _check_columns(case: Case, device: Device) -> dict:
 
 
 def _group(rows: int, columns: int, candidates: int, bits: int, device: torch.device) -> tuple[Tensor, ...]:
-    """What GPTQ hands to the column loop: values and weights as views of wider ones, a unit upper factor, candidates."""
+    """What GPTQ hands to the column loop: values as views of wider ones, a unit upper factor, candidates."""
     g = torch.Generator().manual_seed(rows + columns + candidates)
     value = torch.randn(3, rows, 2 * columns, generator=g)[:, :, columns:]
     old = value + 0.1 * torch.randn(3, rows, columns, generator=g)
@@ -266,7 +266,7 @@ def _group(rows: int, columns: int, candidates: int, bits: int, device: torch.de
     return tuple(t.to(device) for t in (value, old, factor / root.unsqueeze(-2), root.square(), scale, zero))
 
 
-# --- all of them -------------------------------------------------------------------------------------------------------
+# --- all of them ------------------------------------------------------------------------------------------------------
 
 
 def rows(options: argparse.Namespace, device: Device) -> Iterator[dict]:

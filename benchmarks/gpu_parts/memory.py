@@ -96,8 +96,7 @@ def _logits(device: Device, compressed: Path) -> dict:
 def line(row: dict) -> str:
     if "logits_error" in row:
         return f"packed, in float32: logits differ from the CPU's by {row['logits_error']:.1e} of {row['bound']:.0e}"
-    less = f"{row['times_less']:5.2f} times less than bf16" if row["times_less"] else ""
-    return (
-        f"{row['model']:16s} {row['bits']:2d} bit: {row['resident_bytes'] / 1e6:9.1f} MB resident, tensors "
-        f"{row['tensor_bytes'] / 1e6:9.1f}, files {row['file_bytes'] / 1e6:9.1f}, peak {row['peak_bytes'] / 1e6:9.1f}  {less}"
-    )
+    less = f"  {row['times_less']:5.2f} times less than bf16" if row["times_less"] else ""
+    head = f"{row['model']:16s} {row['bits']:2d} bit:"
+    names = {"resident": "resident_bytes", "tensors": "tensor_bytes", "files": "file_bytes", "peak": "peak_bytes"}
+    return head + "".join(f"  {name} {row[key] / 1e6:9.1f} MB" for name, key in names.items()) + less
