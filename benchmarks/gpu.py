@@ -113,7 +113,7 @@ def run(part: str, options: argparse.Namespace) -> bool:
         for row in module.rows(options, device):
             passed &= row.get("passed", True)
             print(module.line(row) + ("" if row.get("passed", True) else "  FAILED"), flush=True)
-            write(options.output, common | row)
+            write(options.output, row | common)
     except Exception:
         traceback.print_exc()
         write(options.output, common | {"error": traceback.format_exc(limit=-3), "passed": False})
