@@ -28,18 +28,18 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.calibration import Calibration
-from eacmoe_lightning.memory import peak_memory, reset_peak_memory
+from eacmoe_lightning.calibration.blocks import Calibration
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.calibration.streams import Streams
+from eacmoe_lightning.models.checkpoint import Checkpoint, empty_model
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.machine import measure as rates_of
 from eacmoe_lightning.planning.sizes import Job, plan
-from eacmoe_lightning.ranks import Ranks
-from eacmoe_lightning.recipe import Recipe
-from eacmoe_lightning.router_loss import TopKMSE
-from eacmoe_lightning.store import RunDirectory
-from eacmoe_lightning.streaming import Checkpoint, StreamedModel
-from eacmoe_lightning.streaming.checkpoint import empty_model
-from eacmoe_lightning.streams import Streams
+from eacmoe_lightning.routers.losses import TopKMSE
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.memory import peak_memory, reset_peak_memory
+from eacmoe_lightning.run.ranks import Ranks
 
 VOCABULARY = 1024  # of the random models: embeddings are not what is measured
 

@@ -37,12 +37,12 @@ from gptq_quality import quantize
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.column_loop import column_loop
-from eacmoe_lightning.data import TextWindows
-from eacmoe_lightning.evaluate import evaluate
-from eacmoe_lightning.grid import Grid
-from eacmoe_lightning.originals import BUNDLED, load_original
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import BUNDLED, load_original
+from eacmoe_lightning.quantization.column_loop import column_loop
+from eacmoe_lightning.quantization.grid import Grid
 
 TOOLS = {  # row's tool -> tool and setting of gptq_quality.py
     "ours": ("ours", "routers"),

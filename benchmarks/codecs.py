@@ -26,9 +26,9 @@ import torch
 import zstandard
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.offload.codecs import codec, decode, decode_packed, read_header
-from eacmoe_lightning.originals import load_original
 
 ROWS_TO_PACK = 1024
 

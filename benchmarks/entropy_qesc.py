@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.gptq import output_error
-from eacmoe_lightning.grid import Quantized
-from eacmoe_lightning.lattice import (
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.calibration.solver import BlockSolver
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original, local_directory
+from eacmoe_lightning.quantization.gptq import output_error
+from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.quantization.lattice import (
     Lattice,
     column_steps,
     entropy,
@@ -33,12 +36,10 @@ from eacmoe_lightning.lattice import (
     gptq_on_lattice,
     step_for_bits,
 )
-from eacmoe_lightning.originals import load_original, local_directory
-from eacmoe_lightning.ranks import Ranks
-from eacmoe_lightning.recipe import Recipe
-from eacmoe_lightning.solver import BlockSolver
+from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.study.measure import Measurement, Text
-from eacmoe_lightning.text import heldout_names, read_documents, token_windows
+from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 GROUP = 128
 METHODS = ("group-wise", "one step", "column steps", "shared budget")

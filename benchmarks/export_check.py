@@ -35,12 +35,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.exports import export
-from eacmoe_lightning.grid import Grid, round_to_nearest
-from eacmoe_lightning.originals import BUNDLED, load_original
-from eacmoe_lightning.text import heldout_names, read_documents, token_windows
+from eacmoe_lightning.compressed.directory import save_compressed
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import BUNDLED, load_original
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 HERE = Path(__file__).resolve().parent
 GROUP_SIZE, WINDOWS_PER_TEXT, WINDOW_LENGTH = 128, 4, 128
@@ -140,14 +142,14 @@ def round_model(folder: Path, original: str, group_size: int, attention: int, up
             quantized[name] = round_to_nearest(weight, Grid(bits, group_size, symmetric))
         moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
         blocks.append(quantized)
-    compressed.save(folder, moe, original, blocks, {"method": "round to nearest"})
+    save_compressed(folder, moe, original, blocks, {"method": "round to nearest"})
     return folder
 
 
 @torch.no_grad()
 def run_ours(source: Path, tokens: Tensor, dtype: str) -> Tensor:
     """Logits [B, T, V] of our decoded model."""
-    model = compressed.load(source, dtype=dtype, packed=False)
+    model = load(source, dtype=dtype, packed=False)
     return torch.cat([model(row[None], use_cache=False).logits.float() for row in tokens])
 
 

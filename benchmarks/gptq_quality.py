@@ -40,10 +40,10 @@ from gptq_tools import ATTENTION_BITS, GROUP_SIZE
 from process_tree import run_watched
 from safetensors.torch import save_file
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.data import TextWindows
-from eacmoe_lightning.evaluate import evaluate
-from eacmoe_lightning.originals import load_original, resolve_model
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original, resolve_model
 
 HERE = Path(__file__).resolve().parent
 NUM_WINDOWS, WINDOW_LENGTH = 128, 512

@@ -42,8 +42,8 @@ def work(tool: str, job: dict) -> None:
 def ours(model: Path, input_ids: Tensor, job: dict) -> Result:
     from eacmoe_lightning import __version__
     from eacmoe_lightning.cli import main as command_line
-    from eacmoe_lightning.compressed import load
-    from eacmoe_lightning.data import TextWindows
+    from eacmoe_lightning.compressed.loading import load
+    from eacmoe_lightning.job.data import TextWindows
 
     settings = {"name_or_path": model, "dtype": "float32", "bits": job["bits"], "attention_bits": ATTENTION_BITS}
     settings |= {"group_size": GROUP_SIZE, "router_method": "none"} | job["options"]

@@ -40,10 +40,11 @@ from environments import python_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.packed_modules import pack_modules, packed_weights, set_activations
-from eacmoe_lightning.store import write_json
+from eacmoe_lightning.compressed.directory import _write_weights
+from eacmoe_lightning.compressed.format import METHOD, REST, SHARD, size_of
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.runtime.packed_modules import pack_modules, packed_weights, set_activations
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY, GROUP_SIZE, ATTENTION_BITS = 512, 128, 4
@@ -225,9 +226,9 @@ def save_compressed(directory: Path, model: PreTrainedModel) -> None:
     layer = {name: tensor for name, tensor in tensors.items() if ".layers." in name}
     rest = {name: tensor for name, tensor in tensors.items() if name not in layer}
     directory.mkdir()
-    compressed._write_weights(directory, {compressed.SHARD.format(0): layer, compressed.REST: rest}.items())
+    _write_weights(directory, {SHARD.format(0): layer, REST: rest}.items())
     config = {
-        "model_type": compressed.METHOD,
+        "model_type": METHOD,
         "format_version": 1,
         "original": {"name_or_path": "random", "config": model.config.to_dict()},
         "dtype": "bfloat16",
@@ -248,7 +249,7 @@ def load_rows(shape: str, dense: PreTrainedModel, packed: dict[int, PreTrainedMo
         dense.save_pretrained(directories[16])
         for bits, model in packed.items():
             save_compressed(directories[bits], model)
-        sizes = {bits: compressed.size_of(directory) for bits, directory in directories.items()}
+        sizes = {bits: size_of(directory) for bits, directory in directories.items()}
         for _, bits in itertools.product(range(LOADS), models):
             command = [sys.executable, HERE / "inference_load.py", directories[bits], names[bits]]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from eacmoe_lightning import kernels, load
-from eacmoe_lightning.originals import BUNDLED
-from eacmoe_lightning.packed_modules import set_activations
-from eacmoe_lightning.text import heldout_names, read_documents, token_windows
+from eacmoe_lightning import load
+from eacmoe_lightning.models.originals import BUNDLED
+from eacmoe_lightning.runtime import kernels
+from eacmoe_lightning.runtime.packed_modules import set_activations
+from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 
 @torch.inference_mode()

@@ -38,12 +38,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from eacmoe_lightning import compressed, load, pesf
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.grid import Grid, round_to_nearest
+from eacmoe_lightning import load, pesf
+from eacmoe_lightning.compressed.directory import save_compressed
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import BUNDLED, load_original
 from eacmoe_lightning.offload import Offload, offload_experts
-from eacmoe_lightning.originals import BUNDLED, load_original
-from eacmoe_lightning.text import heldout_names, read_documents
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.text.sources import heldout_names, read_documents
 
 STORAGE = ["plain", "lossless", "sz3:mean:0.1", "sz3:mean:0.3", "packed:3:128", "packed-zstd:3:128"]
 
@@ -59,7 +60,7 @@ def rounded(directory: Path, bits: int, group_size: int) -> Path:
         quantized = {name: round_to_nearest(w, grids[name]) for name, (_, w) in block.weights().items()}
         moe.put({name: block.as_parameter(name, q.dequantize(moe.model.dtype)) for name, q in quantized.items()})
         blocks.append(quantized)
-    compressed.save(directory, moe, "bundled", blocks, {"method": "round to nearest"})
+    save_compressed(directory, moe, "bundled", blocks, {"method": "round to nearest"})
     return directory
 
 

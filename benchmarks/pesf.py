@@ -45,14 +45,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import eacmoe_lightning
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.evaluate import next_token_nll
-from eacmoe_lightning.originals import BUNDLED, load_original
-from eacmoe_lightning.packed_modules import packed_weights
+from eacmoe_lightning.analysis.skipping_sweep import effective_experts, measure
+from eacmoe_lightning.evaluation.streams import next_token_nll
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import BUNDLED, load_original
+from eacmoe_lightning.runtime.packed_modules import packed_weights
 from eacmoe_lightning.skipping import EES, ODP, PESF, Demand, Rule, Truncation, skipping
 from eacmoe_lightning.skipping.baselines import median_ratios
-from eacmoe_lightning.skipping.sweep import effective_experts, measure
-from eacmoe_lightning.text import heldout_names, read_documents, token_windows
+from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 WORK = {"1x512": (1, 512), "4x512": (4, 512)}
 ALPHAS = (0.0, 0.3, 0.7)

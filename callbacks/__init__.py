@@ -1,6 +1,6 @@
 """What happens to the model around the router's optimization, as Lightning callbacks.
 
-They work on an `eacmoe_lightning.qesc.QESC` module and each can be used without the others. At the end of a run they
+They work on an `eacmoe_lightning.job.qesc.QESC` module and each can be used without the others. At the end of a run they
 act in the order of this list.
 """
 

@@ -7,9 +7,9 @@ import time
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from eacmoe_lightning.calibration import PHASES
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
-from eacmoe_lightning.qesc import QESC
+from eacmoe_lightning.calibration.blocks import PHASES
+from eacmoe_lightning.job.block_callback import BlockCallback
+from eacmoe_lightning.job.qesc import QESC
 
 
 class BlockProgress(TQDMProgressBar, BlockCallback):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, Trainer
 
-from eacmoe_lightning.callbacks.block_callback import phase
-from eacmoe_lightning.qesc import QESC
-from eacmoe_lightning.result import write_result
-from eacmoe_lightning.streaming import StreamedModel
+from eacmoe_lightning.exports.run_result import write_result
+from eacmoe_lightning.job.block_callback import phase
+from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.models.streamed import StreamedModel
 
 
 class CompressedModel(Callback):

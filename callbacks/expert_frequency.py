@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from eacmoe_lightning.analysis.selection import selection_frequency
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
-from eacmoe_lightning.qesc import QESC
-from eacmoe_lightning.store import write_json
+from eacmoe_lightning.job.block_callback import BlockCallback
+from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.run.files import write_json
 
 
 class ExpertFrequency(BlockCallback):

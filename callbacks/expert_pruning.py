@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
+from eacmoe_lightning.job.block_callback import BlockCallback
+from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.pruning.rule import PruningRule
-from eacmoe_lightning.qesc import QESC
 
 
 class ExpertPruning(BlockCallback):
@@ -39,10 +39,6 @@ class ExpertPruning(BlockCallback):
     ) -> None:
         is_off = alpha is None and keep is None
         self.rule = None if is_off else PruningRule(criterion, alpha, keep)
-
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.rule is not None:
-            module.pruning = self.rule
 
     def on_block_end(self, trainer: Trainer, module: QESC, stats: dict[str, Any]) -> None:
         if pruned := stats.get("pruning"):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from lightning.pytorch import Callback, Trainer
 
-from eacmoe_lightning.callbacks.block_callback import phase, tell
-from eacmoe_lightning.qesc import QESC
+from eacmoe_lightning.job.block_callback import tell
+from eacmoe_lightning.job.qesc import QESC
 
 
 class LayerwiseQuantization(Callback):
@@ -17,9 +15,6 @@ class LayerwiseQuantization(Callback):
     not after a checkpoint of an epoch's last batch), so work starts with an epoch's first batch, and entering a block
     is idempotent.
     """
-
-    def on_train_start(self, trainer: Trainer, module: QESC) -> None:
-        module.calibration.phase = partial(phase, trainer)
 
     def on_train_batch_start(self, trainer: Trainer, module: QESC, batch, batch_idx: int) -> None:
         module.enter_block()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
-from eacmoe_lightning.memory import Watch
-from eacmoe_lightning.qesc import QESC
+from eacmoe_lightning.job.block_callback import BlockCallback
+from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.run.memory import Watch
 
 
 class PhaseCost(BlockCallback):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Trainer
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.callbacks.block_callback import BlockCallback, phase
-from eacmoe_lightning.evaluate import evaluate
-from eacmoe_lightning.expert_shift import RATES
-from eacmoe_lightning.qesc import QESC
-from eacmoe_lightning.report import build, summary, write
-from eacmoe_lightning.store import StoreError
-from eacmoe_lightning.streaming import StreamedModel, Weights
+from eacmoe_lightning.compressed.directory import CompressedWeights
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.evaluation.report import build, write
+from eacmoe_lightning.evaluation.report_text import summary
+from eacmoe_lightning.job.block_callback import BlockCallback, phase
+from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.models.streamed import StreamedModel, Weights
+from eacmoe_lightning.routers.expert_shift import RATES
+from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.run.provenance import origin
 
 
 class RoutingReport(BlockCallback):
@@ -46,7 +48,11 @@ class RoutingReport(BlockCallback):
             with phase(trainer, None, "evaluate"):
                 result = self._evaluate(trainer, module)
         if trainer.is_global_zero:
-            report = build(module, trainer, module.block_stats(), result)
+            router = {"method": module.router_method, "joint_epochs": module.joint_epochs}
+            report = origin(module.identity(), trainer.datamodule.seed, trainer.world_size) | build(
+                module.run, module.moe, module.name_or_path, module.recipe, router, module.pruning,
+                module.block_stats(), result,
+            )  # fmt: skip
             write(module.run, report)
             module.run.drop_streams()
             print(summary(report))
@@ -66,7 +72,7 @@ class RoutingReport(BlockCallback):
                 original, subject, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks, scratch=scratch
             )
 
-        after = of(compressed.CompressedWeights(module.run.compressed))
+        after = of(CompressedWeights(module.run.compressed))
         before = after if module.router_method == "none" else of(module.parts.untrained())
         if not all(torch.isfinite(torch.tensor([*v.values()])).all() for v in after["perplexity"].values()):
             raise StoreError("the compressed model's perplexity is not finite: look at the blocks' quantization errors")

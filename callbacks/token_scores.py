@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from eacmoe_lightning.qesc import QESC
-from eacmoe_lightning.store import write_tensors
+from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.run.files import write_tensors
 
 
 class TokenScores(BasePredictionWriter):

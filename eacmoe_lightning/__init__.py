@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from eacmoe_lightning.compressed import load
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.moved import keep_old_names
 from eacmoe_lightning.offload import load_offloaded, offload_experts
 from eacmoe_lightning.version import __version__
+
+keep_old_names()
 
 __all__ = ["__version__", "load", "load_offloaded", "offload_experts", "pesf"]
 

@@ -14,9 +14,9 @@ import tiny_models
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from eacmoe_lightning.models.originals import BUNDLED
 from eacmoe_lightning.offload import offload_experts
 from eacmoe_lightning.offload.model import Offload
-from eacmoe_lightning.originals import BUNDLED
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from functools import partial
 
 from lightning.pytorch import LightningModule, Trainer
 
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
 from eacmoe_lightning.cli import main
+from eacmoe_lightning.job.block_callback import BlockCallback
 
 
 class Countdown:

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from eacmoe_lightning.adapter import Block, MoEModel
-from eacmoe_lightning.forced_selection import forced_weights
-from eacmoe_lightning.originals import load_original
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.planning.checks import check_finite
+from eacmoe_lightning.routers.router_weights import forced_weights
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 SHARED = {  # by family and block

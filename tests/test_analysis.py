@@ -10,7 +10,6 @@ import tiny_models
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.analysis.selection import (
     cosine_similarity,
     coverage,
@@ -19,7 +18,9 @@ from eacmoe_lightning.analysis.selection import (
     selection_frequency,
 )
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.text import read_documents, token_windows
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 
 def test_frequency_coverage_and_balance_by_hand():

@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.choice_task import accuracy, answer, choose, make_questions
-from eacmoe_lightning.evaluate import token_log_likelihoods
-from eacmoe_lightning.originals import BUNDLED, load_original
-from eacmoe_lightning.text import read_documents, token_windows
+from eacmoe_lightning.evaluation.choice_task import accuracy, answer, choose, make_questions
+from eacmoe_lightning.evaluation.streams import token_log_likelihoods
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import BUNDLED, load_original
+from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 
 def windows_of(num: int, length: int, seed: int = 0) -> torch.Tensor:

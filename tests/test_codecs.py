@@ -12,13 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.grid import Grid, pack, round_to_nearest
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.offload.codecs import Bound, RecordError, codec, decode, decode_packed, nvcomp, read_header
 from eacmoe_lightning.offload.codecs.bound import before_cast
 from eacmoe_lightning.offload.codecs.packed import bit_stream, whole_codes
-from eacmoe_lightning.originals import load_original
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.quantization.packing import pack
+from eacmoe_lightning.run.files import StoreError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOSSY = ("sz3", "uniform", "entropy")

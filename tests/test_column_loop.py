@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eacmoe_lightning import column_loop as module
-from eacmoe_lightning.column_loop import column_loop, fit_range, loop_in_torch
-from eacmoe_lightning.gram import gram, tokens_by_expert
-from eacmoe_lightning.grid import Grid, fit_scale
+from eacmoe_lightning.quantization import column_loop as module
+from eacmoe_lightning.quantization.column_loop import column_loop, fit_range, loop_in_torch
+from eacmoe_lightning.quantization.gram import gram, tokens_by_expert
+from eacmoe_lightning.quantization.grid import Grid, fit_scale
 
 BUILT = module.library() is not None
 LEVELS = range(module.level() + 1) if BUILT else ()

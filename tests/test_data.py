@@ -7,15 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from eacmoe_lightning.data import (
-    TextWindows,
-    WindowLoader,
-    calibration_batches,
-    heldout_batches,
-    name_sources,
-    shard,
-)
-from eacmoe_lightning.text import heldout_names, read_documents
+from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.text.batches import WindowLoader, calibration_batches, heldout_batches, shard
+from eacmoe_lightning.text.sources import heldout_names, name_sources, read_documents
 
 sizes = st.integers(1, 40)
 worlds = st.integers(1, 6)

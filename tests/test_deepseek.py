@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from eacmoe_lightning.deepseek import DeepseekConfig, DeepseekForCausalLM
+from eacmoe_lightning.models.deepseek import DeepseekConfig, DeepseekForCausalLM
 
 # config.json of deepseek-ai/deepseek-moe-16b-base, with the fields that decide what is computed
 REAL_CONFIG = {

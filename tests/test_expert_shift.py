@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eacmoe_lightning.expert_shift import (
+from eacmoe_lightning.routers.expert_shift import (
     ExpertShift,
     change_counts,
     change_rates,

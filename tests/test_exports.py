@@ -13,16 +13,17 @@ from test_packed_loading import compress, damage, tokens  # noqa: F401  (tokens 
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from eacmoe_lightning import compressed, load
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.exports import export
+from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.exports.check import Reference
 from eacmoe_lightning.exports.compressed_tensors import to_tensors
+from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.grid import Grid, round_to_nearest
-from eacmoe_lightning.originals import load_original
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.run.files import StoreError
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 ASYMMETRIC, SYMMETRIC, MIXED = (3, False), (4, True), ({"experts": 3, "last": 2, "shared": 8}, False)
@@ -50,7 +51,7 @@ def folder_of(tmp_path_factory, tiny_model_dir):
                 quantized = {n: round_to_nearest(w, grids[part]) for n, (part, w) in block.weights().items()}
                 moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
                 blocks.append(quantized)
-            compressed.save(folders[key], moe, str(tiny_model_dir(family)), blocks, {"method": "rtn"})
+            save_compressed(folders[key], moe, str(tiny_model_dir(family)), blocks, {"method": "rtn"})
         return folders[key]
 
     return folder

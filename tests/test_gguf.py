@@ -14,13 +14,13 @@ from transformers import AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from eacmoe_lightning import load
-from eacmoe_lightning.exports import export
+from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.exports.ggml_blocks import exact_type, to_blocks
 from eacmoe_lightning.exports.gguf_tokenizer import words_of
-from eacmoe_lightning.grid import Quantized
-from eacmoe_lightning.originals import BUNDLED
+from eacmoe_lightning.models.originals import BUNDLED
+from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.targets import WeightGrid
-from eacmoe_lightning.text import read_documents
+from eacmoe_lightning.text.sources import read_documents
 
 gguf = pytest.importorskip("gguf")
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.gptq import _sweep, damped_factor, output_error, solve
-from eacmoe_lightning.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.quantization.gptq import _sweep, damped_factor, output_error, solve
+from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
 
 GRID = Grid(bits=3, group_size=16, clip_search=False)
 
@@ -312,7 +312,7 @@ def test_rows_in_parts_are_the_rows_together(act_order, monkeypatch):
     weight, hessian = problem(rows=25)
     weight, hessian = torch.stack([weight, -weight]), torch.stack([hessian, 2 * hessian])
     whole, error = solve(weight, hessian, Grid(2, 16), 0.01, act_order, True, 1)
-    monkeypatch.setattr("eacmoe_lightning.gptq.CACHED", 4 * 2 * 64 * 7)  # 7 rows of both
+    monkeypatch.setattr("eacmoe_lightning.quantization.gptq.CACHED", 4 * 2 * 64 * 7)  # 7 rows of both
     parts, own_error = solve(weight, hessian, Grid(2, 16), 0.01, act_order, True, 1)
     assert (parts.codes == whole.codes).float().mean() > 0.99  # sums may come in another order
     torch.testing.assert_close(own_error, error, rtol=1e-3, atol=0)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eacmoe_lightning.grid import Grid, Quantized, encode, expert_codes, fit_scale, pack, round_to_nearest, unpack
+from eacmoe_lightning.quantization.grid import Grid, Quantized, encode, fit_scale, round_to_nearest
+from eacmoe_lightning.quantization.packing import expert_codes, pack, unpack
 
 BITS = range(2, 9)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eacmoe_lightning.memory import peak_memory, reset_peak_memory
-from eacmoe_lightning.store import StoreError
-from eacmoe_lightning.streaming.hidden import HiddenFile, HiddenWriter, Shelf
+from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter, Shelf
+from eacmoe_lightning.run.memory import peak_memory, reset_peak_memory
 
 NOTE = {"windows": [3, 5]}
 

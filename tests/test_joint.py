@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from eacmoe_lightning.grid import Grid, Quantized, round_to_nearest
-from eacmoe_lightning.joint import decode, distillation, rounded, selection, start_positions
-from eacmoe_lightning.router_loss import MSE
+from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.routers.joint import decode, distillation, rounded, selection, start_positions
+from eacmoe_lightning.routers.losses import MSE
 
 
 @pytest.fixture

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eacmoe_lightning.grid import Grid, pack, round_to_nearest
-from eacmoe_lightning.lattice import (
+from eacmoe_lightning.offload.codecs import codec, decode, read_header
+from eacmoe_lightning.offload.codecs.entropy import Entropy, decode_codes, encode_codes
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.quantization.lattice import (
     Lattice,
     column_steps,
     entropy,
@@ -19,8 +21,7 @@ from eacmoe_lightning.lattice import (
     round_to_lattice,
     step_for_bits,
 )
-from eacmoe_lightning.offload.codecs import codec, decode, read_header
-from eacmoe_lightning.offload.codecs.entropy import Entropy, decode_codes, encode_codes
+from eacmoe_lightning.quantization.packing import pack
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -8,10 +8,11 @@ import jobs
 import pytest
 import torch
 
-from eacmoe_lightning import compressed
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.grid import unpack
-from eacmoe_lightning.store import read_tensors
+from eacmoe_lightning.compressed.format import read_config
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.quantization.packing import unpack
+from eacmoe_lightning.run.files import read_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
 OPTIONS = {  # AdamW divides by the gradient's size: small rates keep the noise of the sums' order small
@@ -65,7 +66,7 @@ def alone(tmp_path_factory, tiny_model_dir) -> Path:
 
 def codes(run: Path, block: str = "") -> torch.Tensor:
     """All codes of a run's compressed model, or those of one block."""
-    found, bits = [], compressed.read_config(run / "compressed")["quantization"]["bits"]
+    found, bits = [], read_config(run / "compressed")["quantization"]["bits"]
     for file in sorted((run / "compressed").glob(f"weights-block-{block}*")):
         tensors, _ = read_tensors(file)
         for name in sorted(bits.keys() & {name.removesuffix(".codes") for name in tensors}):
@@ -106,7 +107,7 @@ def test_two_processes_give_the_model_of_one(launcher, alone, tiny_model_dir, tm
     assert_same(run, alone)
     for rate, value in other["expert_shift"]["mean"]["after"].items():
         assert report["expert_shift"]["mean"]["after"][rate] == pytest.approx(value, abs=0.02)
-    routers = [dict(compressed.load(folder).named_parameters()) for folder in (run, alone)]
+    routers = [dict(load(folder).named_parameters()) for folder in (run, alone)]
     for name, weight in routers[1].items():
         if "mlp.gate." in name:
             torch.testing.assert_close(routers[0][name], weight, rtol=0, atol=1e-3)

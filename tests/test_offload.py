@@ -9,11 +9,11 @@ from offloading import EXPERT_BYTES, generate, same
 from test_packed_loading import compress
 
 from eacmoe_lightning import load
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.offload import offload_experts
 from eacmoe_lightning.offload.codecs import codec, decode
 from eacmoe_lightning.offload.store import Key
-from eacmoe_lightning.packed_modules import PackedExperts
+from eacmoe_lightning.runtime.packed_modules import PackedExperts
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 

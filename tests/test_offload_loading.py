@@ -10,9 +10,9 @@ from test_packed_loading import compress
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from eacmoe_lightning import load, load_offloaded, offload_experts, pesf
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.offload.model import STORE
-from eacmoe_lightning.originals import load_original
-from eacmoe_lightning.streaming import Checkpoint
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ import pytest
 import tiny_models
 import torch
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.offload import offload_experts
 from eacmoe_lightning.offload.codecs import codec
 from eacmoe_lightning.offload.model import STORE, attach
 from eacmoe_lightning.offload.store import ExpertStore, Key, write
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.run.files import StoreError
 
 
 def damaged(tmp_path: Path, change: Callable[[bytearray], None]) -> Path:

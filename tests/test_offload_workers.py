@@ -12,7 +12,7 @@ from eacmoe_lightning.offload.cache import Entry
 from eacmoe_lightning.offload.fetch import Processes
 from eacmoe_lightning.offload.model import STORE, Offload
 from eacmoe_lightning.offload.store import Key
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.run.files import StoreError
 
 pytestmark = pytest.mark.slow
 

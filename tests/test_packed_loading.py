@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, pipeline
 
-from eacmoe_lightning import compressed, load
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.grid import Grid, Quantized, round_to_nearest
-from eacmoe_lightning.originals import load_original
-from eacmoe_lightning.packed_modules import PackedExperts, PackedLinear, packed_weights, set_activations
-from eacmoe_lightning.store import StoreError, digest
+from eacmoe_lightning import load
+from eacmoe_lightning.compressed.directory import save_compressed
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.run.files import StoreError, digest
+from eacmoe_lightning.runtime.packed_modules import PackedExperts, PackedLinear, packed_weights, set_activations
 
 families = pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, "mixed qwen2_moe"])
 BITS = {"attention": 4, "shared": 5, "experts": 3}
@@ -47,7 +48,7 @@ def compress(model: Path, folder: Path, mixed: bool = False, symmetric: bool = F
                 quantized[name] = Quantized(*fields, own)
         moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
         blocks.append(quantized)
-    compressed.save(folder, moe, str(model), blocks, {"method": "rtn"})
+    save_compressed(folder, moe, str(model), blocks, {"method": "rtn"})
     return folder
 
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel, Qwen2MoeConfig
 
 import eacmoe_lightning
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.originals import load_original
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.skipping import PESF, set_skipping
 from eacmoe_lightning.skipping.selection import drop, exact, kept_experts, reroute, skip_counts
 from eacmoe_lightning.skipping.session import _check_can_skip
@@ -190,7 +190,7 @@ def test_equals_brute_force_on_the_bundled_model(experts):
 @torch.no_grad()
 def test_packed_experts_equal_brute_force_on_their_decoded_weights(family, tmp_path, tiny_model_dir):
     folder = compress(tiny_model_dir(family), tmp_path / "compressed")
-    packed, decoded = compressed.load(folder, "float32"), compressed.load(folder, "float32", packed=False)
+    packed, decoded = load(folder, "float32"), load(folder, "float32", packed=False)
     ids, mask = random_ids(2, 40), padded([40, 33], "left")
     with eacmoe_lightning.pesf(packed, alpha=0.7) as report:
         got = packed(ids, attention_mask=mask).logits
@@ -248,7 +248,7 @@ def test_nothing_is_lost_by_short_sequences_or_by_padding_alone():
 @torch.no_grad()
 def test_the_weights_of_skipped_experts_are_not_touched(experts, tmp_path, tiny_model_dir):
     if experts == "packed":
-        model = compressed.load(compress(tiny_model_dir("mixtral"), tmp_path / "compressed"), "float32")
+        model = load(compress(tiny_model_dir("mixtral"), tmp_path / "compressed"), "float32")
     else:
         model = tiny_models.build("mixtral")
         model.config._experts_implementation = experts

@@ -11,8 +11,8 @@ import pytest
 from lightning.pytorch import LightningModule, Trainer
 from test_launchers import assert_same
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
+from eacmoe_lightning.compressed.format import read_config
+from eacmoe_lightning.job.block_callback import BlockCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
 OPTIONS = {
@@ -79,5 +79,5 @@ def test_two_processes_remove_the_experts_of_one(tiny_model_dir, tmp_path):
         assert own["blocks"][block]["scores"] == pytest.approx(row["scores"], rel=1e-4)
         assert own["blocks"][block]["removed_selections"] == pytest.approx(row["removed_selections"])
     assert_same(run, alone, chooses=True)
-    config = compressed.read_config(run / "compressed")["original"]["config"]
+    config = read_config(run / "compressed")["original"]["config"]
     assert config["kept_experts"] == {block: row["kept"] for block, row in other["blocks"].items()}

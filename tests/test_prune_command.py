@@ -13,16 +13,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eacmoe_lightning
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.exports import export
-from eacmoe_lightning.packed_modules import packed_weights
-from eacmoe_lightning.pruning.command import prune
+from eacmoe_lightning.commands.prune import prune
+from eacmoe_lightning.compressed.format import SHARD
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.run.files import read_tensors
+from eacmoe_lightning.runtime.packed_modules import packed_weights
 from eacmoe_lightning.skipping import PESF, current_rule, set_skipping
-from eacmoe_lightning.store import read_tensors
-from eacmoe_lightning.text import read_documents, token_windows
+from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")
 OPTIONS = {"num_windows": 6, "window_length": 64, "num_heldout_windows": 2, "texts": ["bundled:prose", "bundled:code"]}
@@ -37,7 +39,7 @@ def calibration(directory: Path) -> Tensor:
 @torch.no_grad()
 def loads(model: Path, windows: Tensor) -> list[list[int]]:
     """How often each expert of each block is selected, from one pass of the packed model."""
-    moe, counts = MoEModel(compressed.load(model)), []
+    moe, counts = MoEModel(load(model)), []
     for block in moe.moe_blocks:
         block.router.register_forward_hook(
             lambda m, args, out, e=block.num_experts: counts.append(out[2].flatten().bincount(minlength=e).tolist())
@@ -61,38 +63,38 @@ def test_what_stays_is_bit_by_bit_what_was_given(family, mixed, rule, tiny_model
     said = capsys.readouterr().out
     counts = loads(given, calibration(given))
     kept = []
-    for row, load in zip(report["pruning"]["blocks"].values(), counts, strict=True):
+    for row, count in zip(report["pruning"]["blocks"].values(), counts, strict=True):
         if rule.keep:
-            expected = sorted(sorted(range(8), key=lambda e: (-load[e], e))[: rule.keep])
+            expected = sorted(sorted(range(8), key=lambda e: (-count[e], e))[: rule.keep])
         else:
-            expected = [e for e in range(8) if load[e] >= rule.alpha * sum(load) / 8]
-        assert row["kept"] == expected and row["scores"] == load
-        assert row["removed_selections"] == pytest.approx(1 - sum(load[e] for e in expected) / sum(load))
+            expected = [e for e in range(8) if count[e] >= rule.alpha * sum(count) / 8]
+        assert row["kept"] == expected and row["scores"] == count
+        assert row["removed_selections"] == pytest.approx(1 - sum(count[e] for e in expected) / sum(count))
         kept.append(expected)
         assert f"{len(expected)} of 8 experts stay" in said
     assert rule.keep or len({len(row) for row in kept}) > 1  # a number that varies
     pruned = tmp_path / "out" / "compressed"
     for index, stay in enumerate(kept):
-        before, after = (read_tensors(d / compressed.SHARD.format(index))[0] for d in (given, pruned))
+        before, after = (read_tensors(d / SHARD.format(index))[0] for d in (given, pruned))
         assert before.keys() == after.keys()
         for name, tensor in before.items():
             if ".experts." not in name and "mlp.gate.weight" not in name:
                 assert torch.equal(after[name], tensor)
             elif not (mixed and name.endswith("codes")):
                 assert torch.equal(after[name], tensor[stay])
-    full = compressed.load(given, packed=False)
+    full = load(given, packed=False)
     for block, stay in zip(MoEModel(full).moe_blocks, kept, strict=True):
         mask(block, [e for e in range(8) if e not in stay])
     expected = full(TOKENS).logits
     for packed in (True, False):
-        again = compressed.load(tmp_path / "out", packed=packed)
+        again = load(tmp_path / "out", packed=packed)
         torch.testing.assert_close(again(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
     prose = token_windows(read_documents("bundled:prose"), AutoTokenizer.from_pretrained(pruned), 2, 64)
-    for model, key in ((compressed.load(given), "original"), (again, "compressed"), (again, "before")):
+    for model, key in ((load(given), "original"), (again, "compressed"), (again, "before")):
         loss = model(prose, labels=prose, output_router_logits=False).loss
         assert report["perplexity"]["prose"][key] == pytest.approx(math.exp(loss), rel=1e-4)
     assert report["size_bytes"]["compressed"] < report["size_bytes"]["original"]
-    weights = dict(packed_weights(compressed.load(tmp_path / "out")))
+    weights = dict(packed_weights(load(tmp_path / "out")))
     stored = 8 * sum(tensor.nbytes for weight in weights.values() for tensor in weight.tensors)
     assert report["bits"]["true"] == pytest.approx(stored / sum(weight.shape.numel() for weight in weights.values()))
     with pytest.raises(ValueError, match="pruned before"):
@@ -105,7 +107,7 @@ def test_routers_are_the_closed_form_on_what_the_pruned_prefix_gives(tiny_model_
     report = prune(str(given), str(tmp_path / "out"), PruningRule("reap", keep=4), "ridge", 0.01, **OPTIONS)
     windows = calibration(given)
     seen = []
-    for model in (compressed.load(given, packed=False), compressed.load(tmp_path / "out", packed=False)):
+    for model in (load(given, packed=False), load(tmp_path / "out", packed=False)):
         inputs, moe = [], MoEModel(model)
         for block in moe.moe_blocks:
             block.router.register_forward_pre_hook(lambda m, args, own=inputs: own.append(args[0].reshape(-1, 64)))
@@ -169,7 +171,7 @@ def test_an_original_becomes_an_ordinary_smaller_one(tiny_model_dir, tmp_path):
     model = tiny_model_dir("phimoe")
     report = prune(str(model), str(tmp_path / "out"), PruningRule("reap", keep=3), **OPTIONS)
     assert report["bits"] == {"nominal": 32, "true": 32}
-    ours = compressed.load(tmp_path / "out")
+    ours = load(tmp_path / "out")
     elsewhere, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "dense", output_loading_info=True)
     assert elsewhere.config.num_local_experts == 3 and not info["missing_keys"]
     torch.testing.assert_close(elsewhere.eval()(TOKENS).logits, ours(TOKENS).logits, rtol=1e-5, atol=1e-5)
@@ -180,7 +182,7 @@ def test_a_setting_of_skipping_rests_and_goes_along(tiny_model_dir, tmp_path):
     given = compress(tiny_model_dir("qwen3_moe"), tmp_path / "given")
     plain = prune(str(given), str(tmp_path / "plain"), PruningRule(keep=5), **OPTIONS)
     config = json.loads((given / "config.json").read_text())
-    model = compressed.load(given)
+    model = load(given)
     set_skipping(model, PESF(0.7, rescue=1.0))
     model.save_pretrained(tmp_path / "skipping")
     with pytest.raises(FileNotFoundError, match="tokenizer"):
@@ -189,7 +191,7 @@ def test_a_setting_of_skipping_rests_and_goes_along(tiny_model_dir, tmp_path):
     report = prune(str(tmp_path / "skipping"), str(tmp_path / "out"), PruningRule(keep=5), **OPTIONS)
     assert report["pruning"] == plain["pruning"] and report["perplexity"] == plain["perplexity"]
     again = eacmoe_lightning.load(tmp_path / "out")
-    assert current_rule(again) == PESF(0.7, rescue=1.0) and current_rule(compressed.load(tmp_path / "plain")) is None
+    assert current_rule(again) == PESF(0.7, rescue=1.0) and current_rule(load(tmp_path / "plain")) is None
     held = json.loads((tmp_path / "out" / "compressed" / "config.json").read_text())
     assert held["original"]["name_or_path"] == config["original"]["name_or_path"]
     assert held["quantization"]["method"] == "rtn" and held["quantization"]["pruning"]["keep"] == 5
@@ -263,5 +265,5 @@ def test_every_command_takes_the_result(options, tiny_model_dir, tmp_path, capsy
         return
     export(str(out), str(tmp_path / "dense"), "dense")
     elsewhere = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-    ours = compressed.load(out, packed=False)
+    ours = load(out, packed=False)
     torch.testing.assert_close(elsewhere(TOKENS).logits, ours(TOKENS).logits, rtol=1e-5, atol=1e-5)

@@ -9,16 +9,19 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, GptOssConfig
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.evaluate import evaluate
-from eacmoe_lightning.exports import export
+from eacmoe_lightning.compressed.directory import save_compressed
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.pruned_config import pruned_config
+from eacmoe_lightning.models.shrink import Groups, keep_experts
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.pruning.scores import ExpertScores, measured
-from eacmoe_lightning.pruning.surgery import Groups, keep_experts, pruned_config
-from eacmoe_lightning.ranks import Ranks
-from eacmoe_lightning.text import read_documents, token_windows
+from eacmoe_lightning.run.ranks import Ranks
+from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 
@@ -229,14 +232,14 @@ def test_a_pruned_model_in_our_format(family, uniform, tiny_model_dir, tmp_path)
     moe = MoEModel(AutoModelForCausalLM.from_pretrained(model).eval())
     for i, block in enumerate(moe.moe_blocks):
         keep_experts(block, [0, 2, 3, 7] if uniform else [1, 3, 4, 6, 7][: 5 - i])
-    compressed.save(tmp_path / "own", moe, str(model), [{} for _ in moe.blocks], {"quantizer": "none"})
+    save_compressed(tmp_path / "own", moe, str(model), [{} for _ in moe.blocks], {"quantizer": "none"})
     config = json.loads((tmp_path / "own" / "config.json").read_text())["original"]["config"]
     numbers = {value for name, value in config.items() if name in ("num_experts", "num_local_experts")}
     numbers |= {config["n_routed_experts"]} if "n_routed_experts" in config else set()
     assert numbers == {4 if uniform else 8}
     tokens = torch.arange(3, 99).view(2, 48) * 7
     for packed in (True, False):
-        again = compressed.load(tmp_path / "own", packed=packed)
+        again = load(tmp_path / "own", packed=packed)
         assert torch.equal(again(tokens).logits, moe.model(tokens).logits)
     assert [block.kept.tolist() for block in MoEModel(again).moe_blocks] == [b.kept.tolist() for b in moe.moe_blocks]
 
@@ -290,7 +293,7 @@ def test_a_run_that_prunes_and_quantizes(family, criterion, options, tiny_model_
         assert row["removed_selections"] == pytest.approx(sum(original[e] for e in row["removed"]) / sum(original))
         assert all(after[e] == 0 for e in row["removed"]) and sum(after) == sum(original)
     assert report["model"]["experts"] == 8 and 3 < report["bits"]["nominal"] < 3.6
-    packed, decoded = compressed.load(run), compressed.load(run, packed=False)
+    packed, decoded = load(run), load(run, packed=False)
     tokens = torch.arange(3, 67).view(1, 64)
     torch.testing.assert_close(packed(tokens).logits, decoded(tokens).logits, rtol=1e-4, atol=1e-4)
     subject, original = MoEModel(decoded), MoEModel(AutoModelForCausalLM.from_pretrained(model).eval())
@@ -319,7 +322,7 @@ def test_a_run_that_only_prunes(tiny_model_dir, tmp_path, capsys):
     for block, kept in zip(expected.moe_blocks, kept_by_hand(model, "frequency", 6), strict=True):
         keep_experts(block, kept)
     tokens = torch.arange(3, 67).view(1, 64)
-    for found in (AutoModelForCausalLM.from_pretrained(run / "dense").eval(), compressed.load(run)):
+    for found in (AutoModelForCausalLM.from_pretrained(run / "dense").eval(), load(run)):
         assert torch.equal(found(tokens).logits, expected.model(tokens).logits)
     report = json.loads((run / "report.json").read_text())
     assert report["bits"] == {"nominal": 32, "true": 32} and not report["quantization_error"]
@@ -328,7 +331,7 @@ def test_a_run_that_only_prunes(tiny_model_dir, tmp_path, capsys):
     blocks = json.loads((run / "report.json").read_text())["pruning"]["blocks"]
     numbers = [len(row["kept"]) for row in blocks.values()]
     assert len(set(numbers)) > 1 and not (run / "dense").exists()
-    assert [block.num_experts for block in MoEModel(compressed.load(run, packed=False)).moe_blocks] == numbers
+    assert [block.num_experts for block in MoEModel(load(run, packed=False)).moe_blocks] == numbers
     with pytest.raises(ValueError, match="--pruning.keep"):
         export(str(run), str(tmp_path / "dense"), "dense")
     capsys.readouterr()

@@ -5,8 +5,8 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PhimoeConfig, Qwen2MoeConfig
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.recipe import Recipe, nominal_bits, num_quantized
+from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits, num_quantized
+from eacmoe_lightning.models.moe import MoEModel
 
 # the fields of the published config.json that decide the sizes
 PAPER_MODELS = {

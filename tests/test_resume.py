@@ -19,12 +19,12 @@ EVERY_STEP = {"checkpoint__every_n_train_steps": 1}
 
 # a checkpoint after every step: also in the middle of an epoch, and of the last batch of one
 STEPS = [
-    ["call", "eacmoe_lightning.gptq.fit_range", 5],  # inside GPTQ, before there is any checkpoint
+    ["call", "eacmoe_lightning.quantization.gptq.fit_range", 5],  # inside GPTQ, before there is any checkpoint
     ["replace", "last.ckpt", 3],  # while a checkpoint is written, in the middle of an epoch
     ["phase", "0 experts", 1],
     ["replace", "blocks/block_001", 1],  # while a block is written
     ["phase", "2 router", 1],
-    ["call", "eacmoe_lightning.qesc.QESC._joint_loss", 3],  # in the joint stage
+    ["call", "eacmoe_lightning.job.qesc.QESC._joint_loss", 3],  # in the joint stage
     ["replace", ".compressed.partial/weights-block-001", 1],  # while the compressed model is written
 ]
 # a checkpoint after every epoch, the default
@@ -33,8 +33,8 @@ EPOCHS = [
     ["phase", "1 attention", 1],
     ["replace", "streams/", 2],  # while streams are written
     ["phase", "2 replay", 1],
-    ["call", "eacmoe_lightning.gptq.fit_range", 3],
-    ["call", "eacmoe_lightning.qesc.QESC._joint_loss", 2],
+    ["call", "eacmoe_lightning.quantization.gptq.fit_range", 3],
+    ["call", "eacmoe_lightning.job.qesc.QESC._joint_loss", 2],
     ["replace", "last.ckpt", 1],  # the checkpoint of the last epoch
     ["replace", ".compressed.partial/weights-rest", 1],
     ["call", "eacmoe_lightning.callbacks.routing_report.evaluate", 1],  # while the result is evaluated
@@ -47,7 +47,7 @@ PRUNING = {"pruning__criterion": "reap", "pruning__alpha": 0.9}
 PRUNED = [
     ["phase", "1 attention", 1],  # the block is pruned, and nothing of it written
     ["phase", "2 replay", 1],
-    ["call", "eacmoe_lightning.qesc.QESC._joint_loss", 2],
+    ["call", "eacmoe_lightning.job.qesc.QESC._joint_loss", 2],
 ]
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.ridge import NormalEquations, experts_together, solve, working_bytes
-from eacmoe_lightning.router_loss import TopKMSE
+from eacmoe_lightning.routers.losses import TopKMSE
+from eacmoe_lightning.routers.ridge import NormalEquations, experts_together, solve, working_bytes
 
 N, D, E = 300, 12, 6
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eacmoe_lightning.router_loss import MSE, SelectionHinge, SelectionKL, TopKMSE
+from eacmoe_lightning.routers.losses import MSE, SelectionHinge, SelectionKL, TopKMSE
 
 TEACHER = torch.tensor([[4.0, 3.0, 1.0, 0.0], [0.0, 1.0, 2.0, 5.0]])
 STUDENT = torch.tensor([[3.0, 5.0, 1.5, 9.0], [7.0, 1.0, 2.5, 4.0]])

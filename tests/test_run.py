@@ -16,10 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.calibration import PHASES
+from eacmoe_lightning.calibration.blocks import PHASES
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.text import read_documents, token_windows
+from eacmoe_lightning.compressed.format import read_config
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
@@ -85,7 +87,7 @@ def test_the_compressed_directory_holds_the_dequantized_model(family, run_of, ti
         )
     missing, unexpected = original.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
-    reloaded = compressed.load(folder, packed=False)
+    reloaded = load(folder, packed=False)
     assert torch.equal(reloaded(prose).logits, original(prose).logits) and not reloaded.training
     kept = {name for name, p in before.items() if torch.equal(p, weights.get(name, before[name]))}
     assert {"model.embed_tokens.weight"} <= kept and not kept & bits.keys()
@@ -97,11 +99,11 @@ def test_experts_with_bits_of_their_own(tiny_model_dir, tmp_path):
     overrides = "{0: {experts: 2, experts.3: 4, experts.7: 4}, 2: {experts.down_proj: 5, experts.1.gate_up_proj: 8}}"
     run = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", model__overrides=overrides, model__joint_epochs=1)
     name = "model.layers.{}.mlp.experts.{}"
-    bits = compressed.read_config(run / "compressed")["quantization"]["bits"]
+    bits = read_config(run / "compressed")["quantization"]["bits"]
     assert bits[name.format(0, "gate_up_proj")] == bits[name.format(0, "down_proj")] == [2, 2, 2, 4, 2, 2, 2, 4]
     assert bits[name.format(1, "down_proj")] == 3 and bits[name.format(2, "down_proj")] == 5
     assert bits[name.format(2, "gate_up_proj")] == [3, 8, 3, 3, 3, 3, 3, 3]
-    decoded, packed = compressed.load(run, packed=False), compressed.load(run)
+    decoded, packed = load(run, packed=False), load(run)
     for index, widths in ((0, [2, 2, 2, 4, 2, 2, 2, 4]), (2, [3, 8, 3, 3, 3, 3, 3, 3])):
         weight = decoded.get_parameter(name.format(index, "gate_up_proj"))
         groups = weight.unflatten(-1, (-1, 32)).flatten(1, 2)  # [E, groups of all rows, 32]
@@ -132,7 +134,7 @@ def test_the_report_has_its_keys_and_they_are_true(family, run_of, tiny_model_di
     assert report["perplexity"].keys() == {"prose", "code"}
     original = AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)).eval()
     assert report["perplexity"]["prose"]["original"] == pytest.approx(perplexity(original, prose), rel=1e-4)
-    reloaded = compressed.load(run, packed=False)
+    reloaded = load(run, packed=False)
     assert report["perplexity"]["prose"]["compressed"] == pytest.approx(perplexity(reloaded, prose), rel=1e-4)
     assert report["perplexity"]["prose"]["before"] > 1
     for when in ("before", "after"):
@@ -193,7 +195,7 @@ def test_router_methods_change_what_they_say(method, changes, tiny_model_dir, tm
         tiny_model_dir("qwen3_moe"), tmp_path / "run", model__router_method=method, model__joint_epochs=joint
     )
     original = dict(AutoModelForCausalLM.from_pretrained(tiny_model_dir("qwen3_moe")).named_parameters())
-    written = compressed.load(run, packed=False)
+    written = load(run, packed=False)
     moved = {name for name, p in written.named_parameters() if not torch.equal(p, original[name])}
     kinds = {"router": {n for n in original if "mlp.gate." in n}, "norm": {n for n in original if "norm" in n}}
     for kind, names in kinds.items():
@@ -270,7 +272,7 @@ def test_predict_writes_the_log_likelihood_of_every_token(run_of, tiny_model_dir
     main(["predict", *jobs.options(model, run)])
     main(["predict", *jobs.options(model, tmp_path / "original", model__evaluate=model)])
     subjects = {
-        run: compressed.load(run, packed=False),
+        run: load(run, packed=False),
         tmp_path / "original": AutoModelForCausalLM.from_pretrained(model).eval(),
     }
     for folder, subject in subjects.items():

@@ -13,12 +13,13 @@ from test_pesf import error, random_ids
 from transformers import AutoModelForCausalLM
 
 import eacmoe_lightning
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.evaluate import evaluate
-from eacmoe_lightning.originals import load_original
+from eacmoe_lightning.compressed.directory import CompressedWeights
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.skipping import PESF, Demand, current_rule, set_skipping, skipping
-from eacmoe_lightning.streaming import StreamedModel
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def test_settings_nest_and_leave_with_errors():
 
 @torch.no_grad()
 def test_a_setting_is_saved_with_the_compressed_model_and_restored(tmp_path, tiny_model_dir):
-    model = compressed.load(compress(tiny_model_dir("mixtral"), tmp_path / "first"), "float32")
+    model = load(compress(tiny_model_dir("mixtral"), tmp_path / "first"), "float32")
     ids = random_ids(1, 64)
     plain = model(ids).logits
     rule = PESF(0.7, "renormalize", rescue=0.5, decode=Demand(half_life=32))
@@ -71,7 +72,7 @@ def test_a_setting_is_saved_with_the_compressed_model_and_restored(tmp_path, tin
 def test_a_restored_setting_is_what_an_evaluation_sees(tmp_path, tiny_model_dir):
     """Block by block, in batches of different sizes, as the model itself gives it for one window after another."""
     path = tiny_model_dir("mixtral")
-    model, windows = compressed.load(compress(path, tmp_path / "plain")), random_ids(3, 64)
+    model, windows = load(compress(path, tmp_path / "plain")), random_ids(3, 64)
     loss = [float(model(ids[None], labels=ids[None]).loss) for ids in windows]
     set_skipping(model, PESF(0.7))
     skipped = [float(model(ids[None], labels=ids[None]).loss) for ids in windows]
@@ -79,7 +80,7 @@ def test_a_restored_setting_is_what_an_evaluation_sees(tmp_path, tiny_model_dir)
     model.save_pretrained(tmp_path / "skipping")
     original = MoEModel(load_original(str(path)))
     for batch_size in (1, 2, 3):
-        subject = StreamedModel(compressed.CompressedWeights(tmp_path / "skipping"))
+        subject = StreamedModel(CompressedWeights(tmp_path / "skipping"))
         found = evaluate(original, subject, {"a": windows}, batch_size)["perplexity"]["a"]["compressed"]
         assert math.log(found) == pytest.approx(sum(skipped) / 3, abs=1e-5)
 

@@ -11,11 +11,11 @@ from test_packed_loading import compress
 from test_pesf import random_ids, skewed_model
 
 import eacmoe_lightning
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.choice_task import make_questions
+from eacmoe_lightning.analysis.skipping_sweep import effective_experts, recommend, summary, sweep
 from eacmoe_lightning.cli import main
+from eacmoe_lightning.evaluation.choice_task import make_questions
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.skipping import PESF, current_rule, set_skipping
-from eacmoe_lightning.skipping.sweep import effective_experts, recommend, summary, sweep
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.grid import Quantized
-from eacmoe_lightning.ranks import Ranks
-from eacmoe_lightning.recipe import Recipe
-from eacmoe_lightning.solver import BlockSolver
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.calibration.solver import BlockSolver
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.run.ranks import Ranks
 
 
 def solve(**options) -> tuple[dict[str, Quantized], BlockSolver]:

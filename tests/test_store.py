@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from eacmoe_lightning.store import RunDirectory, StoreError, read_tensors, write_atomically, write_json, write_tensors
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.files import StoreError, read_tensors, write_atomically, write_json, write_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:

@@ -21,13 +21,15 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from eacmoe_lightning import memory
-from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.evaluate import evaluate, run_batches
-from eacmoe_lightning.originals import load_original
-from eacmoe_lightning.store import StoreError
-from eacmoe_lightning.streaming import Checkpoint, StreamedModel
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.evaluation.streams import run_batches
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.run import memory
+from eacmoe_lightning.run.files import StoreError
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 SMALL = {

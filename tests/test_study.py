@@ -13,12 +13,12 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.choice_task import accuracy, answer, make_questions
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.evaluate import token_log_likelihoods
+from eacmoe_lightning.evaluation.choice_task import accuracy, answer, make_questions
+from eacmoe_lightning.evaluation.streams import token_log_likelihoods
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.offload.codecs import Bound, codec
-from eacmoe_lightning.originals import load_original
 from eacmoe_lightning.study.cells import block_groups, choose_experts, plan, stable_seed
 from eacmoe_lightning.study.disturb import disturb, disturbed
 from eacmoe_lightning.study.measure import Measurement, Text

@@ -6,9 +6,9 @@ import pytest
 from test_recipe import paper_model  # noqa: F401  (a fixture)
 
 from eacmoe_lightning import targets
+from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.qesc import QESC
-from eacmoe_lightning.recipe import Recipe
+from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.targets import WeightGrid
 
 VLLM = targets.find("compressed-tensors", "vllm")

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eacmoe_lightning.text import bundled_names, heldout_names, read_documents, token_windows
+from eacmoe_lightning.text.sources import bundled_names, heldout_names, read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 
 class Letters:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from test_kernels import error, experts_reference, random_weight, tensors
 
-from eacmoe_lightning import kernels
+from eacmoe_lightning.runtime import kernels
 
 with pytest.MonkeyPatch.context() as context:
     context.setenv("TRITON_INTERPRET", "1")  # read when the kernel is defined
     pytest.importorskip("triton", reason="Triton is not installed: the GPU kernel is not tested")
-    from eacmoe_lightning import triton_kernels as interpreted
+    from eacmoe_lightning.runtime import triton_kernels as interpreted
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
 

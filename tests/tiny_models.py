@@ -22,7 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from eacmoe_lightning.deepseek import DeepseekConfig
+from eacmoe_lightning.models.deepseek import DeepseekConfig
 
 VOCABULARY = 4096  # of the bundled tokenizer
 ROUTER_SCALE = 6.0  # over the other weights: logits with a standard deviation of about 4

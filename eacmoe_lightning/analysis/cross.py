@@ -6,58 +6,10 @@ directory, so an interrupted table goes on where it was; a finished row is kept 
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
-from eacmoe_lightning.expert_shift import RATES
-from eacmoe_lightning.store import write_json
-
-
-def fit_rows(place: Path, fit_options: dict[str, Any], calibration: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """One `fit` for each calibration text; finished ones are read.
-
-    Args:
-        place: where the runs are kept, each in a directory named after its text.
-        fit_options: of `fit`, without the calibration text and the run directory.
-        calibration: text sources by name.
-
-    Returns:
-        By calibration text, its report's `perplexity` and `expert_shift.texts`.
-
-    Raises:
-        ValueError: `place` holds rows of other settings, or `fit` refuses them.
-    """
-    return {name: _row(place, name, fit_options | {"data.calibration": text}) for name, text in calibration.items()}
-
-
-def _row(place: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    from eacmoe_lightning.cli import CommandLine  # which knows the commands, this one among them
-
-    run, finished = place / name, place / f"{name}.json"
-    if finished.exists():
-        row = json.loads(finished.read_text())
-        held = row["options"]
-        if different := sorted(key for key in held.keys() | options.keys() if held.get(key) != options.get(key)):
-            key = different[0]
-            raise ValueError(
-                f"{finished} holds a row with other settings ({key} was {held.get(key)!r} and is now "
-                f"{options.get(key)!r}): pass another --output, or the settings of that analysis"
-            )
-        return row
-    words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
-    resume = ["--ckpt_path=last"] if (run / "run.json").exists() else []
-    print(f"calibrating on {name}: {run}", flush=True)
-    CommandLine(["fit", *words, f"--trainer.default_root_dir={run}", *resume])
-    report = json.loads((run / "report.json").read_text())
-    row = {
-        "options": options,
-        "perplexity": report["perplexity"],
-        "changed": {text: rates["after"] for text, rates in report["expert_shift"]["texts"].items()},
-    }
-    write_json(finished, row)
-    return row
+from eacmoe_lightning.routers.expert_shift import RATES
 
 
 def cross_table(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
-from eacmoe_lightning.store import write_atomically
+from eacmoe_lightning.run.files import write_atomically
 
 OUTLINE = [effects.withStroke(linewidth=2, foreground="white")]
 

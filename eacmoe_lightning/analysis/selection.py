@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.evaluate import run_streams
-from eacmoe_lightning.expert_shift import expert_load
+from eacmoe_lightning.evaluation.streams import run_streams
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.routers.expert_shift import expert_load
 
 SIMILAR = 0.8  # the paper finds texts of one task category above it, texts of different ones below
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eacmoe_lightning import compressed
+from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.exports import reload
 from eacmoe_lightning.exports.source import Source
+from eacmoe_lightning.run.files import StoreError
 from eacmoe_lightning.skipping.apply import set_skipping
-from eacmoe_lightning.store import StoreError
 
 WEIGHT_LIMIT = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}  # 2, 4 and 4 units in the last place
 LOGIT_LIMIT = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}  # routers turn rounding into other selections
@@ -50,7 +50,7 @@ class Reference:
     """Our decoded model, as far as a comparison needs it."""
 
     def __init__(self, source: Source) -> None:
-        model = compressed.load(source.path, dtype=source.dtype_name, packed=False)
+        model = load(source.path, dtype=source.dtype_name, packed=False)
         set_skipping(model, None)  # a rule of skipping is ours alone
         generator = torch.Generator().manual_seed(SEED)
         vocabulary = model.config.get_text_config().vocab_size

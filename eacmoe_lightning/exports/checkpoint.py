@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.store import write_atomically, write_json
+from eacmoe_lightning.run.files import write_atomically, write_json
 
 OWN_FILES = ("config.json", "weights.safetensors.index.json")  # of a compressed directory; nobody else's business
 

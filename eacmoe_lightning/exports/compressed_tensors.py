@@ -24,7 +24,7 @@ from eacmoe_lightning.exports.check import Difference, Reference
 from eacmoe_lightning.exports.checkpoint import write_checkpoint
 from eacmoe_lightning.exports.gptq import to_int32
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.grid import Quantized
+from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.targets import Target, WeightGrid
 
 LIBRARY = "0.20.0"  # the release whose loader was tried

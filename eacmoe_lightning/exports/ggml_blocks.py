@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.grid import Quantized
+from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.targets import WeightGrid
 
 BLOCK = 32

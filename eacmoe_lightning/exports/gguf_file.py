@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import Block
 from eacmoe_lightning.exports import ggml_blocks
 from eacmoe_lightning.exports.check import Difference, Reference
 from eacmoe_lightning.exports.gguf_tokenizer import add_tokenizer
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.grid import Quantized
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.targets import Target, WeightGrid
 from eacmoe_lightning.version import __version__
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from eacmoe_lightning.text import bundled_names, read_documents
+from eacmoe_lightning.text.sources import bundled_names, read_documents
 
 if TYPE_CHECKING:
     import gguf

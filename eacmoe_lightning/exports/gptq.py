@@ -28,8 +28,9 @@ from torch import Tensor
 from eacmoe_lightning.exports.check import Difference, Reference
 from eacmoe_lightning.exports.checkpoint import write_checkpoint
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.grid import Quantized, pack
-from eacmoe_lightning.store import write_json
+from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.quantization.packing import pack
+from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.targets import Target, WeightGrid
 from eacmoe_lightning.version import __version__
 

@@ -20,11 +20,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import Block, MoEModel
-from eacmoe_lightning.grid import Quantized, take_quantized
-from eacmoe_lightning.pruning.surgery import KEPT, has_shapes_of
-from eacmoe_lightning.store import StoreError, read_tensors
+from eacmoe_lightning.compressed.directory import untied
+from eacmoe_lightning.compressed.format import REST, SHARD, read_config
+from eacmoe_lightning.compressed.opening import open_compressed
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.pruned_config import has_shapes_of
+from eacmoe_lightning.models.shrink import KEPT
+from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.quantization.packing import take_quantized
+from eacmoe_lightning.run.files import StoreError, read_tensors
 from eacmoe_lightning.targets import WeightGrid, by_bits
 
 WEIGHT = ".weight"
@@ -73,17 +78,8 @@ class Source:
     """
 
     def __init__(self, path: str | Path, dtype: str = "auto") -> None:
-        path = Path(path)
-        if (path / "run.json").exists() and not compressed.is_compressed(path / "compressed"):
-            raise FileNotFoundError(
-                f"the run in {path} (--source) has no compressed model yet: finish it with `fit --ckpt_path last`"
-            )
-        self.path = path / "compressed" if compressed.is_compressed(path / "compressed") else path
-        if not compressed.is_compressed(self.path):
-            raise FileNotFoundError(
-                f"{path} (--source) is neither a run directory nor a compressed directory of eacmoe-lightning"
-            )
-        self.directory_config = compressed.read_config(self.path)
+        self.path = open_compressed(path, dtype).directory
+        self.directory_config = read_config(self.path)
         self.dtype_name = self.directory_config["dtype"] if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, self.dtype_name)
         original = dict(self.directory_config["original"]["config"])
@@ -103,7 +99,7 @@ class Source:
         self.weights: dict[str, Tensor] = {  # [..., O, I] on meta, of everything quantized
             name: weight for block in self.moe.blocks for name, (_, weight) in self.quantized(block).items()
         }
-        self.parameters: dict[str, Tensor] = compressed.untied(self.skeleton)  # on meta, each once
+        self.parameters: dict[str, Tensor] = untied(self.skeleton)  # on meta, each once
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -121,13 +117,13 @@ class Source:
             StoreError: a file or a tensor is missing, or truncated or altered.
         """
         for block in self.moe.blocks:
-            path = self.path / compressed.SHARD.format(block.index)
+            path = self.path / SHARD.format(block.index)
             tensors, _ = read_tensors(path)
             names = [f"{n}.{kind}" for n in self.quantized(block) for kind in ("codes", "scale", "zero_point")]
             if missing := [name for name in names if name not in tensors]:
                 raise StoreError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: restore it from a backup")
             yield block, tensors
-        yield None, read_tensors(self.path / compressed.REST)[0]
+        yield None, read_tensors(self.path / REST)[0]
 
     def grids(self) -> list[WeightGrid]:
         """How each quantized weight is stored, its symmetry as its zero points have it; experts by their bits."""

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from eacmoe_lightning.kernels import loop_over_experts
 from eacmoe_lightning.offload.cache import ExpertCache, Weights, Window, slot_table
 from eacmoe_lightning.offload.jobs import PACKED_NAMES
-from eacmoe_lightning.packed_modules import PackedExperts
+from eacmoe_lightning.runtime.kernels import loop_over_experts
+from eacmoe_lightning.runtime.packed_modules import PackedExperts
 
 Predict = Callable[[int, Tensor], None]  # prefetches for the block behind this one, given its hidden states
 

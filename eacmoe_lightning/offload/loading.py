@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.grid import expert_codes
+from eacmoe_lightning.compressed.format import SHARD
+from eacmoe_lightning.compressed.opening import open_model
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.offload import store as stores
 from eacmoe_lightning.offload.codecs import Codec
 from eacmoe_lightning.offload.codecs import codec as codec_named
 from eacmoe_lightning.offload.model import STORE, attach, encode, packed_codec, refuse_to_save
 from eacmoe_lightning.offload.store import ExpertStore, Key
-from eacmoe_lightning.originals import local_directory
-from eacmoe_lightning.store import read_tensors
-from eacmoe_lightning.streaming import Checkpoint, StreamedModel
+from eacmoe_lightning.quantization.packing import expert_codes
+from eacmoe_lightning.run.files import read_tensors
 
 Records = Iterator[tuple[Key, bytes]]
 
@@ -51,13 +52,12 @@ def load_offloaded(
         FileNotFoundError: there is no such model.
         ValueError, StoreError: as `offload_experts`, or a file of the model is damaged.
     """
-    path, how = Path(name_or_path), codec_named(codec)
-    path = path / "compressed" if compressed.is_compressed(path / "compressed") else path
+    opened, how = open_model(name_or_path, dtype, "name_or_path"), codec_named(codec)
     options |= {"cache_bytes": cache_bytes, "device": device}
-    if compressed.is_compressed(path):
-        return _load_packed(path, how, directory, dtype, options)
-    streamed = StreamedModel(Checkpoint(str(name_or_path), dtype), device)
-    about = _about(str(local_directory(str(name_or_path))), how, streamed.weights.dtype)
+    if opened.is_compressed:
+        return _load_packed(opened.directory, how, directory, dtype, options)
+    streamed = opened.streamed(device)
+    about = _about(str(opened.directory), how, streamed.weights.dtype)
     attach(streamed, _store(directory, lambda: _dense_records(streamed, how), about), **options)
     streamed.load_all()
     return streamed.model
@@ -84,7 +84,7 @@ def _load_packed(
 
 def _about(source: str, how: Codec, dtype: torch.dtype) -> dict[str, str]:
     """What a store must have been made of to be used again."""
-    return {"codec": how.specification, "model": compressed.fingerprint(source), "dtype": str(dtype)}
+    return {"codec": how.specification, "model": fingerprint(source), "dtype": str(dtype)}
 
 
 def _store(directory: str | Path | None, records: Callable[[], Records], about: dict[str, str]) -> ExpertStore:
@@ -104,7 +104,7 @@ def _packed_records(path: Path, config: PreTrainedConfig, how: Codec) -> Records
     with torch.device("meta"):
         moe = MoEModel(AutoModelForCausalLM.from_config(config))
     for block in moe.moe_blocks:
-        tensors, _ = read_tensors(path / compressed.SHARD.format(block.index))
+        tensors, _ = read_tensors(path / SHARD.format(block.index))
         for expert in range(block.num_experts):
             for projection in block.experts.projections:
                 name = f"{block.name}.{block.experts_name}.{projection}"

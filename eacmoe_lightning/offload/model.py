@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eacmoe_lightning.adapter import Block, MoEModel
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.offload import store as stores
 from eacmoe_lightning.offload.cache import ExpertCache
 from eacmoe_lightning.offload.codecs import Codec, codec_of
@@ -26,8 +27,8 @@ from eacmoe_lightning.offload.memory import Arena
 from eacmoe_lightning.offload.policy import policy
 from eacmoe_lightning.offload.slots import Layout, Plan, Slots, nbytes_of, pin
 from eacmoe_lightning.offload.store import ExpertStore, Key
-from eacmoe_lightning.packed_modules import PackedExperts
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.runtime.packed_modules import PackedExperts
 
 STORE = "experts.eacmoe"  # the file's name in its directory
 

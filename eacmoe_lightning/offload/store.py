@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from eacmoe_lightning.offload.codecs.record import ALIGNMENT, Header, RecordError, read_header, read_record
 from eacmoe_lightning.offload.memory import memory_file
-from eacmoe_lightning.store import StoreError, write_atomically
+from eacmoe_lightning.run.files import StoreError, write_atomically
 
 FOOTER = struct.Struct("<8sQII")
 MAGIC = b"eacmoe-x"

@@ -63,7 +63,7 @@ def main(store_fd: int, store_bytes: int, arena_fd: int, arena_bytes: int) -> No
 
     from eacmoe_lightning.offload.jobs import run
     from eacmoe_lightning.offload.memory import map_bytes
-    from eacmoe_lightning.store import StoreError
+    from eacmoe_lightning.run.files import StoreError
 
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "wb")

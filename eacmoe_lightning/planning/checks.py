@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.memory import available_memory
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.planning.sizes import Job, disk_use, joint_bytes
-from eacmoe_lightning.recipe import Recipe
+from eacmoe_lightning.run.memory import available_memory
 
 GB = 1e9
 

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from eacmoe_lightning import ridge
-from eacmoe_lightning.adapter import Block, MoEModel
-from eacmoe_lightning.gptq import TURNS, working_bytes
-from eacmoe_lightning.gram import TILE
-from eacmoe_lightning.grid import SCALE_FACTORS, ZERO_OFFSETS
-from eacmoe_lightning.recipe import Recipe, num_quantized
-from eacmoe_lightning.solver import experts_together, stack_bytes
+from eacmoe_lightning.calibration.recipe import Recipe, num_quantized
+from eacmoe_lightning.calibration.solver import experts_together, stack_bytes
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.quantization.gptq import TURNS, working_bytes
+from eacmoe_lightning.quantization.gram import TILE
+from eacmoe_lightning.quantization.grid import SCALE_FACTORS, ZERO_OFFSETS
+from eacmoe_lightning.routers import ridge
 from eacmoe_lightning.targets import WeightGrid
 
 GENERATIONS = 3  # of both streams on disk while a block is left: before it, behind it, and of the last checkpoint
@@ -328,3 +330,31 @@ def _experts(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, here: float)
     for rows, columns in shapes.experts:
         cost.add(flops32=gram_flops(sent, columns))
         _solve(cost, experts * share, rows, columns, recipe)
+
+
+def job_of(module: Any, data: Any, moe: MoEModel, processes: int, device: str) -> Job:
+    """What the options of `fit` say about cost. Held-out text counts where its length is known or can be read."""
+    if data.num_heldout_windows is not None:
+        heldout = len(data.heldout) * data.num_heldout_windows
+    else:
+        try:
+            heldout = sum(len(windows) for windows in data.heldout_windows.values())
+        except (OSError, ValueError, ConnectionError):
+            heldout = 0
+    dtype = moe.model.dtype if module.stream_dtype == "auto" else getattr(torch, module.stream_dtype)
+    return Job(
+        num_windows=data.num_windows,
+        window_length=data.window_length,
+        batch_size=data.batch_size,
+        heldout_tokens=heldout * data.window_length,
+        router_method=module.router_method,
+        router_epochs=module.router_epochs,
+        num_targets=module.router_loss.num_targets(moe.num_experts, moe.top_k),
+        joint_epochs=module.joint_epochs,
+        trains_scales=bool(module.joint_lr["scale"]),
+        trains_codes=bool(module.joint_lr["code"]),
+        stream_bytes=dtype.itemsize,
+        processes=processes,
+        kept_experts=module.pruning.keep if module.pruning else None,
+        device=device,
+    )

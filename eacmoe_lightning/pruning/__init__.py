@@ -1,2 +1,1 @@
-"""Removing experts for good: which (`rule.py`, `scores.py`), how a model shrinks (`surgery.py`), and the command for
-finished models (`command.py`); in a run `calibration.Calibration` does it."""
+"""Which experts are removed for good: scores and the rule. The block loop applies it (`calibration/blocks.py`)."""

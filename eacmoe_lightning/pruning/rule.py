@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.shrink import Groups
 from eacmoe_lightning.pruning.scores import CRITERIA
-from eacmoe_lightning.pruning.surgery import Groups
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import Block
-from eacmoe_lightning.expert_shift import expert_load
-from eacmoe_lightning.ranks import Ranks
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.routers.expert_shift import expert_load
+from eacmoe_lightning.run.ranks import Ranks
 
 CRITERIA = ("frequency", "reap")
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eacmoe_lightning.adapter import Block, MoEModel, Routing
-from eacmoe_lightning.packed_modules import PackedExperts
+from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.runtime.packed_modules import PackedExperts
 from eacmoe_lightning.skipping.report import SkipReport
 from eacmoe_lightning.skipping.rules import Place, Rule
 from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, real_tokens

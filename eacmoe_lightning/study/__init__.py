@@ -1,3 +1,1 @@
 """Which experts tolerate what: errors of known size in chosen experts, and what they do to the model."""
-
-from eacmoe_lightning.study import command  # noqa: F401

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import Block
+from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.offload.codecs import Bound, codec, decode
 
 NOISES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {

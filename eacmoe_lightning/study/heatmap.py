@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure  # without pyplot: no window, no global state
 from torch.utils.tensorboard import SummaryWriter
 
-from eacmoe_lightning.store import whole_directory, write_atomically
+from eacmoe_lightning.run.files import whole_directory, write_atomically
 from eacmoe_lightning.study.report import over_seeds
 
 LEAST = 1e-4  # nats: the lower end of the colours; what is lost less, or won, is as light as that

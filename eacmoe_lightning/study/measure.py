@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.choice_task import Questions, accuracy, choose
-from eacmoe_lightning.expert_shift import change_counts, change_rates, expert_load, mean_rates
+from eacmoe_lightning.evaluation.choice_task import Questions, accuracy, choose
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.routers.expert_shift import change_counts, change_rates, expert_load, mean_rates
 
 
 @dataclass

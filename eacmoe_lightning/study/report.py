@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from eacmoe_lightning.expert_shift import RATES
+from eacmoe_lightning.routers.expert_shift import RATES
 from eacmoe_lightning.study import paper
 from eacmoe_lightning.study.cells import DEPTHS, Cell
 

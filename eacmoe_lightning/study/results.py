@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eacmoe_lightning.store import StoreError, refuse_other_settings, write_json
+from eacmoe_lightning.run.directory import refuse_other_settings
+from eacmoe_lightning.run.files import StoreError, write_json
 
 
 class Results:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.offload.codecs import Bound
-from eacmoe_lightning.store import write_json
+from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.study.budget import LADDER, Point, Sensitivity, allocate, frequencies
 from eacmoe_lightning.study.cells import stable_seed
 from eacmoe_lightning.study.disturb import disturb, disturbed

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.grid import pack, unpack
-from eacmoe_lightning.lattice import Lattice
 from eacmoe_lightning.offload.codecs.bounded import Bounded
 from eacmoe_lightning.offload.codecs.lossless import byte_planes, fill_from_planes, unzstd, zstd
 from eacmoe_lightning.offload.codecs.packed import Packed, PackedCodes
 from eacmoe_lightning.offload.codecs.record import Buffer, Header
+from eacmoe_lightning.quantization.lattice import Lattice
+from eacmoe_lightning.quantization.packing import pack, unpack
 
 ALPHABET = 1 << 12  # different codes at most: above, the table of frequencies is no longer small
 TABLE = struct.Struct("<iI")  # the smallest code, the number of different ones

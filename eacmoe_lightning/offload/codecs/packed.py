@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.grid import Grid, Quantized, pack, round_to_nearest, unpack
 from eacmoe_lightning.offload.codecs.base import Codec, codec_of
 from eacmoe_lightning.offload.codecs.bound import check_finite
 from eacmoe_lightning.offload.codecs.lossless import as_bytes, byte_planes, fill, fill_from_planes, unzstd, zstd
 from eacmoe_lightning.offload.codecs.record import Buffer, Header, RecordError, read_record
+from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.quantization.packing import pack, unpack
 
 Packed = tuple[Tensor, Tensor, Tensor]  # codes [..., O, I / 8 * bits] uint8, scale [..., O, G], zero_point [..., O, G]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.run.files import StoreError
 
 MAGIC = b"eacmoe1\n"
 PREFIX = struct.Struct("<8sII")

@@ -1,0 +1,296 @@
+"""QESC, block by block (EAC-MoE, section 4): what happens between two blocks of a model, in the paper's order.
+
+    read       the block's weights come from disk
+    observe    the full-precision block runs on x and says which experts it selects; what a pruning rule does not keep
+               goes now, so that everything below sees the pruned block
+    attention  GPTQ of the attention projections, on what the compressed prefix really produces (x_hat)
+    router     calibrated outside, by a LightningModule or in closed form, on the rows offered here
+    experts    GPTQ of shared and routed experts; the calibrated router decides which tokens each one sees
+    replay     x_hat runs through the compressed block
+
+Only the current block's weights need to be in memory. Quantized ones replace the original ones in place (as dequantized
+values); when a block is left, its codes are on disk and its memory is free.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.calibration.solver import BlockSolver
+from eacmoe_lightning.calibration.streams import Streams, concatenate
+from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.shrink import Groups, keep_experts
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.pruning.scores import ExpertScores, measured
+from eacmoe_lightning.quantization.packing import packed
+from eacmoe_lightning.routers import ridge
+from eacmoe_lightning.routers.expert_shift import change_counts, change_rates, expert_load
+from eacmoe_lightning.run.block_file import read_block
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.files import StoreError, read_note, write_tensors
+from eacmoe_lightning.run.hidden import HiddenFile
+from eacmoe_lightning.run.ranks import Ranks
+
+log = logging.getLogger(__name__)
+PHASES = ("read", "observe", "attention", "router", "experts", "replay")
+
+
+class Calibration:
+    """Takes the blocks of a model one after another through the phases.
+
+    Args:
+        moe: the original model; its blocks are loaded, replaced and released one after another.
+        recipe: bits and solver.
+        streams: the calibration windows of this process.
+        run: where finished blocks are kept.
+        ranks: the processes.
+        phase: gives a context, by block and phase, in which the phase runs: for whoever watches.
+        pruning: which experts are removed; None: none.
+    """
+
+    def __init__(
+        self,
+        moe: MoEModel,
+        recipe: Recipe,
+        streams: Streams,
+        run: RunDirectory,
+        ranks: Ranks,
+        phase: Callable[[int, str], AbstractContextManager] = lambda block, phase: nullcontext(),
+        pruning: PruningRule | None = None,
+    ) -> None:
+        self.moe, self.recipe, self.streams, self.run, self.ranks = moe, recipe, streams, run, ranks
+        self.phase, self.pruning = phase, pruning
+        self.at: int | None = None  # the block that the streams have reached
+        self.entered = False  # whether it was observed and its attention solved
+        self.solver: BlockSolver | None = None
+        self.stats: dict = {}
+        self._teacher: Routing | None = None  # what the original router says of x, all tokens of this process
+        self._router_input: HiddenFile | None = None  # [S, T, D] what reaches the router in the compressed stream
+
+    @property
+    def block(self) -> Block:
+        return self.moe.blocks[self.at]
+
+    # --- the phases of a block ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def enter(self, index: int, routers: dict[int, Tensor]) -> None:
+        """Brings the streams to block `index`, observes it and solves its attention. Idempotent.
+
+        With the number of blocks as index, both streams are brought to the end of the model.
+
+        Args:
+            routers: calibrated weights [E, D] of the blocks before, for files that must be computed again.
+        """
+        num_blocks = len(self.moe.blocks)
+        if self.at == index and (self.entered or index == num_blocks):
+            return
+        self._bring_streams(index, routers)
+        if index < num_blocks:
+            self._observe_and_solve_attention()
+
+    def _observe_and_solve_attention(self) -> None:
+        block, streams = self.block, self.streams
+        with self.phase(block.index, "read"):
+            self.moe.load(block.index)
+        self.solver = BlockSolver(block, len(self.moe.blocks), self.recipe, self.ranks)
+        self.stats = {"block": block.index, "name": block.name}
+        with self.phase(block.index, "observe"):
+            with self._measured() as scores:
+                self._observe()
+            if scores is not None:
+                self._prune(scores)
+            self._groups = streams.input_groups(block)
+        with self.phase(block.index, "attention"):
+            self._solve_part("attention")
+            if block.is_moe:
+                self._router_input = streams.keep_router_input(block)
+                self._count_shift("before")
+        self.entered = True
+
+    def _observe(self) -> None:
+        """x through the original block; what its router says is kept, on disk too for the joint stage."""
+        self._teacher = self.streams.advance(self.block, "x")
+        if self._teacher is not None:
+            self.streams.write_teacher(self.at, self._teacher.logits)
+
+    def _measured(self) -> AbstractContextManager[ExpertScores | None]:
+        """A context in which the block's experts are scored, where some are to go."""
+        prunes = self.pruning is not None and self.block.is_moe
+        return measured(self.block, self.pruning.criterion) if prunes else nullcontext()
+
+    def _prune(self, scores: ExpertScores) -> None:
+        """Removes the experts that the rule does not keep from the current block, for good."""
+        block, values = self.block, scores.finish(self.ranks)
+        kept = self.pruning.choose(values, self.moe.top_k, Groups.of(block).number)
+        removed = sorted(set(range(block.num_experts)) - set(kept))
+        self.stats["pruning"] = {
+            "kept": kept,
+            "removed": removed,
+            "removed_selections": float(scores.load[removed].sum() / scores.load.sum()),
+            "scores": values.tolist(),
+            "below_alpha": self.pruning.below_alpha(values, kept),
+        }
+        if below := self.stats["pruning"]["below_alpha"]:
+            log.warning(
+                "block %d: experts %s are below alpha=%g (--pruning.alpha) and stay, since every token selects %d",
+                block.index, below, self.pruning.alpha, self.moe.top_k,
+            )  # fmt: skip
+        keep_experts(block, kept)
+
+    @torch.no_grad()
+    def leave(self, router: Tensor | None) -> dict:
+        """Solves the experts under the calibrated router, replays the block and writes it.
+
+        Args:
+            router: [E, D] with a row for each of the original's experts; a pruned block takes those of its own.
+
+        Returns:
+            The block's statistics, as in the report.
+        """
+        block, streams = self.block, self.streams
+        with self.phase(block.index, "experts"):
+            if block.is_moe:
+                block.router_weight.copy_(router[block.kept])
+                self._count_shift("after")
+            self._solve_part("shared")
+            if block.is_moe and self.recipe.quantizer != "none":
+                self.solver.solve_experts(self._router_input.flatten(0, 1), self._route())
+            if block.is_moe:
+                self.stats["starved"] = self.solver.starved
+        with self.phase(block.index, "replay"):
+            streams.advance(block, "x_hat")
+        self.stats["error"] = self.solver.error
+        self._write()
+        self.moe.release(self.at)
+        self.at, self.entered = self.at + 1, False
+        if self._router_input is not None:
+            self._router_input.delete()
+        self._teacher = self._router_input = None
+        streams.step(self.at)
+        return self.stats
+
+    def _solve_part(self, part: str) -> None:
+        """Groups of linears that share their input, one after another in the order of the run."""
+        for names in self._groups if self.recipe.quantizer != "none" else ():
+            if self.block.linears[names[0]] == part:
+                inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]), part == "shared")
+                self.solver.solve_linears(names, inputs)
+
+    # --- the router's rows ------------------------------------------------------------------------------
+
+    def router_rows(self, window_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Training rows of some windows by global index [b]: inputs [b*T, D], teacher logits [b*T, E] (of
+        the experts that the block has)."""
+        local = self.streams.local(window_ids)
+        teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
+        return self._router_input[local].flatten(0, 1), teacher[local].flatten(0, 1)[:, self.block.kept]
+
+    @torch.no_grad()
+    def ridge_router(self, num_targets: int, strength: float) -> Tensor:
+        """The closed-form router [E, D] of the current block (see `ridge`).
+
+        Experts whose sums do not fit into `solver_gib` together come one part after another, each by a pass over the
+        router's inputs.
+        """
+        weight = self.block.router_weight.float()
+        num_experts, width = weight.shape
+        shared, updated = num_targets == num_experts, []
+        together = ridge.experts_together(num_experts, width, self.recipe.solver_gib, shared)
+        for start in range(0, num_experts, together):
+            experts = slice(start, min(start + together, num_experts))
+            sums = ridge.NormalEquations(experts, width, weight.device, shared)
+            for x, target in self._ridge_rows():
+                residual = target - self.block.router_logits(x)
+                sums.add(x.float(), residual, target.topk(num_targets, dim=-1).indices)
+            for total in (sums.gram, sums.cross, sums.squares):
+                self.ranks.sum(total)
+            updated.append(ridge.solve(weight, sums, strength))
+        return torch.cat(updated)
+
+    def _ridge_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """By batch, on the model's device: inputs [n, D], teacher logits [n, E] of the experts that the block has."""
+        teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
+        for rows in self.streams.slices:
+            x, target = self._router_input[rows], teacher[rows].flatten(0, 1)[:, self.block.kept]
+            yield self.streams.to_device(x.flatten(0, 1)), self.streams.to_device(target)
+
+    def _count_shift(self, when: str) -> None:
+        """Change rates and loads on the calibration stream, with the router as it is now."""
+        routing, sum_ = self._route(), self.ranks.sum
+        own_ids = self.block.original_ids(routing.ids)
+        counts = sum_(change_counts(self._teacher.ids, own_ids))
+        tokens, top_k = sum_(torch.tensor(len(routing.ids))), routing.ids.shape[1]
+        self.stats.setdefault("expert_shift", {})[when] = change_rates(counts, int(tokens), top_k)
+        name, ids = ("original", self._teacher.ids) if when == "before" else ("compressed", own_ids)
+        load = sum_(expert_load(ids, self._teacher.logits.shape[1]))
+        self.stats.setdefault("expert_load", {})[name] = load.tolist()
+
+    def _route(self) -> Routing:
+        batches = (self.streams.to_device(self._router_input[rows].flatten(0, 1)) for rows in self.streams.slices)
+        return concatenate([self.block.route(x) for x in batches])
+
+    # --- between blocks -----------------------------------------------------------------------------------
+
+    def _bring_streams(self, index: int, routers: dict[int, Tensor]) -> None:
+        """Puts both streams before block `index`, from memory, from files or by running what lies before."""
+        if self.at == index:
+            return
+        exists = [self.run.block(i).exists() for i in range(index)]
+        start = self.at
+        if start is None:
+            first_missing = exists.index(False) if False in exists else index
+            start = next((i for i in range(first_missing, 0, -1) if self.streams.can_read(i)), 0)
+            self.streams.embed()
+            if start:
+                self.streams.read(start)
+            for i in range(start):
+                self.shrink(i)
+        for i in range(start, index):
+            self.at = i
+            if exists[i]:
+                with self.moe.loaded(i):
+                    self._observe()
+                    self._restore(i)
+                    self.streams.advance(self.block, "x_hat")
+                self.streams.step(i + 1, keep=False)
+            else:
+                log.warning("block %d is not in %s: computing it again", i, self.run.path)
+                self._observe_and_solve_attention()
+                self.leave(routers.get(i))
+        self.at, self.entered = index, False
+
+    def shrink(self, index: int) -> None:
+        """Takes the experts that the run has removed out of a block, whether or not its weights are in memory."""
+        if self.pruning is not None and self.moe.blocks[index].is_moe:
+            keep_experts(self.moe.blocks[index], read_note(self.run.block(index))["stats"]["pruning"]["kept"])
+
+    def _restore(self, index: int) -> None:
+        """Puts a written block's weights and router in the model's place."""
+        block = self.moe.blocks[index]
+        quantized, others, _ = read_block(self.run, index)
+        self.shrink(index)
+        weights = block.weights()
+        if self.recipe.quantizer != "none" and quantized.keys() != weights.keys():
+            raise StoreError(f"{self.run.block(index)} holds other weights than {block.name} of this model")
+        for name, q in quantized.items():
+            weights[name][1].copy_(q.dequantize(self.moe.model.dtype))
+        if block.is_moe:
+            block.router_weight.copy_(others[block.router_parameter_name])
+
+    def _write(self) -> None:
+        if not self.ranks.is_first:
+            return
+        tensors, stored = packed(self.solver.solved), {}
+        for name, q in self.solver.solved.items():
+            stored[name] = {"bits": q.bits, "in_features": q.codes.shape[-1]}
+        if self.block.is_moe:
+            tensors[self.block.router_parameter_name] = self.block.router_weight
+        write_tensors(self.run.block(self.block.index), tensors, {"quantized": stored, "stats": self.stats})

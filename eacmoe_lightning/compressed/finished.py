@@ -1,0 +1,87 @@
+"""What a run has made of its original, block by block: the codes of its block files, decoded, and what was trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.shrink import KEPT
+from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.run.block_file import read_block
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.files import read_note
+
+
+class FinishedBlocks:
+    """The weights of a compressed model of which a run holds all blocks (see `streaming.Weights`).
+
+    Args:
+        original: everything that is neither quantized nor trained.
+        run: its block files hold the codes.
+        trained: routers and norms by parameter name; those that are left out stay the original's.
+        scales, codes: others than the solver's, by parameter name: [..., O, G] and [..., O, I].
+    """
+
+    def __init__(
+        self,
+        original: Checkpoint,
+        run: RunDirectory,
+        trained: Mapping[str, Tensor] | None = None,
+        scales: Mapping[str, Tensor] | None = None,
+        codes: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.original, self.run = original, run
+        self.trained, self.scales, self.codes = trained or {}, scales or {}, codes or {}
+        self._kept = {
+            str(block.index): stats["pruning"]["kept"]
+            for block in MoEModel(original.skeleton()).blocks
+            if "pruning" in (stats := read_note(run.block(block.index))["stats"])
+        }
+        self._moe = MoEModel(self.skeleton())
+        self._owners = {name: block for block in self._moe.blocks for name in block.weights()}
+        self._shapes = {name: tensor.shape for name, tensor in self._moe.model.state_dict().items()}
+
+    def __str__(self) -> str:
+        return f"{self.run.path}, with {self.original}"
+
+    def skeleton(self) -> PreTrainedModel:
+        model = self.original.skeleton()
+        if self._kept:  # MoEModel takes the other experts out
+            model.config = copy.deepcopy(model.config)
+            setattr(model.config.get_text_config(), KEPT, self._kept)
+        return model
+
+    def quantized(self, index: int) -> dict[str, Quantized]:
+        """A block's codes, final scales and zero points by parameter name."""
+        found = read_block(self.run, index)[0]
+        for name in found.keys() & self.scales.keys():
+            found[name].scale = self.scales[name].detach().cpu().half()
+        for name in found.keys() & self.codes.keys():
+            found[name].codes = self.codes[name].cpu()
+        return found
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        names = list(names)
+        found = {n: self.trained[n].detach().to("cpu", self.original.dtype) for n in names if n in self.trained}
+        for index in sorted({self._owners[n].index for n in names if n in self._owners}):
+            block = self._moe.blocks[index]
+            for name, quantized in self.quantized(index).items():
+                if name in names:
+                    found[name] = block.as_parameter(name, quantized.dequantize(self.original.dtype)).contiguous()
+        rest = self.original.read([n for n in names if n not in found])
+        return found | {name: self._of_kept(name, tensor) for name, tensor in rest.items()}
+
+    def _of_kept(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the original; of one with an entry per expert, those of the experts that were kept."""
+        if tensor.shape == self._shapes[name]:
+            return tensor
+        block = next(b for b in self._moe.moe_blocks if name.startswith(f"{b.name}."))
+        return tensor[block.kept]
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        self.original.prefetch([name for name in names if name not in self._owners and name not in self.trained])

@@ -1,0 +1,170 @@
+"""The compressed model directory: what a run leaves behind, and `load`.
+
+    config.json        model_type "eacmoe", the original's config, how each weight is stored
+    weights-block-003.safetensors, weights-rest.safetensors, weights.safetensors.index.json
+    tokenizer, generation config
+
+Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
+(uint8), under the parameter names that the model has in memory; everything else is stored as it is. Where the experts
+of a stack differ in bits, the config has a list and `.codes` is flat, one expert after another (format version 2). A
+pruned model's config says under `kept_experts` which experts its blocks still have (version 2 as well). Such a
+directory is read by `load`, or by transformers once this package is imported (below).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from eacmoe_lightning.compressed.directory import CompressedWeights
+from eacmoe_lightning.compressed.format import INDEX, METHOD, is_compressed, read_config
+from eacmoe_lightning.models.find import find_blocks
+from eacmoe_lightning.models.shrink import shrink_as_pruned
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.run.files import StoreError, read_tensors
+from eacmoe_lightning.runtime.packed_modules import pack_modules, set_activations
+from eacmoe_lightning.skipping.stored import restore_rule
+
+
+def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations: str = "exact") -> PreTrainedModel:
+    """The compressed model as a transformers causal LM in eval mode.
+
+    Args:
+        path: a compressed directory, or a run directory that holds one.
+        dtype: `auto` (in which it was calibrated), `float32`, `bfloat16` or `float16`.
+        packed: keep quantized weights packed in memory; otherwise they are decoded to an ordinary model.
+        activations: `exact`, or `int8` for faster products with rounded activations (LOG.md has what that costs).
+
+    Raises:
+        FileNotFoundError: there is no compressed model.
+        StoreError: a file is missing, truncated or altered, or tensors are missing.
+        ValueError: a newer version of this package wrote it.
+    """
+    path = Path(path)
+    path = path / "compressed" if is_compressed(path / "compressed") else path
+    config = read_config(path)
+    torch_dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
+    if packed:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+        set_activations(model, activations)
+        return model
+    moe = StreamedModel(CompressedWeights(path, dtype))
+    moe.load_all()
+    return moe.model.requires_grad_(True)
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """How a compressed model is stored and run.
+
+    Args:
+        bits, group_sizes: by parameter name; bits of each expert where they differ.
+        activations: `exact` or `int8`; see `packed_modules.set_activations`.
+        directory_config: the compressed directory's own config.json, for `save_pretrained`.
+        prepare: at most one function, called with the packed model before its weights are read (offload/loading.py).
+    """
+
+    def __init__(
+        self,
+        bits: dict[str, int | list[int]] | None = None,
+        group_sizes: dict[str, int] | None = None,
+        activations: str = "exact",
+        directory_config: dict[str, Any] | None = None,
+        prepare: Sequence[Callable[[PreTrainedModel], None]] = (),
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.bits, self.group_sizes = bits or {}, group_sizes or {}
+        self.activations, self.directory_config = activations, directory_config or {}
+        self.prepare = prepare
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What `from_pretrained(..., quantization_config=PackedConfig(activations="int8"))` may override."""
+        return {"activations": self.activations}
+
+
+class CompressedConfig(PreTrainedConfig):
+    """The config.json of a compressed directory; reading it gives the original's config, with a `PackedConfig`."""
+
+    model_type = METHOD
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        from eacmoe_lightning.compressed.format import check_format
+
+        check_format(config_dict)
+        original = dict(config_dict["original"]["config"])
+        kwargs.pop("_commit_hash", None)
+        quantization = config_dict["quantization"]
+        original |= {
+            "dtype": config_dict["dtype"],
+            "transformers_weights": INDEX,  # a name that transformers does not look for by itself
+            "quantization_config": {
+                "quant_method": METHOD,
+                "bits": quantization["bits"],
+                "group_sizes": quantization["group_sizes"],
+                "directory_config": config_dict,
+            },
+        }
+        return CONFIG_MAPPING[original["model_type"]].from_dict(original, **kwargs)
+
+
+AutoConfig.register(METHOD, CompressedConfig)
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Loads packed modules; refuses to quantize a model that is not quantized (that is what `fit` is for)."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config: PackedConfig = self.quantization_config
+        shrink_as_pruned(model.config.get_text_config(), find_blocks(model)[1])
+        pack_modules(model, config.bits, config.group_sizes)
+        for prepare in config.prepare:
+            prepare(model)
+        files = [Path(file) for file in kwargs["checkpoint_files"]]
+        # checksums are compared here
+        stored = {name: tensor.shape for file in files for name, tensor in read_tensors(file)[0].items()}
+        for name, tensor in model.state_dict().items():
+            if name not in model.all_tied_weights_keys and stored.get(name) != tensor.shape:
+                raise StoreError(
+                    f"{files[0].parent} does not fit its config: {name} should be {tuple(tensor.shape)} and is "
+                    f"{tuple(stored[name]) if name in stored else 'missing'}"
+                )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        set_activations(model, self.quantization_config.activations)
+        restore_rule(model, self.quantization_config.directory_config)
+        model.save_pretrained = _Saver(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Saver:
+    """`save_pretrained` of a packed model: it writes a compressed directory again."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: str | Path, **_: Any) -> None:
+        from eacmoe_lightning.compressed.directory import save_packed
+
+        save_packed(save_directory, self.model)

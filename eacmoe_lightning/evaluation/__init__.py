@@ -1,0 +1,1 @@
+"""What compression did: original beside compressed, perplexity, expert-shift, and the report."""

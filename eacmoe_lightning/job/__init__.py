@@ -1,0 +1,1 @@
+"""The Lightning job: the modules, what is trained, the data module and checkpoints."""

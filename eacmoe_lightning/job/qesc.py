@@ -1,0 +1,425 @@
+"""The LightningModule: router calibration as supervised optimization, one block an epoch.
+
+Epochs walk through the model: `router_epochs` passes over the calibration windows for block 0, then for block 1,
+and so on. A batch of windows stands for its tokens at the current block: the router's inputs in the compressed
+stream and the original router's logits. After the last block, `joint_epochs` train all routers together (with norms,
+scales and codes) towards the original's output distribution (`joint.py`). What happens to the weights between
+epochs is done by `callbacks.LayerwiseQuantization`.
+
+The language model itself stays outside the module tree: only what is trained (`trained.py`) is a parameter of the job.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eacmoe_lightning import targets
+from eacmoe_lightning.calibration.blocks import Calibration
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.calibration.streams import Streams
+from eacmoe_lightning.job.block_callback import phase
+from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress
+from eacmoe_lightning.job.comparison import Comparison
+from eacmoe_lightning.job.trained import TrainedParts, router_key
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.planning.checks import check_disk, check_finite, check_memory
+from eacmoe_lightning.planning.sizes import job_of
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.routers.joint import distillation, selection
+from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE
+from eacmoe_lightning.run.block_file import read_block
+from eacmoe_lightning.run.memory import Watch
+from eacmoe_lightning.run.ranks import Ranks
+from eacmoe_lightning.text.batches import shard
+from eacmoe_lightning.version import __version__
+
+
+@dataclass
+class FitState:
+    """What `fit` works on: outside the module tree, and not in checkpoints.
+
+    Attributes:
+        moe: the original model; its blocks are loaded and compressed one after another.
+        parts: what this job trains; its parameters are parameters of the module too.
+        calibration: the block loop; from `on_fit_start` on.
+        compressed: the whole compressed model, during the joint stage.
+    """
+
+    moe: StreamedModel
+    parts: TrainedParts
+    calibration: Calibration | None = None
+    compressed: StreamedModel | None = None
+
+
+class QESC(Comparison):
+    """Quantization with expert-selection calibration (EAC-MoE, section 4) of one MoE language model.
+
+    Args:
+        name_or_path: The original model: `bundled`, a local Hugging Face directory or a hub id.
+        dtype: In which it is loaded and calibrated: auto (as stored), float32, bfloat16 or float16.
+        bits: Bits of the routed experts; a list splits the blocks into equal consecutive parts, so that
+            [3, 2] is the paper's 2.54-bit setting.
+        attention_bits: Bits of the attention projections.
+        shared_expert_bits: Bits of shared experts and dense feed-forwards; null: those of the block's experts.
+        overrides: Per block index, other bits for any of attention, shared, experts, or another group_size; of the
+            routed experts also for one (experts.3), for one projection of all (experts.down_proj) or for both
+            (experts.3.down_proj).
+        group_size: Inputs that share a scale and a zero point.
+        symmetric: Fix the zero point to the middle code; null: where the target needs it.
+        target: The engine that is to load the result's export: what it does not load is refused before anything is
+            computed (its formats are in targets.py; activation order needs nothing of it).
+        tensor_parallel: Over how many devices the target is to cut each linear.
+        clip_search: Fit the range of each group by least error instead of its minimum and maximum.
+        quantizer: gptq, rtn (round-to-nearest, the baseline) or none: weights stay as they are, for pruning alone.
+        damping: Added to the Hessian's diagonal, as a share of its mean.
+        act_order: GPTQ visits the groups, and the inputs within each, by falling importance (no index needed).
+        scale_search: Choose each group's scale and zero point by the loss that GPTQ's own column loop adds.
+        refine: Sweeps of scales by least squares and coordinate descent over the codes, after GPTQ.
+        affinity: Weigh an expert's tokens by their router weight.
+        min_expert_tokens: An expert that fewer calibration tokens reach borrows others up to this number.
+        solver_gib: Experts of a block are solved together as far as that fits in so much memory (GiB).
+        router_method: How routers are calibrated: none (plain GPTQ), ridge (closed form per block), sgd (gradient
+            steps per block), joint (only the last stage).
+        router_loss: What sgd minimises; its num_targets is also the k of ridge.
+        router_lr: Learning rate of sgd. All learning rates are relative to the root mean square of the tensor that
+            they train, so that one number fits routers of any scale.
+        router_epochs: Passes over the calibration text per block.
+        router_warm_start: Start sgd from the closed form.
+        ridge: Strength of the closed form's penalty on drift, relative to the mean squared router input.
+        joint_epochs: Passes of the last stage that trains all routers together with KL to the original's
+            output; 0 leaves it out.
+        joint_selection: Weight of the router loss, over all blocks and in units of the logits' spread, beside the KL
+            divergence.
+        joint_router_lr: Learning rate of the routers in the joint stage.
+        joint_norm_lr: Of the weights of the normalisations; 0 leaves them as they are.
+        joint_scale_lr: Of the scales of the quantized weights; 0 leaves them as they are.
+        joint_code_lr: Of their codes, in steps of the grid; 0 leaves them as they are. It takes 16 bytes a weight.
+        lr_schedule: Over each stage: constant, linear or cosine (to zero).
+        weight_decay: Of AdamW.
+        stream_dtype: In which hidden states rest on disk between blocks; auto: as the model computes, which loses
+            nothing; bfloat16 halves the disk that a float32 model takes.
+        evaluate: What validate, test and predict look at: a run directory, a compressed directory or an original
+            model; null: the run directory (trainer.default_root_dir).
+        split_damage: Let test split the damage into weights and selections (EAC-MoE, table 1).
+        pruning: Which experts are removed; on the command line it comes from `--pruning`.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str = "bundled",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        bits: int | list[int] = 3,
+        attention_bits: int = 4,
+        shared_expert_bits: int | None = None,
+        overrides: dict[int, dict[str, int]] | None = None,
+        group_size: int = 128,
+        symmetric: bool | None = None,
+        target: Literal[targets.ENGINES] | None = None,
+        tensor_parallel: int = 1,
+        clip_search: bool = True,
+        quantizer: Literal["gptq", "rtn", "none"] = "gptq",
+        damping: float = 0.05,
+        act_order: bool = True,
+        scale_search: bool = True,
+        refine: int = 1,
+        affinity: bool = False,
+        min_expert_tokens: int = 256,
+        solver_gib: float = 2.0,
+        router_method: Literal["none", "ridge", "sgd", "joint"] = "ridge",
+        router_loss: RouterLoss | None = None,
+        router_lr: float = 2e-2,
+        router_epochs: int = 1,
+        router_warm_start: bool = False,
+        ridge: float = 1e-3,
+        joint_epochs: int = 4,
+        joint_selection: float = 0.2,
+        joint_router_lr: float = 3e-3,
+        joint_norm_lr: float = 5e-3,
+        joint_scale_lr: float = 3e-3,
+        joint_code_lr: float = 5e-5,
+        lr_schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        weight_decay: float = 0.0,
+        stream_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        evaluate: str | None = None,
+        split_damage: bool = False,
+        pruning: PruningRule | None = None,
+    ) -> None:
+        super().__init__(name_or_path, dtype, evaluate, split_damage)
+        self.targets = targets.for_calibration(target) if target else []
+        self.tensor_parallel = tensor_parallel
+        if symmetric is None:
+            symmetric = bool(self.targets) and self.targets[0].symmetric
+        self.recipe = Recipe(
+            bits=tuple(bits) if isinstance(bits, list) else (bits,),
+            attention_bits=attention_bits,
+            shared_bits=shared_expert_bits,
+            overrides=overrides or {},
+            group_size=group_size,
+            symmetric=symmetric,
+            clip_search=clip_search,
+            quantizer=quantizer,
+            damping=damping,
+            act_order=act_order,
+            scale_search=scale_search,
+            refine=refine,
+            affinity=affinity,
+            min_expert_tokens=min_expert_tokens,
+            solver_gib=solver_gib,
+        )
+        for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge)):
+            if value <= 0:
+                raise ValueError(f"{option}={value} (--model.{option}) is not positive")
+        self.joint_lr = dict(router=joint_router_lr, norm=joint_norm_lr, scale=joint_scale_lr, code=joint_code_lr)
+        for option, value in (("epochs", joint_epochs), *((f"{kind}_lr", lr) for kind, lr in self.joint_lr.items())):
+            if value < 0:
+                raise ValueError(f"joint_{option}={value} (--model.joint_{option}) is negative")
+        self.pruning = pruning
+        self.fit_state: FitState | None = None
+        self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
+        self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
+        self.ridge, self.joint_selection = ridge, joint_selection
+        self.joint_epochs = 0 if router_method == "none" else joint_epochs
+        self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
+        self.stream_dtype = stream_dtype
+        self.block_routers: dict[str, Tensor] = {}  # as the blocks were solved with them, once the joint stage moves on
+
+    # --- the models -------------------------------------------------------------------------------------
+
+    @property
+    def moe(self) -> StreamedModel:
+        return self.fit_state.moe
+
+    @property
+    def original(self) -> Checkpoint:
+        """The original's weights on disk."""
+        return self.moe.weights
+
+    @property
+    def parts(self) -> TrainedParts:
+        return self.fit_state.parts
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.fit_state.calibration
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            super().setup(stage)
+            return
+        resumes = getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None)
+        if self.trainer.is_global_zero:
+            self.run.check(self.identity(), resumes)  # before a large model is read
+        weights = Checkpoint(self.name_or_path, self.dtype_name)
+        moe = StreamedModel(weights, self.trainer.strategy.root_device)
+        self.recipe.check(moe)
+        if self.pruning is not None:
+            self.pruning.check(moe)
+        if self.targets:
+            targets.choose(self.targets, self.recipe.grids(moe), self.tensor_parallel)
+        self.router_loss.num_targets(moe.num_experts, moe.top_k)  # a k that does not fit is said now
+        job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size, moe.device.type)
+        check_memory(moe, job)
+        if self.trainer.is_global_zero:
+            if not resumes:
+                print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
+                watch = Watch()
+                check_finite(moe)
+                checked = watch.cost()
+            self.run.start(self.identity(), resumes)
+            if not resumes:
+                self.run.add_cost(None, "check", checked)
+        self.trainer.strategy.barrier()
+        joint = [kind for kind, lr in self.joint_lr.items() if lr] if self.joint_epochs else []
+        self.fit_state = FitState(moe, TrainedParts(moe, self.run, self.recipe, joint))
+        for name, parameters in self.parts.named_children():
+            self.add_module(name, parameters)
+        self.trainer.fit_loop.epoch_loop.max_steps = -1
+        if self.trainer.max_epochs in (None, -1):
+            self.trainer.fit_loop.max_epochs = self.num_epochs
+
+    def identity(self) -> dict[str, Any]:
+        """All that the result of `fit` depends on, by option."""
+        data = self.trainer.datamodule
+        loss = self.router_loss
+        return {
+            "version": __version__,
+            **{
+                f"trainer.{n}": getattr(self.trainer, n)
+                for n in ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
+            },
+            "model.name_or_path": self.name_or_path,
+            "model.fingerprint": fingerprint(self.name_or_path),
+            "model.dtype": self.dtype_name,
+            **{f"model.{name}": value for name, value in vars(self.recipe).items() if name != "solver_gib"},
+            **{f"pruning.{name}": value for name, value in (vars(self.pruning) if self.pruning else {}).items()},
+            "model.router_method": self.router_method,
+            "model.router_loss": [
+                type(loss).__name__,
+                {k: v for k, v in vars(loss).items() if k[0] != "_" and isinstance(v, int | float | None)},
+            ],
+            **{
+                f"model.{name}": getattr(self, name)
+                for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
+                + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
+            },
+            **{
+                f"data.{name}": getattr(data, name)
+                for name in ("calibration", "num_windows", "window_length", "batch_size", "seed")
+            },
+        }
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = self.parts.optimizer_groups()
+        return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay, fused=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["block_routers"] = self.block_routers
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.block_routers = checkpoint["block_routers"]
+        mend_progress(checkpoint["loops"]["fit_loop"])
+        follow_moved(checkpoint["callbacks"], self.trainer.checkpoint_callbacks, self.trainer.ckpt_path)
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule
+        own = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
+        windows = data.calibration_windows[own.start : own.stop]
+        dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
+        streams = Streams(
+            self.moe, windows, own.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
+        )
+        self.fit_state.calibration = Calibration(
+            self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning
+        )
+
+    # --- epochs: which block, which stage ---------------------------------------------------------------
+
+    @property
+    def num_block_epochs(self) -> int:
+        return len(self.moe.blocks) * self.router_epochs
+
+    @property
+    def num_epochs(self) -> int:
+        return self.num_block_epochs + self.joint_epochs
+
+    @property
+    def is_joint(self) -> bool:
+        return self.current_epoch >= self.num_block_epochs
+
+    @property
+    def block_index(self) -> int:
+        """The block of the current epoch; the number of blocks in the joint stage."""
+        return min(self.current_epoch // self.router_epochs, len(self.moe.blocks))
+
+    @property
+    def is_last_pass(self) -> bool:
+        """Whether the current epoch is the last of its block."""
+        return not self.is_joint and (self.current_epoch + 1) % self.router_epochs == 0
+
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.global_rank, self.trainer.world_size, self.trainer.strategy.root_device)
+
+    def enter_block(self) -> None:
+        """Brings the streams to the current epoch's block, or the whole compressed model into memory. Idempotent."""
+        self._bring(self.block_index)
+        if self.is_joint and self.fit_state.compressed is None:
+            self.fit_state.compressed = StreamedModel(self.parts.untrained(), self.device)
+            self.fit_state.compressed.load_all()
+
+    def _bring(self, index: int) -> None:
+        routers = self.block_routers or self.routers
+        self.calibration.enter(index, {b.index: routers[router_key(b)].detach() for b in self.moe.moe_blocks})
+
+    def start_stage(self) -> None:
+        """Before the first batch of an epoch: the closed form of a block's router, or the start of the joint stage."""
+        if self.current_epoch == self.num_block_epochs:
+            self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
+            self.parts.start_joint(self.optimizers(use_pl_optimizer=False))
+        elif not self.is_joint and self.current_epoch % self.router_epochs == 0:
+            block = self.moe.blocks[self.block_index]
+            closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
+            if block.is_moe and closed_form:
+                k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
+                self.parts.put_router(block, self.calibration.ridge_router(k, self.ridge))
+
+    # --- gradient steps -----------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if not self.is_joint and self.moe.blocks[self.block_index].is_moe:
+            loss = self._router_loss(batch)
+        elif self.is_joint and len(batch["index"]):
+            loss = self._joint_loss(batch)
+        else:  # a dense block has no router; or other processes hold all of this batch's windows
+            loss = sum(weight.sum() for weight in self.parameters()) * 0
+        self.log("loss/joint" if self.is_joint else f"loss/block_{self.block_index:03d}", loss, prog_bar=False)
+        return loss
+
+    def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean over the global batch's tokens; this process holds some of its windows, or none."""
+        block = self.moe.blocks[self.block_index]
+        x, teacher = self.calibration.router_rows(batch["index"])
+        student = block.router_logits(x.to(self.device), self.parts.router(block))
+        losses = self.router_loss(student, teacher.to(self.device), self.moe.top_k)
+        return self._global_mean(losses, batch)
+
+    def _joint_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """KL to the original's next-token distributions, and the router loss of all blocks (see `joint`)."""
+        last_hidden, teachers = self.calibration.streams.joint_rows(batch["index"])
+        with torch.no_grad():
+            target = self.moe.head(last_hidden.to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
+        compressed = self.fit_state.compressed
+        with compressed.recorded_logits() as students:
+            weights = self.parts.routers_and_norms() | self.parts.decoded()
+            ids = (batch["input_ids"],)
+            logits = torch.func.functional_call(compressed.model, weights, ids, {"use_cache": False}).logits
+        losses = distillation(logits, target).flatten()
+        teachers = {i: teacher.to(self.device) for i, teacher in teachers.items()}
+        losses += self.joint_selection * selection(students, teachers, self.router_loss, self.moe.top_k)
+        return self._global_mean(losses, batch)
+
+    def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        tokens = int(batch["global_size"]) * self.trainer.datamodule.window_length
+        return losses.sum() / tokens * self.trainer.world_size  # DDP averages gradients over processes
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether the current epoch trains; ridge and none only measure their loss."""
+        return self.is_joint or (self.router_method == "sgd" and self.moe.blocks[self.block_index].is_moe)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        if not self.takes_steps:
+            optimizer_closure()
+            return
+        factor = self.schedule(epoch, batch_idx)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["rms"] * (self.joint_lr[group["kind"]] if self.is_joint else self.router_lr)
+        optimizer.step(closure=optimizer_closure)
+
+    def schedule(self, epoch: int, batch_idx: int) -> float:
+        """Factor of the learning rate at a step of its stage: a function of the position alone, without state."""
+        passes, first = (self.joint_epochs, self.num_block_epochs) if self.is_joint else (self.router_epochs, 0)
+        done = ((epoch - first) % passes + batch_idx / self.trainer.num_training_batches) / passes
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
+
+    # --- behind the last epoch --------------------------------------------------------------------------
+
+    def enter_end(self) -> None:
+        """Makes sure that every block is written, and frees what no one needs behind the last epoch."""
+        if not all(self.run.block(block.index).exists() for block in self.moe.blocks):
+            self._bring(len(self.moe.blocks))
+        for block in self.moe.blocks:
+            self.calibration.shrink(block.index)
+        self.fit_state.compressed = None
+
+    def block_stats(self) -> list[dict[str, Any]]:
+        """The statistics of every block, as their files hold them (`Calibration.leave`)."""
+        return [read_block(self.run, block.index)[2] for block in self.moe.blocks]

@@ -1,0 +1,259 @@
+"""An original model's weights, read from its files a few parameters at a time, as `from_pretrained` would load them.
+
+Parameters in memory are not tensors on disk: transformers stacks the experts of a block, renames and splits. Its own
+conversions are used here, on a skeleton without weights, for just the tensors that are asked for; the results are equal
+to `from_pretrained` bit for bit. These loader calls are internal to transformers, which is why its version is pinned.
+
+While one block is worked on, a thread reads the bytes of the next into the operating system's page cache: the disk is
+never waited for, and no memory is held that the system could not take back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from eacmoe_lightning.models.originals import NO_MODEL, resolve_model
+
+log = logging.getLogger(__name__)
+
+CHUNK = 8 << 20  # bytes that the prefetching thread reads at once
+
+
+class Checkpoint:
+    """The weights of a causal LM on disk.
+
+    Args:
+        name_or_path: `bundled`, a local directory or a hub id (`--model.name_or_path`).
+        dtype: `auto` (as stored), `float32`, `bfloat16` or `float16` (`--model.dtype`).
+
+    Raises:
+        FileNotFoundError: there is no such model, or one of its files is missing or truncated.
+        ValueError: the model is itself quantized.
+    """
+
+    def __init__(self, name_or_path: str, dtype: str = "auto") -> None:
+        self.name_or_path, self.path = name_or_path, resolve_model(name_or_path)
+        try:
+            self.config: PreTrainedConfig = AutoConfig.from_pretrained(self.path)
+            self._files = _checkpoint_files(self.path)
+            self._keys = {key: file for file in self._files for key in _keys(file)}
+            self.dtype: torch.dtype = self._dtype(dtype)
+            self._loader = empty_model(self.config, self.dtype)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
+        if getattr(self.config, "quantization_config", None):
+            raise ValueError(
+                f"{name_or_path!r} (--model.name_or_path) is itself quantized (`quantization_config` in its "
+                "config.json): pass the full-precision model that it was made of"
+            )
+        self._sources = self._map_keys()
+        self._lock = threading.Lock()
+        self._prefetching: threading.Thread | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name_or_path} (--model.name_or_path)"
+
+    def _dtype(self, dtype: str) -> torch.dtype:
+        if dtype != "auto":
+            return getattr(torch, dtype)
+        if self.config.dtype is not None:
+            return self.config.dtype
+        for key, file in self._keys.items():
+            with _opened(file) as tensors:
+                first = tensors.lazy(key)[...]
+            if first.is_floating_point():
+                return first.dtype
+        return torch.float32
+
+    def _map_keys(self) -> dict[str, list[str]]:
+        """The keys on disk that each parameter is made of; one made together with others is listed under the first."""
+        renamings, converters = self._conversions()
+        known, prefix = self._loader.state_dict(), self._loader.base_model_prefix
+        sources: dict[str, list[str]] = {}
+        self._made_with: dict[str, str] = {}  # parameter -> the one that it is listed under
+        for key in sorted(self._keys, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+            if name not in known and key in known:
+                name, pattern = rename_source_key(key, [], [], prefix, known)
+            sources.setdefault(name, []).append(key)
+            for converter in converters if pattern is not None else ():
+                if pattern in converter.source_patterns:
+                    first, *others = converter.target_patterns
+                    self._made_with |= {name.replace(first, other): name for other in others}
+        return sources
+
+    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        mapping = get_model_conversion_mapping(self._loader)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model in eval mode with its buffers, its parameters without memory (on the meta device)."""
+        model = empty_model(self.config, self.dtype)
+        if model.can_generate():
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(self.path)
+            except OSError:
+                pass  # there is none beside the model: what follows from its config stays
+        return model
+
+    # --- reading --------------------------------------------------------------------------------------
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters and buffers by their names in the model, in host memory; those not on disk are left out.
+
+        Raises:
+            ValueError: a tensor has another shape than the config says.
+            FileNotFoundError: a file is missing or truncated.
+        """
+        found: dict[str, Tensor] = {}
+        with self._lock, ExitStack() as stack, _no_progress_bar():
+            files: dict[str, _Tensors] = {}
+            for name in names:
+                owner = self._made_with.get(name, name)
+                if name in found or owner not in self._sources:
+                    continue
+                slices = {}
+                try:
+                    for key in self._sources[owner]:
+                        file = self._keys[key]
+                        if file not in files:
+                            files[file] = stack.enter_context(_opened(file))
+                        slices[key] = files[file].lazy(key)
+                    found |= self._convert(slices)
+                except (OSError, SafetensorError) as error:
+                    raise FileNotFoundError(f"{name} of {self.name_or_path!r} cannot be read: {error}") from error
+        return {name: found[name] for name in names if name in found}
+
+    def _convert(self, slices: dict[str, Any]) -> dict[str, Tensor]:
+        """What transformers makes of these tensors on disk, taken out of the loader again."""
+        model = self._loader
+        config = LoadStateDictConfig(
+            weight_mapping=get_model_conversion_mapping(model),
+            dtype=self.dtype,
+            dtype_plan=model._get_dtype_plan(self.dtype),
+            device_map={"": torch.device("cpu")},
+        )
+        info, _ = convert_and_load_state_dict_in_model(model, slices, config, None)
+        for problems in (info.conversion_errors, info.mismatched_keys):
+            if problems:
+                raise ValueError(f"{self.name_or_path!r} does not fit its config.json: {next(iter(problems))}")
+        taken = {}
+        for name in model.state_dict().keys() - info.missing_keys:
+            taken[name] = model.get_parameter_or_buffer(name).detach()
+            put(model, name, taken[name].to("meta"))
+        return taken
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Starts to read what these parameters are made of into the page cache, and returns at once."""
+        if self._prefetching is not None and self._prefetching.is_alive():
+            return  # the disk is the slower part: `read` will wait for it
+        keys = [key for name in names for key in self._sources.get(self._made_with.get(name, name), ())]
+        self._prefetching = threading.Thread(target=self._touch, args=(keys,), daemon=True)
+        self._prefetching.start()
+
+    def _touch(self, keys: list[str]) -> None:
+        try:
+            for file in dict.fromkeys(self._keys[key] for key in keys):
+                own = [key for key in keys if self._keys[key] == file]
+                with open(file, "rb", buffering=0) as stream:
+                    buffer = bytearray(CHUNK)
+                    for start, end in _byte_ranges(file, own):
+                        for offset in range(start, end, CHUNK):
+                            os.preadv(stream.fileno(), [memoryview(buffer)[: min(CHUNK, end - offset)]], offset)
+        except OSError as error:  # `read` will meet it again, and say so
+            log.debug("prefetch: %s", error)
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM whose parameters are on the meta device and whose buffers are what `from_pretrained` makes them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    persistent = {name for name in model.state_dict() if name in dict(model.named_buffers())}
+    model._move_missing_keys_from_meta_to_device(persistent, None, None, None)
+    model._initialize_missing_keys(False)
+    return model.eval().requires_grad_(False)
+
+
+def put(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
+    """Makes `tensor` the parameter or buffer of this name."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        tensor = torch.nn.Parameter(tensor, requires_grad=False)
+    setattr(module, leaf, tensor)
+
+
+def _checkpoint_files(path: str) -> list[str]:
+    files, _ = _get_resolved_checkpoint_files(path, None, None, None, None, False)
+    return [str(file) for file in files or []]
+
+
+class _Tensors:
+    """An open checkpoint file whose tensors are read when they are indexed."""
+
+    def __init__(self, tensors: Any) -> None:
+        self._tensors = tensors
+
+    def lazy(self, key: str) -> Any:
+        return self._tensors[key] if isinstance(self._tensors, dict) else self._tensors.get_slice(key)
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[_Tensors]:
+    if not file.endswith(".safetensors"):
+        yield _Tensors(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+        return
+    with safe_open(file, "pt", backend="pread") as tensors:  # mapped pages would count as memory of this process
+        yield _Tensors(tensors)
+
+
+def _keys(file: str) -> list[str]:
+    if file.endswith(".safetensors"):
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    return list(torch.load(file, map_location="meta", mmap=True, weights_only=True))
+
+
+def _byte_ranges(file: str, keys: list[str]) -> list[tuple[int, int]]:
+    """Where tensors lie in a safetensors file; nothing is known of others."""
+    if Path(file).suffix != ".safetensors":
+        return []
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return sorted(tuple(8 + length + offset for offset in header[key]["data_offsets"]) for key in keys)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers would draw one for every parameter."""
+    enabled = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            enable_progress_bar()
