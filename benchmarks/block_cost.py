@@ -135,7 +135,7 @@ def measure(shape: str, num_blocks: int, windows: int, length: int, dtype: str, 
         "phases": costs.phases,
         "paper": paper,
         "matrix_flops_per_second": rates.flops32,
-        "error": sum(stats["error"].values()) / len(stats["error"]),
+        "error": sum(stats.error.values()) / len(stats.error),
     }
 
 

@@ -1,7 +1,7 @@
 """What happens to the model around the router's optimization, as Lightning callbacks.
 
-They work on an `eacmoe_lightning.job.qesc.QESC` module and each can be used without the others. At the end of a run they
-act in the order of this list.
+They work on the module `eacmoe_lightning.job.qesc.QESC`, and each can be used without the others. At the end of a run
+they act in the order of this list.
 """
 
 from eacmoe_lightning.callbacks.layerwise_quantization import LayerwiseQuantization

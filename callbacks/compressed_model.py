@@ -27,9 +27,9 @@ class CompressedModel(Callback):
         finished = module.parts.finished()
         moe = StreamedModel(finished, module.device)
         description = {
-            "method": "qesc" if module.router_method != "none" else module.recipe.quantizer,
+            "method": "qesc" if module.router_method != "none" else module.recipe.quantizer_name,
             "router_method": module.router_method,
-            **{name: value for name, value in vars(module.recipe).items() if name != "bits"},
+            **{name: value for name, value in module.recipe.record().items() if name != "bits"},
             **({"pruning": vars(module.pruning)} if module.pruning else {}),
         }
         blocks = (finished.quantized(block.index) for block in moe.blocks)

@@ -9,13 +9,14 @@ run without quantization.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch import Trainer
 
 from eacmoe_lightning.job.block_callback import BlockCallback
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.run.block_file import BlockStats
 
 
 class ExpertPruning(BlockCallback):
@@ -40,11 +41,11 @@ class ExpertPruning(BlockCallback):
         is_off = alpha is None and keep is None
         self.rule = None if is_off else PruningRule(criterion, alpha, keep)
 
-    def on_block_end(self, trainer: Trainer, module: QESC, stats: dict[str, Any]) -> None:
-        if pruned := stats.get("pruning"):
+    def on_block_end(self, trainer: Trainer, module: QESC, stats: BlockStats) -> None:
+        if stats.pruning is not None:
             scalars = {
-                "pruning/experts": len(pruned["kept"]),
-                "pruning/removed_selections": pruned["removed_selections"],
+                "pruning/experts": len(stats.pruning.kept),
+                "pruning/removed_selections": stats.pruning.removed_selections,
             }
             for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=stats["block"])
+                logger.log_metrics(scalars, step=stats.block)

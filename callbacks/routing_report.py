@@ -13,6 +13,7 @@ from eacmoe_lightning.job.block_callback import BlockCallback, phase
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.models.streamed import StreamedModel, Weights
 from eacmoe_lightning.routers.expert_shift import RATES
+from eacmoe_lightning.run.block_file import BlockStats
 from eacmoe_lightning.run.files import StoreError
 from eacmoe_lightning.run.provenance import origin
 
@@ -28,13 +29,13 @@ class RoutingReport(BlockCallback):
     def __init__(self, evaluate: bool = True) -> None:
         self.evaluate = evaluate
 
-    def on_block_end(self, trainer: Trainer, module: QESC, stats: dict) -> None:
-        index = stats["block"]
-        scalars = {f"quantization_error/{name.split('.', 3)[-1]}": value for name, value in stats["error"].items()}
-        for when, rates in stats.get("expert_shift", {}).items():
+    def on_block_end(self, trainer: Trainer, module: QESC, stats: BlockStats) -> None:
+        index = stats.block
+        scalars = {f"quantization_error/{name.split('.', 3)[-1]}": value for name, value in stats.error.items()}
+        for when, rates in stats.expert_shift.items():
             scalars |= {f"expert_shift_{rate}/{when}": rates[rate] for rate in (*RATES, "selections")}
-        if "starved" in stats:
-            scalars["experts/starved"] = len(stats["starved"])
+        if stats.starved is not None:
+            scalars["experts/starved"] = len(stats.starved)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=index)
 

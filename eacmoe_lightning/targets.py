@@ -24,21 +24,23 @@ class WeightGrid:
         part: `attention`, `shared` or `experts`.
         shape: [..., O, I].
         experts: of a stack with different bits, which ones these are; None: all.
+        on_lattice: one step for the whole matrix and codes at their entropy, instead of groups.
     """
 
     name: str
     block: int
     part: str
     shape: tuple[int, ...]
-    bits: int
+    bits: int | float
     group_size: int
     symmetric: bool
     experts: tuple[int, ...] | None = None
+    on_lattice: bool = False
 
 
 def by_bits(bits: int | Sequence[int]) -> list[tuple[int, tuple[int, ...] | None]]:
     """Each width of a weight, and which experts of its stack have it (None: all)."""
-    widths = {bits} if isinstance(bits, int) else {*bits}
+    widths = {*bits} if isinstance(bits, Sequence) else {bits}
     if len(widths) == 1:
         return [(*widths, None)]
     return [(width, tuple(e for e, own in enumerate(bits) if own == width)) for width in sorted(widths)]
@@ -120,6 +122,10 @@ class Target:
             tensor_parallel: over how many devices the engine cuts each linear.
         """
         weights = list(weights)
+        on_lattice = [w for w in weights if w.on_lattice]
+        if on_lattice and self.format != "dense":
+            return [_counted(on_lattice, self._lattice)]
+        weights = [w for w in weights if not w.on_lattice]
         found = [_counted([w for w in weights if w.bits not in self.bits], self._bits)]
         found += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
         groups = [w for w in weights if self.group_sizes is not None and w.group_size not in self.group_sizes]
@@ -129,6 +135,12 @@ class Target:
         cut = [w for w in weights if not _divides(w, tensor_parallel)]
         found += [_counted(cut, lambda w: self._tensor_parallel(w, tensor_parallel))]
         return [problem for problem in found if problem]
+
+    def _lattice(self, weight: WeightGrid) -> str:
+        return (
+            f"{weight.name} lies on a lattice, {self.name} loads group-wise codes only: calibrate with "
+            "--model.quantizer gptq, or export with --format dense"
+        )
 
     def _bits(self, weight: WeightGrid) -> str:
         option = {"attention": "attention_bits", "shared": "shared_expert_bits", "experts": "bits"}[weight.part]

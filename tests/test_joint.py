@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
-from eacmoe_lightning.routers.joint import decode, distillation, rounded, selection, start_positions
+from eacmoe_lightning.routers.joint import decode, distillation, selection, start_positions
 from eacmoe_lightning.routers.losses import MSE
 
 
@@ -17,7 +17,7 @@ def weight() -> torch.Tensor:
 def test_positions_round_to_the_codes_and_lie_where_the_weights_do(weight, bits):
     quantized = round_to_nearest(weight, Grid(bits, 32, clip_search=False))
     position = start_positions(weight, quantized)
-    assert torch.equal(rounded(position, quantized).to(torch.uint8), quantized.codes)
+    assert torch.equal(quantized.nearest(position).to(torch.uint8), quantized.codes)
     steps = (
         position - quantized.zero_point.repeat_interleave(32, -1).float()
     ) * quantized.scale.float().repeat_interleave(32, -1)
@@ -40,7 +40,7 @@ def test_each_expert_keeps_within_its_own_codes():
         torch.zeros(2, 1, 8, dtype=torch.uint8), torch.ones(2, 1, 1).half(), torch.zeros(2, 1, 1).byte(), (2, 3)
     )
     position = torch.tensor([[[9.0, -3, 1.4, 2.6, 3.6, 0, 0, 0]]]).expand(2, 1, 8)
-    assert rounded(position, quantized)[:, 0, :5].tolist() == [[3, 0, 1, 3, 3], [7, 0, 1, 3, 4]]
+    assert quantized.nearest(position)[:, 0, :5].tolist() == [[3, 0, 1, 3, 3], [7, 0, 1, 3, 4]]
 
 
 def test_gradients_pass_the_rounding_of_codes_and_scales(weight):

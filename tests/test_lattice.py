@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eacmoe_lightning.offload.codecs import codec, decode, read_header
-from eacmoe_lightning.offload.codecs.entropy import Entropy, decode_codes, encode_codes
+from eacmoe_lightning.offload.codecs.entropy import Entropy
+from eacmoe_lightning.quantization.entropy_coding import decode_codes, encode_codes
 from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
 from eacmoe_lightning.quantization.lattice import (
     Lattice,
@@ -125,9 +126,9 @@ def test_packed_codes_take_less_than_zstd_makes_of_them(bits):
 def test_a_lattice_comes_back_from_its_record(dtype):
     weight = gaussian(40, 64) * 0.02
     lattice = round_to_lattice(weight[None], column_steps(factored(hessians(1, 64))[1]) * 0.01)
-    one = Lattice(lattice.codes[0], lattice.step[0])
+    one = Lattice(lattice.codes[0], lattice.scale[0])
     record = codec("entropy:mean:0.3").encode_lattice(one, dtype)
     assert torch.equal(decode(record), one.dequantize(dtype))
     assert read_header(record).codec == Entropy.name and read_header(record).shape == (40, 64)
     with pytest.raises(ValueError, match="more than 4096"):
-        codec("entropy:mean:0.3").encode_lattice(Lattice(torch.tensor([[0, 9000]]), torch.ones(2)), dtype)
+        codec("entropy:mean:0.3").encode_lattice(Lattice(torch.tensor([[0, 9000]]), torch.ones(1, 2).half()), dtype)

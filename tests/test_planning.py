@@ -18,7 +18,9 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.planning.checks import check_disk
 from eacmoe_lightning.planning.machine import Rates
 from eacmoe_lightning.planning.report import warnings
-from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, gptq_flops, packed_bytes, plan
+from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, packed_bytes, plan
+from eacmoe_lightning.quantization.grid import Grid
+from eacmoe_lightning.quantization.quantizers import GPTQ
 
 REAL = {
     "mixtral": MixtralConfig(),
@@ -92,8 +94,9 @@ def test_more_tokens_experts_and_width_cost_what_they_must():
     one, two = (plan(moe, Recipe(), Job(n, 2048, 4, 0, "none", 1, 4, 0, False, 2)).phases for n in (64, 128))
     assert two["observe"].flops == 2 * one["observe"].flops
     assert one["experts"].flops32 < two["experts"].flops32 < 2 * one["experts"].flops32  # solving does not grow
-    papers = Recipe(scale_search=False, refine=0)
-    assert gptq_flops(100, 200, papers) / gptq_flops(100, 100, papers) == pytest.approx((8 / 3 + 2 * 4) / (1 / 3 + 2))
+    papers, grid = GPTQ(scale_search=False, refine=0), Grid(3, 128)
+    wide, narrow = (papers.arithmetic(100, columns, grid).flops for columns in (200, 100))
+    assert wide / narrow == pytest.approx((8 / 3 + 2 * 4) / (1 / 3 + 2))
     shared = plan(moe, Recipe(), Job(128, 2048, 4, 0, "none", 1, 4, 0, False, 2, processes=2)).phases
     assert shared["observe"].flops == two["observe"].flops / 2
 

@@ -57,7 +57,7 @@ def test_a_list_of_bits_splits_the_blocks_into_equal_parts():
 def test_shared_experts_follow_the_routed_ones_and_attention_does_not():
     recipe = Recipe(bits=(3, 2), attention_bits=5)
     assert bits_of(recipe, 4, "shared") == [3, 3, 2, 2] and bits_of(recipe, 4, "attention") == [5] * 4
-    assert bits_of(Recipe(bits=(3, 2), shared_bits=8), 4, "shared") == [8] * 4
+    assert bits_of(Recipe(bits=(3, 2), shared_expert_bits=8), 4, "shared") == [8] * 4
 
 
 def test_overrides_change_one_part_of_one_block():
@@ -145,7 +145,7 @@ def test_nominal_bits_of_one_width_is_that_width(family):
         ({"bits": (2.5,)}, "bits=2.5 (--model.bits)"),
         ({"bits": ()}, "--model.bits"),
         ({"attention_bits": 16}, "attention_bits=16 (--model.attention_bits)"),
-        ({"shared_bits": 1}, "(--model.shared_expert_bits)"),
+        ({"shared_expert_bits": 1}, "(--model.shared_expert_bits)"),
         ({"group_size": 0}, "group_size=0 (--model.group_size)"),
         ({"group_size": -128}, "group_size=-128 (--model.group_size)"),
         ({"group_size": 12}, "group_size=12 (--model.group_size)"),

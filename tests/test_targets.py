@@ -102,11 +102,11 @@ def test_a_format_is_chosen_by_what_it_loads():
 
 def test_a_target_changes_nothing_but_what_it_needs():
     """So that it is part of a run's identity only through the options that it changes."""
-    plain = vars(QESC(bits=4).recipe)
+    plain = QESC(bits=4).recipe.record()
     assert not plain["symmetric"]
-    assert vars(QESC(bits=4, target="vllm").recipe) == vars(QESC(bits=4, symmetric=True).recipe)
+    assert QESC(bits=4, target="vllm").recipe == QESC(bits=4, symmetric=True).recipe
     for engine in ("gptqmodel", "llama.cpp"):
-        assert vars(QESC(bits=4, target=engine).recipe) == plain
+        assert QESC(bits=4, target=engine).recipe.record() == plain
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -29,12 +29,11 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.shrink import Groups, keep_experts
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.pruning.scores import ExpertScores, measured
-from eacmoe_lightning.quantization.packing import packed
 from eacmoe_lightning.routers import ridge
 from eacmoe_lightning.routers.expert_shift import change_counts, change_rates, expert_load
-from eacmoe_lightning.run.block_file import read_block
+from eacmoe_lightning.run.block_file import BlockStats, RemovedExperts, read_block, read_stats, write_block
 from eacmoe_lightning.run.directory import RunDirectory
-from eacmoe_lightning.run.files import StoreError, read_note, write_tensors
+from eacmoe_lightning.run.files import StoreError
 from eacmoe_lightning.run.hidden import HiddenFile
 from eacmoe_lightning.run.ranks import Ranks
 
@@ -70,7 +69,7 @@ class Calibration:
         self.at: int | None = None  # the block that the streams have reached
         self.entered = False  # whether it was observed and its attention solved
         self.solver: BlockSolver | None = None
-        self.stats: dict = {}
+        self.stats: BlockStats | None = None  # of the current block
         self._teacher: Routing | None = None  # what the original router says of x, all tokens of this process
         self._router_input: HiddenFile | None = None  # [S, T, D] what reaches the router in the compressed stream
 
@@ -101,7 +100,7 @@ class Calibration:
         with self.phase(block.index, "read"):
             self.moe.load(block.index)
         self.solver = BlockSolver(block, len(self.moe.blocks), self.recipe, self.ranks)
-        self.stats = {"block": block.index, "name": block.name}
+        self.stats = BlockStats(block.index, block.name)
         with self.phase(block.index, "observe"):
             with self._measured() as scores:
                 self._observe()
@@ -131,14 +130,10 @@ class Calibration:
         block, values = self.block, scores.finish(self.ranks)
         kept = self.pruning.choose(values, self.moe.top_k, Groups.of(block).number)
         removed = sorted(set(range(block.num_experts)) - set(kept))
-        self.stats["pruning"] = {
-            "kept": kept,
-            "removed": removed,
-            "removed_selections": float(scores.load[removed].sum() / scores.load.sum()),
-            "scores": values.tolist(),
-            "below_alpha": self.pruning.below_alpha(values, kept),
-        }
-        if below := self.stats["pruning"]["below_alpha"]:
+        share = float(scores.load[removed].sum() / scores.load.sum())
+        below = self.pruning.below_alpha(values, kept)
+        self.stats.pruning = RemovedExperts(kept, removed, share, values.tolist(), below)
+        if below:
             log.warning(
                 "block %d: experts %s are below alpha=%g (--pruning.alpha) and stay, since every token selects %d",
                 block.index, below, self.pruning.alpha, self.moe.top_k,
@@ -146,14 +141,14 @@ class Calibration:
         keep_experts(block, kept)
 
     @torch.no_grad()
-    def leave(self, router: Tensor | None) -> dict:
+    def leave(self, router: Tensor | None) -> BlockStats:
         """Solves the experts under the calibrated router, replays the block and writes it.
 
         Args:
             router: [E, D] with a row for each of the original's experts; a pruned block takes those of its own.
 
         Returns:
-            The block's statistics, as in the report.
+            What the work on the block measured.
         """
         block, streams = self.block, self.streams
         with self.phase(block.index, "experts"):
@@ -161,13 +156,13 @@ class Calibration:
                 block.router_weight.copy_(router[block.kept])
                 self._count_shift("after")
             self._solve_part("shared")
-            if block.is_moe and self.recipe.quantizer != "none":
+            if block.is_moe and self.recipe.quantizes:
                 self.solver.solve_experts(self._router_input.flatten(0, 1), self._route())
             if block.is_moe:
-                self.stats["starved"] = self.solver.starved
+                self.stats.starved = self.solver.starved
         with self.phase(block.index, "replay"):
             streams.advance(block, "x_hat")
-        self.stats["error"] = self.solver.error
+        self.stats.error = self.solver.error
         self._write()
         self.moe.release(self.at)
         self.at, self.entered = self.at + 1, False
@@ -179,7 +174,7 @@ class Calibration:
 
     def _solve_part(self, part: str) -> None:
         """Groups of linears that share their input, one after another in the order of the run."""
-        for names in self._groups if self.recipe.quantizer != "none" else ():
+        for names in self._groups if self.recipe.quantizes else ():
             if self.block.linears[names[0]] == part:
                 inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]), part == "shared")
                 self.solver.solve_linears(names, inputs)
@@ -228,10 +223,10 @@ class Calibration:
         own_ids = self.block.original_ids(routing.ids)
         counts = sum_(change_counts(self._teacher.ids, own_ids))
         tokens, top_k = sum_(torch.tensor(len(routing.ids))), routing.ids.shape[1]
-        self.stats.setdefault("expert_shift", {})[when] = change_rates(counts, int(tokens), top_k)
+        self.stats.expert_shift[when] = change_rates(counts, int(tokens), top_k)
         name, ids = ("original", self._teacher.ids) if when == "before" else ("compressed", own_ids)
         load = sum_(expert_load(ids, self._teacher.logits.shape[1]))
-        self.stats.setdefault("expert_load", {})[name] = load.tolist()
+        self.stats.expert_load[name] = load.tolist()
 
     def _route(self) -> Routing:
         batches = (self.streams.to_device(self._router_input[rows].flatten(0, 1)) for rows in self.streams.slices)
@@ -270,7 +265,7 @@ class Calibration:
     def shrink(self, index: int) -> None:
         """Takes the experts that the run has removed out of a block, whether or not its weights are in memory."""
         if self.pruning is not None and self.moe.blocks[index].is_moe:
-            keep_experts(self.moe.blocks[index], read_note(self.run.block(index))["stats"]["pruning"]["kept"])
+            keep_experts(self.moe.blocks[index], read_stats(self.run, index).pruning.kept)
 
     def _restore(self, index: int) -> None:
         """Puts a written block's weights and router in the model's place."""
@@ -278,7 +273,7 @@ class Calibration:
         quantized, others, _ = read_block(self.run, index)
         self.shrink(index)
         weights = block.weights()
-        if self.recipe.quantizer != "none" and quantized.keys() != weights.keys():
+        if self.recipe.quantizes and quantized.keys() != weights.keys():
             raise StoreError(f"{self.run.block(index)} holds other weights than {block.name} of this model")
         for name, q in quantized.items():
             weights[name][1].copy_(q.dequantize(self.moe.model.dtype))
@@ -288,9 +283,6 @@ class Calibration:
     def _write(self) -> None:
         if not self.ranks.is_first:
             return
-        tensors, stored = packed(self.solver.solved), {}
-        for name, q in self.solver.solved.items():
-            stored[name] = {"bits": q.bits, "in_features": q.codes.shape[-1]}
-        if self.block.is_moe:
-            tensors[self.block.router_parameter_name] = self.block.router_weight
-        write_tensors(self.run.block(self.block.index), tensors, {"quantized": stored, "stats": self.stats})
+        block = self.block
+        router = {block.router_parameter_name: block.router_weight} if block.is_moe else {}
+        write_block(self.run, self.stats, self.solver.solved, router)

@@ -9,7 +9,7 @@ the same for all experts of a block, whatever their bits and tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.models.block import Block, Routing
-from eacmoe_lightning.quantization.gptq import CACHED, output_error, solve, working_bytes
+from eacmoe_lightning.quantization.gptq import CACHED
 from eacmoe_lightning.quantization.gram import add_gram, gram, mirror, tokens_by_expert
-from eacmoe_lightning.quantization.grid import Grid, Quantized, one_or_each, round_to_nearest
+from eacmoe_lightning.quantization.grid import Bits, Grid, Quantized, one_or_each
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight, Quantizer
 from eacmoe_lightning.routers.expert_shift import expert_load
 from eacmoe_lightning.run.ranks import Ranks
 
@@ -37,20 +38,13 @@ class BlockSolver:
 
     def __init__(self, block: Block, num_blocks: int, recipe: Recipe, ranks: Ranks) -> None:
         self.block, self.num_blocks, self.recipe, self.ranks = block, num_blocks, recipe, ranks
-        self.solved: dict[str, Quantized] = {}
+        self.quantizer = recipe.solver
+        self.solved: dict[str, QuantizedWeight] = {}
         self.error: dict[str, float] = {}
         self.starved: list[int] = []
 
     def _grid(self, part: str) -> Grid:
         return self.recipe.grid(self.block.index, self.num_blocks, part)
-
-    def _solve(self, weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Quantized, Tensor]:
-        """Codes, and their relative squared output error [...]."""
-        recipe = self.recipe
-        if recipe.quantizer == "rtn":
-            rounded = round_to_nearest(weight, grid)
-            return rounded, output_error(weight, rounded, hessian)
-        return solve(weight, hessian, grid, recipe.damping, recipe.act_order, recipe.scale_search, recipe.refine)
 
     # --- linears: attention, shared experts, dense feed-forwards --------------------------------------
 
@@ -61,13 +55,23 @@ class BlockSolver:
             names: of the linears, in the layer.
             inputs: [n, I] pieces of what they read, this process's tokens.
         """
-        hessian = self._hessian(inputs)
+        statistics = self._statistics_of(inputs)
         for name in names:
             parameter = f"{self.block.name}.{name}.weight"
             part, weight = self.block.weights()[parameter]
-            quantized, error = self._solve(weight, hessian, self._grid(part))
+            stack, error = self.quantizer.solve(weight[None], statistics, self._grid(part))
+            quantized = replace(stack, **{f: getattr(stack, f)[0] for f in stack.FIELDS})
             self.error[parameter], self.solved[parameter] = float(error), quantized
             weight.copy_(quantized.dequantize(weight.dtype))
+
+    def _statistics_of(self, inputs: Iterable[Tensor]) -> Tensor | list[Tensor] | None:
+        """What the quantizer needs to know of what one linear reads (`Quantizer.needs`), for a stack of one."""
+        match self.quantizer.needs:
+            case "hessian":
+                return self._hessian(inputs)[None]
+            case "inputs":
+                return [torch.cat([x.float() for x in inputs])]
+        return None
 
     def _hessian(self, inputs: Iterable[Tensor]) -> Tensor:
         """2/n sum x x^T over all processes, [I, I] float32."""
@@ -92,28 +96,50 @@ class BlockSolver:
         numbers = self.block.expert_numbers
         bits = {p: self.recipe.expert_bits(index, num_blocks, p, numbers) for p in experts.projections}
         tokens, weights = self._tokens(routing)
-        parts: dict[str, list[Quantized]] = {p: [] for p in experts.projections}
+        parts: dict[str, list[QuantizedWeight]] = {p: [] for p in experts.projections}
         errors: dict[str, list[float]] = {p: [] for p in experts.projections}
         chunk = self._experts_together()
         for start in range(0, num_experts, chunk):
             chosen = slice(start, min(start + chunk, num_experts))
             for projection in experts.projections:
                 weight = experts.weight(projection)[chosen]
-                hessian = weight.new_empty(len(weight), weight.shape[-1], weight.shape[-1], dtype=torch.float32)
-                for i, e in enumerate(range(chosen.start, chosen.stop)):
-                    rows = x[tokens[e]].to(weight.device)
-                    rows = (rows if projection == experts.up_name else experts.intermediate(rows, e)).float()
-                    hessian[i] = gram(rows, None if weights is None else weights[e].to(weight.device))
-                self.ranks.sum(hessian)
-                quantized, error = self._solve_stack(weight, hessian, bits[projection][chosen])
+
+                def rows_of(e: int, projection: str = projection, device: torch.device = weight.device) -> Tensor:
+                    rows = x[tokens[e]].to(device)
+                    return (rows if projection == experts.up_name else experts.intermediate(rows, e)).float()
+
+                numbers = range(chosen.start, chosen.stop)
+                statistics = self._statistics_of_experts(weight, numbers, rows_of, weights)
+                quantized, error = self._solve_stack(weight, statistics, bits[projection][chosen])
                 parts[projection].append(quantized)
                 errors[projection] += error.tolist()
                 weight.copy_(quantized.dequantize(weight.dtype))
         for projection, stack in parts.items():
             name = f"{self.block.name}.{self.block.experts_name}.{projection}"
-            fields = (torch.cat([getattr(q, f) for q in stack]) for f in ("codes", "scale", "zero_point"))
-            self.solved[name] = Quantized(*fields, bits=one_or_each(bits[projection]))
+            whole = {field: torch.cat([getattr(q, field) for q in stack]) for field in stack[0].FIELDS}
+            self.solved[name] = replace(stack[0], **whole, **_widths(stack[0], bits[projection]))
             self.error[name] = sum(errors[projection]) / len(errors[projection])
+
+    def _statistics_of_experts(
+        self, weight: Tensor, experts: range, rows_of: Callable[[int], Tensor], weights: list[Tensor] | None
+    ) -> Tensor | list[Tensor] | None:
+        """What the quantizer needs to know of what some experts read (`Quantizer.needs`).
+
+        Args:
+            weight: [S, O, I] theirs.
+            experts: their S numbers.
+            rows_of: what an expert's projection reads, [n, I].
+            weights: of each expert's tokens, [n].
+        """
+        match self.quantizer.needs:
+            case "hessian":
+                hessian = weight.new_empty(len(weight), weight.shape[-1], weight.shape[-1], dtype=torch.float32)
+                for i, e in enumerate(experts):
+                    hessian[i] = gram(rows_of(e), None if weights is None else weights[e].to(weight.device))
+                return self.ranks.sum(hessian)
+            case "inputs":
+                return [rows_of(e) for e in experts]
+        return None
 
     def _experts_together(self) -> int:
         """How many experts are solved at a time: a stack in each process, of as many as `solver_gib` and a CPU's caches
@@ -121,34 +147,37 @@ class BlockSolver:
         projections, world = self.block.experts.projections, self.ranks.world
         weight = self.block.experts.weight(projections[0])
         shapes = [self.block.experts.weight(p).shape[-2:] for p in projections]
-        together = experts_together(shapes, self.block.num_experts, self.recipe.solver_gib, world, weight.device)
+        num_experts, gib = self.block.num_experts, self.recipe.solver_gib
+        together = experts_together(self.quantizer, shapes, num_experts, gib, world, weight.device)
         log.info(
             "%s: %d experts, %d at a time in %.2f GiB (--model.solver_gib %g)",
             *(self.block.name, self.block.num_experts, together),
-            *(stack_bytes(shapes, together, world, weight.device) / 2**30, self.recipe.solver_gib),
+            *(stack_bytes(self.quantizer, shapes, together, world, weight.device) / 2**30, self.recipe.solver_gib),
         )
         return together
 
-    def _solve_stack(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> tuple[Quantized, Tensor]:
+    def _solve_stack(
+        self, weight: Tensor, statistics: Tensor | list[Tensor] | None, bits: tuple[int | float, ...]
+    ) -> tuple[QuantizedWeight, Tensor]:
         """Experts [S, O, I] with bits of their own, those of one width as one problem, divided among the processes and
         shared; and their errors [S]."""
         grid, num, world = self._grid("experts"), len(weight), self.ranks.world
-        groups = weight.shape[-1] // grid.group_size
-        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        scale = torch.empty((*weight.shape[:-1], groups), dtype=torch.float16, device=weight.device)
-        zero = torch.empty((*weight.shape[:-1], groups), dtype=torch.uint8, device=weight.device)
+        stack = self.quantizer.result.empty(weight.shape, grid, weight.device)
         error = torch.empty(num, device=weight.device)
         by_width = sorted(range(num), key=lambda i: bits[i])
         shares = [by_width[num * r // world : num * (r + 1) // world] for r in range(world)]
         for width in sorted({bits[i] for i in shares[self.ranks.rank]}):
-            own = [i for i in shares[self.ranks.rank] if bits[i] == width]
-            own = slice(None) if len(own) == num else own  # no copies of what may be large
-            solved, error[own] = self._solve(weight[own], hessian[own], replace(grid, bits=width))
-            codes[own], scale[own], zero[own] = solved.codes, solved.scale, solved.zero_point
+            chosen = [i for i in shares[self.ranks.rank] if bits[i] == width]
+            index = slice(None) if len(chosen) == num else chosen  # no copies of what may be large
+            known = [statistics[i] for i in chosen] if isinstance(statistics, list) else statistics
+            known = known[index] if isinstance(known, Tensor) else known
+            solved, error[index] = self.quantizer.solve(weight[index], known, replace(grid, bits=width))
+            for field in solved.FIELDS:
+                getattr(stack, field)[index] = getattr(solved, field)
         for rank, share in enumerate(shares if world > 1 else ()):
-            for tensor in (codes, scale, zero, error) if share else ():
+            for tensor in (*(getattr(stack, field) for field in stack.FIELDS), error) if share else ():
                 tensor[share] = self.ranks.broadcast(tensor[share], rank)
-        return Quantized(codes, scale, zero, one_or_each(bits)), error
+        return replace(stack, **_widths(stack, bits)), error
 
     def _tokens(self, routing: Routing) -> tuple[list[Tensor], list[Tensor] | None]:
         """For each expert the tokens [n] that its Hessians are made of, and with `affinity` their weights [n].
@@ -178,20 +207,34 @@ class BlockSolver:
         return (score >= threshold) & score.isfinite()
 
 
-def stack_bytes(shapes: list[tuple[int, int]], together: int, world: int, device: torch.device) -> int:
+def _widths(quantized: QuantizedWeight, bits: Sequence[int | float]) -> dict[str, Bits]:
+    """The field `bits` of a stack on the grid; on a lattice they follow from the codes."""
+    return {"bits": one_or_each(bits)} if isinstance(quantized, Quantized) else {}
+
+
+def stack_bytes(
+    quantizer: Quantizer, shapes: list[tuple[int, int]], together: int, world: int, device: torch.device
+) -> int:
     """Memory of one process while `together` experts, whose projections have these shapes (O, I), are solved by `world`
     processes: the Hessians of all, and the work on its share."""
     share = -(-together // world)
-    return max(together * 4 * columns**2 + working_bytes(share, rows, columns, device) for rows, columns in shapes)
+    return max(
+        together * 4 * columns**2 + quantizer.working_bytes(share, rows, columns, device) for rows, columns in shapes
+    )
 
 
 def experts_together(
-    shapes: list[tuple[int, int]], num_experts: int, gib: float, world: int, device: torch.device
+    quantizer: Quantizer,
+    shapes: list[tuple[int, int]],
+    num_experts: int,
+    gib: float,
+    world: int,
+    device: torch.device,
 ) -> int:
     """How many experts are solved at a time by `world` processes: as many in each as `gib` (and on a CPU its caches)
     hold, and at least one."""
     most = -(-num_experts // world)
     if device.type == "cpu":
         most = min(most, CACHED // max(4 * rows * columns for rows, columns in shapes))
-    held = (n for n in range(most, 1, -1) if stack_bytes(shapes, n * world, world, device) <= gib * 2**30)
-    return min(num_experts, next(held, 1) * world)
+    fitting = (n for n in range(most, 1, -1) if stack_bytes(quantizer, shapes, n * world, world, device) <= gib * 2**30)
+    return min(num_experts, next(fitting, 1) * world)

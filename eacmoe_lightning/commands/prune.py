@@ -21,7 +21,7 @@ from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.compressed.finished import FinishedBlocks
-from eacmoe_lightning.compressed.format import read_config, size_of
+from eacmoe_lightning.compressed.format import LATTICE, read_config, size_of
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.evaluation.report import add_quality, cost, removed_experts, write
@@ -32,7 +32,7 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
-from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.routers.losses import TopKMSE
 from eacmoe_lightning.run.block_file import read_block
 from eacmoe_lightning.run.directory import RunDirectory, refuse_other_settings
@@ -153,7 +153,7 @@ def prune(
         "bits": bits(pruned, run.compressed),
         "size_bytes": {"original": given.size_bytes, "compressed": size_of(run.compressed)},
         "router": {"method": routers},
-        "pruning": removed_experts(asdict(pruning), [own for own in stats if "pruning" in own]),
+        "pruning": removed_experts(asdict(pruning), [own for own in stats if own.pruning is not None]),
         "cost": cost(run),
     }
     add_quality(report, stats, {"before": before, "after": after})
@@ -211,15 +211,15 @@ def prune_blocks(
                 router[block.kept] = loop.ridge_router(num_targets, ridge).to(router.dtype)
         stats = loop.leave(router)
         if block.is_moe:
-            pruned = stats["pruning"]
+            pruned = stats.pruning
             print(
-                f"block {index}: {len(pruned['kept'])} of {len(pruned['scores'])} experts stay; "
-                f"{pruned['removed_selections']:.2%} of the selections went to the others",
+                f"block {index}: {len(pruned.kept)} of {len(pruned.scores)} experts stay; "
+                f"{pruned.removed_selections:.2%} of the selections went to the others",
                 flush=True,
             )
 
 
-def cut_out(given: OpenedModel, block: Block) -> dict[str, Quantized]:
+def cut_out(given: OpenedModel, block: Block) -> dict[str, QuantizedWeight]:
     """The codes of a pruned block, out of those of the given model; nothing where it was not quantized."""
     if not given.is_compressed:
         return {}
@@ -245,9 +245,10 @@ def bits(moe: MoEModel, directory: Path) -> dict[str, float]:
         return dict.fromkeys(("nominal", "true"), nominal_bits(moe, NOTHING))
     codes = grids = 0.0
     for name, own in held["bits"].items():
-        own = [own] if isinstance(own, int) else own
+        own = own if isinstance(own, list) else [own]
         codes += weights[name] * sum(own) / len(own)
-        grids += weights[name] / held["group_sizes"][name] * (16 + 8)  # a scale and a zero point
+        if name not in held.get(LATTICE, ()):  # whose bits are those that are stored
+            grids += weights[name] / held["group_sizes"][name] * (16 + 8)  # a scale and a zero point
     total = sum(weights[name] for name in held["bits"])
     return {"nominal": codes / total, "true": (codes + grids) / total}
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from eacmoe_lightning.compressed.format import (
     INDEX,
+    LATTICE,
     METHOD,
     REST,
     SHARD,
@@ -26,8 +27,9 @@ from eacmoe_lightning.models.checkpoint import empty_model
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.models.pruned_config import pruned_config
-from eacmoe_lightning.quantization.grid import Quantized
-from eacmoe_lightning.quantization.packing import packed, take_quantized
+from eacmoe_lightning.quantization.lattice import Lattice
+from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.files import StoreError, read_tensors, whole_directory, write_json, write_tensors
 from eacmoe_lightning.skipping import stored
 
@@ -36,7 +38,7 @@ def save_compressed(
     path: str | Path,
     moe: MoEModel,
     name_or_path: str,
-    quantized_blocks: Iterable[dict[str, Quantized]],
+    quantized_blocks: Iterable[dict[str, QuantizedWeight]],
     description: dict[str, Any],
 ) -> None:
     """Writes a compressed directory, whole or not at all.
@@ -58,7 +60,7 @@ def save_compressed(
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
     tied = _tied_names(moe.model)
     names = [name for name in moe.model.state_dict() if name not in tied]
-    grids: dict[str, tuple[int, int]] = {}
+    weights: dict[str, dict[str, Any]] = {}  # how each is stored
 
     def others(chosen: list[str]) -> dict[str, Tensor]:
         return {name: _narrowed(tensor, stored_dtype) for name, tensor in moe.read(chosen).items()}
@@ -68,7 +70,7 @@ def save_compressed(
             missing = block.weights().keys() - quantized.keys()
             if missing and description.get("quantizer") != "none":
                 raise StoreError(f"{sorted(missing)[0]} was not quantized, so no model is written")
-            grids.update({name: (q.bits, q.group_size) for name, q in quantized.items()})
+            weights.update({name: _described(weight) for name, weight in quantized.items()})
             own = [name for name in names if name.startswith(f"{block.name}.")]
             yield SHARD.format(block.index), packed(quantized) | others([n for n in own if n not in quantized])
         in_blocks = tuple(f"{block.name}." for block in moe.blocks)
@@ -83,7 +85,7 @@ def save_compressed(
             partial / "config.json",
             {
                 "model_type": METHOD,
-                "format_version": 2 if moe.is_pruned or any(not isinstance(b, int) for b, _ in grids.values()) else 1,
+                "format_version": _format_version(moe, weights),
                 "original": {
                     "name_or_path": held["original"]["name_or_path"] if held else name_or_path,
                     "config": config.to_dict(),
@@ -91,12 +93,24 @@ def save_compressed(
                 "dtype": str(moe.model.dtype).rpartition(".")[2],
                 "quantization": description
                 | {
-                    "bits": {name: bits for name, (bits, _) in grids.items()},
-                    "group_sizes": {name: group_size for name, (_, group_size) in grids.items()},
-                },
+                    "bits": {name: weight["bits"] for name, weight in weights.items()},
+                    "group_sizes": {name: weight["group_size"] for name, weight in weights.items()},
+                }
+                | ({LATTICE: on_lattice} if (on_lattice := [n for n, w in weights.items() if w[LATTICE]]) else {}),
             }
             | {key: value for key, value in held.items() if key == stored.KEY},
         )
+
+
+def _described(weight: QuantizedWeight) -> dict[str, Any]:
+    return {"bits": weight.bits, "group_size": weight.group_size, LATTICE: isinstance(weight, Lattice)}
+
+
+def _format_version(moe: MoEModel, weights: dict[str, dict[str, Any]]) -> int:
+    """The lowest that says everything: see `format.FORMAT_VERSION`."""
+    if any(weight[LATTICE] for weight in weights.values()):
+        return 3
+    return 2 if moe.is_pruned or any(not isinstance(weight["bits"], int) for weight in weights.values()) else 1
 
 
 def save_packed(path: str | Path, model: PreTrainedModel) -> None:
@@ -162,7 +176,7 @@ class CompressedWeights:
         names, found = set(names), {}
         for file in sorted({self._files.get(name, REST) for name in names}):
             tensors, _ = read_tensors(self.path / file)
-            for name in names & {n.removesuffix(".codes") for n in tensors if n.endswith(".codes")}:
+            for name in names & quantized_names(tensors):
                 block = self._owners[name]
                 quantized = take_quantized(tensors, name, self._bits[name], block.weights()[name][1].shape[-1])
                 found[name] = block.as_parameter(name, quantized.dequantize(self.dtype)).contiguous()
@@ -171,7 +185,7 @@ class CompressedWeights:
                 found[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return found
 
-    def quantized(self, index: int) -> dict[str, Quantized]:
+    def quantized(self, index: int) -> dict[str, QuantizedWeight]:
         """A block's codes, scales and zero points by parameter name."""
         tensors, _ = read_tensors(self.path / SHARD.format(index))
         weights = {n: weight for n, (_, weight) in self._blocks[index].weights().items() if n in self._bits}

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.shrink import KEPT
-from eacmoe_lightning.quantization.grid import Quantized
-from eacmoe_lightning.run.block_file import read_block
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
+from eacmoe_lightning.run.block_file import read_block, read_stats
 from eacmoe_lightning.run.directory import RunDirectory
-from eacmoe_lightning.run.files import read_note
 
 
 class FinishedBlocks:
@@ -38,9 +37,9 @@ class FinishedBlocks:
         self.original, self.run = original, run
         self.trained, self.scales, self.codes = trained or {}, scales or {}, codes or {}
         self._kept = {
-            str(block.index): stats["pruning"]["kept"]
+            str(block.index): removed.kept
             for block in MoEModel(original.skeleton()).blocks
-            if "pruning" in (stats := read_note(run.block(block.index))["stats"])
+            if (removed := read_stats(run, block.index).pruning) is not None
         }
         self._moe = MoEModel(self.skeleton())
         self._owners = {name: block for block in self._moe.blocks for name in block.weights()}
@@ -56,7 +55,7 @@ class FinishedBlocks:
             setattr(model.config.get_text_config(), KEPT, self._kept)
         return model
 
-    def quantized(self, index: int) -> dict[str, Quantized]:
+    def quantized(self, index: int) -> dict[str, QuantizedWeight]:
         """A block's codes, final scales and zero points by parameter name."""
         found = read_block(self.run, index)[0]
         for name in found.keys() & self.scales.keys():

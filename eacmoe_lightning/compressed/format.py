@@ -7,8 +7,11 @@
 Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
 (uint8), under the parameter names that the model has in memory; everything else is stored as it is. Where the experts
 of a stack differ in bits, the config has a list and `.codes` is flat, one expert after another (format version 2). A
-pruned model's config says under `kept_experts` which experts its blocks still have (version 2 as well). Such a
-directory is read by `load`, or by transformers once this package is imported (`transformers_loading.py`).
+pruned model's config says under `kept_experts` which experts its blocks still have (version 2 as well). Weights on a
+lattice have `.stream`, `.ends`, `.shape` and `.scale` (`quantization/packing.py`), and the config lists their names
+under `lattice` (version 3).
+
+Such a directory is read by `load`, or by transformers once this package is imported (`loading.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from eacmoe_lightning.version import __version__
 
-FORMAT_VERSION = 2  # 1 where no experts of a stack differ in bits, and none were removed
+FORMAT_VERSION = 3  # 3 with weights on a lattice; 2 where experts of a stack differ in bits or were removed; else 1
+LATTICE = "lattice"  # key of the config's `quantization`
 SHARD, REST = "weights-block-{:03d}.safetensors", "weights-rest.safetensors"
 METHOD = "eacmoe"  # model type and quantization method
 INDEX = "weights.safetensors.index.json"

@@ -1,14 +1,12 @@
-"""The compressed model directory: what a run leaves behind, and `load`.
+"""`load`, and what makes transformers open a compressed directory: `AutoModelForCausalLM.from_pretrained(path)`.
 
-    config.json        model_type "eacmoe", the original's config, how each weight is stored
-    weights-block-003.safetensors, weights-rest.safetensors, weights.safetensors.index.json
-    tokenizer, generation config
+Importing this module registers two things. The model type `eacmoe` stands for the original's config with a quantization
+config, so that transformers picks the original's class. The quantization method `eacmoe` puts packed modules
+(`runtime/packed_modules.py`) in place before the weights are loaded, so packed bytes go from the file straight into
+them. Weights on a lattice have no packed modules: `load` decodes them.
 
-Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
-(uint8), under the parameter names that the model has in memory; everything else is stored as it is. Where the experts
-of a stack differ in bits, the config has a list and `.codes` is flat, one expert after another (format version 2). A
-pruned model's config says under `kept_experts` which experts its blocks still have (version 2 as well). Such a
-directory is read by `load`, or by transformers once this package is imported (below).
+Without this package the same directory is refused: transformers does not know the model type. (Had it the original's
+type and an unknown quantization method, transformers would warn and leave the weights random.)
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eacmoe_lightning.compressed.directory import CompressedWeights
-from eacmoe_lightning.compressed.format import INDEX, METHOD, is_compressed, read_config
+from eacmoe_lightning.compressed.format import INDEX, LATTICE, METHOD, is_compressed, read_config
 from eacmoe_lightning.models.find import find_blocks
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
@@ -39,8 +37,10 @@ def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations
     Args:
         path: a compressed directory, or a run directory that holds one.
         dtype: `auto` (in which it was calibrated), `float32`, `bfloat16` or `float16`.
-        packed: keep quantized weights packed in memory; otherwise they are decoded to an ordinary model.
-        activations: `exact`, or `int8` for faster products with rounded activations (LOG.md has what that costs).
+        packed: keep quantized weights packed in memory; otherwise they are decoded to an ordinary model. Weights on a
+            lattice (`--model.quantizer lattice`) are always decoded.
+        activations: `exact`, or `int8` for faster products with rounded activations (docs/findings/int8-activations.md
+            has what that costs).
 
     Raises:
         FileNotFoundError: there is no compressed model.
@@ -51,7 +51,7 @@ def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations
     path = path / "compressed" if is_compressed(path / "compressed") else path
     config = read_config(path)
     torch_dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
-    if packed:
+    if packed and LATTICE not in config["quantization"]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
         set_activations(model, activations)
         return model
@@ -127,6 +127,11 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config: PackedConfig = self.quantization_config
+        if LATTICE in config.directory_config["quantization"]:
+            raise ValueError(
+                "this model's weights lie on a lattice and are stored at their entropy: open it with "
+                "eacmoe_lightning.load, which decodes them"
+            )
         shrink_as_pruned(model.config.get_text_config(), find_blocks(model)[1])
         pack_modules(model, config.bits, config.group_sizes)
         for prepare in config.prepare:

@@ -16,6 +16,7 @@ report of `prune` has the same keys, with the model that it was given in the pla
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits, num_quantized
@@ -24,7 +25,9 @@ from eacmoe_lightning.evaluation.report_text import markdown
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import local_directory
 from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.quantization.packing import STORED
 from eacmoe_lightning.routers.expert_shift import mean_rates
+from eacmoe_lightning.run.block_file import BlockStats
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import read_tensors, write_atomically, write_json
 
@@ -36,7 +39,7 @@ def build(
     recipe: Recipe,
     router: dict[str, Any],
     pruning: PruningRule | None,
-    blocks: list[dict],
+    blocks: list[BlockStats],
     evaluation: dict[str, dict] | None,
 ) -> dict[str, Any]:
     """The report of a finished run, without its `provenance.origin`.
@@ -47,14 +50,14 @@ def build(
         blocks: statistics of every block, as `Calibration.leave` gives them.
         evaluation: `before` and `after` of `evaluate`, or None.
     """
-    moe_stats = [s for s in blocks if "expert_shift" in s]
+    moe_stats = [s for s in blocks if s.is_moe]
     report = {
         "model": {
             "name_or_path": name_or_path,
             "type": moe.config.model_type,
             "blocks": len(moe.blocks),
             "moe_blocks": len(moe.moe_blocks),
-            "experts": len(moe_stats[0]["expert_load"]["original"]),
+            "experts": len(moe_stats[0].expert_load["original"]),
             "top_k": moe.top_k,
         },
         "bits": {"nominal": nominal_bits(moe, recipe), "true": _true_bits(run, moe, recipe)},
@@ -64,10 +67,10 @@ def build(
         },
         "router": router,
         "experts": {
-            "starved": sum(len(s["starved"]) for s in moe_stats),
-            "starved_by_block": {s["block"]: s["starved"] for s in moe_stats if s["starved"]},
+            "starved": sum(len(s.starved) for s in moe_stats),
+            "starved_by_block": {s.block: s.starved for s in moe_stats if s.starved},
         },
-        "quantization_error": {name: value for s in blocks for name, value in s["error"].items()},
+        "quantization_error": {name: value for s in blocks for name, value in s.error.items()},
         "cost": cost(run),
     }
     add_quality(report, blocks, evaluation)
@@ -76,13 +79,13 @@ def build(
     return report
 
 
-def add_quality(report: dict[str, Any], blocks: list[dict], evaluation: dict[str, dict] | None) -> None:
+def add_quality(report: dict[str, Any], blocks: list[BlockStats], evaluation: dict[str, dict] | None) -> None:
     """Puts perplexity and expert-shift into a report; arguments as in `build`."""
-    moe_stats = [s for s in blocks if "expert_shift" in s]
-    calibration = {when: [s["expert_shift"][when] for s in moe_stats] for when in ("before", "after")}
+    moe_stats = [s for s in blocks if s.is_moe]
+    calibration = {when: [s.expert_shift[when] for s in moe_stats] for when in ("before", "after")}
     report["expert_shift"] = {"calibration": {when: mean_rates(rows) for when, rows in calibration.items()}}
     report["perplexity"] = {}
-    per_block = [{"block": s["block"], "calibration": s["expert_shift"]} for s in moe_stats]
+    per_block = [{"block": s.block, "calibration": s.expert_shift} for s in moe_stats]
     if evaluation:
         before, after = evaluation["before"], evaluation["after"]
         report["perplexity"] = {
@@ -109,29 +112,27 @@ def write(run: RunDirectory, report: dict[str, Any]) -> None:
     write_atomically(run.path / "report.md", lambda partial: partial.write_text(markdown(report)))
 
 
-def removed_experts(rule: dict[str, Any], blocks: list[dict]) -> dict[str, Any]:
+def removed_experts(rule: dict[str, Any], blocks: list[BlockStats]) -> dict[str, Any]:
     """What was removed, and the share of the calibration text's selections that it had carried."""
-    removed = {s["block"]: s["pruning"] for s in blocks}
+    removed = {s.block: s.pruning for s in blocks}
     return {
         "rule": rule,
-        "experts": sum(len(s["kept"]) + len(s["removed"]) for s in removed.values()),
-        "removed": sum(len(s["removed"]) for s in removed.values()),
-        "removed_selections": sum(s["removed_selections"] for s in removed.values()) / len(removed),
-        "below_alpha": sum(len(s["below_alpha"]) for s in removed.values()),
-        "blocks": removed,
+        "experts": sum(len(s.kept) + len(s.removed) for s in removed.values()),
+        "removed": sum(len(s.removed) for s in removed.values()),
+        "removed_selections": sum(s.removed_selections for s in removed.values()) / len(removed),
+        "below_alpha": sum(len(s.below_alpha) for s in removed.values()),
+        "blocks": {block: asdict(s) for block, s in removed.items()},
     }
 
 
 def _true_bits(run: RunDirectory, moe, recipe: Recipe) -> float:
     """Stored bits per quantized weight: codes, scales and zero points."""
-    if recipe.quantizer == "none":
+    if not recipe.quantizes:
         return nominal_bits(moe, recipe)
     stored = 0
     for block in moe.blocks:
         tensors, _ = read_tensors(run.block(block.index))
-        stored += sum(
-            t.numel() * t.element_size() for n, t in tensors.items() if n.endswith((".codes", ".scale", ".zero_point"))
-        )
+        stored += sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith(STORED))
     return 8 * stored / num_quantized(moe)
 
 

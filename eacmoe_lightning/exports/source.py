@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.core_model_loading import revert_weight_conversion
 
 from eacmoe_lightning.compressed.directory import untied
-from eacmoe_lightning.compressed.format import REST, SHARD, read_config
+from eacmoe_lightning.compressed.format import LATTICE, REST, SHARD, read_config
 from eacmoe_lightning.compressed.opening import open_compressed
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
@@ -29,6 +29,7 @@ from eacmoe_lightning.models.pruned_config import has_shapes_of
 from eacmoe_lightning.models.shrink import KEPT
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.packing import take_quantized
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.files import StoreError, read_tensors
 from eacmoe_lightning.targets import WeightGrid, by_bits
 
@@ -110,6 +111,11 @@ class Source:
         weights = block.weights() if block else {}
         return {name: found for name, found in weights.items() if name in self.quantization["bits"]}
 
+    @property
+    def on_lattice(self) -> list[str]:
+        """Weights whose codes lie on a lattice; the others are on the group-wise grid."""
+        return self.quantization.get(LATTICE, [])
+
     def files(self) -> Iterator[tuple[Block | None, dict[str, Tensor]]]:
         """Every file's tensors: of each block, then the rest (None).
 
@@ -119,7 +125,11 @@ class Source:
         for block in self.moe.blocks:
             path = self.path / SHARD.format(block.index)
             tensors, _ = read_tensors(path)
-            names = [f"{n}.{kind}" for n in self.quantized(block) for kind in ("codes", "scale", "zero_point")]
+            names = [
+                f"{name}.{kind}"
+                for name in self.quantized(block)
+                for kind in (("stream", "scale") if name in self.on_lattice else ("codes", "scale", "zero_point"))
+            ]
             if missing := [name for name in names if name not in tensors]:
                 raise StoreError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: restore it from a backup")
             yield block, tensors
@@ -130,8 +140,12 @@ class Source:
         found = []
         for block, tensors in self.files():
             for name, (part, weight) in self.quantized(block).items():
-                bits, zero_point = self.quantization["bits"][name], tensors[f"{name}.zero_point"]
-                group_size = self.quantization["group_sizes"][name]
+                bits, group_size = self.quantization["bits"][name], self.quantization["group_sizes"][name]
+                if name in self.on_lattice:
+                    shape = tuple(weight.shape)
+                    found.append(WeightGrid(name, block.index, part, shape, bits, group_size, False, on_lattice=True))
+                    continue
+                zero_point = tensors[f"{name}.zero_point"]
                 for width, experts in by_bits(bits):
                     shape, own = tuple(weight.shape), zero_point
                     if experts is not None:
@@ -140,7 +154,7 @@ class Source:
                     found.append(WeightGrid(name, block.index, part, shape, width, group_size, symmetric, experts))
         return found
 
-    def blocks(self) -> Iterator[tuple[Block | None, dict[str, Quantized], dict[str, Tensor]]]:
+    def blocks(self) -> Iterator[tuple[Block | None, dict[str, QuantizedWeight], dict[str, Tensor]]]:
         """Of each block, then of the rest (None): quantized weights by parameter name, and all other tensors."""
         for block, tensors in self.files():
             weights, bits = self.quantized(block), self.quantization["bits"]

@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from eacmoe_lightning.run.block_file import BlockStats
+
 
 class BlockCallback(Callback):
     """A callback that is told of blocks and phases.
@@ -19,7 +21,7 @@ class BlockCallback(Callback):
 
     def on_phase_end(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None: ...
 
-    def on_block_end(self, trainer: Trainer, module: LightningModule, stats: dict[str, Any]) -> None:
+    def on_block_end(self, trainer: Trainer, module: LightningModule, stats: BlockStats) -> None:
         """`stats` as `Calibration.leave` returns them."""
 
 

@@ -12,7 +12,7 @@ The language model itself stays outside the module tree: only what is trained (`
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.routers.joint import distillation, selection
 from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE
-from eacmoe_lightning.run.block_file import read_block
+from eacmoe_lightning.run.block_file import BlockStats, read_stats
 from eacmoe_lightning.run.memory import Watch
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
@@ -65,27 +65,9 @@ class QESC(Comparison):
     Args:
         name_or_path: The original model: `bundled`, a local Hugging Face directory or a hub id.
         dtype: In which it is loaded and calibrated: auto (as stored), float32, bfloat16 or float16.
-        bits: Bits of the routed experts; a list splits the blocks into equal consecutive parts, so that
-            [3, 2] is the paper's 2.54-bit setting.
-        attention_bits: Bits of the attention projections.
-        shared_expert_bits: Bits of shared experts and dense feed-forwards; null: those of the block's experts.
-        overrides: Per block index, other bits for any of attention, shared, experts, or another group_size; of the
-            routed experts also for one (experts.3), for one projection of all (experts.down_proj) or for both
-            (experts.3.down_proj).
-        group_size: Inputs that share a scale and a zero point.
-        symmetric: Fix the zero point to the middle code; null: where the target needs it.
         target: The engine that is to load the result's export: what it does not load is refused before anything is
             computed (its formats are in targets.py; activation order needs nothing of it).
         tensor_parallel: Over how many devices the target is to cut each linear.
-        clip_search: Fit the range of each group by least error instead of its minimum and maximum.
-        quantizer: gptq, rtn (round-to-nearest, the baseline) or none: weights stay as they are, for pruning alone.
-        damping: Added to the Hessian's diagonal, as a share of its mean.
-        act_order: GPTQ visits the groups, and the inputs within each, by falling importance (no index needed).
-        scale_search: Choose each group's scale and zero point by the loss that GPTQ's own column loop adds.
-        refine: Sweeps of scales by least squares and coordinate descent over the codes, after GPTQ.
-        affinity: Weigh an expert's tokens by their router weight.
-        min_expert_tokens: An expert that fewer calibration tokens reach borrows others up to this number.
-        solver_gib: Experts of a block are solved together as far as that fits in so much memory (GiB).
         router_method: How routers are calibrated: none (plain GPTQ), ridge (closed form per block), sgd (gradient
             steps per block), joint (only the last stage).
         router_loss: What sgd minimises; its num_targets is also the k of ridge.
@@ -110,29 +92,15 @@ class QESC(Comparison):
             model; null: the run directory (trainer.default_root_dir).
         split_damage: Let test split the damage into weights and selections (EAC-MoE, table 1).
         pruning: Which experts are removed; on the command line it comes from `--pruning`.
+        **recipe: Options of `Recipe`: bits, groups and quantizer of every weight.
     """
 
     def __init__(
         self,
         name_or_path: str = "bundled",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        bits: int | list[int] = 3,
-        attention_bits: int = 4,
-        shared_expert_bits: int | None = None,
-        overrides: dict[int, dict[str, int]] | None = None,
-        group_size: int = 128,
-        symmetric: bool | None = None,
         target: Literal[targets.ENGINES] | None = None,
         tensor_parallel: int = 1,
-        clip_search: bool = True,
-        quantizer: Literal["gptq", "rtn", "none"] = "gptq",
-        damping: float = 0.05,
-        act_order: bool = True,
-        scale_search: bool = True,
-        refine: int = 1,
-        affinity: bool = False,
-        min_expert_tokens: int = 256,
-        solver_gib: float = 2.0,
         router_method: Literal["none", "ridge", "sgd", "joint"] = "ridge",
         router_loss: RouterLoss | None = None,
         router_lr: float = 2e-2,
@@ -151,29 +119,14 @@ class QESC(Comparison):
         evaluate: str | None = None,
         split_damage: bool = False,
         pruning: PruningRule | None = None,
+        **recipe: Any,
     ) -> None:
         super().__init__(name_or_path, dtype, evaluate, split_damage)
         self.targets = targets.for_calibration(target) if target else []
         self.tensor_parallel = tensor_parallel
-        if symmetric is None:
-            symmetric = bool(self.targets) and self.targets[0].symmetric
-        self.recipe = Recipe(
-            bits=tuple(bits) if isinstance(bits, list) else (bits,),
-            attention_bits=attention_bits,
-            shared_bits=shared_expert_bits,
-            overrides=overrides or {},
-            group_size=group_size,
-            symmetric=symmetric,
-            clip_search=clip_search,
-            quantizer=quantizer,
-            damping=damping,
-            act_order=act_order,
-            scale_search=scale_search,
-            refine=refine,
-            affinity=affinity,
-            min_expert_tokens=min_expert_tokens,
-            solver_gib=solver_gib,
-        )
+        self.recipe = Recipe(**recipe)
+        if self.recipe.symmetric is None:
+            self.recipe = replace(self.recipe, symmetric=bool(self.targets) and self.targets[0].symmetric)
         for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge)):
             if value <= 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is not positive")
@@ -219,7 +172,7 @@ class QESC(Comparison):
             self.run.check(self.identity(), resumes)  # before a large model is read
         weights = Checkpoint(self.name_or_path, self.dtype_name)
         moe = StreamedModel(weights, self.trainer.strategy.root_device)
-        self.recipe.check(moe)
+        self.recipe.check(moe, self.trainer.world_size)
         if self.pruning is not None:
             self.pruning.check(moe)
         if self.targets:
@@ -248,7 +201,6 @@ class QESC(Comparison):
     def identity(self) -> dict[str, Any]:
         """All that the result of `fit` depends on, by option."""
         data = self.trainer.datamodule
-        loss = self.router_loss
         return {
             "version": __version__,
             **{
@@ -258,13 +210,10 @@ class QESC(Comparison):
             "model.name_or_path": self.name_or_path,
             "model.fingerprint": fingerprint(self.name_or_path),
             "model.dtype": self.dtype_name,
-            **{f"model.{name}": value for name, value in vars(self.recipe).items() if name != "solver_gib"},
+            **{f"model.{name}": value for name, value in self.recipe.record().items()},
             **{f"pruning.{name}": value for name, value in (vars(self.pruning) if self.pruning else {}).items()},
             "model.router_method": self.router_method,
-            "model.router_loss": [
-                type(loss).__name__,
-                {k: v for k, v in vars(loss).items() if k[0] != "_" and isinstance(v, int | float | None)},
-            ],
+            "model.router_loss": self.router_loss.settings(),
             **{
                 f"model.{name}": getattr(self, name)
                 for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
@@ -420,6 +369,6 @@ class QESC(Comparison):
             self.calibration.shrink(block.index)
         self.fit_state.compressed = None
 
-    def block_stats(self) -> list[dict[str, Any]]:
-        """The statistics of every block, as their files hold them (`Calibration.leave`)."""
-        return [read_block(self.run, block.index)[2] for block in self.moe.blocks]
+    def block_stats(self) -> list[BlockStats]:
+        """The statistics of every block, as their files hold them."""
+        return [read_stats(self.run, block.index) for block in self.moe.blocks]

@@ -18,8 +18,8 @@ from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.compressed.finished import FinishedBlocks
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.quantization.grid import Quantized
-from eacmoe_lightning.routers.joint import decode, rounded, start_positions
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
+from eacmoe_lightning.routers.joint import decode, start_positions
 from eacmoe_lightning.run.block_file import read_block
 from eacmoe_lightning.run.directory import RunDirectory
 
@@ -41,7 +41,7 @@ class TrainedParts(nn.Module):
         super().__init__()
         self.moe, self.run = moe, run
         self.routers, self.norms = nn.ParameterDict(), nn.ParameterDict()  # [E, D]; [D]
-        self.scales, self.positions = nn.ParameterDict(), nn.ParameterDict()  # [..., O, G]; [..., O, I]
+        self.scales, self.positions = nn.ParameterDict(), nn.ParameterDict()  # as the weights' scales; [..., O, I]
         routers = moe.read(block.router_parameter_name for block in moe.moe_blocks)
         for block in moe.moe_blocks:
             router = routers[block.router_parameter_name].float().clone()
@@ -49,14 +49,14 @@ class TrainedParts(nn.Module):
         if "norm" in joint:
             for name, weight in moe.read(name for name, _ in moe.norms()).items():
                 self.norms[_key(name)] = nn.Parameter(weight.float().clone())
-        for block in moe.blocks if recipe.quantizer != "none" else ():  # start_joint gives them their values
+        for block in moe.blocks if recipe.quantizes else ():  # start_joint gives them their values
             for name, (part, weight) in block.weights().items():
-                group_size = recipe.grid(block.index, len(moe.blocks), part).group_size
-                *rows, columns = weight.shape
+                grid = recipe.grid(block.index, len(moe.blocks), part)
                 if "scale" in joint:
-                    self.scales[_key(name)] = nn.Parameter(torch.ones(*rows, columns // group_size))
+                    shape = recipe.solver.result.scale_shape(weight.shape, grid)
+                    self.scales[_key(name)] = nn.Parameter(torch.ones(shape))
                 if "code" in joint:
-                    self.positions[_key(name)] = nn.Parameter(torch.zeros(*rows, columns))
+                    self.positions[_key(name)] = nn.Parameter(torch.zeros(weight.shape))
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """A group for each parameter: its kind, its name in the model, and the unit `rms` of its learning rate."""
@@ -77,7 +77,7 @@ class TrainedParts(nn.Module):
     # --- once all blocks are written ------------------------------------------------------------------------
 
     @cached_property
-    def codes(self) -> dict[str, Quantized]:
+    def codes(self) -> dict[str, QuantizedWeight]:
         """All quantized weights as the blocks' files hold them, by parameter name."""
         blocks = (read_block(self.run, block.index)[0] for block in self.moe.blocks)
         return {name: quantized for block in blocks for name, quantized in block.items()}
@@ -128,10 +128,10 @@ class TrainedParts(nn.Module):
         """The compressed model with what was trained, behind the last epoch."""
         kept = self.kept_rows
         scales = {_name(key): scale[kept[_name(key)]] for key, scale in self.scales.items()}
-        codes = {
-            _name(key): rounded(position.detach()[kept[_name(key)]], self.codes[_name(key)]).to(torch.uint8)
-            for key, position in self.positions.items()
-        }
+        codes = {}
+        for name, position in ((_name(key), position.detach()) for key, position in self.positions.items()):
+            solved = self.codes[name]
+            codes[name] = solved.nearest(position[kept[name]]).to(solved.codes.dtype)
         return FinishedBlocks(self.moe.weights, self.run, self.routers_and_norms(), scales, codes)
 
     def untrained(self) -> FinishedBlocks:

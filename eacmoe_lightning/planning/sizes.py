@@ -3,7 +3,7 @@
 Counts are of multiplications and additions (2 for each weight that a token meets). They are those of the code as it is:
 the streams go through a block twice, attention is run up to each group of linears that is solved, a Hessian [I, I] is
 made of all tokens that reach it (its upper half), and GPTQ factors it (4/3 I^3), multiplies the weight by it (2 O I^2),
-spreads errors (O I^2), tries scales in its column loop, and refines (`gptq_flops`).
+spreads errors (O I^2), tries scales in its column loop, and refines (`quantization/quantizers.py`).
 Letters: N tokens, D hidden, F expert width, E experts, K top_k, O/I out/in features.
 """
 
@@ -19,15 +19,12 @@ from eacmoe_lightning.calibration.recipe import Recipe, num_quantized
 from eacmoe_lightning.calibration.solver import experts_together, stack_bytes
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.quantization.gptq import TURNS, working_bytes
 from eacmoe_lightning.quantization.gram import TILE
-from eacmoe_lightning.quantization.grid import SCALE_FACTORS, ZERO_OFFSETS
+from eacmoe_lightning.quantization.grid import Grid
 from eacmoe_lightning.routers import ridge
 from eacmoe_lightning.targets import WeightGrid
 
 GENERATIONS = 3  # of both streams on disk while a block is left: before it, behind it, and of the last checkpoint
-LOOP_RATE = 0.73  # of the column loop's search, as a share of a matrix product's
-RANGE_BYTES = 200  # that searching the range of a group moves through caches, for each weight
 LOADED = 20  # bytes of memory that loading a byte touches: copies, conversions, pages touched for the first time
 DECODED_BYTES = 48  # that decoding a weight and the gradient of its scale touch, in a step of the joint stage
 POSITION_BYTES = 16  # of a code while it is trained: its position, that one's gradient and AdamW's two moments
@@ -253,22 +250,6 @@ class _Shapes:
         self.touched = itemsize * 4 * (8 * hidden + self.activations)  # bytes of activations, written and read
 
 
-def gptq_flops(rows: int, columns: int, recipe: Recipe) -> float:
-    """The factor; lazy updates, the weight's own loss, gradients and sweeps; the products and loops within groups."""
-    inner = rows * columns * recipe.group_size
-    flops = columns**3 / 3 + (1 + recipe.refine) * 2 * rows * columns**2
-    flops += recipe.refine * ((TURNS + 1) * 2 + TURNS / LOOP_RATE) * inner
-    if recipe.scale_search:
-        candidates = len(SCALE_FACTORS) * (1 if recipe.symmetric else len(ZERO_OFFSETS))
-        flops += candidates * inner / LOOP_RATE
-    return flops
-
-
-def loop_bytes(rows: int, columns: int, recipe: Recipe) -> float:
-    """Each column spreads its error over half a group of 128, read and written; ranges are searched."""
-    return rows * columns * (4 * recipe.group_size + RANGE_BYTES * recipe.clip_search)
-
-
 def gram_flops(tokens: float, columns: int) -> float:
     """The tiles on and above the diagonal."""
     return tokens * columns * (columns + min(TILE, columns))
@@ -278,19 +259,19 @@ def _linears(
     cost: Cost, linears: list[tuple[str, int, int]], recipe: Recipe, job: Job, here: float, share: float
 ) -> None:
     """A Hessian for each group of linears with the same input, of this process's tokens; every process solves all."""
-    if recipe.quantizer == "none":
+    if not recipe.quantizes:
         return
     for columns in {group: columns for group, _, columns in linears}.values():
         cost.add(flops32=gram_flops(job.tokens * share, columns))
+    device, grid = torch.device(job.device), recipe.grid(0, 1, "attention")
     for _, rows, columns in linears:
-        _solve(cost, 1, rows, columns, recipe)
-        cost.add(here + 4 * columns**2 + working_bytes(1, rows, columns, torch.device(job.device)))
+        _solve(cost, 1, rows, columns, recipe, grid)
+        cost.add(here + 4 * columns**2 + recipe.solver.working_bytes(1, rows, columns, device))
 
 
-def _solve(cost: Cost, number: float, rows: int, columns: int, recipe: Recipe) -> None:
-    if recipe.quantizer == "gptq":
-        flops, touched = gptq_flops(rows, columns, recipe), loop_bytes(rows, columns, recipe)
-        cost.add(flops32=number * flops, loop_bytes=number * touched)
+def _solve(cost: Cost, number: float, rows: int, columns: int, recipe: Recipe, grid: Grid) -> None:
+    one = recipe.solver.arithmetic(rows, columns, grid)
+    cost.add(flops32=number * one.flops, loop_bytes=number * one.loop_bytes)
 
 
 def _router(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, hidden: int, here: float, share: float) -> None:
@@ -319,17 +300,18 @@ def _router(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, hidden: int, 
 
 def _experts(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, here: float) -> None:
     """Hessians of this process's tokens; solves of its share of the experts."""
-    if recipe.quantizer == "none":
+    if not recipe.quantizes:
         return
     (up_rows, up_columns), (_, down_columns) = shapes.experts
     share = 1 / job.processes
     sent = max(job.tokens * shapes.top_k, recipe.min_expert_tokens * shapes.num_experts) * share
     device, experts = torch.device(job.device), shapes.num_experts
-    together = experts_together(shapes.experts, experts, recipe.solver_gib, job.processes, device)
-    cost.add(here + stack_bytes(shapes.experts, together, job.processes, device), flops=2 * sent * up_rows * up_columns)
+    together = experts_together(recipe.solver, shapes.experts, experts, recipe.solver_gib, job.processes, device)
+    held = stack_bytes(recipe.solver, shapes.experts, together, job.processes, device)
+    cost.add(here + held, flops=2 * sent * up_rows * up_columns)
     for rows, columns in shapes.experts:
         cost.add(flops32=gram_flops(sent, columns))
-        _solve(cost, experts * share, rows, columns, recipe)
+        _solve(cost, experts * share, rows, columns, recipe, recipe.grid(0, 1, "experts"))
 
 
 def job_of(module: Any, data: Any, moe: MoEModel, processes: int, device: str) -> Job:

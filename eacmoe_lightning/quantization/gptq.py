@@ -77,7 +77,7 @@ def solve(
     diagonal = torch.where(dead, torch.where(live > 0, live, 1.0), diagonal)
     if act_order:
         order, group_order = _orders(diagonal, grid.group_size)  # [S, I], [S, G]
-        h, diagonal = _ordered(_ordered(h, order, 0), order, 1), diagonal.gather(1, order)
+        h, diagonal = in_order(in_order(h, order, 0), order, 1), diagonal.gather(1, order)
     else:
         h = h.clone()
     h.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
@@ -93,12 +93,12 @@ def solve(
         if not torch.isfinite(w).all():
             raise ValueError(NOT_FINITE)
         w = w.masked_fill(dead.unsqueeze(1), 0)  # inputs that are always zero: nothing depends on their weight
-        w = _ordered(w, order, 1) if act_order else w
+        w = in_order(w, order, 1) if act_order else w
         found, own_loss, own_whole = _solve_rows(w, h, factor, pivot, added, grid, search, refine)
         loss, whole = loss + own_loss, whole + own_whole
         if act_order:
             places = (order, group_order, group_order)
-            found = (_ordered(part, place.argsort(-1), 1) for part, place in zip(found, places, strict=True))
+            found = (in_order(part, place.argsort(-1), 1) for part, place in zip(found, places, strict=True))
         for stored, part in zip((codes, scale, zero), found, strict=True):
             stored[:, own] = part
     error = (loss.clamp(min=0) / whole.clamp(min=1e-30)).float().reshape(lead)
@@ -136,7 +136,7 @@ def _orders(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return (groups.unsqueeze(-1) * group_size + within).flatten(1), groups
 
 
-def _ordered(x: Tensor, order: Tensor, dim: int) -> Tensor:
+def in_order(x: Tensor, order: Tensor, dim: int) -> Tensor:
     """Each matrix of a stack [S, A, B] with its rows (dim 0) or columns (1) in an order of its own, of `order` [S, n].
 
     (`gather` would write out an index as large as twice the stack.)

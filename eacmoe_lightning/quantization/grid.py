@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +56,19 @@ class Quantized:
     zero_point: Tensor  # [..., O, G] uint8
     bits: Bits
 
+    FIELDS: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero_point")
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], grid: Grid, device: torch.device) -> Quantized:
+        """Codes, scales and zero points of a weight of this shape, to be filled in."""
+        codes = torch.empty(shape, dtype=torch.uint8, device=device)
+        scale = torch.empty(cls.scale_shape(shape, grid), dtype=torch.float16, device=device)
+        return cls(codes, scale, torch.empty(scale.shape, dtype=torch.uint8, device=device), grid.bits)
+
+    @staticmethod
+    def scale_shape(shape: Sequence[int], grid: Grid) -> tuple[int, ...]:
+        return (*shape[:-1], shape[-1] // grid.group_size)
+
     @property
     def group_size(self) -> int:
         return self.codes.shape[-1] // self.scale.shape[-1]
@@ -74,6 +88,18 @@ class Quantized:
         scale, codes = self.scale if scale is None else scale, self.codes if codes is None else codes
         steps = codes.unflatten(-1, (-1, self.group_size)).float() - self.zero_point[..., None].float()
         return (steps * scale[..., None].float()).flatten(-2).to(dtype)
+
+    def positions(self, weight: Tensor) -> Tensor:
+        """Where weights [..., O, I] lie on the axis of codes, float32."""
+        groups = weight.float().unflatten(-1, (-1, self.group_size))
+        return (groups / self.scale.float().unsqueeze(-1) + self.zero_point.float().unsqueeze(-1)).flatten(-2)
+
+    def nearest(self, position: Tensor) -> Tensor:
+        """The codes [..., O, I] of positions, float32, within those that the bits of each expert have."""
+        if isinstance(self.bits, int):
+            return position.round().clamp(0, 2**self.bits - 1)
+        last = position.new_tensor([2**width - 1 for width in self.bits])[:, None, None]
+        return torch.minimum(position.round().clamp(min=0), last)
 
 
 def fit_scale(groups: Tensor, grid: Grid, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

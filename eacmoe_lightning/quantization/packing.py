@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.quantization.entropy_coding import decode_codes, encode_codes
 from eacmoe_lightning.quantization.grid import Bits, Quantized
+from eacmoe_lightning.quantization.lattice import Lattice
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 
 
 def pack(codes: Tensor, bits: Bits) -> Tensor:
@@ -44,17 +51,44 @@ def _join_bits(stream: Tensor) -> Tensor:
     return (stream << place).sum(-1, dtype=torch.uint8)
 
 
-def packed(quantized: dict[str, Quantized]) -> dict[str, Tensor]:
-    """Codes, scales and zero points by name, as they lie on disk."""
+def packed(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+    """Everything that is stored of quantized weights, by `<name>.<what>`.
+
+    On the group-wise grid `.codes`, `.scale` and `.zero_point`; on a lattice `.stream` (each matrix's codes at their
+    entropy, one after another), `.ends` [S] (where they end), `.shape` of the codes, and `.scale`.
+    """
     tensors = {}
-    for name, q in quantized.items():
-        tensors[f"{name}.codes"] = pack(q.codes, q.bits)
-        tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = q.scale, q.zero_point
+    for name, weight in quantized.items():
+        tensors[f"{name}.scale"] = weight.scale
+        if isinstance(weight, Lattice):
+            codes = weight.codes.cpu().flatten(0, -3) if weight.codes.ndim > 2 else weight.codes.cpu()[None]
+            streams = [encode_codes(matrix.flatten().numpy()) for matrix in codes]
+            tensors[f"{name}.stream"] = torch.frombuffer(bytearray(b"".join(streams)), dtype=torch.uint8)
+            tensors[f"{name}.ends"] = torch.tensor([len(stream) for stream in streams]).cumsum(0)
+            tensors[f"{name}.shape"] = torch.tensor(weight.codes.shape)
+        else:
+            tensors[f"{name}.codes"], tensors[f"{name}.zero_point"] = pack(weight.codes, weight.bits), weight.zero_point
     return tensors
 
 
-def take_quantized(tensors: dict[str, Tensor], name: str, bits: int | list[int], in_features: int) -> Quantized:
-    """Takes one weight's tensors out of those of a file."""
+STORED = (".codes", ".scale", ".zero_point", ".stream", ".ends", ".shape")  # of a quantized weight
+
+
+def quantized_names(tensors: Iterable[str]) -> set[str]:
+    """Of the tensors of a file, the weights that are quantized there."""
+    return {name.rpartition(".")[0] for name in tensors if name.endswith((".codes", ".stream"))}
+
+
+def take_quantized(tensors: dict[str, Tensor], name: str, bits: Bits | list[int], in_features: int) -> QuantizedWeight:
+    """Takes one weight's tensors out of those of a file; bits and in_features are of the group-wise grid."""
+    scale = tensors.pop(f"{name}.scale")
+    if f"{name}.stream" in tensors:
+        stream, ends, shape = (tensors.pop(f"{name}.{what}") for what in ("stream", "ends", "shape"))
+        *_, rows, columns = shape = shape.tolist()
+        starts = [0, *ends.tolist()]
+        parts = [stream[a:b].numpy() for a, b in pairwise(starts)]
+        codes = np.stack([decode_codes(part, rows * columns) for part in parts]).astype(np.int16)
+        return Lattice(torch.from_numpy(codes).view(shape), scale)
     bits = bits if isinstance(bits, int) else tuple(bits)
     codes = unpack(tensors.pop(f"{name}.codes"), bits, in_features)
-    return Quantized(codes, tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"), bits)
+    return Quantized(codes, scale, tensors.pop(f"{name}.zero_point"), bits)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.routers.losses import RouterLoss
 
 MARGIN = 0.499  # steps; how far from its code a position may start
@@ -34,31 +34,20 @@ class StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def start_positions(weight: Tensor, quantized: Quantized) -> Tensor:
+def start_positions(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
     """Where the original weights [..., O, I] lie on the axis of codes, at most `MARGIN` from their codes; float32."""
-    groups = weight.float().unflatten(-1, (-1, quantized.group_size))
-    position = groups / quantized.scale.float().unsqueeze(-1) + quantized.zero_point.float().unsqueeze(-1)
-    codes = quantized.codes.float()
-    return torch.minimum(torch.maximum(position.flatten(-2), codes - MARGIN), codes + MARGIN)
+    position, codes = quantized.positions(weight), quantized.codes.float()
+    return torch.minimum(torch.maximum(position, codes - MARGIN), codes + MARGIN)
 
 
-def rounded(position: Tensor, quantized: Quantized) -> Tensor:
-    """The codes [..., O, I] of positions, float32, within the codes that the bits of each expert have."""
-    bits = quantized.bits
-    if isinstance(bits, int):
-        return position.round().clamp(0, 2**bits - 1)
-    last = position.new_tensor([2**width - 1 for width in bits])[:, None, None]
-    return torch.minimum(position.round().clamp(min=0), last)
-
-
-def decode(quantized: Quantized, scale: Tensor | None, position: Tensor | None, dtype: torch.dtype) -> Tensor:
+def decode(quantized: QuantizedWeight, scale: Tensor | None, position: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weights [..., O, I] that trained scales [..., O, G] and positions [..., O, I] make, differentiable.
 
     None: the scales or codes as they are stored.
     """
     if scale is not None:
         scale = StraightThrough.apply(scale, scale.detach().half().float())  # as it will be stored
-    codes = None if position is None else StraightThrough.apply(position, rounded(position.detach(), quantized))
+    codes = None if position is None else StraightThrough.apply(position, quantized.nearest(position.detach()))
     return quantized.dequantize(dtype, scale, codes)
 
 

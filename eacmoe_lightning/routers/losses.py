@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from eacmoe_lightning.configurable import Configurable
 
-class RouterLoss(nn.Module):
+
+class RouterLoss(Configurable, nn.Module):
     """The signature of all router losses."""
 
     def forward(self, student: Tensor, teacher: Tensor, top_k: int) -> Tensor:

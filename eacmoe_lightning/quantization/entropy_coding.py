@@ -1,0 +1,66 @@
+"""Integers at their entropy: asymmetric numeral systems (ANS, through `constriction`).
+
+Huffman codes round to whole bits: at 2 bits they lose 0.03 to 0.1 bit. ANS loses nothing that could be measured.
+Distributions are stored as 16-bit frequencies, so that encoder and decoder compute the same model.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import constriction
+import numpy as np
+
+ALPHABET = 1 << 12  # different codes at most: above, the table of frequencies is no longer small
+TABLE = struct.Struct("<iI")  # the smallest code, the number of different ones
+Model = constriction.stream.model.Categorical
+Buffer = bytes | bytearray | memoryview | np.ndarray
+
+
+def encode_codes(codes: np.ndarray, given: np.ndarray | None = None) -> bytes:
+    """Integers [n] at their entropy, or at their entropy given uint8 [n], which the decoder must know.
+
+    Raises:
+        ValueError: they are spread over more than ALPHABET values.
+    """
+    if not codes.size:
+        return b""
+    low, high = int(codes.min()), int(codes.max())
+    if high - low >= ALPHABET:
+        raise ValueError(f"codes from {low} to {high} are more than {ALPHABET}")
+    symbols, size = (codes - low).astype(np.int32), max(high - low + 1, 2)  # the library knows no single symbol
+    coder, tables = constriction.stream.stack.AnsCoder(), []
+    for case in reversed(_cases(symbols.size, given)):  # a stack: what is decoded first is encoded last
+        counts = np.bincount(symbols[case], minlength=size)
+        table = (-(-counts * 65535 // counts.max())).astype("<u2")  # rounded up: what occurs stays above 0
+        coder.encode_reverse(symbols[case], _model(table))
+        tables.insert(0, table)
+    head = TABLE.pack(low, size)
+    return b"".join([head, *(table.tobytes() for table in tables), coder.get_compressed().astype("<u4").tobytes()])
+
+
+def decode_codes(data: Buffer, count: int, given: np.ndarray | None = None) -> np.ndarray:
+    """The inverse: int32 [count]."""
+    if not count:
+        return np.empty(0, np.int32)
+    low, size = TABLE.unpack_from(data)
+    cases, place = _cases(count, given), TABLE.size
+    tables = np.frombuffer(data, "<u2", len(cases) * size, place).reshape(len(cases), size)
+    words = np.frombuffer(data, "<u4", offset=place + tables.nbytes).astype(np.uint32)
+    coder = constriction.stream.stack.AnsCoder(words)
+    codes = np.empty(count, np.int32)
+    for case, table in zip(cases, tables, strict=True):
+        codes[case] = coder.decode(_model(table), codes[case].size)
+    return codes + low
+
+
+def _cases(count: int, given: np.ndarray | None) -> list[Any]:
+    """Index of the codes that share a distribution, one for each."""
+    if given is None:
+        return [slice(0, count)]
+    return [np.flatnonzero(given == value) for value in np.unique(given)]
+
+
+def _model(table: np.ndarray) -> Model:
+    return Model(table.astype(np.float64), perfect=False)
