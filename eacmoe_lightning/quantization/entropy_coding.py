@@ -12,28 +12,28 @@ from typing import Any
 import constriction
 import numpy as np
 
-ALPHABET = 1 << 12  # different codes at most: above, the table of frequencies is no longer small
-TABLE = struct.Struct("<iI")  # the smallest code, the number of different ones
+ALPHABET = 1 << 12  # largest range of codes: beyond it the table of frequencies is no longer small
+TABLE = struct.Struct("<iI")  # smallest code, number of values up to the largest
 Model = constriction.stream.model.Categorical
 Buffer = bytes | bytearray | memoryview | np.ndarray
 
 
 def encode_codes(codes: np.ndarray, given: np.ndarray | None = None) -> bytes:
-    """Integers [n] at their entropy, or at their entropy given uint8 [n], which the decoder must know.
+    """Encodes integers [n] at their entropy, or at their entropy given uint8 [n], which the decoder must know.
 
     Raises:
-        ValueError: they are spread over more than ALPHABET values.
+        ValueError: the codes span more than ALPHABET values.
     """
     if not codes.size:
         return b""
     low, high = int(codes.min()), int(codes.max())
     if high - low >= ALPHABET:
-        raise ValueError(f"codes from {low} to {high} are more than {ALPHABET}")
-    symbols, size = (codes - low).astype(np.int32), max(high - low + 1, 2)  # the library knows no single symbol
+        raise ValueError(f"codes from {low} to {high} span more than {ALPHABET} values")
+    symbols, size = (codes - low).astype(np.int32), max(high - low + 1, 2)  # the library needs at least two symbols
     coder, tables = constriction.stream.stack.AnsCoder(), []
     for case in reversed(_cases(symbols.size, given)):  # a stack: what is decoded first is encoded last
         counts = np.bincount(symbols[case], minlength=size)
-        table = (-(-counts * 65535 // counts.max())).astype("<u2")  # rounded up: what occurs stays above 0
+        table = (-(-counts * 65535 // counts.max())).astype("<u2")  # rounded up, so that no symbol that occurs gets 0
         coder.encode_reverse(symbols[case], _model(table))
         tables.insert(0, table)
     head = TABLE.pack(low, size)
@@ -41,13 +41,13 @@ def encode_codes(codes: np.ndarray, given: np.ndarray | None = None) -> bytes:
 
 
 def decode_codes(data: Buffer, count: int, given: np.ndarray | None = None) -> np.ndarray:
-    """The inverse: int32 [count]."""
+    """The inverse of `encode_codes`: int32 [count]."""
     if not count:
         return np.empty(0, np.int32)
     low, size = TABLE.unpack_from(data)
-    cases, place = _cases(count, given), TABLE.size
-    tables = np.frombuffer(data, "<u2", len(cases) * size, place).reshape(len(cases), size)
-    words = np.frombuffer(data, "<u4", offset=place + tables.nbytes).astype(np.uint32)
+    cases = _cases(count, given)
+    tables = np.frombuffer(data, "<u2", len(cases) * size, TABLE.size).reshape(len(cases), size)
+    words = np.frombuffer(data, "<u4", offset=TABLE.size + tables.nbytes).astype(np.uint32)
     coder = constriction.stream.stack.AnsCoder(words)
     codes = np.empty(count, np.int32)
     for case, table in zip(cases, tables, strict=True):
@@ -56,7 +56,7 @@ def decode_codes(data: Buffer, count: int, given: np.ndarray | None = None) -> n
 
 
 def _cases(count: int, given: np.ndarray | None) -> list[Any]:
-    """Index of the codes that share a distribution, one for each."""
+    """For each distribution, the index of its codes."""
     if given is None:
         return [slice(0, count)]
     return [np.flatnonzero(given == value) for value in np.unique(given)]

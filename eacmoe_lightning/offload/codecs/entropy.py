@@ -1,13 +1,14 @@
 """Codes at their entropy: asymmetric numeral systems (through `constriction`), where Huffman codes round to whole bits.
 
-At 2 bits a Huffman code of single codes loses 0.03 to 0.1 bit; a range coder such as ANS loses nothing that could be
-measured. Two codecs:
+At 2 bits, a Huffman code over single codes loses 0.03 to 0.1 bit; asymmetric numeral systems lose nothing measurable.
+Two codecs:
 
-    entropy:MODE:BOUND          like `uniform`, codes of one step; also `encode_lattice`, what GPTQ on a lattice gives
-    packed-entropy:BITS:GROUP   group-wise codes of QESC, each with the distribution of codes that share its zero point
+    entropy:MODE:BOUND          codes of a uniform step, as in `uniform`; `encode_lattice` takes GPTQ's lattice codes
+    packed-entropy:BITS:GROUP   group-wise codes of QESC, with one distribution for each zero point
 
-The zero point says where a group's codes lie, so knowing it saves another 0.05 (3 bits) to 0.13 bit (2 bits). It is
-decoded first. Every distribution is stored as 16-bit frequencies, so encoder and decoder compute the same model.
+The zero point tells where in their range a group's codes lie; knowing it saves another 0.05 bit (at 3 bits) to 0.13 bit
+(at 2 bits). It is decoded first. Distributions are stored as 16-bit frequencies, so that encoder and decoder compute
+the same model.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from eacmoe_lightning.quantization.packing import pack, unpack
 
 
 class Entropy(Bounded):
-    """Codes of one step, or of GPTQ on a lattice, at their entropy."""
+    """Codes of a uniform step, or of GPTQ on a lattice, at their entropy."""
 
     name, releases_gil = "entropy", False
 
@@ -40,10 +41,10 @@ class Entropy(Bounded):
         return encode_codes(codes.int().numpy()), {"step": step}
 
     def encode_lattice(self, lattice: Lattice, dtype: torch.dtype) -> bytes:
-        """A record of GPTQ's codes [O, I] and steps [I]; it decodes to `lattice.dequantize(dtype)`.
+        """A record of GPTQ's codes [O, I] and steps; it decodes to `lattice.dequantize(dtype)`.
 
         Raises:
-            ValueError: the codes are spread over more than ALPHABET values.
+            ValueError: the codes span more than ALPHABET values.
         """
         weight = torch.empty(lattice.codes.shape, dtype=dtype, device="meta")
         steps = zstd(byte_planes(lattice.scale))
