@@ -1,4 +1,4 @@
-"""Rules as settings of a model: nested, saved with it and restored, in evaluations, and what is refused."""
+"""Rules as settings of a model: nested, saved with it and restored, in evaluations, and which arguments are refused."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ from eacmoe_lightning.skipping import PESF, Demand, current_rule, set_skipping, 
 
 
 @torch.no_grad()
-def test_settings_nest_and_leave_with_errors():
+def test_settings_nest_and_are_restored_after_errors():
     model, ids = tiny_models.build("mixtral"), random_ids(1, 64)
     plain = model(ids).logits
     set_skipping(model, PESF(0.3))
@@ -50,15 +50,15 @@ def test_a_setting_is_saved_with_the_compressed_model_and_restored(tmp_path, tin
     set_skipping(model, rule)
     skipped = model(ids).logits
     model.save_pretrained(tmp_path / "second")
-    for again in (
+    for reloaded in (
         eacmoe_lightning.load(tmp_path / "second"),
         AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype=torch.float32),
     ):
-        assert current_rule(again) == rule and torch.equal(again(ids).logits, skipped)
+        assert current_rule(reloaded) == rule and torch.equal(reloaded(ids).logits, skipped)
     decoded = eacmoe_lightning.load(tmp_path / "second", packed=False)
     assert current_rule(decoded) == rule and error(decoded(ids).logits, skipped) < 1e-5
-    set_skipping(again, None)
-    again.save_pretrained(tmp_path / "third")
+    set_skipping(reloaded, None)
+    reloaded.save_pretrained(tmp_path / "third")
     third = eacmoe_lightning.load(tmp_path / "third")
     assert current_rule(third) is None and torch.equal(third(ids).logits, plain)
     config = json.loads((tmp_path / "second" / "config.json").read_text())
@@ -70,7 +70,7 @@ def test_a_setting_is_saved_with_the_compressed_model_and_restored(tmp_path, tin
 
 @torch.no_grad()
 def test_a_restored_setting_is_what_an_evaluation_sees(tmp_path, tiny_model_dir):
-    """Block by block, in batches of different sizes, as the model itself gives it for one window after another."""
+    """Evaluating block by block in batches of any size gives the loss of the model itself on single windows."""
     path = tiny_model_dir("mixtral")
     model, windows = load(compress(path, tmp_path / "plain")), random_ids(3, 64)
     loss = [float(model(ids[None], labels=ids[None]).loss) for ids in windows]
@@ -81,8 +81,8 @@ def test_a_restored_setting_is_what_an_evaluation_sees(tmp_path, tiny_model_dir)
     original = MoEModel(load_original(str(path)))
     for batch_size in (1, 2, 3):
         subject = StreamedModel(CompressedWeights(tmp_path / "skipping"))
-        found = evaluate(original, subject, {"a": windows}, batch_size)["perplexity"]["a"]["compressed"]
-        assert math.log(found) == pytest.approx(sum(skipped) / 3, abs=1e-5)
+        perplexity = evaluate(original, subject, {"a": windows}, batch_size)["perplexity"]["a"]["compressed"]
+        assert math.log(perplexity) == pytest.approx(sum(skipped) / 3, abs=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0, -0.3, 1.01, float("nan"), float("inf"), True, "0.3", None])
@@ -92,7 +92,7 @@ def test_alpha_outside_its_range_is_refused(alpha):
 
 
 def test_other_bad_input_is_refused_by_name():
-    with pytest.raises(ValueError, match="survivors='drop' is none of keep, renormalize, reroute"):
+    with pytest.raises(ValueError, match="survivors='drop' is not one of keep, renormalize, reroute"):
         PESF(0.3, "drop")
     with pytest.raises(ValueError, match=r"rescue=2 is not in \[0, 1\]"):
         PESF(0.3, rescue=2)
@@ -100,5 +100,5 @@ def test_other_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match="no routed experts"), eacmoe_lightning.pesf(dense):
         pass
     model = tiny_models.build("mixtral")
-    with pytest.raises(ValueError, match="does not tell padding"), skipping(model, PESF()):
+    with pytest.raises(ValueError, match="does not distinguish padding from tokens"), skipping(model, PESF()):
         model(random_ids(2, 8), attention_mask=torch.ones(2, 1, 8))

@@ -1,1 +1,1 @@
-"""A compressed model in formats that other programs load."""
+"""Writes a compressed model in formats that other programs load."""

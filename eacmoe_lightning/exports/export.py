@@ -1,4 +1,4 @@
-"""`python train.py export`: write another program's format, read it back, compare, and only then say done."""
+"""`python train.py export`: writes another program's format, reloads it, and keeps it only if it is the same model."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ def export(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     tensor_parallel: int = 1,
 ) -> Difference:
-    """Writes a compressed model in a format that other programs load, reads it back and compares every weight.
+    """Writes a compressed model in a format that other programs load, reloads it and compares every weight.
 
     Args:
         source: A run directory or a compressed directory.
         output: The directory to write; it must be empty or not exist.
         format: compressed-tensors (pack-quantized, symmetric), gptq (zero points less 1, symmetric), gptq_v2 (true
-            zero points), gguf (for llama.cpp) or dense (decoded, of the original's size); null: the target's first that
-            it loads the model in.
-        target: The engine that is to load it; null: the format's first. What it is known not to load, or to load
-            wrongly, is refused.
-        dtype: Of everything that is not quantized; auto: in which the model was calibrated.
-        tensor_parallel: Over how many devices the engine is to cut each linear; group sizes that do not allow it are
-            refused.
+            zero points), gguf (for llama.cpp) or dense (decoded, as large as the original); null: the first of the
+            target's formats that can hold the model.
+        target: The engine that will load the export; null: the first that loads the format. A model that the engine is
+            known not to load, or to load wrongly, is refused.
+        dtype: Dtype of everything that is not quantized; auto: the one the model was calibrated in.
+        tensor_parallel: Number of devices over which the engine will split each linear; group sizes that do not allow
+            the split are refused.
 
     Raises:
         FileNotFoundError: the source holds no compressed model.
         ValueError: the target does not load such a model, or the output is not empty.
-        StoreError: a file of the source is damaged, or what was read back is not the model; nothing is kept then.
+        StoreError: a file of the source is damaged, or the export reloads as another model; nothing is kept then.
     """
     rows = targets.find(format, target)
     place = Path(output)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"{output} (--output) is not empty: pass a directory that is, or does not exist")
+        raise ValueError(f"{output} (--output) is not empty: pass an empty directory or one that does not exist")
     opened = Source(source, dtype)
     weights = opened.grids()
     row = targets.choose(rows, weights, tensor_parallel)
@@ -62,14 +62,14 @@ def export(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    print(f"{output}: {row.format} for {row.engine} ({row.version}). Read back: {difference}")
+    print(f"{output}: {row.format} for {row.engine} ({row.version}). Reloaded: {difference}")
     if SKIPPING in opened.directory_config:
-        print(f"warning: {row.engine} knows nothing of the rule by which this model skips experts: it runs all of them")
+        print(f"warning: {row.engine} does not know this model's skipping rule and runs every selected expert")
     if row.trial is None:
         print(f"warning: {row.engine} was never run on an export of this package: try it before you serve it")
     elif untried := row.trial.untried(weights):
-        said = f"{row.trial.version} was never run on an export with {', '.join(untried)}"
-        print(f"warning: {said}: try it before you serve it")
+        settings = ", ".join(untried)
+        print(f"warning: {row.trial.version} was never run on an export with {settings}: try it before you serve it")
     else:
-        print(f"seen in {row.trial.version} for such models: {row.trial.how}")
+        print(f"{row.trial.version} has run such exports; checked: {row.trial.how}")
     return difference

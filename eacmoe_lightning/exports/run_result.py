@@ -1,4 +1,4 @@
-"""What a finished job leaves in its run directory: `compressed/`, believed only once it is read back, and `dense/`."""
+"""Writes a finished job's model into its run directory: `compressed/`, which is reloaded and compared, and `dense/`."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ def write_result(
 ) -> None:
     """Writes `compressed/` (see `save_compressed`) and compares its logits with those of the model in memory.
 
-    A model that is not quantized and has the same number of experts in every block is an ordinary one: `dense/` holds
-    it as every program loads it.
+    A model that is not quantized and has the same number of experts in every block is an ordinary one. It is also
+    written to `dense/`, which every program loads.
 
     Args:
-        run: where.
-        moe, name_or_path, quantized_blocks, description: of `save_compressed`.
-        tokens: [B, T] on which they are compared.
+        run: the run directory.
+        moe, name_or_path, quantized_blocks, description: see `save_compressed`.
+        tokens: [B, T] to compare the logits on.
 
     Raises:
-        StoreError: a weight is not quantized, or the reloaded logits differ at all.
+        StoreError: a weight is not quantized, or the reloaded logits are not identical.
     """
     save_compressed(run.compressed, moe, name_or_path, quantized_blocks, description)
     tokens = tokens.to(moe.device)
-    here = moe.logits(tokens)
-    again = StreamedModel(CompressedWeights(run.compressed), moe.device)
-    with resting(again.model):  # a setting of skipping that the directory has
-        there = again.logits(tokens)
-    if not torch.equal(here, there):
+    logits = moe.logits(tokens)
+    reloaded = StreamedModel(CompressedWeights(run.compressed), moe.device)
+    with resting(reloaded.model):  # without the skipping rule that the directory may hold
+        reloaded_logits = reloaded.logits(tokens)
+    if not torch.equal(logits, reloaded_logits):
         raise StoreError(
-            f"{run.compressed} does not give the logits of the model that was written: they differ by up to "
-            f"{(here - there).abs().max():.3g}. This is a defect of eacmoe-lightning; the run's blocks are kept"
+            f"{run.compressed} reloads with logits that differ from the written model's by up to "
+            f"{(logits - reloaded_logits).abs().max():.3g}. This is a bug in eacmoe-lightning; the run's blocks stay"
         )
     if description.get("quantizer") == "none" and len({block.num_experts for block in moe.moe_blocks}) == 1:
         shutil.rmtree(run.dense, ignore_errors=True)
