@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from eacmoe_lightning.compressed.format import SHARD
+from eacmoe_lightning.compressed.directory import CompressedWeights
+from eacmoe_lightning.compressed.format import LATTICE, SHARD, read_config
 from eacmoe_lightning.compressed.opening import open_model
+from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.offload import store as stores
 from eacmoe_lightning.offload.codecs import Codec
 from eacmoe_lightning.offload.codecs import codec as codec_named
+from eacmoe_lightning.offload.codecs.entropy import Entropy, PackedEntropy
 from eacmoe_lightning.offload.model import STORE, attach, encode, packed_codec, refuse_to_save
 from eacmoe_lightning.offload.store import ExpertStore, Key
+from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import expert_codes
 from eacmoe_lightning.run.files import read_tensors
 
@@ -42,7 +46,8 @@ def load_offloaded(
 
     Args:
         name_or_path: a compressed or run directory, `bundled`, or an original's directory or hub id.
-        cache_bytes, codec: see `offload_experts`.
+        cache_bytes, codec: see `offload_experts`. Experts on a lattice are decoded and stored with any codec; with
+            `packed-entropy` their codes stay as they are.
         directory: where to keep the store; a store of the same model, codec and dtype is reused, any other is
             overwritten. None: in host memory.
         dtype: of everything that is not quantized.
@@ -55,7 +60,7 @@ def load_offloaded(
     """
     opened, parsed = open_model(name_or_path, dtype, "name_or_path"), codec_named(codec)
     options |= {"cache_bytes": cache_bytes, "device": device}
-    if opened.is_compressed:
+    if opened.is_compressed and LATTICE not in read_config(opened.directory)["quantization"]:
         return _load_packed(opened.directory, parsed, directory, dtype, options)
     streamed = opened.streamed(device)
     about = _about(str(opened.directory), parsed, streamed.weights.dtype)
@@ -122,8 +127,24 @@ def _packed_records(path: Path, config: PreTrainedConfig, codec: Codec) -> Recor
 def _dense_records(streamed: StreamedModel, codec: Codec) -> Records:
     for block in streamed.moe_blocks:
         names = {p: f"{block.name}.{block.experts_name}.{p}" for p in block.experts.projections}
+        if isinstance(codec, PackedEntropy):
+            yield from _lattice_records(streamed, block, names)
+            continue
         stacks = streamed.weights.read(names.values())  # in host memory
         for expert in range(block.num_experts):
             for projection, name in names.items():
                 key = Key(block.index, expert, projection)
                 yield key, encode(codec, stacks[name][expert], key)
+
+
+def _lattice_records(streamed: StreamedModel, block: Block, names: dict[str, str]) -> Records:
+    """The codes of a block's experts on a lattice, at their entropy; they decode to the model's parameters."""
+    if not isinstance(streamed.weights, CompressedWeights):
+        raise ValueError(f"{PackedEntropy.name} stores the codes of a compressed model, and this one has none")
+    quantized, coder = streamed.weights.quantized(block.index), codec_named(f"{Entropy.name}:mean:1")
+    for expert in range(block.num_experts):
+        for projection, name in names.items():
+            stack = quantized[name]
+            codes = block.as_parameter(name, stack.codes[expert]).contiguous()
+            record = coder.encode_lattice(Lattice(codes, stack.scale[expert]), streamed.weights.dtype)
+            yield Key(block.index, expert, projection), record
