@@ -50,6 +50,14 @@ PRUNED = [
     ["call", "eacmoe_lightning.job.qesc.QESC._joint_loss", 2],
 ]
 
+# on a lattice
+LATTICE = {"model__quantizer": "lattice", "model__bits": 2.75}
+ON_LATTICE = [
+    ["call", "eacmoe_lightning.quantization.lattice.gptq_on_lattice", 4],
+    ["phase", "2 experts", 1],
+    ["call", "eacmoe_lightning.job.qesc.QESC._joint_loss", 2],
+]
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tiny_model_dir) -> Callable[[str, dict], Path]:
@@ -79,8 +87,9 @@ def attempts(model: Path, run: Path, places: list, more: dict) -> str:
         ("qwen3_moe", STEPS, EVERY_STEP, {}),
         ("deepseek", EPOCHS, {}, {}),
         ("mixtral", PRUNED, EVERY_STEP, PRUNING),
+        ("qwen2_moe", ON_LATTICE, EVERY_STEP, LATTICE),
     ],
-    ids=["checkpoints of steps", "checkpoints of epochs", "pruning"],
+    ids=["checkpoints of steps", "checkpoints of epochs", "pruning", "lattice"],
 )
 def test_a_killed_job_ends_like_an_undisturbed_one(
     family, places, more, options, undisturbed, tiny_model_dir, tmp_path
@@ -95,7 +104,7 @@ def test_a_killed_job_ends_like_an_undisturbed_one(
     if places is EPOCHS:  # a block that a checkpoint lies behind is not computed again
         costs = [json.loads(line) for line in (tmp_path / "run" / "costs.jsonl").read_text().splitlines()]
         assert [cost["phase"] for cost in costs if cost["block"] == 0].count("experts") == 1
-    if options:
+    if options is PRUNING:
         assert len({len(row["kept"]) for row in reports[0]["pruning"]["blocks"].values()}) > 1
     frequencies = [(run / "expert_frequency.json").read_text() for run in (tmp_path / "run", reference)]
     assert frequencies[0] == frequencies[1]
