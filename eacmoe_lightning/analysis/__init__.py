@@ -1,1 +1,1 @@
-"""Which experts a model selects for which text: the numbers and figures of `analyze`."""
+"""Which experts a model selects for which text: the numbers and figures behind `analyze`."""

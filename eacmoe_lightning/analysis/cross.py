@@ -1,7 +1,7 @@
-"""Calibrated on A, evaluated on B, for every pair of texts: how much of a compression holds off its calibration text.
+"""Calibrated on A, evaluated on B, for every pair of texts: how well compression holds outside its calibration text.
 
-A row of the table is a whole `fit` that calibrates on one text and is evaluated on all of them. Each keeps its run
-directory, so an interrupted table goes on where it was; a finished row is kept as `<text>.json` beside it.
+A row of the table is a full `fit` that calibrates on one text and evaluates on all of them. Each row keeps its run
+directory, so an interrupted table resumes; a finished row is kept beside it as `<text>.json`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ def cross_table(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The rows as matrices [calibrated on][evaluated on].
 
     Returns:
-        `calibrated_on`, `evaluated_on`; `perplexity`, `lost` (nats per token above the original), `changed.<rate>`
-        (share of tokens with any, half, all selections changed, and of selections); `own` and `other`: the means of
-        `lost` and `changed.any` where both texts are the same and where not (null where there is no such pair).
+        `calibrated_on`, `evaluated_on`; `original` (perplexity by text), `perplexity`, `lost` (nats per token above the
+        original), `changed.<rate>` (share of tokens with any, half or all selections changed, and share of selections
+        changed); `own` and `other`, the means of `lost` and `changed.any` over pairs of the same text and of different
+        texts (null if there is no such pair).
     """
     names = list(rows)
     evaluated = rows[names[0]]["perplexity"]
@@ -64,10 +65,10 @@ def cross_summary(result: dict[str, Any]) -> str:
         lines += [title, " " * 12 + "".join(f"{text[:9]:>10s}" for text in texts)]
         for name, row in zip(result["calibrated_on"], matrix, strict=True):
             lines.append(f"{name:12s}" + "".join(form.format(value) for value in row))
-    own, other = result["own"], result["other"]
-    if own["lost"] is not None and other["lost"] is not None:
+    same, other = result["own"], result["other"]
+    if same["lost"] is not None and other["lost"] is not None:
         lines.append(
-            f"lost on the text calibrated on {own['lost']:.4f}, on others {other['lost']:.4f}; "
-            f"changed {own['changed_any']:.2%}, {other['changed_any']:.2%}"
+            f"lost {same['lost']:.4f} on the calibration text, {other['lost']:.4f} on other texts; "
+            f"changed {same['changed_any']:.2%} and {other['changed_any']:.2%}"
         )
     return "\n".join(lines)
