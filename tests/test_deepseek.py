@@ -1,4 +1,4 @@
-"""The native DeepSeek-MoE against its published form: key names, and a forward pass written out."""
+"""The built-in DeepSeek-MoE against the published model: key names, and a forward pass written out."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eacmoe_lightning.models.deepseek import DeepseekConfig, DeepseekForCausalLM
 
-# config.json of deepseek-ai/deepseek-moe-16b-base, with the fields that decide what is computed
+# config.json of deepseek-ai/deepseek-moe-16b-base, with the fields that affect the computation
 REAL_CONFIG = {
     "architectures": ["DeepseekForCausalLM"],
     "attention_bias": False,
@@ -68,7 +68,7 @@ def checkpoint(folder) -> dict[str, Tensor]:
 
 
 def reference(weights: dict[str, Tensor], config: DeepseekConfig, ids: Tensor) -> Tensor:
-    """DeepSeek-MoE's logits [T, V] for ids [T], from the checkpoint, one token at a time."""
+    """DeepSeek-MoE's logits [T, V] for ids [T], from the checkpoint; experts run one token at a time."""
 
     def norm(x: Tensor, key: str) -> Tensor:
         mean = x.pow(2).mean(-1, keepdim=True)
@@ -152,7 +152,7 @@ def test_original_config_is_read_by_local_code(tmp_path):
 
 
 def test_byte_level_tokenizer_under_a_llama_class_name(tmp_path):
-    """DeepSeek's tokenizer_config says LlamaTokenizerFast, but its tokenizer.json is byte-level."""
+    """DeepSeek's tokenizer_config.json says LlamaTokenizerFast, but its tokenizer.json is byte-level."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -193,7 +193,7 @@ def test_generate_with_and_without_cache_agree(tiny_model_dir):
 
 def test_building_leaves_the_random_state_alone():
     state = torch.get_rng_state()
-    first, again, other = (tiny_models.build("deepseek", seed) for seed in (3, 3, 4))
+    first, repeated, other = (tiny_models.build("deepseek", seed) for seed in (3, 3, 4))
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(first.lm_head.weight, again.lm_head.weight)
+    assert torch.equal(first.lm_head.weight, repeated.lm_head.weight)
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)

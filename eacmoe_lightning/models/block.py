@@ -16,15 +16,15 @@ from eacmoe_lightning.routers.router_weights import forced_weights
 
 @dataclass
 class Routing:
-    """What one router said for N tokens."""
+    """One router's output for N tokens."""
 
     logits: Tensor  # [N, E] float32, before any softmax
-    ids: Tensor  # [N, K] int64, the experts that were run
-    weights: Tensor  # [N, K] their weights
+    ids: Tensor  # [N, K] int64, the experts that ran
+    weights: Tensor  # [N, K], their weights
 
 
 class _Reached(BaseException):
-    """Ends a forward pass at the module whose input was wanted."""
+    """Ends a forward pass at the module whose input is recorded."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Experts:
 
     @property
     def projections(self) -> tuple[str, str]:
-        """The two weights in the order in which a token meets them."""
+        """The two weights in the order in which they are applied."""
         return self.up_name, "down_proj"
 
     def weight(self, projection: str) -> Tensor:
@@ -77,7 +77,7 @@ class Block:
     router_name: str = ""
     experts_name: str = ""
     linears: dict[str, str] = field(default_factory=dict)  # name in the layer -> attention | shared
-    # of a pruned block: [E] the numbers that its experts have in the original
+    # in a pruned block, the original numbers of its experts [E]
     kept: slice | Tensor = field(default_factory=lambda: slice(None))
 
     @property
@@ -93,11 +93,11 @@ class Block:
 
     @property
     def expert_numbers(self) -> list[int]:
-        """The numbers that this block's experts have in the original."""
+        """The original numbers of this block's experts."""
         return list(range(self.num_experts)) if isinstance(self.kept, slice) else self.kept.tolist()
 
     def original_ids(self, ids: Tensor) -> Tensor:
-        """This block's expert numbers [N, K] as the original counts them."""
+        """This block's expert ids [N, K] as ids of the original."""
         return ids if isinstance(self.kept, slice) else self.kept.to(ids.device)[ids]
 
     @property
@@ -114,12 +114,12 @@ class Block:
 
     @property
     def router_bias(self) -> Tensor | None:
-        """[E], the bias that is part of the logits, where the router has one (gpt_oss)."""
+        """[E], the bias that is added to the logits, if the router has one (gpt_oss)."""
         owner = self._router_parameter.rpartition(".")[0]
         return getattr(self.router.get_submodule(owner), "bias", None)
 
     def router_logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, E] in float32, for the block's router or another weight in its place."""
+        """[N, D] -> [N, E] in float32, with the router's weight or another one in its place."""
         weight = self.router_weight if weight is None else weight
         bias = self.router_bias
         with torch.autocast(x.device.type, enabled=False):
@@ -128,10 +128,10 @@ class Block:
     # --- running the block -------------------------------------------------------------------
 
     def forward(self, hidden: Tensor, kwargs: dict, force_ids: Tensor | None = None) -> tuple[Tensor, Routing | None]:
-        """Runs the block: [B, T, D] -> [B, T, D] and what its router said.
+        """Runs the block: [B, T, D] -> [B, T, D] and its routing.
 
-        With `force_ids` [N, K] the given experts run instead of the router's own choice, with the
-        weights that this router's scores give to them (EAC-MoE, table 1).
+        With `force_ids` [N, K] the given experts run instead of the router's choice, with the weights
+        that the router's scores give them (EAC-MoE, table 1).
         """
         routing: list[Routing] = []
 
@@ -153,7 +153,7 @@ class Block:
         return output, routing[0] if routing else None
 
     def input_of(self, module: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
-        """The tokens [N, I] that reach `module` for this hidden stream; what lies behind is not run."""
+        """The input [N, I] of `module` for these hidden states. Later modules of the block do not run."""
         reached: list[Tensor] = []
 
         def stop(_, args, kwargs):
@@ -174,35 +174,35 @@ class Block:
 
     @contextmanager
     def without_experts(self) -> Iterator[None]:
-        """The routed experts give zeros, at no cost: for what does not depend on them."""
+        """Makes the routed experts return zeros at no cost, to compute what does not depend on them."""
         module = self.experts.module
         module.forward = lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
         try:
             yield
         finally:
-            del module.forward  # the class has its own
+            del module.forward  # uncovers the method of the class
 
     def depends_on_experts(self, module: nn.Module, hidden: Tensor, kwargs: dict) -> bool:
-        """Whether what reaches `module` is another thing where the routed experts give zeros."""
+        """Whether the input of `module` changes if the routed experts return zeros."""
         with self.without_experts():
-            alone = self.input_of(module, hidden, kwargs)
-        return not torch.equal(alone, self.input_of(module, hidden, kwargs))
+            without_experts = self.input_of(module, hidden, kwargs)
+        return not torch.equal(without_experts, self.input_of(module, hidden, kwargs))
 
     def route(self, x: Tensor) -> Routing:
-        """What the router says of [N, D] inputs."""
+        """The router's output for inputs [N, D]."""
         logits, weights, ids = self.router(x)
         return Routing(logits.float(), ids, weights)
 
     def weights(self) -> dict[str, tuple[str, Tensor]]:
-        """Everything that is quantized: parameter name in the model -> (part, view [..., O, I])."""
-        found = {f"{self.name}.{n}.weight": (part, self.linear(n).weight) for n, part in self.linears.items()}
+        """Every weight that is quantized: parameter name in the model -> (part, view [..., O, I])."""
+        weights = {f"{self.name}.{n}.weight": (part, self.linear(n).weight) for n, part in self.linears.items()}
         if self.is_moe:
             for projection in self.experts.projections:
-                found[f"{self.name}.{self.experts_name}.{projection}"] = ("experts", self.experts.weight(projection))
-        return found
+                weights[f"{self.name}.{self.experts_name}.{projection}"] = ("experts", self.experts.weight(projection))
+        return weights
 
     def as_parameter(self, name: str, weight: Tensor) -> Tensor:
-        """A weight [..., O, I] of `weights` in the layout that its parameter has in the model."""
+        """A weight [..., O, I] from `weights`, in the layout of its parameter in the model."""
         transposed = self.weights()[name][0] == "experts" and self.experts.module.is_transposed
         return weight.transpose(-1, -2) if transposed else weight
 
@@ -211,7 +211,7 @@ class Block:
         return f"{self.name}.{self.router_name}.{self._router_parameter}"
 
     def input_groups(self, hidden: Tensor, kwargs: dict) -> list[list[str]]:
-        """Linears that read the same tensor (q, k, v), in the order in which they run."""
+        """Groups of linears that read the same tensor (q, k, v), in the order in which they run."""
         seen: list[tuple[Tensor, list[str]]] = []
         handles = []
         for name in self.linears:
@@ -232,5 +232,5 @@ class Block:
         groups = [names for _, names in seen]
         missing = set(self.linears) - {name for names in groups for name in names}
         if missing:
-            raise ValueError(f"{self.name}: {sorted(missing)} did not run, so nothing is known of their inputs")
+            raise ValueError(f"{self.name}: {sorted(missing)} did not run, so their inputs are unknown")
         return groups

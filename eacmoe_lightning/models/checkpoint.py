@@ -1,11 +1,11 @@
 """An original model's weights, read from its files a few parameters at a time, as `from_pretrained` would load them.
 
-Parameters in memory are not tensors on disk: transformers stacks the experts of a block, renames and splits. Its own
-conversions are used here, on a skeleton without weights, for just the tensors that are asked for; the results are equal
-to `from_pretrained` bit for bit. These loader calls are internal to transformers, which is why its version is pinned.
+Parameters in memory differ from tensors on disk: transformers stacks the experts of a block, renames and splits. Here
+its conversions run on a skeleton without weights, for the requested tensors only; the results equal those of
+`from_pretrained` bit for bit. These loader calls are internal to transformers, which is why its version is pinned.
 
-While one block is worked on, a thread reads the bytes of the next into the operating system's page cache: the disk is
-never waited for, and no memory is held that the system could not take back.
+While one block is processed, a thread reads the bytes of the next into the operating system's page cache. So reading
+overlaps with computing, and takes only memory that the system can reclaim.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from eacmoe_lightning.models.originals import NO_MODEL, resolve_model
 
 log = logging.getLogger(__name__)
 
-CHUNK = 8 << 20  # bytes that the prefetching thread reads at once
+CHUNK = 8 << 20  # bytes per read of the prefetching thread
 
 
 class Checkpoint:
@@ -88,11 +88,11 @@ class Checkpoint:
         return torch.float32
 
     def _map_keys(self) -> dict[str, list[str]]:
-        """The keys on disk that each parameter is made of; one made together with others is listed under the first."""
+        """The keys on disk that each parameter is built from; parameters built together are listed under the first."""
         renamings, converters = self._conversions()
         known, prefix = self._loader.state_dict(), self._loader.base_model_prefix
         sources: dict[str, list[str]] = {}
-        self._made_with: dict[str, str] = {}  # parameter -> the one that it is listed under
+        self._made_with: dict[str, str] = {}  # parameter -> the parameter that it is listed under
         for key in sorted(self._keys, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, known)
             if name not in known and key in known:
@@ -110,30 +110,30 @@ class Checkpoint:
         return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
     def skeleton(self) -> PreTrainedModel:
-        """The model in eval mode with its buffers, its parameters without memory (on the meta device)."""
+        """The model in eval mode, with buffers in memory and parameters on the meta device."""
         model = empty_model(self.config, self.dtype)
         if model.can_generate():
             try:
                 model.generation_config = GenerationConfig.from_pretrained(self.path)
             except OSError:
-                pass  # there is none beside the model: what follows from its config stays
+                pass  # the model has none: the one derived from its config stays
         return model
 
     # --- reading --------------------------------------------------------------------------------------
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Parameters and buffers by their names in the model, in host memory; those not on disk are left out.
+        """Parameters and buffers by name in the model, in host memory; those that are not on disk are left out.
 
         Raises:
-            ValueError: a tensor has another shape than the config says.
+            ValueError: a tensor has another shape than config.json says.
             FileNotFoundError: a file is missing or truncated.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         with self._lock, ExitStack() as stack, _no_progress_bar():
             files: dict[str, _Tensors] = {}
             for name in names:
                 owner = self._made_with.get(name, name)
-                if name in found or owner not in self._sources:
+                if name in tensors or owner not in self._sources:
                     continue
                 slices = {}
                 try:
@@ -142,13 +142,13 @@ class Checkpoint:
                         if file not in files:
                             files[file] = stack.enter_context(_opened(file))
                         slices[key] = files[file].lazy(key)
-                    found |= self._convert(slices)
+                    tensors |= self._convert(slices)
                 except (OSError, SafetensorError) as error:
                     raise FileNotFoundError(f"{name} of {self.name_or_path!r} cannot be read: {error}") from error
-        return {name: found[name] for name in names if name in found}
+        return {name: tensors[name] for name in names if name in tensors}
 
     def _convert(self, slices: dict[str, Any]) -> dict[str, Tensor]:
-        """What transformers makes of these tensors on disk, taken out of the loader again."""
+        """The parameters that transformers builds from these tensors on disk; the loader's go back to meta."""
         model = self._loader
         config = LoadStateDictConfig(
             weight_mapping=get_model_conversion_mapping(model),
@@ -167,9 +167,9 @@ class Checkpoint:
         return taken
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Starts to read what these parameters are made of into the page cache, and returns at once."""
+        """Starts to read the bytes of these parameters into the page cache, and returns at once."""
         if self._prefetching is not None and self._prefetching.is_alive():
-            return  # the disk is the slower part: `read` will wait for it
+            return  # the disk is the bottleneck: `read` waits for it anyway
         keys = [key for name in names for key in self._sources.get(self._made_with.get(name, name), ())]
         self._prefetching = threading.Thread(target=self._touch, args=(keys,), daemon=True)
         self._prefetching.start()
@@ -177,18 +177,18 @@ class Checkpoint:
     def _touch(self, keys: list[str]) -> None:
         try:
             for file in dict.fromkeys(self._keys[key] for key in keys):
-                own = [key for key in keys if self._keys[key] == file]
+                keys_of_file = [key for key in keys if self._keys[key] == file]
                 with open(file, "rb", buffering=0) as stream:
                     buffer = bytearray(CHUNK)
-                    for start, end in _byte_ranges(file, own):
+                    for start, end in _byte_ranges(file, keys_of_file):
                         for offset in range(start, end, CHUNK):
                             os.preadv(stream.fileno(), [memoryview(buffer)[: min(CHUNK, end - offset)]], offset)
-        except OSError as error:  # `read` will meet it again, and say so
+        except OSError as error:  # `read` will raise it
             log.debug("prefetch: %s", error)
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM whose parameters are on the meta device and whose buffers are what `from_pretrained` makes them."""
+    """A causal LM with parameters on the meta device, and with buffers as `from_pretrained` initializes them."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     persistent = {name for name in model.state_dict() if name in dict(model.named_buffers())}
@@ -198,7 +198,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def put(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
-    """Makes `tensor` the parameter or buffer of this name."""
+    """Makes `tensor` the parameter or buffer with this name."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._parameters:
@@ -212,7 +212,7 @@ def _checkpoint_files(path: str) -> list[str]:
 
 
 class _Tensors:
-    """An open checkpoint file whose tensors are read when they are indexed."""
+    """An open checkpoint file; a tensor is read when it is indexed."""
 
     def __init__(self, tensors: Any) -> None:
         self._tensors = tensors
@@ -226,7 +226,7 @@ def _opened(file: str) -> Iterator[_Tensors]:
     if not file.endswith(".safetensors"):
         yield _Tensors(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
         return
-    with safe_open(file, "pt", backend="pread") as tensors:  # mapped pages would count as memory of this process
+    with safe_open(file, "pt", backend="pread") as tensors:  # mapped pages would count as this process's memory
         yield _Tensors(tensors)
 
 
@@ -238,7 +238,7 @@ def _keys(file: str) -> list[str]:
 
 
 def _byte_ranges(file: str, keys: list[str]) -> list[tuple[int, int]]:
-    """Where tensors lie in a safetensors file; nothing is known of others."""
+    """The byte ranges of tensors in a safetensors file; empty for other files."""
     if Path(file).suffix != ".safetensors":
         return []
     with open(file, "rb") as stream:
@@ -249,7 +249,7 @@ def _byte_ranges(file: str, keys: list[str]) -> list[tuple[int, int]]:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """transformers would draw one for every parameter."""
+    """Turns off transformers' progress bar, which would appear for every parameter."""
     enabled = is_progress_bar_enabled()
     disable_progress_bar()
     try:

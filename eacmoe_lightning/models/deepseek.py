@@ -1,10 +1,10 @@
-"""Native DeepSeek-MoE-16B: transformers has no class for it, and its remote code broke on v5.
+"""DeepSeek-MoE-16B without remote code: transformers has no class for it, and its remote code broke on v5.
 
 `model_type: deepseek` (DeepSeek-MoE-16B, January 2024: multi-head attention, softmax top-6 of 64
-routed experts, two shared experts, a dense first block) is the one model of the EAC-MoE paper that
+routed experts, two shared experts, a dense first block) is the only model of the EAC-MoE paper that
 transformers 5 cannot load: it is neither `deepseek_v2` (latent attention) nor any other registered
-type. The text tower of DeepSeek-OCR-2, however, *is* that architecture. So this file adds what lies
-between the two, and no maths of its own:
+type. But the text tower of DeepSeek-OCR-2 has exactly this architecture. So this file contains no
+maths, only what connects the two:
 
 - `DeepseekConfig` reads the original `config.json` and turns `first_k_dense_replace` and
   `moe_layer_freq` into the `mlp_layer_types` that the tower expects;
@@ -12,8 +12,8 @@ between the two, and no maths of its own:
 - the checkpoint conversion of `qwen2_moe` is registered for the type, so that the original keys
   (`model.layers.N.mlp.experts.E.gate_proj.weight`) are read, and written by `save_pretrained`.
 
-Importing the module registers all three with transformers' Auto classes. Local code wins over the
-checkpoint's `auto_map`, unless `trust_remote_code=True` is passed.
+Importing the module registers all three with transformers. Local code takes precedence over the
+checkpoint's `auto_map` unless `trust_remote_code=True` is passed.
 """
 
 import torch
@@ -38,13 +38,13 @@ class DeepseekConfig(DeepseekOcr2TextConfig):
     """The fields of DeepSeek-MoE's `config.json`; defaults as in its `configuration_deepseek.py`.
 
     Args:
-        first_k_dense_replace: the first so many blocks have a dense MLP (1 in the 16B model).
-        moe_layer_freq: of the others, every so many-th has experts (1: all).
-        norm_topk_prob: whether expert weights are divided by their sum; only False can be run.
-        scoring_func: how router logits become scores; only `softmax` can be run.
+        first_k_dense_replace: number of leading blocks with a dense MLP (1 in the 16B model).
+        moe_layer_freq: of the other blocks, those whose index is a multiple of this have experts (1: all).
+        norm_topk_prob: whether expert weights are divided by their sum; only False is supported.
+        scoring_func: how router logits become scores; only `softmax` is supported.
 
     Raises:
-        ValueError: the configuration asks for something that the tower does not compute.
+        ValueError: the config needs something that the tower does not compute.
     """
 
     model_type = "deepseek"
@@ -58,18 +58,18 @@ class DeepseekConfig(DeepseekOcr2TextConfig):
     def __post_init__(self, **kwargs):
         if self.norm_topk_prob:
             raise ValueError(
-                "norm_topk_prob=True in config.json: the native deepseek model does not divide the "
+                "norm_topk_prob=True in config.json: the built-in deepseek model does not divide the "
                 "weights of the selected experts by their sum (DeepSeek-MoE-16B has False), so a "
                 "variant that needs it cannot be loaded"
             )
         if self.scoring_func != "softmax":
             raise ValueError(
-                f"scoring_func={self.scoring_func!r} in config.json: the native deepseek model "
-                "scores experts by 'softmax' only; deepseek_v2 and deepseek_v3 are others"
+                f"scoring_func={self.scoring_func!r} in config.json: the built-in deepseek model "
+                "scores experts by 'softmax' only; deepseek_v2 and deepseek_v3 are other model types"
             )
         if not self.n_shared_experts:
             raise ValueError(
-                f"n_shared_experts={self.n_shared_experts} in config.json: the native deepseek "
+                f"n_shared_experts={self.n_shared_experts} in config.json: the built-in deepseek "
                 "model needs at least 1 (DeepSeek-MoE-16B has 2)"
             )
         self.mlp_layer_types = [
@@ -80,7 +80,7 @@ class DeepseekConfig(DeepseekOcr2TextConfig):
 
 
 class DeepseekForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
-    """DeepSeek-MoE with its language-model head; checkpoint keys as in the original."""
+    """DeepSeek-MoE with its language-model head; checkpoint keys are those of the original."""
 
     config_class = DeepseekConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -105,10 +105,10 @@ class DeepseekForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """Next-token logits [B, T, V], and the mean cross entropy in nats where labels are given.
+        """Next-token logits [B, T, V] and, with labels, the mean cross entropy in nats.
 
-        `logits_to_keep`: the last so many positions only (0: all), or a tensor of positions. The
-        load-balancing loss of pre-training is not computed.
+        `logits_to_keep`: number of last positions to compute logits for (0: all), or a tensor of
+        positions. The load-balancing loss of pre-training is not computed.
         """
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,

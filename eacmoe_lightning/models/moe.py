@@ -32,17 +32,17 @@ class MoEModel:
                 "(--model.name_or_path), for example `bundled`"
             )
 
-    # --- where the weights are: here always in memory; `streaming.StreamedModel` fetches them ---------------
+    # --- where the weights are: here always in memory; `streamed.StreamedModel` reads them from disk --------
 
     def load(self, index: int) -> None:
-        """Brings a block's original weights into memory, unless they are there."""
+        """Brings a block's original weights into memory, unless they are already there."""
 
     def release(self, index: int) -> None:
-        """Frees the memory of a block's weights; what was done to them is lost."""
+        """Frees the memory of a block's weights; changes to them are lost."""
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[Block]:
-        """The block with its weights in memory, for as long as the context lasts."""
+        """The block, with its weights in memory inside the `with` block."""
         self.load(index)
         try:
             yield self.blocks[index]
@@ -50,11 +50,11 @@ class MoEModel:
             self.release(index)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Weights by their names in the model, whether or not their block is in memory."""
+        """Weights by name in the model, whether or not their block is in memory."""
         state = self.model.state_dict()
         return {name: state[name] for name in names if name in state}
 
-    # --- its parts ----------------------------------------------------------------------------------
+    # --- parts --------------------------------------------------------------------------------------
 
     @property
     def moe_blocks(self) -> list[Block]:
@@ -81,17 +81,17 @@ class MoEModel:
         return self.model.device
 
     def embed(self, input_ids: Tensor) -> tuple[Tensor, list[dict]]:
-        """[B, T] -> hidden [B, T, D] as block 0 receives it, and each block's own keyword arguments.
+        """[B, T] -> hidden states [B, T, D] as block 0 receives them, and the keyword arguments of each block.
 
-        The masks and position embeddings come from the model's own forward pass with the blocks
-        replaced by recorders, so nothing of it is rebuilt here.
+        The masks and position embeddings come from the model's forward pass with its blocks replaced
+        by recorders, so none of that code is repeated here.
         """
-        seen: list[dict] = []
-        first: list[Tensor] = []
+        block_kwargs: list[dict] = []
+        block_inputs: list[Tensor] = []
 
         def recorder(hidden, *args, **kwargs):
-            first.append(hidden)
-            seen.append(kwargs)
+            block_inputs.append(hidden)
+            block_kwargs.append(kwargs)
             return hidden
 
         for block in self.blocks:
@@ -101,7 +101,7 @@ class MoEModel:
         finally:
             for block in self.blocks:
                 del block.layer.forward
-        return first[0], seen
+        return block_inputs[0], block_kwargs
 
     def head(self, hidden: Tensor) -> Tensor:
         """[B, T, D] after the last block -> logits [B, T, V]."""
@@ -109,7 +109,7 @@ class MoEModel:
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
-        """[B, T] -> [B, T, V], with one block after another."""
+        """[B, T] -> [B, T, V], one block after another."""
         hidden, kwargs = self.embed(input_ids)
         for index in range(len(self.blocks)):
             with self.loaded(index) as block:
@@ -120,18 +120,18 @@ class MoEModel:
     def final_norm(self) -> nn.Module:
         norms = [m for n, m in self.decoder.named_children() if "norm" in n and "embed" not in n]
         if len(norms) != 1:
-            raise ValueError(f"{self.config.model_type}: {len(norms)} final norms found, not 1")
+            raise ValueError(f"{self.config.model_type}: the decoder has {len(norms)} final norms, not 1")
         return norms[0]
 
     def norms(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every one-dimensional weight of a normalisation, by its name in the model."""
+        """Every one-dimensional weight of a normalization, by name in the model."""
         for name, parameter in self.model.named_parameters():
             if parameter.ndim == 1 and "norm" in name.rpartition(".")[0].rpartition(".")[2]:
                 yield name, parameter
 
     @contextmanager
     def recorded_logits(self) -> Iterator[dict[int, Tensor]]:
-        """While the model runs inside: each MoE block's router logits [N, E] by block index, with gradients."""
+        """Records each MoE block's router logits [N, E] by block index, with gradients, while the model runs inside."""
         logits: dict[int, Tensor] = {}
         handles = [
             block.router.register_forward_hook(
@@ -147,22 +147,22 @@ class MoEModel:
 
     @torch.no_grad()
     def put(self, tensors: dict[str, Tensor]) -> None:
-        """Copies tensors into the model's parameters of these names."""
+        """Copies tensors into the model's parameters with these names."""
         parameters = dict(self.model.named_parameters())
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
 
 
 def _keep_float32(block: Block) -> None:
-    """Takes the router out of mixed precision: in bfloat16 its logits would flip selections by themselves."""
-    router, own = block.router, block.router.__dict__.get("forward")
-    if not (isinstance(own, partial) and own.func is _without_autocast):
-        router.forward = partial(_without_autocast, router, own)
+    """Excludes the router from mixed precision, because rounding its logits to bfloat16 would change selections."""
+    router, previous_forward = block.router, block.router.__dict__.get("forward")
+    if not (isinstance(previous_forward, partial) and previous_forward.func is _without_autocast):
+        router.forward = partial(_without_autocast, router, previous_forward)
 
 
-def _without_autocast(router: nn.Module, own: Callable | None, hidden: Tensor, *args, **kwargs):
-    """A router's forward pass, by `own` where it had replaced the class's."""
-    forward = own or partial(type(router).forward, router)
+def _without_autocast(router: nn.Module, previous_forward: Callable | None, hidden: Tensor, *args, **kwargs):
+    """A router's forward pass outside autocast; `previous_forward` had replaced the class's, or is None."""
+    forward = previous_forward or partial(type(router).forward, router)
     if not torch.is_autocast_enabled(hidden.device.type):
         return forward(hidden, *args, **kwargs)
     with torch.autocast(hidden.device.type, enabled=False):

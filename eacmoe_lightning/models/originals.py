@@ -1,4 +1,4 @@
-"""Where an original model's files are, and the whole of it in memory (piece by piece: `streaming.Checkpoint`)."""
+"""Where an original model's files are, and loading all of it into memory (`checkpoint.Checkpoint` reads parts)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from transformers.utils import cached_file
 
 NO_MODEL = (
     "no causal language model can be loaded from {!r} (--model.name_or_path): pass `bundled`, a local Hugging Face "
-    "directory or a hub id that this machine reaches. {}"
+    "directory or the id of a hub model that this machine can reach. {}"
 )
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny-moe"
 
 
 def resolve_model(name_or_path: str) -> str:
-    """`bundled` is the MoE that the package ships; a directory or a hub id stands for itself."""
+    """The directory of the bundled MoE for `bundled`; a directory or a hub id unchanged."""
     return str(BUNDLED) if name_or_path == "bundled" else str(name_or_path)
 
 
 def local_directory(name_or_path: str) -> Path:
-    """Where a model's files lie: the directory itself, or the snapshot in the hub's cache.
+    """The directory with a model's files: the given one, or the snapshot in the hub's cache.
 
     Raises:
         FileNotFoundError: there is no such directory, and the hub has no such model or cannot be reached.
@@ -36,14 +36,14 @@ def local_directory(name_or_path: str) -> Path:
 
 
 def load_original(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
-    """Loads a full-precision causal LM in eval mode (PhiMoE's router samples in train mode).
+    """Loads a full-precision causal LM in eval mode, because PhiMoE's router samples in train mode.
 
     Args:
         name_or_path: `bundled`, a local directory or a hub id (`--model.name_or_path`).
         dtype: `auto` (as stored), `float32`, `bfloat16` or `float16` (`--model.dtype`).
 
     Raises:
-        FileNotFoundError: nothing can be loaded from there.
+        FileNotFoundError: no model can be loaded from there.
     """
     path = resolve_model(name_or_path)
     try:
@@ -55,7 +55,7 @@ def load_original(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
 
 
 def fingerprint(name_or_path: str) -> str:
-    """SHA-256 over the original's config and its weight files' headers, ends and sizes."""
+    """SHA-256 of the original's config and of the headers, ends and sizes of its weight files."""
     path = local_directory(name_or_path)
     sha = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("*.safetensors")):

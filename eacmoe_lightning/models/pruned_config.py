@@ -1,4 +1,4 @@
-"""The config of a model from which experts were removed."""
+"""The config of a model with removed experts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 def pruned_config(config: PreTrainedConfig, moe: MoEModel) -> PreTrainedConfig:
     """The original's config for a model with removed experts.
 
-    With the same number in every block it is an ordinary one, with that number in the place of the old (under whatever
-    names the config holds it: the one that leads to the shapes of `moe`). Which experts they are stands in
-    `kept_experts`; where the numbers differ, or no option leads to these shapes, a loader must shrink the original's
-    blocks to that (`MoEModel` does).
+    `kept_experts` lists the experts of each block. If all blocks have the same number of experts, that number replaces
+    the original's in every option that counts experts, and any program builds the right shapes from the config. If the
+    numbers differ, or if the replaced options do not give the shapes of `moe`, the original's numbers stay and a loader
+    must shrink the blocks to `kept_experts`, as `MoEModel` does.
     """
     if not moe.is_pruned:
         return config
@@ -45,7 +45,7 @@ def _numbers_of_experts(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
 
 
 def has_shapes_of(config: PreTrainedConfig, moe: MoEModel) -> bool:
-    """Whether a model built of this config alone, by anyone, has the parameters of `moe`."""
+    """Whether a model built from this config alone has the parameters of `moe`."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     shapes = {name: tensor.shape for name, tensor in moe.model.state_dict().items()}

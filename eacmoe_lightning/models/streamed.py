@@ -1,4 +1,4 @@
-"""A causal LM of which embedding, head and one block are in memory: the blocks come from disk when they are needed."""
+"""A causal LM with only its embedding, its head and one block in memory: each block is read when it is needed."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from eacmoe_lightning.run.memory import return_free_memory
 
 
 class Weights(Protocol):
-    """Where a model's weights come from: an original (`Checkpoint`), a run's blocks, a compressed directory.
+    """A source of a model's weights: an original (`Checkpoint`), a run's blocks or a compressed directory.
 
-    `str` of it says which, for error messages.
+    Its `str` names it in error messages.
     """
 
     def skeleton(self) -> PreTrainedModel:
-        """The model in eval mode, its buffers in host memory and its parameters on the meta device."""
+        """The model in eval mode, with buffers in host memory and parameters on the meta device."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Parameters and persistent buffers by their names in the model; those that it does not hold are left out."""
+        """Parameters and persistent buffers by name in the model; those that it does not have are left out."""
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Says what will be read next, so that it may be brought closer in the background."""
+        """Announces the next read, so that it may start in the background."""
 
 
 class StreamedModel(MoEModel):
-    """An MoE whose blocks are in memory between `load` and `release` only.
+    """An MoE whose blocks are in memory only between `load` and `release`.
 
     Args:
-        weights: where they come from.
-        device: on which the model runs.
+        weights: the source of the weights.
+        device: the device that the model runs on.
 
     Raises:
         StoreError: weights are missing.
-        ValueError: the model is none that `MoEModel` takes.
+        ValueError: `MoEModel` does not accept the model.
     """
 
     def __init__(self, weights: Weights, device: torch.device | str = "cpu") -> None:
@@ -50,8 +50,8 @@ class StreamedModel(MoEModel):
         for name, buffer in list(self.model.named_buffers()):
             put(self.model, name, buffer.to(self._device))
         in_blocks = {name for block in self.blocks for name in self._names(block.index)}
-        rest = [name for name in self.model.state_dict() if name not in in_blocks]
-        missing = set(rest) - self._fill(rest)
+        outside_blocks = [name for name in self.model.state_dict() if name not in in_blocks]
+        missing = set(outside_blocks) - self._fill(outside_blocks)
         self.model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
         state = self.model.state_dict()
         self._check([name for name in missing if state[name].is_meta])
@@ -70,7 +70,7 @@ class StreamedModel(MoEModel):
             self.weights.prefetch(self._names(index + 1))
 
     def load_all(self) -> None:
-        """Brings the whole model into memory, for what cannot be done block by block."""
+        """Brings the whole model into memory, for work that cannot be done block by block."""
         for block in self.blocks:
             self.load(block.index)
 
@@ -89,7 +89,7 @@ class StreamedModel(MoEModel):
         return [f"{block.name}.{name}" for name in block.layer.state_dict()]
 
     def _fill(self, names: list[str]) -> set[str]:
-        """Puts what there is of these weights in place; which it was."""
+        """Reads these weights into the model, and returns the names of those that the source has."""
         tensors = self.read(names)
         for name, tensor in tensors.items():
             put(self.model, name, tensor)

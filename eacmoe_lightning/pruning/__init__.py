@@ -1,1 +1,1 @@
-"""Which experts are removed for good: scores and the rule. The block loop applies it (`calibration/blocks.py`)."""
+"""Scores and the rule that decide which experts are removed for good. `calibration/blocks.py` applies the rule."""

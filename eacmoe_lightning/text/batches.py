@@ -1,14 +1,13 @@
-"""The data module: which windows are calibrated on, which are held out, and who gets them when.
+"""Batches of windows: their order, and which rank gets which windows.
 
-Two orders of the same kind of batch. *Calibration* runs in shuffled global batches, epoch after
-epoch, and must go on after a checkpoint with exactly the next batch. *Held-out* text runs once, in
-order.
+There are two orders. *Calibration* runs in shuffled global batches for several epochs, and must
+continue after a checkpoint with exactly the next batch. *Held-out* text runs once, in order.
 
 With several processes each window has one owner: rank r of R owns the contiguous shard
-`[r*S//R, (r+1)*S//R)`, so that the hidden states of a window can stay where they are computed. The
-global batch does not depend on R: every rank is given those of its members that it owns (perhaps
-none) and the size of the whole, so that summing `local_sum / global_size` over ranks is the mean
-that one process would have computed.
+`[r*S//R, (r+1)*S//R)`, so that the hidden states of a window stay where they are computed. The
+global batch does not depend on R: every rank gets the members that it owns (possibly none) and the
+size of the whole batch. The sum of `local_sum / global_size` over ranks is then the mean that a
+single process computes.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ from torch import Tensor
 
 
 def shard(num: int, rank: int, world_size: int) -> range:
-    """The windows that a rank owns, of `num`: contiguous, disjoint over ranks, and all together."""
+    """The windows, out of `num`, that a rank owns: contiguous; each window has exactly one owner."""
     return range(rank * num // world_size, (rank + 1) * num // world_size)
 
 
 def calibration_batches(num: int, batch_size: int, seed: int, rank: int, world_size: int) -> list[tuple[Tensor, int]]:
-    """One epoch: a rank's members [b] (b may be 0) of each global batch, and that batch's size.
+    """One epoch: a rank's members [b] (b may be 0) of each global batch, and the size of that batch.
 
-    The `num` windows are shuffled with `seed`; a global batch is `batch_size` of them, the last one
-    may be smaller.
+    The `num` windows are shuffled with `seed`. A global batch has `batch_size` of them; the last one
+    may have fewer.
     """
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
-    own = shard(num, rank, world_size)
-    return [(batch[(batch >= own.start) & (batch < own.stop)], len(batch)) for batch in order.split(batch_size)]
+    owned = shard(num, rank, world_size)
+    return [(batch[(batch >= owned.start) & (batch < owned.stop)], len(batch)) for batch in order.split(batch_size)]
 
 
 def heldout_batches(num: int, batch_size: int, rank: int, world_size: int) -> list[tuple[Tensor, int]]:
-    """A rank's windows in order, `batch_size` at a time, and how many all ranks see in that step.
+    """A rank's windows in order, `batch_size` at a time, and the number of windows of all ranks in that step.
 
-    Every rank gets the same number of batches, so that none waits for another forever: the ranks
-    with fewer windows are given empty batches at the end.
+    Every rank gets the same number of batches, so that no rank waits forever for another: ranks with
+    fewer windows get empty batches at the end.
     """
     shards = [shard(num, r, world_size) for r in range(world_size)]
     starts = range(0, max(map(len, shards)), batch_size)
@@ -53,23 +52,22 @@ def heldout_batches(num: int, batch_size: int, rank: int, world_size: int) -> li
 
 
 class WindowLoader:
-    """Deals out windows as batches, from memory; Lightning can stop it and go on anywhere.
+    """Yields windows as batches, from memory. Lightning can stop and resume it after any batch.
 
     Yields dicts: `index` int64 [b], the windows' numbers in `windows`; `input_ids` int64 [b, T];
-    `global_size` int, the number of windows of this batch over all ranks. b may be 0 where there
-    are several ranks.
+    `global_size` int, the number of windows in this batch over all ranks. With several ranks b may be 0.
 
-    Lightning keeps `state_dict()` in its checkpoints (`loops.fit_loop.combined_loader`), and asks
-    for `load_state_dict()` before the first batch after a restart. The length is always that of the
-    whole epoch, because Lightning counts the batches before the restart itself.
+    Lightning keeps `state_dict()` in its checkpoints (`loops.fit_loop.combined_loader`) and calls
+    `load_state_dict()` before the first batch after a restart. The length is always that of the
+    whole epoch, because Lightning itself counts the batches before the restart.
 
     Args:
         windows: [S, T] token ids, the same on every rank.
         batch_size: windows per global batch if shuffled, per rank and batch if not.
-        shuffle: deal out `calibration_batches`, else `heldout_batches`.
-        seed: epoch e is shuffled with seed + e, with a generator of its own.
-        rank, world_size: whose batches.
-        epoch: asked at the start of every pass for the number of the epoch.
+        shuffle: whether to yield `calibration_batches`; if not, `heldout_batches`.
+        seed: epoch e is shuffled with seed + e, independently of the global random state.
+        rank, world_size: this process, and the number of processes.
+        epoch: called at the start of every pass for the number of the epoch.
     """
 
     def __init__(
@@ -89,8 +87,8 @@ class WindowLoader:
         self.rank = rank
         self.world_size = world_size
         self.epoch = epoch
-        self._position = {"epoch": 0, "num_dealt": 0}  # of the pass under way
-        self._resumed: dict[str, int] | None = None  # a position loaded and not yet gone on from
+        self._position = {"epoch": 0, "num_dealt": 0}  # in the present pass
+        self._resumed: dict[str, int] | None = None  # a loaded position that the next pass starts from
 
     def batches(self, epoch: int) -> list[tuple[Tensor, int]]:
         """This rank's window numbers [b] and the global size, for each batch of an epoch."""
@@ -104,8 +102,8 @@ class WindowLoader:
         return len(self.batches(0))
 
     def __iter__(self) -> Iterator[dict[str, Tensor | int]]:
-        # A generator: nothing here runs before the first batch is asked for, by when Lightning,
-        # which calls iter() earlier, knows its epoch.
+        # A generator: nothing here runs before the first batch is requested. Lightning calls iter()
+        # earlier, before it knows its epoch.
         epoch = self.epoch()
         resumed, self._resumed = self._resumed, None
         first = resumed["num_dealt"] if resumed is not None and resumed["epoch"] == epoch else 0
@@ -120,9 +118,9 @@ class WindowLoader:
             }
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and number of batches dealt out in it; the one last yielded counts as done."""
+        """The epoch and the number of batches yielded in it; the last one counts as done."""
         return dict(self._position)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Goes on after a `state_dict()`; a pass of any other epoch starts at its first batch."""
+        """Continues after the position of a `state_dict()`; a pass of another epoch starts at its first batch."""
         self._resumed = dict(state_dict)

@@ -1,24 +1,26 @@
-"""From a text source to token windows: the one place that reads text.
+"""From a text source to documents: the only place that reads text.
 
-Calibration and evaluation want the same thing, windows of exactly `window_length` tokens, from text
-that lies in the package, in the user's files or in a data set. A *source* is a string:
+Text for calibration and evaluation comes from the package, from the user's files or from a data set.
+A *source* is a string:
 
 - `bundled:NAME`: a text shipped with the package (`bundled:calibration`, `bundled:prose`, ...);
 - `PATH`: a file (.txt and .md: one document; .jsonl, .json and .parquet: one per row, from the
   field `text`), or a directory: all such files below it, sorted by path;
-- `DIRECTORY[/CONFIG]:SPLIT`: a split of a data set that lies here in the hub's layout;
-- `[OWNER/]NAME[/CONFIG][:SPLIT]`: a data set of the Hugging Face hub; SPLIT is `train` if left out,
+- `DIRECTORY[/CONFIG]:SPLIT`: a split of a data set stored on this machine in the hub's layout;
+- `[OWNER/]NAME[/CONFIG][:SPLIT]`: a data set of the Hugging Face hub; SPLIT defaults to `train`
   and may be a slice (`train[:1%]`).
 
-`SOURCE[FROM%:TO%]` is a part of any of them, by characters and cut at line ends: `bundled:prose[:50%]` and
-`bundled:prose[50%:]` share nothing. (Behind a data set's split it is that library's own slice, by rows.)
+`SOURCE[FROM%:TO%]` is a part of any of them, counted in characters and cut at line ends:
+`bundled:prose[:50%]` and `bundled:prose[50%:]` do not overlap. (After a data set's split, the
+brackets are that library's slice, counted in rows.)
 
-They are tried in that order. What exists on disk, begins with `/`, `./`, `../` or `~`, or ends like
-a text file is a path. In a hub name two parts are `OWNER/NAME`, three `OWNER/NAME/CONFIG`; names
-without an owner that papers use (`OWNERLESS`, such as wikitext) stand for both, so that
-`wikitext/wikitext-2-raw-v1:train` is `Salesforce/wikitext`, config `wikitext-2-raw-v1`.
+The forms are tried in this order. A source is a path if it exists on disk, if it begins with `/`,
+`./`, `../` or `~`, or if it ends like a text file. In a hub name, two parts are `OWNER/NAME` and
+three are `OWNER/NAME/CONFIG`. Some names that papers use without an owner (`OWNERLESS`, such as
+wikitext) stand for owner and name: `wikitext/wikitext-2-raw-v1:train` is `Salesforce/wikitext`,
+config `wikitext-2-raw-v1`.
 
-No Lightning here, and no global random state.
+This module uses neither Lightning nor global random state.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def heldout_names() -> list[str]:
 
 
 def name_sources(sources: dict[str, str] | list[str] | str | None, option: str = "--data.heldout") -> dict[str, str]:
-    """Names for held-out sources: `prose` for bundled:prose, the stem of a file, else the source.
+    """Sources by name: `prose` for bundled:prose, the stem of the path for any other; None: all bundled held-out texts.
 
     Raises:
         ValueError: two sources get the same name.
@@ -72,11 +74,11 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
 
 
 def read_documents(source: str) -> list[str]:
-    """Reads all documents of a source (see the module's table), in a fixed order, none empty.
+    """Reads all non-empty documents of a source (see the module's docstring), in a fixed order.
 
     Raises:
         FileNotFoundError: there is no such bundled text, file, directory or data set.
-        ValueError: a file is not text, has no `text` field, or nothing but blanks was found.
+        ValueError: a file is not text or has no field `text`, or all documents are blank.
     """
     whole, start, stop = _take_part(source)
     if whole != source:
@@ -92,10 +94,10 @@ def read_documents(source: str) -> list[str]:
 
 
 def _take_part(source: str) -> tuple[str, int, int]:
-    """The source without `[FROM%:TO%]`, and both numbers.
+    """The source without `[FROM%:TO%]`, and the two numbers.
 
     Raises:
-        ValueError: they are not a part of the text.
+        ValueError: the numbers are not a part of a text.
     """
     match = PART.search(source)
     is_split = SPLIT.search(source) and not source.startswith("bundled:")
@@ -103,22 +105,22 @@ def _take_part(source: str) -> tuple[str, int, int]:
         return source, 0, 100
     start, stop = int(match["start"] or 0), int(match["stop"] or 100)
     if not 0 <= start < stop <= 100:
-        raise ValueError(f"{source}: {start}% to {stop}% is no part of a text: pass 0 <= FROM < TO <= 100")
+        raise ValueError(f"{source}: {start}% to {stop}% is not a part of a text: pass 0 <= FROM < TO <= 100")
     return source[: match.start()], start, stop
 
 
 def _part(documents: list[str], start: int, stop: int) -> list[str]:
-    """The lines between two percentages of all characters; where one part stops another starts."""
-    total, at, taken = sum(map(len, documents)), 0, []
+    """The lines between two percentages of all characters; a part that starts at `stop` starts where this one ends."""
+    total, offset, parts = sum(map(len, documents)), 0, []
     for document in documents:
-        ends = [_line_start(document, total * percent // 100 - at) for percent in (start, stop)]
-        taken.append(document[ends[0] : ends[1]])
-        at += len(document)
-    return taken
+        ends = [_line_start(document, total * percent // 100 - offset) for percent in (start, stop)]
+        parts.append(document[ends[0] : ends[1]])
+        offset += len(document)
+    return parts
 
 
 def _line_start(document: str, position: int) -> int:
-    """Where the first line starts that begins at `position` or behind it."""
+    """The start of the first line that begins at `position` or later."""
     if position <= 0:
         return 0
     return (document.find("\n", position - 1) + 1) or len(document)
@@ -165,7 +167,7 @@ def _read_file(path: Path) -> list[str]:
     text = _read_text(path)
     if path.suffix not in ROW_FILES:
         return [text]
-    # not splitlines(), which would also cut inside a JSON string, at U+2028 for one
+    # not splitlines(), which also splits at U+2028 and the like, inside a JSON string
     lines = enumerate(text.split("\n"), 1) if path.suffix == ".jsonl" else [(1, text)]
     rows = []
     for number, line in lines:
@@ -178,7 +180,7 @@ def _read_file(path: Path) -> list[str]:
         for row in value if isinstance(value, list) else [value]:
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(f"{path}, line {number}: a row needs a string in field `text`, found {fields}")
+                raise ValueError(f"{path}, line {number}: a row needs a string in field `text`, but has {fields}")
             rows.append(row["text"])
     return _join_lines(rows)
 
@@ -214,28 +216,28 @@ def _hub_name(name: str, source: str) -> tuple[str, str | None]:
     first, *rest = name.split("/")
     parts = [*OWNERLESS.get(first, first).split("/"), *rest]
     if not all(re.fullmatch(r"[\w.-]+", part) for part in parts) or len(parts) > 3:
-        raise ValueError(f"{source!r} is no text source: {INSTEAD}, or OWNER/NAME[/CONFIG][:SPLIT]")
+        raise ValueError(f"{source!r} is not a text source: {INSTEAD}, or OWNER/NAME[/CONFIG][:SPLIT]")
     return "/".join(parts[:2]), (parts[2] if len(parts) == 3 else None)
 
 
 def _load_dataset(name: str, config: str | None, split: str, source: str):
-    import datasets  # takes a second: only where it is needed
+    import datasets  # takes a second, so only when needed
 
     if not Path(name).is_dir() and not _is_cached(name) and not _hub_is_reachable():
         raise FileNotFoundError(
-            f"{source}: no such file or directory here, and no data set {name!r} in the cache; the "
+            f"{source}: no such file or directory, and no data set {name!r} in the cache; the "
             f"Hugging Face hub cannot be reached from this machine: {INSTEAD}"
         )
     try:
         return datasets.load_dataset(name, config, split=split)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{source}: no data set {name!r} can be read ({error}); {INSTEAD}") from error
-    except ValueError as error:  # names the configs or splits that there are
+    except ValueError as error:  # the message lists the configs or splits that exist
         raise ValueError(f"{source} (data set {name!r}): {error}") from error
 
 
 def _is_cached(name: str) -> bool:
-    """Whether `datasets` holds a prepared copy, which it can read without a network."""
+    """Whether `datasets` has a prepared copy, which it reads without a network."""
     from datasets import config
     from datasets.naming import camelcase_to_snakecase
 
@@ -245,28 +247,28 @@ def _is_cached(name: str) -> bool:
 
 
 def _hub_is_reachable(timeout: float = 5.0) -> bool:
-    """Whether the hub answers within `timeout` seconds; `datasets` itself would retry for 23."""
+    """Whether the hub answers within `timeout` seconds; `datasets` itself would retry for 23 seconds."""
     from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=timeout)
-    except Exception:  # whatever the transport raises: no answer is all that matters here
+    except Exception:  # whatever the transport raises, the hub did not answer
         return False
     return True
 
 
 def _table_to_documents(columns: dict, source: str) -> list[str]:
-    """Documents of the column `text`."""
+    """The documents in the column `text`."""
     if "text" not in columns:
         raise ValueError(f"{source} has no column `text`, only {', '.join(sorted(columns))}")
     return _join_lines([row or "" for row in columns["text"]])
 
 
 def _join_lines(rows: list[str]) -> list[str]:
-    """Rows as documents, or one document where the rows are but its lines.
+    """Rows as documents, or as the lines of one document.
 
-    wikitext and its like hold a line per row, a third of them blank. Where more than a tenth of all
-    rows are blank, they are joined by two newlines to one document, as GPTQ and all papers after it
+    Data sets like wikitext hold one line per row, a third of them blank. If more than a tenth of all
+    rows are blank, the rows are joined with two newlines into one document, as GPTQ and later papers
     do, so that perplexities can be compared.
     """
     num_blank = sum(not row.strip() for row in rows)
