@@ -1,6 +1,12 @@
 """Calibrate, quantize and ship Mixture-of-Experts language models as a Lightning job (EAC-MoE, arXiv 2508.01625)."""
 
+# ruff: noqa: E402  (how threads wait is settled before torch is loaded)
+
 from typing import Any
+
+from eacmoe_lightning.waiting import wait_passively
+
+wait_passively()
 
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.moved import keep_old_names

@@ -1,7 +1,8 @@
-"""The command line: which words run which command, and errors for people."""
+"""The command line, `eacmoe` and `python train.py`: which words run which command, and errors for people."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import traceback
@@ -11,14 +12,23 @@ from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType
 
 from eacmoe_lightning.commands.analyze import analyze
+from eacmoe_lightning.commands.configs import NamedConfigParser
 from eacmoe_lightning.commands.fit import CommandLine
 from eacmoe_lightning.commands.plan import plan
 from eacmoe_lightning.commands.prune import prune
 from eacmoe_lightning.commands.study import study
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.version import __version__
 
 FUNCTIONS = {"analyze": analyze, "export": export, "prune": prune, "study": study}  # their arguments are the options
+COMMANDS = {
+    "fit": "Calibrates and quantizes a model, and writes the compressed one with a report.",
+    "validate": "Perplexity and expert-shift of a run or a model on held-out texts.",
+    "test": "The same; --model.split_damage also says how much of the damage is selection.",
+    "predict": "Log-likelihood of every token of a text.",
+    "plan": "What `fit` with the same options will take, before anything runs.",
+} | {name: inspect.getdoc(function).splitlines()[0] for name, function in FUNCTIONS.items()}
 
 
 def main(args: ArgsType = None) -> None:
@@ -31,11 +41,19 @@ def main(args: ArgsType = None) -> None:
     try:
         if command in FUNCTIONS:
             program = f"{Path(sys.argv[0]).name} {command}"
-            auto_cli(FUNCTIONS[command], args=words[1:], prog=program, as_positional=False)
+            auto_cli(
+                FUNCTIONS[command], args=words[1:], prog=program, as_positional=False, parser_class=NamedConfigParser
+            )
         elif command == "plan":
             plan(words[1:])
-        else:
+        elif command in (None, "-h", "--help"):
+            print(overview())
+        elif command == "--version":
+            print(__version__)
+        elif command in COMMANDS or command.startswith("-"):  # options before the command are Lightning's
             CommandLine(args)
+        else:
+            raise ValueError(f"there is no command {command}: {', '.join(COMMANDS)}")
     except (ValueError, FileNotFoundError, StoreError) as error:
         if os.environ.get("EACMOE_DEBUG") == "1":
             raise
@@ -45,3 +63,10 @@ def main(args: ArgsType = None) -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def overview() -> str:
+    """A line for each command."""
+    program = Path(sys.argv[0]).name
+    lines = [f"{name:9s} {text}" for name, text in COMMANDS.items()]
+    return "\n".join([f"usage: {program} COMMAND [options]", "", *lines, "", f"{program} COMMAND --help: its options"])

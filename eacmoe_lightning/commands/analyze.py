@@ -9,6 +9,7 @@ from eacmoe_lightning.analysis.cross import cross_summary, cross_table
 from eacmoe_lightning.analysis.selection import describe, select
 from eacmoe_lightning.analysis.skipping_sweep import summary as skipping_summary
 from eacmoe_lightning.analysis.skipping_sweep import sweep
+from eacmoe_lightning.commands.configs import find_config
 from eacmoe_lightning.commands.cross import fit_rows
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.compressed.opening import open_model
@@ -67,9 +68,9 @@ def analyze(
             as in the paper: for none.
         num_questions: Continuation questions of each text, answered under every candidate.
         baselines: Also measure truncation to ceil(2K/3) experts, EES and ODP, calibrated on the package's text.
-        cross: A config of fit, such as configs/tiny.yaml: also compresses the model once for each text, evaluates every
-            result on all of them, and leaves the tables in `cross.json` and `cross.png`. The runs are kept in `cross/`,
-            and an interrupted analysis goes on when it is started again.
+        cross: A config of fit, a file or a name such as tiny-2.06: also compresses the model once for each text,
+            evaluates every result on all of them, and leaves the tables in `cross.json` and `cross.png`. The runs are
+            kept in `cross/`, and an interrupted analysis goes on when it is started again.
         cross_calibration: Sources to calibrate on, by the names of the texts that are of their kind; null: the second
             half of each text, and its first half is evaluated.
         cross_windows: Windows to calibrate on.
@@ -85,8 +86,8 @@ def analyze(
         raise ValueError(f"floor={floor} (--floor) is not in [0, 1]")
     for alpha in alphas or ():
         PESF(alpha, survivors, rescue)  # says what is wrong before anything runs
-    if cross is not None and not Path(cross).is_file():
-        raise FileNotFoundError(f"there is no config {cross} (--cross)")
+    if cross is not None:
+        find_config(cross, "--cross")
     opened = open_model(model, dtype)
     if cross is not None and opened.is_compressed:
         raise ValueError(f"{model} (--model) is compressed already: --cross compresses an original")

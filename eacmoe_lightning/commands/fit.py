@@ -6,6 +6,7 @@ import os
 import warnings
 from typing import Any
 
+import lightning
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
 
 from eacmoe_lightning import callbacks
+from eacmoe_lightning.commands.configs import NamedConfig
 from eacmoe_lightning.commands.launchers import follow_launcher
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.job.data import TextWindows
@@ -74,6 +76,13 @@ class CommandLine(LightningCLI):
             seed_everything_default=False,
             args=args,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's, with a `--config` that also takes names."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning.__version__}"])
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument("-c", "--config", action=NamedConfig)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.name_or_path", "data.tokenizer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def plan(words: list[str]) -> None:
     Raises:
         ValueError, FileNotFoundError: what `fit` would refuse for this model is refused here.
     """
-    parser = argparse.ArgumentParser(prog="train.py plan", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--processes", type=int, default=1, help="that share windows and experts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that is timed")
