@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from eacmoe_lightning.evaluation.choice_task import Questions, accuracy, answer
 from eacmoe_lightning.evaluation.streams import next_token_nll
+from eacmoe_lightning.models.block import Routing
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.skipping.apply import resting, skipping
 from eacmoe_lightning.skipping.baselines import EES, ODP, Truncation, median_ratios
@@ -164,15 +165,15 @@ def effective_experts(model: PreTrainedModel, texts: dict[str, Tensor], batch_si
         for batch in windows.split(batch_size):
             shape = batch.shape
 
-            def record(module, args, output, shape=shape):
-                ids, num_experts = output[2].view(*shape, -1), output[0].shape[1]
+            def record(routing: Routing, _: Tensor | None, shape: torch.Size = shape) -> None:
+                ids, num_experts = routing.ids.view(*shape, -1), routing.logits.shape[1]
                 counts = skip_counts(ids, ids.new_ones(shape, dtype=torch.bool), num_experts).double()
                 total = counts.sum(1, keepdim=True)
                 share = counts / total
                 entropy = -torch.special.xlogy(share, share).sum(1) + ((counts > 0).sum(1) - 1) / (2 * total[:, 0])
                 shares.append((entropy.exp() / num_experts).clamp(max=1))
 
-            handles = [block.router.register_forward_hook(record) for block in blocks]
+            handles = [block.watch_router(record) for block in blocks]
             try:
                 model(input_ids=batch.to(model.device), use_cache=False)
             finally:

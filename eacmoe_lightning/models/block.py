@@ -1,15 +1,18 @@
 """One decoder layer: its linears by part, its router and its experts, and how it runs.
 
-Letters: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E experts, K top_k."""
+Letters: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E experts, K top_k.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from eacmoe_lightning.routers.router_weights import forced_weights
 
@@ -21,6 +24,20 @@ class Routing:
     logits: Tensor  # [N, E] float32, before any softmax
     ids: Tensor  # [N, K] int64, the experts that ran
     weights: Tensor  # [N, K], their weights
+
+
+Watcher = Callable[[Routing, Tensor | None], Routing | None]  # of a routing, and of the router's input if it is known
+
+
+def _routing_of(output: tuple[Tensor, Tensor, Tensor]) -> Routing:
+    logits, weights, ids = output
+    return Routing(logits.float(), ids, weights)
+
+
+def _show_routing(watcher: Watcher, router: nn.Module, args: tuple, output: tuple) -> tuple | None:
+    """A forward hook of a router; with `partial`, so that copies and pickles of a model can take it along."""
+    changed = watcher(_routing_of(output), args[0] if args else None)
+    return None if changed is None else (output[0], changed.weights, changed.ids)
 
 
 class _Reached(BaseException):
@@ -133,24 +150,30 @@ class Block:
         With `force_ids` [N, K] the given experts run instead of the router's choice, with the weights
         that the router's scores give them (EAC-MoE, table 1).
         """
-        routing: list[Routing] = []
+        routings: list[Routing] = []
 
-        def record(module, args, output):
-            logits, weights, ids = output
+        def record(routing: Routing, _: Tensor | None) -> Routing:
             if force_ids is not None:
-                weights = forced_weights(module, logits, weights, ids, force_ids)
-                ids = force_ids
-            routing.append(Routing(logits.float(), ids, weights))
-            return logits, weights, ids
+                weights = forced_weights(self.router, routing.logits, routing.weights, routing.ids, force_ids)
+                routing = Routing(routing.logits, force_ids, weights)
+            routings.append(routing)
+            return routing
 
-        handle = self.router.register_forward_hook(record) if self.is_moe else None
+        handle = self.watch_router(record) if self.is_moe else None
         try:
             output = self.layer(hidden, **kwargs)
         finally:
             if handle is not None:
                 handle.remove()
         output = output[0] if isinstance(output, tuple) else output
-        return output, routing[0] if routing else None
+        return output, routings[0] if routings else None
+
+    def watch_router(self, watcher: Watcher) -> RemovableHandle:
+        """Shows `watcher` the routing of every pass, and the router's input; where it returns a routing, that one runs.
+
+        Together with `route`, this is the only place that knows how a router returns its decision.
+        """
+        return self.router.register_forward_hook(partial(_show_routing, watcher))
 
     def input_of(self, module: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         """The input [N, I] of `module` for these hidden states. Later modules of the block do not run."""
@@ -190,8 +213,7 @@ class Block:
 
     def route(self, x: Tensor) -> Routing:
         """The router's output for inputs [N, D]."""
-        logits, weights, ids = self.router(x)
-        return Routing(logits.float(), ids, weights)
+        return _routing_of(self.router(x))
 
     def weights(self) -> dict[str, tuple[str, Tensor]]:
         """Every weight that is quantized: parameter name in the model -> (part, view [..., O, I])."""

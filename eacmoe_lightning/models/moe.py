@@ -134,9 +134,7 @@ class MoEModel:
         """Records each MoE block's router logits [N, E] by block index, with gradients, while the model runs inside."""
         logits: dict[int, Tensor] = {}
         handles = [
-            block.router.register_forward_hook(
-                lambda m, args, out, i=block.index: logits.__setitem__(i, out[0].float())
-            )
+            block.watch_router(lambda routing, _, i=block.index: logits.__setitem__(i, routing.logits))
             for block in self.moe_blocks
         ]
         try:

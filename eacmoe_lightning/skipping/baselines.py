@@ -153,8 +153,10 @@ def median_ratios(model: PreTrainedModel, windows: Tensor, batch_size: int = 8) 
     blocks = MoEModel(model).moe_blocks
     ratios: list[list[Tensor]] = [[] for _ in blocks]
     handles = [
-        block.router.register_forward_hook(
-            lambda m, a, out, collected=block_ratios: collected.append(out[1].amin(-1) / out[1].amax(-1))
+        block.watch_router(
+            lambda routing, _, collected=block_ratios: collected.append(
+                routing.weights.amin(-1) / routing.weights.amax(-1)
+            )
         )
         for block, block_ratios in zip(blocks, ratios, strict=True)
     ]

@@ -72,7 +72,7 @@ class Session:
         ]
         for block, place in zip(self.moe.moe_blocks, self.places, strict=True):
             self.handles.append(block.layer.register_forward_pre_hook(self._enter))
-            self.handles.append(place.router.register_forward_hook(partial(self._route, place)))
+            self.handles.append(block.watch_router(partial(self._route, place)))
         if self.rule.needs_attention:
             self.attention_before = self.model.config._attn_implementation
             self.model.set_attn_implementation("eager")
@@ -112,8 +112,8 @@ class Session:
         if not self.is_running and args and tuple(args[0].shape[:2]) != self.tokens.shape:
             self.tokens = Tokens(torch.ones(args[0].shape[:2], dtype=torch.bool, device=args[0].device))
 
-    def _route(self, place: Place, router: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> tuple:
-        logits, weights, ids = output
+    def _route(self, place: Place, routing: Routing, inputs: Tensor | None) -> Routing:
+        ids = routing.ids
         batch, length = self.tokens.shape
         if len(ids) != batch * length:
             raise ValueError(
@@ -126,11 +126,11 @@ class Session:
                 raise ValueError(
                     f"MoE block {place.index} returns no attention weights, which the rule {self.rule.name} needs"
                 )
-            place.inputs = args[0]
-        decision = self.rule.decide(place, Routing(logits, ids, weights), self.tokens)
+            place.inputs = inputs
+        decision = self.rule.decide(place, routing, self.tokens)
         self.report.add(place.index, self.tokens, decision)
         place.inputs = place.attention = None
-        return logits, decision.weights, decision.ids
+        return Routing(routing.logits, decision.ids, decision.weights)
 
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.is_running = False
