@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import eacmoe_lightning.deepseek  # noqa: F401  (registers model_type "deepseek")
 from eacmoe_lightning.forced_selection import forced_weights
+from eacmoe_lightning.models.transformers_loader import select_in_router
 from eacmoe_lightning.pruning.surgery import KEPT, keep_experts
 
 
@@ -447,6 +448,7 @@ def _find_parts(index: int, name: str, layer: nn.Module) -> Block:
         ]
         if len(routers) != 1:
             raise ValueError(f"{name}: {len(routers)} modules beside the experts look like a router, not 1")
+        select_in_router(moe, routers[0][0])
         block.router_name, block.router = f"{moe_name}.{routers[0][0]}", routers[0][1]
     for path, module in layer.named_modules():
         if not isinstance(module, nn.Linear) or module.out_features == 1:

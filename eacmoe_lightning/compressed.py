@@ -33,13 +33,13 @@ from transformers import (
 
 from eacmoe_lightning.adapter import Block, MoEModel
 from eacmoe_lightning.grid import Quantized, packed, take_quantized
+from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.originals import local_directory, resolve_model
 from eacmoe_lightning.packed_modules import set_activations
 from eacmoe_lightning.pruning.surgery import pruned_config
 from eacmoe_lightning.skipping import stored
 from eacmoe_lightning.store import StoreError, read_tensors, whole_directory, write_json, write_tensors
 from eacmoe_lightning.streaming import StreamedModel
-from eacmoe_lightning.streaming.checkpoint import empty_model
 from eacmoe_lightning.transformers_loading import INDEX, METHOD
 from eacmoe_lightning.version import __version__
 

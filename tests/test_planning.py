@@ -13,12 +13,12 @@ from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.cli import main
+from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.planning.checks import check_disk
 from eacmoe_lightning.planning.command import warnings
 from eacmoe_lightning.planning.machine import Rates
 from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, gptq_flops, packed_bytes, plan
 from eacmoe_lightning.recipe import Recipe
-from eacmoe_lightning.streaming.checkpoint import empty_model
 
 REAL = {
     "mixtral": MixtralConfig(),

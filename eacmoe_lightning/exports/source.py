@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from eacmoe_lightning import compressed
 from eacmoe_lightning.adapter import Block, MoEModel
 from eacmoe_lightning.grid import Quantized, take_quantized
+from eacmoe_lightning.models.transformers_loader import original_names
 from eacmoe_lightning.pruning.surgery import KEPT, has_shapes_of
 from eacmoe_lightning.store import StoreError, read_tensors
 from eacmoe_lightning.targets import WeightGrid, by_bits
@@ -167,7 +167,7 @@ class Source:
 
     def original_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors in memory as the original's checkpoint has them."""
-        return revert_weight_conversion(self.skeleton, tensors)
+        return original_names(self.skeleton, tensors)
 
     def linear_names(self, kind: str) -> dict[str, list[str]]:
         """Module names of the linears that each quantized weight in memory is made of; `kind` as in `Target.names`."""

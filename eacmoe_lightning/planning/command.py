@@ -13,11 +13,11 @@ from transformers import AutoConfig
 
 from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.memory import available_memory
+from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.originals import resolve_model
 from eacmoe_lightning.planning.machine import Rates, measure
 from eacmoe_lightning.planning.sizes import Job, Plan, num_bytes, plan
 from eacmoe_lightning.recipe import num_quantized
-from eacmoe_lightning.streaming.checkpoint import empty_model
 from eacmoe_lightning.targets import TARGETS, WeightGrid
 
 PYTHON_BYTES = 600 << 20  # the interpreter with torch and transformers

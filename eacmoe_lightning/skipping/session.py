@@ -2,8 +2,9 @@
 
 A router's hook replaces the ids and weights that it returned; a pair that is not run has id E and weight 0. Packed
 experts skip those. The experts of transformers are shown the surviving pairs alone where that costs no wait for the
-device (on CPUs); elsewhere they are told that such ids occur: `grouped_mm` then leaves the products out, `batched_mm`
-still makes them. What a rule remembers of a sequence hangs on the cache of the pass, so every `generate` begins anew.
+device (on CPUs, and where experts are run one after another); elsewhere they are told that such ids occur: `grouped_mm`
+then leaves the products out, `batched_mm` still makes them. What a rule remembers of a sequence hangs on the cache of
+the pass, so every `generate` begins anew.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eacmoe_lightning.adapter import Block, MoEModel, Routing
+from eacmoe_lightning.models.transformers_loader import CACHE, SKIPS_PAIRS, cache_of, is_eager
 from eacmoe_lightning.packed_modules import PackedExperts
 from eacmoe_lightning.skipping.report import SkipReport
 from eacmoe_lightning.skipping.rules import Place, Rule
 from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, real_tokens
 
 Memory = dict[str, Tensor]
-PARALLEL = "_is_expert_parallel"  # by which transformers' experts know that ids of E occur
 
 
 class Session:
@@ -43,7 +44,7 @@ class Session:
         self.is_running = False  # whether the decoder is, by whose call `tokens` are known
         self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
         self.attention_before: str | None = None
-        self.parallel_before = [getattr(experts, PARALLEL, False) for experts in self.experts]
+        self.parallel_before = [getattr(experts, SKIPS_PAIRS, False) for experts in self.experts]
         rule.check(len(self.places), self.moe.top_k)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class Session:
         for handle in self.handles:
             handle.remove()
         for experts, before in zip(self.experts, self.parallel_before, strict=True):
-            setattr(experts, PARALLEL, before)
+            setattr(experts, SKIPS_PAIRS, before)
             if (wrapped := experts.__dict__.get("forward")) is not None and wrapped.func is _run_survivors:
                 del experts.forward
                 if wrapped.args[1] is not None:
@@ -98,7 +99,7 @@ class Session:
 
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = named_arguments(decoder, args, kwargs)
-        cache = arguments.get("past_key_values")
+        cache = cache_of(arguments)
         memory = self.memories.get(cache) if self.rule.remembers and cache is not None else None
         if memory is not None and not cache.get_seq_length():
             memory = None  # a cache that was reset
@@ -130,7 +131,7 @@ class Session:
 
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.is_running = False
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, CACHE, None)
         if not self.rule.remembers or cache is None:
             return
         if cache not in self.memories:
@@ -141,11 +142,11 @@ class Session:
 def _run_survivors(
     experts: nn.Module, own: Callable | None, hidden: Tensor, ids: Tensor, weights: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Experts' forward pass (`own` where it had replaced the class's), on the pairs that are left, on CPUs."""
+    """Experts' forward pass (`own` where it had replaced the class's), on the pairs that are left."""
     forward = own or partial(type(experts).forward, experts)
-    on_cpu = hidden.device.type == "cpu"
-    setattr(experts, PARALLEL, not on_cpu)
-    if not on_cpu:
+    alone = hidden.device.type == "cpu" or is_eager(experts)  # the surviving pairs
+    setattr(experts, SKIPS_PAIRS, not alone)
+    if not alone:
         return forward(hidden, ids, weights, *args, **kwargs)
     token, choice = torch.where(ids < experts.num_experts)
     if len(token) == ids.numel():

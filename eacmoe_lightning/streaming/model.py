@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.memory import return_free_memory
+from eacmoe_lightning.models.transformers_loader import tie
 from eacmoe_lightning.store import StoreError
 from eacmoe_lightning.streaming.checkpoint import put
 
@@ -52,7 +53,7 @@ class StreamedModel(MoEModel):
         in_blocks = {name for block in self.blocks for name in self._names(block.index)}
         rest = [name for name in self.model.state_dict() if name not in in_blocks]
         missing = set(rest) - self._fill(rest)
-        self.model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+        tie(self.model, missing)
         state = self.model.state_dict()
         self._check([name for name in missing if state[name].is_meta])
 

@@ -1,0 +1,1 @@
+"""Models of transformers: how their weights are loaded, whatever its version."""
