@@ -31,11 +31,18 @@ SMALL = {
     "pad_token_id": 0,
     "initializer_range": 0.1,
 }
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 SPARSE = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
 CONFIGS: dict[str, PreTrainedConfig] = {  # whose experts were chosen beside the router before transformers 5.13
-    "deepseek_v2": DeepseekV2Config(**SMALL, **LATENT, **SPARSE, n_shared_experts=1, topk_method="greedy"),
-    "deepseek_v3": DeepseekV3Config(**SMALL, **LATENT, **SPARSE, n_group=2, topk_group=1),
+    "deepseek_v2": DeepseekV2Config(**SMALL | LATENT, **SPARSE, n_shared_experts=1, topk_method="greedy"),
+    "deepseek_v3": DeepseekV3Config(**SMALL | LATENT, **SPARSE, n_group=2, topk_group=1),
     "dots1": Dots1Config(**SMALL, **SPARSE, n_shared_experts=1, n_group=1, topk_group=1),
     "glm4_moe": Glm4MoeConfig(**SMALL, **SPARSE, head_dim=8, n_group=1, topk_group=1),
     "hunyuan_v1_moe": HunYuanMoEV1Config(**SMALL, head_dim=8, num_experts=4, moe_topk=2),
