@@ -26,14 +26,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
-from transformers.core_model_loading import revert_weight_conversion
 
 from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.streams import Streams
-from eacmoe_lightning.models.checkpoint import Checkpoint, empty_model
+from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.models.transformers_loader import empty_model, original_names
 from eacmoe_lightning.planning.machine import measure as rates_of
 from eacmoe_lightning.planning.sizes import Job, plan
 from eacmoe_lightning.routers.losses import TopKMSE
@@ -74,7 +74,7 @@ def write_checkpoint(config: PreTrainedConfig, folder: Path) -> None:
         scale = 1 / empty.shape[-1] ** 0.5 if empty.ndim > 1 else 0.0
         weight = torch.empty(empty.shape, dtype=empty.dtype).normal_(generator=generator).mul_(scale)
         weight = weight + 1 if empty.ndim == 1 else weight * (4 if name in routers else 1)
-        tensors = {key: part.contiguous() for key, part in revert_weight_conversion(model, {name: weight}).items()}
+        tensors = {key: part.contiguous() for key, part in original_names(model, {name: weight}).items()}
         save_file(tensors, folder / f"model-{i:05d}.safetensors", {"format": "pt"})
         places |= dict.fromkeys(tensors, f"model-{i:05d}.safetensors")
     index = {"metadata": {"total_size": 0}, "weight_map": places}

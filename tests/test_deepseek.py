@@ -117,12 +117,19 @@ def test_logits_equal_a_forward_pass_written_out(tiny_model_dir):
     assert type(model) is DeepseekForCausalLM
     ids = torch.randint(0, 4096, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        output = model(ids, labels=ids, output_router_logits=True)
+        output = model(ids, labels=ids)
         last = model(ids, logits_to_keep=1).logits
     expected = reference(checkpoint(folder), model.config, ids[0])
     torch.testing.assert_close(output.logits[0], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(last, output.logits[:, -1:])
     torch.testing.assert_close(output.loss, F.cross_entropy(output.logits[0, :-1], ids[0, 1:]))
+
+
+def test_router_logits_are_those_of_the_sparse_blocks(tiny_model_dir):
+    tiny_models.skip_without_router_logits("deepseek")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("deepseek"))
+    with torch.no_grad():
+        output = model(torch.arange(24)[None], output_router_logits=True)
     assert [logits.shape for logits in output.router_logits] == [(24, 8), (24, 8)]
 
 

@@ -13,8 +13,8 @@ from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.models.checkpoint import empty_model
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.planning.checks import check_disk
 from eacmoe_lightning.planning.machine import Rates
 from eacmoe_lightning.planning.report import warnings

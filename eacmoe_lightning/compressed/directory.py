@@ -23,10 +23,10 @@ from eacmoe_lightning.compressed.format import (
     size_of,
 )
 from eacmoe_lightning.models.block import Block
-from eacmoe_lightning.models.checkpoint import empty_model
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.models.pruned_config import pruned_config
+from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight

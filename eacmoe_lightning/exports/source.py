@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from eacmoe_lightning.compressed.directory import untied
 from eacmoe_lightning.compressed.format import LATTICE, REST, SHARD, read_config
@@ -28,6 +27,7 @@ from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.pruned_config import has_shapes_of
 from eacmoe_lightning.models.shrink import KEPT
+from eacmoe_lightning.models.transformers_loader import original_names
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.packing import take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
@@ -179,7 +179,7 @@ class Source:
 
     def original_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors in memory converted to the names and shapes of the original's checkpoint."""
-        return revert_weight_conversion(self.skeleton, tensors)
+        return original_names(self.skeleton, tensors)
 
     def linear_names(self, kind: str) -> dict[str, list[str]]:
         """Module names of the linears in each quantized weight in memory; `kind` is a value of `Target.names`."""

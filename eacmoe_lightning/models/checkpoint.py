@@ -2,7 +2,7 @@
 
 Parameters in memory differ from tensors on disk: transformers stacks the experts of a block, renames and splits. Here
 its conversions run on a skeleton without weights, for the requested tensors only; the results equal those of
-`from_pretrained` bit for bit. These loader calls are internal to transformers, which is why its version is pinned.
+`from_pretrained` bit for bit. These loader calls are internal to transformers (`transformers_loader.py`).
 
 While one block is processed, a thread reads the bytes of the next into the operating system's page cache. So reading
 overlaps with computing, and takes only memory that the system can reclaim.
@@ -22,19 +22,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from eacmoe_lightning.models.originals import NO_MODEL, resolve_model
+from eacmoe_lightning.models.transformers_loader import checkpoint_files, empty_model, load_tensors, source_keys
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +49,7 @@ class Checkpoint:
         self.name_or_path, self.path = name_or_path, resolve_model(name_or_path)
         try:
             self.config: PreTrainedConfig = AutoConfig.from_pretrained(self.path)
-            self._files = _checkpoint_files(self.path)
+            self._files = checkpoint_files(self.path)
             self._keys = {key: file for file in self._files for key in _keys(file)}
             self.dtype: torch.dtype = self._dtype(dtype)
             self._loader = empty_model(self.config, self.dtype)
@@ -68,7 +60,8 @@ class Checkpoint:
                 f"{name_or_path!r} (--model.name_or_path) is itself quantized (`quantization_config` in its "
                 "config.json): pass the full-precision model that it was made of"
             )
-        self._sources = self._map_keys()
+        # the keys on disk of each parameter; of several made together, the first has the keys and the others lead to it
+        self._sources, self._made_with = source_keys(self._loader, self._keys)
         self._lock = threading.Lock()
         self._prefetching: threading.Thread | None = None
 
@@ -86,28 +79,6 @@ class Checkpoint:
             if first.is_floating_point():
                 return first.dtype
         return torch.float32
-
-    def _map_keys(self) -> dict[str, list[str]]:
-        """The keys on disk that each parameter is built from; parameters built together are listed under the first."""
-        renamings, converters = self._conversions()
-        known, prefix = self._loader.state_dict(), self._loader.base_model_prefix
-        sources: dict[str, list[str]] = {}
-        self._made_with: dict[str, str] = {}  # parameter -> the parameter that it is listed under
-        for key in sorted(self._keys, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
-            if name not in known and key in known:
-                name, pattern = rename_source_key(key, [], [], prefix, known)
-            sources.setdefault(name, []).append(key)
-            for converter in converters if pattern is not None else ():
-                if pattern in converter.source_patterns:
-                    first, *others = converter.target_patterns
-                    self._made_with |= {name.replace(first, other): name for other in others}
-        return sources
-
-    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-        mapping = get_model_conversion_mapping(self._loader)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
     def skeleton(self) -> PreTrainedModel:
         """The model in eval mode, with buffers in memory and parameters on the meta device."""
@@ -150,18 +121,11 @@ class Checkpoint:
     def _convert(self, slices: dict[str, Any]) -> dict[str, Tensor]:
         """The parameters that transformers builds from these tensors on disk; the loader's go back to meta."""
         model = self._loader
-        config = LoadStateDictConfig(
-            weight_mapping=get_model_conversion_mapping(model),
-            dtype=self.dtype,
-            dtype_plan=model._get_dtype_plan(self.dtype),
-            device_map={"": torch.device("cpu")},
-        )
-        info, _ = convert_and_load_state_dict_in_model(model, slices, config, None)
-        for problems in (info.conversion_errors, info.mismatched_keys):
-            if problems:
-                raise ValueError(f"{self.name_or_path!r} does not fit its config.json: {next(iter(problems))}")
+        missing, problems = load_tensors(model, slices, self.dtype)
+        if problems:
+            raise ValueError(f"{self.name_or_path!r} does not fit its config.json: {problems[0]}")
         taken = {}
-        for name in model.state_dict().keys() - info.missing_keys:
+        for name in model.state_dict().keys() - missing:
             taken[name] = model.get_parameter_or_buffer(name).detach()
             put(model, name, taken[name].to("meta"))
         return taken
@@ -187,16 +151,6 @@ class Checkpoint:
             log.debug("prefetch: %s", error)
 
 
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM with parameters on the meta device, and with buffers as `from_pretrained` initializes them."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    persistent = {name for name in model.state_dict() if name in dict(model.named_buffers())}
-    model._move_missing_keys_from_meta_to_device(persistent, None, None, None)
-    model._initialize_missing_keys(False)
-    return model.eval().requires_grad_(False)
-
-
 def put(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
     """Makes `tensor` the parameter or buffer with this name."""
     owner, _, leaf = name.rpartition(".")
@@ -204,11 +158,6 @@ def put(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
     if leaf in module._parameters:
         tensor = torch.nn.Parameter(tensor, requires_grad=False)
     setattr(module, leaf, tensor)
-
-
-def _checkpoint_files(path: str) -> list[str]:
-    files, _ = _get_resolved_checkpoint_files(path, None, None, None, None, False)
-    return [str(file) for file in files or []]
 
 
 class _Tensors:

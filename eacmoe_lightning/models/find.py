@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 import eacmoe_lightning.models.deepseek  # noqa: F401  (registers model_type "deepseek")
 from eacmoe_lightning.models.block import Block, Experts
+from eacmoe_lightning.models.transformers_loader import select_in_router
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, list[Block]]:
@@ -59,6 +60,7 @@ def _find_parts(index: int, name: str, layer: nn.Module) -> Block:
         ]
         if len(routers) != 1:
             raise ValueError(f"{name}: {len(routers)} modules next to the experts look like a router, instead of 1")
+        select_in_router(moe, routers[0][0])
         block.router_name, block.router = f"{moe_name}.{routers[0][0]}", routers[0][1]
     for path, module in layer.named_modules():
         if not isinstance(module, nn.Linear) or module.out_features == 1:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from eacmoe_lightning.models.checkpoint import put
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.transformers_loader import tie
 from eacmoe_lightning.run.files import StoreError
 from eacmoe_lightning.run.memory import return_free_memory
 
@@ -52,7 +53,7 @@ class StreamedModel(MoEModel):
         in_blocks = {name for block in self.blocks for name in self._names(block.index)}
         outside_blocks = [name for name in self.model.state_dict() if name not in in_blocks]
         missing = set(outside_blocks) - self._fill(outside_blocks)
-        self.model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+        tie(self.model, missing)
         state = self.model.state_dict()
         self._check([name for name in missing if state[name].is_meta])
 

@@ -15,8 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from eacmoe_lightning.models.transformers_loader import (
+    eager_experts,
+    experts_implementation,
+    post_expert_norm,
+    run_experts,
+)
 from eacmoe_lightning.offload.cache import ExpertCache, Weights, Window, slot_table
 from eacmoe_lightning.offload.jobs import PACKED_NAMES
 from eacmoe_lightning.runtime.kernels import loop_over_experts
@@ -95,21 +100,21 @@ class OffloadedExperts(nn.Module):
         On CPU, `grouped_mm` spends time on every slot, whether or not a token needs it.
         """
         experts, cache = self.inner, window.cache
-        implementation = experts.config._experts_implementation
+        implementation = experts_implementation(experts)
         if implementation == "eager" or self.has_bias:
             for projection in self.projections:
                 self._set(projection, Weights(window, projection))
-            return type(experts).forward.__wrapped__(experts, x, ids, weights)
+            return eager_experts(experts, x, ids, weights)
         if not window.fits or (implementation == "grouped_mm" and x.device.type == "cpu"):
             return self._one_by_one(window, x, ids, weights)
         table = slot_table(window, self.num_experts, x.device)
         for projection in self.projections:
             self._set(projection, *cache.slots.stack(projection))
-        experts.num_experts, experts._is_expert_parallel = cache.capacity, True  # so that the id S is skipped
+        experts.num_experts = cache.capacity  # the id S is skipped
         try:
-            return ALL_EXPERTS_FUNCTIONS[implementation](experts, x, table[ids], weights)
+            return run_experts(implementation, experts, x, table[ids], weights)
         finally:
-            experts.num_experts, experts._is_expert_parallel = self.num_experts, False
+            experts.num_experts = self.num_experts
 
     def _one_by_one(self, window: Window, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Runs one expert after another, then sums over each token's pairs, as `grouped_mm` does."""
@@ -122,8 +127,8 @@ class OffloadedExperts(nn.Module):
             hidden = x[selected // ids.shape[-1]] @ self._as_matrix(up[expert])
             hidden = experts._apply_gate(hidden) if self.has_gate else experts.act_fn(hidden)
             pairs[selected] = hidden @ self._as_matrix(down[expert])
-        if experts.has_post_expert_norm:
-            pairs = experts.post_expert_norm(pairs)
+        if (norm := post_expert_norm(experts)) is not None:
+            pairs = norm(pairs)
         weighted = pairs * weights.reshape(-1, 1)
         return weighted.view(len(x), ids.shape[-1], -1).sum(1).to(x.dtype)
 

@@ -20,6 +20,7 @@ from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.models.transformers_loader import ignore_unexpected
 from eacmoe_lightning.offload import store as stores
 from eacmoe_lightning.offload.codecs import Codec
 from eacmoe_lightning.offload.codecs import codec as codec_named
@@ -78,8 +79,7 @@ def _load_packed(
 
     def prepare(model: PreTrainedModel) -> None:
         attach(MoEModel(model), store, **options)
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.experts\."}
+        ignore_unexpected(model, r"\.experts\.")
 
     config.quantization_config["prepare"] = [prepare]
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype)

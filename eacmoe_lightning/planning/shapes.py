@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig
 
-from eacmoe_lightning.models.checkpoint import empty_model
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
+from eacmoe_lightning.models.transformers_loader import empty_model
 
 
 def load_shapes(name_or_path: str, dtype: str) -> MoEModel:

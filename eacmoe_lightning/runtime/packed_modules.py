@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
-from transformers.integrations.moe import _default_apply_gate
 
+from eacmoe_lightning.models.transformers_loader import has_default_gate
 from eacmoe_lightning.quantization.grid import Bits, Quantized
 from eacmoe_lightning.quantization.packing import expert_codes, unpack
 from eacmoe_lightning.runtime.kernels import loop_over_experts
@@ -159,7 +159,7 @@ class PackedExperts(nn.Module):
 
 def _activation_name(experts: nn.Module) -> str | None:
     """What the kernels call the activation; None where the gating or the activation is not one of theirs."""
-    if experts.has_gate and type(experts)._apply_gate is not _default_apply_gate:
+    if experts.has_gate and not has_default_gate(experts):
         return None
     for ours, names in ACTIVATION_NAMES.items():
         for name in names:

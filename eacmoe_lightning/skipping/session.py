@@ -1,10 +1,10 @@
 """A rule attached to a model: hooks on the decoder, to know sequences and padding, and on every router.
 
 A router's hook replaces the ids and weights that the router returned: a dropped pair has id E and weight 0. Packed
-experts skip such pairs. On CPUs, the experts of transformers get only the surviving pairs. On other devices, selecting
-these would wait for the device, so the experts are told instead that such ids occur: `grouped_mm` then skips the
-products, `batched_mm` still computes them. A rule's state for a sequence belongs to the cache of the forward pass, so
-every `generate` starts afresh.
+experts skip such pairs. On CPUs, and where experts run one after another, the experts of transformers get only the
+surviving pairs. Elsewhere, selecting these would wait for the device, so the experts are told instead that such ids
+occur: `grouped_mm` then skips the products, `batched_mm` still computes them. A rule's state for a sequence belongs to
+the cache of the forward pass, so every `generate` starts afresh.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 from eacmoe_lightning.models.block import Block, Routing
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.transformers_loader import CACHE, SKIPS_PAIRS, cache_of, is_eager
 from eacmoe_lightning.runtime.packed_modules import PackedExperts
 from eacmoe_lightning.skipping.report import SkipReport
 from eacmoe_lightning.skipping.rules import Place, Rule
 from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, real_tokens
 
 Memory = dict[str, Tensor]
-PARALLEL = "_is_expert_parallel"  # tells transformers' experts that the id E occurs
 
 
 class Session:
@@ -45,7 +45,7 @@ class Session:
         self.is_running = False  # whether the decoder is running: `tokens` are then those of its call
         self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
         self.attention_before: str | None = None
-        self.parallel_before = [getattr(experts, PARALLEL, False) for experts in self.experts]
+        self.parallel_before = [getattr(experts, SKIPS_PAIRS, False) for experts in self.experts]
         rule.check(len(self.places), self.moe.top_k)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Session:
         for handle in self.handles:
             handle.remove()
         for experts, before in zip(self.experts, self.parallel_before, strict=True):
-            setattr(experts, PARALLEL, before)
+            setattr(experts, SKIPS_PAIRS, before)
             if (wrapped := experts.__dict__.get("forward")) is not None and wrapped.func is _run_survivors:
                 del experts.forward
                 if wrapped.args[1] is not None:
@@ -100,7 +100,7 @@ class Session:
 
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = named_arguments(decoder, args, kwargs)
-        cache = arguments.get("past_key_values")
+        cache = cache_of(arguments)
         memory = self.memories.get(cache) if self.rule.remembers and cache is not None else None
         if memory is not None and not cache.get_seq_length():
             memory = None  # the cache was reset
@@ -134,7 +134,7 @@ class Session:
 
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.is_running = False
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, CACHE, None)
         if not self.rule.remembers or cache is None:
             return
         if cache not in self.memories:
@@ -151,7 +151,7 @@ def _run_survivors(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """The experts' forward pass; on CPUs, on the surviving pairs only.
+    """The experts' forward pass; on CPUs, and of eager experts, on the surviving pairs only.
 
     Args:
         experts: the module.
@@ -160,9 +160,9 @@ def _run_survivors(
         args, kwargs: further arguments of the forward.
     """
     forward = previous_forward or partial(type(experts).forward, experts)
-    on_cpu = hidden.device.type == "cpu"
-    setattr(experts, PARALLEL, not on_cpu)
-    if not on_cpu:
+    gets_survivors = hidden.device.type == "cpu" or is_eager(experts)
+    setattr(experts, SKIPS_PAIRS, not gets_survivors)
+    if not gets_survivors:
         return forward(hidden, ids, weights, *args, **kwargs)
     token, choice = torch.where(ids < experts.num_experts)
     if len(token) == ids.numel():

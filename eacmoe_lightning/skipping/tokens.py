@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eacmoe_lightning.models.transformers_loader import cache_of
+
 
 @dataclass
 class Tokens:
@@ -67,7 +69,7 @@ def real_tokens(arguments: dict[str, Any]) -> Tensor:
             f"an attention mask of type {type(mask).__name__}{_shape(mask)} does not distinguish padding from tokens, "
             "so no expert can be skipped: pass a mask of [batch, length], or none"
         )
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     past = 0 if cache is None else int(cache.get_seq_length())
     past = past if past + length <= mask.shape[-1] else mask.shape[-1] - length  # a sliding window has fewer keys
     diagonal = mask[:, 0].diagonal(past, -2, -1)  # only padding does not attend to itself
