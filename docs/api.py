@@ -40,7 +40,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, dict[str, list[str]]]]]] = [
     ),
     (
         "Callbacks",
-        "`fit` adds them to the trainer. Your own may be a `BlockCallback`, which is told of blocks and phases.",
+        "`fit` adds them to the trainer. Yours may be a `BlockCallback`, which is told of blocks and phases.",
         [
             (
                 "callbacks",

@@ -1,4 +1,4 @@
-"""Calibrate and quantize a model from Python, without the command line; about a minute on two CPU cores.
+"""Calibrate and quantize a model from Python, without the command line; within a minute on two idle CPU cores.
 
     python examples/calibrate.py
 
