@@ -34,7 +34,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, dict[str, list[str]]]]]] = [
             ("job.qesc", {"QESC": []}),
             ("calibration.recipe", {"Recipe": []}),
             ("job.data", {"TextWindows": []}),
-            ("commands.fit", {"CalibrationTrainer": []}),
+            ("commands.trainer", {"calibration_trainer": [], "CalibrationTrainer": []}),
             ("pruning.rule", {"PruningRule": []}),
         ],
     ),

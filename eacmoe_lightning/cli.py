@@ -36,6 +36,8 @@ def main(args: ArgsType = None) -> None:
 
     With EACMOE_DEBUG=1 in the environment they come with their traceback.
     """
+    if args is None and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for class paths of the user's own modules, as `python train.py` finds them
     words = sys.argv[1:] if args is None else args
     command = words[0] if words else None
     try:

@@ -6,18 +6,11 @@ It compresses the bundled model to 3 bit with few windows, so the figures are wo
 Killed at any moment, the same command goes on. `python examples/chat.py runs/example` talks to the result.
 """
 
-from pathlib import Path
-
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
-
-from eacmoe_lightning import callbacks
-from eacmoe_lightning.commands.fit import CalibrationTrainer
-from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
+from eacmoe_lightning.commands.trainer import calibration_trainer, last_checkpoint
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
 
-RUN = Path("runs/example")
+RUN = "runs/example"
 
 module = QESC(
     "bundled",  # or a local Hugging Face directory, or a hub id
@@ -34,25 +27,6 @@ data = TextWindows(
     num_heldout_windows=4,
     tokenizer="bundled",  # the model's own
 )
-trainer = CalibrationTrainer(
-    default_root_dir=RUN,
-    accelerator="cpu",
-    max_epochs=-1,  # the module knows how many epochs its blocks take
-    limit_val_batches=0,  # nothing can be validated before the last block
-    log_every_n_steps=1,
-    enable_model_summary=False,
-    logger=TensorBoardLogger(RUN, name="", version="tensorboard"),
-    plugins=[AtomicCheckpointIO()],
-    callbacks=[
-        callbacks.LayerwiseQuantization(),  # drives the phases of each block
-        callbacks.ExpertFrequency(),
-        callbacks.CompressedModel(),  # writes compressed/ and reads it back
-        callbacks.RoutingReport(),  # evaluates it and writes report.md
-        callbacks.PhaseCost(),
-        callbacks.BlockProgress(),
-        ModelCheckpoint(RUN / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False),
-    ],
-)
-last = RUN / "checkpoints" / "last.ckpt"
-trainer.fit(module, data, ckpt_path=last if last.exists() else None)
-print(f"the model is in {RUN / 'compressed'}, the report in {RUN / 'report.md'}")
+trainer = calibration_trainer(RUN, accelerator="cpu")  # further options of Lightning's Trainer go here
+trainer.fit(module, data, ckpt_path=last_checkpoint(RUN))
+print(f"the model is in {RUN}/compressed, the report in {RUN}/report.md")

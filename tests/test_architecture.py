@@ -31,7 +31,7 @@ ROOMS = (  # each may import from itself and from those before it
     ("commands",),
     ("cli",),
 )
-LIGHTNING = ("job", "callbacks", "commands.fit", "cli")  # that may import it
+LIGHTNING = ("job", "callbacks", "commands.fit", "commands.trainer", "cli")  # that may import it
 
 
 def modules() -> dict[str, Path]:

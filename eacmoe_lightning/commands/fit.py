@@ -12,38 +12,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
 
 from eacmoe_lightning import callbacks
 from eacmoe_lightning.commands.configs import NamedConfig
 from eacmoe_lightning.commands.launchers import follow_launcher
+from eacmoe_lightning.commands.trainer import DEFAULTS, CalibrationTrainer, default_callbacks
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
-
-NEVER = 10**9  # epochs between validations inside fit: nothing can be validated before the last block
-
-
-class CalibrationTrainer(Trainer):
-    """Lightning's Trainer, remembering whether `fit` was asked to continue a run."""
-
-    resumes = False
-
-    def fit(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> None:
-        self.resumes = ckpt_path is not None
-        super().fit(*args, ckpt_path=ckpt_path, **kwargs)
-
-    def _run_stage(self) -> Any:
-        """Lightning leaves its loop at once when a resumed run has no epoch left: what ends a run is still owed."""
-        progress = self.fit_loop.epoch_progress.current
-        is_behind_last_epoch = self.training and progress.processed >= self.fit_loop.max_epochs
-        results = super()._run_stage()
-        if is_behind_last_epoch:
-            progress.completed = progress.processed
-            for hook in ("on_train_start", "on_train_end"):
-                _call_callback_hooks(self, hook)
-                _call_lightning_module_hook(self, hook)
-        return results
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -64,13 +40,7 @@ class CommandLine(LightningCLI):
             trainer_class=CalibrationTrainer,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "max_epochs": -1,  # the module knows how many epochs its blocks take
-                "num_sanity_val_steps": 0,
-                "check_val_every_n_epoch": NEVER,
-                "log_every_n_steps": 1,
-                "enable_model_summary": False,
-            },
+            trainer_defaults=dict(DEFAULTS),
             parser_kwargs={"allow_abbrev": False},
             auto_configure_optimizers=False,
             seed_everything_default=False,
@@ -111,17 +81,8 @@ class CommandLine(LightningCLI):
         follow_launcher(trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        own = [
-            callbacks.LayerwiseQuantization(),
-            callbacks.ExpertFrequency(),
-            callbacks.CompressedModel(),
-            callbacks.RoutingReport(),
-            callbacks.PhaseCost(),
-            callbacks.TokenScores(),
-        ]
-        if self.config[self.subcommand]["trainer"].get("enable_progress_bar") is not False:
-            own.append(callbacks.BlockProgress())
-        self.trainer_defaults["callbacks"] = own
+        has_progress_bar = self.config[self.subcommand]["trainer"].get("enable_progress_bar") is not False
+        self.trainer_defaults["callbacks"] = default_callbacks(has_progress_bar)
         if self.config_init[self.subcommand]["trainer"].get("plugins") is None:
             kwargs["plugins"] = [AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
