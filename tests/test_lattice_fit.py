@@ -1,4 +1,4 @@
-"""`fit --model.quantizer lattice`: calibrated, stored at its entropy, loaded, offloaded, exported and pruned."""
+"""`fit --model.quantizer lattice`: the run is calibrated, entropy-coded, loaded, offloaded, exported and pruned."""
 
 import json
 
@@ -27,7 +27,7 @@ def run(tiny_model_dir, tmp_path_factory):
     )
 
 
-def test_what_is_stored_takes_the_bits_that_were_asked_for(run):
+def test_stored_weights_take_the_requested_bits(run):
     bits = {}
     for index in range(3):
         quantized, _, stats = read_block(RunDirectory(run), index)
@@ -37,7 +37,7 @@ def test_what_is_stored_takes_the_bits_that_were_asked_for(run):
             size = sum(tensors[f"{name}{kind}"].nbytes for kind in STORED if f"{name}{kind}" in tensors)
             bits[name] = 8 * size / weight.codes.numel()
     for name, value in bits.items():
-        # matrices of 64 x 64: offsets and shapes, 8 bytes each, weigh .05 bit here and nothing elsewhere
+        # matrices are 64 x 64: offsets and shapes, 8 bytes each, add 0.05 bit per weight here, nothing in real models
         assert value == pytest.approx(2.75 if "experts" in name or "mlp" in name else 4.5, abs=0.12), name
     report = json.loads((run / "report.json").read_text())
     assert report["bits"]["nominal"] < report["bits"]["true"] < report["bits"]["nominal"] + 0.1
@@ -59,14 +59,14 @@ def test_it_loads_decoded_and_offloaded_with_its_codes(run, tokens, tmp_path):
     assert stored[Entropy.name] < 0.5 * stored["lossless"]  # headers weigh a lot here
 
 
-def test_only_dense_exports_take_it(run, tmp_path):
+def test_only_dense_exports_accept_it(run, tmp_path):
     assert export(str(run), str(tmp_path / "dense"), "dense").weights == 0
     for target in ("gptq_v2", "gguf"):
         with pytest.raises(ValueError, match="is on a lattice"):
             export(str(run), str(tmp_path / target), target)
 
 
-def test_a_finished_model_is_pruned(run, tmp_path, capsys):
+def test_a_finished_lattice_model_can_be_pruned(run, tmp_path, capsys):
     words = {"model": run, "output": tmp_path / "pruned", "pruning.keep": 6, "num_windows": 4, "window_length": 64}
     words |= {"texts": "bundled:prose", "num_heldout_windows": 2}
     main(["prune", *(word for name, value in words.items() for word in (f"--{name}", str(value)))])
@@ -93,8 +93,8 @@ def test_the_solver_meets_a_rate_and_beats_rounding_at_it():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model__bits": 0.5}, "stored bits of a weight are from 1 to 8"),
-        ({"model__bits": 2.5, "model__quantizer": "gptq"}, "bits are whole numbers from 2 to 8"),
+        ({"model__bits": 0.5}, "is not from 1 to 8 stored bits per weight"),
+        ({"model__bits": 2.5, "model__quantizer": "gptq"}, "(--model.bits) is not a whole number from 2 to 8"),
         ({"model__target": "vllm"}, "is on a lattice"),
     ],
 )

@@ -1,15 +1,15 @@
-"""QESC, block by block (EAC-MoE, section 4): what happens between two blocks of a model, in the paper's order.
+"""QESC, block by block (EAC-MoE, section 4): the phases of each block, in the paper's order.
 
-    read       the block's weights come from disk
-    observe    the full-precision block runs on x and says which experts it selects; what a pruning rule does not keep
-               goes now, so that everything below sees the pruned block
-    attention  GPTQ of the attention projections, on what the compressed prefix really produces (x_hat)
-    router     calibrated outside, by a LightningModule or in closed form, on the rows offered here
-    experts    GPTQ of shared and routed experts; the calibrated router decides which tokens each one sees
-    replay     x_hat runs through the compressed block
+    read       loads the block's weights from disk
+    observe    runs the full-precision block on x and records which experts it selects; then removes the experts that
+               the pruning rule does not keep, so that all later phases see the pruned block
+    attention  quantizes the attention projections on x_hat, the output of the compressed prefix
+    router     calibrates the router, outside this module: a LightningModule trains it, or a closed form solves it
+    experts    quantizes shared and routed experts on the tokens that the calibrated router sends to each
+    replay     runs x_hat through the compressed block
 
-Only the current block's weights need to be in memory. Quantized ones replace the original ones in place (as dequantized
-values); when a block is left, its codes are on disk and its memory is free.
+Only the current block's weights need to be in memory. Dequantized weights replace the original ones in place. When a
+block is finished, its codes are on disk and its memory is free.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from eacmoe_lightning.routers import ridge
 from eacmoe_lightning.routers.expert_shift import change_counts, change_rates, expert_load
 from eacmoe_lightning.run.block_file import BlockStats, RemovedExperts, read_block, read_stats, write_block
 from eacmoe_lightning.run.directory import RunDirectory
-from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.run.files import REMEDY, StoreError
 from eacmoe_lightning.run.hidden import HiddenFile
 from eacmoe_lightning.run.ranks import Ranks
 
@@ -42,16 +42,16 @@ PHASES = ("read", "observe", "attention", "router", "experts", "replay")
 
 
 class Calibration:
-    """Takes the blocks of a model one after another through the phases.
+    """Takes the blocks of a model through the phases, one at a time.
 
     Args:
-        moe: the original model; its blocks are loaded, replaced and released one after another.
-        recipe: bits and solver.
-        streams: the calibration windows of this process.
-        run: where finished blocks are kept.
-        ranks: the processes.
-        phase: gives a context, by block and phase, in which the phase runs: for whoever watches.
-        pruning: which experts are removed; None: none.
+        moe: the original model; its blocks are loaded, replaced and released one at a time.
+        recipe: bits and quantizer.
+        streams: the hidden streams of this process's calibration windows.
+        run: the directory that finished blocks are written to.
+        ranks: the processes of the run.
+        phase: (block, phase) -> the context manager in which that phase runs, for timing and callbacks.
+        pruning: chooses the experts to keep; None keeps all.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class Calibration:
         self.moe, self.recipe, self.streams, self.run, self.ranks = moe, recipe, streams, run, ranks
         self.phase, self.pruning = phase, pruning
         self.at: int | None = None  # the block that the streams have reached
-        self.entered = False  # whether it was observed and its attention solved
+        self.entered = False  # whether that block has been observed and its attention solved
         self.solver: BlockSolver | None = None
         self.stats: BlockStats | None = None  # of the current block
-        self._teacher: Routing | None = None  # what the original router says of x, all tokens of this process
-        self._router_input: HiddenFile | None = None  # [S, T, D] what reaches the router in the compressed stream
+        self._teacher: Routing | None = None  # the original router's output on x, for all tokens of this process
+        self._router_input: HiddenFile | None = None  # [S, T, D] the router's input in the compressed stream
 
     @property
     def block(self) -> Block:
@@ -83,10 +83,11 @@ class Calibration:
     def enter(self, index: int, routers: dict[int, Tensor]) -> None:
         """Brings the streams to block `index`, observes it and solves its attention. Idempotent.
 
-        With the number of blocks as index, both streams are brought to the end of the model.
+        If `index` is the number of blocks, brings both streams to the end of the model.
 
         Args:
-            routers: calibrated weights [E, D] of the blocks before, for files that must be computed again.
+            routers: calibrated weights [E, D] of earlier blocks, needed where a block's file is missing and the block
+                is computed again.
         """
         num_blocks = len(self.moe.blocks)
         if self.at == index and (self.entered or index == num_blocks):
@@ -115,18 +116,18 @@ class Calibration:
         self.entered = True
 
     def _observe(self) -> None:
-        """x through the original block; what its router says is kept, on disk too for the joint stage."""
+        """Runs x through the original block and keeps its router's output, also on disk for the joint stage."""
         self._teacher = self.streams.advance(self.block, "x")
         if self._teacher is not None:
             self.streams.write_teacher(self.at, self._teacher.logits)
 
     def _measured(self) -> AbstractContextManager[ExpertScores | None]:
-        """A context in which the block's experts are scored, where some are to go."""
+        """A context that scores the block's experts, if some of them are to be removed."""
         prunes = self.pruning is not None and self.block.is_moe
         return measured(self.block, self.pruning.criterion) if prunes else nullcontext()
 
     def _prune(self, scores: ExpertScores) -> None:
-        """Removes the experts that the rule does not keep from the current block, for good."""
+        """Removes the experts that the pruning rule does not keep from the current block."""
         block, values = self.block, scores.finish(self.ranks)
         kept = self.pruning.choose(values, self.moe.top_k, Groups.of(block).number)
         removed = sorted(set(range(block.num_experts)) - set(kept))
@@ -135,7 +136,7 @@ class Calibration:
         self.stats.pruning = RemovedExperts(kept, removed, share, values.tolist(), below)
         if below:
             log.warning(
-                "block %d: experts %s are below alpha=%g (--pruning.alpha) and stay, since every token selects %d",
+                "block %d: experts %s are below alpha=%g (--pruning.alpha) and stay, because every token selects %d",
                 block.index, below, self.pruning.alpha, self.moe.top_k,
             )  # fmt: skip
         keep_experts(block, kept)
@@ -145,10 +146,11 @@ class Calibration:
         """Solves the experts under the calibrated router, replays the block and writes it.
 
         Args:
-            router: [E, D] with a row for each of the original's experts; a pruned block takes those of its own.
+            router: [E, D] with a row for each expert of the original; a pruned block takes the rows of the experts it
+                kept. None for a dense block.
 
         Returns:
-            What the work on the block measured.
+            The block's statistics.
         """
         block, streams = self.block, self.streams
         with self.phase(block.index, "experts"):
@@ -173,17 +175,20 @@ class Calibration:
         return self.stats
 
     def _solve_part(self, part: str) -> None:
-        """Groups of linears that share their input, one after another in the order of the run."""
+        """Quantizes the linears of one part, one group that shares its input at a time, in the order they run."""
         for names in self._groups if self.recipe.quantizes else ():
             if self.block.linears[names[0]] == part:
                 inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]), part == "shared")
                 self.solver.solve_linears(names, inputs)
 
-    # --- the router's rows ------------------------------------------------------------------------------
+    # --- the router's training rows ---------------------------------------------------------------------
 
     def router_rows(self, window_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Training rows of some windows by global index [b]: inputs [b*T, D], teacher logits [b*T, E] (of
-        the experts that the block has)."""
+        """The router's training rows of the windows with these global indices [b].
+
+        Returns:
+            Inputs [b*T, D] and teacher logits [b*T, E] of the experts that the block still has.
+        """
         local = self.streams.local(window_ids)
         teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
         return self._router_input[local].flatten(0, 1), teacher[local].flatten(0, 1)[:, self.block.kept]
@@ -192,8 +197,8 @@ class Calibration:
     def ridge_router(self, num_targets: int, strength: float) -> Tensor:
         """The closed-form router [E, D] of the current block (see `ridge`).
 
-        Experts whose sums do not fit into `solver_gib` together come one part after another, each by a pass over the
-        router's inputs.
+        If the sums of all experts do not fit into `solver_gib`, they are solved in parts, with one pass over the
+        router's inputs for each part.
         """
         weight = self.block.router_weight.float()
         num_experts, width = weight.shape
@@ -211,20 +216,20 @@ class Calibration:
         return torch.cat(updated)
 
     def _ridge_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """By batch, on the model's device: inputs [n, D], teacher logits [n, E] of the experts that the block has."""
+        """Batches on the model's device: inputs [n, D], teacher logits [n, E] of the experts that the block has."""
         teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
         for rows in self.streams.slices:
             x, target = self._router_input[rows], teacher[rows].flatten(0, 1)[:, self.block.kept]
             yield self.streams.to_device(x.flatten(0, 1)), self.streams.to_device(target)
 
     def _count_shift(self, when: str) -> None:
-        """Change rates and loads on the calibration stream, with the router as it is now."""
+        """Records change rates and expert loads on the calibration stream under the router's current weights."""
         routing, sum_ = self._route(), self.ranks.sum
-        own_ids = self.block.original_ids(routing.ids)
-        counts = sum_(change_counts(self._teacher.ids, own_ids))
+        student_ids = self.block.original_ids(routing.ids)
+        counts = sum_(change_counts(self._teacher.ids, student_ids))
         tokens, top_k = sum_(torch.tensor(len(routing.ids))), routing.ids.shape[1]
         self.stats.expert_shift[when] = change_rates(counts, int(tokens), top_k)
-        name, ids = ("original", self._teacher.ids) if when == "before" else ("compressed", own_ids)
+        name, ids = ("original", self._teacher.ids) if when == "before" else ("compressed", student_ids)
         load = sum_(expert_load(ids, self._teacher.logits.shape[1]))
         self.stats.expert_load[name] = load.tolist()
 
@@ -235,7 +240,7 @@ class Calibration:
     # --- between blocks -----------------------------------------------------------------------------------
 
     def _bring_streams(self, index: int, routers: dict[int, Tensor]) -> None:
-        """Puts both streams before block `index`, from memory, from files or by running what lies before."""
+        """Brings both streams to the input of block `index`: from memory, from files, or by running earlier blocks."""
         if self.at == index:
             return
         exists = [self.run.block(i).exists() for i in range(index)]
@@ -263,18 +268,21 @@ class Calibration:
         self.at, self.entered = index, False
 
     def shrink(self, index: int) -> None:
-        """Takes the experts that the run has removed out of a block, whether or not its weights are in memory."""
+        """Removes from a block the experts that the run has pruned, whether or not its weights are in memory."""
         if self.pruning is not None and self.moe.blocks[index].is_moe:
             keep_experts(self.moe.blocks[index], read_stats(self.run, index).pruning.kept)
 
     def _restore(self, index: int) -> None:
-        """Puts a written block's weights and router in the model's place."""
+        """Loads the weights and router of a finished block into the model."""
         block = self.moe.blocks[index]
         quantized, others, _ = read_block(self.run, index)
         self.shrink(index)
         weights = block.weights()
         if self.recipe.quantizes and quantized.keys() != weights.keys():
-            raise StoreError(f"{self.run.block(index)} holds other weights than {block.name} of this model")
+            raise StoreError(
+                f"{self.run.block(index)} does not hold the weights of {block.name}: "
+                f"{sorted(quantized.keys() ^ weights.keys())[0]} is in only one of them; {REMEDY}"
+            )
         for name, q in quantized.items():
             weights[name][1].copy_(q.dequantize(self.moe.model.dtype))
         if block.is_moe:

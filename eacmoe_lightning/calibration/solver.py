@@ -1,9 +1,9 @@
-"""Quantizes the weights of one block from the inputs that they see: Hessians, GPTQ, and codes in the weights' place.
+"""Quantizes the weights of one block from their inputs, and replaces each weight with what its codes decode to.
 
-Linears that read the same tensor share a Hessian. The experts of a block are solved as one stack: each expert's
-Hessian is made of the tokens that the calibrated router sends it; the down projection sees what the already quantized
-up projection produces. With several processes, Hessians are summed and the experts divided: evenly, for solving costs
-the same for all experts of a block, whatever their bits and tokens.
+Linears that read the same tensor share a Hessian. The experts of a block are solved as a stack. Each expert's Hessian
+is the sum over the tokens that the calibrated router sends it; the Hessian of the down projection is computed from the
+output of the already quantized up projection. With several processes, Hessians are summed over all of them and the
+experts are divided evenly: all experts of a block cost the same to solve, whatever their bits and tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BlockSolver:
     """Solves one block, part by part.
 
     Attributes:
-        solved: codes by parameter name.
+        solved: quantized weights by parameter name.
         error: relative squared output error by parameter name (experts: the mean).
         starved: experts that fewer than `min_expert_tokens` tokens reached.
     """
@@ -52,8 +52,8 @@ class BlockSolver:
         """Quantizes linears of the block that share their input.
 
         Args:
-            names: of the linears, in the layer.
-            inputs: [n, I] pieces of what they read, this process's tokens.
+            names: the linears' names within the block.
+            inputs: their input in pieces [n, I], this process's tokens.
         """
         statistics = self._statistics_of(inputs)
         for name in names:
@@ -65,7 +65,7 @@ class BlockSolver:
             weight.copy_(quantized.dequantize(weight.dtype))
 
     def _statistics_of(self, inputs: Iterable[Tensor]) -> Tensor | list[Tensor] | None:
-        """What the quantizer needs to know of what one linear reads (`Quantizer.needs`), for a stack of one."""
+        """The statistics of one linear's inputs that the quantizer needs (`Quantizer.needs`), as a stack of one."""
         match self.quantizer.needs:
             case "hessian":
                 return self._hessian(inputs)[None]
@@ -85,11 +85,11 @@ class BlockSolver:
     # --- routed experts ----------------------------------------------------------------------------------
 
     def solve_experts(self, x: Tensor, routing: Routing) -> None:
-        """Quantizes both projections of every expert, as many experts at a time as their Hessians allow.
+        """Quantizes both projections of every expert, as many experts at a time as memory allows.
 
         Args:
             x: [N, D] the inputs of router and experts, this process's tokens, in host memory.
-            routing: what the calibrated router says of them, in host memory.
+            routing: the calibrated router's output on x, in host memory.
         """
         experts, num_experts = self.block.experts, self.block.num_experts
         index, num_blocks = self.block.index, self.num_blocks
@@ -123,13 +123,13 @@ class BlockSolver:
     def _statistics_of_experts(
         self, weight: Tensor, experts: range, rows_of: Callable[[int], Tensor], weights: list[Tensor] | None
     ) -> Tensor | list[Tensor] | None:
-        """What the quantizer needs to know of what some experts read (`Quantizer.needs`).
+        """The statistics of some experts' inputs that the quantizer needs (`Quantizer.needs`).
 
         Args:
-            weight: [S, O, I] theirs.
-            experts: their S numbers.
-            rows_of: what an expert's projection reads, [n, I].
-            weights: of each expert's tokens, [n].
+            weight: [S, O, I] one projection of these experts.
+            experts: the numbers of the S experts.
+            rows_of: expert -> the inputs [n, I] of this projection.
+            weights: by expert, the weight [n] of each of its tokens; None weights all equally.
         """
         match self.quantizer.needs:
             case "hessian":
@@ -142,8 +142,7 @@ class BlockSolver:
         return None
 
     def _experts_together(self) -> int:
-        """How many experts are solved at a time: a stack in each process, of as many as `solver_gib` and a CPU's caches
-        hold, and of at least one."""
+        """How many experts are solved at a time, and logs it (see the function `experts_together`)."""
         projections, world = self.block.experts.projections, self.ranks.world
         weight = self.block.experts.weight(projections[0])
         shapes = [self.block.experts.weight(p).shape[-2:] for p in projections]
@@ -159,8 +158,13 @@ class BlockSolver:
     def _solve_stack(
         self, weight: Tensor, statistics: Tensor | list[Tensor] | None, bits: tuple[int | float, ...]
     ) -> tuple[QuantizedWeight, Tensor]:
-        """Experts [S, O, I] with bits of their own, those of one width as one problem, divided among the processes and
-        shared; and their errors [S]."""
+        """Solves experts [S, O, I], each with its number of bits: this process solves its share, then all exchange.
+
+        Experts of one bit width are solved together.
+
+        Returns:
+            The quantized stack and the relative squared output errors [S], the same in all processes.
+        """
         grid, num, world = self._grid("experts"), len(weight), self.ranks.world
         stack = self.quantizer.result.empty(weight.shape, grid, weight.device)
         error = torch.empty(num, device=weight.device)
@@ -168,10 +172,10 @@ class BlockSolver:
         shares = [by_width[num * r // world : num * (r + 1) // world] for r in range(world)]
         for width in sorted({bits[i] for i in shares[self.ranks.rank]}):
             chosen = [i for i in shares[self.ranks.rank] if bits[i] == width]
-            index = slice(None) if len(chosen) == num else chosen  # no copies of what may be large
-            known = [statistics[i] for i in chosen] if isinstance(statistics, list) else statistics
-            known = known[index] if isinstance(known, Tensor) else known
-            solved, error[index] = self.quantizer.solve(weight[index], known, replace(grid, bits=width))
+            index = slice(None) if len(chosen) == num else chosen  # a slice copies nothing
+            inputs = [statistics[i] for i in chosen] if isinstance(statistics, list) else statistics
+            inputs = inputs[index] if isinstance(inputs, Tensor) else inputs
+            solved, error[index] = self.quantizer.solve(weight[index], inputs, replace(grid, bits=width))
             for field in solved.FIELDS:
                 getattr(stack, field)[index] = getattr(solved, field)
         for rank, share in enumerate(shares if world > 1 else ()):
@@ -180,10 +184,10 @@ class BlockSolver:
         return replace(stack, **_widths(stack, bits)), error
 
     def _tokens(self, routing: Routing) -> tuple[list[Tensor], list[Tensor] | None]:
-        """For each expert the tokens [n] that its Hessians are made of, and with `affinity` their weights [n].
+        """By expert, the tokens [n] that its Hessians sum over and, with `affinity`, the tokens' weights [n].
 
-        They are those that the router sends it. An expert with fewer than `min_expert_tokens` (over all
-        processes) is starved: it borrows the other tokens that the router scores highest for it.
+        An expert gets the tokens that the router sends it. An expert with fewer than `min_expert_tokens` over all
+        processes is starved: it borrows the other tokens with the highest router logits for it.
         """
         num_experts, wanted = self.block.num_experts, self.recipe.min_expert_tokens
         load = self.ranks.sum(expert_load(routing.ids, num_experts)).tolist()
@@ -199,7 +203,7 @@ class BlockSolver:
         return tokens, [probabilities[index, e].square() for e, index in enumerate(tokens)]
 
     def _borrowed(self, score: Tensor, num: int) -> Tensor:
-        """[N] mask of the `num` highest scores over all processes (all finite ones where there are fewer)."""
+        """[N] mask of the `num` highest scores over all processes, or of all finite scores if there are fewer."""
         best = score.new_full((num,), -torch.inf)
         top = score.topk(min(num, len(score))).values
         best[: len(top)] = top
@@ -208,15 +212,18 @@ class BlockSolver:
 
 
 def _widths(quantized: QuantizedWeight, bits: Sequence[int | float]) -> dict[str, Bits]:
-    """The field `bits` of a stack on the grid; on a lattice they follow from the codes."""
+    """The field `bits` of a stack on the grid; a lattice computes its bits from its codes."""
     return {"bits": one_or_each(bits)} if isinstance(quantized, Quantized) else {}
 
 
 def stack_bytes(
     quantizer: Quantizer, shapes: list[tuple[int, int]], together: int, world: int, device: torch.device
 ) -> int:
-    """Memory of one process while `together` experts, whose projections have these shapes (O, I), are solved by `world`
-    processes: the Hessians of all, and the work on its share."""
+    """Memory of one process while `world` processes solve `together` experts: all Hessians, and the work on its share.
+
+    Args:
+        shapes: (O, I) of each projection of an expert.
+    """
     share = -(-together // world)
     return max(
         together * 4 * columns**2 + quantizer.working_bytes(share, rows, columns, device) for rows, columns in shapes
@@ -231,8 +238,10 @@ def experts_together(
     world: int,
     device: torch.device,
 ) -> int:
-    """How many experts are solved at a time by `world` processes: as many in each as `gib` (and on a CPU its caches)
-    hold, and at least one."""
+    """How many experts `world` processes solve at a time.
+
+    Each takes as many as fit in `gib` (on a CPU also in its caches), and at least one.
+    """
     most = -(-num_experts // world)
     if device.type == "cpu":
         most = min(most, CACHED // max(4 * rows * columns for rows, columns in shapes))

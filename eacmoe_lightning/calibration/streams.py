@@ -1,8 +1,8 @@
-"""Both hidden streams of this process's windows, and where they rest between blocks.
+"""Both hidden streams of this process's windows: their way through the blocks and their files between blocks.
 
-x is what full precision produces, x_hat what the compressed prefix produces, each [S, T, D]. They lie in files
-(`streaming.hidden`); batches of them visit the model's device. What reaches the router is kept in a file too while its
-block is worked on, and, for the joint stage, the original router's logits of every block.
+x is the output of the full-precision blocks, x_hat that of the compressed ones, each [S, T, D]. They are stored in
+files (`run.hidden`) and moved to the model's device in batches. Two more things are stored in files: the inputs of the
+current block's router and, for the joint stage, the original router's logits of every block.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from eacmoe_lightning.run.ranks import Ranks
 
 
 class Streams:
-    """x and x_hat before one block.
+    """x and x_hat at the input of one block.
 
     Args:
-        moe: the model whose blocks they run through.
+        moe: the model whose blocks the streams run through.
         windows: [S, T] token ids of this process.
-        first_window: global index of the first of them.
+        first_window: global index of the first of these windows.
         batch_size: windows per forward pass.
-        run, ranks: where the streams are kept, and whose they are.
-        dtype: in which they are stored; None: the model's own, which loses nothing.
-        keep_teachers: whether the joint stage will ask for the router logits of all blocks.
+        run: the run directory, which holds the streams' files.
+        ranks: this process among those of the run.
+        dtype: storage dtype; None stores in the model's dtype, which loses nothing.
+        keep_teachers: keep the original router logits of all blocks for the joint stage.
     """
 
     def __init__(
@@ -50,12 +51,12 @@ class Streams:
         self.slices = [slice(i, i + batch_size) for i in range(0, len(windows), batch_size)]
         self.x: HiddenFile
         self.x_hat: HiddenFile
-        self._writers: dict[str, HiddenWriter] = {}  # of the streams behind the block
+        self._writers: dict[str, HiddenWriter] = {}  # by stream: the output of the current block
         self._kwargs: dict[int, list[dict]] = {}  # by batch size: each block's keyword arguments
         self._teachers: dict[int, HiddenFile] = {}  # by block: the original router's logits [S, T, E]
 
     def embed(self) -> None:
-        """Both streams before block 0."""
+        """Sets both streams to the input of block 0, the embedded tokens."""
         writer = self._new("block_000.x")
         for rows in self.slices:
             hidden, kwargs = self.moe.embed(self.windows[rows].to(self.moe.device))
@@ -66,9 +67,12 @@ class Streams:
     # --- through a block ----------------------------------------------------------------------------
 
     def advance(self, block: Block, name: str) -> Routing | None:
-        """Takes `x` or `x_hat` through the block as it now is; what its router said of all tokens.
+        """Runs stream `x` or `x_hat` through the block with its current weights.
 
-        The stream before the block stays until `step`.
+        The block's input is kept until `step`.
+
+        Returns:
+            The router's output for all tokens; None for a dense block.
         """
         writer, routings = self._new(f"block_{block.index + 1:03d}.{name}"), []
         for rows in self.slices:
@@ -79,9 +83,10 @@ class Streams:
         return concatenate(routings) if block.is_moe else None
 
     def step(self, index: int, keep: bool = True) -> None:
-        """Both streams were advanced: they are now those before block `index`.
+        """Makes the advanced streams the current ones, at the input of block `index`.
 
-        With `keep` they are written for good; those of the block before stay, a checkpoint may lie there.
+        With `keep` they are finished files that survive a kill. The files of the previous block are kept as well,
+        because the last checkpoint may need them; older ones are deleted.
         """
         old = {self.x.path: self.x, self.x_hat.path: self.x_hat}.values()
         self.x, self.x_hat = (
@@ -89,7 +94,7 @@ class Streams:
             for writer in (self._writers.pop("x"), self._writers.pop("x_hat"))
         )
         for file in old:
-            if file.path.name.startswith("."):  # never finished
+            if file.path.name.startswith("."):  # a partial file, never finished
                 file.delete()
         if keep:
             self.ranks.barrier()
@@ -101,10 +106,10 @@ class Streams:
         return tensor.to(self.moe.device)
 
     def inputs_of(self, block: Block, module: nn.Module, beside_experts: bool = False) -> Iterator[Tensor]:
-        """What reaches a module of the block in the compressed stream: pieces [n, I].
+        """The inputs of one of the block's modules in the compressed stream, in pieces [n, I].
 
-        With `beside_experts` the module may run behind the routed experts, which are left out where it does not see
-        what they give (shared experts do not).
+        With `beside_experts` the routed experts are skipped if the module's input does not depend on their output, as
+        that of shared experts does not.
         """
         for rows in self.slices:
             batch = self._batch(self.x_hat, rows), self._kwargs_of(block, rows)
@@ -115,7 +120,7 @@ class Streams:
             yield x
 
     def keep_router_input(self, block: Block) -> HiddenFile:
-        """What reaches the block's router in the compressed stream, [S, T, D] in a file until it is deleted."""
+        """Writes the router's inputs in the compressed stream [S, T, D] to a file, which the caller deletes."""
         writer = self._new("router_input")
         for rows, pieces in zip(self.slices, self.inputs_of(block, block.router), strict=True):
             writer.append(pieces.view(*self.windows[rows].shape, -1))
@@ -134,12 +139,16 @@ class Streams:
     # --- by window, for training -----------------------------------------------------------------------
 
     def local(self, window_ids: Tensor) -> Tensor:
-        """Global window indices [b] as indices into this process's windows, in host memory."""
+        """Turns global window indices [b] into indices of this process's windows, in host memory."""
         return window_ids.cpu() - self.first_window
 
     def joint_rows(self, window_ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Of some windows by global index [b]: the original's last hidden state [b, T, D], and by MoE block the
-        original router's logits [b*T, E] for the experts that the block still has. Only behind the last block."""
+        """The joint stage's targets for the windows with these global indices [b]; only after the last block.
+
+        Returns:
+            The original's last hidden state [b, T, D]; and by MoE block the original router's logits [b*T, E] for the
+            experts that the block still has.
+        """
         for block in self.moe.moe_blocks if not self._teachers else ():
             self._teachers[block.index] = HiddenFile.open(self._teacher_path(block.index), self._note)
         local = self.local(window_ids)
@@ -160,7 +169,7 @@ class Streams:
         return [self._directory / f"block_{index:03d}.{name}" for name in ("x", "x_hat")]
 
     def _teacher_path(self, index: int) -> Path:
-        """The original router's logits of one block, for the joint stage."""
+        """The file of the original router's logits of one block, for the joint stage."""
         return self._directory / f"teacher_{index:03d}"
 
     @property
@@ -168,29 +177,29 @@ class Streams:
         return {"windows": [self.first_window, len(self.windows)]}
 
     def write_teacher(self, index: int, logits: Tensor) -> None:
-        """Keeps the original router's logits [N, E] for the joint stage, if there is to be one."""
+        """Writes the original router's logits [N, E] for the joint stage, if there is one."""
         if self.keep_teachers:
             writer = HiddenWriter(self._teacher_path(index), torch.float16)
             writer.append(logits.view(*self.windows.shape, -1))
             writer.finish(self._note)
 
     def can_read(self, index: int) -> bool:
-        """Whether every process has its streams before block `index`, and the teacher's logits up to there."""
+        """Whether every process has stored its streams for block `index` and all earlier blocks' teacher logits."""
         files = self._paths(index)
         if self.keep_teachers:
             files += [self._teacher_path(block.index) for block in self.moe.moe_blocks if block.index < index]
-        found = all(HiddenFile.is_finished(path) for path in files)
-        return int(self.ranks.sum(torch.tensor(int(found)))) == self.ranks.world
+        is_complete = all(HiddenFile.is_finished(path) for path in files)
+        return int(self.ranks.sum(torch.tensor(int(is_complete)))) == self.ranks.world
 
     def read(self, index: int) -> None:
-        """Goes on from the streams before block `index`, as they were written.
+        """Opens the stored streams at the input of block `index`.
 
         Raises:
-            StoreError: they are damaged, or are those of other windows.
+            StoreError: a file is damaged or holds other windows.
         """
         self.x, self.x_hat = (HiddenFile.open(path, self._note) for path in self._paths(index))
 
 
 def concatenate(routings: list[Routing]) -> Routing:
-    """One `Routing` of many, in host memory."""
+    """Joins the routings of several batches into one, in host memory."""
     return Routing(*(torch.cat([getattr(r, f).cpu() for r in routings]) for f in ("logits", "ids", "weights")))
