@@ -1,4 +1,4 @@
-"""Writes the compressed model at the end of a run, and believes it only once it is read back."""
+"""Writes the compressed model at the end of a run and checks that it reloads with identical logits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from eacmoe_lightning.models.streamed import StreamedModel
 
 
 class CompressedModel(Callback):
-    """`compressed/` in the run directory, and `dense/` where the model is an ordinary one: see `result`.
+    """Writes `compressed/` into the run directory, and `dense/` for an unquantized model.
+
+    See `exports.run_result.write_result`.
 
     Raises:
-        StoreError: a weight is not quantized, or the reloaded logits differ at all.
+        StoreError: a weight is not quantized, or the reloaded logits are not identical.
     """
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:

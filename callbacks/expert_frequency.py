@@ -1,4 +1,4 @@
-"""Collects how often each expert is selected (EAC-MoE, section 4.3 and figure 2) over the calibration text."""
+"""Records how often each expert is selected on the calibration text (EAC-MoE, section 4.3 and figure 2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eacmoe_lightning.run.files import write_json
 
 
 class ExpertFrequency(BlockCallback):
-    """Expert loads per block, original and compressed: `expert_frequency.json` and TensorBoard."""
+    """Writes each block's expert loads, original and compressed, to `expert_frequency.json` and TensorBoard."""
 
     def on_block_end(self, trainer: Trainer, module: QESC, stats: BlockStats) -> None:
         for logger in trainer.loggers:

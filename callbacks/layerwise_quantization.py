@@ -1,4 +1,4 @@
-"""Drives `calibration.Calibration` through the run: before a block's epochs, its attention; after them, its experts."""
+"""Drives `calibration.blocks.Calibration`: quantizes a block's attention before its epochs, its experts after them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from eacmoe_lightning.job.qesc import QESC
 
 
 class LayerwiseQuantization(Callback):
-    """Quantizes each block around the epochs that calibrate its router, as the module's recipe says.
+    """Quantizes each block by the module's recipe, before and after the epochs that calibrate its router.
 
-    Lightning does not call `on_train_epoch_start` in every epoch of a resumed run (not in the middle of an epoch, and
-    not after a checkpoint of an epoch's last batch), so work starts with an epoch's first batch, and entering a block
-    is idempotent.
+    Lightning skips `on_train_epoch_start` when a run resumes in the middle of an epoch or after its last batch. So the
+    work of an epoch starts with its first batch, and entering a block twice changes nothing.
     """
 
     def on_train_batch_start(self, trainer: Trainer, module: QESC, batch, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""What the run did to routing and quality: TensorBoard per block, `report.json` and `report.md` at its end."""
+"""Reports routing and quality: per block to TensorBoard, and at the end in `report.json` and `report.md`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ class RoutingReport(BlockCallback):
     """Evaluates the written model on the held-out texts and writes the report.
 
     Args:
-        evaluate: false leaves the held-out evaluation out (perplexities and held-out change rates are then
-            missing from the report).
+        evaluate: False skips the held-out evaluation; the report then has no perplexities and no held-out change rates.
     """
 
     def __init__(self, evaluate: bool = True) -> None:
@@ -42,7 +41,7 @@ class RoutingReport(BlockCallback):
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch < module.num_epochs:
             if trainer.is_global_zero:
-                print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; --ckpt_path last goes on")
+                print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; resume with --ckpt_path last")
             return
         result = None
         if self.evaluate:
@@ -61,20 +60,20 @@ class RoutingReport(BlockCallback):
 
     @torch.no_grad()
     def _evaluate(self, trainer: Trainer, module: QESC) -> dict[str, dict]:
-        """`after`: the written model; `before`: the same codes with the original's routers, norms and scales."""
+        """Results `after` calibration (the written model) and `before` it (`TrainedParts.untrained`)."""
         data = trainer.datamodule
         data.setup("validate")
         original = StreamedModel(module.original, module.device)
 
-        def of(weights: Weights) -> dict:
+        def evaluated(weights: Weights) -> dict:
             subject = StreamedModel(weights, module.device)
             scratch = module.run.scratch(module.global_rank)
             return evaluate(
                 original, subject, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks, scratch=scratch
             )
 
-        after = of(CompressedWeights(module.run.compressed))
-        before = after if module.router_method == "none" else of(module.parts.untrained())
+        after = evaluated(CompressedWeights(module.run.compressed))
+        before = after if module.router_method == "none" else evaluated(module.parts.untrained())
         if not all(torch.isfinite(torch.tensor([*v.values()])).all() for v in after["perplexity"].values()):
-            raise StoreError("the compressed model's perplexity is not finite: look at the blocks' quantization errors")
+            raise StoreError("the compressed model's perplexity is not finite: check its blocks' quantization errors")
         return {"before": before, "after": after}

@@ -1,1 +1,1 @@
-"""What compression did: original beside compressed, perplexity, expert-shift, and the report."""
+"""Compares the compressed model with the original: perplexity, expert-shift and the report."""

@@ -1,8 +1,9 @@
-"""A task with right answers that needs nothing but held-out text: which of four continuations is the text's own?
+"""A multiple-choice task made from held-out text alone: which continuation follows the context?
 
-A question is a context and `num_choices` continuations of equal length: the one that follows in the text, and those of
-other places of the same text. A model answers with the continuation it gives the highest likelihood. Unlike most
-benchmarks this one has signal for models of a few million parameters. Pure functions; random only by the seed given.
+A question is a context and `num_choices` continuations of equal length: the true one, and others from elsewhere in the
+same text. The model's answer is the continuation to which it gives the highest likelihood. Unlike most benchmarks, this
+task has signal for models of a few million parameters. All functions are pure, and the seed determines all random
+choices.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Questions:
 
     Attributes:
         input_ids: int64 [Q, C, T], a context followed by one of its continuations.
-        answers: int64 [Q], the choice that is the text's own.
-        context_length: tokens of the context; the continuation is what is left of T.
+        answers: int64 [Q], the index of the true continuation.
+        context_length: number of tokens of the context; the continuation is the rest of T.
     """
 
     input_ids: Tensor
@@ -39,30 +40,30 @@ def make_questions(
 
     Args:
         windows: int64 [S, T] token windows that do not overlap (`text.token_windows`).
-        num_questions: Q, at most S; each has a window of its own.
-        context_length: of T; the rest is the continuation.
+        num_questions: Q, at most S; no two questions share a window.
+        context_length: number of tokens of the context, less than T.
         num_choices: C; the wrong ones are other windows' continuations, all different.
-        seed: of the choice of windows, of the wrong continuations and of their order.
+        seed: seed for the choice of windows, the choice of wrong continuations and their order.
 
     Raises:
-        ValueError: there are too few windows, or too few different continuations, or no continuation is left.
+        ValueError: there are too few windows or too few different continuations, or the context takes all of T.
     """
     num_windows, length = windows.shape
     if not 0 < context_length < length:
-        raise ValueError(f"context_length={context_length} must leave a continuation of windows of {length} tokens")
+        raise ValueError(f"context_length={context_length} is not between 1 and {length - 1} (window length - 1)")
     if not 0 < num_questions <= num_windows:
-        raise ValueError(f"num_questions={num_questions} needs as many windows of {length} tokens, not {num_windows}")
+        raise ValueError(f"num_questions={num_questions} is not between 1 and {num_windows}, the number of windows")
     generator = torch.Generator().manual_seed(seed)
     continuations = windows[:, context_length:]
-    _, kind = continuations.unique(dim=0, return_inverse=True)  # windows of one kind continue alike
+    _, kind = continuations.unique(dim=0, return_inverse=True)  # windows of one kind have the same continuation
     if int(kind.max()) + 1 < num_choices:
         raise ValueError(
             f"{num_choices} choices need as many different continuations, and these {num_windows} windows have "
             f"{int(kind.max()) + 1}"
         )
-    asked = torch.randperm(num_windows, generator=generator)[:num_questions]
+    question_windows = torch.randperm(num_windows, generator=generator)[:num_questions]
     questions, answers = [], []
-    for window in asked.tolist():
+    for window in question_windows.tolist():
         chosen, kinds = [window], {int(kind[window])}
         for other in torch.randperm(num_windows, generator=generator).tolist():
             if len(chosen) == num_choices:
@@ -78,25 +79,25 @@ def make_questions(
 
 
 def choose(log_likelihood: Tensor, num_choices: int) -> Tensor:
-    """[Q*C, L] log-likelihoods of the continuations' tokens -> int64 [Q], the likeliest choice of each question."""
+    """[Q*C, L] log-likelihoods of the continuations' tokens -> int64 [Q], the most likely choice of each question."""
     return log_likelihood.double().sum(-1).view(-1, num_choices).argmax(-1)
 
 
 def accuracy(chosen: Tensor, answers: Tensor) -> float:
-    """The share of questions [Q] answered rightly; chance is one in the number of choices."""
+    """The share of the Q questions that are answered correctly; guessing gives 1 / C."""
     return float((chosen == answers).double().mean())
 
 
 def answer(score: Callable[[Tensor], Tensor], questions: Questions, batch_size: int = 32) -> Tensor:
-    """int64 [Q]: what a model chooses.
+    """The model's answers, int64 [Q].
 
     Args:
         score: [B, T] token ids -> [B, T-1] log-likelihoods of all tokens but the first
             (`evaluate.token_log_likelihoods` of a model).
-        questions: of which all choices are scored.
-        batch_size: B, sequences at a time.
+        questions: the questions; all their choices are scored.
+        batch_size: B, sequences per call of `score`.
     """
     sequences = questions.input_ids.flatten(0, 1)  # [Q*C, T]
-    first = questions.context_length - 1  # column in which the continuation's first token is predicted
+    first = questions.context_length - 1  # column of the continuation's first token
     rows = torch.cat([score(batch)[:, first:].cpu() for batch in sequences.split(batch_size)])
     return choose(rows, questions.input_ids.shape[1])

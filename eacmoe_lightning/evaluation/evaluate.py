@@ -20,13 +20,13 @@ from eacmoe_lightning.text.batches import shard
 
 
 class Evaluation:
-    """Gathers batches of texts, runs them all block by block, and sums up over batches and processes.
+    """Gathers batches of texts, runs them all block by block, and sums the results over batches and processes.
 
     Args:
-        original: the reference, or None where the subject is an original model.
-        subject: what is evaluated.
-        split: whether `run_batches` is asked for the split of the damage.
-        scratch: a directory for hidden states while they are not in use; None: they stay in memory.
+        original: the reference model; None if the subject is itself an original.
+        subject: the model that is evaluated.
+        split: whether to split the damage into that of weights and that of selections (see `run_batches`).
+        scratch: directory for the hidden states that are not in use; None keeps them in memory.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class Evaluation:
         self.names = ["original"] + (["compressed"] if original else [])
         self.names += ["selection_damage", "weight_damage"] if original and split else []
         self.batches: list[tuple[str, Tensor]] = []  # text, token ids [B, T]
-        self.nll: dict[str, dict[str, SumMetric]] = {}  # text -> stream, and `tokens`
-        self.shift: dict[str, ExpertShift] = {}  # text
+        self.nll: dict[str, dict[str, SumMetric]] = {}  # text -> stream or `tokens` -> sum
+        self.shift: dict[str, ExpertShift] = {}  # by text
 
     def _open(self, text: str) -> None:
         if text in self.nll:
@@ -48,7 +48,7 @@ class Evaluation:
             self.shift[text] = ExpertShift(len(self.subject.moe_blocks), self.subject.top_k).to(device)
 
     def add(self, text: str, input_ids: Tensor) -> None:
-        """A batch of windows [B, T] that `compute` is to run."""
+        """Adds a batch of windows [B, T] for `compute` to run."""
         self._open(text)
         self.batches.append((text, input_ids))
 
@@ -67,9 +67,9 @@ class Evaluation:
         self.batches.clear()
 
     def compute(self, texts: list[str]) -> dict[str, Any]:
-        """`perplexity.<text>.<stream>`, `tokens.<text>`, and `expert_shift` with `mean`, `texts` and `blocks`.
+        """Returns `perplexity.<text>.<stream>`, `tokens.<text>`, and `expert_shift` with `mean`, `texts` and `blocks`.
 
-        Every process calls it with the same texts, whether or not it saw a batch of each.
+        Every process must call it with the same texts, even with texts of which it has no batch.
         """
         for text in texts:
             self._open(text)
@@ -112,7 +112,7 @@ def evaluate(
     ranks = ranks or Ranks()
     evaluation = Evaluation(original, subject, split, scratch)
     for text, windows in texts.items():
-        own = shard(len(windows), ranks.rank, ranks.world)
-        for start in range(own.start, own.stop, batch_size):
-            evaluation.add(text, windows[start : min(start + batch_size, own.stop)])
+        rows = shard(len(windows), ranks.rank, ranks.world)
+        for start in range(rows.start, rows.stop, batch_size):
+            evaluation.add(text, windows[start : min(start + batch_size, rows.stop)])
     return evaluation.compute(list(texts))

@@ -1,17 +1,35 @@
-"""The report of a run: `report.json` with stable keys, and the same for people as `report.md`.
+"""The report of a run: `report.json` with stable keys, and the same content to read in `report.md`.
 
-Keys (dots are nesting): `command`, `config`, `versions`, `commit`, `seed`, `machine`; `model.blocks`, `.experts`,
-`.top_k`; `bits.nominal` (as the paper counts), `bits.true` (with scales and zero points, over the same weights);
-`size_bytes.original`, `.compressed`; `perplexity.<text>.original|compressed|before` (before: the compressed model with
-the original's routers); `expert_shift.mean.before|after.any|half|all|selections` over the held-out texts,
-`expert_shift.calibration.before|after` and `expert_shift.blocks[]`; `router.method`; `experts.starved` (number) and
-`experts.starved_by_block`; `cost.<phase>.seconds|peak_bytes|read_bytes|written_bytes|share` (read and written: disk
-traffic), `cost.total_seconds`; where experts were removed `pruning.rule`, `.experts`, `.removed`,
-`.removed_selections` (mean over blocks),
-`pruning.blocks.<block>.kept|removed|removed_selections|scores|below_alpha` (the last: experts that stay although alpha
-would remove them, since a token selects top_k), `pruning.below_alpha` (their number); `perplexity.<text>.original` is
-then the one before pruning, and `.before` that of the pruned (and quantized) model with the original's routers. The
-report of `prune` has the same keys, with the model that it was given in the place of the original.
+Keys, with dots for nesting:
+
+    command, config, versions, commit, seed, machine
+    model.blocks|experts|top_k
+    bits.nominal        as the paper counts
+    bits.true           with scales and zero points, over the same weights
+    size_bytes.original|compressed
+    perplexity.<text>.original|compressed|before
+                        before: the compressed model with the original's routers
+    expert_shift.mean.before|after.any|half|all|selections
+                        over the held-out texts
+    expert_shift.calibration.before|after, expert_shift.blocks[]
+    router.method
+    experts.starved     number of starved experts
+    experts.starved_by_block
+    cost.<phase>.seconds|peak_bytes|read_bytes|written_bytes|share
+                        read and written: disk traffic
+    cost.total_seconds
+
+If experts were removed:
+
+    pruning.rule|experts|removed
+    pruning.removed_selections
+                        mean over blocks
+    pruning.blocks.<block>.kept|removed|removed_selections|scores|below_alpha
+                        below_alpha: experts that stay although alpha would remove them, since a token selects top_k
+    pruning.below_alpha number of these experts
+
+The original in `perplexity` is then the unpruned model. The report of `prune` has the same keys, with the model that it
+was given in place of the original.
 """
 
 from __future__ import annotations
@@ -42,13 +60,15 @@ def build(
     blocks: list[BlockStats],
     evaluation: dict[str, dict] | None,
 ) -> dict[str, Any]:
-    """The report of a finished run, without its `provenance.origin`.
+    """The report of a finished run, without the fields of `provenance.origin`.
 
     Args:
-        run, moe, name_or_path: the run directory, and the original model.
-        recipe, router, pruning: what was done to it; `router` is kept under that key.
-        blocks: statistics of every block, as `Calibration.leave` gives them.
-        evaluation: `before` and `after` of `evaluate`, or None.
+        run: the run directory.
+        moe, name_or_path: the original model.
+        recipe, pruning: how the model was compressed.
+        router: stored in the report as `router`.
+        blocks: statistics of every block (`Calibration.leave`).
+        evaluation: results of `evaluate` under `before` and `after`; None if there was no evaluation.
     """
     moe_stats = [s for s in blocks if s.is_moe]
     report = {
@@ -80,7 +100,7 @@ def build(
 
 
 def add_quality(report: dict[str, Any], blocks: list[BlockStats], evaluation: dict[str, dict] | None) -> None:
-    """Puts perplexity and expert-shift into a report; arguments as in `build`."""
+    """Adds perplexity and expert-shift to a report; arguments as in `build`."""
     moe_stats = [s for s in blocks if s.is_moe]
     calibration = {when: [s.expert_shift[when] for s in moe_stats] for when in ("before", "after")}
     report["expert_shift"] = {"calibration": {when: mean_rates(rows) for when, rows in calibration.items()}}
@@ -113,7 +133,7 @@ def write(run: RunDirectory, report: dict[str, Any]) -> None:
 
 
 def removed_experts(rule: dict[str, Any], blocks: list[BlockStats]) -> dict[str, Any]:
-    """What was removed, and the share of the calibration text's selections that it had carried."""
+    """The removed experts, and the share of the calibration text's selections that went to them."""
     removed = {s.block: s.pruning for s in blocks}
     return {
         "rule": rule,
@@ -126,7 +146,7 @@ def removed_experts(rule: dict[str, Any], blocks: list[BlockStats]) -> dict[str,
 
 
 def _true_bits(run: RunDirectory, moe, recipe: Recipe) -> float:
-    """Stored bits per quantized weight: codes, scales and zero points."""
+    """Stored bits per quantized weight, with scales and zero points."""
     if not recipe.quantizes:
         return nominal_bits(moe, recipe)
     stored = 0

@@ -1,4 +1,4 @@
-"""The report for people: a few lines for the terminal, and `report.md`."""
+"""The report as text: a few lines for the terminal, and `report.md`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def summary(report: dict[str, Any]) -> str:
     ]
     if pruning := report.get("pruning"):
         lines.append(
-            f"{pruning['removed']} of {pruning['experts']} experts removed ({pruning['rule']['criterion']}), which "
-            f"{pruning['removed_selections']:.2%} of the selections went to"
+            f"{pruning['removed']} of {pruning['experts']} experts removed ({pruning['rule']['criterion']}), to which "
+            f"{pruning['removed_selections']:.2%} of the selections went"
         )
         if pruning["below_alpha"]:
             lines.append(
@@ -35,16 +35,16 @@ def summary(report: dict[str, Any]) -> str:
         )
     cost = report["cost"]
     starved = f"{report['experts']['starved']} starved experts; " if "experts" in report else ""
-    lines.append(f"{starved}{cost['total_seconds']:.0f} s in all")
+    lines.append(f"{starved}{cost['total_seconds']:.0f} s in total")
     if calibration := sum(cost[phase]["seconds"] for phase in (*PHASES, "joint") if phase in cost):
         stages = {"router per block": "router", "joint stage": "joint"}
-        said = (f"{name} {cost[phase]['seconds'] / calibration:.1%}" for name, phase in stages.items() if phase in cost)
-        lines.append(f"router calibration, of the {calibration:.0f} s from reading to replaying: " + ", ".join(said))
+        shares = [f"{k} {cost[phase]['seconds'] / calibration:.1%}" for k, phase in stages.items() if phase in cost]
+        lines.append(f"share of router calibration in the {calibration:.0f} s of calibration: " + ", ".join(shares))
     return "\n".join(lines)
 
 
 def evaluation_summary(result: dict[str, Any], size_bytes: dict[str, int]) -> str:
-    """What `validate` and `test` print: one row per text, and the change rates per block."""
+    """The output of `validate` and `test`: perplexity per text and change rates per block."""
     streams = list(next(iter(result["perplexity"].values())))
     lines = ["", "size: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in size_bytes.items())]
     lines.append(f"{'perplexity':12s} " + " ".join(f"{name:>16s}" for name in streams))
@@ -69,11 +69,11 @@ def markdown(report: dict[str, Any]) -> str:
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
         + f"  \n{report['machine']['processor']}, {report['machine']['threads']} threads",
         "## Perplexity on held-out text\n\n"
-        + "`original` is the model that this one was made of, `before` this one with its routers.\n\n"
+        + "`original`: the original model. `before`: the compressed model with the original's routers.\n\n"
         + _table(["text", "original", "before", "compressed"], [
             [t, *(f"{v[c]:.3f}" for c in ("original", "before", "compressed"))] for t, v in report["perplexity"].items()
         ]),
-        "## Expert-shift per block\n\nShare of tokens with any, half or more, all selections changed.\n\n"
+        "## Expert-shift per block\n\nShare of tokens with any, at least half, or all selections changed.\n\n"
         + _table(
             ["block", "text", *(f"{r} {w}" for r in RATES for w in ("before", "after"))],
             [
@@ -106,7 +106,7 @@ def _starved_list(experts: dict[str, Any]) -> str:
 
 
 def _pruning_table(pruning: dict[str, Any]) -> str:
-    said = ", ".join(f"{name} {value}" for name, value in pruning["rule"].items() if value is not None)
+    rule = ", ".join(f"{name} {value}" for name, value in pruning["rule"].items() if value is not None)
     rows = [
         [
             block,
@@ -118,7 +118,7 @@ def _pruning_table(pruning: dict[str, Any]) -> str:
         for block, s in pruning["blocks"].items()
     ]
     return (
-        f"## Removed experts\n\nRule: {said}. Selections: the share on the calibration text that went to them. Below "
+        f"## Removed experts\n\nRule: {rule}. Selections: the share on the calibration text that went to them. Below "
         "alpha: experts that stay because a token selects top_k.\n\n"
         + _table(["block", "stay", "removed", "selections", "below alpha"], rows)
     )

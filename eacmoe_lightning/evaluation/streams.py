@@ -1,11 +1,12 @@
-"""Original and compressed model side by side, block by block: what each token's loss and each selection became.
+"""Runs the original and the compressed model side by side and compares each token's loss and selected experts.
 
-Both run on the same text, one block of each in memory at a time, and one pass gives four streams (EAC-MoE, table 1):
+Both run on the same text with one block of each in memory. One pass gives up to four streams (EAC-MoE, table 1):
 
     original          full precision
     compressed        as it would be served
     selection_damage  original weights, but the experts that the compressed model selected
-    weight_damage     compressed weights, but the experts that the original selected"""
+    weight_damage     compressed weights, but the experts that the original selected
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from eacmoe_lightning.models.moe import MoEModel
 
 @dataclass
 class Streams:
-    """What one batch of windows gave: negative log-likelihoods in nats and selections."""
+    """The results of one batch of windows: negative log-likelihoods in nats and selected experts."""
 
     nll: dict[str, Tensor]  # by stream: [B, T-1]
     original_ids: list[Tensor]  # per MoE block [N, K]
@@ -30,7 +31,7 @@ class Streams:
 
 
 def run_streams(original: MoEModel | None, subject: MoEModel, input_ids: Tensor, split: bool = False) -> Streams:
-    """`run_batches` of one batch [B, T], with all selections kept."""
+    """`run_batches` on one batch [B, T]; keeps all selected experts."""
     streams = Streams({}, [], [])
 
     def keep(batch: int, block: int, ids: Tensor, compressed_ids: Tensor | None) -> None:
@@ -42,7 +43,7 @@ def run_streams(original: MoEModel | None, subject: MoEModel, input_ids: Tensor,
     return streams
 
 
-# batch, MoE block, the original's ids [N, K] and, where there is one beside it, the compressed model's
+# batch, MoE block, the original's expert ids [N, K], and the compressed model's, or None without one
 OnSelections = Callable[[int, int, Tensor, Tensor | None], None]
 
 
@@ -55,11 +56,18 @@ def run_batches(
     on_selections: OnSelections | None = None,
     hidden: MutableMapping[tuple[int, str], Tensor] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Runs batches of tokens [B, T] through the original and the subject side by side, all of them block by block.
+    """Runs batches of tokens [B, T] through the original and the subject side by side, block by block.
 
-    Each block is in memory once, whatever the number of batches. Without an original, the subject is itself one: only
-    its own stream runs, under the name `original`. Hidden states rest in `hidden` between blocks, by batch and stream:
-    in memory, or on a `streaming.hidden.Shelf`.
+    All batches run through a block before the next block is loaded, so each block is loaded once.
+
+    Args:
+        original: the reference model; None if the subject is itself an original. Then only one stream runs, `original`.
+        subject: the model that is evaluated.
+        batches: token ids [B, T].
+        split: whether to run `selection_damage` and `weight_damage` too.
+        on_selections: called with the selected experts of every batch and MoE block.
+        hidden: holds the hidden states between blocks, by batch and stream (for example a `run.hidden.Shelf`); None
+            keeps them in memory.
 
     Returns:
         Per batch, by stream: negative log-likelihoods [B, T-1] in nats.
@@ -95,7 +103,7 @@ OF_SUBJECT = ("compressed", "weight_damage")  # streams that run through the sub
 
 
 class _Embedded:
-    """Hidden states [B, T, D] before block 0, and each block's keyword arguments, which depend on the shape only."""
+    """Hidden states [B, T, D] before block 0, and the blocks' keyword arguments, which depend on the shape only."""
 
     def __init__(self, moe: MoEModel, batches: Sequence[Tensor]) -> None:
         self.moe, self.batches = moe, batches
@@ -114,7 +122,7 @@ class _Embedded:
 def _through_block(
     block: Block, twin: Block | None, streams: dict[str, Tensor], kwargs: list[dict], split: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Takes one batch's streams through a block of the original and its twin; what experts the two selected."""
+    """Runs a batch's streams through a block and its twin; returns the expert ids that each of them selected."""
     streams["original"], routing = block.forward(streams["original"], kwargs[0])
     ids = routing.ids if routing is not None else None
     if twin is None:
@@ -128,7 +136,7 @@ def _through_block(
 
 
 def next_token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """[B, T, V], [B, T] -> [B, T-1] nats, float32."""
+    """Logits [B, T, V] and token ids [B, T] -> negative log-likelihoods [B, T-1] in nats, float32."""
     targets = input_ids[:, 1:].flatten().to(logits.device)
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="none").view(
         len(input_ids), -1
@@ -136,5 +144,5 @@ def next_token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
 
 
 def token_log_likelihoods(model: MoEModel, input_ids: Tensor) -> Tensor:
-    """[B, T] -> [B, T-1] nats."""
+    """Token ids [B, T] -> log-likelihoods [B, T-1] in nats of every token but the first."""
     return -run_batches(None, model, [input_ids])[0]["original"]

@@ -1,1 +1,1 @@
-"""The Lightning job: the modules, what is trained, the data module and checkpoints."""
+"""The Lightning side: LightningModule, trained parameters, data module, callback hooks and checkpoint I/O."""

@@ -1,4 +1,4 @@
-"""Hooks that Lightning does not have: a phase begins or ends, a block is done."""
+"""Callback hooks that Lightning lacks: a phase starts or ends, a block is finished."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from eacmoe_lightning.run.block_file import BlockStats
 
 
 class BlockCallback(Callback):
-    """A callback that is told of blocks and phases.
+    """A callback with hooks for blocks and phases.
 
-    `phase` is one of `calibration.PHASES` with the index of a block, or `joint`, `write` or `evaluate` with None.
+    `phase` is one of `calibration.blocks.PHASES` and comes with a block index, or it is `joint`, `write` or `evaluate`
+    and the block is None.
     """
 
     def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None: ...
@@ -22,11 +23,11 @@ class BlockCallback(Callback):
     def on_phase_end(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None: ...
 
     def on_block_end(self, trainer: Trainer, module: LightningModule, stats: BlockStats) -> None:
-        """`stats` as `Calibration.leave` returns them."""
+        """`stats` is what `Calibration.leave` returns."""
 
 
 def tell(trainer: Trainer, hook: str, *args: Any) -> None:
-    """Calls a hook of every BlockCallback of the trainer."""
+    """Calls `hook` on every `BlockCallback` of the trainer."""
     for callback in trainer.callbacks:
         if isinstance(callback, BlockCallback):
             getattr(callback, hook)(trainer, trainer.lightning_module, *args)
@@ -34,7 +35,7 @@ def tell(trainer: Trainer, hook: str, *args: Any) -> None:
 
 @contextmanager
 def phase(trainer: Trainer, block: int | None, name: str) -> Iterator[None]:
-    """Tells of a phase around what is done inside."""
+    """Calls `on_phase_start` before the body and `on_phase_end` after it."""
     tell(trainer, "on_phase_start", block, name)
     yield
     tell(trainer, "on_phase_end", block, name)

@@ -1,4 +1,7 @@
-"""Lightning checkpoints: whole or absent, also after kill -9 or on a full disk; and mended before a run goes on."""
+"""Lightning checkpoints that survive a kill, a full disk and a moved run directory.
+
+They are written whole or not at all, and repaired before a run resumes from them.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,21 @@ from eacmoe_lightning.run.files import write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the place, flushes, renames: `last.ckpt` always loads."""
+    """Writes to a temporary file, flushes it and renames it, so that `last.ckpt` always loads."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if storage_options is not None:
-            raise TypeError("storage_options are for remote file systems; a run directory is a local path")
-        content = io.BytesIO()  # torch.save hides a full disk behind an error of its own
+            raise TypeError("storage_options apply to remote file systems, but a run directory is a local path")
+        content = io.BytesIO()  # on a full disk torch.save raises an error that does not say so
         torch.save(checkpoint, content)
         write_atomically(Path(path), lambda partial: partial.write_bytes(content.getbuffer()))
 
 
 def mend_progress(fit_loop: dict[str, Any]) -> None:
-    """Makes the counters of a checkpoint's loops what they are in a run that was never resumed.
+    """Sets a checkpoint's loop counters to the values of a run that was never resumed.
 
-    A resume behind an epoch's last batch leaves Lightning 2.6 short of one completed batch and one started epoch. The
-    next such resume would not be recognised as one, and its epoch trained twice.
+    When Lightning 2.6 resumes after an epoch's last batch, it counts one completed batch and one started epoch too few.
+    It would not recognise the next such resume, and would train that epoch twice.
     """
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
     lag = batches["current"]["processed"] - batches["current"]["completed"]  # 1 in on_train_batch_end, 0 at epoch ends
@@ -40,14 +43,14 @@ def mend_progress(fit_loop: dict[str, Any]) -> None:
 
 
 def follow_moved(states: dict[str, dict[str, Any]], callbacks: Iterable[Checkpoint], path: str | Path) -> None:
-    """Where a run was moved: makes the paths that its checkpoint knows of others lie beside it.
+    """Rewrites the checkpoint paths in the callbacks' states after the run directory was moved.
 
-    Lightning would warn of them, and forget what it has left there.
+    Lightning would warn about the old directory and lose track of the checkpoints in it.
 
     Args:
-        states: what the checkpoint holds of each callback; changed.
+        states: the checkpoint's state of each callback; changed in place.
         callbacks: the run's `ModelCheckpoint`s.
-        path: of the checkpoint.
+        path: path of the checkpoint.
     """
     new = os.path.realpath(Path(path).parent)
     for callback in callbacks:

@@ -1,4 +1,4 @@
-"""The evaluation half of the job: `validate`, `test` and `predict`, original beside compressed."""
+"""The evaluation half of the LightningModule: `validate`, `test` and `predict`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from eacmoe_lightning.run.files import write_json
 
 @dataclass
 class Compared:
-    """The models of an evaluation and what it has gathered: outside the module tree, and not in checkpoints.
+    """The models of an evaluation and its results so far, kept out of the module tree and of checkpoints.
 
     Attributes:
-        subject: what is evaluated.
-        original: what it is compared with; None where the subject is itself an original.
-        size_bytes: of both on disk, by `original` and `compressed`.
-        evaluation: the batches of `validate` and `test`.
-        nll: of `predict`: [b, T-1] nats by data loader and batch.
+        subject: the model that is evaluated.
+        original: the model it is compared with; None if the subject is itself an original.
+        size_bytes: size on disk, keyed by `original` and `compressed`.
+        evaluation: gathers the batches of `validate` and `test`.
+        nll: results of `predict`: [B, T-1] nats, keyed by data loader index and batch index.
     """
 
     subject: StreamedModel
@@ -37,13 +37,14 @@ class Compared:
 
 
 class Comparison(LightningModule):
-    """Compares what a run produced with its original, on held-out text.
+    """Compares a compressed model with its original on held-out text.
 
     Args:
-        name_or_path: the original.
-        dtype: of both models.
-        evaluate: a run directory, a compressed directory or an original model; None: the trainer's run directory.
-        split_damage: whether `test` splits the damage into weights and selections.
+        name_or_path: the original model.
+        dtype: dtype to load the models in.
+        evaluate: the model to evaluate: a run directory, a compressed directory or an original model. None takes the
+            trainer's run directory.
+        split_damage: whether `test` splits the damage into that of the weights and that of the selections.
     """
 
     def __init__(self, name_or_path: str, dtype: str, evaluate: str | None, split_damage: bool) -> None:
@@ -61,20 +62,20 @@ class Comparison(LightningModule):
             self.compared = self._open_models()
             if self.split_damage and self.compared.original is not None and self.compared.subject.is_pruned:
                 raise ValueError(
-                    "--model.split_damage forces the original's selections on the compressed model, and some of these "
-                    "experts were removed from it: leave the option out"
+                    "--model.split_damage forces the original's selections on the compressed model, but some of the "
+                    "selected experts were removed from it: leave the option out"
                 )
 
     def _open_models(self) -> Compared:
-        """The model to evaluate, and the original to compare it with.
+        """The model to evaluate and the original to compare it with.
 
         Raises:
-            FileNotFoundError: there is nothing to evaluate, or its original is gone.
+            FileNotFoundError: there is no model to evaluate, or its original is missing.
         """
         if self.evaluate is None and not (self.run.manifest.exists() or self.run.compressed.exists()):
             raise FileNotFoundError(
-                f"there is no run in {self.run.path} (--trainer.default_root_dir): run `fit` first, or say with "
-                "--model.evaluate which run directory, compressed directory or original model to look at"
+                f"there is no run in {self.run.path} (--trainer.default_root_dir): run `fit` first, or pass a run "
+                "directory, a compressed directory or an original model with --model.evaluate"
             )
         device = self.trainer.strategy.root_device
         subject = open_model(self.evaluate or self.run.path, self.dtype_name, "--model.evaluate")
@@ -85,7 +86,7 @@ class Comparison(LightningModule):
         return Compared(subject.streamed(device), original.streamed(device), size_bytes)
 
     def _original_of(self, subject: OpenedModel) -> OpenedModel:
-        """Where `--model.name_or_path` says, or else where the compressed model's config does; in its dtype."""
+        """The original named by `--model.name_or_path`, or else by the subject's config, in the subject's dtype."""
         name = subject.original if self.name_or_path == "bundled" else self.name_or_path
         return open_model(name, str(subject.weights.dtype).rpartition(".")[2], "--model.name_or_path")
 
@@ -100,7 +101,7 @@ class Comparison(LightningModule):
         self._start_evaluation(split=self.split_damage)
 
     def _evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int, names: list[str]) -> None:
-        """Only gathers: all batches of all texts go through the model together, a block at a time."""
+        """Only gathers: at the end all batches of all texts run through each block together."""
         if len(batch["input_ids"]):
             self.compared.evaluation.add(names[dataloader_idx], batch["input_ids"])
 
@@ -122,7 +123,7 @@ class Comparison(LightningModule):
             print(evaluation_summary(result, self.compared.size_bytes))
 
     def on_validation_start(self) -> None:
-        self.trainer.validate_loop.verbose = False  # Lightning's table repeats everything for every text
+        self.trainer.validate_loop.verbose = False  # Lightning's table repeats every value for every text
 
     def on_test_start(self) -> None:
         self.trainer.test_loop.verbose = False
@@ -134,18 +135,18 @@ class Comparison(LightningModule):
         self._finish_evaluation("test")
 
     def on_predict_start(self) -> None:
-        """Runs all windows of this process block by block; `predict_step` hands their scores out."""
+        """Scores all windows of this process, block by block; `predict_step` returns the scores."""
         loaders = self.trainer.predict_dataloaders
         loaders = loaders if isinstance(loaders, list) else [loaders]
-        dealt = {(n, j): batch["input_ids"] for n, loader in enumerate(loaders) for j, batch in enumerate(loader)}
-        batches = {key: ids for key, ids in dealt.items() if len(ids)}
+        all_batches = {(n, j): batch["input_ids"] for n, loader in enumerate(loaders) for j, batch in enumerate(loader)}
+        batches = {key: ids for key, ids in all_batches.items() if len(ids)}
         nll = run_batches(None, self.compared.subject, list(batches.values()))
         self.compared.nll = {key: streams["original"] for key, streams in zip(batches, nll, strict=True)}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Log-likelihoods in nats of each token but the first, [b, T-1], by global window index."""
-        nothing = torch.empty(0, batch["input_ids"].shape[1] - 1)  # other processes had more windows
+        """Log-likelihoods [B, T-1] in nats of every token but the first, with the windows' global indices."""
+        no_windows = torch.empty(0, batch["input_ids"].shape[1] - 1)  # other processes have one batch more
         return {
             "index": batch["index"],
-            "log_likelihood": -self.compared.nll.get((dataloader_idx, batch_idx), nothing),
+            "log_likelihood": -self.compared.nll.get((dataloader_idx, batch_idx), no_windows),
         }

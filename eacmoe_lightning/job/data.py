@@ -1,4 +1,4 @@
-"""The data module: which windows are calibrated on, which are held out."""
+"""The data module: windows of calibration text and of held-out text."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from eacmoe_lightning.text.windows import token_windows
 class TextWindows(L.LightningDataModule):
     """Calibration and held-out text as windows of tokens.
 
-    A text is named by a source: `bundled:NAME`, a local file or directory, or a data set such as
-    `wikitext/wikitext-2-raw-v1:train` (eacmoe_lightning/text.py has the grammar).
+    A source names a text: `bundled:NAME`, a local file or directory, or a data set such as
+    `wikitext/wikitext-2-raw-v1:train` (text/sources.py has the grammar).
 
     Args:
-        calibration: source of the text that is calibrated on.
-        heldout: sources of the texts that are evaluated on: one, a list, or {name: source}; None
-            takes every held-out text of the package.
-        predict: source of the text to predict on; None takes the held-out texts.
-        num_windows: calibration windows, drawn at random (the EAC-MoE paper takes 128).
-        window_length: tokens per window (2048 in the paper).
-        batch_size: calibration windows per step, over all processes.
-        num_heldout_windows: windows per held-out text, from its start; None takes all.
-        heldout_batch_size: held-out windows per step and process.
-        tokenizer: name or path of the tokenizer; `bundled` is the package's own model.
-        seed: of the choice of windows and of their order.
+        calibration: Source of the calibration text.
+        heldout: Sources of the held-out texts: one source, a list, or {name: source}. None takes every held-out text
+            that is bundled with the package.
+        predict: Source of the text that `predict` scores; None takes the held-out texts.
+        num_windows: Number of calibration windows, drawn at random (128 in the EAC-MoE paper).
+        window_length: Tokens per window (2048 in the paper).
+        batch_size: Calibration windows per step, over all processes.
+        num_heldout_windows: Number of windows from the start of each held-out text; None takes all.
+        heldout_batch_size: Held-out windows per step and process.
+        tokenizer: Name or path of the tokenizer; `bundled` is that of the bundled model.
+        seed: Seed for the choice of the calibration windows and their order.
 
     Raises:
-        ValueError, FileNotFoundError: on setup, naming the option: see `read_documents` and
-            `token_windows`.
+        ValueError, FileNotFoundError: in `setup`, naming the option: see `read_documents` and `token_windows`.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class TextWindows(L.LightningDataModule):
 
     @property
     def heldout_names(self) -> list[str]:
-        """Names of the held-out texts, in the order of their loaders."""
+        """Names of the held-out texts, in the order of their data loaders."""
         return list(self.heldout)
 
     @cached_property
@@ -89,11 +88,11 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def predict_windows(self) -> Tensor:
-        """Token ids [S, T] of the text to predict on, where `predict` names one."""
+        """Token ids [S, T] of the text that `predict` names."""
         return self._windows("predict", self.predict, "num_heldout_windows", None)
 
     def setup(self, stage: str) -> None:
-        """Reads what the stage needs, so that a bad source is reported before any work."""
+        """Reads the texts of the stage, so that a bad source is reported before any work starts."""
         if stage == "fit":
             _ = self.calibration_windows
         if stage == "predict" and self.predict is not None:
@@ -139,11 +138,11 @@ class TextWindows(L.LightningDataModule):
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"no tokenizer can be loaded from {self.tokenizer!r} (--data.tokenizer, by default "
-                f"--model.name_or_path): pass `bundled` or a directory that holds one. {error}"
+                f"--model.name_or_path): pass `bundled` or a directory that holds a tokenizer. {error}"
             ) from error
 
     def _windows(self, option: str, source: str, number: str, num: int | None, seed: int | None = None) -> Tensor:
-        """Windows [S, T] of one source, with the option that named it in any error."""
+        """Windows [S, T] of one source; errors name the option that the source came from."""
         tokenizer = self._tokenizer
         try:
             return token_windows(

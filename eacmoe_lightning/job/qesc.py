@@ -1,12 +1,12 @@
-"""The LightningModule: router calibration as supervised optimization, one block an epoch.
+"""The LightningModule: router calibration as supervised training, block by block.
 
-Epochs walk through the model: `router_epochs` passes over the calibration windows for block 0, then for block 1,
-and so on. A batch of windows stands for its tokens at the current block: the router's inputs in the compressed
-stream and the original router's logits. After the last block, `joint_epochs` train all routers together (with norms,
-scales and codes) towards the original's output distribution (`joint.py`). What happens to the weights between
-epochs is done by `callbacks.LayerwiseQuantization`.
+Epochs walk through the model: `router_epochs` passes over the calibration windows for block 0, then for block 1, and so
+on. A batch of windows stands for its tokens at the current block: the inputs are the router's inputs in the compressed
+stream, the targets are the original router's logits. After the last block, `joint_epochs` train all routers together
+(with norms, scales and codes) towards the original's output distribution (`routers/joint.py`).
+`callbacks.LayerwiseQuantization` quantizes the weights between epochs.
 
-The language model itself stays outside the module tree: only what is trained (`trained.py`) is a parameter of the job.
+The language model stays outside the module tree: only the trained parts (`trained.py`) are parameters of the module.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from eacmoe_lightning.version import __version__
 
 @dataclass
 class FitState:
-    """What `fit` works on: outside the module tree, and not in checkpoints.
+    """What `fit` works on, kept out of the module tree and of checkpoints.
 
     Attributes:
         moe: the original model; its blocks are loaded and compressed one after another.
-        parts: what this job trains; its parameters are parameters of the module too.
-        calibration: the block loop; from `on_fit_start` on.
-        compressed: the whole compressed model, during the joint stage.
+        parts: the trained parameters, which are parameters of the module too.
+        calibration: the block loop; set in `on_fit_start`.
+        compressed: the whole compressed model; set during the joint stage.
     """
 
     moe: StreamedModel
@@ -64,34 +64,36 @@ class QESC(Comparison):
 
     Args:
         name_or_path: The original model: `bundled`, a local Hugging Face directory or a hub id.
-        dtype: In which it is loaded and calibrated: auto (as stored), float32, bfloat16 or float16.
-        target: The engine that is to load the result's export: what it does not load is refused before anything is
-            computed (its formats are in targets.py; activation order needs nothing of it).
-        tensor_parallel: Over how many devices the target is to cut each linear.
+        dtype: Dtype in which the model is loaded and calibrated: auto (as stored), float32, bfloat16 or float16.
+        target: Inference engine that will load the exported model. Settings that it cannot load are refused before
+            any work starts (targets.py lists its formats; activation order is no restriction).
+        tensor_parallel: Number of devices that the target will split each linear layer over.
         router_method: How routers are calibrated: none (plain GPTQ), ridge (closed form per block), sgd (gradient
-            steps per block), joint (only the last stage).
-        router_loss: What sgd minimises; its num_targets is also the k of ridge.
-        router_lr: Learning rate of sgd. All learning rates are relative to the root mean square of the tensor that
-            they train, so that one number fits routers of any scale.
+            steps per block) or joint (only in the joint stage).
+        router_loss: Loss that sgd minimises; its num_targets is also the k of ridge.
+        router_lr: Learning rate of sgd. All learning rates but joint_code_lr are relative to the root mean square of
+            the tensor that they train, so that one number fits routers of any scale.
         router_epochs: Passes over the calibration text per block.
-        router_warm_start: Start sgd from the closed form.
-        ridge: Strength of the closed form's penalty on drift, relative to the mean squared router input.
-        joint_epochs: Passes of the last stage that trains all routers together with KL to the original's
-            output; 0 leaves it out.
-        joint_selection: Weight of the router loss, over all blocks and in units of the logits' spread, beside the KL
-            divergence.
+        router_warm_start: Start sgd from the closed-form solution.
+        ridge: Strength of ridge's penalty on drift from the original router, relative to the mean squared router
+            input.
+        joint_epochs: Passes over the calibration text in the joint stage, which trains all routers together on the KL
+            divergence from the original's output distribution; 0 leaves the stage out.
+        joint_selection: Weight of the router loss beside the KL divergence; the loss is a mean over all blocks, in
+            units of the logits' spread.
         joint_router_lr: Learning rate of the routers in the joint stage.
-        joint_norm_lr: Of the weights of the normalisations; 0 leaves them as they are.
-        joint_scale_lr: Of the scales of the quantized weights; 0 leaves them as they are.
-        joint_code_lr: Of their codes, in steps of the grid; 0 leaves them as they are. It takes 16 bytes a weight.
-        lr_schedule: Over each stage: constant, linear or cosine (to zero).
-        weight_decay: Of AdamW.
-        stream_dtype: In which hidden states rest on disk between blocks; auto: as the model computes, which loses
-            nothing; bfloat16 halves the disk that a float32 model takes.
-        evaluate: What validate, test and predict look at: a run directory, a compressed directory or an original
-            model; null: the run directory (trainer.default_root_dir).
-        split_damage: Let test split the damage into weights and selections (EAC-MoE, table 1).
-        pruning: Which experts are removed; on the command line it comes from `--pruning`.
+        joint_norm_lr: Learning rate of the norms' weights in the joint stage; 0 does not train them.
+        joint_scale_lr: Learning rate of the quantized weights' scales in the joint stage; 0 does not train them.
+        joint_code_lr: Learning rate of the quantized weights' codes in the joint stage, in steps of the grid; 0 does
+            not train them. Training them takes 16 bytes per weight.
+        lr_schedule: Learning-rate schedule of each stage: constant, linear or cosine (both fall to zero).
+        weight_decay: Weight decay of AdamW.
+        stream_dtype: Dtype of the hidden states on disk between blocks. auto is the model's dtype and loses nothing;
+            bfloat16 halves the disk space of a float32 model.
+        evaluate: Model that validate, test and predict evaluate: a run directory, a compressed directory or an original
+            model; null takes the run directory (trainer.default_root_dir).
+        split_damage: Let test split the damage into that of the weights and that of the selections (EAC-MoE, table 1).
+        pruning: Rule for removing experts; on the command line it is set by `--pruning`.
         **recipe: Options of `Recipe`: bits, groups and quantizer of every weight.
     """
 
@@ -142,7 +144,7 @@ class QESC(Comparison):
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.stream_dtype = stream_dtype
-        self.block_routers: dict[str, Tensor] = {}  # as the blocks were solved with them, once the joint stage moves on
+        self.block_routers: dict[str, Tensor] = {}  # routers that the blocks were solved with, from the joint stage on
 
     # --- the models -------------------------------------------------------------------------------------
 
@@ -177,7 +179,7 @@ class QESC(Comparison):
             self.pruning.check(moe)
         if self.targets:
             targets.choose(self.targets, self.recipe.grids(moe), self.tensor_parallel)
-        self.router_loss.num_targets(moe.num_experts, moe.top_k)  # a k that does not fit is said now
+        self.router_loss.num_targets(moe.num_experts, moe.top_k)  # raises now if its k does not fit the model
         job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size, moe.device.type)
         check_memory(moe, job)
         if self.trainer.is_global_zero:
@@ -199,7 +201,7 @@ class QESC(Comparison):
             self.trainer.fit_loop.max_epochs = self.num_epochs
 
     def identity(self) -> dict[str, Any]:
-        """All that the result of `fit` depends on, by option."""
+        """Every setting that the result of `fit` depends on, by option name."""
         data = self.trainer.datamodule
         return {
             "version": __version__,
@@ -239,11 +241,11 @@ class QESC(Comparison):
 
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule
-        own = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
-        windows = data.calibration_windows[own.start : own.stop]
+        shard_rows = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
+        windows = data.calibration_windows[shard_rows.start : shard_rows.stop]
         dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
         streams = Streams(
-            self.moe, windows, own.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
+            self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
         )
         self.fit_state.calibration = Calibration(
             self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning
@@ -265,7 +267,7 @@ class QESC(Comparison):
 
     @property
     def block_index(self) -> int:
-        """The block of the current epoch; the number of blocks in the joint stage."""
+        """Index of the current epoch's block; in the joint stage, the number of blocks."""
         return min(self.current_epoch // self.router_epochs, len(self.moe.blocks))
 
     @property
@@ -278,18 +280,21 @@ class QESC(Comparison):
         return Ranks(self.global_rank, self.trainer.world_size, self.trainer.strategy.root_device)
 
     def enter_block(self) -> None:
-        """Brings the streams to the current epoch's block, or the whole compressed model into memory. Idempotent."""
-        self._bring(self.block_index)
+        """Advances the streams to the current epoch's block, and loads the compressed model for the joint stage.
+
+        A second call changes nothing.
+        """
+        self._advance(self.block_index)
         if self.is_joint and self.fit_state.compressed is None:
             self.fit_state.compressed = StreamedModel(self.parts.untrained(), self.device)
             self.fit_state.compressed.load_all()
 
-    def _bring(self, index: int) -> None:
+    def _advance(self, index: int) -> None:
         routers = self.block_routers or self.routers
         self.calibration.enter(index, {b.index: routers[router_key(b)].detach() for b in self.moe.moe_blocks})
 
     def start_stage(self) -> None:
-        """Before the first batch of an epoch: the closed form of a block's router, or the start of the joint stage."""
+        """Before an epoch's first batch: solves the block's router in closed form, or starts the joint stage."""
         if self.current_epoch == self.num_block_epochs:
             self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
             self.parts.start_joint(self.optimizers(use_pl_optimizer=False))
@@ -307,13 +312,13 @@ class QESC(Comparison):
             loss = self._router_loss(batch)
         elif self.is_joint and len(batch["index"]):
             loss = self._joint_loss(batch)
-        else:  # a dense block has no router; or other processes hold all of this batch's windows
+        else:  # a dense block has no router, or other processes hold all of this batch's windows
             loss = sum(weight.sum() for weight in self.parameters()) * 0
         self.log("loss/joint" if self.is_joint else f"loss/block_{self.block_index:03d}", loss, prog_bar=False)
         return loss
 
     def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean over the global batch's tokens; this process holds some of its windows, or none."""
+        """Mean over the tokens of the global batch, of which this process may hold only some windows, or none."""
         block = self.moe.blocks[self.block_index]
         x, teacher = self.calibration.router_rows(batch["index"])
         student = block.router_logits(x.to(self.device), self.parts.router(block))
@@ -321,7 +326,7 @@ class QESC(Comparison):
         return self._global_mean(losses, batch)
 
     def _joint_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """KL to the original's next-token distributions, and the router loss of all blocks (see `joint`)."""
+        """KL divergence from the original's next-token distributions plus the weighted router loss of all blocks."""
         last_hidden, teachers = self.calibration.streams.joint_rows(batch["index"])
         with torch.no_grad():
             target = self.moe.head(last_hidden.to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
@@ -341,7 +346,7 @@ class QESC(Comparison):
 
     @property
     def takes_steps(self) -> bool:
-        """Whether the current epoch trains; ridge and none only measure their loss."""
+        """Whether the current epoch trains; with ridge or none a block's epochs only measure the loss."""
         return self.is_joint or (self.router_method == "sgd" and self.moe.blocks[self.block_index].is_moe)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
@@ -354,21 +359,21 @@ class QESC(Comparison):
         optimizer.step(closure=optimizer_closure)
 
     def schedule(self, epoch: int, batch_idx: int) -> float:
-        """Factor of the learning rate at a step of its stage: a function of the position alone, without state."""
+        """Learning-rate factor at a step. It depends on the position in the stage alone, so it needs no state."""
         passes, first = (self.joint_epochs, self.num_block_epochs) if self.is_joint else (self.router_epochs, 0)
         done = ((epoch - first) % passes + batch_idx / self.trainer.num_training_batches) / passes
         return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
 
-    # --- behind the last epoch --------------------------------------------------------------------------
+    # --- after the last epoch ---------------------------------------------------------------------------
 
     def enter_end(self) -> None:
-        """Makes sure that every block is written, and frees what no one needs behind the last epoch."""
+        """Writes missing blocks, shrinks all blocks to the experts kept, and frees the joint stage's model."""
         if not all(self.run.block(block.index).exists() for block in self.moe.blocks):
-            self._bring(len(self.moe.blocks))
+            self._advance(len(self.moe.blocks))
         for block in self.moe.blocks:
             self.calibration.shrink(block.index)
         self.fit_state.compressed = None
 
     def block_stats(self) -> list[BlockStats]:
-        """The statistics of every block, as their files hold them."""
+        """The statistics of every block, read from the block files."""
         return [read_stats(self.run, block.index) for block in self.moe.blocks]

@@ -1,7 +1,8 @@
-"""What the job trains: routers and norms of the original, scales and positions (`joint.py`) of its quantized weights.
+"""The trained parameters: routers and norms of the original, scales and positions of its quantized weights.
 
-Shapes are fixed before the first block, when it is not known which experts stay: routers, scales and positions have
-rows for all of the original's experts, and those of experts that were removed are not used.
+`routers/joint.py` defines positions. Shapes are fixed before the first block, when it is not yet known which experts
+stay: routers, scales and positions have rows for all of the original's experts, and the rows of removed experts are
+unused.
 """
 
 from __future__ import annotations
@@ -25,23 +26,24 @@ from eacmoe_lightning.run.directory import RunDirectory
 
 
 class TrainedParts(nn.Module):
-    """The parameters of the job, and what they make of the compressed model.
+    """The trained parameters and the compressed model that they give.
 
-    Routers have the name of their block, the others that of the model's parameter, `/` in the place of dots. The
-    LightningModule takes the four dictionaries as its own: checkpoints know them by these names.
+    A router's key names its block (`block_003`). Every other key is the name of the model's parameter, with `/` in
+    place of dots. The LightningModule registers the four dictionaries under their names here, which are therefore the
+    prefixes of the keys in checkpoints.
 
     Args:
         moe: the original model.
-        run: its block files hold the solver's codes and scales.
-        recipe: the grid of every weight.
-        joint: what the joint stage trains beside routers: any of norm, scale, code.
+        run: the run whose block files hold the solver's codes and scales.
+        recipe: gives the grid of every weight.
+        joint: what the joint stage trains besides routers: any of norm, scale, code.
     """
 
     def __init__(self, moe: StreamedModel, run: RunDirectory, recipe: Recipe, joint: Collection[str]) -> None:
         super().__init__()
         self.moe, self.run = moe, run
         self.routers, self.norms = nn.ParameterDict(), nn.ParameterDict()  # [E, D]; [D]
-        self.scales, self.positions = nn.ParameterDict(), nn.ParameterDict()  # as the weights' scales; [..., O, I]
+        self.scales, self.positions = nn.ParameterDict(), nn.ParameterDict()  # in the shape of the scales; [..., O, I]
         routers = moe.read(block.router_parameter_name for block in moe.moe_blocks)
         for block in moe.moe_blocks:
             router = routers[block.router_parameter_name].float().clone()
@@ -49,7 +51,7 @@ class TrainedParts(nn.Module):
         if "norm" in joint:
             for name, weight in moe.read(name for name, _ in moe.norms()).items():
                 self.norms[_key(name)] = nn.Parameter(weight.float().clone())
-        for block in moe.blocks if recipe.quantizes else ():  # start_joint gives them their values
+        for block in moe.blocks if recipe.quantizes else ():  # start_joint sets their values
             for name, (part, weight) in block.weights().items():
                 grid = recipe.grid(block.index, len(moe.blocks), part)
                 if "scale" in joint:
@@ -59,7 +61,7 @@ class TrainedParts(nn.Module):
                     self.positions[_key(name)] = nn.Parameter(torch.zeros(weight.shape))
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """A group for each parameter: its kind, its name in the model, and the unit `rms` of its learning rate."""
+        """One group per parameter, with its kind, its name in the model and `rms`, the unit of its learning rate."""
         kinds = {"router": self.routers, "norm": self.norms, "scale": self.scales, "code": self.positions}
         return [
             {"params": [weight], "kind": kind, "name": _name(key), "rms": 1.0 if kind == "code" else _rms(weight)}
@@ -68,7 +70,7 @@ class TrainedParts(nn.Module):
         ]
 
     def router(self, block: Block) -> Tensor:
-        """The router [E, D] of the experts that a block has now, differentiable."""
+        """The router [E, D] of the experts that the block still has, differentiable."""
         return self.routers[router_key(block)][block.kept]
 
     def put_router(self, block: Block, weight: Tensor) -> None:
@@ -78,13 +80,13 @@ class TrainedParts(nn.Module):
 
     @cached_property
     def codes(self) -> dict[str, QuantizedWeight]:
-        """All quantized weights as the blocks' files hold them, by parameter name."""
+        """All quantized weights by parameter name, read from the block files."""
         blocks = (read_block(self.run, block.index)[0] for block in self.moe.blocks)
         return {name: quantized for block in blocks for name, quantized in block.items()}
 
     @property
     def kept_rows(self) -> dict[str, slice | Tensor]:
-        """By parameter name of the model, the rows of what is trained that the pruned model has."""
+        """The rows of each trained tensor that the pruned model keeps, by parameter name of the model."""
         rows: dict[str, slice | Tensor] = defaultdict(lambda: slice(None))
         for block in self.moe.moe_blocks:
             rows[block.router_parameter_name] = block.kept
@@ -92,7 +94,7 @@ class TrainedParts(nn.Module):
         return rows
 
     def start_joint(self, optimizer: torch.optim.Optimizer) -> None:
-        """Scales and positions as the solver left the blocks, and an optimizer without a past."""
+        """Sets scales and positions to the solver's results and resets the optimizer."""
         kept = self.kept_rows
         for key, scale in self.scales.items():
             scale.data[kept[_name(key)]] = self.codes[_name(key)].scale.to(scale)
@@ -101,19 +103,19 @@ class TrainedParts(nn.Module):
                 weight = block.as_parameter(name, weight)[kept[name]]
                 position = self.positions[_key(name)]
                 position.data[kept[name]] = start_positions(weight, self.codes[name]).to(position)
-        optimizer.state.clear()  # moments of single blocks say nothing here
+        optimizer.state.clear()  # moments of the per-block stage do not apply here
         for group in optimizer.param_groups:
-            if group["kind"] != "code":  # whose unit is a step
+            if group["kind"] != "code":  # the unit of codes is a step of the grid
                 group["rms"] = _rms(group["params"][0][kept[group["name"]]])
 
     def routers_and_norms(self) -> dict[str, Tensor]:
-        """By parameter name of the model, in the model's dtype and differentiable."""
+        """Routers and norms by parameter name, in the model's dtype and differentiable."""
         dtype = self.moe.model.dtype
         routers = {block.router_parameter_name: self.router(block).to(dtype) for block in self.moe.moe_blocks}
         return routers | {_name(key): weight.to(dtype) for key, weight in self.norms.items()}
 
     def decoded(self) -> dict[str, Tensor]:
-        """Where scales or codes are trained: the weights that they make, by parameter name, differentiable."""
+        """The decoded weights by parameter name, differentiable; empty if neither scales nor codes are trained."""
         kept, dtype = self.kept_rows, self.moe.model.dtype
         weights = {}
         for block in self.moe.blocks if self.scales or self.positions else ():
@@ -125,7 +127,7 @@ class TrainedParts(nn.Module):
         return weights
 
     def finished(self) -> FinishedBlocks:
-        """The compressed model with what was trained, behind the last epoch."""
+        """The compressed model with all trained parameters, after the last epoch."""
         kept = self.kept_rows
         scales = {_name(key): scale[kept[_name(key)]] for key, scale in self.scales.items()}
         codes = {}
@@ -135,7 +137,7 @@ class TrainedParts(nn.Module):
         return FinishedBlocks(self.moe.weights, self.run, self.routers_and_norms(), scales, codes)
 
     def untrained(self) -> FinishedBlocks:
-        """The solver's codes and scales without any calibration: the original's routers and norms."""
+        """The compressed model without calibration: the solver's codes and scales, the original's routers and norms."""
         return FinishedBlocks(self.moe.weights, self.run)
 
 
@@ -148,7 +150,7 @@ def _rms(tensor: Tensor) -> float:
 
 
 def _key(name: str) -> str:
-    """A parameter's name as a key of a ParameterDict, which takes no dots."""
+    """A parameter's name as a key of a ParameterDict, which allows no dots."""
     return name.replace(".", "/")
 
 
