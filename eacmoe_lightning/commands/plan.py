@@ -19,12 +19,8 @@ from eacmoe_lightning.planning.sizes import plan as plan_run
 from eacmoe_lightning.run.memory import available_memory
 
 
-def plan(words: list[str]) -> None:
-    """The command line of `plan`: the options of `fit`, and these of its own.
-
-    Raises:
-        ValueError, FileNotFoundError: what `fit` would refuse for this model is refused here.
-    """
+def options() -> argparse.ArgumentParser:
+    """The options of `plan` beside those of `fit`."""
     parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--processes", type=int, default=1, help="that share windows and experts")
@@ -38,6 +34,16 @@ def plan(words: list[str]) -> None:
         parser.add_argument(f"--rate.{rate}", type=float, help=f"{unit} per second, of another machine")
     parser.add_argument("--available.memory", type=float, help="bytes, of another machine")
     parser.add_argument("--available.disk", type=float, help="bytes, of another machine")
+    return parser
+
+
+def plan(words: list[str]) -> None:
+    """The command line of `plan`: the options of `fit`, and those of `options`.
+
+    Raises:
+        ValueError, FileNotFoundError: what `fit` would refuse for this model is refused here.
+    """
+    parser = options()
     own, words = parser.parse_known_args(words)
     if "-h" in words or "--help" in words:
         parser.print_help()
