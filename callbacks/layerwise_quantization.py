@@ -24,10 +24,7 @@ class LayerwiseQuantization(Callback):
     def on_train_epoch_end(self, trainer: Trainer, module: QESC) -> None:
         tell(trainer, "on_phase_end", *self._training_phase(module))
         if module.is_last_pass:
-            module.enter_block()
-            key = f"block_{module.block_index:03d}"
-            stats = module.calibration.leave(module.routers[key].detach() if key in module.routers else None)
-            tell(trainer, "on_block_end", stats)
+            tell(trainer, "on_block_end", module.leave_block())
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch >= module.num_epochs:

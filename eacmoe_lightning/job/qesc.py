@@ -193,9 +193,10 @@ class QESC(Comparison):
                 self.run.add_cost(None, "check", checked)
         self.trainer.strategy.barrier()
         joint = [kind for kind, lr in self.joint_lr.items() if lr] if self.joint_epochs else []
-        self.fit_state = FitState(moe, TrainedParts(moe, self.run, self.recipe, joint))
-        for name, parameters in self.parts.named_children():
-            self.add_module(name, parameters)
+        parts = TrainedParts(moe, self.run, self.recipe, joint)
+        self.fit_state = FitState(moe, parts)
+        self.routers, self.norms = parts.routers, parts.norms  # submodules, so that Lightning knows their parameters
+        self.scales, self.positions = parts.scales, parts.positions
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1):
             self.trainer.fit_loop.max_epochs = self.num_epochs
@@ -288,6 +289,12 @@ class QESC(Comparison):
         if self.is_joint and self.fit_state.compressed is None:
             self.fit_state.compressed = StreamedModel(self.parts.untrained(), self.device)
             self.fit_state.compressed.load_all()
+
+    def leave_block(self) -> BlockStats:
+        """Solves the experts of the current epoch's block under its calibrated router, and writes the block."""
+        self.enter_block()
+        block = self.moe.blocks[self.block_index]
+        return self.calibration.leave(self.routers[router_key(block)].detach() if block.is_moe else None)
 
     def _advance(self, index: int) -> None:
         routers = self.block_routers or self.routers
