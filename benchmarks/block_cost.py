@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -94,17 +95,30 @@ class Costs:
         reset_peak_memory()
         start = time.perf_counter()
         yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         entry = self.phases.setdefault(name, {"seconds": 0.0, "peak_bytes": 0})
         entry["seconds"] += time.perf_counter() - start
         entry["peak_bytes"] = max(entry["peak_bytes"], peak_memory())
 
 
-def measure(shape: str, num_blocks: int, windows: int, length: int, dtype: str, paper: bool, folder: Path) -> dict:
+def measure(
+    shape: str,
+    num_blocks: int,
+    windows: int,
+    length: int,
+    dtype: str,
+    paper: bool,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    **recipe_options: Any,
+) -> dict:
     """Calibrates the checkpoint in `folder`; one row of the result."""
-    recipe = Recipe(bits=(3,), act_order=False, scale_search=False, refine=0) if paper else Recipe(bits=(3,))
+    as_paper = {"act_order": False, "scale_search": False, "refine": 0} if paper else {}
+    recipe = Recipe(bits=(3,), **as_paper, **recipe_options)
     costs, ranks, run = Costs(), Ranks(), RunDirectory(folder / "run")
     with costs.phase(None, "open"):
-        moe = StreamedModel(Checkpoint(str(folder), dtype))
+        moe = StreamedModel(Checkpoint(str(folder), dtype), device)
     tokens = torch.randint(0, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(1))
     streams = Streams(moe, tokens, 0, 1, run, ranks, keep_teachers=False)
     calibration = Calibration(moe, recipe, streams, run, ranks, costs.phase)
@@ -114,7 +128,9 @@ def measure(shape: str, num_blocks: int, windows: int, length: int, dtype: str, 
         with costs.phase(i, "router"):
             router = calibration.ridge_router(num_targets, 1e-3)
         stats = calibration.leave(router)
-    job = Job(windows, length, 1, 0, "ridge", 1, num_targets, 0, False, moe.model.dtype.itemsize)
+    job = Job(
+        windows, length, 1, 0, "ridge", 1, num_targets, 0, False, moe.model.dtype.itemsize, device=moe.device.type
+    )
     planned, rates = (
         plan(moe, recipe, job).phases,
         rates_of(moe.device, moe.model.dtype, folder, moe.config.hidden_size),

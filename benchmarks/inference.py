@@ -80,13 +80,13 @@ ONNX_BITS = 4  # the least that its kernel for experts (QMoE) has on CPU
 ONNX_PACKAGES = ["onnxruntime==1.32.*", "onnx", "numpy"]
 
 
-def bf16_model(config: Any) -> PreTrainedModel:
+def bf16_model(config: Any, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Random weights; those of one expert repeated, for drawing all of them would take minutes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     rotary = type(model.model.rotary_emb)(config)
-    model = model.to_empty(device="cpu").eval()
-    model.model.rotary_emb = rotary
+    model = model.to_empty(device=device).eval()
+    model.model.rotary_emb = rotary.to(device)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.ones_(parameter)
@@ -94,18 +94,19 @@ def bf16_model(config: Any) -> PreTrainedModel:
             one = torch.empty(parameter.shape[-2:]).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
             parameter.data.copy_(one.expand(parameter.shape))
     gate = model.model.layers[0].mlp.gate.weight
-    gate.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    gate.data.copy_(torch.empty(gate.shape).normal_(std=0.02, generator=torch.Generator().manual_seed(1)))
     return model
 
 
-def packed_model(dense: PreTrainedModel, bits: int) -> PreTrainedModel:
+def packed_model(dense: PreTrainedModel, bits: int, group_size: int = GROUP_SIZE) -> PreTrainedModel:
     """The same architecture with random codes: speed does not depend on what they say."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(dense.config, dtype=torch.bfloat16)
-    weights = MoEModel(model).blocks[0].weights()
-    by_part = {name: ATTENTION_BITS if part == "attention" else bits for name, (part, _) in weights.items()}
-    pack_modules(model, by_part, dict.fromkeys(by_part, GROUP_SIZE))
-    model = model.to_empty(device="cpu").eval()
+    weights = {name: part for block in MoEModel(model).blocks for name, (part, _) in block.weights().items()}
+    by_part = {name: ATTENTION_BITS if part == "attention" else bits for name, part in weights.items()}
+    pack_modules(model, by_part, dict.fromkeys(by_part, group_size))
+    model = model.to_empty(device=dense.device).eval()
+    model.tie_weights()
     model.model.rotary_emb = dense.model.rotary_emb
     kept = dict(dense.named_parameters())
     for name, parameter in model.named_parameters():
@@ -222,7 +223,7 @@ def others(shape: str, args: argparse.Namespace) -> dict[str, tuple[str, int, Ot
 def save_compressed(directory: Path, model: PreTrainedModel) -> None:
     """The directory that `fit` would leave for this packed model, without a tokenizer."""
     weights = dict(packed_weights(model))
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.numel()}
+    tensors = {name: tensor for name, tensor in compressed.untied(model).items() if tensor.numel()}
     layer = {name: tensor for name, tensor in tensors.items() if ".layers." in name}
     rest = {name: tensor for name, tensor in tensors.items() if name not in layer}
     directory.mkdir()

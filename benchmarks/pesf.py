@@ -34,7 +34,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,8 @@ def limit(model: PreTrainedModel, dropped: float, context: int) -> float:
 def timed(model: PreTrainedModel, ids: Tensor, clock: Callable[[], float]) -> float:
     start = clock()
     model(ids, use_cache=False, logits_to_keep=1)
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
     return clock() - start
 
 
@@ -189,10 +191,9 @@ def under(model: PreTrainedModel, rule: Rule | None):
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def prefill(name: str, backends: dict[str, PreTrainedModel], draw: Any, args: argparse.Namespace) -> list[dict]:
-    rows = []
+def prefill(name: str, backends: dict[str, PreTrainedModel], draw: Any, args: argparse.Namespace) -> Iterator[dict]:
     for work in args.work:
-        ids = draw(*WORK[work])
+        ids = draw(*WORK[work]).to(next(iter(backends.values())).device)
         times: dict[tuple[str, float], list[float]] = {(b, a): [] for b in backends for a in ALPHAS}
         shares: dict[tuple[str, float], dict[str, float]] = {}
         num_warm = int(work == args.work[0])
@@ -223,9 +224,7 @@ def prefill(name: str, backends: dict[str, PreTrainedModel], draw: Any, args: ar
                 "experts_skipped": share.get("experts_skipped", 0.0),
                 "experts_untouched": share.get("experts_untouched", 0.0),
             }
-            rows.append(row)
-            show(row)
-    return rows
+            yield row
 
 
 def quality(backends: dict[str, PreTrainedModel], args: argparse.Namespace) -> list[dict]:
@@ -382,7 +381,9 @@ def main() -> None:
         backends, draw = prepare(name, args)
         for part in args.parts or ("prefill", "quality", "decode"):
             if part == "prefill":
-                rows += prefill(name, backends, draw, args)
+                for row in prefill(name, backends, draw, args):
+                    rows.append(row)
+                    show(row)
             elif part == "decode":
                 rows += decode(name, backends, draw, args)
             elif name == "bundled":

@@ -74,6 +74,13 @@ def test_blocks_of_one_expert_each():
     assert schedule.pairs.tolist()[:6] == [5, 6, 0, 3, 4, 6]  # 6 stands for nothing
 
 
+def test_where_the_codes_of_each_expert_begin():
+    """By hand; and copied to the device once, for a copy waits for it."""
+    found = interpreted.widths_and_places((3, 8, 2), 96, torch.device("cpu"))
+    assert [t.tolist() for t in found] == [[3, 8, 2], [0, 288, 1056]]
+    assert interpreted.widths_and_places((3, 8, 2), 96, torch.device("cpu")) is found
+
+
 def test_groups_that_the_kernel_does_not_take_are_decoded(monkeypatch):
     monkeypatch.setattr(kernels, "cuda_kernels", lambda: [interpreted])
     monkeypatch.setattr(interpreted, "multiply", None)
@@ -88,13 +95,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from eacmoe_lightning.triton_kernels import multiply
 
-capability, dtype, bits = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+(capability, bits, block_m), dtype = map(int, sys.argv[1:4]), sys.argv[4]
 types = ["*" + dtype, "*u8", "*fp16", "*u8", "*fp32", "*fp32", "*" + dtype, "*i64", "*i64", "*i64", "*i64"]
 signature = dict(zip(multiply.arg_names, types + ["i32"] * 3))
 constants = dict(O=2816, I=2048, BITS=bits, GROUP=128, HAS_BIAS=True, WEIGHTED=True)
-constants |= dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
+constants |= dict(BLOCK_M=block_m, BLOCK_N=64, BLOCK_K=64)
 signature |= dict.fromkeys(constants, "constexpr")
-compiled = triton.compile(ASTSource(multiply, signature, constants), target=GPUTarget("cuda", capability, 32))
+source, target = ASTSource(multiply, signature, constants), GPUTarget("cuda", capability, 32)
+compiled = triton.compile(source, target=target, options={"num_warps": 8})
 assert len(compiled.asm["cubin"]) > 1000
 print(compiled.asm["ptx"])
 """
@@ -102,11 +110,13 @@ print(compiled.asm["ptx"])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [0, 3])
-@pytest.mark.parametrize("capability, instruction", [(80, "mma.sync"), (90, "wgmma.mma_async")])
-def test_it_compiles_to_matrix_instructions(capability, instruction, bits, tmp_path):
+@pytest.mark.parametrize(
+    "capability, block_m, instruction", [(80, 64, "mma.sync"), (90, 16, "mma.sync"), (90, 64, "wgmma.mma_async")]
+)
+def test_it_compiles_to_matrix_instructions(capability, block_m, instruction, bits, tmp_path):
     """`bits` 0: those of each expert."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    words = [sys.executable, "-c", COMPILE, str(capability), "bf16", str(bits)]
+    words = [sys.executable, "-c", COMPILE, *map(str, (capability, bits, block_m)), "bf16"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"sm_{capability}" in done.stdout and instruction in done.stdout and "bf16" in done.stdout

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eacmoe_lightning.quantization.grid import Grid
 
-ROWS = 32  # of a program
+ROWS = 16  # of a program: with more, values spill out of the registers
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def _loop(
     old_problem_stride,
     old_row_stride,
     num_rows,
-    num_candidates,
     top,
+    C: tl.constexpr,
     g: tl.constexpr,
     PADDED: tl.constexpr,  # a power of two, g or above
     ROWS: tl.constexpr,
@@ -48,12 +48,12 @@ def _loop(
     at = problem * num_rows + row
     best = tl.full([ROWS], 0, tl.int64)
     best_loss = tl.full([ROWS], float("inf"), tl.float32)
-    searches = tl.where(num_candidates > 1, num_candidates, 0)
-    for c in range(searches + 1):  # the last time with each row's best
-        last = c == searches
+    SEARCHES: tl.constexpr = C if C > 1 else 0
+    for c in range(SEARCHES + 1):  # the last time with each row's best
+        last = c == SEARCHES
         own = tl.where(last, best, c)
-        s = tl.load(scale + at * num_candidates + own, inside, 1.0)
-        z = tl.load(zero + at * num_candidates + own, inside, 0.0)
+        s = tl.load(scale + at * C + own, inside, 1.0)
+        z = tl.load(zero + at * C + own, inside, 0.0)
         w = values
         loss = tl.full([ROWS], 0.0, tl.float32)
         for j in range(g):
@@ -69,7 +69,7 @@ def _loop(
             if last:
                 tl.store(codes + at * g + j, code.to(tl.uint8), inside)
                 tl.store(errors + at * g + j, e, inside)
-        better = (loss < best_loss) & (c < searches)
+        better = (loss < best_loss) & (c < SEARCHES)
         best = tl.where(better, c, best)
         best_loss = tl.where(better, loss, best_loss)
     tl.store(chosen + at, best, inside)
@@ -85,11 +85,14 @@ def column_loop(
     codes = torch.empty(value.shape, dtype=torch.uint8, device=value.device)
     errors = torch.empty(value.shape, device=value.device)
     chosen = torch.empty(num, rows, dtype=torch.int64, device=value.device)
-    _loop[(num, triton.cdiv(rows, ROWS))](
-        *(value, old, factor, weight, scale, zero, codes, errors, chosen),
-        *(value.stride(0), value.stride(1), old.stride(0), old.stride(1), rows, scale.shape[-1], float(grid.max_code)),
-        g=columns,
-        PADDED=triton.next_power_of_2(columns),
-        ROWS=ROWS,
-    )
+    with torch.cuda.device_of(value):  # Triton launches on the current device
+        _loop[(num, triton.cdiv(rows, ROWS))](
+            *(value, old, factor, weight, scale, zero, codes, errors, chosen),
+            *(value.stride(0), value.stride(1), old.stride(0), old.stride(1), rows, float(grid.max_code)),
+            C=scale.shape[-1],
+            g=columns,
+            PADDED=triton.next_power_of_2(columns),
+            ROWS=ROWS,
+            enable_fp_fusion=False,  # rounded where torch rounds: the same codes, bit for bit
+        )
     return codes, errors, chosen

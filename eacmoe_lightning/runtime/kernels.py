@@ -218,7 +218,8 @@ def _linear_cuda(x, codes, scale, zero_point, bias, bits, int8):
     own = _kernels_for(x, (codes, scale, x.shape[-1], bits))
     if own is None:
         return _linear(x, codes, scale, zero_point, bias, bits, int8)
-    return own.linear(x, codes, scale, zero_point, bias, bits)
+    with torch.cuda.device_of(x):  # kernels are launched on the current device
+        return own.linear(x, codes, scale, zero_point, bias, bits)
 
 
 def _experts_cuda(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, *rest):
@@ -229,7 +230,8 @@ def _experts_cuda(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, u
     own = _kernels_for(x, *((w[0], w[1], width, w[4]) for w, width in zip((up, down), widths, strict=True)))
     if own is None:
         return _experts(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, *rest)
-    return own.experts(x, ids, weights, up, down, lambda hidden: activate(hidden, gated, activation))
+    with torch.cuda.device_of(x):
+        return own.experts(x, ids, weights, up, down, lambda hidden: activate(hidden, gated, activation))
 
 
 def _width(codes: Tensor, scale: Tensor, bits: list[int]) -> int:

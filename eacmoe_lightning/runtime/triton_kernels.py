@@ -11,6 +11,8 @@ and sm_90. Imported only where Triton is.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +24,7 @@ BLOCK_N = 64  # outputs of a program
 FEW, MANY = 16, 64  # pairs of a program: the least that matrix instructions take; from MANY pairs an expert on
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])  # else compiled anew for numbers of tokens that are multiples of 16
 def multiply(
     x,  # [N, I]
     codes,
@@ -142,8 +144,7 @@ def grouped(
     if isinstance(bits, int):
         widths = places = schedule.expert  # not read
     else:
-        widths = torch.tensor(bits, device=x.device)
-        places = (widths.cumsum(0) - widths) * (rows * in_features // 8)
+        widths, places = widths_and_places(bits, rows * in_features // 8, x.device)
     multiply[(schedule.num_blocks, triton.cdiv(rows, BLOCK_N))](
         *(x, codes, scale, zero_point, scale if bias is None else bias, scale if weights is None else weights, out),
         *(schedule.pairs, schedule.expert, widths, places, schedule.num_pairs, top_k, num_experts),
@@ -155,9 +156,18 @@ def grouped(
         WEIGHTED=weights is not None,
         BLOCK_M=schedule.block,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=min(group & -group, 64),
+        BLOCK_K=min(group & -group, 64 if x.element_size() == 2 else 16),
+        num_warps=8,  # of this and of BLOCK_K more or fewer spill out of the registers
     )
     return out
+
+
+@cache
+def widths_and_places(bits: tuple[int, ...], bytes_per_bit: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """On the device, [E] int64: bits of each expert, and where its codes begin. Copying them there waits for the GPU,
+    so it is done once."""
+    widths = torch.tensor(bits, device=device)
+    return widths, (widths.cumsum(0) - widths) * bytes_per_bit
 
 
 def linear(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, bits: int) -> Tensor:
