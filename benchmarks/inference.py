@@ -40,7 +40,7 @@ from environments import python_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
 
-from eacmoe_lightning.compressed.directory import _write_weights
+from eacmoe_lightning.compressed.directory import _write_weights, untied
 from eacmoe_lightning.compressed.format import METHOD, REST, SHARD, size_of
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.files import write_json
@@ -223,7 +223,7 @@ def others(shape: str, args: argparse.Namespace) -> dict[str, tuple[str, int, Ot
 def save_compressed(directory: Path, model: PreTrainedModel) -> None:
     """The directory that `fit` would leave for this packed model, without a tokenizer."""
     weights = dict(packed_weights(model))
-    tensors = {name: tensor for name, tensor in compressed.untied(model).items() if tensor.numel()}
+    tensors = {name: tensor for name, tensor in untied(model).items() if tensor.numel()}
     layer = {name: tensor for name, tensor in tensors.items() if ".layers." in name}
     rest = {name: tensor for name, tensor in tensors.items() if name not in layer}
     directory.mkdir()

@@ -93,7 +93,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from eacmoe_lightning.triton_kernels import multiply
+from eacmoe_lightning.runtime.triton_kernels import multiply
 
 (capability, bits, block_m), dtype = map(int, sys.argv[1:4]), sys.argv[4]
 types = ["*" + dtype, "*u8", "*fp16", "*u8", "*fp32", "*fp32", "*" + dtype, "*i64", "*i64", "*i64", "*i64"]
