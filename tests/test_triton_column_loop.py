@@ -44,7 +44,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from eacmoe_lightning.triton_column_loop import ROWS, _loop
+from eacmoe_lightning.quantization.triton_column_loop import ROWS, _loop
 
 capability, candidates = map(int, sys.argv[1:])
 types = ["*fp32"] * 6 + ["*u8", "*fp32", "*i64"] + ["i32"] * 5 + ["fp32"]
