@@ -87,7 +87,7 @@ def solve(
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     scale = torch.empty(*flat.shape[:2], columns // grid.group_size, dtype=torch.float16, device=flat.device)
     zero = torch.empty(scale.shape, dtype=torch.uint8, device=flat.device)
-    loss = whole = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
+    loss = zero_loss = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
     together = rows_together(len(flat), columns, flat.device)
     for part in (slice(start, start + together) for start in range(0, rows, together)):
         w = flat[:, part].float()
@@ -95,14 +95,14 @@ def solve(
             raise ValueError(NOT_FINITE)
         w = w.masked_fill(dead.unsqueeze(1), 0)  # inputs that are always zero: no output depends on their weights
         w = in_order(w, order, 1) if act_order else w
-        solved, part_loss, part_whole = _solve_rows(w, h, factor, pivot, added, grid, search, refine)
-        loss, whole = loss + part_loss, whole + part_whole
+        solved, part_loss, part_zero_loss = _solve_rows(w, h, factor, pivot, added, grid, search, refine)
+        loss, zero_loss = loss + part_loss, zero_loss + part_zero_loss
         if act_order:
             orders = (order, group_order, group_order)
             solved = (in_order(t, places.argsort(-1), 1) for t, places in zip(solved, orders, strict=True))
         for result, tensor in zip((codes, scale, zero), solved, strict=True):
             result[:, part] = tensor
-    error = (loss.clamp(min=0) / whole.clamp(min=1e-30)).float().reshape(lead)
+    error = (loss.clamp(min=0) / zero_loss.clamp(min=1e-30)).float().reshape(lead)
     codes, scale, zero = (tensor.unflatten(0, lead) if lead else tensor[0] for tensor in (codes, scale, zero))
     return Quantized(codes, scale, zero, grid.bits), error
 
@@ -118,13 +118,13 @@ def _solve_rows(
     """
     codes, scale, zero, residual = _columns(w, factor, pivot, grid, search)
     root = pivot.sqrt().unsqueeze(1)
-    loss, whole = _squares(residual.mul_(root)), _squares(_by_factor(w, factor).mul_(root))
+    loss, zero_loss = _squares(residual.mul_(root)), _squares(_by_factor(w, factor).mul_(root))
     if refine:
         gradient = _by_transposed(residual.mul_(root), factor)  # (W - Q) H
         for sweeps_left in reversed(range(refine)):
             loss -= _sweep(gradient, h, codes, scale, zero, grid, sweeps_left > 0)
     delta = (_steps(codes, zero) * scale.unsqueeze(-1)).flatten(-2).sub_(w)
-    return (codes, scale, zero), loss - added * _squares(delta), whole - added * _squares(w)
+    return (codes, scale, zero), loss - added * _squares(delta), zero_loss - added * _squares(w)
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -241,24 +241,24 @@ def _sweep(
         inner = h[:, start:end, start:end].contiguous()
         diagonal = inner.diagonal(dim1=-2, dim2=-1)
         factor = inner / diagonal.unsqueeze(-2)
-        before, s, z = gradient[:, :, start:end], scale[:, :, group, None], zero[:, :, group, None]
+        initial, s, z = gradient[:, :, start:end], scale[:, :, group, None], zero[:, :, group, None]
         steps = codes[:, :, start:end] - z
-        product, decoded, left = steps @ inner, steps * s, before
+        product, decoded, current = steps @ inner, steps * s, initial
         old = decoded
         for turn in range(TURNS + 1):
-            shift = (steps * left).sum(-1, keepdim=True) / (steps * product).sum(-1, keepdim=True)
+            shift = (steps * current).sum(-1, keepdim=True) / (steps * product).sum(-1, keepdim=True)
             optimum = (s + shift).half().float()
             better = torch.where((optimum > 0) & optimum.isfinite(), optimum, s)  # NaN where all steps are zero
-            left = left - (better - s) * product
+            current = current - (better - s) * product
             s, decoded = better, steps * better
             if turn < TURNS:
-                wanted = decoded + left / diagonal.unsqueeze(1)
+                wanted = decoded + current / diagonal.unsqueeze(1)
                 new, moved, _ = column_loop(wanted, decoded, factor, diagonal, s, z, grid)
                 change = moved @ inner
-                left, product, steps = left - change, product + change / s, new - z
+                current, product, steps = current - change, product + change / s, new - z
         codes[:, :, start:end], scale[:, :, group] = new, s[..., 0]
         moved = decoded - old
-        gain += (moved * (before + left)).sum(-1).double().sum(-1)
+        gain += (moved * (initial + current)).sum(-1).double().sum(-1)
         first = 0 if keep_gradient else end
         gradient[:, :, first:].baddbmm_(moved, h[:, start:end, first:], alpha=-1)
     return gain

@@ -23,8 +23,8 @@ def pack(codes: Tensor, bits: Bits) -> Tensor:
     if not isinstance(bits, int):
         return torch.cat([pack(expert, width).flatten() for expert, width in zip(codes, bits, strict=True)])
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
-    place = torch.arange(bits, device=codes.device, dtype=torch.uint8)
-    stream = ((codes.unsqueeze(-1) >> place) & 1).flatten(-2).unflatten(-1, (-1, 8))  # [..., bytes, 8 bits]
+    shift = torch.arange(bits, device=codes.device, dtype=torch.uint8)
+    stream = ((codes.unsqueeze(-1) >> shift) & 1).flatten(-2).unflatten(-1, (-1, 8))  # [..., bytes, 8 bits]
     return _join_bits(stream)
 
 
@@ -32,8 +32,8 @@ def unpack(packed: Tensor, bits: Bits, n: int) -> Tensor:
     """The inverse of `pack`: uint8 [..., n]."""
     if not isinstance(bits, int):
         return torch.stack([unpack(expert_codes(packed, bits, e, n), bits[e], n) for e in range(len(bits))])
-    place = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    stream = ((packed.unsqueeze(-1) >> place) & 1).flatten(-2).unflatten(-1, (-1, bits))  # [..., codes, bits]
+    shift = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    stream = ((packed.unsqueeze(-1) >> shift) & 1).flatten(-2).unflatten(-1, (-1, bits))  # [..., codes, bits]
     return _join_bits(stream)[..., :n].contiguous()
 
 
@@ -47,8 +47,8 @@ def expert_codes(packed: Tensor, bits: Bits, expert: int, n: int) -> Tensor:
 
 
 def _join_bits(stream: Tensor) -> Tensor:
-    place = torch.arange(stream.shape[-1], device=stream.device, dtype=torch.uint8)
-    return (stream << place).sum(-1, dtype=torch.uint8)
+    shift = torch.arange(stream.shape[-1], device=stream.device, dtype=torch.uint8)
+    return (stream << shift).sum(-1, dtype=torch.uint8)
 
 
 def packed(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
