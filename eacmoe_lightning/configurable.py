@@ -1,4 +1,4 @@
-"""Objects that remember the arguments they were made with, so that a resumed run can tell whether they changed."""
+"""Objects that record their constructor arguments, so that a resumed run notices if they changed."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any
 
 
 class Configurable:
-    """Base of everything that a config makes by its class path and that a run's result depends on.
+    """Base of all classes that a config instantiates by class path and that affect a run's result.
 
     Attributes:
-        arguments: of the constructor by name, defaults included.
+        arguments: the constructor's arguments by name, including defaults.
     """
 
     arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Configurable:
-        made = super().__new__(cls)
+        instance = super().__new__(cls)
         try:
-            bound = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
-        except TypeError:  # a copy, which brings its attributes; or a mistake, of which __init__ complains
-            return made
+            bound = inspect.signature(cls.__init__).bind(instance, *args, **kwargs)
+        except TypeError:  # a copy, which gets its attributes later; or wrong arguments, which __init__ reports
+            return instance
         bound.apply_defaults()
         _, *names = bound.arguments
-        made.__dict__["arguments"] = {name: bound.arguments[name] for name in names}
-        return made
+        instance.__dict__["arguments"] = {name: bound.arguments[name] for name in names}
+        return instance
 
     def settings(self) -> dict[str, Any]:
-        """Class path and arguments, as JSON holds them.
+        """Class path and arguments, as JSON values.
 
         Raises:
-            ValueError: an argument is not made of numbers, strings, lists, dictionaries and other configurables.
+            ValueError: an argument does not consist of numbers, strings, lists, dictionaries and other configurables.
         """
         kind = type(self)
         arguments = {name: self._as_json(name, value) for name, value in self.arguments.items()}
@@ -46,6 +46,6 @@ class Configurable:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise ValueError(
-            f"{type(self).__name__}: the argument {name} is a {type(value).__name__}, which a run cannot record to "
-            "compare it on resume: pass numbers, strings, lists or dictionaries"
+            f"{type(self).__name__}: the argument {name} is a {type(value).__name__}, which a run cannot record and "
+            "compare on resume: pass numbers, strings, lists or dictionaries"
         )

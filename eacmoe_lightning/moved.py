@@ -1,4 +1,4 @@
-"""Class paths that configs of older versions name, and where their modules are now."""
+"""Old module names: class paths in configs of earlier versions keep working after their modules have moved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOVED = {
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Finds a module of `MOVED` under its old name: it is the very module of the new one."""
+    """Imports a module of `MOVED` under its old name; the result is the same module object as under the new name."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(name, self) if name in MOVED else None

@@ -1,4 +1,4 @@
-"""The tree shows the architecture: modules import downwards only, and Lightning stays at the edge."""
+"""The architecture of the package: imports point downwards, without circles, and Lightning stays at the edge."""
 
 import ast
 from importlib import import_module
@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "eacmoe_lightning"
 
-ROOMS = (  # each may import from itself and from those before it
+ROOMS = (  # each may import from itself and from earlier ones
     ("version", "waiting", "configurable", "targets", "moved"),
     ("quantization",),
     ("routers",),
@@ -31,21 +31,21 @@ ROOMS = (  # each may import from itself and from those before it
     ("commands",),
     ("cli",),
 )
-LIGHTNING = ("job", "callbacks", "commands.fit", "commands.trainer", "cli")  # that may import it
+LIGHTNING = ("job", "callbacks", "commands.fit", "commands.trainer", "cli")  # modules that may import Lightning
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its name without the package's."""
-    found = {}
+    """The files of the package's modules, by module name without the package's prefix."""
+    files = {}
     for path in [*PACKAGE.rglob("*.py"), *(PACKAGE / "callbacks").resolve().glob("*.py")]:
         inside = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else PACKAGE.parent)
         name = ".".join(inside.with_suffix("").parts).removesuffix(".__init__")
-        found[name] = path
-    return found
+        files[name] = path
+    return files
 
 
 def imported(path: Path) -> set[str]:
-    """Full names that a module imports, also inside functions; not those for type checkers only."""
+    """Full names that a module imports, including imports inside functions, but not those only for type checkers."""
     tree, names = ast.parse(path.read_text()), set()
     typing_only = {
         node
@@ -62,36 +62,36 @@ def imported(path: Path) -> set[str]:
 
 
 def graph() -> dict[str, set[str]]:
-    """The modules of the package that each of them imports."""
+    """By module, the modules of the package that it imports."""
     known, edges = modules(), {}
     for name, path in known.items():
-        own = {
+        internal = {
             full.removeprefix("eacmoe_lightning.") for full in imported(path) if full.startswith("eacmoe_lightning.")
         }
-        edges[name] = {full if full in known else full.rpartition(".")[0] for full in own} - {name, ""}
+        edges[name] = {full if full in known else full.rpartition(".")[0] for full in internal} - {name, ""}
     return edges
 
 
 def test_no_circles():
     edges, finished = graph(), set()
 
-    def visit(name: str, way: tuple[str, ...]) -> None:
-        assert name not in way, " -> ".join((*way[way.index(name) :], name))
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
         if name not in finished:
             for other in sorted(edges.get(name, ())):
-                visit(other, (*way, name))
+                visit(other, (*path, name))
             finished.add(name)
 
     for name in sorted(edges):
         visit(name, ())
-    assert len(finished) > 100  # the graph was read at all
+    assert len(finished) > 100  # the graph is not empty
 
 
 def test_imports_point_downwards():
     level = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
     edges = {name: others for name, others in graph().items() if name != "__init__"}
     rooms = {name.partition(".")[0] for name in edges}
-    assert rooms == set(level), "a room is missing in ROOMS, or is gone"
+    assert rooms == set(level), "ROOMS does not list the rooms of the package"
     upward = [
         f"{name} -> {other}"
         for name, others in edges.items()
@@ -102,8 +102,8 @@ def test_imports_point_downwards():
 
 
 def test_lightning_stays_at_the_edge():
-    found = {name for name, path in modules().items() if any(n.split(".")[0] == "lightning" for n in imported(path))}
-    assert found and all(name.startswith(LIGHTNING) for name in found), sorted(found)
+    users = {name for name, path in modules().items() if any(n.split(".")[0] == "lightning" for n in imported(path))}
+    assert users and all(name.startswith(LIGHTNING) for name in users), sorted(users)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_lightning_stays_at_the_edge():
         "eacmoe_lightning.callbacks.RoutingReport",
     ],
 )
-def test_class_paths_of_older_configs(path):
+def test_class_paths_in_older_configs(path):
     module, _, name = path.rpartition(".")
-    found = getattr(import_module(module), name)
-    assert getattr(import_module(found.__module__), name) is found
+    cls = getattr(import_module(module), name)
+    assert getattr(import_module(cls.__module__), name) is cls

@@ -1,4 +1,4 @@
-"""A job that is killed again and again leaves the very bytes of one that never was."""
+"""A job that is killed again and again leaves the same bytes as one that runs undisturbed."""
 
 import json
 import re
@@ -16,8 +16,7 @@ OPTIONS = {
     "model__joint_epochs": 1,
 }
 EVERY_STEP = {"checkpoint__every_n_train_steps": 1}
-
-# a checkpoint after every step: also in the middle of an epoch, and of the last batch of one
+# a checkpoint after every step, so also in the middle of an epoch
 STEPS = [
     ["call", "eacmoe_lightning.quantization.gptq.fit_range", 5],  # inside GPTQ, before there is any checkpoint
     ["replace", "last.ckpt", 3],  # while a checkpoint is written, in the middle of an epoch
@@ -42,15 +41,15 @@ EPOCHS = [
 ]
 
 
-# while blocks lose experts, different numbers of them, by what the original's experts return
+# with pruning by the outputs of the original's experts, which removes different numbers of experts from blocks
 PRUNING = {"pruning__criterion": "reap", "pruning__alpha": 0.9}
 PRUNED = [
-    ["phase", "1 attention", 1],  # the block is pruned, and nothing of it written
+    ["phase", "1 attention", 1],  # the block is pruned and not yet written
     ["phase", "2 replay", 1],
     ["call", "eacmoe_lightning.job.qesc.QESC._joint_loss", 2],
 ]
 
-# on a lattice
+# with weights on a lattice
 LATTICE = {"model__quantizer": "lattice", "model__bits": 2.75}
 ON_LATTICE = [
     ["call", "eacmoe_lightning.quantization.lattice.gptq_on_lattice", 4],
@@ -73,7 +72,7 @@ def undisturbed(tmp_path_factory, tiny_model_dir) -> Callable[[str, dict], Path]
 
 
 def attempts(model: Path, run: Path, places: list, more: dict) -> str:
-    """Runs the job, killed at every place; the output of all attempts. Every kill must have happened."""
+    """Runs the job, killing it at every place; returns the output of all attempts. Every kill must have happened."""
     words = jobs.options(model, run, **OPTIONS, **more)
     output = jobs.finish(jobs.start("tests/kill_driver.py", json.dumps(places), "--", *words))
     status = [json.loads(line) for line in re.findall(r"^STATUS (.*)$", output, re.MULTILINE)]
@@ -101,13 +100,13 @@ def test_a_killed_job_ends_like_an_undisturbed_one(
     reports = [json.loads((run / "report.json").read_text()) for run in (tmp_path / "run", reference)]
     for key in ("perplexity", "expert_shift", "bits", "experts", "quantization_error", "pruning"):
         assert reports[0].get(key) == reports[1].get(key)
-    if places is EPOCHS:  # a block that a checkpoint lies behind is not computed again
+    if places is EPOCHS:  # a block finished before the last checkpoint is not computed again
         costs = [json.loads(line) for line in (tmp_path / "run" / "costs.jsonl").read_text().splitlines()]
         assert [cost["phase"] for cost in costs if cost["block"] == 0].count("experts") == 1
     if options is PRUNING:
         assert len({len(row["kept"]) for row in reports[0]["pruning"]["blocks"].values()}) > 1
     frequencies = [(run / "expert_frequency.json").read_text() for run in (tmp_path / "run", reference)]
     assert frequencies[0] == frequencies[1]
-    # Fails while `.NAME.PID.partial` files of killed processes stay for good (store.py).
-    litter = [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".") or "partial" in path.name]
-    assert not litter
+    # `RunDirectory.start` removes the `.NAME.PID.partial` files of killed processes.
+    partial = [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".") or "partial" in path.name]
+    assert not partial

@@ -1,4 +1,4 @@
-"""What people add from outside the package, each in a file of their own, used by config."""
+"""Extensions from outside the package: a router loss and two quantizers in users' files, selected by config."""
 
 import json
 
@@ -14,7 +14,7 @@ from eacmoe_lightning.run.block_file import read_block
 from eacmoe_lightning.run.directory import RunDirectory
 
 LOSS = '''
-"""A router loss: squared differences, weighted by what the teacher's softmax gives, with named weights of experts."""
+"""A router loss: squared differences weighted by the teacher's softmax, with extra weight for chosen experts."""
 
 import torch
 from eacmoe_lightning.routers.losses import RouterLoss
@@ -35,7 +35,7 @@ class WeightedMSE(RouterLoss):
 '''
 
 QUANTIZER = '''
-"""A quantizer: plain rounding on the grid, with ranges that the largest weights of each group set."""
+"""A quantizer: plain rounding on the grid, with minimum-maximum ranges."""
 
 import torch
 from eacmoe_lightning.quantization.grid import Quantized, round_to_nearest
@@ -75,7 +75,7 @@ class SmallestInputsFirst(Quantizer):
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """A directory on the path that holds both modules."""
+    """Puts a directory with both modules on the import path."""
     for name, text in (("my_loss", LOSS), ("my_quantizer", QUANTIZER)):
         assert len(text.splitlines()) < 60
         (tmp_path / f"{name}.py").write_text(text)
@@ -97,7 +97,7 @@ def test_a_router_loss_from_outside(outside, tiny_model_dir, tmp_path, capsys):
     settings = json.loads((run / "run.json").read_text())["model.router_loss"]
     arguments = {"kind": "softmax", "favourites": [1, 2], "extra": 2.0}
     assert settings == {"class_path": "my_loss.WeightedMSE", "init_args": arguments}
-    # a string and a list are part of what the run is: other ones do not resume it in silence
+    # strings and lists are part of the run's identity: a run does not resume with other ones
     for other in ({"model__router_loss__kind": "flat"}, {"model__router_loss__favourites": "[1, 3]"}):
         with pytest.raises(SystemExit):
             words = jobs.options(tiny_model_dir("mixtral"), run, model__joint_epochs=0, **options | other)
@@ -111,9 +111,9 @@ def test_a_quantizer_from_outside(outside, tiny_model_dir, tmp_path):
     quantized, _, stats = read_block(RunDirectory(run), 0)
     original = load_original_block(tiny_model_dir("qwen2_moe"))
     name = "model.layers.0.self_attn.q_proj.weight"
-    wanted = 0.5 * original[name]
+    target = 0.5 * original[name]
     step = quantized[name].scale.float().repeat_interleave(32, -1)
-    assert ((quantized[name].dequantize() - wanted).abs() <= step * 0.51 + 1e-6).all()
+    assert ((quantized[name].dequantize() - target).abs() <= step * 0.51 + 1e-6).all()
     assert stats.error[name] == pytest.approx(0.25, abs=0.02)  # half of the weight is missing
     report = json.loads((run / "report.json").read_text())
     assert report["config"]["model.quantizer"]["class_path"] == "my_quantizer.PlainRounding"

@@ -127,9 +127,8 @@ class Recipe:
 
     @cached_property
     def solver(self) -> Quantizer | None:
-        """The quantizer itself; None where nothing is quantized."""
-        made = QUANTIZERS[self.quantizer] if isinstance(self.quantizer, str) else lambda recipe: recipe.quantizer
-        return made(self)
+        """The quantizer object; None if nothing is quantized."""
+        return QUANTIZERS[self.quantizer](self) if isinstance(self.quantizer, str) else self.quantizer
 
     @property
     def quantizer_name(self) -> str:

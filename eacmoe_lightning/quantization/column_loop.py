@@ -1,13 +1,13 @@
-"""GPTQ's column loop over one group, the only part of it that is no matrix product: in C++, in Triton, or in torch.
+"""GPTQ's column loop over one group, its only part that is not a matrix product: in C++, in Triton, or in torch.
 
-A row of a weight meets no other row, so the loop runs over many rows at once; columns come one after another, what each
-one moved away from `old` changing what the later ones are rounded from:
+The rows of a weight are independent, so the loop runs over many rows at once. Its columns are sequential: the error of
+each one relative to `old` changes what later columns are rounded from:
 
     v_j = value_j - sum_{k<j} e_k F_kj,   q_j = v_j rounded,   e_j = q_j - old_j
 
-Two methods share it, with F and `old` of their own: GPTQ, where `old` is the original weight and H = F diag(p) F^T, and
-coordinate descent, where `old` is what was decoded before and F_kj = H_kj / H_jj (see gptq.py). In GPTQ the sum of
-p_j (v_j - q_j)^2 is the loss that the group adds. So several scales can be tried, each row keeping its best.
+Two methods use it. In GPTQ `old` is the original weight and H = F diag(p) F^T; in coordinate descent `old` is the
+previous decoded weight and F_kj = H_kj / H_jj (see gptq.py). In GPTQ the sum of p_j (v_j - q_j)^2 is the loss that the
+group adds, so several scales can be tried and each row keeps its best.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from eacmoe_lightning.quantization.grid import Grid, encode, fit_scale, ranges
 
 LEVELS = ("portable", "avx2", "avx512")  # instruction sets of csrc/column_loop.cpp
-UNROLL = 4  # it takes so many columns at a time
+UNROLL = 4  # columns that csrc/column_loop.cpp takes at a time
 
 
 def column_loop(
@@ -36,13 +36,14 @@ def column_loop(
     """Rounds one group of columns.
 
     Args:
-        value, old: float32 [S, O, g], views of wider tensors or not; left as they are.
-        factor: F [S, g, g] float32; only what is right of the diagonal is read.
-        weight: [S, g], what (v_j - q_j)^2 counts.
-        scale, zero: [S, O, C], candidates of each row, float32. The one of least loss is taken, the first of equals.
+        value, old: float32 [S, O, g], may be views of wider tensors; not changed.
+        factor: F [S, g, g] float32; only entries right of the diagonal are read.
+        weight: [S, g], the weight of (v_j - q_j)^2 in the loss.
+        scale, zero: float32 [S, O, C], the candidates of each row. The candidate of least loss is chosen, the first one
+            among equals.
 
     Returns:
-        codes [S, O, g] uint8, e [S, O, g] float32, and which candidate was taken [S, O].
+        Codes [S, O, g] uint8, e [S, O, g] float32, and the index of the chosen candidate [S, O].
     """
     run = loop_in_torch
     if _is_compiled(value):
@@ -53,10 +54,10 @@ def column_loop(
 
 
 def fit_range(value: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """`grid.fit_scale` of one group of columns, in C++ where that is built: the loop without anything between columns.
+    """`grid.fit_scale` of one group of columns; where the C++ loop is built, by that loop without coupling of columns.
 
     Args:
-        value: float32 [S, O, g], a view of a wider tensor or not.
+        value: float32 [S, O, g], may be a view of a wider tensor.
         importance: [S, g].
 
     Returns:
@@ -70,10 +71,10 @@ def fit_range(value: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Te
 
 
 def loop_in_torch(value, old, factor, weight, scale, zero, grid) -> tuple[Tensor, Tensor, Tensor]:
-    """`column_loop` on any device: the reference."""
+    """`column_loop` on any device; the reference implementation."""
     num, rows, candidates = scale.shape
     chosen = torch.zeros(num, rows, dtype=torch.long, device=value.device)
-    if candidates > 1:  # as so many more rows
+    if candidates > 1:  # try each candidate as a row
         repeated = (t.repeat_interleave(candidates, 1) for t in (value, old))
         loss = _pass(*repeated, factor, weight, scale.flatten(1), zero.flatten(1), grid)[2]
         chosen = loss.view(scale.shape).argmin(-1)
@@ -96,21 +97,21 @@ def _pass(value, old, factor, weight, scale, zero, grid) -> tuple[Tensor, Tensor
 
 
 def _is_compiled(value: Tensor) -> bool:
-    """Whether C++ takes these columns."""
+    """Whether the C++ loop is built and can take these columns."""
     return value.device.type == "cpu" and value.shape[-1] % UNROLL == 0 and library() is not None
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled loop, or None with one warning where it is not built."""
+    """The compiled loop; None, after one warning, where it is not built."""
     path = Path(__file__).with_name(f"_column_loop{sysconfig.get_config_var('EXT_SUFFIX')}")
     try:
         lib = ctypes.CDLL(str(path))
-        run = lib.eacmoe_column_loop  # a name that libraries of an older interface lack
+        run = lib.eacmoe_column_loop  # libraries of an older interface lack this name
     except (OSError, AttributeError) as error:
         warnings.warn(
-            f"GPTQ's compiled loop cannot be loaded ({error}): it will run through torch, many times slower. Install "
-            "a C++ compiler and reinstall eacmoe-lightning to have it",
+            f"GPTQ's compiled loop cannot be loaded ({error}): GPTQ runs in torch, many times slower. To build the "
+            "loop, install a C++ compiler and reinstall eacmoe-lightning",
             stacklevel=2,
         )
         return None
@@ -121,17 +122,17 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def triton_loop() -> ModuleType | None:
-    """The loop for CUDA; None without Triton."""
+    """The Triton loop for CUDA; None, after one warning, where Triton is missing."""
     try:
         return import_module("eacmoe_lightning.quantization.triton_column_loop")
     except ImportError as error:
-        warnings.warn(f"GPTQ will run slowly on this GPU, without Triton ({error})", stacklevel=2)
+        warnings.warn(f"GPTQ runs slowly on this GPU because Triton is missing ({error})", stacklevel=2)
         return None
 
 
 @cache
 def level() -> int:
-    """The best instruction set of this CPU, by its place in LEVELS."""
+    """The best instruction set of this CPU, as an index into LEVELS."""
     return library().eacmoe_column_loop_level()
 
 
@@ -152,7 +153,7 @@ def _compiled(value, old, factor, weight, scale, zero, grid) -> tuple[Tensor, Te
     value, old = _with_rows_in_line(value), _with_rows_in_line(old)
     weight, scale, zero = weight.contiguous(), scale.contiguous(), zero.contiguous()
     codes = errors = None
-    if factor is not None:  # else nothing is between columns, and only the choice is wanted
+    if factor is not None:  # without a factor, columns are not coupled and only the choice is needed
         factor = factor.contiguous()
         codes, errors = torch.empty(value.shape, dtype=torch.uint8), torch.empty(value.shape)
     chosen = torch.empty(num, rows, dtype=torch.int32)
@@ -164,13 +165,13 @@ def _compiled(value, old, factor, weight, scale, zero, grid) -> tuple[Tensor, Te
     cuts = [total * t // threads for t in range(threads + 1)]
     if threads == 1:
         run(level(), task, 0, total)
-    else:  # ctypes lets go of the interpreter's lock
+    else:  # ctypes releases the GIL
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda t: run(level(), task, cuts[t], cuts[t + 1]), range(threads)))
     return codes, errors, chosen.long()
 
 
 def _with_rows_in_line(tensor: Tensor) -> Tensor:
-    """[S, O, g] whose rows, numbered through all problems, are equally far apart."""
+    """[S, O, g] with one stride between all S * O rows; a copy if the tensor has no such layout."""
     in_line = tensor.stride(2) == 1 and tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
     return tensor if in_line else tensor.contiguous()

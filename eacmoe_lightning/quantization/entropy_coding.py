@@ -1,7 +1,7 @@
-"""Integers at their entropy: asymmetric numeral systems (ANS, through `constriction`).
+"""Entropy coding of integers with asymmetric numeral systems (ANS, from the library `constriction`).
 
-Huffman codes round to whole bits: at 2 bits they lose 0.03 to 0.1 bit. ANS loses nothing that could be measured.
-Distributions are stored as 16-bit frequencies, so that encoder and decoder compute the same model.
+Huffman codes take whole bits: at 2 bits they lose 0.03 to 0.1 bit. ANS loses nothing measurable. Distributions are
+stored as 16-bit frequencies, so that encoder and decoder compute the same model.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from typing import Any
 import constriction
 import numpy as np
 
-ALPHABET = 1 << 12  # largest range of codes: beyond it the table of frequencies is no longer small
-TABLE = struct.Struct("<iI")  # smallest code, number of values up to the largest
+ALPHABET = 1 << 12  # largest range of codes, which keeps the table of frequencies small
+TABLE = struct.Struct("<iI")  # smallest code, number of values from the smallest to the largest
 Model = constriction.stream.model.Categorical
 Buffer = bytes | bytearray | memoryview | np.ndarray
 
 
 def encode_codes(codes: np.ndarray, given: np.ndarray | None = None) -> bytes:
-    """Encodes integers [n] at their entropy, or at their entropy given uint8 [n], which the decoder must know.
+    """Encodes integers [n] at their entropy; with `given`, uint8 [n], at their conditional entropy.
+
+    The decoder needs the same `given`.
 
     Raises:
         ValueError: the codes span more than ALPHABET values.
@@ -31,9 +33,9 @@ def encode_codes(codes: np.ndarray, given: np.ndarray | None = None) -> bytes:
         raise ValueError(f"codes from {low} to {high} span more than {ALPHABET} values")
     symbols, size = (codes - low).astype(np.int32), max(high - low + 1, 2)  # the library needs at least two symbols
     coder, tables = constriction.stream.stack.AnsCoder(), []
-    for case in reversed(_cases(symbols.size, given)):  # a stack: what is decoded first is encoded last
+    for case in reversed(_cases(symbols.size, given)):  # ANS is a stack: the first case to decode is encoded last
         counts = np.bincount(symbols[case], minlength=size)
-        table = (-(-counts * 65535 // counts.max())).astype("<u2")  # rounded up, so that no symbol that occurs gets 0
+        table = (-(-counts * 65535 // counts.max())).astype("<u2")  # rounded up: symbols that occur get at least 1
         coder.encode_reverse(symbols[case], _model(table))
         tables.insert(0, table)
     head = TABLE.pack(low, size)
@@ -56,7 +58,7 @@ def decode_codes(data: Buffer, count: int, given: np.ndarray | None = None) -> n
 
 
 def _cases(count: int, given: np.ndarray | None) -> list[Any]:
-    """For each distribution, the index of its codes."""
+    """One index per distribution: the codes that it covers."""
     if given is None:
         return [slice(0, count)]
     return [np.flatnonzero(given == value) for value in np.unique(given)]

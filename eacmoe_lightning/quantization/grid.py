@@ -1,11 +1,11 @@
 """The grid that weights are rounded to: group-wise integer codes with a scale and a zero point.
 
-A weight [O, I] is cut along its inputs into G = I / group_size groups. Every row of every group has a
-`scale` (weight units per step) and a `zero_point` (the code that decodes to 0):
+A weight [O, I] is split along its inputs into G = I / group_size groups. Each row of each group has a `scale` (weight
+units per step) and a `zero_point` (the code that decodes to 0):
 
     w ~ (code - zero_point) * scale,    code in 0 .. 2^bits - 1
 
-All functions take any leading dimensions (experts): [..., O, I]. The experts of a stack may have bits of their own.
+All functions take any leading dimensions (experts): [..., O, I]. The experts of a stack may differ in bits.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 NUM_SHRINKS, MIN_SHRINK = 24, 0.45
-SHRINKS = [1 - (1 - MIN_SHRINK) * i / (NUM_SHRINKS - 1) for i in range(NUM_SHRINKS)]  # of a range, tried by its search
-CACHED = 1 << 17  # weights whose ranges are searched at once on a CPU: more would leave its caches
-SCALE_FACTORS = (0.8, 0.87, 0.93, 1.0, 1.07, 1.14, 1.2)  # of the scale, tried by `gptq` with its search
-ZERO_OFFSETS = (0, -1, 1)  # of the zero point
-Bits = int | tuple[int, ...]  # of a weight; or of each expert of a stack [E, O, I]
+SHRINKS = [1 - (1 - MIN_SHRINK) * i / (NUM_SHRINKS - 1) for i in range(NUM_SHRINKS)]  # factors of the range
+CACHED = 1 << 17  # weights whose ranges a CPU searches at once, so that they stay in its caches
+SCALE_FACTORS = (0.8, 0.87, 0.93, 1.0, 1.07, 1.14, 1.2)  # factors of the scale that the search of `gptq` tries
+ZERO_OFFSETS = (0, -1, 1)  # offsets of the zero point that it tries
+Bits = int | tuple[int, ...]  # of a weight, or of each expert of a stack [E, O, I]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Grid:
         bits: 2 to 8.
         group_size: inputs that share a scale; must divide in_features and be a multiple of 8.
         symmetric: the zero point is the middle code; otherwise it is fitted.
-        clip_search: choose each group's range by the least (Hessian-weighted) squared error instead of
+        clip_search: choose the range of each group that gives the least (Hessian-weighted) squared error, instead of
             its minimum and maximum.
     """
 
@@ -49,7 +49,7 @@ class Grid:
 
 @dataclass
 class Quantized:
-    """Integer codes with what is needed to decode them."""
+    """Integer codes with the scales and zero points that decode them."""
 
     codes: Tensor  # [..., O, I] uint8
     scale: Tensor  # [..., O, G] float16
@@ -60,7 +60,7 @@ class Quantized:
 
     @classmethod
     def empty(cls, shape: Sequence[int], grid: Grid, device: torch.device) -> Quantized:
-        """Codes, scales and zero points of a weight of this shape, to be filled in."""
+        """Uninitialised codes, scales and zero points for a weight of this shape."""
         codes = torch.empty(shape, dtype=torch.uint8, device=device)
         scale = torch.empty(cls.scale_shape(shape, grid), dtype=torch.float16, device=device)
         return cls(codes, scale, torch.empty(scale.shape, dtype=torch.uint8, device=device), grid.bits)
@@ -81,21 +81,21 @@ class Quantized:
     def dequantize(
         self, dtype: torch.dtype = torch.float32, scale: Tensor | None = None, codes: Tensor | None = None
     ) -> Tensor:
-        """[..., O, I]; the product is formed in float32 and rounded to `dtype` once.
+        """The weight [..., O, I]; computed in float32 and rounded to `dtype` once.
 
-        `scale` [..., O, G] and `codes` [..., O, I] are used in the place of the own ones (while they are trained).
+        `scale` [..., O, G] and `codes` [..., O, I] replace the stored ones (while they are trained).
         """
         scale, codes = self.scale if scale is None else scale, self.codes if codes is None else codes
         steps = codes.unflatten(-1, (-1, self.group_size)).float() - self.zero_point[..., None].float()
         return (steps * scale[..., None].float()).flatten(-2).to(dtype)
 
     def positions(self, weight: Tensor) -> Tensor:
-        """Where weights [..., O, I] lie on the axis of codes, float32."""
+        """The positions of weights [..., O, I] on the axis of codes, float32."""
         groups = weight.float().unflatten(-1, (-1, self.group_size))
         return (groups / self.scale.float().unsqueeze(-1) + self.zero_point.float().unsqueeze(-1)).flatten(-2)
 
     def nearest(self, position: Tensor) -> Tensor:
-        """The codes [..., O, I] of positions, float32, within those that the bits of each expert have."""
+        """The codes [..., O, I] nearest to positions, float32, within the range that each expert's bits allow."""
         if isinstance(self.bits, int):
             return position.round().clamp(0, 2**self.bits - 1)
         last = position.new_tensor([2**width - 1 for width in self.bits])[:, None, None]
@@ -103,11 +103,12 @@ class Quantized:
 
 
 def fit_scale(groups: Tensor, grid: Grid, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of weights [..., g], one pair for the last dimension.
+    """Scale and zero point of groups of weights [..., g].
 
     Args:
         groups: float32 [..., g].
-        importance: [..., g], broadcastable; the diagonal of the Hessian for `clip_search`.
+        importance: [..., g], broadcastable; weights the squared errors of `clip_search`, the Hessian's diagonal in
+            GPTQ.
 
     Returns:
         scale, zero_point: float32 [...], the scale already rounded to float16.
@@ -116,8 +117,8 @@ def fit_scale(groups: Tensor, grid: Grid, importance: Tensor | None = None) -> t
         dim = max(range(groups.ndim - 1), key=lambda d: groups.shape[d])
         halves = groups.tensor_split(2, dim)
         shares = (None, None) if importance is None else importance.expand(groups.shape).tensor_split(2, dim)
-        found = [fit_scale(half, grid, share) for half, share in zip(halves, shares, strict=True)]
-        return torch.cat([scale for scale, _ in found], dim), torch.cat([zero for _, zero in found], dim)
+        fits = [fit_scale(half, grid, share) for half, share in zip(halves, shares, strict=True)]
+        return torch.cat([scale for scale, _ in fits], dim), torch.cat([zero for _, zero in fits], dim)
     low, high = _range(groups)
     if not grid.clip_search:
         return _range_to_scale(low, high, grid)
@@ -137,13 +138,13 @@ def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ranges(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scales and zero points of all the ranges that `fit_scale` tries, in its order: [..., g] -> [..., C]."""
+    """Scales and zero points of all ranges that `fit_scale` tries, in the same order: [..., g] -> [..., C]."""
     shrinks, (low, high) = groups.new_tensor(SHRINKS), _range(groups)
     return _range_to_scale(low.unsqueeze(-1) * shrinks, high.unsqueeze(-1) * shrinks, grid)
 
 
 def neighbours(scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scales and zero points around fitted ones, [...] -> [..., C]; the first is the fitted one."""
+    """Candidate scales and zero points around fitted ones, [...] -> [..., C]; the first is the fitted pair."""
     offsets = (0,) if grid.symmetric else ZERO_OFFSETS
     pairs = [(1.0, 0), *((f, o) for o in offsets for f in SCALE_FACTORS if (f, o) != (1.0, 0))]
     factor, offset = scale.new_tensor(pairs).unbind(-1)
@@ -157,7 +158,7 @@ def _range_to_scale(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tens
         high = torch.maximum(-low, high)
         low = -high
     scale = ((high - low) / grid.max_code).half().float()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a group of zeros, or below float16
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # all zeros, or below float16's range
     if grid.symmetric:
         return scale, torch.full_like(scale, 2 ** (grid.bits - 1))
     return scale, (-low / scale).round().clamp(0, grid.max_code)
@@ -170,12 +171,12 @@ def _rounding_error(groups, scale, zero, grid, importance) -> Tensor:
 
 
 def encode(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """The nearest codes, as float32 (broadcasting)."""
+    """The nearest codes, as float32; arguments broadcast."""
     return (weight / scale + zero_point).round_().clamp_(0, grid.max_code)
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Quantized:
-    """The baseline without error compensation.
+    """Rounds to nearest: the baseline without error compensation.
 
     Args:
         weight: [..., O, I].
@@ -190,5 +191,5 @@ def round_to_nearest(weight: Tensor, grid: Grid, importance: Tensor | None = Non
 
 
 def one_or_each(bits: Sequence[int]) -> Bits:
-    """Bits of every expert as one number where they are the same."""
+    """The bits of all experts as one number if they are equal, else as a tuple."""
     return bits[0] if len(set(bits)) == 1 else tuple(bits)

@@ -1,10 +1,10 @@
-"""GPTQ on a lattice: whole multiples of a step, as many as it takes, for weights that are to be entropy-coded.
+"""GPTQ on a lattice: weights become unbounded integer multiples of a step, and these codes are entropy-coded.
 
-A group-wise grid spends the same bits on every weight, so its steps follow the largest weight of a group. Where codes
-are entropy-coded, rare large codes cost little, and one step can do for a whole matrix: at equal size its error on
-Gaussian weights is about half. Columns may have steps of their own. Rounding column j with step d_j adds p_j d_j^2 / 12
-to GPTQ's loss (`gptq.py`, also for F and p) and takes log2(1 / d_j) bits, so all columns trade bits for loss at the
-same rate if d_j is in proportion to p_j^-1/2: `column_steps`.
+A group-wise grid spends the same bits on every weight, so the largest weight of a group determines its step. With
+entropy coding rare large codes cost little, and one step can serve a whole matrix: at equal size the error on Gaussian
+weights is about half. Each column may also have its own step. Rounding column j with step d_j adds p_j d_j^2 / 12 to
+GPTQ's loss (see `gptq.py`, also for F and p) and takes log2(1 / d_j) bits. So all columns trade bits for loss at the
+same rate if d_j is proportional to p_j^-1/2: `column_steps`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from eacmoe_lightning.quantization.gptq import NOT_FINITE, damped_factor, in_ord
 from eacmoe_lightning.quantization.grid import Grid
 
 CHUNK = 128  # columns whose errors are passed on together
-LARGEST = 2047  # code: the entropy coder takes 4096 different ones
-RATE_TOLERANCE, RATE_TRIES = 0.004, 5  # bits per weight between what is asked and what is stored; column loops for it
+LARGEST = 2047  # largest absolute code: the entropy coder takes at most 4096 different codes
+RATE_TOLERANCE = 0.004  # bits per weight by which the stored size may differ from the requested one
+RATE_TRIES = 5  # largest number of column loops to get there
 
 
 @dataclass
 class Lattice:
-    """Codes of which few are large: they are stored at their entropy (`packing.py`).
+    """Codes on a lattice, most of them small; they are stored at their entropy (`packing.py`).
 
     Attributes:
         codes: int16 [..., O, I].
-        scale: float16 [..., 1, G], weight units per code: G = 1 for a step of the whole matrix, I for one per column.
+        scale: float16 [..., 1, G], weight units per code; G = 1 for one step per matrix, G = I for one per column.
     """
 
     codes: Tensor
@@ -41,7 +42,7 @@ class Lattice:
 
     @classmethod
     def empty(cls, shape: Sequence[int], grid: Grid, device: torch.device) -> Lattice:
-        """Codes and a step per matrix, to be filled in."""
+        """Uninitialised codes and one step per matrix."""
         scale = torch.empty(*shape[:-2], 1, 1, dtype=torch.float16, device=device)
         return cls(torch.empty(shape, dtype=torch.int16, device=device), scale)
 
@@ -51,7 +52,7 @@ class Lattice:
 
     @property
     def bits(self) -> float:
-        """Stored bits per weight, with steps and tables: the mean over matrices."""
+        """Stored bits per weight including steps and tables, the mean over matrices."""
         return round(float(stored_bits(self).mean()), 4)
 
     @property
@@ -65,7 +66,7 @@ class Lattice:
     def dequantize(
         self, dtype: torch.dtype = torch.float32, scale: Tensor | None = None, codes: Tensor | None = None
     ) -> Tensor:
-        """[..., O, I]; the product is formed in float32 and rounded to `dtype` once.
+        """The weight [..., O, I]; computed in float32 and rounded to `dtype` once.
 
         `scale` and `codes` replace the stored ones (while they are trained).
         """
@@ -73,16 +74,16 @@ class Lattice:
         return (codes.float() * scale.float()).to(dtype)
 
     def positions(self, weight: Tensor) -> Tensor:
-        """Where weights [..., O, I] lie on the axis of codes, float32."""
+        """The positions of weights [..., O, I] on the axis of codes, float32."""
         return weight.float() / self.scale.float()
 
     def nearest(self, position: Tensor) -> Tensor:
-        """The codes [..., O, I] of positions, float32."""
+        """The codes [..., O, I] nearest to positions, float32."""
         return position.round().clamp(-LARGEST, LARGEST)
 
 
 def factored(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
-    """F [S, I, I] and p [S, I] of Hessians [S, I, I]; inputs that are always zero count like the mean of others."""
+    """F [S, I, I] and p [S, I] of Hessians [S, I, I]; inputs that are always zero get the mean of the diagonal."""
     h = hessian.float().clone()
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
@@ -91,7 +92,7 @@ def factored(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
 
 
 def column_steps(pivot: Tensor) -> Tensor:
-    """[S, I] steps in proportion to p^-1/2, of geometric mean 1: to be multiplied by a step."""
+    """Relative steps [S, I] of the columns: proportional to p^-1/2, with geometric mean 1."""
     root = pivot.rsqrt()
     return root / root.log().mean(-1, keepdim=True).exp()
 
@@ -103,7 +104,7 @@ def round_to_lattice(weight: Tensor, step: Tensor) -> Lattice:
 
 
 def _storable(step: Tensor) -> Tensor:
-    """Steps as float16 holds them, float32."""
+    """Steps rounded to float16, which is how they are stored; float32."""
     return step.half().float().clamp(min=2**-24)
 
 
@@ -112,7 +113,7 @@ def _codes(value: Tensor) -> Tensor:
 
 
 def gptq_on_lattice(weight: Tensor, factor: Tensor, step: Tensor) -> Lattice:
-    """GPTQ's column loop with nearest multiples of a step (arXiv 2210.17323, algorithm 1, without a grid's limits).
+    """GPTQ's column loop, rounding to the nearest multiple of a step (arXiv 2210.17323, algorithm 1; no code limits).
 
     Args:
         weight: [S, O, I], any float dtype; not changed.
@@ -124,13 +125,13 @@ def gptq_on_lattice(weight: Tensor, factor: Tensor, step: Tensor) -> Lattice:
     step = stored.expand(len(w), columns)
     for start in range(0, columns, CHUNK):
         end = min(start + CHUNK, columns)
-        chunk, own = value[:, :, start:end], factor[:, start:end, start:end]
+        chunk, inner = value[:, :, start:end], factor[:, start:end, start:end]
         moved = torch.empty_like(chunk)
         for j in range(end - start):
             s = step[:, None, start + j]
             code = (chunk[:, :, j] / s).round_().clamp_(-LARGEST, LARGEST)
             moved[:, :, j] = code * s - w[:, :, start + j]
-            chunk[:, :, j + 1 :] -= moved[:, :, j, None] * own[:, None, j, j + 1 :]
+            chunk[:, :, j + 1 :] -= moved[:, :, j, None] * inner[:, None, j, j + 1 :]
             codes[:, :, start + j] = code
         value[:, :, end:] -= moved @ factor[:, start:end, end:]
     return Lattice(codes.to(torch.int16), stored.half().unsqueeze(-2))
@@ -139,17 +140,17 @@ def gptq_on_lattice(weight: Tensor, factor: Tensor, step: Tensor) -> Lattice:
 def solve(
     weight: Tensor, hessian: Tensor, bits: float, damping: float = 0.05, act_order: bool = True
 ) -> tuple[Lattice, Tensor]:
-    """GPTQ on a lattice with one step per matrix, chosen such that the stored weight takes `bits`.
+    """GPTQ on a lattice with one step per matrix, chosen so that the stored weight takes `bits`.
 
     Args:
-        weight: [S, O, I], any float dtype; computed in float32 and not changed.
+        weight: [S, O, I], any float dtype; not changed. The arithmetic is float32.
         hessian: [S, I, I] float32. Its scale does not matter.
-        bits: per weight, with the step and the entropy coder's table.
+        bits: stored bits per weight, including the step and the entropy coder's table.
         damping: added to the diagonal, as a share of its mean.
         act_order: visit inputs by falling diagonal of H.
 
     Returns:
-        Codes, and their relative squared output error [S].
+        The quantized weights, and their relative squared output error [S].
 
     Raises:
         ValueError: a weight or Hessian is not finite, or a Hessian cannot be factored.
@@ -163,27 +164,27 @@ def solve(
         w, h = in_order(weight, order, 1), in_order(in_order(hessian, order, 0), order, 1)
     factor, _ = factored(h, damping)
     step = step_for_bits(w, w.new_ones(len(w), 1), bits, shared=False, tolerance=0.05)
-    for _ in range(RATE_TRIES):  # error compensation makes codes a little larger than those rounded to nearest
+    for _ in range(RATE_TRIES):  # error compensation makes codes a little larger than plain rounding does
         lattice = gptq_on_lattice(w, factor, step)
         excess = (stored_bits(lattice) - bits).to(step)[:, None]  # [S, 1]
         if float(excess.abs().max()) < RATE_TOLERANCE:
             break
-        step = step * excess.exp2()  # a step twice as large takes one bit less
+        step = step * excess.exp2()  # doubling the step saves one bit
     if act_order:
         lattice.codes = in_order(lattice.codes, order.argsort(-1), 1)
     return lattice, output_error(weight, lattice, hessian)
 
 
 def stored_bits(lattice: Lattice) -> Tensor:
-    """Bits per weight of each matrix [..., O, I] on disk, float64 [S]: entropy of the codes, their table, the steps."""
+    """Stored bits per weight of each matrix [..., O, I], float64 [S]: entropy of the codes, their table, the steps."""
     codes = lattice.codes.reshape(-1, *lattice.codes.shape[-2:])
     different = (codes.amax((-2, -1)) - codes.amin((-2, -1))).double() + 1
-    coder = 16 * different + 8 * TABLE.size + 32  # its table, and the words that it rounds up to
+    coder = 16 * different + 8 * TABLE.size + 32  # bits of the table, and of rounding up to whole words
     return entropy(codes) + (coder + 16 * lattice.scale.shape[-1]) / codes[0].numel()
 
 
 def entropy(codes: Tensor) -> Tensor:
-    """Bits per code of each matrix: integers [S, O, I] -> float64 [S], the order-0 entropy."""
+    """The order-0 entropy of each matrix in bits per code: integers [S, O, I] -> float64 [S]."""
     bits = []
     for matrix in codes.flatten(1).long():
         counts = torch.bincount(matrix - matrix.min()).double()
@@ -193,18 +194,18 @@ def entropy(codes: Tensor) -> Tensor:
 
 
 def step_for_bits(weight: Tensor, shape: Tensor, bits: float, shared: bool, tolerance: float = 0.002) -> Tensor:
-    """[S, 1] factors of the steps `shape` [S, I] at which codes rounded to nearest have an entropy of `bits`.
+    """Factors [S, 1] of the steps `shape` [S, I] at which codes rounded to nearest have an entropy of `bits`.
 
     Args:
-        shared: one factor for all S, such that the mean is `bits`; else each has `bits`.
+        shared: use one factor for all S matrices, so that their mean entropy is `bits`; otherwise each has `bits`.
     """
-    size = weight.float().square().mean((-2, -1)).sqrt().clamp(min=2**-20)[:, None]  # of zeros: any step will do
-    low, high = size.log2() - 12, size.log2() + 4  # exponents: more than 8 bits, and none
+    size = weight.float().square().mean((-2, -1)).sqrt().clamp(min=2**-20)[:, None]  # for zeros any step will do
+    low, high = size.log2() - 12, size.log2() + 4  # exponents of the step: above 8 bits, and 0 bits
     if shared:
         low, high = low.amin(0, keepdim=True).expand_as(low), high.amax(0, keepdim=True).expand_as(high)
     while float((high - low).max()) > tolerance:
         middle = (low + high) / 2
-        found = entropy(round_to_lattice(weight, shape * middle.exp2()).codes).to(size)[:, None]
-        found = found.mean(0, keepdim=True).expand_as(found) if shared else found
-        low, high = torch.where(found > bits, middle, low), torch.where(found > bits, high, middle)
+        rate = entropy(round_to_lattice(weight, shape * middle.exp2()).codes).to(size)[:, None]
+        rate = rate.mean(0, keepdim=True).expand_as(rate) if shared else rate
+        low, high = torch.where(rate > bits, middle, low), torch.where(rate > bits, high, middle)
     return ((low + high) / 2).exp2()

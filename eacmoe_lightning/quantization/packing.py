@@ -1,4 +1,4 @@
-"""Codes as they lie on disk and in memory: eight of them in `bits` bytes."""
+"""How codes are stored on disk and in memory: eight codes in `bits` bytes, or a lattice's codes at their entropy."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 def pack(codes: Tensor, bits: Bits) -> Tensor:
     """uint8 codes [..., n] -> uint8 [..., ceil(n / 8) * bits]: eight codes in `bits` bytes, little-endian.
 
-    Experts [E, O, n] with bits of their own become one flat tensor, one expert after another.
+    Experts [E, O, n] that differ in bits become one flat tensor, one expert after another.
     """
     if not isinstance(bits, int):
         return torch.cat([pack(expert, width).flatten() for expert, width in zip(codes, bits, strict=True)])
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
-    place = torch.arange(bits, device=codes.device, dtype=torch.uint8)
-    stream = ((codes.unsqueeze(-1) >> place) & 1).flatten(-2).unflatten(-1, (-1, 8))  # [..., bytes, 8 bits]
+    shift = torch.arange(bits, device=codes.device, dtype=torch.uint8)
+    stream = ((codes.unsqueeze(-1) >> shift) & 1).flatten(-2).unflatten(-1, (-1, 8))  # [..., bytes, 8 bits]
     return _join_bits(stream)
 
 
@@ -32,8 +32,8 @@ def unpack(packed: Tensor, bits: Bits, n: int) -> Tensor:
     """The inverse of `pack`: uint8 [..., n]."""
     if not isinstance(bits, int):
         return torch.stack([unpack(expert_codes(packed, bits, e, n), bits[e], n) for e in range(len(bits))])
-    place = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    stream = ((packed.unsqueeze(-1) >> place) & 1).flatten(-2).unflatten(-1, (-1, bits))  # [..., codes, bits]
+    shift = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    stream = ((packed.unsqueeze(-1) >> shift) & 1).flatten(-2).unflatten(-1, (-1, bits))  # [..., codes, bits]
     return _join_bits(stream)[..., :n].contiguous()
 
 
@@ -41,21 +41,22 @@ def expert_codes(packed: Tensor, bits: Bits, expert: int, n: int) -> Tensor:
     """The packed codes [O, n / 8 * bits] of one expert of a stack, as a view."""
     if isinstance(bits, int):
         return packed[expert]
-    row = n // 8  # bytes of a row for each bit
+    row = n // 8  # bytes per row and bit
     rows = packed.numel() // (row * sum(bits))
     return packed.narrow(0, rows * row * sum(bits[:expert]), rows * row * bits[expert]).view(rows, -1)
 
 
 def _join_bits(stream: Tensor) -> Tensor:
-    place = torch.arange(stream.shape[-1], device=stream.device, dtype=torch.uint8)
-    return (stream << place).sum(-1, dtype=torch.uint8)
+    shift = torch.arange(stream.shape[-1], device=stream.device, dtype=torch.uint8)
+    return (stream << shift).sum(-1, dtype=torch.uint8)
 
 
 def packed(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-    """Everything that is stored of quantized weights, by `<name>.<what>`.
+    """The tensors that are stored for quantized weights, by `<weight's name>.<kind>`.
 
-    On the group-wise grid `.codes`, `.scale` and `.zero_point`; on a lattice `.stream` (each matrix's codes at their
-    entropy, one after another), `.ends` [S] (where they end), `.shape` of the codes, and `.scale`.
+    On the group-wise grid the kinds are `.codes`, `.scale` and `.zero_point`. On a lattice they are `.stream` (the
+    entropy-coded matrices, one after another), `.ends` [S] (where each ends in the stream), `.shape` of the codes, and
+    `.scale`.
     """
     tensors = {}
     for name, weight in quantized.items():
@@ -71,16 +72,16 @@ def packed(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
     return tensors
 
 
-STORED = (".codes", ".scale", ".zero_point", ".stream", ".ends", ".shape")  # of a quantized weight
+STORED = (".codes", ".scale", ".zero_point", ".stream", ".ends", ".shape")  # kinds of tensors of a quantized weight
 
 
 def quantized_names(tensors: Iterable[str]) -> set[str]:
-    """Of the tensors of a file, the weights that are quantized there."""
+    """The names of the weights that are stored quantized among the tensors of a file."""
     return {name.rpartition(".")[0] for name in tensors if name.endswith((".codes", ".stream"))}
 
 
 def take_quantized(tensors: dict[str, Tensor], name: str, bits: Bits | list[int], in_features: int) -> QuantizedWeight:
-    """Takes one weight's tensors out of those of a file; bits and in_features are of the group-wise grid."""
+    """Removes one weight's tensors from those of a file and decodes them; a lattice ignores bits and in_features."""
     scale = tensors.pop(f"{name}.scale")
     if f"{name}.stream" in tensors:
         stream, ends, shape = (tensors.pop(f"{name}.{what}") for what in ("stream", "ends", "shape"))

@@ -1,10 +1,10 @@
-"""The seam for quantizers: what one needs to know of a weight's inputs, how it solves, and what that costs.
+"""The interface of quantizers: which statistics of a weight's inputs they need, how they solve, and what that costs.
 
-    gptq     groups with a scale and a zero point, GPTQ and what follows it (`gptq.py`)
+    gptq     the group-wise grid, solved by GPTQ with refinement (`gptq.py`)
     rtn      the same grid, rounded to nearest: the baseline
-    lattice  one step per matrix and codes at their entropy (`lattice.py`)
+    lattice  one step per matrix, codes stored at their entropy (`lattice.py`)
 
-Another one is a subclass of `Quantizer`, named by its class path: `--model.quantizer my_module.MyQuantizer`.
+To add one, subclass `Quantizer` and pass its class path: `--model.quantizer my_module.MyQuantizer`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from eacmoe_lightning.quantization.grid import SCALE_FACTORS, ZERO_OFFSETS, Grid
 from eacmoe_lightning.quantization.lattice import Lattice
 
 QuantizedWeight = Quantized | Lattice
-LOOP_RATE = 0.73  # of the column loop's search, as a share of a matrix product's
-RANGE_BYTES = 200  # that searching the range of a group moves through caches, for each weight
-LATTICE_LOOPS = 3  # column loops until the rate is met, of at most `lattice.RATE_TRIES`
+LOOP_RATE = 0.73  # flop rate of the column loop, as a share of a matrix product's
+RANGE_BYTES = 200  # cache traffic of the range search per weight
+LATTICE_LOOPS = 3  # typical number of column loops until the rate is met, at most `lattice.RATE_TRIES`
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What solving one matrix takes: `flops` in float32, and `loop_bytes` of memory that no matrix product touches."""
+    """The arithmetic of solving one matrix: `flops` in float32, and `loop_bytes` of memory traffic outside of matrix
+    products."""
 
     flops: float = 0.0
     loop_bytes: float = 0.0
@@ -39,10 +40,11 @@ class Quantizer(Configurable, ABC):
     """Turns stacks of weights into integer codes.
 
     Attributes:
-        needs: what `solve` is given of a weight's inputs: their `hessian`, the `inputs` themselves, or `nothing`.
-            Inputs stay in the process that computed them, so a quantizer that needs them runs in one process.
-        result: what it makes of a weight.
-        any_rate: whether bits may be any number, not whole ones only.
+        needs: the statistics of a weight's inputs that `solve` gets: their `hessian`, the `inputs` themselves, or
+            `nothing`. Inputs stay in the process that computed them, so a quantizer that needs them requires a run
+            with one process.
+        result: the type of the quantized weight.
+        any_rate: whether bits may be fractional.
     """
 
     needs: Literal["hessian", "inputs", "nothing"] = "hessian"
@@ -53,27 +55,29 @@ class Quantizer(Configurable, ABC):
     def solve(
         self, weight: Tensor, statistics: Tensor | list[Tensor] | None, grid: Grid
     ) -> tuple[QuantizedWeight, Tensor]:
-        """Codes of a stack of weights, and their relative squared output error [S] (of the weight, if nothing is known
-        of its inputs).
+        """Quantizes a stack of weights.
 
         Args:
-            weight: [S, O, I], any float dtype; not to be changed.
-            statistics: Hessians [S, I, I] float32 on and below the diagonal too; or S tensors of inputs [n, I]; or
-                None, as `needs` says.
+            weight: [S, O, I], any float dtype; must not be changed.
+            statistics: as `needs` says: full symmetric Hessians [S, I, I] float32, S tensors of inputs [n, I], or None.
             grid: bits, group size and symmetry.
+
+        Returns:
+            The quantized stack, and its relative squared output errors [S]; a quantizer that needs nothing returns the
+            relative squared errors of the weights.
         """
 
     def arithmetic(self, rows: int, columns: int, grid: Grid) -> Arithmetic:
-        """What one matrix [rows, columns] takes, for `plan`."""
+        """The arithmetic of solving one matrix [rows, columns], from which `plan` predicts times."""
         return Arithmetic()
 
     def working_bytes(self, num: int, rows: int, columns: int, device: torch.device) -> int:
-        """Memory that a stack of `num` matrices takes at most, beside weights and statistics."""
+        """Peak memory of solving a stack of `num` matrices, in addition to weights and statistics."""
         return 4 * num * 3 * rows * columns
 
 
 class GPTQ(Quantizer):
-    """GPTQ on the group-wise grid; arguments as of `gptq.solve`."""
+    """GPTQ on the group-wise grid; for the arguments see `gptq.solve`."""
 
     def __init__(
         self, damping: float = 0.05, act_order: bool = True, scale_search: bool = True, refine: int = 1
@@ -84,8 +88,9 @@ class GPTQ(Quantizer):
         return gptq.solve(weight, statistics, grid, self.damping, self.act_order, self.scale_search, self.refine)
 
     def arithmetic(self, rows: int, columns: int, grid: Grid) -> Arithmetic:
-        """The factor; lazy updates, the weight's own loss, gradients and sweeps; the products and loops within groups.
-        Each column spreads its error over half a group, read and written; ranges are searched."""
+        """Flops of the factoring, of lazy updates, loss, gradients and sweeps, and of products and loops within
+        groups. Bytes of the column loop, where each column updates half a group on average, and of the range search.
+        """
         inner = rows * columns * grid.group_size
         flops = columns**3 / 3 + (1 + self.refine) * 2 * rows * columns**2
         flops += self.refine * ((gptq.TURNS + 1) * 2 + gptq.TURNS / LOOP_RATE) * inner
@@ -99,19 +104,19 @@ class GPTQ(Quantizer):
 
 
 class RoundToNearest(Quantizer):
-    """The baseline without error compensation; the Hessian only measures the error."""
+    """The baseline without error compensation; the Hessian serves only to measure the error."""
 
     def solve(self, weight: Tensor, statistics: Tensor, grid: Grid) -> tuple[Quantized, Tensor]:
         rounded = round_to_nearest(weight, grid)
         return rounded, gptq.output_error(weight, rounded, statistics)
 
     def arithmetic(self, rows: int, columns: int, grid: Grid) -> Arithmetic:
-        """Two products with the Hessian, and the search of ranges."""
+        """Two products with the Hessian, and the range search."""
         return Arithmetic(4 * rows * columns**2, rows * columns * RANGE_BYTES * grid.clip_search)
 
 
 class LatticeGPTQ(Quantizer):
-    """GPTQ on a lattice; arguments as of `lattice.solve`. Bits are stored bits, all included."""
+    """GPTQ on a lattice; for the arguments see `lattice.solve`. Bits are stored bits, including steps and tables."""
 
     result, any_rate = Lattice, True
 
@@ -122,7 +127,7 @@ class LatticeGPTQ(Quantizer):
         return lattice.solve(weight, statistics, grid.bits, self.damping, self.act_order)
 
     def arithmetic(self, rows: int, columns: int, grid: Grid) -> Arithmetic:
-        """The factor, its products with what is left of each chunk in every loop, and the error."""
+        """The factoring, the lazy updates of every column loop, the loops themselves, and the output error."""
         flops = columns**3 / 3 + (LATTICE_LOOPS + 4) * rows * columns**2
         return Arithmetic(flops, LATTICE_LOOPS * rows * columns * 8 * lattice.CHUNK)
 

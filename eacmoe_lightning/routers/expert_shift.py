@@ -1,4 +1,4 @@
-"""Expert-shift: how many selections a compressed model changes (EAC-MoE, section 3), and expert loads."""
+"""Expert-shift, the share of selections that a compressed model changes (EAC-MoE, section 3), and expert loads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ RATES = ("any", "half", "all")
 
 
 def num_changed(original: Tensor, ids: Tensor) -> Tensor:
-    """[N]: how many of a token's K original experts are no longer selected, in whatever order."""
+    """[N]: how many of each token's K original experts are no longer selected; the order of experts is ignored."""
     kept = (original.unsqueeze(-1) == ids.unsqueeze(-2)).any(-1).sum(-1)
     return original.shape[-1] - kept
 
 
 def change_counts(original: Tensor, ids: Tensor) -> Tensor:
-    """[4] int64: tokens with any, half or more, all selections changed, and the selections changed in all."""
+    """[4] int64: numbers of tokens with any, at least half and all selections changed; number of changed selections."""
     changed, top_k = num_changed(original, ids), original.shape[-1]
     return torch.stack([(changed > 0).sum(), (2 * changed >= top_k).sum(), (changed == top_k).sum(), changed.sum()])
 
@@ -33,10 +33,10 @@ def expert_load(ids: Tensor, num_experts: int) -> Tensor:
 
 
 class ExpertShift(Metric):
-    """Change rates per block over any number of batches and processes.
+    """Change rates of each block, accumulated over batches and processes.
 
     Args:
-        num_blocks: MoE blocks, in order.
+        num_blocks: number of MoE blocks.
         top_k: experts per token.
     """
 
@@ -49,7 +49,7 @@ class ExpertShift(Metric):
         self.add_state("tokens", torch.zeros(num_blocks, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, original: list[Tensor], ids: list[Tensor], first: int = 0) -> None:
-        """One [N, K] tensor of expert ids per block from each model, for the blocks from `first` on."""
+        """Adds expert ids [N, K] of both models, one tensor for each block from `first` on."""
         for block, (a, b) in enumerate(zip(original, ids, strict=True), start=first):
             self.counts[block] += change_counts(a, b)
             self.tokens[block] += len(a)

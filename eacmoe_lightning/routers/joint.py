@@ -1,12 +1,13 @@
-"""The joint stage: what routers, norms, scales and codes are trained for together, and how codes are trained at all.
+"""The joint stage: the losses that routers, norms, scales and codes are trained on together, and how to train codes.
 
-It is this project's own; the paper's QESC ends with the last block. The loss is KL(original || compressed) of the
-next-token distributions, with the router loss of every block beside it.
+The stage is this project's addition; the paper's QESC ends with the last block. The loss is KL(original || compressed)
+of the next-token distributions plus the router loss of every block.
 
-Codes are integers, so each of them is trained through its `position` on the axis of codes, a number within half a step
-of it: the code is the rounded position, and gradients pass the rounding as if it were not there (straight-through
-estimator, Bengio et al., arXiv 1308.3432). A position starts where the original weight lies, as far as its code allows.
-So the codes that GPTQ decided by a hair move first, and one that it moved away from its weight leans back towards it.
+Codes are integers. So each code is trained through its `position` on the axis of codes, a number within half a step of
+the code at the start: the code is the rounded position, and gradients ignore the rounding (straight-through estimator,
+Bengio et al., arXiv 1308.3432). A position starts at the original weight, or as near to it as the code allows. So the
+codes closest to a rounding boundary change first, and a code that GPTQ moved away from its weight starts at the
+boundary on the weight's side.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.routers.losses import RouterLoss
 
-MARGIN = 0.499  # steps; how far from its code a position may start
+MARGIN = 0.499  # largest distance in steps between a code and its position at the start
 
 
 class StraightThrough(torch.autograd.Function):
-    """The second argument, with the gradient that it has given to the first."""
+    """Returns `rounded` and passes its gradient to `value` unchanged."""
 
     @staticmethod
     def forward(ctx, value: Tensor, rounded: Tensor) -> Tensor:
@@ -35,18 +36,18 @@ class StraightThrough(torch.autograd.Function):
 
 
 def start_positions(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
-    """Where the original weights [..., O, I] lie on the axis of codes, at most `MARGIN` from their codes; float32."""
+    """Positions [..., O, I] of the original weights, clamped to within `MARGIN` of their codes; float32."""
     position, codes = quantized.positions(weight), quantized.codes.float()
     return torch.minimum(torch.maximum(position, codes - MARGIN), codes + MARGIN)
 
 
 def decode(quantized: QuantizedWeight, scale: Tensor | None, position: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weights [..., O, I] that trained scales [..., O, G] and positions [..., O, I] make, differentiable.
+    """The weights [..., O, I] decoded from trained scales [..., O, G] and positions [..., O, I], differentiable.
 
-    None: the scales or codes as they are stored.
+    None means the stored scales or codes.
     """
     if scale is not None:
-        scale = StraightThrough.apply(scale, scale.detach().half().float())  # as it will be stored
+        scale = StraightThrough.apply(scale, scale.detach().half().float())  # float16, as stored
     codes = None if position is None else StraightThrough.apply(position, quantized.nearest(position.detach()))
     return quantized.dequantize(dtype, scale, codes)
 
@@ -58,9 +59,10 @@ def distillation(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def selection(students: Mapping[int, Tensor], teachers: Mapping[int, Tensor], loss: RouterLoss, top_k: int) -> Tensor:
-    """The router loss, mean over the blocks, of logits [N, E] by block -> [N]; in units of the original's spread.
+    """The mean router loss over blocks: logits [N, E] by block -> [N].
 
-    Logits differ in size between models and blocks.
+    Each block's logits are divided by the standard deviation of the original's, because their size differs between
+    models and blocks.
     """
     losses = []
     for i, teacher in teachers.items():

@@ -1,7 +1,7 @@
-"""What a router is trained for: losses between the compressed stream's logits and the original's.
+"""Router losses: how far the router logits of the compressed stream are from the original's.
 
-Each maps student and teacher router logits [n, E] to one loss per token [n], in float32. They are exchangeable by
-config (`--model.router_loss.class_path`). `TopKMSE` is the paper's (EAC-MoE, equation 5).
+Each loss maps student and teacher router logits [n, E] to one loss per token [n], in float32. A config selects one
+(`--model.router_loss.class_path`). `TopKMSE` is the paper's (EAC-MoE, equation 5).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from eacmoe_lightning.configurable import Configurable
 
 
 class RouterLoss(Configurable, nn.Module):
-    """The signature of all router losses."""
+    """Base class of all router losses."""
 
     def forward(self, student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
-        """Router logits [n, E] of the compressed stream and of the original, experts per token -> loss [n]."""
+        """Router logits [n, E] of the compressed stream and of the original, and experts per token -> loss [n]."""
         raise NotImplementedError
 
     def num_targets(self, num_experts: int, top_k: int) -> int:
-        """How many of the teacher's experts a token teaches; the closed form uses it too."""
+        """How many of the teacher's experts per token enter the loss; the closed form uses the same number."""
         return num_experts
 
 
@@ -28,9 +28,9 @@ class TopKMSE(RouterLoss):
     """Mean squared difference over the teacher's k largest logits (EAC-MoE, section 4.2).
 
     Args:
-        k: wider than the model's own top_k: too close to it overfits, all experts lets irrelevant ones
-            dominate. The paper: 8 of 16, 20 of 64, 20 of 60. None: half of up to 16 experts, a third of more,
-            all of up to 8.
+        k: Number of the teacher's largest logits, above the model's top_k: near top_k the router overfits, and with
+            all experts the irrelevant ones dominate. The paper uses 8 of 16, 20 of 64, 20 of 60. Null: all of up to 8
+            experts, half of up to 16, a third of more.
     """
 
     def __init__(self, k: int | None = None) -> None:
@@ -61,12 +61,12 @@ class MSE(RouterLoss):
 
 
 class SelectionHinge(RouterLoss):
-    """How far the weakest expert that should be selected falls short of the strongest that should not.
+    """How far the weakest of the teacher's selected experts falls short of the strongest other expert.
 
-    Selection flips are rank flips of near neighbours at the K-th place, so only the boundary is pushed.
+    A selection changes when experts near the K-th place swap ranks, so only this boundary enters the loss.
 
     Args:
-        margin: by how much (in logits) a selected expert should lead.
+        margin: Lead in logits that selected experts should have.
     """
 
     def __init__(self, margin: float = 0.1) -> None:
@@ -84,7 +84,7 @@ class SelectionKL(RouterLoss):
     """KL divergence of the routers' softmax distributions, teacher || student.
 
     Args:
-        temperature: divides both sets of logits.
+        temperature: Divisor of both sets of logits.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:

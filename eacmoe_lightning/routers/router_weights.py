@@ -1,4 +1,8 @@
-"""The weights that a router would give to experts it did not choose: for the split of the damage."""
+"""The weights that a router would give to experts that it did not select.
+
+`--model.split_damage` needs them to run the original's selections on the compressed model, and the skipping rules to
+weight rerouted experts.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,16 @@ from torch import Tensor, nn
 
 
 def forced_weights(router: nn.Module, logits: Tensor, weights: Tensor, ids: Tensor, forced: Tensor) -> Tensor:
-    """The weights [N, K] this router would give to `forced` [N, K], from its own logits [N, E].
+    """The weights [N, K] that this router would give to the experts `forced` [N, K].
 
-    How a router turns scores into weights is recognised by what it does: the rule that reproduces the
-    weights of its own choice is applied to the forced one.
+    Routers differ in how they turn logits into weights. The rule that reproduces the `weights` of the selected `ids` is
+    applied to the forced experts.
+
+    Args:
+        router: the module whose rule is looked for.
+        logits: [N, E] of the router.
+        weights, ids: [N, K], the router's selection.
+        forced: [N, K], the experts to weight.
 
     Raises:
         ValueError: no known rule reproduces the router's weights.
@@ -21,19 +31,21 @@ def forced_weights(router: nn.Module, logits: Tensor, weights: Tensor, ids: Tens
 
 
 def weight_rule(router: nn.Module, logits: Tensor, weights: Tensor, ids: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The rule itself: (logits [N, E], ids [N, K]) -> weights [N, K].
+    """The rule that turns a router's logits into weights: (logits [N, E], ids [N, K]) -> weights [N, K].
 
     Raises:
         ValueError: no known rule reproduces the router's weights.
     """
     for rule in _WEIGHT_RULES:
-        own = rule(router, logits.float(), ids)
-        scale = (weights.float().sum() / own.sum()).item()
-        if torch.allclose(
-            own * scale, weights.float(), rtol=2e-2 if weights.dtype != torch.float32 else 1e-4, atol=1e-5
-        ):
+        candidate = rule(router, logits.float(), ids)
+        scale = (weights.float().sum() / candidate.sum()).item()
+        rtol = 2e-2 if weights.dtype != torch.float32 else 1e-4
+        if torch.allclose(candidate * scale, weights.float(), rtol=rtol, atol=1e-5):
             return lambda logits, ids: (rule(router, logits.float(), ids) * scale).to(weights.dtype)
-    raise ValueError(f"{type(router).__name__}: how it weighs the selected experts is unknown, so none can be forced")
+    raise ValueError(
+        f"{type(router).__name__}: no known rule reproduces the weights of its selected experts, so experts cannot be "
+        "forced on it"
+    )
 
 
 def _softmax(router, logits: Tensor, ids: Tensor) -> Tensor:
@@ -54,7 +66,7 @@ def _sigmoid_normalised(router, logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _sparsemixer(router, logits: Tensor, ids: Tensor) -> Tensor:
-    """Phi-3.5-MoE at inference: each expert's softmax over the scores near the maximum of what is left."""
+    """Phi-3.5-MoE at inference: each expert's softmax over the scores near the maximum of the remaining ones."""
     jitter = getattr(router, "router_jitter_noise", 0.01)
     columns, left = [], logits
     for k in range(ids.shape[1]):

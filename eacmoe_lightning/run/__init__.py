@@ -1,1 +1,1 @@
-"""The run directory of a job: files that are whole or absent, hidden states, processes, memory, provenance."""
+"""The run directory of a job: files written atomically, hidden states, processes, memory, provenance."""

@@ -1,4 +1,4 @@
-"""The file of a compressed block: its codes, scales and zero points, its router, and what its work measured."""
+"""The file of a compressed block: its quantized weights, its router, and its statistics."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class RemovedExperts:
 
     Attributes:
         kept, removed: experts by their numbers in the original.
-        removed_selections: the share of the calibration text's selections that had gone to the removed ones.
-        scores: [E] of all experts.
-        below_alpha: experts that stay although alpha would remove them, since a token selects top_k.
+        removed_selections: the share of the calibration text's selections that went to the removed experts.
+        scores: [E] the scores of all experts.
+        below_alpha: experts that alpha would remove, kept because a token selects top_k.
     """
 
     kept: list[int]
@@ -33,16 +33,16 @@ class RemovedExperts:
 
 @dataclass
 class BlockStats:
-    """What the work on a block measured; all processes' tokens count.
+    """Statistics of a block's calibration, over the tokens of all processes.
 
     Attributes:
-        block, name: its index, and its name in the model.
-        error: relative squared output error by parameter name (of experts, the mean).
+        block, name: the block's index, and its name in the model.
+        error: relative squared output error by parameter name (experts: the mean).
         expert_shift: change rates on the calibration text (`routers.expert_shift`), `before` and `after` the router's
             calibration; empty for a dense block.
         expert_load: [E] tokens routed to each of the original's experts, by the `original` and the `compressed` router.
         starved: experts that fewer than `min_expert_tokens` tokens reached; None for a dense block.
-        pruning: None where no expert was to be removed.
+        pruning: the removed experts; None if the run prunes nothing, or for a dense block.
     """
 
     block: int
@@ -58,7 +58,7 @@ class BlockStats:
         return bool(self.expert_shift)
 
     def to_json(self) -> dict[str, Any]:
-        """Without what a dense block does not have."""
+        """The fields as JSON values; leaves out those that a dense block does not have."""
         empty = {"expert_shift": {}, "expert_load": {}, "starved": None, "pruning": None}
         return {name: value for name, value in asdict(self).items() if name not in empty or value != empty[name]}
 
@@ -71,19 +71,19 @@ class BlockStats:
 def write_block(
     run: RunDirectory, stats: BlockStats, quantized: dict[str, QuantizedWeight], others: dict[str, Tensor]
 ) -> None:
-    """Writes a block whose work is done; `others` are its tensors that are stored as they are (the router)."""
+    """Writes a finished block; `others` are tensors stored unquantized (the router)."""
     stored = {name: {"bits": q.bits, "in_features": q.codes.shape[-1]} for name, q in quantized.items()}
     note = {"quantized": stored, "stats": stats.to_json()}
     write_tensors(run.block(stats.block), packed(quantized) | others, note)
 
 
 def read_block(run: RunDirectory, index: int) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], BlockStats]:
-    """A written block: quantized weights, other tensors (the router) and statistics, by parameter name."""
+    """Reads a finished block: quantized weights and other tensors (the router) by parameter name, and statistics."""
     tensors, note = read_tensors(run.block(index))
     quantized = {name: take_quantized(tensors, name, **spec) for name, spec in note["quantized"].items()}
     return quantized, tensors, BlockStats.from_json(note["stats"])
 
 
 def read_stats(run: RunDirectory, index: int) -> BlockStats:
-    """The statistics alone, without the tensors and without their checksum."""
+    """Reads only the statistics; does not read the tensors or check their checksum."""
     return BlockStats.from_json(read_note(run.block(index))["stats"])

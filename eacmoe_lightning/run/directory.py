@@ -1,4 +1,4 @@
-"""The run directory: everything that a killed job needs to go on, each file written whole or not at all.
+"""The run directory: everything that a killed job needs to continue. Each file is complete or absent.
 
     run.json               what this run is (options and the original model's fingerprint)
     blocks/block_003.safetensors   the compressed block 3: codes, scales, zero points, router, statistics
@@ -6,8 +6,8 @@
     streams/rank_0_of_1/block_003.x, .x_hat   both hidden streams as block 3 receives them
     checkpoints/  tensorboard/  compressed/  report.json  report.md
 
-A file is written beside its place, flushed to disk and renamed. Tensor files carry a digest of their content, so a
-truncated or flipped one is named, not used.
+A file is written under a temporary name, flushed to disk and renamed. Tensor files carry a checksum, so that a damaged
+one is reported and never used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from eacmoe_lightning.run.files import StoreError, write_json
 
 
 def refuse_other_settings(holder: str, held: dict[str, Any], identity: dict[str, Any], remedy: str) -> None:
-    """Raises ValueError where what `holder` holds was made with other settings; `remedy` is what to pass instead."""
+    """Raises ValueError if the settings `held` by something existing differ from those of this run, `identity`.
+
+    Args:
+        holder: begins the message: what holds the settings, such as "out (--output) holds a model".
+        remedy: completes "pass ..." in the message.
+    """
     different = sorted(key for key in held.keys() | identity.keys() if held.get(key) != identity.get(key))
     if different:
         key, more = different[0], len(different) - 1
@@ -51,18 +56,18 @@ class RunDirectory:
 
     @property
     def dense(self) -> Path:
-        """Where nothing is quantized: the same as an ordinary model directory."""
+        """The result if nothing is quantized: an ordinary model directory."""
         return self.path / "dense"
 
     def block(self, index: int) -> Path:
         return self.path / "blocks" / f"block_{index:03d}.safetensors"
 
     def streams(self, rank: int, world: int) -> Path:
-        """The directory of one process's hidden states, files of `streaming.hidden`."""
+        """The directory of one process's hidden states (`run.hidden`)."""
         return self.path / "streams" / f"rank_{rank}_of_{world}"
 
     def scratch(self, rank: int) -> Path:
-        """A directory for what an evaluation need not keep in memory; removed with other litter after a kill."""
+        """A directory where an evaluation stores tensors instead of in memory; `start` removes it after a kill."""
         return self.path / f".evaluation_{rank}.partial"
 
     @property
@@ -70,18 +75,18 @@ class RunDirectory:
         return self.path / "costs.jsonl"
 
     def add_cost(self, block: int | None, phase: str, cost: dict[str, float]) -> None:
-        """Appends a phase's cost (`memory.Watch.cost`): what was computed again after an interruption counts again."""
+        """Appends a phase's cost (`memory.Watch.cost`); work repeated after an interruption is counted again."""
         row = {"block": block, "phase": phase, **cost}
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.costs, "ab+") as file:
             if file.tell():
                 file.seek(-1, 2)
-                if file.read(1) != b"\n":  # a kill cut the last line off
+                if file.read(1) != b"\n":  # a kill has truncated the last line
                     file.write(b"\n")
             file.write(json.dumps(row).encode() + b"\n")
 
     def read_costs(self) -> list[dict[str, Any]]:
-        """All rows of `add_cost`; a last line cut off by a kill is left out."""
+        """All rows of `add_cost`, without lines truncated by a kill."""
         rows = []
         for line in self.costs.read_text().splitlines() if self.costs.exists() else []:
             try:
@@ -91,24 +96,25 @@ class RunDirectory:
         return rows
 
     def drop_streams(self) -> None:
-        """Frees the disk once nothing is left to be computed."""
+        """Deletes the hidden states of a finished run."""
         shutil.rmtree(self.path / "streams", ignore_errors=True)
 
     def check(self, identity: dict[str, Any], resume: bool) -> None:
-        """Raises where a run cannot start or go on here; writes nothing.
+        """Raises if the run cannot start or continue in this directory; writes nothing.
 
         Args:
-            identity: what the result depends on, by option.
+            identity: everything the result depends on, by option.
             resume: whether `--ckpt_path` was given.
 
         Raises:
-            ValueError: the directory holds another run, or this one and `--ckpt_path` is missing, or none.
+            ValueError: the directory holds a run with other settings; or this run, without `resume`; or no run, with
+                `resume`; or files that are not of a run.
             StoreError: `run.json` cannot be read.
         """
         where = f"{self.path} (--trainer.default_root_dir)"
         if not self.manifest.exists():
             if resume:
-                raise ValueError(f"there is no run to continue in {where}: leave out --ckpt_path to start one")
+                raise ValueError(f"there is no run to continue in {where}: leave out --ckpt_path to start a new one")
             known = ("checkpoints", "tensorboard", "config.yaml", "validate.json", "test.json", "scores_", ".")
             names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
             if strangers := [name for name in names if not name.startswith(known)]:
@@ -127,9 +133,9 @@ class RunDirectory:
             raise ValueError(f"{where} already holds this run: add --ckpt_path last to continue it")
 
     def start(self, identity: dict[str, Any], resume: bool) -> None:
-        """Claims the directory for a run, or checks that it holds this very run (see `check`)."""
+        """Claims an empty directory for the run, or checks that it holds the same run (see `check`)."""
         self.check(identity, resume)
         if not self.manifest.exists():
             write_json(self.manifest, identity)
-        for litter in self.path.rglob(".*.partial"):  # of attempts that were killed
-            shutil.rmtree(litter) if litter.is_dir() else litter.unlink(missing_ok=True)
+        for partial in self.path.rglob(".*.partial"):  # left by killed attempts
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)

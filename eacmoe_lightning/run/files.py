@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all, and tensor files that carry a digest of their content.
+"""Files written atomically, and tensor files with a checksum of their content.
 
-A file is written beside its place, flushed to disk and renamed. A truncated or altered tensor file is named, not
-used."""
+A file is written under a temporary name, flushed to disk and renamed, so it is complete or absent. A truncated or
+altered tensor file raises an error that names it.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +21,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-KEY = "eacmoe"  # of the metadata
+KEY = "eacmoe"  # of our entry in the metadata of a safetensors file
 
 
 class StoreError(RuntimeError):
-    """A file of the run cannot be written or is not what was written."""
+    """A file of the run cannot be written, or its content is not what was written."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a file beside `path`, flushes it to disk and renames it into place.
+    """Lets `write` fill a temporary file, flushes it to disk and renames it to `path`.
 
     Raises:
-        StoreError: the disk is full; nothing that was there before is lost.
+        StoreError: the disk is full; an existing file at `path` is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
@@ -41,28 +42,28 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """Where a file is written before it is whole: beside its place, by this process."""
+    """The temporary name, in the same directory, under which this process writes a file."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def settle(partial: Path, path: Path) -> None:
-    """Puts a written file in its place, for good even if the power goes now."""
+    """Flushes a written file to disk and renames it to `path`, so that it survives a power cut."""
     with open(partial, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the rename itself survives a power cut
+        os.fsync(directory)  # so that the rename survives a power cut
     finally:
         os.close(directory)
 
 
 @contextmanager
 def full_disk_named(path: Path, partial: Path) -> Iterator[None]:
-    """Removes the partial file where what is done inside fails.
+    """Removes the partial file if the body of the `with` statement raises.
 
     Raises:
-        StoreError: it failed for a full disk or quota.
+        StoreError: the body failed because the disk or quota is full.
     """
     try:
         yield
@@ -73,14 +74,14 @@ def full_disk_named(path: Path, partial: Path) -> Iterator[None]:
             free = shutil.disk_usage(path.parent).free
             raise StoreError(
                 f"no room for {path}: {size} bytes were written before the disk or quota was full, {free} bytes are "
-                "free. Free some, and continue this run with --ckpt_path last: everything finished is kept"
+                "free. Free some space and continue this run with --ckpt_path last: all finished work is kept"
             ) from error
         raise
 
 
 @contextmanager
 def whole_directory(path: str | Path) -> Iterator[Path]:
-    """A directory to fill that takes the place of `path` when the block ends; an older one there stays until then."""
+    """A directory to fill, which replaces `path` when the `with` statement ends; until then an older one is kept."""
     path = Path(path)
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
@@ -106,7 +107,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def digest(tensors: dict[str, Tensor], note: str = "") -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """SHA-256 over names, dtypes, shapes and bytes, ordered by name."""
     sha = hashlib.sha256(note.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -117,16 +118,16 @@ def digest(tensors: dict[str, Tensor], note: str = "") -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any] | None = None) -> None:
-    """A safetensors file with a JSON note and a digest of both in its metadata."""
+    """Writes a safetensors file with a JSON note and a checksum of both in its metadata."""
     text = json.dumps(note or {}, sort_keys=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # one key: safetensors writes several in an order that changes from run to run
+    # one key, because safetensors writes several keys in an order that varies from run to run
     metadata = {KEY: json.dumps({"note": text, "sha256": digest(tensors, text)})}
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote.
+    """Reads the tensors and the note that `write_tensors` wrote.
 
     Raises:
         StoreError: the file is missing, truncated or altered.
@@ -143,7 +144,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """The note alone, without the tensors and without their checksum.
+    """Reads only the note; does not read the tensors or check their checksum.
 
     Raises:
         StoreError: the file is missing or truncated.
@@ -155,4 +156,4 @@ def read_note(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path} is missing, truncated or corrupt ({error}); {REMEDY}") from error
 
 
-REMEDY = "delete this file and continue with --ckpt_path last to have it computed again, or restore it from a backup"
+REMEDY = "delete this file and continue with --ckpt_path last to compute it again, or restore it from a backup"

@@ -1,8 +1,8 @@
-"""Hidden states in files: as many tokens as the disk holds, of which only the rows in use are in memory.
+"""Hidden states in files: the disk limits the number of tokens, and only the rows in use are in memory.
 
-A file is raw numbers [S, T, D], written window after window and beside it `NAME.json` with shape, dtype, digest and a
-note. The JSON is written last: a file without it is not finished. Reading maps the file, copies the wanted rows and
-unmaps it again, so nothing stays resident.
+A file holds raw numbers [S, T, D], written window by window. Next to it `NAME.json` holds shape, dtype, checksum and a
+note. The JSON is written last: a file without it is not finished. Reading maps the file, copies the requested rows and
+unmaps it, so that nothing stays resident.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from eacmoe_lightning.run.files import REMEDY, StoreError, full_disk_named, partial_name, settle, write_json
 
-HASHED_AT_ONCE = 1 << 26  # bytes
+HASHED_AT_ONCE = 1 << 26  # bytes read at a time to compute a checksum
 
 
 class HiddenFile:
-    """A tensor [S, ...] on disk that is indexed like one; what comes out is a copy in host memory.
+    """A tensor [S, ...] on disk. Indexing works as for a tensor and returns a copy in host memory.
 
     Args:
-        path: of the raw numbers.
-        shape, dtype: what they are.
+        path: the file of raw numbers.
+        shape, dtype: of the tensor.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -44,7 +44,7 @@ class HiddenFile:
         return mapped.view(self.shape)[rows].clone()
 
     def flatten(self, first: int, last: int) -> HiddenFile:
-        """The same numbers with neighbouring dimensions made one, as `Tensor.flatten`."""
+        """The same file with dimensions `first` to `last` merged, like `Tensor.flatten`."""
         merged = torch.Size(self.shape[first : last + 1]).numel()
         return HiddenFile(self.path, (*self.shape[:first], merged, *self.shape[last + 1 :]), self.dtype)
 
@@ -54,17 +54,17 @@ class HiddenFile:
 
     @classmethod
     def open(cls, path: Path, note: dict[str, Any]) -> HiddenFile:
-        """A finished file, its content checked.
+        """Opens a finished file and checks its content.
 
         Raises:
-            StoreError: it is missing, altered, or has another note.
+            StoreError: the file is missing or altered, or has another note.
         """
         try:
             written = json.loads(_note(path).read_text())
-            found = cls(path, tuple(written["shape"]), getattr(torch, written["dtype"]))
+            file = cls(path, tuple(written["shape"]), getattr(torch, written["dtype"]))
             sha = hashlib.sha256()
-            with open(path, "rb") as file:
-                while chunk := file.read(HASHED_AT_ONCE):
+            with open(path, "rb") as raw:
+                while chunk := raw.read(HASHED_AT_ONCE):
                     sha.update(chunk)
         except (OSError, ValueError, KeyError) as error:
             raise StoreError(f"{path} is missing or corrupt ({error}); {REMEDY}") from error
@@ -72,7 +72,7 @@ class HiddenFile:
             raise StoreError(f"{path} does not hold what was written: its checksum differs; {REMEDY}")
         if written["note"] != note:
             raise StoreError(f"{path} holds hidden states of other windows ({written['note']}, not {note}); {REMEDY}")
-        return found
+        return file
 
     @staticmethod
     def is_finished(path: Path) -> bool:
@@ -80,28 +80,28 @@ class HiddenFile:
 
 
 class HiddenWriter:
-    """Writes a `HiddenFile` window after window; until `finish`, it lies beside its place under another name.
+    """Writes a `HiddenFile` window by window, under a temporary name until `finish`.
 
     Args:
-        path: where the finished file is to be.
-        dtype: in which it is stored.
+        path: of the finished file.
+        dtype: the storage dtype.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self.path, self.dtype = path, dtype
         self.partial = partial_name(path)
-        self._sha, self._windows, self._rest = hashlib.sha256(), 0, (0,)
+        self._sha, self._windows, self._window_shape = hashlib.sha256(), 0, (0,)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.partial, "wb", buffering=0)  # noqa: SIM115  (closed by `written`)
 
     def append(self, rows: Tensor) -> None:
-        """The next windows [b, ...].
+        """Appends the next windows [b, ...].
 
         Raises:
             StoreError: the disk is full.
         """
         rows = rows.to("cpu", self.dtype).contiguous()
-        self._windows, self._rest = self._windows + len(rows), tuple(rows.shape[1:])
+        self._windows, self._window_shape = self._windows + len(rows), tuple(rows.shape[1:])
         view = memoryview(rows.reshape(-1).view(torch.uint8).numpy())
         self._sha.update(view)
         with full_disk_named(self.path, self.partial):
@@ -109,12 +109,12 @@ class HiddenWriter:
                 view = view[self._file.write(view) :]
 
     def written(self) -> HiddenFile:
-        """What was written, to be read before it is finished, or without it ever being."""
+        """Closes the file and returns it for reading under its temporary name; `finish` may follow."""
         self._file.close()
-        return HiddenFile(self.partial, (self._windows, *self._rest), self.dtype)
+        return HiddenFile(self.partial, (self._windows, *self._window_shape), self.dtype)
 
     def finish(self, note: dict[str, Any]) -> HiddenFile:
-        """Puts the file in its place for good: it survives a kill or a power cut from here on."""
+        """Renames the file to its final name and writes its JSON; from then on it survives a kill or a power cut."""
         file = self.written()
         with full_disk_named(self.path, self.partial):
             settle(self.partial, self.path)
@@ -125,7 +125,7 @@ class HiddenWriter:
 
 
 class Shelf(MutableMapping):
-    """Tensors by key in files of one directory, for as long as a pass takes: a dict that needs no memory."""
+    """A dict of tensors that are stored in files of one directory instead of in memory, for the length of a pass."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -135,7 +135,7 @@ class Shelf(MutableMapping):
     @classmethod
     @contextmanager
     def opened(cls, directory: Path) -> Iterator[Shelf]:
-        """An empty one whose directory is removed at the end."""
+        """An empty shelf, whose directory is removed at the end."""
         shutil.rmtree(directory, ignore_errors=True)
         try:
             yield cls(directory)
@@ -144,7 +144,7 @@ class Shelf(MutableMapping):
 
     def __setitem__(self, key: Any, tensor: Tensor) -> None:
         name = self._names.setdefault(key, f"{len(self._names):05d}")
-        writer = HiddenWriter(self.directory / name, tensor.dtype)  # in the place of what was there
+        writer = HiddenWriter(self.directory / name, tensor.dtype)  # overwrites the key's previous file
         writer.append(tensor)
         self._files[key] = writer.written()
 

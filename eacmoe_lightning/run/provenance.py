@@ -1,4 +1,4 @@
-"""Where a report's figures come from: command, settings, versions, commit, machine."""
+"""The provenance of a report's figures: command, settings, versions, commit, machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("eacmoe-lightning", "torch", "lightning", "transformers", "torchmetr
 
 
 def origin(config: dict[str, Any], seed: int, num_processes: int = 1) -> dict[str, Any]:
-    """Where a report's figures come from: command, settings, versions, commit, machine."""
+    """The provenance of a report's figures, as the report stores it."""
     return {
         "command": " ".join(sys.argv),
         "config": config,
@@ -35,15 +35,18 @@ def _version(package: str) -> str:
 
 def commit() -> str:
     """The commit of the checkout that this package runs from, or `unknown`."""
-    where = Path(__file__).resolve().parents[2]
+    checkout = Path(__file__).resolve().parents[2]
     try:
-        out = subprocess.run(["git", "-C", where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            ["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return out.stdout.strip() if out.returncode == 0 else "unknown"
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
 def processor() -> str:
+    """The name of the GPU if there is one, else of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:

@@ -1,4 +1,4 @@
-"""The processes of a run: what the calibration needs of torch.distributed, and nothing where there is one process."""
+"""The processes of a run: the operations of torch.distributed that calibration needs; no-ops with a single process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Ranks:
     """This process among those of the run.
 
     Attributes:
-        rank, world: which of how many.
-        device: where the backend wants its tensors (NCCL takes none from the CPU).
+        rank, world: the index of this process, and the number of processes.
+        device: the device on which the backend needs its tensors (NCCL takes none from the CPU).
     """
 
     rank: int = 0
@@ -27,7 +27,7 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Adds a tensor up over all processes, in place."""
+        """Sums a tensor over all processes, in place."""
         if self.world > 1:
             moved = tensor.to(self.device)
             dist.all_reduce(moved)
@@ -35,7 +35,7 @@ class Ranks:
         return tensor
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """Copies the source's tensor into everybody's, in place."""
+        """Copies the tensor of rank `source` to all processes, in place."""
         if self.world > 1:
             moved = tensor.to(self.device)
             dist.broadcast(moved, source)
@@ -43,7 +43,7 @@ class Ranks:
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Everybody's tensor (of one shape), in the order of the ranks."""
+        """The tensors of all processes, which have the same shape, ordered by rank."""
         if self.world == 1:
             return [tensor]
         moved = tensor.to(self.device).contiguous()
