@@ -146,4 +146,4 @@ def test_a_conflict_with_the_launcher_is_an_error(launcher, option, value, tmp_p
     said = capsys.readouterr().err
     assert end.value.code == 1 and not (tmp_path / "run").exists()
     expected = {"devices": "2", "num_nodes": "1"}[option]
-    assert f"the launcher says {option}={expected}, --trainer.{option} says {value}" in said
+    assert f"the launcher sets {option}={expected}, but --trainer.{option} is {value}" in said
