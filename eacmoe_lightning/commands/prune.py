@@ -66,7 +66,7 @@ def prune(
     """Removes the experts that matter least on a text from a finished model, compressed or not.
 
     The output is a run directory with `compressed/`, `report.json` and `report.md`. The report lists the removed
-    experts and the perplexity before and after. An unquantized model whose blocks keep the same number of experts is also
+    experts and the perplexity before and after. An unquantized model whose blocks keep equally many experts is also
     written to `dense/`. If the model skips experts (PESF), the setting is off during pruning and kept in the output. An
     interrupted run resumes at its current block when the same command is started again.
 
