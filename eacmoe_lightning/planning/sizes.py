@@ -150,7 +150,7 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     """The most bytes that a run directory takes, by purpose."""
     hidden = job.tokens * moe.config.hidden_size * job.stream_bytes
     packed, itemsize = packed_bytes(recipe.grids(moe), job.share(moe.num_experts)), moe.model.dtype.itemsize
-    rest = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
+    unquantized = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
     evaluated = 2 * job.heldout_tokens * moe.config.hidden_size * itemsize
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
     checkpoint = 0  # the last one and its successor: positions and AdamW's moments; everything else is small
@@ -161,7 +161,7 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
         "router logits for the joint stage": teachers,
         "checkpoints": checkpoint,
         "finished blocks": packed,
-        "compressed model": packed + rest,
+        "compressed model": packed + unquantized,
         "hidden states of the evaluation": evaluated,
     }
 
@@ -171,7 +171,7 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     result = Plan(disk=disk_use(moe, recipe, job))
     phases, itemsize, hidden = result.phases, moe.model.dtype.itemsize, moe.config.hidden_size
     in_blocks = sum(num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks)
-    rest = num_bytes(moe.model.parameters(), itemsize) - in_blocks
+    outside_blocks = num_bytes(moe.model.parameters(), itemsize) - in_blocks
     vocabulary = moe.model.get_output_embeddings().weight.shape[0]
     stream = job.tokens * hidden * job.stream_bytes
     batch = job.batch_size * job.window_length
@@ -180,7 +180,7 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     for block, shapes in zip(moe.blocks, of_blocks, strict=True):
         size = num_bytes(block.layer.parameters(), itemsize)
         largest = max(parameter.numel() for parameter in block.layer.parameters()) * itemsize
-        here = rest + size
+        here = outside_blocks + size
         active = here + batch * itemsize * (8 * hidden + shapes.activations)
         routing = job.tokens * share * (4 * block.num_experts + 24 * moe.top_k)
         phases["check"].add(here + 2 * largest, read_bytes=size, loop_bytes=LOADED * size)
@@ -205,17 +205,17 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
         decoded = DECODED_BYTES if job.trains_scales or job.trains_codes else 0
         decoded = num_quantized(moe) * (decoded + (TRAINED_BYTES if job.trains_codes else 0))
         phases["joint"].add(
-            joint_bytes(moe, job) + rest + activations,
+            joint_bytes(moe, job) + outside_blocks + activations,
             flops=job.joint_epochs * job.tokens * share * (3 * forward + 2 * hidden * vocabulary),  # + original's head
             loop_bytes=steps * (decoded + JOINT_PASSES * activations),
         )
     block_size = max(num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks)
     codes = result.disk["compressed model"]
-    phases["write"].add(2 * rest + block_size, read_bytes=codes, written_bytes=codes, again_bytes=2 * codes)
+    phases["write"].add(2 * outside_blocks + block_size, read_bytes=codes, written_bytes=codes, again_bytes=2 * codes)
     evaluations = 1 if job.router_method == "none" else 2  # before and after calibration
     read, touched = evaluations * (in_blocks + codes), sum(s.touched for s in of_blocks) + 6 * 4 * vocabulary
     phases["evaluate"].add(
-        2 * (rest + block_size) + batch * 8 * hidden * itemsize + job.window_length * 8 * vocabulary,
+        2 * (outside_blocks + block_size) + batch * 8 * hidden * itemsize + job.window_length * 8 * vocabulary,
         flops=2 * evaluations * job.heldout_tokens * share * forward,
         loop_bytes=2 * evaluations * job.heldout_tokens * share * touched,
         read_bytes=read,
@@ -311,8 +311,8 @@ def _experts(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, here: float)
     sent = max(job.tokens * shapes.top_k, recipe.min_expert_tokens * shapes.num_experts) * share
     device, experts = torch.device(job.device), shapes.num_experts
     together = experts_together(recipe.solver, shapes.experts, experts, recipe.solver_gib, job.processes, device)
-    held = stack_bytes(recipe.solver, shapes.experts, together, job.processes, device)
-    cost.add(here + held, flops=2 * sent * up_rows * up_columns)
+    stack_size = stack_bytes(recipe.solver, shapes.experts, together, job.processes, device)
+    cost.add(here + stack_size, flops=2 * sent * up_rows * up_columns)
     for rows, columns in shapes.experts:
         cost.add(flops32=gram_flops(sent, columns))
         _solve(cost, experts * share, rows, columns, recipe, recipe.grid(0, 1, "experts"))
