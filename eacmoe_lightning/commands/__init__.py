@@ -1,1 +1,1 @@
-"""What the command line runs: `fit` and its evaluations (Lightning), `plan`, `analyze`, `study`, `prune`."""
+"""The commands of the command line: `fit` and its evaluations (Lightning), `plan`, `analyze`, `study` and `prune`."""

@@ -1,4 +1,4 @@
-"""`python train.py analyze`: which experts a model selects for which text, as JSON, PNG and TensorBoard images."""
+"""`analyze` reports which experts a model selects for each text, as JSON, PNG and TensorBoard images."""
 
 from __future__ import annotations
 
@@ -41,39 +41,41 @@ def analyze(
     cross_calibration: dict[str, str] | list[str] | str | None = None,
     cross_windows: int = 24,
 ) -> dict[str, Any]:
-    """Selection frequencies of each text, how alike texts are to the routers, coverage and load balance.
+    """Reports selection frequencies, the similarity of texts to the routers, coverage and load balance.
 
-    With `--alphas '[0.1, 0.3, 0.5, 0.7]'` also what skipping rarely selected experts (PESF) costs and saves, and which
-    alpha to take; a compressed model runs packed there. In `analysis.json` under `skipping` (see
-    `skipping.sweep.sweep`), in `skipping.png` and in TensorBoard.
+    It writes `analysis.json` (`analysis.selection.describe` explains the keys), `similarity.png`, `frequency.png`,
+    `balance.png` and `tensorboard/` to the output directory.
 
-    Leaves `analysis.json` (its keys: see `selection.describe`), `similarity.png`, `frequency.png`, `balance.png` and
-    `tensorboard/` in the output directory.
+    With `--alphas '[0.1, 0.3, 0.5, 0.7]'` it also measures what skipping rarely selected experts (PESF) costs and
+    saves, and recommends an alpha. A compressed model runs packed for this. The results are in `analysis.json` under
+    `skipping` (see `analysis.skipping_sweep.sweep`), in `skipping.png` and in TensorBoard.
 
     Args:
         model: A run directory, a compressed directory or an original model (`bundled`, a directory or a hub id).
-        output: The directory to write to.
-        texts: Sources, as for --data.heldout: one, a list, or {name: source}; null: the held-out texts of the package.
-        num_windows: Windows of each text, from its start; null takes all.
+        output: Directory to write to.
+        texts: Sources of the texts, as for --data.heldout: one source, a list, or {name: source}. null takes the
+            bundled held-out texts.
+        num_windows: Number of windows from the start of each text; null takes all.
         window_length: Tokens per window.
-        batch_size: Windows at a time.
-        floor: An expert below this share of the mean load counts as idle in `coverage_above_floor`; PESF skips experts
-            by the same measure (its alpha).
-        dtype: In which the model is loaded.
-        device: On which it runs.
-        alphas: Candidates in (0, 1] for PESF; null leaves the sweep out.
-        tolerance: The share of its perplexity that any text may lose under the alpha that is recommended.
-        survivors: Of a token that loses an expert: keep (their weights), renormalize or reroute.
-        rescue: In [0, 1]: a rare expert still runs for a token that gives it this share of its largest weight; null,
-            as in the paper: for none.
-        num_questions: Continuation questions of each text, answered under every candidate.
-        baselines: Also measure truncation to ceil(2K/3) experts, EES and ODP, calibrated on the package's text.
-        cross: A config of fit, a file or a name such as tiny-2.06: also compresses the model once for each text,
-            evaluates every result on all of them, and leaves the tables in `cross.json` and `cross.png`. The runs are
-            kept in `cross/`, and an interrupted analysis goes on when it is started again.
-        cross_calibration: Sources to calibrate on, by the names of the texts that are of their kind; null: the second
-            half of each text, and its first half is evaluated.
-        cross_windows: Windows to calibrate on.
+        batch_size: Windows per batch.
+        floor: Experts below this share of the mean load do not count in `coverage_above_floor`. The alpha of PESF skips
+            experts by the same measure.
+        dtype: Dtype to load the model in.
+        device: Device that the model runs on.
+        alphas: Values in (0, 1] of PESF's alpha to measure; null skips the sweep.
+        tolerance: Largest relative increase of any text's perplexity that the recommended alpha may cause.
+        survivors: What happens to the other experts of a token when one is skipped: keep (their weights), renormalize
+            or reroute.
+        rescue: A share in [0, 1]: a rare expert still runs for a token that gives it at least this share of the token's
+            largest weight. null rescues none, as in the paper.
+        num_questions: Number of continuation questions per text, answered at every alpha.
+        baselines: Also measure truncation to ceil(2K/3) experts, EES and ODP, calibrated on the bundled text.
+        cross: A config of fit (a file, or a name such as tiny-2.06). The model is compressed once for each text, every
+            result is evaluated on all texts, and the tables go to `cross.json` and `cross.png`. The runs are kept in
+            `cross/`, so that an interrupted analysis resumes when it is started again.
+        cross_calibration: Sources of the calibration texts, named after the texts of the same kind. null calibrates on
+            the second half of each text and evaluates on the first.
+        cross_windows: Number of calibration windows for `cross`.
 
     Raises:
         FileNotFoundError: there is no such model or text.
@@ -85,12 +87,12 @@ def analyze(
     if not 0 <= floor <= 1:
         raise ValueError(f"floor={floor} (--floor) is not in [0, 1]")
     for alpha in alphas or ():
-        PESF(alpha, survivors, rescue)  # says what is wrong before anything runs
+        PESF(alpha, survivors, rescue)  # raises before any work starts if an option is wrong
     if cross is not None:
         find_config(cross, "--cross")
     opened = open_model(model, dtype)
     if cross is not None and opened.is_compressed:
-        raise ValueError(f"{model} (--model) is compressed already: --cross compresses an original")
+        raise ValueError(f"{model} (--model) is already compressed, but --cross compresses an original model")
     directory, subject = opened.directory, opened.in_memory()
     subject.model.to(device)
     sources = name_sources(texts, "--texts")
@@ -98,19 +100,19 @@ def analyze(
         cross_calibration = {name: f"{source}[50%:]" for name, source in sources.items()}
         sources = {name: f"{source}[:50%]" for name, source in sources.items()}
     windows = {name: read_windows(source, directory, num_windows, window_length) for name, source in sources.items()}
-    from eacmoe_lightning.analysis import figures  # matplotlib takes a second: only where it is needed
+    from eacmoe_lightning.analysis import figures  # importing matplotlib takes a second
 
-    selections = {name: select(subject, own, batch_size) for name, own in windows.items()}
+    selections = {name: select(subject, ids, batch_size) for name, ids in windows.items()}
     description = describe(selections, [block.index for block in subject.moe_blocks], floor)
-    place = Path(output)
-    place.mkdir(parents=True, exist_ok=True)
-    drawn = {
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings = {
         "similarity": figures.similarity(description),
         "frequency": figures.frequency(description),
         "balance": figures.balance(description, floor),
     }
     if alphas:
-        served = subject.model  # as it is served: a compressed model packed
+        served = subject.model  # a compressed model runs packed, as it is served
         if opened.is_compressed:
             served = load(directory, dtype).to(device)
         count = num_questions and {"num_questions": num_questions, "context_length": window_length * 3 // 4}
@@ -123,12 +125,12 @@ def analyze(
             rescue,
             batch_size,
             read_windows("bundled:calibration", directory, 16, window_length) if baselines else None,
-            {name: make_questions(own, **count) for name, own in windows.items()} if count else None,
+            {name: make_questions(ids, **count) for name, ids in windows.items()} if count else None,
         )
-        drawn["skipping"] = figures.skipping(description["skipping"])
-    figures.write(place, drawn)
+        drawings["skipping"] = figures.skipping(description["skipping"])
+    figures.write(folder, drawings)
     settings = {"model": model, "sources": sources, "window_length": window_length, "floor": floor, "dtype": dtype}
-    write_json(place / "analysis.json", settings | description)
+    write_json(folder / "analysis.json", settings | description)
     print(summary(description, floor))
     if alphas:
         print(skipping_summary(description["skipping"]))
@@ -137,25 +139,26 @@ def analyze(
         options = {"config": cross, "model.name_or_path": model, "data.heldout": sources}
         options |= {"data.num_heldout_windows": num_windows, "data.num_windows": cross_windows}
         options |= {"data.window_length": window_length, "trainer.enable_progress_bar": False}
-        rows = fit_rows(place / "cross", options, name_sources(cross_calibration, "--cross_calibration"))
+        rows = fit_rows(folder / "cross", options, name_sources(cross_calibration, "--cross_calibration"))
         description["cross"] = cross_table(rows)
-        figures.write(place, {"cross": figures.cross(description["cross"])})
-        write_json(place / "cross.json", description["cross"])
+        figures.write(folder, {"cross": figures.cross(description["cross"])})
+        write_json(folder / "cross.json", description["cross"])
         print(cross_summary(description["cross"]))
-    print(f"{place}: analysis.json, figures, tensorboard --logdir {place}")
+    print(f"{folder}: analysis.json, figures, tensorboard --logdir {folder}")
     return description
 
 
 def summary(description: dict[str, Any], floor: float) -> str:
     """A few lines for the terminal."""
-    said = description["similarity"]
-    names, width = said["texts"], max(12, *(len(name) for name in said["texts"]))
-    lines = ["cosine of selection frequencies (last column: even against odd windows of the text itself)"]
+    similarity = description["similarity"]
+    names, width = similarity["texts"], max(12, *(len(name) for name in similarity["texts"]))
+    lines = ["cosine of selection frequencies (last column: a text's even windows against its odd windows)"]
     lines.append(" " * width + "".join(f" {name[:9]:>9s}" for name in [*names, "within"]))
-    for name, row in zip(names, said["matrix"], strict=True):
-        within = said["within"][name]
+    for name, row in zip(names, similarity["matrix"], strict=True):
+        within = similarity["within"][name]
         lines.append(f"{name:{width}s}" + "".join(f" {v:9.3f}" for v in row) + (f" {within:9.3f}" if within else ""))
-    lines.append(f"alike (above {said['threshold']}): {', '.join('-'.join(p) for p in said['similar']) or 'none'}")
+    pairs = ", ".join("-".join(pair) for pair in similarity["similar"])
+    lines.append(f"alike (above {similarity['threshold']}): {pairs or 'none'}")
     head = ("perplexity", "coverage", f">= {floor:g} mean", "entropy", "max/mean")
     lines.append(" " * width + "".join(f" {name:>11s}" for name in head))
     for name, values in description["texts"].items():

@@ -1,4 +1,4 @@
-"""The configs that come with the package: `--config tiny` is one of them, wherever a config is taken."""
+"""The configs that come with the package: every option that takes a config also takes their names (`--config tiny`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
-TEXT = re.compile(r"[:{\n]")  # in what is no file and no name: YAML itself, or a URL
+TEXT = re.compile(r"[:{\n]")  # marks text that is neither a file nor a name: YAML or a URL
 
 
 def config_names() -> list[str]:
@@ -19,17 +19,17 @@ def config_names() -> list[str]:
 
 
 def find_config(config: str, option: str = "--config") -> str:
-    """The file of a config: `config` itself where it is a file, else the shipped config of that name.
+    """The path of a config: `config` itself if it is a file, otherwise the shipped config of that name.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: there is neither such a file nor such a shipped config.
     """
     if os.path.isfile(config) or TEXT.search(config):
         return config
     if config in config_names():
         return str(SHIPPED / f"{config}.yaml")
     raise FileNotFoundError(
-        f"there is no config {config} ({option}): neither a file, nor one that comes with the package: "
+        f"there is no config {config} ({option}): pass a file or the name of a config of the package: "
         f"{', '.join(config_names())}"
     )
 
@@ -46,7 +46,7 @@ class NamedConfig(ActionConfigFile):
 
 
 class NamedConfigParser(ArgumentParser):
-    """The parser of a command that is a function."""
+    """The argument parser of commands that are functions."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("action") is ActionConfigFile:

@@ -1,4 +1,4 @@
-"""A table of `analyze --cross`: one `fit` for each calibration text."""
+"""The rows of `analyze --cross`: one `fit` for each calibration text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from eacmoe_lightning.run.files import write_json
 
 
 def fit_rows(place: Path, fit_options: dict[str, Any], calibration: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """One `fit` for each calibration text; finished ones are read.
+    """Runs `fit` once for each calibration text; results of finished runs are read from their files.
 
     Args:
-        place: where the runs are kept, each in a directory named after its text.
-        fit_options: of `fit`, without the calibration text and the run directory.
+        place: the directory that holds the runs, each in a directory named after its text.
+        fit_options: options of `fit`, without the calibration text and the run directory.
         calibration: text sources by name.
 
     Returns:
-        By calibration text, its report's `perplexity` and `expert_shift.texts`.
+        By calibration text: the `options`, the report's `perplexity`, and `changed`, the change rates per text.
 
     Raises:
         ValueError: `place` holds rows of other settings, or `fit` refuses them.
@@ -31,12 +31,12 @@ def _row(place: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
     run, finished = place / name, place / f"{name}.json"
     if finished.exists():
         row = json.loads(finished.read_text())
-        held = row["options"]
-        if different := sorted(key for key in held.keys() | options.keys() if held.get(key) != options.get(key)):
+        earlier = row["options"]
+        if different := sorted(key for key in earlier.keys() | options.keys() if earlier.get(key) != options.get(key)):
             key = different[0]
             raise ValueError(
-                f"{finished} holds a row with other settings ({key} was {held.get(key)!r} and is now "
-                f"{options.get(key)!r}): pass another --output, or the settings of that analysis"
+                f"{finished} holds a row with other settings ({key} was {earlier.get(key)!r} and is now "
+                f"{options.get(key)!r}): pass another --output or the earlier settings"
             )
         return row
     words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]

@@ -1,4 +1,4 @@
-"""What torchrun and `fabric run` say of devices and processes, which LightningCLI ignores."""
+"""Applies the settings of torchrun and `fabric run` (devices, processes), which LightningCLI ignores."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jsonargparse import Namespace
 
 
 def follow_launcher(trainer: Namespace) -> None:
-    """Takes over devices, nodes, accelerator, strategy and precision from torchrun or `fabric run`.
+    """Sets devices, nodes, accelerator, strategy and precision as torchrun or `fabric run` sets them.
 
-    LightningCLI ignores what these launchers set, and every process would silently run the whole job by itself.
+    LightningCLI ignores these launchers, so every process would silently run the whole job alone.
 
     Raises:
-        ValueError: the config or command line says something else.
+        ValueError: the config or the command line sets another value.
     """
     if not torch.distributed.is_torchelastic_launched():
         return
@@ -35,7 +35,7 @@ def follow_launcher(trainer: Namespace) -> None:
 
 
 def _settle(trainer: Namespace, option: str, value: Any, default: Any) -> None:
-    said = trainer.get(option)
-    if said not in (None, default) and str(said) != str(value):
-        raise ValueError(f"the launcher says {option}={value}, --trainer.{option} says {said}: leave one of them out")
+    given = trainer.get(option)
+    if given not in (None, default) and str(given) != str(value):
+        raise ValueError(f"the launcher sets {option}={value}, but --trainer.{option} is {given}: leave one out")
     trainer[option] = value

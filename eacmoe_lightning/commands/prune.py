@@ -1,8 +1,8 @@
-"""`python train.py prune`: experts removed from a finished model, without its run happening again.
+"""`prune` removes experts from a finished model without repeating its run.
 
-The block loop is that of `fit` (`calibration.Calibration`) with nothing to quantize. The given model is the reference:
-its stream x scores each block's experts and gives the routers their targets, and the pruned prefix's stream x_hat says
-what reaches them. What is left of a block's codes is cut out of the given ones, bit by bit.
+It uses the block loop of `fit` (`calibration.blocks.Calibration`) with nothing to quantize. The given model is the
+reference: its stream x gives the experts' scores and the routers' targets. The stream x_hat of the pruned prefix gives
+the routers' inputs. The codes of the experts that stay are those of the given model, bit for bit.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from eacmoe_lightning.text.sources import name_sources
 from eacmoe_lightning.text.windows import read_windows
 from eacmoe_lightning.version import __version__
 
-NOTHING = Recipe(quantizer="none")  # what the block loop quantizes
+NOTHING = Recipe(quantizer="none")  # the block loop quantizes nothing
 
 
 def prune(
@@ -63,35 +63,36 @@ def prune(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Removes the experts that matter least to a text from a finished model, compressed or not.
+    """Removes the experts that matter least on a text from a finished model, compressed or not.
 
-    The output is a run directory: `compressed/` (and `dense/`, where nothing was quantized and every block keeps the
-    same number), `report.json` and `report.md` with what was removed and perplexity before and after. A setting that
-    skips experts (PESF) rests meanwhile and goes along. Interrupted, the same command goes on at the block that it was
-    at.
+    The output is a run directory with `compressed/`, `report.json` and `report.md`. The report lists the removed
+    experts and the perplexity before and after. An unquantized model whose blocks keep equally many experts is also
+    written to `dense/`. If the model skips experts (PESF), the setting is off during pruning and kept in the output. An
+    interrupted run resumes at its current block when the same command is started again.
 
     Args:
         model: A run directory, a compressed directory or an original model (`bundled`, a directory or a hub id).
-        output: The directory to write to.
-        pruning: Which experts stay.
-        routers: How the routers of what is left are calibrated: none, or ridge (closed form per block, towards the
-            given model's logits of the experts that stay).
-        ridge: Strength of the closed form's penalty on drift, relative to the mean squared router input.
-        calibration: Source of the text that scores experts and calibrates routers.
-        num_windows: Windows of it, drawn at random.
+        output: Directory to write to.
+        pruning: Rule that chooses the experts to keep.
+        routers: How the pruned blocks' routers are calibrated: none, or ridge (closed form per block, towards the given
+            model's logits of the experts that stay).
+        ridge: Strength of ridge's penalty on drift from the given router, relative to the mean squared router input.
+        calibration: Source of the text on which experts are scored and routers calibrated.
+        num_windows: Number of calibration windows, drawn at random.
         window_length: Tokens per window.
-        batch_size: Windows at a time.
-        texts: Sources to evaluate on: one, a list, or {name: source}; null: the held-out texts of the package.
-        num_heldout_windows: Windows of each of these, from its start; null takes all.
-        seed: Of the choice of windows.
-        dtype: In which the model runs; auto: as stored.
-        device: On which it runs.
+        batch_size: Windows per batch.
+        texts: Sources of the evaluation texts: one source, a list, or {name: source}. null takes the bundled held-out
+            texts.
+        num_heldout_windows: Number of windows from the start of each evaluation text; null takes all.
+        seed: Seed for the choice of calibration windows.
+        dtype: Dtype to run the model in; auto is the dtype as stored.
+        device: Device that the model runs on.
 
     Raises:
         FileNotFoundError: there is no such model or text.
-        ValueError: the model has no experts or was pruned before, the rule does not fit it, a text is too short, or
-            the output holds something else.
-        StoreError: a file is damaged, or what was written does not read back.
+        ValueError: the model has no experts or was pruned before, the rule does not suit it, a text is too short, or
+            the output directory holds something else.
+        StoreError: a file is damaged, or the written model does not reload identically.
     """
     for option, value in (("batch_size", batch_size), ("ridge", ridge)):
         if value <= 0:
@@ -99,7 +100,7 @@ def prune(
     given = open_model(model, dtype)
     moe = whole(given.streamed(device))
     if moe.is_pruned:
-        raise ValueError(f"{model} (--model) was pruned before: prune the model that it was made of")
+        raise ValueError(f"{model} (--model) was pruned before: prune the model that it was made from")
     pruning.check(moe)
     sources = name_sources(texts, "--texts")
     identity = {
@@ -114,7 +115,7 @@ def prune(
     }
     run = RunDirectory(output)
     if report := finished_report(run, identity):
-        print(f"{output} is finished: nothing was computed{summary(report)}")
+        print(f"{output} is already finished{summary(report)}")
         return report
     windows = read_windows(calibration, given.directory, num_windows, window_length, seed)
     heldout = {
@@ -126,9 +127,9 @@ def prune(
     prune_blocks(moe, windows, batch_size, run, pruning, ridge if routers == "ridge" else None)
     stats, trained = [], {}
     for block in moe.blocks:
-        _, tensors, own = read_block(run, block.index)
-        stats.append(own)
-        trained |= tensors  # its router
+        _, router, block_stats = read_block(run, block.index)
+        stats.append(block_stats)
+        trained |= router
     pruned = whole(StreamedModel(FinishedBlocks(given.weights, run, trained), device))
     with costed(run, None, "write"):
         codes = (cut_out(given, block) for block in pruned.blocks)
@@ -153,7 +154,7 @@ def prune(
         "bits": bits(pruned, run.compressed),
         "size_bytes": {"original": given.size_bytes, "compressed": size_of(run.compressed)},
         "router": {"method": routers},
-        "pruning": removed_experts(asdict(pruning), [own for own in stats if own.pruning is not None]),
+        "pruning": removed_experts(asdict(pruning), [s for s in stats if s.pruning is not None]),
         "cost": cost(run),
     }
     add_quality(report, stats, {"before": before, "after": after})
@@ -164,43 +165,43 @@ def prune(
 
 
 def whole(moe: StreamedModel) -> StreamedModel:
-    """The model, all of whose selections run."""
+    """The model with expert skipping off, so that every selected expert runs."""
     set_skipping(moe.model, None)
     return moe
 
 
 def finished_report(run: RunDirectory, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a directory that holds the result of the very same command; None where there is work to do.
+    """The report of a finished run with the same settings; None if there is work to do.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the directory holds another result or other files.
     """
     where = f"{run.path} (--output)"
     if run.manifest.exists():
-        held = json.loads(run.manifest.read_text())
-        same = json.loads(json.dumps(identity))
-        refuse_other_settings(f"{where} holds a result", held, same, "another --output, or the settings of that one")
-        is_finished = (run.path / "report.md").exists()  # the last file that is written
+        earlier = json.loads(run.manifest.read_text())
+        given = json.loads(json.dumps(identity))
+        refuse_other_settings(f"{where} holds a result", earlier, given, "another --output, or the earlier settings")
+        is_finished = (run.path / "report.md").exists()  # the last file to be written
         return json.loads((run.path / "report.json").read_text()) if is_finished else None
     if run.path.exists() and any(run.path.iterdir()):
-        raise ValueError(f"{where} is not empty: pass a directory that is, or does not exist")
+        raise ValueError(f"{where} is not empty: pass an empty or a new directory")
     return None
 
 
 def prune_blocks(
     moe: MoEModel, windows: Tensor, batch_size: int, run: RunDirectory, rule: PruningRule, ridge: float | None
 ) -> None:
-    """Prunes one block after another, and writes what stays and the routers; finished blocks are not done again.
+    """Prunes one block after another and writes its statistics and its router; finished blocks are skipped.
 
     Args:
-        moe: the model, whose blocks shrink.
-        windows: [S, T] of the calibration text.
-        ridge: strength of the closed form; None leaves the routers as they are.
+        moe: the model; its blocks are shrunk.
+        windows: token ids [S, T] of the calibration text.
+        ridge: strength of the closed form's penalty; None leaves the routers unchanged.
     """
     streams = Streams(moe, windows, 0, batch_size, run, Ranks(), keep_teachers=False)
     loop = Calibration(moe, NOTHING, streams, run, Ranks(), partial(costed, run), rule)
-    done = next((b.index for b in moe.blocks if not run.block(b.index).exists()), len(moe.blocks))
-    for index in range(done, len(moe.blocks)):
+    first = next((b.index for b in moe.blocks if not run.block(b.index).exists()), len(moe.blocks))
+    for index in range(first, len(moe.blocks)):
         block, router = moe.blocks[index], None
         if block.is_moe:
             router = moe.read([block.router_parameter_name])[block.router_parameter_name]
@@ -220,42 +221,41 @@ def prune_blocks(
 
 
 def cut_out(given: OpenedModel, block: Block) -> dict[str, QuantizedWeight]:
-    """The codes of a pruned block, out of those of the given model; nothing where it was not quantized."""
+    """The quantized weights of a pruned block, taken from the given model; empty if that is not quantized."""
     if not given.is_compressed:
         return {}
     parts = {name: part for name, (part, _) in block.weights().items()}
-    own = given.weights.quantized(block.index)
-    kept = block.expert_numbers
-    return {name: q.of_experts(kept) if parts[name] == "experts" else q for name, q in own.items()}
+    quantized, kept = given.weights.quantized(block.index), block.expert_numbers
+    return {name: q.of_experts(kept) if parts[name] == "experts" else q for name, q in quantized.items()}
 
 
 def describe(given: OpenedModel) -> dict[str, Any]:
-    """What the config is to say of the quantization: what it said."""
+    """The description of the quantization for the new config, taken from the given model's config."""
     if not given.is_compressed:
         return {"method": "none", "router_method": "none", "quantizer": "none"}
-    held = read_config(given.directory)["quantization"]
-    return {key: value for key, value in held.items() if key not in ("bits", "group_sizes")}
+    quantization = read_config(given.directory)["quantization"]
+    return {key: value for key, value in quantization.items() if key not in ("bits", "group_sizes")}
 
 
 def bits(moe: MoEModel, directory: Path) -> dict[str, float]:
-    """Average bits of what is quantized: `nominal` as the paper counts, `true` with scales and zero points."""
-    held = read_config(directory)["quantization"]
+    """Average bits of the quantized weights: `nominal` as the paper counts, `true` with scales and zero points."""
+    quantization = read_config(directory)["quantization"]
     weights = {name: weight.numel() for block in moe.blocks for name, (_, weight) in block.weights().items()}
-    if not held["bits"]:
+    if not quantization["bits"]:
         return dict.fromkeys(("nominal", "true"), nominal_bits(moe, NOTHING))
     codes = grids = 0.0
-    for name, own in held["bits"].items():
-        own = own if isinstance(own, list) else [own]
-        codes += weights[name] * sum(own) / len(own)
-        if name not in held.get(LATTICE, ()):  # whose bits are those that are stored
-            grids += weights[name] / held["group_sizes"][name] * (16 + 8)  # a scale and a zero point
-    total = sum(weights[name] for name in held["bits"])
+    for name, widths in quantization["bits"].items():
+        widths = widths if isinstance(widths, list) else [widths]
+        codes += weights[name] * sum(widths) / len(widths)
+        if name not in quantization.get(LATTICE, ()):  # the bits of lattice weights include their scales
+            grids += weights[name] / quantization["group_sizes"][name] * (16 + 8)  # a scale and a zero point
+    total = sum(weights[name] for name in quantization["bits"])
     return {"nominal": codes / total, "true": (codes + grids) / total}
 
 
 @contextmanager
 def costed(run: RunDirectory, block: int | None, phase: str) -> Iterator[None]:
-    """Writes down what a phase cost."""
+    """Records the cost of a phase."""
     watch = Watch()
     yield
     run.add_cost(block, phase, watch.cost())

@@ -1,4 +1,4 @@
-"""`python train.py study`: every cell measured once, kept at once, and a report of all of them."""
+"""`study` measures every cell once, saves each result immediately, and reports all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from eacmoe_lightning.study.results import Results
 from eacmoe_lightning.text.sources import name_sources, read_documents
 from eacmoe_lightning.text.windows import token_windows
 
-QUESTION_WINDOWS = 4  # windows for each question asked: its own, and others for the wrong continuations
+QUESTION_WINDOWS = 4  # windows per question: the question's window and others for the wrong continuations
 
 
 def study(
@@ -50,39 +50,39 @@ def study(
     budget_windows: int = 8,
     batch_tokens: int = 4096,
 ) -> dict[str, Any]:
-    """Measures which experts tolerate what: errors in chosen experts, and what they do to held-out text.
+    """Measures which errors experts tolerate: puts errors into chosen experts and measures the loss on held-out text.
 
-    Killed at any moment, the same command goes on with the cell that it was at; with more bounds, kinds or experts it
-    measures what is new.
+    A killed study resumes at its current cell when the same command is started again. With more bounds, kinds or
+    experts it measures only the new cells.
 
     Args:
-        output: Directory of the results: cells.json, study.json, study.csv, study.md, heatmap.png, tensorboard.
+        output: Directory for the results: cells.json, study.json, study.csv, study.md, heatmap.png and tensorboard.
         model: A run directory, a compressed directory or an original model (`bundled`, a directory or a hub id).
-        dtype: Of the model; errors are bounded in it.
-        device: On which the model runs.
-        blocks: `each` block with experts, `depth` (shallow, middle and deep, as the paper cuts its blocks), `all`, or
-            blocks such as `0,2-3`.
-        experts: Of each of these blocks: `all`, `most-N` and `least-N` selected, `random-N`.
-        kinds: The real error of a codec (`sz3`, `uniform`), or noise of the same nominal size (`gaussian-noise` as in
-            the paper, `uniform-noise`).
-        bound_mode: The bounds are in weight units (`absolute`), or relative to a weight matrix's range or its mean |w|
-            (the paper's alpha).
-        bounds: The bounds.
-        seeds: Of noise and of random experts; each is measured.
-        heldout: Texts: sources as in --data.heldout; null: those of the package.
-        num_windows: Windows of each text, from its start.
-        window_length: Tokens of a window.
-        num_questions: Questions of each text: which of four continuations is its own? 0: none.
+        dtype: Dtype of the model, in which errors are bounded.
+        device: Device that the model runs on.
+        blocks: Blocks to put errors into: `each` (every block with experts by itself), `depth` (shallow, middle and
+            deep blocks, divided as in the paper), `all`, or blocks such as `0,2-3`.
+        experts: Experts of these blocks: `all`, `most-N` or `least-N` (the N most or least selected), or `random-N`.
+        kinds: Kinds of error: the real error of a codec (`sz3`, `uniform`), or noise of the same nominal size
+            (`gaussian-noise` as in the paper, `uniform-noise`).
+        bound_mode: Unit of the bounds: weight units (`absolute`), or relative to a weight matrix's range (`range`) or
+            its mean |w| (`mean`, the paper's alpha).
+        bounds: Error bounds to measure.
+        seeds: Seeds of the noise and of random experts; every seed is measured.
+        heldout: Sources of the texts, as for --data.heldout; null takes the bundled held-out texts.
+        num_windows: Number of windows from the start of each text.
+        window_length: Tokens per window.
+        num_questions: Number of questions per text, each with four continuations to choose from; 0 asks none.
         context_length: Tokens of a question's context.
         continuation_length: Tokens of a continuation.
-        budgets: Global bounds whose bytes are to be spent better: a bound for each block and expert is chosen by the
-            study's single blocks, and judged beside the global one; bounds-*.json is what the offloaded model takes.
-            The first of `kinds` is the codec.
-        budget_windows: Windows of each text that this is judged on, those that follow the study's own.
-        batch_tokens: Tokens in a forward pass.
+        budgets: Global bounds whose bytes to redistribute. A bound for each block and expert is chosen from the study's
+            measurements of single blocks and compared with the global bound; the offloaded model takes the resulting
+            bounds-*.json. The first of `kinds` is the codec.
+        budget_windows: Number of windows per text for this comparison; they follow the windows of the study.
+        batch_tokens: Tokens per forward pass.
 
     Raises:
-        ValueError: an option, or the output holds a study of another model or other texts.
+        ValueError: an option is wrong, or the output holds a study of another model or other texts.
         FileNotFoundError: there is no such model or text.
         StoreError: the output cannot be read or written.
     """
@@ -101,19 +101,19 @@ def study(
     measurement = Measurement(moe, read_texts(sources, directory, **sizes), batch_tokens)
     for block in moe.moe_blocks:
         for choice in experts:
-            choose_experts(choice, measurement.load[block.index], 0, block.index)  # refused now, not after an hour
+            choose_experts(choice, measurement.load[block.index], 0, block.index)  # raises now, not after an hour
     measure_cells(moe, measurement, cells, groups, results)
 
-    cells.sort(key=lambda cell: list(groups).index(cell.blocks))  # to be read: as they were asked for
+    cells.sort(key=lambda cell: list(groups).index(cell.blocks))  # in the order of --blocks
     rows = [report.row_of(cell, results[cell.key], measurement.baseline) for cell in cells]
     sections = []
     if budgets:
         sensitivity = budget.fit_sensitivity(_cells_to_fit(groups, measurement.load, rows, kinds[0]))
-        later = read_texts(
+        later_texts = read_texts(
             sources, directory, **sizes | {"num_windows": budget_windows, "num_questions": 0}, skip=num_windows
         )
-        judge, spending = Measurement(moe, later, batch_tokens), [Bound(bound_mode, value) for value in budgets]
-        spent = spend.spend(moe, judge, sensitivity, measurement.load, kinds[0], spending, results, Path(output))
+        later, bounds_to_spend = Measurement(moe, later_texts, batch_tokens), [Bound(bound_mode, b) for b in budgets]
+        spent = spend.spend(moe, later, sensitivity, measurement.load, kinds[0], bounds_to_spend, results, Path(output))
         sections.append(spend.markdown(spent, sensitivity))
     _write(Path(output), model, measurement, rows, sections)
     return {"baseline": measurement.baseline, "rows": rows}
@@ -129,10 +129,10 @@ def read_texts(
     continuation_length: int,
     skip: int = 0,
 ) -> dict[str, Text]:
-    """Windows, behind the first `skip`, and questions of every text.
+    """The windows of every text, after the first `skip`, and its questions.
 
     Raises:
-        FileNotFoundError, ValueError: a text cannot be read or is too short, with the option to change.
+        FileNotFoundError, ValueError: a text cannot be read or is too short; the message names the option to change.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     texts, option = {}, "--num_windows" + (" + --budget_windows" if skip else "")
@@ -154,7 +154,7 @@ def read_texts(
 def measure_cells(
     moe: MoEModel, measurement: Measurement, cells: Iterable[Cell], groups: dict[str, list[int]], results: Results
 ) -> None:
-    """Measures every cell that is not among the results and keeps it there."""
+    """Measures every cell that the results lack and adds it to them."""
     missing = [cell for cell in cells if cell.key not in results]
     for number, cell in enumerate(missing, 1):
         chosen = {b: choose_experts(cell.experts, measurement.load[b], cell.seed, b) for b in groups[cell.blocks]}
@@ -168,18 +168,18 @@ def measure_cells(
 
 
 def _check_budgets(budgets: list[float], groups: dict[str, list[int]], moe: MoEModel, kind: str) -> None:
-    """Raises ValueError where the study would not measure what a budget needs."""
+    """Raises ValueError if the study does not measure what `budgets` needs."""
     alone = {blocks[0] for blocks in groups.values() if len(blocks) == 1}
     if budgets and kind in NOISES:
-        raise ValueError(f"{kind!r}, the first of --kinds, stores nothing: --budgets needs a codec such as sz3 there")
+        raise ValueError(f"{kind!r}, the first of --kinds, is not a codec: --budgets needs one there, such as sz3")
     if budgets and (left := sorted({block.index for block in moe.moe_blocks} - alone)):
-        raise ValueError(f"blocks {left} are not measured alone: --budgets needs `each` among --blocks")
+        raise ValueError(f"blocks {left} are not measured by themselves: --budgets needs `each` in --blocks")
 
 
 def _cells_to_fit(
     groups: dict[str, list[int]], load: dict[int, Tensor], rows: list[dict[str, Any]], kind: str
 ) -> list[tuple[int, float, float]]:
-    """The rows of single blocks, for `budget.fit_sensitivity`."""
+    """The rows of single blocks as (block, disturbed share, loss), for `budget.fit_sensitivity`."""
     cells = []
     for row in rows:
         if row["kind"] == kind and len(blocks := groups[row["blocks"]]) == 1:
@@ -190,8 +190,8 @@ def _cells_to_fit(
 
 
 def _write(output: Path, model: str, measurement: Measurement, rows: list[dict[str, Any]], sections: list[str]) -> None:
-    """The report in all its forms."""
-    from eacmoe_lightning.study import heatmap  # matplotlib takes a second: only where it is needed
+    """Writes the report as JSON, CSV, Markdown, a heat map and TensorBoard."""
+    from eacmoe_lightning.study import heatmap  # importing matplotlib takes a second
 
     baseline = measurement.baseline
     description = {"command": " ".join(sys.argv), "commit": commit(), "processor": processor()}

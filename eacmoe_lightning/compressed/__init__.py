@@ -1,1 +1,1 @@
-"""The compressed model directory: its format, writing it, loading it, and opening any model by its place."""
+"""The compressed model directory: its format, writing and loading it, and opening any model by path or name."""

@@ -1,4 +1,4 @@
-"""Writing a compressed directory, and reading its weights back, decoded."""
+"""Writes a compressed directory and reads its weights back decoded."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ def save_compressed(
     """Writes a compressed directory, whole or not at all.
 
     Args:
-        path: where; an older directory there is replaced.
+        path: the directory; an existing one is replaced.
         moe: the compressed model (dequantized, calibrated), in memory or streamed.
-        name_or_path: the original, for its tokenizer, generation config and dtype; or the compressed directory that the
-            model was cut out of, for those and for what it says of the original and of skipping.
-        quantized_blocks: per block, the codes by parameter name.
-        description: kept in the config under `quantization`.
+        name_or_path: the original, which gives the tokenizer and the dtype; or, for a pruned compressed model, the
+            compressed directory that was pruned, which also gives the original's name and the skipping settings.
+        quantized_blocks: per block, the quantized weights by parameter name.
+        description: stored in the config under `quantization`.
 
     Raises:
         StoreError: a weight is not quantized.
     """
     source = resolve_model(name_or_path)
-    held = read_config(source) if is_compressed(source) else {}
-    config = pruned_config(original_config(held) if held else AutoConfig.from_pretrained(source), moe)
+    source_config = read_config(source) if is_compressed(source) else {}
+    config = pruned_config(original_config(source_config) if source_config else AutoConfig.from_pretrained(source), moe)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
     tied = _tied_names(moe.model)
     names = [name for name in moe.model.state_dict() if name not in tied]
-    weights: dict[str, dict[str, Any]] = {}  # how each is stored
+    weights: dict[str, dict[str, Any]] = {}  # bits and group size of each
 
-    def others(chosen: list[str]) -> dict[str, Tensor]:
-        return {name: _narrowed(tensor, stored_dtype) for name, tensor in moe.read(chosen).items()}
+    def unquantized(names: list[str]) -> dict[str, Tensor]:
+        return {name: _narrowed(tensor, stored_dtype) for name, tensor in moe.read(names).items()}
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
@@ -71,10 +71,10 @@ def save_compressed(
             if missing and description.get("quantizer") != "none":
                 raise StoreError(f"{sorted(missing)[0]} was not quantized, so no model is written")
             weights.update({name: _described(weight) for name, weight in quantized.items()})
-            own = [name for name in names if name.startswith(f"{block.name}.")]
-            yield SHARD.format(block.index), packed(quantized) | others([n for n in own if n not in quantized])
+            block_names = [name for name in names if name.startswith(f"{block.name}.") and name not in quantized]
+            yield SHARD.format(block.index), packed(quantized) | unquantized(block_names)
         in_blocks = tuple(f"{block.name}." for block in moe.blocks)
-        yield REST, others([name for name in names if not name.startswith(in_blocks)])
+        yield REST, unquantized([name for name in names if not name.startswith(in_blocks)])
 
     with whole_directory(path) as partial:
         _write_weights(partial, shards())
@@ -87,7 +87,7 @@ def save_compressed(
                 "model_type": METHOD,
                 "format_version": _format_version(moe, weights),
                 "original": {
-                    "name_or_path": held["original"]["name_or_path"] if held else name_or_path,
+                    "name_or_path": source_config["original"]["name_or_path"] if source_config else name_or_path,
                     "config": config.to_dict(),
                 },
                 "dtype": str(moe.model.dtype).rpartition(".")[2],
@@ -98,7 +98,7 @@ def save_compressed(
                 }
                 | ({LATTICE: on_lattice} if (on_lattice := [n for n, w in weights.items() if w[LATTICE]]) else {}),
             }
-            | {key: value for key, value in held.items() if key == stored.KEY},
+            | {key: value for key, value in source_config.items() if key == stored.KEY},
         )
 
 
@@ -107,14 +107,14 @@ def _described(weight: QuantizedWeight) -> dict[str, Any]:
 
 
 def _format_version(moe: MoEModel, weights: dict[str, dict[str, Any]]) -> int:
-    """The lowest that says everything: see `format.FORMAT_VERSION`."""
+    """The lowest format version that can hold these weights: see `format.FORMAT_VERSION`."""
     if any(weight[LATTICE] for weight in weights.values()):
         return 3
     return 2 if moe.is_pruned or any(not isinstance(weight["bits"], int) for weight in weights.values()) else 1
 
 
 def save_packed(path: str | Path, model: PreTrainedModel) -> None:
-    """Writes a packed model that `load` gave, as it is in memory, without its tokenizer."""
+    """Writes a packed model that `load` returned, as it is in memory; the tokenizer is not written."""
     config = {k: v for k, v in model.hf_quantizer.quantization_config.directory_config.items() if k != stored.KEY}
     shards: dict[str, dict[str, Tensor]] = {}
     for name, tensor in untied(model).items():
@@ -128,25 +128,25 @@ def save_packed(path: str | Path, model: PreTrainedModel) -> None:
 
 
 def _write_weights(directory: Path, shards: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
-    """The shards and the index in which transformers looks up what lies where."""
-    places: dict[str, str] = {}
+    """Writes the shards and the index, in which transformers looks up the shard of each tensor."""
+    shard_of: dict[str, str] = {}
     for file, tensors in shards:
         write_tensors(directory / file, tensors)
-        places |= dict.fromkeys(tensors, file)
-    write_json(directory / INDEX, {"metadata": {"total_size": size_of(directory)}, "weight_map": places})
+        shard_of |= dict.fromkeys(tensors, file)
+    write_json(directory / INDEX, {"metadata": {"total_size": size_of(directory)}, "weight_map": shard_of})
 
 
 class CompressedWeights:
-    """A compressed directory's weights, decoded as they are read (see `streaming.Weights`).
+    """A compressed directory's weights, decoded as they are read (a `models.streamed.Weights`).
 
     Args:
-        path: of the compressed directory.
-        dtype: `auto` (in which it was calibrated), `float32`, `bfloat16` or `float16`.
+        path: the compressed directory.
+        dtype: dtype of the decoded weights: `auto` (that of the calibration), `float32`, `bfloat16` or `float16`.
 
     Raises:
-        FileNotFoundError: it is none.
-        StoreError: a file is missing, truncated or altered; when it is read.
-        ValueError: a newer version of this package wrote it.
+        FileNotFoundError: `path` is not a compressed directory.
+        StoreError: when a missing, truncated or altered file is read.
+        ValueError: a newer version of this package wrote the directory.
     """
 
     def __init__(self, path: str | Path, dtype: str = "auto") -> None:
@@ -173,26 +173,26 @@ class CompressedWeights:
         return model
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        names, found = set(names), {}
+        names, weights = set(names), {}
         for file in sorted({self._files.get(name, REST) for name in names}):
             tensors, _ = read_tensors(self.path / file)
             for name in names & quantized_names(tensors):
                 block = self._owners[name]
                 quantized = take_quantized(tensors, name, self._bits[name], block.weights()[name][1].shape[-1])
-                found[name] = block.as_parameter(name, quantized.dequantize(self.dtype)).contiguous()
+                weights[name] = block.as_parameter(name, quantized.dequantize(self.dtype)).contiguous()
             for name in names & tensors.keys():
                 tensor = tensors[name]
-                found[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-        return found
+                weights[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return weights
 
     def quantized(self, index: int) -> dict[str, QuantizedWeight]:
-        """A block's codes, scales and zero points by parameter name."""
+        """A block's quantized weights (codes, scales and zero points) by parameter name."""
         tensors, _ = read_tensors(self.path / SHARD.format(index))
         weights = {n: weight for n, (_, weight) in self._blocks[index].weights().items() if n in self._bits}
         return {n: take_quantized(tensors, n, self._bits[n], weight.shape[-1]) for n, weight in weights.items()}
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Packed blocks are small: they are read when they are needed."""
+        """Does nothing: packed blocks are small, so they are read when they are needed."""
 
 
 def _names(block: Block) -> list[str]:
@@ -200,13 +200,13 @@ def _names(block: Block) -> list[str]:
 
 
 def untied(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's tensors, each once."""
+    """The model's tensors by name, without the names that only repeat another tensor."""
     tied = _tied_names(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _tied_names(model: PreTrainedModel) -> set[str]:
-    """Names that only repeat another tensor (a tied output embedding)."""
+    """Names that only repeat another tensor, such as a tied output embedding."""
     seen: dict[int, str] = {}
     repeated = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -216,7 +216,7 @@ def _tied_names(model: PreTrainedModel) -> set[str]:
 
 
 def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in the original's dtype where that loses nothing, else as it is."""
+    """The tensor in `dtype` if that loses nothing, otherwise unchanged."""
     if tensor.is_floating_point() and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
         return tensor.to(dtype)
     return tensor

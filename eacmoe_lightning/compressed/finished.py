@@ -1,4 +1,4 @@
-"""What a run has made of its original, block by block: the codes of its block files, decoded, and what was trained."""
+"""The weights of a compressed model as a run holds them: codes from its block files, and the trained parameters."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from eacmoe_lightning.run.directory import RunDirectory
 
 
 class FinishedBlocks:
-    """The weights of a compressed model of which a run holds all blocks (see `streaming.Weights`).
+    """The compressed weights of a run that has finished all blocks (a `models.streamed.Weights`).
 
     Args:
-        original: everything that is neither quantized nor trained.
-        run: its block files hold the codes.
-        trained: routers and norms by parameter name; those that are left out stay the original's.
-        scales, codes: others than the solver's, by parameter name: [..., O, G] and [..., O, I].
+        original: gives every weight that is neither quantized nor trained.
+        run: the run whose block files hold the codes.
+        trained: routers and norms by parameter name; all others are the original's.
+        scales, codes: replace the solver's, by parameter name: [..., O, G] and [..., O, I].
     """
 
     def __init__(
@@ -50,33 +50,33 @@ class FinishedBlocks:
 
     def skeleton(self) -> PreTrainedModel:
         model = self.original.skeleton()
-        if self._kept:  # MoEModel takes the other experts out
+        if self._kept:  # MoEModel removes the other experts
             model.config = copy.deepcopy(model.config)
             setattr(model.config.get_text_config(), KEPT, self._kept)
         return model
 
     def quantized(self, index: int) -> dict[str, QuantizedWeight]:
-        """A block's codes, final scales and zero points by parameter name."""
-        found = read_block(self.run, index)[0]
-        for name in found.keys() & self.scales.keys():
-            found[name].scale = self.scales[name].detach().cpu().half()
-        for name in found.keys() & self.codes.keys():
-            found[name].codes = self.codes[name].cpu()
-        return found
+        """A block's quantized weights by parameter name, with their final scales and codes."""
+        weights = read_block(self.run, index)[0]
+        for name in weights.keys() & self.scales.keys():
+            weights[name].scale = self.scales[name].detach().cpu().half()
+        for name in weights.keys() & self.codes.keys():
+            weights[name].codes = self.codes[name].cpu()
+        return weights
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)
-        found = {n: self.trained[n].detach().to("cpu", self.original.dtype) for n in names if n in self.trained}
+        weights = {n: self.trained[n].detach().to("cpu", self.original.dtype) for n in names if n in self.trained}
         for index in sorted({self._owners[n].index for n in names if n in self._owners}):
             block = self._moe.blocks[index]
             for name, quantized in self.quantized(index).items():
                 if name in names:
-                    found[name] = block.as_parameter(name, quantized.dequantize(self.original.dtype)).contiguous()
-        rest = self.original.read([n for n in names if n not in found])
-        return found | {name: self._of_kept(name, tensor) for name, tensor in rest.items()}
+                    weights[name] = block.as_parameter(name, quantized.dequantize(self.original.dtype)).contiguous()
+        unchanged = self.original.read([n for n in names if n not in weights])
+        return weights | {name: self._kept_part(name, tensor) for name, tensor in unchanged.items()}
 
-    def _of_kept(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the original; of one with an entry per expert, those of the experts that were kept."""
+    def _kept_part(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the original; if it has an entry per expert, the entries of the kept experts."""
         if tensor.shape == self._shapes[name]:
             return tensor
         block = next(b for b in self._moe.moe_blocks if name.startswith(f"{b.name}."))

@@ -1,17 +1,17 @@
-"""The compressed model directory: what a run leaves behind, and `load`.
+"""The format of a compressed model directory, which `fit` writes and `load` reads.
 
     config.json        model_type "eacmoe", the original's config, how each weight is stored
     weights-block-003.safetensors, weights-rest.safetensors, weights.safetensors.index.json
     tokenizer, generation config
 
 Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
-(uint8), under the parameter names that the model has in memory; everything else is stored as it is. Where the experts
-of a stack differ in bits, the config has a list and `.codes` is flat, one expert after another (format version 2). A
-pruned model's config says under `kept_experts` which experts its blocks still have (version 2 as well). Weights on a
-lattice have `.stream`, `.ends`, `.shape` and `.scale` (`quantization/packing.py`), and the config lists their names
-under `lattice` (version 3).
+(uint8), under the model's parameter names; all other tensors are stored unchanged. If the experts of a stack differ in
+bits, the config has a list of bits and `.codes` is flat, one expert after another (format version 2). A pruned model's
+config lists under `kept_experts` the experts that its blocks still have (version 2 as well). Weights on a lattice have
+`.stream`, `.ends`, `.shape` and `.scale` (`quantization/packing.py`), and the config lists their names under `lattice`
+(version 3).
 
-Such a directory is read by `load`, or by transformers once this package is imported (`loading.py`).
+`load` reads such a directory, and so does transformers once this package is imported (`loading.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from eacmoe_lightning.version import __version__
 
-FORMAT_VERSION = 3  # 3 with weights on a lattice; 2 where experts of a stack differ in bits or were removed; else 1
+FORMAT_VERSION = 3  # 3: weights on a lattice; 2: experts of a stack differ in bits, or some were removed; 1: all others
 LATTICE = "lattice"  # key of the config's `quantization`
 SHARD, REST = "weights-block-{:03d}.safetensors", "weights-rest.safetensors"
 METHOD = "eacmoe"  # model type and quantization method
@@ -40,18 +40,21 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The config of a compressed directory.
 
     Raises:
-        FileNotFoundError: it is not one.
+        FileNotFoundError: `path` is not a compressed directory.
         ValueError: a newer version of this package wrote it.
     """
     if not is_compressed(path):
-        raise FileNotFoundError(f"{path} is not a compressed model directory of eacmoe-lightning (no such config.json)")
+        raise FileNotFoundError(
+            f"{path} is not a compressed model directory of eacmoe-lightning: its config.json is missing or of "
+            "another model type than 'eacmoe'"
+        )
     config = json.loads((Path(path) / "config.json").read_text())
     check_format(config)
     return config
 
 
 def original_config(config: dict[str, Any]) -> PreTrainedConfig:
-    """The original's config that a compressed directory's config holds."""
+    """The original model's config, which a compressed directory's config contains."""
     original = dict(config["original"]["config"])
     return AutoConfig.for_model(original.pop("model_type"), **original)
 
@@ -60,11 +63,11 @@ def check_format(config: dict[str, Any]) -> None:
     """Raises ValueError for a config.json that a newer version of this package wrote."""
     if config["format_version"] > FORMAT_VERSION:
         raise ValueError(
-            f"the compressed model has format version {config['format_version']}, this eacmoe-lightning "
+            f"the compressed model has format version {config['format_version']}, but this eacmoe-lightning "
             f"({__version__}) reads up to {FORMAT_VERSION}: install a newer one"
         )
 
 
 def size_of(path: str | Path) -> int:
-    """Bytes of the weight files in a model directory."""
+    """Total bytes of the weight files in a model directory."""
     return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))

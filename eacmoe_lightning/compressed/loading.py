@@ -1,12 +1,12 @@
-"""`load`, and what makes transformers open a compressed directory: `AutoModelForCausalLM.from_pretrained(path)`.
+"""`load`, and the registration that lets `AutoModelForCausalLM.from_pretrained` open a compressed directory.
 
-Importing this module registers two things. The model type `eacmoe` stands for the original's config with a quantization
-config, so that transformers picks the original's class. The quantization method `eacmoe` puts packed modules
-(`runtime/packed_modules.py`) in place before the weights are loaded, so packed bytes go from the file straight into
-them. Weights on a lattice have no packed modules: `load` decodes them.
+Importing this module registers two things with transformers. Reading a config of model type `eacmoe` gives the
+original's config with a quantization config, so transformers picks the original's model class. The quantization method
+`eacmoe` inserts packed modules (`runtime/packed_modules.py`) before the weights are loaded, so packed bytes go from the
+file straight into them. Weights on a lattice have no packed modules: `load` decodes them.
 
-Without this package the same directory is refused: transformers does not know the model type. (Had it the original's
-type and an unknown quantization method, transformers would warn and leave the weights random.)
+Without this package, transformers refuses the directory because it does not know the model type. (With the original's
+model type and an unknown quantization method, it would only warn and leave the weights random.)
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations
 
     Args:
         path: a compressed directory, or a run directory that holds one.
-        dtype: `auto` (in which it was calibrated), `float32`, `bfloat16` or `float16`.
-        packed: keep quantized weights packed in memory; otherwise they are decoded to an ordinary model. Weights on a
-            lattice (`--model.quantizer lattice`) are always decoded.
-        activations: `exact`, or `int8` for faster products with rounded activations (docs/findings/int8-activations.md
-            has what that costs).
+        dtype: `auto` (the dtype of the calibration), `float32`, `bfloat16` or `float16`.
+        packed: whether quantized weights stay packed in memory; otherwise they are decoded to an ordinary model.
+            Weights on a lattice (`--model.quantizer lattice`) are always decoded.
+        activations: `exact`, or `int8` for faster products with rounded activations, at the loss in quality that
+            docs/findings/int8-activations.md reports.
 
     Raises:
-        FileNotFoundError: there is no compressed model.
-        StoreError: a file is missing, truncated or altered, or tensors are missing.
-        ValueError: a newer version of this package wrote it.
+        FileNotFoundError: `path` holds no compressed model.
+        StoreError: a file or a tensor is missing, or a file is truncated or altered.
+        ValueError: a newer version of this package wrote the model.
     """
     path = Path(path)
     path = path / "compressed" if is_compressed(path / "compressed") else path
@@ -62,13 +62,13 @@ def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """How a compressed model is stored and run.
+    """The quantization config that transformers sees: how a compressed model is stored and run.
 
     Args:
-        bits, group_sizes: by parameter name; bits of each expert where they differ.
+        bits, group_sizes: by parameter name; a list of bits if the experts of a stack differ.
         activations: `exact` or `int8`; see `packed_modules.set_activations`.
-        directory_config: the compressed directory's own config.json, for `save_pretrained`.
-        prepare: at most one function, called with the packed model before its weights are read (offload/loading.py).
+        directory_config: the config.json of the compressed directory, for `save_pretrained`.
+        prepare: functions that are called with the packed model before its weights are read (offload/loading.py).
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class PackedConfig(QuantizationConfigMixin):
         self.prepare = prepare
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What `from_pretrained(..., quantization_config=PackedConfig(activations="int8"))` may override."""
+        """What a `PackedConfig` that is passed to `from_pretrained` as `quantization_config` may override."""
         return {"activations": self.activations}
 
 
 class CompressedConfig(PreTrainedConfig):
-    """The config.json of a compressed directory; reading it gives the original's config, with a `PackedConfig`."""
+    """The config.json of a compressed directory. Reading it gives the original's config with a `PackedConfig`."""
 
     model_type = METHOD
 
@@ -105,7 +105,7 @@ class CompressedConfig(PreTrainedConfig):
         quantization = config_dict["quantization"]
         original |= {
             "dtype": config_dict["dtype"],
-            "transformers_weights": INDEX,  # a name that transformers does not look for by itself
+            "transformers_weights": INDEX,  # transformers does not look for this name by default
             "quantization_config": {
                 "quant_method": METHOD,
                 "bits": quantization["bits"],
@@ -121,7 +121,7 @@ AutoConfig.register(METHOD, CompressedConfig)
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Loads packed modules; refuses to quantize a model that is not quantized (that is what `fit` is for)."""
+    """Loads packed modules. transformers refuses to quantize a model with it (`requires_calibration`); use `fit`."""
 
     requires_calibration = True
 
@@ -137,12 +137,12 @@ class PackedQuantizer(HfQuantizer):
         for prepare in config.prepare:
             prepare(model)
         files = [Path(file) for file in kwargs["checkpoint_files"]]
-        # checksums are compared here
+        # read_tensors compares the checksums
         stored = {name: tensor.shape for file in files for name, tensor in read_tensors(file)[0].items()}
         for name, tensor in model.state_dict().items():
             if name not in model.all_tied_weights_keys and stored.get(name) != tensor.shape:
                 raise StoreError(
-                    f"{files[0].parent} does not fit its config: {name} should be {tuple(tensor.shape)} and is "
+                    f"{files[0].parent} does not match its config: {name} should be {tuple(tensor.shape)} but is "
                     f"{tuple(stored[name]) if name in stored else 'missing'}"
                 )
 
@@ -164,7 +164,7 @@ class PackedQuantizer(HfQuantizer):
 
 
 class _Saver:
-    """`save_pretrained` of a packed model: it writes a compressed directory again."""
+    """`save_pretrained` of a packed model, which writes a compressed directory."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

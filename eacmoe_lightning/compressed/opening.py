@@ -1,4 +1,4 @@
-"""A model by its place: a run directory, a compressed directory or an original. Every command opens models here."""
+"""Opens a model from a run directory, a compressed directory or an original. Every command opens models here."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from eacmoe_lightning.models.streamed import StreamedModel
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model that was found; nothing of its weights is read yet.
+    """A model whose files exist; its weights are not read yet.
 
     Attributes:
-        name: what was asked for: a path, `bundled` or a hub id.
-        directory: where its config, tokenizer and weight files lie.
-        is_compressed: whether that is a compressed directory of this package; otherwise it is an original.
-        dtype: `auto` (as stored, or as it was calibrated), `float32`, `bfloat16` or `float16`.
+        name: the path, `bundled` or the hub id that it was opened by.
+        directory: the directory of its config, tokenizer and weight files.
+        is_compressed: whether that is a compressed directory of this package; otherwise it is an original model.
+        dtype: `auto` (as stored; for a compressed model, that of the calibration), `float32`, `bfloat16` or `float16`.
     """
 
     name: str
@@ -35,17 +35,17 @@ class OpenedModel:
 
     @property
     def original(self) -> str:
-        """The original that it was made of, as its config names it; an original is its own."""
+        """Name of the original that a compressed model was made from, or of the model itself if it is an original."""
         return read_config(self.directory)["original"]["name_or_path"] if self.is_compressed else self.name
 
     @property
     def size_bytes(self) -> int:
-        """Of its weight files."""
+        """Total size of the weight files."""
         return size_of(self.directory)
 
     @cached_property
     def weights(self) -> CompressedWeights | Checkpoint:
-        """Its weights on disk, compressed ones decoded as they are read."""
+        """The weights on disk; compressed weights are decoded as they are read."""
         return (
             CompressedWeights(self.directory, self.dtype) if self.is_compressed else Checkpoint(self.name, self.dtype)
         )
@@ -55,23 +55,23 @@ class OpenedModel:
         return StreamedModel(self.weights, device)
 
     def in_memory(self) -> MoEModel:
-        """The whole model, compressed weights decoded."""
+        """The whole model, with compressed weights decoded."""
         if self.is_compressed:
             return MoEModel(load(self.directory, self.dtype, packed=False))
         return MoEModel(load_original(self.name, self.dtype))
 
 
 def open_model(name_or_path: str | Path, dtype: str = "auto", option: str = "--model") -> OpenedModel:
-    """Finds a model.
+    """Locates a model and checks that this version can read it.
 
     Args:
         name_or_path: a run directory, a compressed directory or an original (`bundled`, a directory or a hub id).
-        dtype: in which it is loaded: `auto`, `float32`, `bfloat16` or `float16`.
-        option: of the command line, for errors.
+        dtype: dtype to load it in: `auto`, `float32`, `bfloat16` or `float16`.
+        option: the command-line option that errors name.
 
     Raises:
         FileNotFoundError: there is no such model, or the run is not finished.
-        ValueError: a newer version of this package wrote it.
+        ValueError: a newer version of this package wrote the model.
     """
     path = Path(name_or_path)
     if (path / "run.json").exists() and not is_compressed(path / "compressed"):
@@ -81,19 +81,20 @@ def open_model(name_or_path: str | Path, dtype: str = "auto", option: str = "--m
         )
     directory = next((place for place in (path / "compressed", path) if is_compressed(place)), None)
     if directory is not None:
-        read_config(directory)  # of a version that this package reads
+        read_config(directory)  # raises if the format is newer than this package
         return OpenedModel(str(name_or_path), directory, True, dtype)
     return OpenedModel(str(name_or_path), local_directory(str(name_or_path)), False, dtype)
 
 
 def open_compressed(path: str | Path, dtype: str = "auto", option: str = "--source") -> OpenedModel:
-    """As `open_model`, where only a compressed model will do.
+    """Opens a model that must be compressed; arguments as in `open_model`.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no compressed model, or the run is not finished.
+        ValueError: a newer version of this package wrote the model.
     """
-    found = Path(path)
-    if not any(is_compressed(place) for place in (found / "compressed", found)) and not (found / "run.json").exists():
+    root = Path(path)
+    if not any(is_compressed(place) for place in (root / "compressed", root)) and not (root / "run.json").exists():
         raise FileNotFoundError(
             f"{path} ({option}) is neither a run directory nor a compressed directory of eacmoe-lightning"
         )

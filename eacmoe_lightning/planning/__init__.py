@@ -1,1 +1,1 @@
-"""What a run will cost, computed before it starts, and the checks that `fit` itself makes."""
+"""The cost of a run, estimated before it starts, and the checks that `fit` makes."""

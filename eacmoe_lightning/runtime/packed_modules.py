@@ -1,7 +1,7 @@
-"""Modules whose weights stay packed: a linear, and the routed experts of a block.
+"""Modules whose weights stay packed: a linear layer, and the routed experts of a block.
 
-They take the places of a model's own modules, under the same names: `q_proj.weight` becomes a `PackedWeight` with the
-buffers `q_proj.weight.codes`, `.scale` and `.zero_point`, which is how the tensors are called on disk.
+They replace a model's modules under the same names: `q_proj.weight` becomes a `PackedWeight` with the buffers
+`q_proj.weight.codes`, `.scale` and `.zero_point`, the names of the tensors on disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eacmoe_lightning.quantization.grid import Bits, Quantized
 from eacmoe_lightning.quantization.packing import expert_codes, unpack
 from eacmoe_lightning.runtime.kernels import loop_over_experts
 
-ACTIVATION_NAMES = {  # of transformers, by the kernels' names
+ACTIVATION_NAMES = {  # the kernels' names -> those of transformers
     "silu": ("silu", "swish"),
     "gelu": ("gelu", "gelu_python"),
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
@@ -27,14 +27,15 @@ ACTIVATION_NAMES = {  # of transformers, by the kernels' names
 
 
 class PackedWeight(nn.Module):
-    """Codes, scales and zero points of one weight or a stack of them (`grid.packed`).
+    """Codes, scales and zero points of one weight or of a stack of weights (`quantization.packing.packed`).
 
     Args:
-        shape: [..., O, I] of the weight.
-        bits: 2 to 8; or, of a stack [E, O, I], those of each expert, whose codes then lie flat one after another.
-        group_size: inputs that share a scale.
+        shape: shape [..., O, I] of the weight.
+        bits: 2 to 8; or the bits of each expert of a stack [E, O, I], whose codes are then flat, one expert after
+            another.
+        group_size: number of input features that share a scale.
 
-    Its buffers keep their dtypes under `.to(dtype)`, `.half()` and the like.
+    The buffers keep their dtypes under `.to(dtype)`, `.half()` and the like.
     """
 
     codes: Tensor  # [..., O, I / 8 * bits] or [sum over experts of O * I / 8 * bits], uint8
@@ -46,14 +47,14 @@ class PackedWeight(nn.Module):
         self.shape, self.bits, self.group_size = torch.Size(shape), bits, group_size
         *rows, in_features = shape
         groups = in_features // group_size
-        row = in_features // 8  # bytes of a row for each bit
+        row = in_features // 8  # bytes of a row per bit of width
         packed = (*rows, row * bits) if isinstance(bits, int) else (rows[-1] * row * sum(bits),)
         self.register_buffer("codes", torch.empty(packed, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(*rows, groups, dtype=torch.float16))
         self.register_buffer("zero_point", torch.empty(*rows, groups, dtype=torch.uint8))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[..., O, I], as `Quantized.dequantize`."""
+        """The decoded weight [..., O, I], as `Quantized.dequantize` gives it."""
         return self.quantized().dequantize(dtype)
 
     def quantized(self) -> Quantized:
@@ -65,16 +66,18 @@ class PackedWeight(nn.Module):
 
     @property
     def widths(self) -> list[int]:
-        """One number for all experts, or one for each."""
+        """The bits: one number for all experts, or one per expert."""
         return [self.bits] if isinstance(self.bits, int) else list(self.bits)
 
     def expert(self, e: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Codes, scale, zero point and bits of one of a stack."""
+        """Codes, scale, zero point and bits of one expert of a stack."""
         codes = expert_codes(self.codes, self.bits, e, self.shape[-1])
         return codes, self.scale[e], self.zero_point[e], self.bits if isinstance(self.bits, int) else self.bits[e]
 
     def _apply(self, fn, recurse=True):
-        def keep_dtype(tensor: Tensor) -> Tensor:  # fn may convert floating point; the scale's bits stay
+        def keep_dtype(
+            tensor: Tensor,
+        ) -> Tensor:  # fn may convert floats; as int16 the scale keeps its bits
             return fn(tensor.view(torch.int16)).view(torch.float16) if tensor.dtype == torch.float16 else fn(tensor)
 
         return super()._apply(keep_dtype, recurse)
@@ -87,7 +90,7 @@ class PackedLinear(nn.Module):
     """An `nn.Linear` whose weight is packed: [..., I] -> [..., O].
 
     Attributes:
-        int8: whether activations are rounded to 8 bits, per token and group (CPUs with AVX2 or AVX512; else ignored).
+        int8: whether activations are rounded to 8 bits per token and group; only CPUs with AVX2 or AVX512 do it.
     """
 
     def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
@@ -106,10 +109,11 @@ class PackedLinear(nn.Module):
 class PackedExperts(nn.Module):
     """The routed experts of a block, packed: (hidden [N, D], ids [N, K], weights [N, K]) -> [N, D].
 
-    An id of num_experts skips its pair, at no cost.
+    A pair of a token with the id num_experts is skipped at no cost.
 
     Args:
-        experts: transformers' module, whose parameters are replaced; its own gating stays in use where it has one.
+        experts: the transformers module that is replaced; its parameters are taken out of it. If it has gating that
+            the kernels lack, that gating stays in use.
         grids: bits and group size by projection.
     """
 
@@ -126,7 +130,7 @@ class PackedExperts(nn.Module):
             if name not in grids:  # biases
                 self.register_parameter(name, parameter)
             delattr(experts, name)
-        self.original = (experts,)  # without parameters, for its gating; no submodule, or it would be initialised
+        self.original = (experts,)  # for its gating; a tuple, since transformers would initialise a submodule
         self.activation = _activation_name(experts)
 
     def _bias(self, name: str) -> Tensor | None:
@@ -145,7 +149,7 @@ class PackedExperts(nn.Module):
         return out.view(hidden_states.shape)
 
     def _expert(self, e: int, x: Tensor) -> Tensor:
-        """One expert with a gating of its own: [n, D] -> [n, D]."""
+        """One expert, with the gating of the original module: [n, D] -> [n, D]."""
         hidden = self._multiply(self.up_name, e, x)
         (experts,) = self.original
         hidden = experts._apply_gate(hidden) if self.has_gate else experts.act_fn(hidden)
@@ -158,26 +162,26 @@ class PackedExperts(nn.Module):
 
 
 def _activation_name(experts: nn.Module) -> str | None:
-    """What the kernels call the activation; None where the gating or the activation is not one of theirs."""
+    """The kernels' name of the activation; None if they lack the activation or the gating."""
     if experts.has_gate and not has_default_gate(experts):
         return None
-    for ours, names in ACTIVATION_NAMES.items():
+    for kernel_name, names in ACTIVATION_NAMES.items():
         for name in names:
-            known = ACT2CLS[name]
-            if type(experts.act_fn) is (known[0] if isinstance(known, tuple) else known):
-                return ours
+            activation = ACT2CLS[name]  # a class, or a class with its arguments
+            if type(experts.act_fn) is (activation[0] if isinstance(activation, tuple) else activation):
+                return kernel_name
     return None
 
 
 def pack_modules(model: nn.Module, bits: dict[str, int | list[int]], group_sizes: dict[str, int]) -> None:
-    """Puts packed modules, their buffers not filled, in the places of the weights that `bits` names.
+    """Replaces the modules of the weights that `bits` names with packed modules, whose buffers are not filled yet.
 
     Args:
         model: on any device; on `meta` nothing is allocated.
-        bits, group_sizes: by parameter name; a list of bits says those of each expert.
+        bits, group_sizes: by parameter name; a list holds the bits of each expert.
 
     Raises:
-        ValueError: the model has no such parameter, or not as many experts.
+        ValueError: the model lacks a parameter, or has another number of experts.
     """
     stacks: dict[str, dict[str, tuple[Bits, int]]] = {}
     for name in bits:
@@ -186,11 +190,13 @@ def pack_modules(model: nn.Module, bits: dict[str, int | list[int]], group_sizes
             module = model.get_submodule(owner)
             getattr(module, parameter)
         except AttributeError as error:
-            raise ValueError(f"{name} is said to be quantized, and the model has no such parameter") from error
-        own = bits[name]
-        if not isinstance(own, int) and (isinstance(module, nn.Linear) or len(getattr(module, parameter)) != len(own)):
-            raise ValueError(f"{name} is said to have experts of {own} bits, and the model has other experts there")
-        grid = own if isinstance(own, int) else tuple(own), group_sizes[name]
+            raise ValueError(f"{name} is listed as quantized, but the model has no such parameter") from error
+        width = bits[name]
+        if not isinstance(width, int):
+            num_experts = 0 if isinstance(module, nn.Linear) else len(getattr(module, parameter))
+            if num_experts != len(width):
+                raise ValueError(f"{name} has bits for {len(width)} experts, but the model has {num_experts} there")
+        grid = width if isinstance(width, int) else tuple(width), group_sizes[name]
         if isinstance(module, nn.Linear):
             with module.weight.device:
                 model.set_submodule(owner, PackedLinear(module, *grid))
@@ -203,17 +209,17 @@ def pack_modules(model: nn.Module, bits: dict[str, int | list[int]], group_sizes
 
 
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
-    """Every packed weight by its parameter name."""
+    """Every packed weight with its parameter name."""
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight):
             yield name, module
 
 
 def set_activations(model: nn.Module, activations: Literal["exact", "int8"]) -> None:
-    """Chooses how packed modules see their inputs: as they are, or rounded to 8 bits per token and group.
+    """Sets whether packed modules use their inputs unchanged or rounded to 8 bits per token and group.
 
     Raises:
-        ValueError: neither `exact` nor `int8`.
+        ValueError: `activations` is neither `exact` nor `int8`.
     """
     if activations not in ("exact", "int8"):
         raise ValueError(f"activations={activations!r} is neither 'exact' nor 'int8'")
