@@ -48,7 +48,6 @@ LAUNCHERS = ("fabric run", "python train.py")  # without what they launch
 INPUTS = ("model", "source", "evaluate", "name_or_path", "predict", "calibration", "heldout", "texts", "cross")
 BASES = {"--model.router_loss": RouterLoss, "--model.quantizer": Quantizer}  # their arguments are options too
 OPTION = re.compile(r"(?<![\w-])--[A-Za-z][\w.-]*(?:\*)?")
-CALLS = ("add_argument", "parse_known_args")
 MODULE = re.compile(r"# (\w+\.py)\n")  # how a snippet begins that is a file
 PLACEHOLDER = re.compile(r"[A-Z_]{2,}(:\d+)?|[A-Z]")  # FILE, HOST:29500, N
 PROJECT = tomllib.loads((jobs.ROOT / "pyproject.toml").read_text())["project"]
@@ -178,10 +177,11 @@ def options_in(words: tuple[str, ...]) -> set[str]:
 @cache
 def script_options(path: str) -> set[str]:
     """The options of a script with an `argparse` of its own, from its source; it may pass others on to `fit`."""
-    calls = [node for node in ast.walk(ast.parse(Path(path).read_text())) if isinstance(node, ast.Call)]
-    by_name = {name: [call for call in calls if getattr(call.func, "attr", "") == name] for name in CALLS}
-    names = {arg.value for call in by_name["add_argument"] for arg in call.args if isinstance(arg, ast.Constant)}
-    passed_on = help_of("fit") if by_name["parse_known_args"] else set()
+    source = Path(path).read_text()
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    adding = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
+    names = {arg.value for call in adding for arg in call.args if isinstance(arg, ast.Constant)}
+    passed_on = help_of("fit") if "argparse.REMAINDER" in source else set()
     return {name for name in names if name.startswith("--")} | {"--help"} | passed_on
 
 
