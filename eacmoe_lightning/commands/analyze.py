@@ -1,4 +1,4 @@
-"""`python train.py analyze`: which experts a model selects for which text, as JSON, PNG and TensorBoard images."""
+"""`eacmoe analyze`: which experts a model selects for which text, as JSON, PNG and TensorBoard images."""
 
 from __future__ import annotations
 

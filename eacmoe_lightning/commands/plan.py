@@ -1,4 +1,4 @@
-"""`python train.py plan`: the options of `fit`, and what that run would take, from the model's config.json alone."""
+"""`eacmoe plan`: the options of `fit`, and what that run would take, from the model's config.json alone."""
 
 from __future__ import annotations
 

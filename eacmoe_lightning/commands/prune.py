@@ -1,4 +1,4 @@
-"""`python train.py prune`: experts removed from a finished model, without its run happening again.
+"""`eacmoe prune`: experts removed from a finished model, without its run happening again.
 
 The block loop is that of `fit` (`calibration.Calibration`) with nothing to quantize. The given model is the reference:
 its stream x scores each block's experts and gives the routers their targets, and the pruned prefix's stream x_hat says

@@ -1,4 +1,4 @@
-"""`python train.py study`: every cell measured once, kept at once, and a report of all of them."""
+"""`eacmoe study`: every cell measured once, kept at once, and a report of all of them."""
 
 from __future__ import annotations
 
