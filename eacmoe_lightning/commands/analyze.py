@@ -1,4 +1,4 @@
-"""`analyze` reports which experts a model selects for each text, as JSON, PNG and TensorBoard images."""
+"""`eacmoe analyze` reports which experts a model selects for each text, as JSON, PNG and TensorBoard images."""
 
 from __future__ import annotations
 

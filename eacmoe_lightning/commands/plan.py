@@ -1,4 +1,4 @@
-"""`plan` estimates the cost of a `fit` from its options and the model's config.json alone."""
+"""`eacmoe plan` estimates the cost of a `fit` from its options and the model's config.json alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from eacmoe_lightning.run.memory import available_memory
 
 def options() -> argparse.ArgumentParser:
     """The options of `plan` in addition to those of `fit`."""
-    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} plan", description=__doc__, allow_abbrev=False)
+    program = f"{Path(sys.argv[0]).name} plan"
+    parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False, add_help=False)
     parser.add_argument("--json", type=Path, help="file to write the numbers to as JSON")
     parser.add_argument("--processes", type=int, default=1, help="number of processes that share windows and experts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to time")
@@ -46,7 +47,7 @@ def plan(words: list[str]) -> None:
     parser = options()
     chosen, words = parser.parse_known_args(words)
     if "-h" in words or "--help" in words:
-        parser.print_help()
+        parser.print_help()  # those of fit follow
     module, data, folder = parse_fit(words)
     moe = load_shapes(module.name_or_path, module.dtype_name)
     module.recipe.check(moe)

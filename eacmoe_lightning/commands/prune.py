@@ -1,4 +1,4 @@
-"""`prune` removes experts from a finished model without repeating its run.
+"""`eacmoe prune` removes experts from a finished model without repeating its run.
 
 It uses the block loop of `fit` (`calibration.blocks.Calibration`) with nothing to quantize. The given model is the
 reference: its stream x gives the experts' scores and the routers' targets. The stream x_hat of the pruned prefix gives

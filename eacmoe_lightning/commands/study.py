@@ -1,4 +1,4 @@
-"""`study` measures every cell once, saves each result immediately, and reports all of them."""
+"""`eacmoe study` measures every cell once, saves each result immediately, and reports all of them."""
 
 from __future__ import annotations
 

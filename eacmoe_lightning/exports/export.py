@@ -1,4 +1,4 @@
-"""`python train.py export`: writes another program's format, reloads it, and keeps it only if it is the same model."""
+"""`eacmoe export`: writes another program's format, reloads it, and keeps it only if it is the same model."""
 
 from __future__ import annotations
 
