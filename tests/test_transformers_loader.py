@@ -150,3 +150,15 @@ def test_a_cache_is_known_by_both_its_names(ids):
     assert loader.cache_of({loader.CACHE: cache}) is cache
     assert loader.cache_of({"past_key_values": cache}) is cache
     assert loader.cache_of({loader.CACHE: None}) is None
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_stack_under_its_original_names_is_one_matrix_an_expert(columns):
+    model = tiny_models.build("mixtral")
+    stack = torch.arange(8 * 128 * columns).view(8, 128, columns)
+    got = loader.original_names(model, {"model.layers.1.mlp.experts.gate_up_proj": stack})
+    name = "model.layers.1.block_sparse_moe.experts.{}.{}.weight"
+    assert got.keys() == {name.format(expert, w) for expert in range(8) for w in ("w1", "w3")}
+    for expert in range(8):
+        assert torch.equal(got[name.format(expert, "w1")], stack[expert, :64])
+        assert torch.equal(got[name.format(expert, "w3")], stack[expert, 64:])

@@ -13,6 +13,7 @@ nowhere else, so a new version means work in one file. `docs/findings/versions.m
 | 5.19 | the text tower of DeepSeek-OCR-2 returns router logits | `TOWER_RETURNS_ROUTER_LOGITS` |
 | 5.20 | experts may end with a norm | `post_expert_norm` |
 | 5.22 | `tokenizer.json` decides what a tokenizer does; before, the class beside it did | `trust_tokenizer_file` |
+| 5.23 | a stack of matrices with one column is split into such matrices; before, into vectors | `original_names` |
 | 5.24 | `past_key_values` is called `cache` in arguments and outputs | `CACHE`, `cache_of` |
 
 Three undocumented names stay where they are used, because all these versions have them: a quantizer's
@@ -130,7 +131,12 @@ def _each(problems: Any) -> list[Any]:
 
 def original_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by their names in memory -> the same as the original's checkpoint has them, as for `save_pretrained`."""
-    return revert_weight_conversion(model, tensors)
+    narrow = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 3 and tensor.shape[-1] == 1}
+    found = revert_weight_conversion(model, {name: tensor for name, tensor in tensors.items() if name not in narrow})
+    for name, tensor in narrow.items():  # two columns, of which one is taken: a single one would not survive the split
+        double = revert_weight_conversion(model, {name: tensor.expand(*tensor.shape[:-1], 2)})
+        found |= {original: part[..., :1] for original, part in double.items()}
+    return found
 
 
 def share_conversion(model_type: str, other: str) -> None:
