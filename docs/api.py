@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -240,5 +241,6 @@ def _text(annotation: Any) -> str:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(PAGE.parent.parent))  # this checkout, whatever is installed
     PAGE.write_text(page())
     print(f"{PAGE}: written")

@@ -204,10 +204,15 @@ class Recipe:
                 group_size, in_features = self.grid(block.index, len(moe.blocks), part).group_size, weight.shape[-1]
                 if self.has_groups and in_features % group_size:
                     fitting = max((g for g in (8, 16, 32, 64, 128, 256) if in_features % g == 0), default=None)
+                    remedy = "No group size fits: it has to be a multiple of 8, so use --model.quantizer lattice"
+                    if fitting is not None:
+                        remedy = (
+                            f"Pass {fitting} for all blocks, or for this one alone: "
+                            f"--model.overrides '{{{block.index}: {{group_size: {fitting}}}}}'"
+                        )
                     raise ValueError(
                         f"{name}: in_features={in_features} is not a multiple of group_size={group_size} "
-                        f"(--model.group_size). Pass {fitting} for all blocks, or for this one alone: "
-                        f"--model.overrides '{{{block.index}: {{group_size: {fitting}}}}}'"
+                        f"(--model.group_size). {remedy}"
                     )
 
     def _check_experts(self, block: Block) -> None:
