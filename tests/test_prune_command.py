@@ -198,7 +198,7 @@ def test_a_skipping_rule_is_suspended_and_copied(tiny_model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "arguments, message",
     [
         (["--pruning.keep", "1"], "keep=1 (--pruning.keep)"),
         (["--pruning.keep", "9"], "num_experts=8"),
