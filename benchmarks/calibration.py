@@ -4,8 +4,8 @@ Every tool quantizes the same model on the same windows to the same bits and gro
 and environment (gptq_quality.py builds them). The tools take turns for --rounds rounds, and medians are printed. Rows
 of --json:
 
-    tool         ours (routers in closed form), the same with the paper's GPTQ (no scale search, no refinement), ours
-                 with the joint stage, gptqmodel, llm-compressor
+    tool         ours (routers in closed form), the same with the paper's GPTQ (no activation order, scale search or
+                 refinement), ours with the joint stage, gptqmodel, llm-compressor
     model        bundled, or `blocks`: random weights in the block shapes of Qwen1.5-MoE-A2.7B (hidden 2048, experts of
                  1408 top-4, a shared one of 5632), with --blocks blocks of --experts experts
     seconds      of quantizing, with router calibration, without loading and writing

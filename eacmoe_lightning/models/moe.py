@@ -16,7 +16,11 @@ from eacmoe_lightning.models.shrink import shrink_as_pruned
 
 
 class MoEModel:
-    """A causal LM as embedding, blocks and head, so that it can be run one block at a time."""
+    """The parts of a causal LM. The blocks of a pruned model are shrunk to the experts that its config lists.
+
+    Raises:
+        ValueError: the model has no routed experts, or its parts are not recognized.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
