@@ -115,7 +115,7 @@ def measure(
     device: torch.device | str = "cpu",
     **recipe_options: Any,
 ) -> dict:
-    """Calibrates the checkpoint in `folder`; one row of the result."""
+    """Calibrates the checkpoint in `folder`, and returns one row of the result."""
     as_paper = {"act_order": False, "scale_search": False, "refine": 0} if paper else {}
     recipe = Recipe(bits=(3,), **as_paper, **recipe_options)
     costs, ranks, run = Costs(), Ranks(), RunDirectory(folder / "run")

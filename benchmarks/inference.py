@@ -85,7 +85,7 @@ ONNX_PACKAGES = ["onnxruntime==1.32.*", "onnx", "numpy"]
 
 
 def bf16_model(config: Any, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Random weights; those of one expert repeated, for drawing all of them would take minutes."""
+    """A model with random weights, the same for all experts of a block: drawing all of them would take minutes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     rotary = type(model.model.rotary_emb)(config)
@@ -103,7 +103,7 @@ def bf16_model(config: Any, device: torch.device | str = "cpu") -> PreTrainedMod
 
 
 def packed_model(dense: PreTrainedModel, bits: int, group_size: int = GROUP_SIZE) -> PreTrainedModel:
-    """The same architecture with random codes: speed does not depend on what they say."""
+    """A packed model with the architecture of `dense` and random codes, which do not affect the speed."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(dense.config, dtype=torch.bfloat16)
     weights = {name: part for block in MoEModel(model).blocks for name, (part, _) in block.weights().items()}
