@@ -2,13 +2,14 @@
 
     python benchmarks/entropy_qesc.py --bits 2 3 --json FILE
 
-Experts alone are quantized (attention and routers stay), block by block, on what the compressed prefix produces. The
-group-wise grid (groups of 128, range search) sets the size: its codes, scales and zero points entropy-coded as the
-store of offloaded experts does it. The others get that many bits per weight, steps included:
+Only experts are quantized (attention and routers stay in full precision), block by block, on the outputs of the
+compressed blocks before. The group-wise grid (groups of 128, range search) sets the size: its codes, scales and zero
+points are entropy-coded like those in the store of offloaded experts. The other methods get as many bits per weight,
+including their steps:
 
-    one step        a step for each matrix
-    column steps    a step for each column, in proportion to p_j^-1/2 (`eacmoe_lightning/lattice.py`)
-    shared budget   the same with one factor for all experts of a block, so that bits go where tokens go
+    one step        one step for each matrix
+    column steps    one step for each column, proportional to p_j^-1/2 (`eacmoe_lightning/quantization/lattice.py`)
+    shared budget   column steps with one factor for all experts of a block, so that bits go where tokens go
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ METHODS = ("group-wise", "one step", "column steps", "shared budget")
 
 @dataclass
 class Solved:
-    """Codes of a stack of experts in the form in which `BlockSolver` keeps them, and their stored bits."""
+    """The lattice codes of a stack of experts, with the attributes that `BlockSolver` needs."""
 
     lattice: Lattice
     codes: Tensor
@@ -59,12 +60,12 @@ class Solved:
 
 
 class LatticeSolver(BlockSolver):
-    """Solves experts on a lattice of given bits per weight.
+    """Solves experts on a lattice with given bits per weight.
 
     Attributes:
-        method: one of METHODS but the first.
-        target: by projection of this block, bits per weight with all that is stored.
-        stored: the same, as it came out.
+        method: one of METHODS except the first.
+        target: wanted bits per weight of each projection in this block, including everything that is stored.
+        stored: bits per weight that were reached.
     """
 
     def __init__(self, block, num_blocks: int, recipe: Recipe, method: str, target: list[float]) -> None:
@@ -72,31 +73,31 @@ class LatticeSolver(BlockSolver):
         self.method, self.target, self.stored = method, target, []
 
     def _experts_together(self) -> int:
-        return self.block.num_experts  # they share bits
+        return self.block.num_experts  # all experts share the bits
 
     def _solve_stack(self, weight: Tensor, hessian: Tensor, bits: tuple[int, ...]) -> tuple[Solved, Tensor]:
-        wanted = self.target[len(self.stored)]
+        target_bits = self.target[len(self.stored)]
         factor, pivot = factored(hessian, self.recipe.damping)
         is_shared = self.method == "shared budget"
         shape = pivot.rsqrt() if is_shared else column_steps(pivot)
         if self.method == "one step":
             shape = torch.ones_like(shape)
-        side = 16 / weight.shape[-2] if self.method != "one step" else 16 / weight[0].numel()
-        step, correction = step_for_bits(weight, shape, wanted - side, is_shared), 0.0
+        overhead = 16 / weight.shape[-2] if self.method != "one step" else 16 / weight[0].numel()
+        step, correction = step_for_bits(weight, shape, target_bits - overhead, is_shared), 0.0
         for _ in range(3):  # error compensation makes codes a little larger than those rounded to nearest
             lattice = gptq_on_lattice(weight, factor, shape * step * 2**correction)
-            found = entropy(lattice.codes).mean().item() + side
-            if found <= wanted:
+            stored_bits = entropy(lattice.codes).mean().item() + overhead
+            if stored_bits <= target_bits:
                 break
-            correction += (found - wanted) * 1.05 + 1e-3
-        self.stored.append(found)
-        nothing = torch.zeros(len(weight), dtype=torch.uint8)
-        solved = Solved(lattice, lattice.codes, lattice.step, nothing)
+            correction += (stored_bits - target_bits) * 1.05 + 1e-3
+        self.stored.append(stored_bits)
+        no_zero_point = torch.zeros(len(weight), dtype=torch.uint8)
+        solved = Solved(lattice, lattice.codes, lattice.step, no_zero_point)
         return solved, output_error(weight, solved, hessian)
 
 
 class GroupwiseSolver(BlockSolver):
-    """The ordinary one, noting what its codes take when they are entropy-coded."""
+    """The ordinary solver; it also records the bits per weight of its entropy-coded codes."""
 
     def __init__(self, block, num_blocks: int, recipe: Recipe) -> None:
         super().__init__(block, num_blocks, recipe, Ranks())
@@ -112,20 +113,20 @@ class GroupwiseSolver(BlockSolver):
 
 
 def entropy_coded_bits(solved: Quantized) -> tuple[float, float, float]:
-    """Bits per weight of codes (given their zero point), scales (16 bits each) and zero points; means over experts."""
+    """Bits per weight of codes (given their zero points), scales (16 bits each) and zero points; means over experts."""
     zero = solved.zero_point[..., None].expand(*solved.zero_point.shape, solved.group_size).reshape(solved.codes.shape)
-    given = 0.0
+    conditional = 0.0
     for codes, zeros in zip(solved.codes, zero, strict=True):
         for value in zeros.unique():
-            own = codes[zeros == value]
-            given += entropy(own[None]).item() * own.numel() / codes.numel() / len(solved.codes)
+            selected = codes[zeros == value]
+            conditional += entropy(selected[None]).item() * selected.numel() / codes.numel() / len(solved.codes)
     zeros = entropy(solved.zero_point).mean().item() / solved.group_size
-    return given, 16 / solved.group_size, zeros
+    return conditional, 16 / solved.group_size, zeros
 
 
 @torch.no_grad()
 def quantize(moe: MoEModel, windows: Tensor, batch_size: int, solver_of) -> list[BlockSolver]:
-    """Quantizes the experts of all blocks in place; `solver_of` gives each block's solver."""
+    """Quantizes the experts of all blocks in place. `solver_of` returns the solver of a block."""
     batches, hidden, kwargs = windows.split(batch_size), [], []
     for batch in batches:
         h, k = moe.embed(batch)
@@ -148,11 +149,11 @@ def main() -> None:
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--num_windows", type=int, default=128, help="calibration windows of the bundled text")
+    parser.add_argument("--num_windows", type=int, default=128, help="windows of the bundled calibration text")
     parser.add_argument("--window_length", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--num_heldout_windows", type=int, default=16, help="per held-out text")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration windows")
+    parser.add_argument("--num_heldout_windows", type=int, default=16, help="windows of each held-out text")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of calibration windows")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 

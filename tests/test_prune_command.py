@@ -137,7 +137,7 @@ def test_an_interrupted_command_continues_and_a_finished_one_is_not_repeated(tin
     (out[1] / "compressed" / "config.json").unlink()
     capsys.readouterr()
     reports[1] = prune(str(given), str(out[1]), rule, "ridge", **OPTIONS)
-    assert "block 1" in (said := capsys.readouterr().out) and "block 0" not in said
+    assert "block 1" in (printed := capsys.readouterr().out) and "block 0" not in printed
     for part in ("blocks", "compressed"):
         assert jobs.contents(out[0] / part) == jobs.contents(out[1] / part)
     assert all(reports[0][key] == reports[1][key] for key in ("perplexity", "pruning", "bits"))

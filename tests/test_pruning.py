@@ -220,7 +220,7 @@ def test_groups_of_a_router():
         PruningRule(keep=2).check(moe)
 
 
-# --- our own format
+# --- our format
 
 
 @families
@@ -232,14 +232,14 @@ def test_a_pruned_model_in_our_format(family, uniform, tiny_model_dir, tmp_path)
     moe = MoEModel(AutoModelForCausalLM.from_pretrained(model).eval())
     for i, block in enumerate(moe.moe_blocks):
         keep_experts(block, [0, 2, 3, 7] if uniform else [1, 3, 4, 6, 7][: 5 - i])
-    save_compressed(tmp_path / "own", moe, str(model), [{} for _ in moe.blocks], {"quantizer": "none"})
-    config = json.loads((tmp_path / "own" / "config.json").read_text())["original"]["config"]
+    save_compressed(tmp_path / "saved", moe, str(model), [{} for _ in moe.blocks], {"quantizer": "none"})
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())["original"]["config"]
     numbers = {value for name, value in config.items() if name in ("num_experts", "num_local_experts")}
     numbers |= {config["n_routed_experts"]} if "n_routed_experts" in config else set()
     assert numbers == {4 if uniform else 8}
     tokens = torch.arange(3, 99).view(2, 48) * 7
     for packed in (True, False):
-        reloaded = load(tmp_path / "own", packed=packed)
+        reloaded = load(tmp_path / "saved", packed=packed)
         assert torch.equal(reloaded(tokens).logits, moe.model(tokens).logits)
     assert [block.kept.tolist() for block in MoEModel(reloaded).moe_blocks] == [b.kept.tolist() for b in moe.moe_blocks]
 

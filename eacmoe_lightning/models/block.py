@@ -26,7 +26,8 @@ class Routing:
     weights: Tensor  # [N, K], their weights
 
 
-Watcher = Callable[[Routing, Tensor | None], Routing | None]  # of a routing, and of the router's input if it is known
+# Gets a routing and, if it is known, the router's input. A routing that it returns runs instead.
+Watcher = Callable[[Routing, Tensor | None], Routing | None]
 
 
 def _routing_of(output: tuple[Tensor, Tensor, Tensor]) -> Routing:
@@ -35,7 +36,7 @@ def _routing_of(output: tuple[Tensor, Tensor, Tensor]) -> Routing:
 
 
 def _show_routing(watcher: Watcher, router: nn.Module, args: tuple, output: tuple) -> tuple | None:
-    """A forward hook of a router; with `partial`, so that copies and pickles of a model can take it along."""
+    """A router's forward hook, bound to a watcher by `partial` so that a model with it can be copied and pickled."""
     changed = watcher(_routing_of(output), args[0] if args else None)
     return None if changed is None else (output[0], changed.weights, changed.ids)
 
@@ -169,7 +170,7 @@ class Block:
         return output, routings[0] if routings else None
 
     def watch_router(self, watcher: Watcher) -> RemovableHandle:
-        """Shows `watcher` the routing of every pass, and the router's input; where it returns a routing, that one runs.
+        """Calls `watcher` with each pass's routing and the router's input; a routing that it returns runs instead.
 
         Together with `route`, this is the only place that knows how a router returns its decision.
         """

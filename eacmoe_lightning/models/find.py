@@ -32,7 +32,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, list[Block]]:
             blocks = [_find_parts(i, f"{name}.{i}", layer) for i, layer in enumerate(module)]
             break
     else:
-        raise ValueError(f"{model.config.model_type}: no list of {num_layers} decoder layers found")
+        raise ValueError(f"{model.config.model_type}: the model has no list of {num_layers} decoder layers")
     moe_names = {block.experts_name.rpartition(".")[0] for block in blocks if block.is_moe}
     for block in blocks:  # a dense block's feed-forward is where the other blocks have their experts
         for linear in block.linears:

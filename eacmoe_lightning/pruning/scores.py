@@ -1,4 +1,4 @@
-"""The score of each expert of a block, measured while the full-precision block runs over the calibration text.
+"""The score of each expert of a block, measured while the block runs over the calibration text.
 
 - `frequency`: c_i, the number of tokens that select expert i (EAC-MoE, section 4.3)
 - `reap`: 1/|X_i| * sum over x in X_i of g_i(x) ||f_i(x)||_2 (REAP, arXiv 2510.13999, equation 9), where X_i are the
