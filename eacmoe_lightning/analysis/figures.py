@@ -56,7 +56,7 @@ def similarity(description: dict[str, Any]) -> Figure:
 
 
 def frequency(description: dict[str, Any]) -> Figure:
-    """Each expert's load over the mean, block by block, a panel for each text; blank where a block has fewer experts."""
+    """Each expert's load over the mean, block by block, a panel per text; blank where a block has fewer experts."""
     names, rows = description["similarity"]["texts"], description["blocks"]
     width = max(row["num_experts"] for row in rows)
     columns = min(3, len(names))
