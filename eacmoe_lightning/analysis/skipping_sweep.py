@@ -156,8 +156,8 @@ def effective_experts(model: PreTrainedModel, texts: dict[str, Tensor], batch_si
     """The share of its experts over which a block spreads a sequence's selections; the mean over blocks and sequences.
 
     It is exp(entropy) / E of the counts, with Miller's correction for short sequences; 1 is uniform. If it is close to
-    1, there are no rare experts: skipping the less frequent ones drops almost their full share of the selections. So
-    EAC-MoE's Mixtral falls from 72.6 to 58.2 points at alpha 0.7.
+    1, there are no rare experts: skipping the less frequent ones drops almost their full share of the selections. That
+    is why EAC-MoE's Mixtral falls from 72.6 to 58.2 points at alpha 0.7.
     """
     blocks = MoEModel(model).moe_blocks
     shares: list[Tensor] = []

@@ -366,7 +366,7 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
 
 // --- the interface ----------------------------------------------------------------------------------------------------
 
-// Raise this with every change to the signature of a function below.
+// Raise this whenever the interface below changes.
 EXPORT int eacmoe_interface() { return 2; }
 
 EXPORT int eacmoe_level() { return eacmoe::best_level(); }

@@ -66,10 +66,10 @@ class Offload:
         return sum(cache.expert_bytes * cache.capacity for cache in self.caches)
 
     def predict(self, block: int, hidden: Tensor) -> None:
-        """Prefetches what the next block is likely to select: what its router selects for this block's hidden states.
+        """Prefetches the experts that the next block's router selects for this block's hidden states.
 
-        Hidden states change little from block to block. The prediction uses the router's weights without calling the
-        router, so hooks on it (PESF) do not see it.
+        Hidden states change little from block to block, so the next block is likely to select them. The prediction uses
+        the router's weights without calling the router, so hooks on it (PESF) do not see it.
         """
         following = self.successor.get(block)
         if following is None or not self.lookahead or not self.fetcher.is_parallel:
@@ -118,7 +118,7 @@ def encode(codec: Codec, weight: Tensor, key: Key) -> bytes:
 
 
 def packed_codec(codec: Codec, bits: int, group_size: int) -> PackedCodes:
-    """The codec that stores packed codes of these bits: of `codec`'s class if that stores packed codes, else plain."""
+    """A codec for packed codes of these bits: of `codec`'s class if that takes packed codes, else `PackedCodes`."""
     return (type(codec) if isinstance(codec, PackedCodes) else PackedCodes)(bits, group_size)
 
 
@@ -155,7 +155,7 @@ def offload_experts(
 
     Args:
         model: a causal LM of transformers with routed experts, or a packed one from `load`. It is changed in place.
-        cache_bytes: size of the cache of uncompressed experts; a float up to 1.0 is a share of all experts.
+        cache_bytes: size of the cache of decoded experts; a float up to 1.0 is a share of all experts.
         codec: how experts are stored (`offload/codecs/base.py`): one specification, or by block index a list with one
             for each expert, such as `codecs` in a study's `bounds-*.json`. Packed experts are stored as their codes
             whatever the codec; `packed-zstd:...` and `packed-entropy:...` also entropy-code them.

@@ -1,4 +1,4 @@
-"""What an error does to a model: perplexity, accuracy and changed selections, without running the blocks before it.
+"""What errors do to a model: perplexity, accuracy and changed selections, at the cost of the blocks from them on.
 
 Held-out sequences run through the untouched model block by block. If the first disturbed block of a cell is b, the
 hidden states before b are those of the untouched model, and only the blocks from b on run again. Cells are measured in

@@ -2,7 +2,7 @@
 
 The bound is checked: every record is decoded again before it is returned, and the largest error of the final weights is
 compared with the bound. If it does not hold, the compressor gets a smaller one; after all ATTEMPTS the tensor is stored
-losslessly. It is also stored losslessly where that takes fewer bytes (a bound below the dtype's own precision).
+losslessly. It is also stored losslessly if that takes fewer bytes, as with a bound below the dtype's own precision.
 
 SZ3 runs without its predictors: neighbouring weights are uncorrelated, so prediction only adds error (2.14, 5.40, 8.71
 bits per weight without, against 2.44, 5.69, 9.17 with it, on Gaussian weights). What remains is a uniform quantizer of
