@@ -8,17 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from eacmoe_lightning.models.block import Block
-
-if TYPE_CHECKING:
-    from eacmoe_lightning.models.block import Block
-
 
 KEPT = "kept_experts"  # option of a pruned model's config: by block, the original numbers of its experts
 
