@@ -1,4 +1,4 @@
-"""The command line: `python train.py fit|validate|test|predict --config FILE`, also under `fabric run` and torchrun."""
+"""The command line in a checkout: `python train.py fit --config FILE`, also under `fabric run` and torchrun."""
 
 from eacmoe_lightning.cli import main
 

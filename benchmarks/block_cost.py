@@ -1,14 +1,16 @@
-"""What one block of a real model costs to calibrate, and what many blocks of a small one do to memory.
+"""What it costs to calibrate one block of a real model, and how memory grows with the number of blocks.
 
     python benchmarks/block_cost.py --json FILE [--shapes mixtral qwen1.5 qwen3] [--windows 4 --length 512]
 
-Weights are random, of the real shapes, in bfloat16, written to disk as a checkpoint first; then the block goes through
-what `fit` does with it, in `--dtype`: read, observe, attention, router (closed form), experts, replay. Every row runs
-in a process of its own; seconds and peak memory by phase are of that process, beside what `plan` foresees from this
-machine's rates. `--paper` leaves out activation order, search and refinement. Under "experts" stands how far GPTQ and
-its Hessians are from this machine's rate of matrix products. `--blocks 2 4 8 16` does the same with a small shape and
-that many blocks: the peak has to stay where it is. glibc keeps pieces of freed tensors below 32 MiB, more of them with
-every block up to a point; with MALLOC_MMAP_THRESHOLD_=1048576 in the environment it does not (and is slower).
+Random bfloat16 weights of the real shapes are written to disk as a checkpoint. Then the block goes through the phases
+of `fit` in `--dtype`: read, observe, attention, router (closed form), experts, replay. Every row runs in a separate
+process, which reports seconds and peak memory by phase, next to the seconds that `plan` predicts from this machine's
+rates. `--paper` turns off activation order, scale search and refinement. The line "experts" also gives the rate of GPTQ
+and its Hessians as a share of this machine's rate of matrix products.
+
+`--blocks 2 4 8 16` does the same with a small shape and that many blocks: the peak must not grow with their number. It
+grows up to a point because glibc keeps pieces of freed tensors below 32 MiB. With MALLOC_MMAP_THRESHOLD_=1048576 in the
+environment it does not keep them, but is slower.
 """
 
 from __future__ import annotations
@@ -27,22 +29,22 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
-from transformers.core_model_loading import revert_weight_conversion
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.calibration import Calibration
-from eacmoe_lightning.memory import peak_memory, reset_peak_memory
+from eacmoe_lightning.calibration.blocks import Calibration
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.calibration.streams import Streams
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.models.transformers_loader import empty_model, original_names
 from eacmoe_lightning.planning.machine import measure as rates_of
 from eacmoe_lightning.planning.sizes import Job, plan
-from eacmoe_lightning.ranks import Ranks
-from eacmoe_lightning.recipe import Recipe
-from eacmoe_lightning.router_loss import TopKMSE
-from eacmoe_lightning.store import RunDirectory
-from eacmoe_lightning.streaming import Checkpoint, StreamedModel
-from eacmoe_lightning.streaming.checkpoint import empty_model
-from eacmoe_lightning.streams import Streams
+from eacmoe_lightning.routers.losses import TopKMSE
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.memory import peak_memory, reset_peak_memory
+from eacmoe_lightning.run.ranks import Ranks
 
-VOCABULARY = 1024  # of the random models: embeddings are not what is measured
+VOCABULARY = 1024  # of the random models; small, because embeddings are not measured
 
 
 def config_of(shape: str, num_blocks: int) -> PreTrainedConfig:
@@ -66,26 +68,26 @@ def config_of(shape: str, num_blocks: int) -> PreTrainedConfig:
 
 
 def write_checkpoint(config: PreTrainedConfig, folder: Path) -> None:
-    """Random weights in the original's format, one file for each parameter in memory."""
+    """Writes random weights in the original's format, one file for each parameter in memory."""
     model = empty_model(config, torch.bfloat16)
     routers = {block.router_parameter_name for block in MoEModel(model).moe_blocks}
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     generator = torch.Generator().manual_seed(0)
     for i, (name, empty) in enumerate(model.state_dict().items()):
         scale = 1 / empty.shape[-1] ** 0.5 if empty.ndim > 1 else 0.0
         weight = torch.empty(empty.shape, dtype=empty.dtype).normal_(generator=generator).mul_(scale)
         weight = weight + 1 if empty.ndim == 1 else weight * (4 if name in routers else 1)
-        tensors = {key: part.contiguous() for key, part in revert_weight_conversion(model, {name: weight}).items()}
+        tensors = {key: part.contiguous() for key, part in original_names(model, {name: weight}).items()}
         save_file(tensors, folder / f"model-{i:05d}.safetensors", {"format": "pt"})
-        places |= dict.fromkeys(tensors, f"model-{i:05d}.safetensors")
-    index = {"metadata": {"total_size": 0}, "weight_map": places}
+        weight_map |= dict.fromkeys(tensors, f"model-{i:05d}.safetensors")
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
 
 
 class Costs:
-    """Seconds and peak memory by phase, summed and maximised over blocks."""
+    """By phase, the sum of seconds and the maximum of peak memory over all blocks."""
 
     def __init__(self) -> None:
         self.phases: dict[str, dict[str, float]] = {}
@@ -113,7 +115,7 @@ def measure(
     device: torch.device | str = "cpu",
     **recipe_options: Any,
 ) -> dict:
-    """Calibrates the checkpoint in `folder`; one row of the result."""
+    """Calibrates the checkpoint in `folder`, and returns one row of the result."""
     as_paper = {"act_order": False, "scale_search": False, "refine": 0} if paper else {}
     recipe = Recipe(bits=(3,), **as_paper, **recipe_options)
     costs, ranks, run = Costs(), Ranks(), RunDirectory(folder / "run")
@@ -151,20 +153,20 @@ def measure(
         "phases": costs.phases,
         "paper": paper,
         "matrix_flops_per_second": rates.flops32,
-        "error": sum(stats["error"].values()) / len(stats["error"]),
+        "error": sum(stats.error.values()) / len(stats.error),
     }
 
 
 def row(shape: str, num_blocks: int, options: argparse.Namespace) -> dict:
-    """`measure` in a process of its own: an earlier row's peak must not count."""
+    """Runs `measure` in a separate process, so that the peak of an earlier row does not count."""
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
         write_checkpoint(config_of(shape, num_blocks), folder)
-        words = [
+        arguments = [
             shape,
             *map(str, (num_blocks, options.windows, options.length, options.dtype, int(options.paper), scratch)),
         ]
-        done = subprocess.run([sys.executable, __file__, "--measure", *words], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, __file__, "--measure", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shape} with {num_blocks} blocks failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -174,11 +176,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--shapes", nargs="*", default=["mixtral", "qwen1.5", "qwen3"])
-    parser.add_argument("--blocks", nargs="*", type=int, default=[2, 4, 8, 16], help="of the small shape")
+    parser.add_argument("--blocks", nargs="*", type=int, default=[2, 4, 8, 16], help="blocks of the small shape")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--dtype", default="float32", help="computed in; bfloat16 is slow on CPUs without AVX512")
-    parser.add_argument("--paper", action="store_true", help="the paper's GPTQ")
+    parser.add_argument("--dtype", default="float32", help="dtype of the computation; bfloat16 is slow without AVX512")
+    parser.add_argument("--paper", action="store_true", help="use the paper's GPTQ")
     parser.add_argument("--scratch", help="directory for the checkpoints; the system's temporary one by default")
     parser.add_argument("--measure", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -189,19 +191,19 @@ def main() -> None:
     rows = []
     for shape, num_blocks in [(s, 1) for s in options.shapes] + [("small", n) for n in options.blocks]:
         rows.append(row(shape, num_blocks, options))
-        last = rows[-1]
+        result = rows[-1]
         print(
-            f"{shape:8s} {num_blocks:3d} blocks of {last['block_bytes'] / 2**20:6.0f} MiB, {last['tokens']} tokens: "
-            f"{last['seconds']:7.1f} s, peak {last['peak_bytes'] / 2**30:5.2f} GiB"
+            f"{shape:8s} {num_blocks:3d} blocks of {result['block_bytes'] / 2**20:6.0f} MiB, "
+            f"{result['tokens']} tokens: {result['seconds']:7.1f} s, peak {result['peak_bytes'] / 2**30:5.2f} GiB"
         )
-        for name, phase in last["phases"].items():
-            said = f"    {name:10s} {phase['seconds']:8.1f} s  {phase['peak_bytes'] / 2**30:6.2f} GiB"
+        for name, phase in result["phases"].items():
+            line = f"    {name:10s} {phase['seconds']:8.1f} s  {phase['peak_bytes'] / 2**30:6.2f} GiB"
             if "planned_seconds" in phase:
-                said += f"  planned {phase['planned_seconds']:8.1f} s"
+                line += f"  planned {phase['planned_seconds']:8.1f} s"
             if name == "experts":
-                rate, most = phase["flops"] / phase["seconds"] / 1e9, last["matrix_flops_per_second"] / 1e9
-                said += f"  {rate:.1f} of {most:.1f} GFLOP/s: {rate / most:.0%}"
-            print(said, flush=True)
+                rate, peak_rate = phase["flops"] / phase["seconds"] / 1e9, result["matrix_flops_per_second"] / 1e9
+                line += f"  {rate:.1f} of {peak_rate:.1f} GFLOP/s: {rate / peak_rate:.0%}"
+            print(line, flush=True)
         if options.json:
             options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

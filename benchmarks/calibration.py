@@ -1,23 +1,24 @@
-"""Cost of calibration: seconds and memory of ours, GPTQModel and llm-compressor side by side, and how ours grows.
+"""Cost of calibration: seconds and memory of this package, GPTQModel and llm-compressor, and how our cost scales.
 
-Every tool quantizes the same model on the same windows to the same bits and group size, each in a process and an
-environment of its own (gptq_quality.py builds them), in turn and --rounds times; medians are printed. Rows of --json:
+Every tool quantizes the same model on the same windows to the same bits and group size. Each runs in a separate process
+and environment (gptq_quality.py builds them). The tools take turns for --rounds rounds, and medians are printed. Rows
+of --json:
 
-    tool         ours (routers in closed form), the same with the paper's GPTQ (without search and refinement), ours
-                 with the joint stage, gptqmodel, llm-compressor
+    tool         ours (routers in closed form), the same with the paper's GPTQ (no activation order, scale search or
+                 refinement), ours with the joint stage, gptqmodel, llm-compressor
     model        bundled, or `blocks`: random weights in the block shapes of Qwen1.5-MoE-A2.7B (hidden 2048, experts of
-                 1408 top-4, a shared one of 5632), with as many blocks and experts as --blocks and --experts say
-    seconds      of quantizing, router calibration included, without loading and writing
-    wall_seconds, processor_seconds   of the whole process; those of the processor hold on a shared machine too
-    peak_bytes   of the process and all its descendants, at their highest point together
+                 1408 top-4, a shared one of 5632), with --blocks blocks of --experts experts
+    seconds      of quantizing, with router calibration, without loading and writing
+    wall_seconds, processor_seconds   of the whole process; processor seconds are meaningful on a shared machine, too
+    peak_bytes   highest total memory of the process and all its descendants
     perplexity   of the bundled model, geometric mean over the held-out texts; null for random weights
 
     python benchmarks/calibration.py --json calibration.json
     python benchmarks/calibration.py --growth --json growth.json
 
---growth runs ours alone on random models, each time with one size doubled twice: tokens, experts, width of an expert,
-blocks; it prints seconds with the fitted exponent, and how far GPTQ's column loop is from this machine's rate of matrix
-products. It needs what gptq_quality.py needs.
+--growth runs only ours, on random models. It doubles one size at a time, twice: tokens, experts, width of an expert,
+blocks. It prints the seconds with a fitted exponent, and the rate of GPTQ's column loop as a share of this machine's
+rate of matrix products. The requirements are those of gptq_quality.py.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from gptq_quality import quantize
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.column_loop import column_loop
-from eacmoe_lightning.data import TextWindows
-from eacmoe_lightning.evaluate import evaluate
-from eacmoe_lightning.grid import Grid
-from eacmoe_lightning.originals import BUNDLED, load_original
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import BUNDLED, load_original
+from eacmoe_lightning.quantization.column_loop import column_loop
+from eacmoe_lightning.quantization.grid import Grid
 
 TOOLS = {  # row's tool -> tool and setting of gptq_quality.py
     "ours": ("ours", "routers"),
@@ -80,7 +81,7 @@ def random_model(path: Path, blocks: int, experts: int, shape: dict[str, int]) -
 
 
 def windows(model: Path, number: int, work_dir: Path) -> TextWindows:
-    """The calibration windows, put where `quantize` looks for them."""
+    """Saves the calibration windows where `quantize` looks for them."""
     data = TextWindows(tokenizer=str(model), seed=0, num_windows=number, window_length=WINDOW_LENGTH)
     work_dir.mkdir(parents=True, exist_ok=True)
     save_file({"input_ids": data.calibration_windows.contiguous()}, work_dir / "windows-0.safetensors")
@@ -88,7 +89,7 @@ def windows(model: Path, number: int, work_dir: Path) -> TextWindows:
 
 
 def measure(tool: str, bits: int, model: Path, work_dir: Path, threads: int) -> tuple[dict, Path]:
-    """One row of one tool, and where its dense weights lie."""
+    """One row of one tool, and the directory of its dense weights."""
     result, weights = quantize(*TOOLS[tool], bits, 0, model, work_dir, threads)
     keys = ("seconds", "wall_seconds", "processor_seconds", "version")
     return {key: result[key] for key in keys} | {"peak_bytes": result["tree_peak_bytes"]}, weights
@@ -136,34 +137,34 @@ def compare(args: argparse.Namespace) -> list[dict]:
 def grow(args: argparse.Namespace) -> list[dict]:
     base = {"tokens": 8192, "experts": 8, "width": 256, "blocks": 1}
     rows = []
-    for what, sizes in GROWTH.items():
+    for size_name, sizes in GROWTH.items():
         seconds = []
         for size in sizes:
-            own = base | {what: size}
-            shape = SMALL | {"moe_intermediate_size": own["width"]}
-            name = "-".join(f"{key}{value}" for key, value in own.items())
-            model = random_model(args.work / name / "model", own["blocks"], own["experts"], shape)
-            windows(model, own["tokens"] // WINDOW_LENGTH, args.work / name)
+            sizes_of_run = base | {size_name: size}
+            shape = SMALL | {"moe_intermediate_size": sizes_of_run["width"]}
+            name = "-".join(f"{key}{value}" for key, value in sizes_of_run.items())
+            model = random_model(args.work / name / "model", sizes_of_run["blocks"], sizes_of_run["experts"], shape)
+            windows(model, sizes_of_run["tokens"] // WINDOW_LENGTH, args.work / name)
             row, _ = measure("ours", args.bits, model, args.work / name, args.threads)
             seconds.append(row["seconds"])
-            rows.append({"tool": "ours", "model": "growth", "of": what, **own, **row})
+            rows.append({"tool": "ours", "model": "growth", "of": size_name, **sizes_of_run, **row})
         exponent = _slope([math.log(size) for size in sizes], [math.log(value) for value in seconds])
-        rows.append({"tool": "ours", "model": "growth", "of": what, "exponent": exponent})
+        rows.append({"tool": "ours", "model": "growth", "of": size_name, "exponent": exponent})
         figures = ", ".join(f"{size}: {value:.1f} s" for size, value in zip(sizes, seconds, strict=True))
-        print(f"{what:8s} {figures}; seconds ~ {what}^{exponent:.2f}", flush=True)
+        print(f"{size_name:8s} {figures}; seconds ~ {size_name}^{exponent:.2f}", flush=True)
     return [*rows, loop_rate(args.bits)]
 
 
 def _slope(x: list[float], y: list[float]) -> float:
-    """Of the least-squares line."""
+    """The slope of the least-squares line."""
     return statistics.covariance(x, y) / statistics.variance(x)
 
 
 def loop_rate(bits: int, rows: int = 2816, columns: int = 128, candidates: int = 21) -> dict:
-    """The column loop's multiply-adds per second of processor time, and those of a matrix product of its size."""
+    """Multiply-adds per second of processor time of the column loop, and of a large matrix product."""
     g = torch.Generator().manual_seed(0)
     value, matrix = torch.randn(2, rows, columns, generator=g), torch.randn(2048, 2048, generator=g)
-    factor = 0.01 * torch.randn(2, columns, columns, generator=g)  # what is right of its diagonal is read
+    factor = 0.01 * torch.randn(2, columns, columns, generator=g)  # only the part right of the diagonal is read
     scale = (0.5 + torch.rand(2, rows, candidates, generator=g)) * 4 / 2**bits
     zero = torch.full(scale.shape, float(2 ** (bits - 1)))
     loops, products = [], []
@@ -183,15 +184,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
     parser.add_argument("--models", nargs="+", choices=["bundled", "blocks"], default=["bundled", "blocks"])
-    parser.add_argument("--bits", type=int, default=3, help="of the experts; attention has 4")
-    parser.add_argument("--windows", type=int, default=128, help=f"of {WINDOW_LENGTH} tokens")
-    parser.add_argument("--blocks", type=int, default=4, help="of the random model")
-    parser.add_argument("--experts", type=int, default=60, help="of each of its blocks")
+    parser.add_argument("--bits", type=int, default=3, help="bits of the experts; attention has 4")
+    parser.add_argument("--windows", type=int, default=128, help=f"number of windows of {WINDOW_LENGTH} tokens")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of the random model")
+    parser.add_argument("--experts", type=int, default=60, help="experts in each of its blocks")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--growth", action="store_true", help="how ours grows, instead of the comparison")
+    parser.add_argument("--growth", action="store_true", help="measure how our cost scales, instead of the comparison")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("runs/calibration"), help="environments, models and logs")
-    parser.add_argument("--json", type=Path, help="where the rows are written")
+    parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args()
     args.work = args.work.resolve()
     (args.work / "environments").mkdir(parents=True, exist_ok=True)

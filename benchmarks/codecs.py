@@ -4,13 +4,13 @@
     python benchmarks/codecs.py --tensors bundled --bounds 0.1 0.3
 
 Tensors: `bundled`, the experts of the bundled model (every block, every --stride-th expert), and `mixtral`, one
-projection of a Mixtral-sized expert, 14336 x 4096, drawn from N(0, 0.02^2); both in bfloat16. Beside the package's
-codecs stands `zstd`: zstd level 3 over the bfloat16 bytes as they lie. `packed` and `packed-zstd` round to nearest
-(group 128; of the Mixtral-sized tensor the first 1024 rows) and are decoded to the codes that kernels take.
+projection of a Mixtral-sized expert, 14336 x 4096, drawn from N(0, 0.02^2); both in bfloat16. For comparison with the
+package's codecs, `zstd` compresses the unchanged bfloat16 bytes at level 3. `packed` and `packed-zstd` round to nearest
+in groups of 128 (only the first 1024 rows of a tensor), and are decoded to the codes that kernels read.
 
-Rows: tensor, codec, bits_per_weight (whole records), ratio (to bfloat16), rms_error (of the weights' own RMS), error
-(largest, over the bound), compress_MB_s and decompress_MB_s: bfloat16 bytes per second of CPU time in one thread, the
-codec's own check of the bound included in compress.
+Rows: tensor, codec, bits_per_weight (of whole records), ratio (to bfloat16), rms_error (relative to the weights' RMS),
+error (the largest, as a share of the bound), compress_MB_s and decompress_MB_s (bfloat16 bytes per second of CPU time
+in one thread; compress includes the codec's check of the bound).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 import zstandard
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.offload.codecs import codec, decode, decode_packed, read_header
-from eacmoe_lightning.originals import load_original
 
 ROWS_TO_PACK = 1024
 
@@ -86,11 +86,11 @@ def measure(name: str, weights: list[Tensor]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensors", nargs="+", choices=["bundled", "mixtral"], default=["bundled", "mixtral"])
-    parser.add_argument("--bounds", nargs="+", type=float, default=[0.03, 0.1, 0.3, 0.8], help="of mean |w|")
+    parser.add_argument("--bounds", nargs="+", type=float, default=[0.03, 0.1, 0.3, 0.8], help="relative to mean |w|")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
-    parser.add_argument("--stride", type=int, default=4, help="of the bundled model's experts")
-    parser.add_argument("--rows", type=int, default=14336, help="of the Mixtral-sized projection")
-    parser.add_argument("--json", type=Path, help="where the rows are written")
+    parser.add_argument("--stride", type=int, default=4, help="take every so many-th expert of the bundled model")
+    parser.add_argument("--rows", type=int, default=14336, help="rows of the Mixtral-sized projection")
+    parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = ["zstd", "plain", "lossless"]

@@ -1,4 +1,4 @@
-"""The virtual environments of tools that ours is compared with, each made where it is missing."""
+"""Virtual environments for the tools that this package is compared with, created on first use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def python_of(path: Path, packages: list[list[str]]) -> str:
-    """The Python of the environment at `path`; `packages` are what pip installs, step by step."""
+    """The Python of the environment at `path`; `packages` lists the arguments of each `pip install`."""
     python, done = path / "bin" / "python", path / "installed"
     if not done.exists():
         venv.create(path, with_pip=True, clear=True)

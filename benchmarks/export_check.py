@@ -1,22 +1,22 @@
-"""Exports in the engines that they are for: GPTQModel and llama.cpp load them, and their logits are compared with ours.
+"""Exports in their engines: GPTQModel and llama.cpp load them, and their logits are compared with ours.
 
     python benchmarks/export_check.py --json export_check.json
     python benchmarks/export_check.py --engines llama.cpp --cases 3 --sources runs/tiny runs/tiny-2.06
     python benchmarks/export_check.py --engines llama.cpp --cases --families mixtral qwen2_moe deepseek
 
-Models: the bundled one rounded to nearest in groups of 128 (CASES), the runs or compressed directories given by
---sources, and with --families the tests' tiny random models (tests/tiny_models.py) of other architectures, 3 bit in
-groups of 32; Mixtral's with a tokenizer like its own. Each is exported by `eacmoe_lightning.exports.export`, loaded by
-the engine in an environment of its own (made under --work where it is missing: GPTQModel's takes 6 GB, llama.cpp is
-compiled, some minutes), and run on the bundled held-out texts. Rows:
+Models: the bundled one, rounded to nearest in groups of 128 (CASES); the runs or compressed directories in --sources;
+and with --families the tests' tiny random models (tests/tiny_models.py) of other architectures, 3 bit in groups of 32,
+Mixtral's with a sentencepiece tokenizer. `eacmoe_lightning.exports.export` exports each model. The engine loads it in a
+separate environment and runs it on the bundled held-out texts. Missing environments are created under --work:
+GPTQModel's takes 6 GB, llama.cpp is compiled for some minutes. Rows:
 
     logits      root mean square of the difference from our decoded float32 model, relative to that of its logits
-    yardstick   the same for our own model in bfloat16: what rounding alone does
-    control     llama.cpp only: the same file with decoded float32 weights, so without rounded activations
+    yardstick   the same for our model in bfloat16: the effect of rounding alone
+    control     llama.cpp only: the same file with weights decoded to float32, so that activations are not rounded
     perplexity  of both, and the share of positions with the same most likely token
-    tokens      llama.cpp only: the share of held-out texts whose token ids are the original tokenizer's
+    tokens      llama.cpp only: the share of held-out texts with the same token ids as the original tokenizer's
 
-    --python ENGINE=PATH uses an environment that there is.
+    --python ENGINE=PATH uses an existing environment.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.exports import export
-from eacmoe_lightning.grid import Grid, round_to_nearest
-from eacmoe_lightning.originals import BUNDLED, load_original
-from eacmoe_lightning.text import heldout_names, read_documents, token_windows
+from eacmoe_lightning.compressed.directory import save_compressed
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import BUNDLED, load_original
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 HERE = Path(__file__).resolve().parent
 GROUP_SIZE, WINDOWS_PER_TEXT, WINDOW_LENGTH = 128, 4, 128
@@ -76,11 +78,11 @@ def main() -> None:
     subjects |= {family: random_model(work / "models" / family, family) for family in args.families}
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     texts = {name: read_documents(f"bundled:{name}") for name in heldout_names()}
-    windows = [token_windows(own, tokenizer, WINDOWS_PER_TEXT, WINDOW_LENGTH) for own in texts.values()]
+    windows = [token_windows(documents, tokenizer, WINDOWS_PER_TEXT, WINDOW_LENGTH) for documents in texts.values()]
     tokens = torch.cat(windows)
     np.save(work / "tokens.npy", tokens.numpy())
-    whole = ["\n".join(own) for own in texts.values()]
-    (work / "texts.json").write_text(json.dumps(whole))
+    joined = ["\n".join(documents) for documents in texts.values()]
+    (work / "texts.json").write_text(json.dumps(joined))
     rows = []
     for engine in args.engines:
         python = pythons.get(engine) or python_of(work / "environments" / engine, PACKAGES[engine])
@@ -94,13 +96,13 @@ def main() -> None:
                 except ValueError as error:
                     rows.append(row | {"refused": str(error).splitlines()[0]})
                     continue
-                seen, said = run_engine(python, engine, out, work)
-                row |= said | compare(ours, torch.from_numpy(seen["logits"]), tokens)
+                seen, about = run_engine(python, engine, out, work)
+                row |= about | compare(ours, torch.from_numpy(seen["logits"]), tokens)
                 row["yardstick"] = relative(run_ours(source, tokens, "bfloat16"), ours)
                 row["weights"] = difference and difference.weights
                 if engine == "llama.cpp":
-                    own = next(path for path in (source / "compressed", source) if path.exists())
-                    theirs = Tokenizer.from_file(str(own / "tokenizer.json")).encode_batch(whole, False, False)
+                    directory = next(path for path in (source / "compressed", source) if path.exists())
+                    theirs = Tokenizer.from_file(str(directory / "tokenizer.json")).encode_batch(joined, False, False)
                     same = [list(seen[f"ids_{i}"]) == encoding.ids for i, encoding in enumerate(theirs)]
                     row["tokens"] = sum(same) / len(same)
                     control, _ = run_engine(python, engine, out, work, decoded=work / "decoded")
@@ -140,22 +142,22 @@ def round_model(folder: Path, original: str, group_size: int, attention: int, up
             quantized[name] = round_to_nearest(weight, Grid(bits, group_size, symmetric))
         moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
         blocks.append(quantized)
-    compressed.save(folder, moe, original, blocks, {"method": "round to nearest"})
+    save_compressed(folder, moe, original, blocks, {"method": "round to nearest"})
     return folder
 
 
 @torch.no_grad()
 def run_ours(source: Path, tokens: Tensor, dtype: str) -> Tensor:
     """Logits [B, T, V] of our decoded model."""
-    model = compressed.load(source, dtype=dtype, packed=False)
+    model = load(source, dtype=dtype, packed=False)
     return torch.cat([model(row[None], use_cache=False).logits.float() for row in tokens])
 
 
 def run_engine(python: str, engine: str, export: Path, work: Path, decoded: Path | None = None) -> tuple[dict, dict]:
-    """What an engine computes with an export, and what it says of itself.
+    """The arrays that an engine computes with an export, and the engine's description of itself.
 
     Raises:
-        RuntimeError: it does not load it.
+        RuntimeError: the engine does not run the export.
     """
     out = work / "seen.npz"
     job = {"export": str(export), "tokens": str(work / "tokens.npy"), "texts": str(work / "texts.json")}
@@ -173,7 +175,7 @@ def relative(other: Tensor, ours: Tensor) -> float:
 
 
 def compare(ours: Tensor, theirs: Tensor, tokens: Tensor) -> dict[str, float]:
-    """Difference of logits, both perplexities, and how often the most likely token is the same."""
+    """Difference of logits, both perplexities, and the share of positions with the same most likely token."""
 
     def perplexity(logits: Tensor) -> float:
         return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp())

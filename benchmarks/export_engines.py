@@ -1,10 +1,10 @@
-"""One engine loads one export: the processes that `export_check.py` starts, each in the engine's own environment.
+"""One engine loads one export, in a process that `export_check.py` starts in the engine's environment.
 
     python export_engines.py ENGINE JOB
 
 with JOB = {"export": directory, "tokens": ids [B, T] as .npy, "texts": list of strings as .json, "out": .npz}. Writes
-`logits` [B, T, V] in float32 and, where the engine has a tokenizer of its own, the token ids of each text; prints one
-line of JSON about the engine.
+`logits` [B, T, V] in float32 and, if the engine has a tokenizer, the token ids of each text. Prints one line of JSON
+about the engine.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-Seen = tuple[np.ndarray, list[list[int]], dict]  # logits, token ids of the texts, what the engine says of itself
+Seen = tuple[np.ndarray, list[list[int]], dict]  # logits, token ids of the texts, description of the engine
 
 
 def gptqmodel(export: Path, tokens: np.ndarray, texts: list[str]) -> Seen:
-    """On its portable kernel, which computes in bfloat16."""
+    """Runs GPTQModel's portable kernel, which computes in bfloat16."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.7 does not start on two cores otherwise
     import torch
     from gptqmodel import BACKEND, GPTQModel
@@ -31,15 +31,15 @@ def gptqmodel(export: Path, tokens: np.ndarray, texts: list[str]) -> Seen:
     packed = [module for module in model.modules() if hasattr(module, "qweight")]
     with torch.no_grad():
         logits = np.concatenate([model(row[None]).logits.float().numpy() for row in torch.from_numpy(tokens)])
-    said = {"version": f"GPTQModel {version('gptqmodel')}", "num_packed": len(packed)}
-    return logits, [], said | {"kernel": sorted({type(module).__name__ for module in packed})}
+    about = {"version": f"GPTQModel {version('gptqmodel')}", "num_packed": len(packed)}
+    return logits, [], about | {"kernel": sorted({type(module).__name__ for module in packed})}
 
 
 def llama_cpp(export: Path, tokens: np.ndarray, texts: list[str]) -> Seen:
-    """In float32, but for activations: products with quantized weights round them to 8 bit in blocks of 32."""
+    """Runs llama.cpp in float32, but products with quantized weights round activations to 8 bit in blocks of 32."""
     import llama_cpp as llama
 
-    quiet = llama.llama_log_callback(lambda *_: None)  # kept: llama.cpp calls it for as long as it runs
+    quiet = llama.llama_log_callback(lambda *_: None)  # must stay alive: llama.cpp keeps calling it
     if os.environ.get("LLAMA_LOG") != "1":
         llama.llama_log_set(quiet, ctypes.c_void_p(0))
     llama.llama_backend_init()
@@ -78,7 +78,7 @@ def _tokenize(llama, vocabulary, text: bytes) -> list[int]:
 
 
 def decode_gguf(export: Path, out: Path) -> None:
-    """The same file with every tensor decoded to float32: what is then left of a difference is not the weights'."""
+    """Writes the same file with every tensor decoded to float32, to separate the effects of weights and activations."""
     import gguf
 
     reader = gguf.GGUFReader(export / "model.gguf")
@@ -87,8 +87,8 @@ def decode_gguf(export: Path, out: Path) -> None:
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name != "general.architecture":
             kind = field.types[0]
-            own = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), kind, own)
+            element_kind = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, element_kind)
     for tensor in reader.tensors:
         shape = tuple(int(n) for n in tensor.shape[::-1])
         writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape).copy())
@@ -108,6 +108,6 @@ if __name__ == "__main__":
         decoded.mkdir(parents=True, exist_ok=True)
         decode_gguf(export, decoded)
         export = decoded
-    logits, ids, said = ENGINES[engine](export, np.load(job["tokens"]), json.loads(Path(job["texts"]).read_text()))
-    np.savez(job["out"], logits=logits, **{f"ids_{i}": np.array(own) for i, own in enumerate(ids)})
-    print(json.dumps(said))
+    logits, ids, about = ENGINES[engine](export, np.load(job["tokens"]), json.loads(Path(job["texts"]).read_text()))
+    np.savez(job["out"], logits=logits, **{f"ids_{i}": np.array(text_ids) for i, text_ids in enumerate(ids)})
+    print(json.dumps(about))

@@ -1,25 +1,25 @@
-"""Plain GPTQ at equal settings: held-out perplexity of ours, llm-compressor's and GPTQModel's result.
+"""Plain GPTQ at equal settings: held-out perplexity of this package's, llm-compressor's and GPTQModel's results.
 
-Every tool quantizes the same MoE (float32, experts at --bits, attention at 4, groups of 128, asymmetric, routers as
-they are) on the same 128 windows of 512 tokens, in a process and an environment of its own (gptq_tools.py), and hands
-back dense dequantized weights. This script checks that they lie on the asked grid and evaluates all of them with
-`eacmoe_lightning.evaluate`. Settings, per tool (SETTINGS has the options behind each):
+Every tool quantizes the same MoE (float32, experts at --bits, attention at 4, groups of 128, asymmetric, routers
+unchanged) on the same 128 windows of 512 tokens, in a separate process and environment (gptq_tools.py), and returns
+dense dequantized weights. This script checks that these lie on the requested grid, and evaluates all of them with
+`eacmoe_lightning.evaluation.evaluate`. Settings of the tools (their options are in SETTINGS):
 
     rtn       round-to-nearest, the baseline without GPTQ
-    equal     what all tools can do alike: min-max ranges, columns in natural order, damping 0.01, and an expert
-              sees the tokens that are routed to it, however few
-    default   the tool as it comes
-    best      the tool's own means of accuracy switched on
+    equal     what all tools support: min-max ranges, columns in natural order, damping 0.01, and every expert is
+              calibrated on the tokens routed to it, however few
+    default   the tool's defaults
+    best      with the tool's options for better accuracy
 
-The calibration windows are drawn anew with every one of --seeds, the same for all tools: what then varies is chance.
+Each of --seeds draws other calibration windows, the same for all tools. The rows of different seeds show the noise.
 
     python benchmarks/gptq_quality.py --json gptq_quality.json
     python benchmarks/gptq_quality.py --tools ours llm-compressor --bits 2 --settings equal --seeds 0 1
 
-It needs this package installed (or PYTHONPATH=. in a checkout), Linux, and pip with a package index: missing
-environments of the peers are made under --work, 1 GB each with torch's CPU build and some 6 GB with the CUDA build
-that PyPI has (GPTQModel wants a newer torch than llm-compressor). A tool that cannot be installed or run is reported
-as a row with its error.
+Requirements: this package installed (or PYTHONPATH=. in a checkout), Linux, and pip with a package index. Missing
+environments of the peers are created under --work: 1 GB each with torch's CPU build, about 6 GB with the CUDA build on
+PyPI (GPTQModel needs a newer torch than llm-compressor). A tool that cannot be installed or run is reported as a row
+with its error.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from gptq_tools import ATTENTION_BITS, GROUP_SIZE
 from process_tree import run_watched
 from safetensors.torch import save_file
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.data import TextWindows
-from eacmoe_lightning.evaluate import evaluate
-from eacmoe_lightning.originals import load_original, resolve_model
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original, resolve_model
 
 HERE = Path(__file__).resolve().parent
 NUM_WINDOWS, WINDOW_LENGTH = 128, 512
@@ -84,7 +84,7 @@ SETTINGS = {  # tool -> setting -> its options
         "best": {"act_group_aware": True, "mse": 2.4},
     },
 }
-PACKAGES = {  # tool -> what pip installs, step by step
+PACKAGES = {  # tool -> arguments of each `pip install`
     "llm-compressor": [["torch==2.13.0"], ["llmcompressor==0.14.*"]],
     "gptqmodel": [["torch==2.14.1"], ["gptqmodel==7.7.*"]],
 }
@@ -93,21 +93,21 @@ PACKAGES = {  # tool -> what pip installs, step by step
 def quantize(
     tool: str, setting: str, bits: int, seed: int, model: Path, work_dir: Path, threads: int
 ) -> tuple[dict, Path]:
-    """Runs one tool: its version, seconds and peak bytes, and the directory of its dense weights.
+    """Runs one tool. Returns its version, seconds and peak bytes, and the directory of its dense weights.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the tool failed.
     """
     place = work_dir / "results" / f"{tool}-{bits}-{setting.replace(', ', '-').replace(' ', '-')}-{seed}"
     shutil.rmtree(place, ignore_errors=True)
     (place / "scratch").mkdir(parents=True)
     job = {"model": str(model), "windows": str(work_dir / f"windows-{seed}.safetensors"), "seed": seed, "bits": bits}
     job |= {"options": SETTINGS[tool][setting], "out": str(place / "dense")}
-    own = tool == "ours"
+    is_ours = tool == "ours"
     checkout = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": checkout if own else "", "OMP_NUM_THREADS": str(threads)}
+    env = os.environ | {"PYTHONPATH": checkout if is_ours else "", "OMP_NUM_THREADS": str(threads)}
     env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    python = sys.executable if own else python_of(work_dir / "environments" / tool, PACKAGES[tool])
+    python = sys.executable if is_ours else python_of(work_dir / "environments" / tool, PACKAGES[tool])
     command = [python, str(HERE / "gptq_tools.py"), tool, json.dumps(job)]
     with open(place / "log.txt", "w") as log:
         code, wall, processor, peak = run_watched(command, cwd=place / "scratch", env=env, stdout=log, stderr=log)
@@ -119,7 +119,7 @@ def quantize(
 
 
 def inspect(moe: MoEModel, bits: int) -> dict[str, int]:
-    """That no group of any weight holds more values than its bits allow, and how many expert matrices are all zero.
+    """Checks that no group of a weight has more values than its bits allow, and counts expert matrices of zeros.
 
     Raises:
         RuntimeError: a weight is not quantized.
@@ -129,9 +129,9 @@ def inspect(moe: MoEModel, bits: int) -> dict[str, int]:
         for name, (part, weight) in block.weights().items():
             allowed = 2 ** (bits if part == "experts" else ATTENTION_BITS)
             values = weight.unflatten(-1, (-1, GROUP_SIZE)).sort(-1).values  # [..., O, G, g]
-            most = int((values.diff(dim=-1) != 0).sum(-1).max()) + 1
-            if most > allowed:
-                raise RuntimeError(f"{name} is not quantized: {most} values in a group, {allowed} are allowed")
+            num_values = int((values.diff(dim=-1) != 0).sum(-1).max()) + 1
+            if num_values > allowed:
+                raise RuntimeError(f"{name} is not quantized: {num_values} values in a group, {allowed} are allowed")
             if part == "experts":
                 zeroed += int((weight == 0).all(-1).all(-1).sum())
     return {"zeroed_expert_matrices": zeroed}
@@ -147,15 +147,17 @@ def show(row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="bundled", help="directory of an MoE whose output embedding is tied")
+    parser.add_argument("--model", default="bundled", help="directory of an MoE with a tied output embedding")
     parser.add_argument("--tools", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--settings", nargs="+", default=["rtn", "equal", "default", "best"], help="of each tool")
-    parser.add_argument("--bits", nargs="+", type=int, default=[3, 2], help="of the experts")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the choice of calibration windows")
-    parser.add_argument("--heldout-windows", type=int, help="per text (default: all)")
+    parser.add_argument(
+        "--settings", nargs="+", default=["rtn", "equal", "default", "best"], help="settings of each tool"
+    )
+    parser.add_argument("--bits", nargs="+", type=int, default=[3, 2], help="bits of the experts")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of the choice of calibration windows")
+    parser.add_argument("--heldout-windows", type=int, help="windows per text (default: all)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("runs/gptq_quality"), help="environments, logs and weights")
-    parser.add_argument("--json", type=Path, help="where the rows are written")
+    parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)

@@ -1,12 +1,12 @@
-"""One tool quantizes one model: the processes that `gptq_quality.py` starts, each in the tool's own environment.
+"""One tool quantizes one model, in a process that `gptq_quality.py` starts in the tool's environment.
 
     python gptq_tools.py TOOL JOB
 
-with JOB = {"model": .., "windows": .., "seed": .., "bits": .., "options": {..}, "out": ..}; `seed` is the one that the
-windows were drawn with.
+with JOB = {"model": .., "windows": .., "seed": .., "bits": .., "options": {..}, "out": ..}; the windows were drawn with
+`seed`.
 
-Whatever a tool writes by itself, what comes back is the same: a Hugging Face directory `out` of dense float32 weights,
-with `result.json` (version, seconds of quantizing, peak bytes) in it. Only the chosen tool is imported.
+The result has the same form for every tool: a Hugging Face directory `out` of dense float32 weights, with a
+`result.json` (version, seconds of quantizing, peak bytes) in it. Only the chosen tool is imported.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def work(tool: str, job: dict) -> None:
 def ours(model: Path, input_ids: Tensor, job: dict) -> Result:
     from eacmoe_lightning import __version__
     from eacmoe_lightning.cli import main as command_line
-    from eacmoe_lightning.compressed import load
-    from eacmoe_lightning.data import TextWindows
+    from eacmoe_lightning.compressed.loading import load
+    from eacmoe_lightning.job.data import TextWindows
 
     settings = {"name_or_path": model, "dtype": "float32", "bits": job["bits"], "attention_bits": ATTENTION_BITS}
     settings |= {"group_size": GROUP_SIZE, "router_method": "none"} | job["options"]
     text = {"num_windows": len(input_ids), "window_length": input_ids.shape[1], "seed": job["seed"]}
     if not torch.equal(TextWindows(tokenizer=str(model), **text).calibration_windows, input_ids):
-        raise ValueError("the data module draws other windows than those in the file")
+        raise ValueError(f"the data module draws other windows than those in {job['windows']}")
     text["batch_size"] = BATCH_SIZE
     trainer = {"default_root_dir": "run", "accelerator": "cpu", "enable_progress_bar": "false", "logger": "false"}
     arguments = [f"--model.{name}={json.dumps(value, default=str).strip(chr(34))}" for name, value in settings.items()]
@@ -100,7 +100,7 @@ def gptqmodel(model: Path, input_ids: Tensor, job: dict) -> Result:
         bits=job["bits"],
         group_size=GROUP_SIZE,
         sym=False,
-        format="gptq_v2",  # the one with true zero points
+        format="gptq_v2",  # has true zero points
         dynamic={r".*self_attn.*": {"bits": ATTENTION_BITS}},
         device="cpu",
         offload_to_disk=False,
@@ -120,9 +120,9 @@ def decode_gptq(path: Path, bits: int) -> dict[str, Tensor]:
     packed = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
     weights = dense(packed)
     for layer in [name.removesuffix(".qweight") for name in packed if name.endswith(".qweight")]:
-        own_bits = ATTENTION_BITS if "self_attn" in layer else bits
-        codes = unpack_words(packed[f"{layer}.qweight"].T, own_bits)  # [O, I]
-        zero_point = unpack_words(packed[f"{layer}.qzeros"], own_bits).T  # [O, G]
+        layer_bits = ATTENTION_BITS if "self_attn" in layer else bits
+        codes = unpack_words(packed[f"{layer}.qweight"].T, layer_bits)  # [O, I]
+        zero_point = unpack_words(packed[f"{layer}.qzeros"], layer_bits).T  # [O, G]
         scale, group = packed[f"{layer}.scales"].float().T, packed[f"{layer}.g_idx"].long()  # [O, G], [I]
         weights[f"{layer}.weight"] = (codes - zero_point[:, group]) * scale[:, group]
     return weights
@@ -136,13 +136,13 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 
 def dense(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a state dict, without scales and the like, and without the output embedding, which is tied."""
+    """The weights of a state dict, without scales and the like, and without the tied output embedding."""
     return {name: tensor for name, tensor in state.items() if name.endswith((".weight", "gate_up_proj", "down_proj"))
             and name != "lm_head.weight"}  # fmt: skip
 
 
 def peak_memory() -> int:
-    """Bytes of this process at its highest point (Linux)."""
+    """Peak memory of this process in bytes (Linux)."""
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 

@@ -1,23 +1,27 @@
-"""Speed of packed models on CPU at real shapes, beside transformers in bf16, llama.cpp and ONNX Runtime.
+"""Speed of packed models on CPU at real shapes, compared with transformers in bf16, llama.cpp and ONNX Runtime.
 
     python benchmarks/inference.py --json inference.json
     python benchmarks/inference.py --shapes qwen1.5-moe --bits 3 --work decode --llama-cpp runs/llama.cpp
 
-A model of one layer with random weights and a small vocabulary. Parts: `moe` is its MoE block (router, routed and
-shared experts) given hidden states; `layer` the whole model (attention, MoE block, a small head) given tokens, without
-a cache. Work: `decode` is 1x1, `prefill` 1x512, `batch` 4x512 (batch x tokens). Backends take turns, one call each, in
-every round, those of all widths together; a row has the median over the rounds. They are transformers' `eager` and
-`grouped_mm` (where a call takes long, only the former) in bf16 (with --float32 also in float32, which CPUs without bf16
-instructions prefer), this package with bf16 and with `int8` activations, with --llama-cpp DIR (layer only) llama.cpp at
-its nearest format, and with --onnxruntime DIR (moe only) ONNX Runtime at 4 bit, with and without rounded activations;
-both in environments of their own that are made under DIR (the former compiles llama.cpp: some minutes). `load` opens
-the layer's directory, compressed or bf16, in fresh processes (Linux).
+The model has one layer, random weights and a small vocabulary. Parts: `moe` is its MoE block (router, routed and shared
+experts) on hidden states; `layer` is the whole model (attention, MoE block, a small head) on tokens, without a cache.
+Work: `decode` is 1x1, `prefill` 1x512, `batch` 4x512 (batch x tokens). In every round, all backends of all bit widths
+take turns, one call each; a row has the median over the rounds. The backends are:
 
-Rows: part, work, shape, bits, backend, threads, median_s, ratio_to_bf16 (against the faster bf16 backend at the same
-work), limit and limit_share (how much is reached of the machine's reading bandwidth or product rate, the better of bf16
-and float32, both measured in the same run; whichever is nearer; more than 1 where integers are multiplied faster),
-weight_bytes (of the part, as it lies in memory); of `load` also resident_bytes and peak_bytes, beyond the process's
-own, and file_bytes.
+    transformers   `eager` and `grouped_mm` (only `eager` if a call takes long) in bf16, with --float32 also in float32,
+                   which is faster on CPUs without bf16 instructions
+    this package   with bf16 and with `int8` activations
+    llama.cpp      with --llama-cpp DIR, for `layer` only, in its closest format
+    ONNX Runtime   with --onnxruntime DIR, for `moe` only, at 4 bit, with and without rounded activations
+
+The last two run in separate environments, which are created under DIR (llama.cpp is compiled for some minutes). `load`
+opens the layer's directory, compressed or bf16, in fresh processes (Linux).
+
+Rows: part, work, shape, bits, backend, threads, median_s, ratio_to_bf16 (to the faster bf16 backend at the same work),
+limit (`bandwidth` or `arithmetic`, whichever takes longer at this machine's rates, which are measured in the same run;
+arithmetic at the better of bf16 and float32), limit_share (the share of that limit that was reached; it can exceed 1
+because integers can be multiplied faster), weight_bytes (of the part, in memory). Rows of `load` also have
+resident_bytes and peak_bytes, beyond those of the process before, and file_bytes.
 """
 
 from __future__ import annotations
@@ -40,17 +44,18 @@ from environments import python_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.packed_modules import pack_modules, packed_weights, set_activations
-from eacmoe_lightning.store import write_json
+from eacmoe_lightning.compressed.directory import _write_weights, untied
+from eacmoe_lightning.compressed.format import METHOD, REST, SHARD, size_of
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.runtime.packed_modules import pack_modules, packed_weights, set_activations
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY, GROUP_SIZE, ATTENTION_BITS = 512, 128, 4
 WORK = {"decode": (1, 1), "prefill": (1, 512), "batch": (4, 512)}
 PARTS = {"decode": ("moe", "layer"), "prefill": ("moe", "layer"), "batch": ("layer",)}  # measured by default
 LOAD, LOADS = "load", 1  # fresh processes for each `load` row
-LONG = 30  # seconds of a bf16 call, by the machine's product rate, from which `grouped_mm` is left out
+LONG = 30  # expected seconds of a bf16 call above which `grouped_mm` is left out
 COMMON = {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
 SHAPES: dict[str, Any] = {
     "qwen1.5-moe": Qwen2MoeConfig(
@@ -73,14 +78,14 @@ SHAPES: dict[str, Any] = {
         num_key_value_heads=8,
     ),
 }
-LLAMA_FORMATS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_0"}  # llama.cpp's nearest, 2.6, 3.4 and 4.5 bits a weight
+LLAMA_FORMATS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_0"}  # llama.cpp's closest formats: 2.6, 3.4 and 4.5 bits a weight
 LLAMA_PACKAGES = ["llama-cpp-python==0.3.36", "gguf>=0.17", "numpy"]
-ONNX_BITS = 4  # the least that its kernel for experts (QMoE) has on CPU
+ONNX_BITS = 4  # the smallest width of its CPU kernel for experts (QMoE)
 ONNX_PACKAGES = ["onnxruntime==1.32.*", "onnx", "numpy"]
 
 
 def bf16_model(config: Any, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Random weights; those of one expert repeated, for drawing all of them would take minutes."""
+    """A model with random weights, the same for all experts of a block: drawing all of them would take minutes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     rotary = type(model.model.rotary_emb)(config)
@@ -98,7 +103,7 @@ def bf16_model(config: Any, device: torch.device | str = "cpu") -> PreTrainedMod
 
 
 def packed_model(dense: PreTrainedModel, bits: int, group_size: int = GROUP_SIZE) -> PreTrainedModel:
-    """The same architecture with random codes: speed does not depend on what they say."""
+    """A packed model with the architecture of `dense` and random codes, which do not affect the speed."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(dense.config, dtype=torch.bfloat16)
     weights = {name: part for block in MoEModel(model).blocks for name, (part, _) in block.weights().items()}
@@ -118,7 +123,7 @@ def packed_model(dense: PreTrainedModel, bits: int, group_size: int = GROUP_SIZE
 
 
 def dense_in_float32(dense: PreTrainedModel) -> PreTrainedModel:
-    """The same model in float32: what it would be if one had loaded it so."""
+    """The same model in float32."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(dense.config, dtype=torch.float32)
     model = model.to_empty(device="cpu").eval()
@@ -136,7 +141,7 @@ def weights_of(model: PreTrainedModel, part: str) -> torch.nn.Module:
 
 
 def used_bytes(model: PreTrainedModel, part: str, tokens: int) -> int:
-    """Weight bytes that one pass reads: of the routed experts at most as many as tokens select."""
+    """Weight bytes that one pass reads at most, given how many routed experts its tokens select."""
     experts = model.model.layers[0].mlp.experts
     routed, count = bytes_of(experts), experts.num_experts
     selected = min(count, tokens * model.config.num_experts_per_tok)
@@ -144,7 +149,7 @@ def used_bytes(model: PreTrainedModel, part: str, tokens: int) -> int:
 
 
 def flops(config: Any, part: str, tokens: int) -> int:
-    """Of the matrix products, attention's scores left out."""
+    """Floating-point operations of the matrix products, without attention's scores."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     attention = 2 * hidden * hidden * (1 + config.num_key_value_heads / heads) if part == "layer" else 0
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
@@ -162,7 +167,7 @@ def best_of(action: Callable[[], object], rounds: int = 5) -> float:
 
 
 def machine_limits() -> tuple[float, float, float]:
-    """Bytes per second that reading 512 MB reaches; flop per second of a 1024^3 product in bf16, and in float32."""
+    """Bytes per second of reading 512 MB, and flop per second of a 1024^3 product in bf16 and in float32."""
     block = torch.ones(2**28, dtype=torch.bfloat16).view(torch.int64)
     squares = [torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     rates = (2 * 1024**3 / best_of(lambda square=square: square @ square) for square in squares)
@@ -170,11 +175,13 @@ def machine_limits() -> tuple[float, float, float]:
 
 
 class Other:
-    """Another engine in a process and an environment of its own; it times itself, on request.
+    """Another engine in a separate process and environment, which times itself on request.
 
     Args:
-        directory: for its environment, which is made where it is missing, and its model.
-        script: beside this one, with what it is told.
+        directory: directory for its model and its environment, which is created if it is missing.
+        packages: arguments of pip for the environment.
+        script: the script to run, next to this one.
+        job: the script's argument, as JSON.
     """
 
     def __init__(self, directory: Path, packages: list[str], script: str, job: dict[str, Any]) -> None:
@@ -204,31 +211,31 @@ class Other:
 
 
 def others(shape: str, args: argparse.Namespace) -> dict[str, tuple[str, int, Other]]:
-    """The part that each of the other engines computes, its bits, and the engine, by name."""
-    config, found = SHAPES[shape].to_dict(), {}
+    """The other engines by name: the part that an engine computes, its bits, and the engine."""
+    config, engines = SHAPES[shape].to_dict(), {}
     if args.llama_cpp and (not args.parts or "layer" in args.parts):
         for bits in sorted(LLAMA_FORMATS.keys() & set(args.bits)):
             job = {"config": config, "format": LLAMA_FORMATS[bits]}
             engine = Other(args.llama_cpp, LLAMA_PACKAGES, "inference_llama.py", job)
-            found[f"llama.cpp {LLAMA_FORMATS[bits]}"] = "layer", bits, engine
+            engines[f"llama.cpp {LLAMA_FORMATS[bits]}"] = "layer", bits, engine
     if args.onnxruntime and (not args.parts or "moe" in args.parts):
         for level, activations in ((0, ""), (4, " int8")):
             job = {"config": config, "bits": ONNX_BITS, "level": level}
             engine = Other(args.onnxruntime, ONNX_PACKAGES, "inference_onnx.py", job)
-            found[f"onnxruntime {ONNX_BITS} bit{activations}"] = "moe", ONNX_BITS, engine
-    return found
+            engines[f"onnxruntime {ONNX_BITS} bit{activations}"] = "moe", ONNX_BITS, engine
+    return engines
 
 
 def save_compressed(directory: Path, model: PreTrainedModel) -> None:
     """The directory that `fit` would leave for this packed model, without a tokenizer."""
     weights = dict(packed_weights(model))
-    tensors = {name: tensor for name, tensor in compressed.untied(model).items() if tensor.numel()}
+    tensors = {name: tensor for name, tensor in untied(model).items() if tensor.numel()}
     layer = {name: tensor for name, tensor in tensors.items() if ".layers." in name}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in layer}
+    outside_layer = {name: tensor for name, tensor in tensors.items() if name not in layer}
     directory.mkdir()
-    compressed._write_weights(directory, {compressed.SHARD.format(0): layer, compressed.REST: rest}.items())
+    _write_weights(directory, {SHARD.format(0): layer, REST: outside_layer}.items())
     config = {
-        "model_type": compressed.METHOD,
+        "model_type": METHOD,
         "format_version": 1,
         "original": {"name_or_path": "random", "config": model.config.to_dict()},
         "dtype": "bfloat16",
@@ -241,7 +248,7 @@ def save_compressed(directory: Path, model: PreTrainedModel) -> None:
 
 
 def load_rows(shape: str, dense: PreTrainedModel, packed: dict[int, PreTrainedModel]) -> list[dict[str, Any]]:
-    """What opening the layer takes, in bf16 and compressed, in turns."""
+    """The cost of opening the layer in bf16 and compressed, measured in turns."""
     models, names = {16: dense, **packed}, {16: "bf16"} | dict.fromkeys(packed, "packed")
     runs: dict[int, list[dict[str, float]]] = {bits: [] for bits in models}
     with tempfile.TemporaryDirectory() as folder:
@@ -249,14 +256,14 @@ def load_rows(shape: str, dense: PreTrainedModel, packed: dict[int, PreTrainedMo
         dense.save_pretrained(directories[16])
         for bits, model in packed.items():
             save_compressed(directories[bits], model)
-        sizes = {bits: compressed.size_of(directory) for bits, directory in directories.items()}
+        sizes = {bits: size_of(directory) for bits, directory in directories.items()}
         for _, bits in itertools.product(range(LOADS), models):
             command = [sys.executable, HERE / "inference_load.py", directories[bits], names[bits]]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             runs[bits].append(json.loads(done.stdout))
     rows = []
-    for bits, own in runs.items():
-        medians = {key: statistics.median(run[key] for run in own) for key in own[0]}
+    for bits, runs_of_bits in runs.items():
+        medians = {key: statistics.median(run[key] for run in runs_of_bits) for key in runs_of_bits[0]}
         seconds = medians.pop("seconds")
         row = {"part": "layer", "work": LOAD, "shape": shape, "bits": bits, "backend": names[bits], "threads": 1}
         row |= {"median_s": seconds, "ratio_to_bf16": (rows[0]["median_s"] if rows else seconds) / seconds}
@@ -278,7 +285,7 @@ def timed(model: PreTrainedModel, part: str, ids: Tensor, experts: str = "eager"
 
 
 def compare(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All rows of one shape, as they are measured."""
+    """All rows of one shape, each as soon as it is measured."""
     dense = bf16_model(SHAPES[shape])
     packed = {bits: packed_model(dense, bits) for bits in args.bits}
     wide = dense_in_float32(dense) if args.float32 else None
@@ -300,8 +307,8 @@ def compare(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for bits, model in packed.items():
                 for name, activations in (("packed", "exact"), ("packed int8", "int8")):
                     backends[name, bits] = functools.partial(timed, model, part, ids, activations=activations)
-            for name, (own, bits, engine) in engines.items():
-                if own == part:
+            for name, (engine_part, bits, engine) in engines.items():
+                if engine_part == part:
                     backends[name, bits] = functools.partial(engine.seconds, batch, tokens, threads)
             medians = interleaved(backends, args.rounds * (8 if work == "decode" else 1), args.seconds)
             bf16 = min(seconds for (_, bits), seconds in medians.items() if bits == 16)
@@ -325,10 +332,12 @@ def compare(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def interleaved(backends: dict[Any, Callable[[], float]], rounds: int, seconds: float) -> dict[Any, float]:
-    """Medians of the backends, one call each in turn; the first call warms up and counts only if it is the only one.
+    """Medians of the backends, which take turns with one call each. The first call warms up and counts only if alone.
 
     Args:
-        seconds: after which a backend takes no further turn.
+        backends: functions that return seconds, by name.
+        rounds: number of rounds after the first.
+        seconds: total seconds after which a backend takes no further turn.
     """
     times: dict[Any, list[float]] = {name: [] for name in backends}
     for _ in range(rounds + 1):
@@ -359,12 +368,12 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["moe", "layer"], help="default: moe not at `batch`")
     parser.add_argument("--work", nargs="+", choices=[*WORK, LOAD], default=[*WORK, LOAD])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3, help="of every backend (decode: 8 times as many)")
-    parser.add_argument("--seconds", type=float, default=5, help="after which a backend takes no more turns in a row")
-    parser.add_argument("--float32", action="store_true", help="measure transformers in float32 too")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of calls (decode: 8 times as many)")
+    parser.add_argument("--seconds", type=float, default=5, help="total after which a backend takes no further turn")
+    parser.add_argument("--float32", action="store_true", help="measure transformers in float32, too")
     parser.add_argument("--llama-cpp", type=Path, help="directory for llama.cpp's environment and models")
     parser.add_argument("--onnxruntime", type=Path, help="directory for ONNX Runtime's environment and model")
-    parser.add_argument("--json", type=Path, help="where the rows are written")
+    parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:

@@ -1,9 +1,9 @@
 """llama.cpp's part of inference.py, in an environment with llama-cpp-python and gguf, without torch.
 
-Writes a GGUF model of one layer of the asked shape and format (random codes, so that tokens differ and select different
-experts; fixed scales), loads it, prints the layer's weight bytes, and then answers each line `batch tokens threads` on
-standard input with the seconds of one llama_decode. It asks for the logits of every token: llama.cpp leaves tokens
-without logits out of the last layer's experts, and this model's last layer is its only one.
+Writes a GGUF model of one layer in the requested shape and format, with fixed scales and random codes, so that tokens
+differ and select different experts. Loads it and prints the layer's weight bytes. Then answers each line
+`batch tokens threads` on standard input with the seconds of one llama_decode. It requests the logits of every token,
+because in the last layer, which is the only one here, llama.cpp runs experts only for tokens with logits.
 """
 
 import ctypes
@@ -17,12 +17,12 @@ import llama_cpp as llama
 import numpy as np
 
 MAX_TOKENS = 2048
-# by format: float16 fields of a block, by their place in it, so that weights have a mean near 0 and a deviation of 0.02
+# by format: values of a block's float16 fields by byte offset, for weights with a mean near 0 and a deviation of 0.02
 SCALES = {"Q4_0": {0: 0.004}, "Q3_K": {108: 0.0005}, "Q2_K": {80: 0.0017, 82: 0.0026}}
 
 
 def write_model(path: Path, config: dict, name: str) -> int:
-    """The GGUF file; returns the bytes of the layer's weights."""
+    """Writes the GGUF file, and returns the bytes of the layer's weights."""
     is_qwen = config["model_type"] == "qwen2_moe"
     writer = gguf.GGUFWriter(path, "qwen2moe" if is_qwen else "llama")
     hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
@@ -57,8 +57,8 @@ def write_model(path: Path, config: dict, name: str) -> int:
         raw = np.random.default_rng(size).integers(
             0, 256, (*shape[:-1], shape[-1] // block, block_bytes), dtype=np.uint8
         )
-        for at, value in SCALES[kind.name].items():
-            raw[..., at : at + 2] = np.array([value], np.float16).view(np.uint8)
+        for offset, value in SCALES[kind.name].items():
+            raw[..., offset : offset + 2] = np.array([value], np.float16).view(np.uint8)
         raw = raw.reshape(*shape[:-1], -1)
         writer.add_tensor(tensor, raw, raw_dtype=kind)
         size += raw.nbytes
@@ -76,7 +76,7 @@ def write_model(path: Path, config: dict, name: str) -> int:
     add("blk.0.ffn_gate_inp.weight", experts, hidden)
     add("blk.0.ffn_gate_exps.weight", experts, width, hidden, kind=kind)
     add("blk.0.ffn_up_exps.weight", experts, width, hidden, kind=kind)
-    # k-quants want 256 inputs a block; 1408 is not a multiple, where llama.cpp itself falls back to a 4-bit format
+    # k-quants need blocks of 256 inputs; for 1408, which is not a multiple, llama.cpp falls back to a 4-bit format, too
     add("blk.0.ffn_down_exps.weight", experts, hidden, width, kind=kind if width % 256 == 0 else four)
     if is_qwen:
         shared = config["shared_expert_intermediate_size"]
@@ -95,17 +95,17 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     path = Path(job["directory"]) / f"layer-{job['format']}.gguf"
     size = write_model(path, job["config"], job["format"])
-    quiet = llama.llama_log_callback(lambda *_: None)  # kept: llama.cpp calls it for as long as it runs
+    quiet = llama.llama_log_callback(lambda *_: None)  # must stay alive: llama.cpp keeps calling it
     llama.llama_log_set(quiet, ctypes.c_void_p(0))
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
     if not model:
-        raise SystemExit("llama.cpp does not load the model")
+        raise SystemExit(f"llama.cpp does not load {path}")
     parameters = llama.llama_context_default_params()
     parameters.n_ctx, parameters.n_batch, parameters.n_ubatch, parameters.n_seq_max = 4 * MAX_TOKENS, 2048, 512, 4
     context = llama.llama_init_from_model(model, parameters)
     if not context:
-        raise SystemExit("llama.cpp makes no context")
+        raise SystemExit(f"llama.cpp creates no context for {path}")
     print(size, flush=True)
     for line in sys.stdin:
         sequences, tokens, threads = map(int, line.split())

@@ -1,8 +1,9 @@
 """ONNX Runtime's part of inference.py, in an environment with onnxruntime and onnx, without torch.
 
-Builds the MoE block of the asked shape as a graph: a router, QMoE with random codes in groups of 128 and, where the
-model has one, a shared expert of three MatMulNBits. `level` 4 lets it round activations to 8 bit, 0 does not. Prints
-the block's weight bytes, and then answers each line `batch tokens threads` on standard input with the seconds of a run.
+Builds the MoE block of the requested shape as a graph: a router, QMoE with random codes in groups of 128 and, if the
+model has one, a shared expert of three MatMulNBits. `level` 4 allows activations to be rounded to 8 bit, 0 does not.
+Prints the block's weight bytes. Then answers each line `batch tokens threads` on standard input with the seconds of a
+run.
 """
 
 import json
@@ -49,7 +50,7 @@ class Graph:
 
 
 def block(config: dict, bits: int, level: int) -> tuple[onnx.ModelProto, int]:
-    """The MoE block, and the bytes of its weights."""
+    """The MoE block as a model, and the bytes of its weights."""
     graph, hidden = Graph(bits, level), config["hidden_size"]
     is_qwen = config["model_type"] == "qwen2_moe"
     experts = config["num_experts"] if is_qwen else config["num_local_experts"]
@@ -65,10 +66,10 @@ def block(config: dict, bits: int, level: int) -> tuple[onnx.ModelProto, int]:
         shared = config["shared_expert_intermediate_size"]
         gate, wide = graph.linear("x", "gate", shared, hidden), graph.linear("x", "wide", shared, hidden)
         silu = graph.add("Mul", [gate, graph.add("Sigmoid", [gate], "s")], "silu")
-        own = graph.linear(graph.add("Mul", [silu, wide], "inner"), "narrow", hidden, shared)
+        shared_out = graph.linear(graph.add("Mul", [silu, wide], "inner"), "narrow", hidden, shared)
         share = graph.put("share", graph.random.normal(0, 0.02, (hidden, 1)).astype(np.float32))
         factor = graph.add("Sigmoid", [graph.add("MatMul", ["x", share], "f")], "factor")
-        out = graph.add("Add", [out, graph.add("Mul", [own, factor], "scaled")], "y")
+        out = graph.add("Add", [out, graph.add("Mul", [shared_out, factor], "scaled")], "y")
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", hidden]) for name in ("x", out)]
     whole = helper.make_graph(graph.nodes, "block", ends[:1], ends[1:], graph.weights)
     versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -83,14 +84,14 @@ def main() -> None:
     path.with_suffix(".data").unlink(missing_ok=True)
     onnx.save_model(model, path, save_as_external_data=True, location=f"{path.stem}.data")
     del model
-    hidden, session, has_threads = job["config"]["hidden_size"], None, 0
+    hidden, session, session_threads = job["config"]["hidden_size"], None, 0
     print(size, flush=True)
     for line in sys.stdin:
         sequences, tokens, threads = map(int, line.split())
-        if threads != has_threads:
+        if threads != session_threads:
             options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads, has_threads = threads, threads
-            session = None  # frees the other one
+            options.intra_op_num_threads, session_threads = threads, threads
+            session = None  # frees the previous one
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         x = np.random.default_rng(0).normal(0, 1, (sequences * tokens, hidden)).astype(np.float32)
         start = time.perf_counter()

@@ -1,9 +1,10 @@
-"""What rounding activations to 8 bit costs a packed model: perplexity on each bundled held-out text.
+"""The effect of 8-bit activations on a packed model: perplexity on each bundled held-out text.
 
     python benchmarks/int8_quality.py runs/tiny runs/tiny-2.54 runs/tiny-2.06 --json int8_quality.json
 
-Each run or compressed directory is loaded packed, in float32 and bfloat16, each with exact and with int8 activations.
-Rows: model, text, dtype, activations, perplexity, and nats, the difference per token from float32 with exact ones.
+Each run or compressed directory is loaded packed in float32 and bfloat16, and runs with exact and with int8
+activations. Rows: model, text, dtype, activations, perplexity, and nats, the difference per token from float32 with
+exact activations.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from eacmoe_lightning import kernels, load
-from eacmoe_lightning.originals import BUNDLED
-from eacmoe_lightning.packed_modules import set_activations
-from eacmoe_lightning.text import heldout_names, read_documents, token_windows
+from eacmoe_lightning import load
+from eacmoe_lightning.models.originals import BUNDLED
+from eacmoe_lightning.runtime import kernels
+from eacmoe_lightning.runtime.packed_modules import set_activations
+from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 
 @torch.inference_mode()
@@ -33,14 +36,16 @@ def nats_per_token(model: PreTrainedModel, windows: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
-    parser.add_argument("--windows", type=int, default=16, help="of each text")
-    parser.add_argument("--length", type=int, default=256, help="of a window, in tokens")
+    parser.add_argument("--windows", type=int, default=16, help="windows of each text")
+    parser.add_argument("--length", type=int, default=256, help="tokens per window")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     print(f"CPU kernels: {kernels.level()}; {args.windows} windows of {args.length} tokens a text")
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     texts = {name: read_documents(f"bundled:{name}") for name in heldout_names()}
-    windows = {name: token_windows(own, tokenizer, args.windows, args.length) for name, own in texts.items()}
+    windows = {
+        name: token_windows(documents, tokenizer, args.windows, args.length) for name, documents in texts.items()
+    }
     rows = []
     for path in args.models:
         exact: dict[str, float] = {}
@@ -48,13 +53,15 @@ def main() -> None:
             model = load(path, dtype=dtype)
             for activations in ("exact", "int8"):
                 set_activations(model, activations)
-                found = {text: nats_per_token(model, own) for text, own in windows.items()}
-                exact = exact or found
-                for text, nats in found.items():
+                nats_by_text = {text: nats_per_token(model, batch) for text, batch in windows.items()}
+                exact = exact or nats_by_text
+                for text, nats in nats_by_text.items():
                     row = {"model": str(path), "text": text, "dtype": dtype, "activations": activations}
                     rows.append(row | {"perplexity": math.exp(nats), "nats": nats - exact[text]})
-                said = ", ".join(f"{text} {math.exp(n):.3f} ({n - exact[text]:+.4f})" for text, n in found.items())
-                print(f"{path} {dtype} {activations}: {said}", flush=True)
+                summary = ", ".join(
+                    f"{text} {math.exp(n):.3f} ({n - exact[text]:+.4f})" for text, n in nats_by_text.items()
+                )
+                print(f"{path} {dtype} {activations}: {summary}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

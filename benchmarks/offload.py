@@ -1,23 +1,24 @@
-"""Generation with offloaded experts: how much moves, how fast it is, and from which link on compression does not pay.
+"""Generation with offloaded experts: bytes moved, speed, and the link speed up to which compression pays.
 
     python benchmarks/offload.py --json offload.json
     python benchmarks/offload.py --storage plain sz3:mean:0.3 --caches 0.25 --links 0.5 2
 
 The bundled model (bfloat16) continues --prompts held-out texts by --new greedy tokens, one text at a time. Its experts
-rest in host memory: `plain` as they are, `lossless`, `sz3:...` and others by that codec, `packed:3:128` and
-`packed-zstd:3:128` as the codes of a model that was rounded to 3 bits and runs on them. All sizes of a storage take
-turns with the same model that is not offloaded, one text each, --rounds times; a row has medians.
+are stored in host memory: `plain` unchanged; `lossless`, `sz3:...` and others compressed by that codec; `packed:3:128`
+and `packed-zstd:3:128` as the codes of a model that was rounded to 3 bits and runs on them. For each storage, all cache
+sizes take turns with the same model without offloading, one text each, for --rounds rounds; a row has medians.
 
-Rows: storage, cache (share of the experts' bytes, as they are in the cache), pesf (alpha, in prefill and decode; null:
-off), eviction, tokens_per_s, slowdown (against no offloading), bytes_per_token, hit_rate, stall and decode (seconds per
-token), cache_bytes, store_bytes, resident_bytes (both, what the experts take in memory), unoffloaded_bytes (what they
-took before), rss_bytes (of the process, with all models of this row's group), same_tokens (share of the tokens that the
-model without offloading gives).
+Rows: storage, cache (as a share of the experts' bytes in their cached form), pesf (alpha, in prefill and decode; null:
+off), eviction, tokens_per_s, slowdown (relative to no offloading), bytes_per_token, hit_rate, stall and decode (seconds
+per token), cache_bytes, store_bytes, resident_bytes (their sum, the memory of the experts), unoffloaded_bytes (the
+experts' memory without offloading), rss_bytes (of the process, with all models of this row's group), same_tokens (the
+share of tokens that equal those of the model without offloading).
 
-Links: there is no accelerator here, so a fetch waits as long as its bytes take over a link of that many GB/s, one fetch
-after another. A row per link has tokens_per_s; `break_even_GB_s` is where moving compressed bytes and decoding them
-takes as long as moving plain ones, from measured bytes and seconds of decoding (`serial`: neither overlaps with the
-other; `overlapped`: all but the slower is hidden). Below it compression pays.
+Links: without an accelerator, a link is simulated. A fetch waits for as long as its bytes take over a link of that many
+GB/s, one fetch after another. A row per link has tokens_per_s. `break_even_GB_s` is the link speed at which moving and
+decoding compressed bytes takes as long as moving plain ones, computed from measured bytes and decoding seconds
+(`serial`: moving and decoding do not overlap; `overlapped`: only the slower of the two counts). Below that speed
+compression pays.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from eacmoe_lightning import compressed, load, pesf
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.grid import Grid, round_to_nearest
+from eacmoe_lightning import load, pesf
+from eacmoe_lightning.compressed.directory import save_compressed
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import BUNDLED, load_original
 from eacmoe_lightning.offload import Offload, offload_experts
-from eacmoe_lightning.originals import BUNDLED, load_original
-from eacmoe_lightning.text import heldout_names, read_documents
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.text.sources import heldout_names, read_documents
 
 STORAGE = ["plain", "lossless", "sz3:mean:0.1", "sz3:mean:0.3", "packed:3:128", "packed-zstd:3:128"]
 
@@ -59,12 +61,12 @@ def rounded(directory: Path, bits: int, group_size: int) -> Path:
         quantized = {name: round_to_nearest(w, grids[name]) for name, (_, w) in block.weights().items()}
         moe.put({name: block.as_parameter(name, q.dequantize(moe.model.dtype)) for name, q in quantized.items()})
         blocks.append(quantized)
-    compressed.save(directory, moe, "bundled", blocks, {"method": "round to nearest"})
+    save_compressed(directory, moe, "bundled", blocks, {"method": "round to nearest"})
     return directory
 
 
 class Case:
-    """One way of storing, one size of cache, with or without PESF."""
+    """One storage and one cache size (None: not offloaded), with or without PESF."""
 
     def __init__(self, storage: str, cache: float | None, alpha: float | None, packed: Path, args: Any) -> None:
         self.storage, self.cache, self.alpha = storage, cache, alpha
@@ -95,15 +97,15 @@ class Case:
 
 
 def slow_link(handle: Offload, gb_per_s: float) -> None:
-    """Lets every fetch wait for a link that carries one at a time."""
+    """Makes every fetch wait for a simulated link, which carries one fetch at a time."""
     decode, link = handle.fetcher.decode, threading.Lock()
 
-    def behind_link(job: Any) -> float:
+    def decode_over_link(job: Any) -> float:
         with link:
             time.sleep(sum(length for _, length, _ in job.records) / (gb_per_s * 1e9))
         return decode(job)
 
-    handle.fetcher.decode = behind_link
+    handle.fetcher.decode = decode_over_link
 
 
 def expert_bytes(model: PreTrainedModel) -> int:
@@ -136,7 +138,7 @@ def row_of(case: Case, base: Case, prompts: list[Tensor], args: Any) -> dict[str
 
 
 def compare(cases: list[Case], prompts: list[Tensor], args: Any) -> None:
-    """All cases in turn, the first round only warming up."""
+    """Runs all cases in turn; the first round is a warm-up."""
     for turn in range(args.rounds + 1):
         for (index, prompt), case in itertools.product(enumerate(prompts), cases):
             case.run(index, prompt, args.new)
@@ -148,7 +150,7 @@ def compare(cases: list[Case], prompts: list[Tensor], args: Any) -> None:
 
 
 def break_even(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
-    """GB/s at which compressed and plain experts take as long; inf where the compressed ones are always faster."""
+    """GB/s at which compressed and plain experts take equally long; inf if the compressed ones are always faster."""
     slower, saved = row["decode"] - plain["decode"], plain["bytes_per_token"] - row["bytes_per_token"]
     return {
         "serial": saved / slower / 1e9 if slower > 0 else float("inf"),
@@ -160,19 +162,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--storage", nargs="+", default=STORAGE)
     parser.add_argument("--caches", nargs="+", type=float, default=[0.25, 0.5, 1.0])
-    parser.add_argument("--pesf", type=float, default=0.3, help="alpha; 0: rows without only")
+    parser.add_argument("--pesf", type=float, default=0.3, help="alpha; 0: only rows without PESF")
     parser.add_argument(
-        "--links", nargs="*", type=float, default=[0.05, 0.2, 1.0, 4.0], help="GB/s, at the first cache"
+        "--links", nargs="*", type=float, default=[0.05, 0.2, 1.0, 4.0], help="GB/s, at the first cache size"
     )
     parser.add_argument("--eviction", choices=["frequency", "lru"], default="frequency")
     parser.add_argument("--lookahead", type=float, default=1.0)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=3)
-    parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--length", type=int, default=64, help="tokens per prompt")
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="where the rows are written")
+    parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)

@@ -1,29 +1,29 @@
-"""What skipping experts costs and saves: PESF in prefill and decode, beside truncation, EES and ODP, on this machine.
+"""Cost and saving of skipping experts on this machine: PESF in prefill and decode, and truncation, EES and ODP.
 
     python benchmarks/pesf.py --json pesf.json
     python benchmarks/pesf.py --parts prefill --models qwen1.5-moe --rounds 5
     python benchmarks/pesf.py --compressed runs/tiny --models bundled
     python benchmarks/pesf.py --parts prefill --models mixtral --dtypes float32 --rounds 3
 
-Everything runs on one thread and is timed in CPU seconds of this process, which a shared machine disturbs less than
-wall clock does (`--clock wall`).
+Everything runs on one thread and is timed in CPU seconds of this process, because load on a shared machine disturbs
+these less than the wall clock (`--clock wall`).
 
-Models: `bundled` is the package's own (with --compressed RUN also its packed form), on held-out text; `qwen1.5-moe` and
-`mixtral` have one layer of real shape, random weights, and a routing like Zipf's law: tokens come in topics, and in
-each topic the experts are wanted with frequencies 1, 1/2^z, 1/3^z, ... in an order of its own, with a noise of unit
-variance on the logits. The exponents z (`--zipf`) are chosen so that about as much is skipped as in the bundled model:
-random routers alone are nearly uniform, and nothing would be rare. The dense path is the fastest of `--dtypes` with
-`eager` and `grouped_mm`, chosen by a call or two each; Mixtral's layer takes 2.8 GB in bfloat16, 5.6 GB in float32.
+Models: `bundled` is the package's model (with --compressed RUN also its packed form), on held-out text. `qwen1.5-moe`
+and `mixtral` have one layer of real shape with random weights and a routing like Zipf's law: tokens belong to topics,
+and each topic selects experts with frequencies 1, 1/2^z, 1/3^z, ... in its own order, with noise of unit variance on
+the logits. The exponents z (`--zipf`) are chosen so that about as much is skipped as in the bundled model. Random
+routers alone are nearly uniform, so no expert would be rare. The dense path is the fastest of `--dtypes` with `eager`
+and `grouped_mm`, chosen by one or two calls each. Mixtral's layer takes 2.8 GB in bfloat16, 5.6 GB in float32.
 
 Parts:
-    prefill   1x512 and 4x512 tokens at alpha 0, 0.3 and 0.7, calls taking turns; medians. `limit` is the arithmetic
-              that is left (products of attention, router, shared and routed experts, head) over that without skipping,
-              `time` what was measured of the same: equal means that all of the saved work was saved. `reached` is the
-              saved time as a share of the saved arithmetic.
-    quality   held-out perplexity of the bundled model under every way of treating survivors, and under the baselines.
-    decode    one sequence, token by token: tokens/s, and beside it the `limit`, weight bytes that are left to read.
-              For the bundled model also the perplexity of held-out continuations decoded token by token, and, under
-              the original model, of continuations that the model with the rule sampled.
+    prefill   1x512 and 4x512 tokens at alpha 0, 0.3 and 0.7, which take turns; medians. `limit` is the remaining
+              arithmetic (products of attention, router, shared and routed experts) as a share of that without
+              skipping. `time` is the same for measured time; if both are equal, all saved work saves time. `reached`
+              is the saved time as a share of the saved arithmetic.
+    quality   held-out perplexity of the bundled model for every treatment of survivors, and for the baselines.
+    decode    one sequence, token by token: tokens/s, and `limit`, the share of weights that remain to be read. For the
+              bundled model also the perplexity of held-out continuations decoded token by token, and the original
+              model's perplexity of continuations that the model with the rule sampled.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import eacmoe_lightning
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.evaluate import next_token_nll
-from eacmoe_lightning.originals import BUNDLED, load_original
-from eacmoe_lightning.packed_modules import packed_weights
+from eacmoe_lightning.analysis.skipping_sweep import effective_experts, measure
+from eacmoe_lightning.evaluation.streams import next_token_nll
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import BUNDLED, load_original
+from eacmoe_lightning.runtime.packed_modules import packed_weights
 from eacmoe_lightning.skipping import EES, ODP, PESF, Demand, Rule, Truncation, skipping
 from eacmoe_lightning.skipping.baselines import median_ratios
-from eacmoe_lightning.skipping.sweep import effective_experts, measure
-from eacmoe_lightning.text import heldout_names, read_documents, token_windows
+from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 WORK = {"1x512": (1, 512), "4x512": (4, 512)}
 ALPHAS = (0.0, 0.3, 0.7)
@@ -66,10 +67,10 @@ ZIPF = {"qwen1.5-moe": 0.8, "mixtral": 1.0}  # exponents
 
 
 def give_topics(model: PreTrainedModel, zipf: float) -> Callable[[int, int], Tensor]:
-    """Makes embedding and router of a one-layer model route like Zipf's law; returns what draws [B, T] tokens.
+    """Makes a one-layer model route like Zipf's law, by its embedding and router; returns what draws tokens [B, T].
 
-    Row b is about topic b: its tokens share a direction, and along it the router's logits are -zipf * log(rank) of
-    an order of experts of the topic's own, on top of what tells tokens apart.
+    Row b is about topic b: its tokens share a direction, which adds -zipf * log(rank) to the router's logits, where the
+    ranks are the topic's order of experts. The other directions of a token's embedding give the noise on its logits.
     """
     generator = torch.Generator().manual_seed(0)
     embedding, router = model.get_input_embeddings().weight, MoEModel(model).moe_blocks[0].router_weight
@@ -89,11 +90,11 @@ def give_topics(model: PreTrainedModel, zipf: float) -> Callable[[int, int], Ten
     outputs = [p.data for n, p in model.named_parameters() if n.endswith("o_proj.weight")]
     outputs += [weight.scale for n, weight in packed_weights(model) if n.endswith("o_proj.weight")]
     for output in outputs:
-        output.zero_()  # what attention adds must not make dense and packed experts be selected differently
+        output.zero_()  # dense and packed attention differ, and must not lead to different selections
 
     def draw(batch: int, length: int) -> Tensor:
-        own = torch.Generator().manual_seed(1)
-        within = torch.randint(per_topic, (batch, length), generator=own)
+        generator = torch.Generator().manual_seed(1)
+        within = torch.randint(per_topic, (batch, length), generator=generator)
         return within + per_topic * (torch.arange(batch) % TOPICS).unsqueeze(1)
 
     return draw
@@ -105,24 +106,24 @@ def use(model: PreTrainedModel, experts: str) -> PreTrainedModel:
 
 
 def strongest(models: dict[str, PreTrainedModel], ids: Tensor) -> tuple[str, str]:
-    """The fastest (dtype, experts implementation), by the better of two calls each; one where that is far behind."""
+    """The fastest (dtype, experts implementation), by the better of two calls each, or one call if it is far slower."""
     paths = list(itertools.product(models, ("grouped_mm", "eager")))
     seconds = dict.fromkeys(paths, math.inf)
     for (dtype, experts), _ in itertools.product(paths, range(2)):
         if seconds[dtype, experts] < math.inf and seconds[dtype, experts] > 2 * min(seconds.values()):
             continue
-        own = timed(use(models[dtype], experts), ids, time.process_time)
-        seconds[dtype, experts] = min(own, seconds[dtype, experts])
-    for (dtype, experts), own in seconds.items():
-        print(f"  full precision, {dtype} {experts}: {1e3 * own:.0f} ms", flush=True)
+        elapsed = timed(use(models[dtype], experts), ids, time.process_time)
+        seconds[dtype, experts] = min(elapsed, seconds[dtype, experts])
+    for (dtype, experts), elapsed in seconds.items():
+        print(f"  full precision, {dtype} {experts}: {1e3 * elapsed:.0f} ms", flush=True)
     return min(seconds, key=seconds.get)
 
 
 def prepare(name: str, args: argparse.Namespace) -> tuple[dict[str, PreTrainedModel], Callable[[int, int], Tensor]]:
-    """Backends by name, the strongest dense one and a packed one, and what draws tokens."""
+    """Backends by name, the fastest dense one and a packed one, and a function that draws tokens."""
     if name == "bundled":
         dense = {dtype: load_original("bundled", dtype) for dtype in args.dtypes}
-        windows = torch.cat([own[:4] for own in heldout(4, 512).values()])
+        windows = torch.cat([text_windows[:4] for text_windows in heldout(4, 512).values()])
 
         def draw(batch: int, length: int) -> Tensor:
             return windows[:: len(windows) // batch][:batch, :length]  # of different texts
@@ -136,7 +137,7 @@ def prepare(name: str, args: argparse.Namespace) -> tuple[dict[str, PreTrainedMo
         give_topics(packed, zipf)
         packed = packed.float()
         dense = {"bfloat16": model} if "bfloat16" in args.dtypes else {}
-        if "float32" in args.dtypes:  # in the place of the other where that is not wanted: two would not fit
+        if "float32" in args.dtypes:  # converted in place if bfloat16 is not measured, to save memory
             dense = {"float32": dense_in_float32(model) if dense else model.float()} | dense
     print(name, flush=True)
     dtype, experts = strongest(dense, draw(1, 512))
@@ -147,16 +148,17 @@ def prepare(name: str, args: argparse.Namespace) -> tuple[dict[str, PreTrainedMo
 def heldout(num_windows: int, length: int) -> dict[str, Tensor]:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     texts = {name: read_documents(f"bundled:{name}") for name in heldout_names()}
-    return {name: token_windows(own, tokenizer, num_windows, length) for name, own in texts.items()}
+    return {name: token_windows(documents, tokenizer, num_windows, length) for name, documents in texts.items()}
 
 
-# --- what is left to do -----------------------------------------------------------------------------------------------
+# --- remaining arithmetic ---------------------------------------------------------------------------------------------
 
 
 def weights_per_token(model: PreTrainedModel, context: int) -> tuple[int, int]:
-    """Multiplications per token outside the routed experts, and of one (token, expert) pair, over all blocks.
+    """Multiplications per token outside the routed experts, and per (token, expert) pair, over all blocks.
 
-    Attention's scores are counted for a mean of `context` keys per token; the head once per sequence, so not at all.
+    Attention's scores are counted for a mean of `context` keys per token. The head runs once per sequence and is not
+    counted.
     """
     config, moe = model.config, MoEModel(model)
     hidden, heads = config.hidden_size, config.num_attention_heads
@@ -169,7 +171,7 @@ def weights_per_token(model: PreTrainedModel, context: int) -> tuple[int, int]:
 
 
 def limit(model: PreTrainedModel, dropped: float, context: int) -> float:
-    """The share of the arithmetic that is left when a share of the pairs is dropped."""
+    """The share of the arithmetic that remains if a share of the pairs is dropped."""
     other, pair = weights_per_token(model, context)
     routed = pair * MoEModel(model).top_k
     return (other + routed * (1 - dropped)) / (other + routed)
@@ -204,9 +206,9 @@ def prefill(name: str, backends: dict[str, PreTrainedModel], draw: Any, args: ar
                         times[backend, alpha].append(seconds)
                     shares[backend, alpha] = report.summary() if report else {}
         dense = statistics.median(times[next(iter(backends)), 0.0])
-        for (backend, alpha), own in times.items():
+        for (backend, alpha), own_times in times.items():
             share, base = shares[backend, alpha], times[backend, 0.0]
-            ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
+            ratio = statistics.median(a / b for a, b in zip(own_times, base, strict=True))
             left = limit(backends[backend], share.get("pairs_dropped", 0.0), WORK[work][1] // 2)
             row = {
                 "part": "prefill",
@@ -214,11 +216,11 @@ def prefill(name: str, backends: dict[str, PreTrainedModel], draw: Any, args: ar
                 "work": work,
                 "backend": backend,
                 "alpha": alpha,
-                "median_s": statistics.median(own),
+                "median_s": statistics.median(own_times),
                 "time": ratio,
                 "limit": left,
                 "reached": (1 - ratio) / (1 - left) if left < 1 else None,
-                "speedup_over_full_precision": dense / statistics.median(own),
+                "speedup_over_full_precision": dense / statistics.median(own_times),
                 "pairs_dropped": share.get("pairs_dropped", 0.0),
                 "experts_skipped": share.get("experts_skipped", 0.0),
                 "experts_untouched": share.get("experts_untouched", 0.0),
@@ -242,9 +244,9 @@ def quality(backends: dict[str, PreTrainedModel], args: argparse.Namespace) -> l
         rules |= {"ees": EES(ratios), "ees keep": EES(ratios, "keep"), "odp": ODP(ratios)}
         spread = effective_experts(model, texts, 8)
         for row in measure(model, texts, rules, 8, {}):
-            own = row["perplexity"].values()
+            perplexities = row["perplexity"].values()
             row |= {"part": "quality", "model": "bundled", "backend": backend, "effective_experts": spread}
-            row["mean_perplexity"] = math.exp(sum(map(math.log, own)) / len(own))
+            row["mean_perplexity"] = math.exp(sum(map(math.log, perplexities)) / len(perplexities))
             rows.append(row)
             show(row)
     return rows
@@ -257,21 +259,21 @@ def decode(name: str, backends: dict[str, PreTrainedModel], draw: Any, args: arg
     rules |= {f"pesf-decode {a}": PESF(a, rescue=1.0, decode=Demand()) for a in (0.3, 0.7, 1.0)}
     rows = []
     for backend, model in backends.items():
-        own = dict(rules)
+        rules_of_backend = dict(rules)
         if name == "bundled":
-            own["ees"] = EES(median_ratios(model, draw(4, 512)))
+            rules_of_backend["ees"] = EES(median_ratios(model, draw(4, 512)))
         ids = draw(1, PROMPT + args.steps)
-        times: dict[str, list[float]] = {rule: [] for rule in own}
+        times: dict[str, list[float]] = {rule: [] for rule in rules_of_backend}
         shares: dict[str, float] = {}
         for turn in range(args.rounds + 1):
-            for rule, value in own.items():
+            for rule, value in rules_of_backend.items():
                 with under(model, value) as report:
                     seconds = step_seconds(model, ids, CLOCKS[args.clock])
                     if turn:
                         times[rule].append(seconds)
                     shares[rule] = report.summary("decode")["pairs_dropped"] if report else 0.0
-        said = continuations(model, own, args) if name == "bundled" else {}
-        for rule in own:
+        quality_of_rule = continuations(model, rules_of_backend, args) if name == "bundled" else {}
+        for rule in rules_of_backend:
             row = {
                 "part": "decode",
                 "model": name,
@@ -281,14 +283,14 @@ def decode(name: str, backends: dict[str, PreTrainedModel], draw: Any, args: arg
                 "time": statistics.median(a / b for a, b in zip(times[rule], times["full"], strict=True)),
                 "limit": limit(model, shares[rule], 0),
                 "pairs_dropped": shares[rule],
-            } | said.get(rule, {})
+            } | quality_of_rule.get(rule, {})
             rows.append(row)
             show(row)
     return rows
 
 
 def step_seconds(model: PreTrainedModel, ids: Tensor, clock: Callable[[], float]) -> float:
-    """Seconds of the steps behind the prompt, given [1, T] tokens."""
+    """Seconds of the steps after the prompt, given [1, T] tokens."""
     out = model(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
     start = clock()
     for t in range(PROMPT, ids.shape[1]):
@@ -297,11 +299,11 @@ def step_seconds(model: PreTrainedModel, ids: Tensor, clock: Callable[[], float]
 
 
 def continuations(model: PreTrainedModel, rules: dict[str, Rule | None], args: argparse.Namespace) -> dict[str, dict]:
-    """By rule: perplexity of held-out continuations, and under the original model of those that it samples itself."""
+    """By rule: perplexity of held-out continuations, and the original model's perplexity of sampled continuations."""
     original = load_original("bundled", "float32")
     windows = torch.cat(list(heldout(args.windows, PROMPT + args.continuation).values()))
     prompts = windows[:, :PROMPT]
-    found = {}
+    results = {}
     for name, rule in rules.items():
         with under(model, rule) as report:
             out = model(prompts, use_cache=True)
@@ -315,22 +317,22 @@ def continuations(model: PreTrainedModel, rules: dict[str, Rule | None], args: a
             options = {"max_new_tokens": args.continuation, "min_new_tokens": args.continuation, "top_k": 0}
             sampled = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, **options)
         nll = next_token_nll(original(sampled, use_cache=False).logits, sampled)[:, PROMPT - 1 :]
-        found[name] = {
+        results[name] = {
             "heldout_perplexity": float(forced.mean().exp()),
             "sampled_perplexity": float(nll.mean().exp()),
             "sampled_error": float(nll.mean(1).std() / len(nll) ** 0.5),  # of the mean in nats
             "pairs_dropped_on_text": dropped,
         }
-    return found
+    return results
 
 
 def show(row: dict[str, Any]) -> None:
     head = f"{row['part']:8s} {row['model']:12s} {row['backend']:20s}"
     if row["part"] == "prefill":
-        said = "" if row["reached"] is None else f" (reached {row['reached']:.0%})"
+        suffix = "" if row["reached"] is None else f" (reached {row['reached']:.0%})"
         print(
             f"{head} {row['work']} alpha {row['alpha']:.1f} {1e3 * row['median_s']:8.1f} ms  time {row['time']:.3f}  "
-            f"limit {row['limit']:.3f}{said}  dropped {row['pairs_dropped']:.1%}  "
+            f"limit {row['limit']:.3f}{suffix}  dropped {row['pairs_dropped']:.1%}  "
             f"skipped {row['experts_skipped']:.1%}  untouched {row['experts_untouched']:.1%}  "
             f"x{row['speedup_over_full_precision']:.2f}",
             flush=True,
@@ -343,15 +345,15 @@ def show(row: dict[str, Any]) -> None:
             flush=True,
         )
     else:
-        said = ""
+        suffix = ""
         if "heldout_perplexity" in row:
-            said = (
+            suffix = (
                 f"  held-out {row['heldout_perplexity']:.3f} (dropped {row['pairs_dropped_on_text']:.1%})  sampled "
                 f"{row['sampled_perplexity']:.2f} (+-{row['sampled_error']:.3f} nats)"
             )
         print(
             f"{head} {row['rule']:16s} {row['tokens_per_s']:8.1f} tokens/s  time {row['time']:.3f}  "
-            f"limit {row['limit']:.3f}  dropped {row['pairs_dropped']:.1%}{said}",
+            f"limit {row['limit']:.3f}  dropped {row['pairs_dropped']:.1%}{suffix}",
             flush=True,
         )
 
@@ -360,19 +362,19 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["bundled", *ZIPF], default=["bundled", "qwen1.5-moe"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the dense path")
-    parser.add_argument("--zipf", type=float, help=f"exponent of the routing of real shapes, by default {ZIPF}")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes of the dense path")
+    parser.add_argument("--zipf", type=float, help=f"exponent of the routing of real shapes (default: {ZIPF})")
     parser.add_argument("--parts", nargs="+", choices=["prefill", "quality", "decode"], default=None)
     parser.add_argument("--work", nargs="+", choices=list(WORK), default=list(WORK))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=48, help="of decoding, timed")
-    parser.add_argument("--windows", type=int, default=8, help="of each held-out text")
+    parser.add_argument("--steps", type=int, default=48, help="timed decoding steps")
+    parser.add_argument("--windows", type=int, default=8, help="windows of each held-out text")
     parser.add_argument(
-        "--continuation", type=int, default=64, help="tokens behind each prompt whose quality is judged"
+        "--continuation", type=int, default=64, help="tokens after each prompt whose quality is measured"
     )
     parser.add_argument("--compressed", type=Path, help="a run or compressed directory of the bundled model")
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu")
-    parser.add_argument("--json", type=Path, help="where the rows are written")
+    parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Runs a command and watches the memory of all its processes, so that a tool with workers hides nothing (Linux)."""
+"""Runs a command and measures the memory of all its processes, so that a tool's workers count, too (Linux)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-INTERVAL, COST = 0.1, 0.01  # least seconds between two looks, and the most of the time that looking may take
+INTERVAL, COST = 0.1, 0.01  # minimum seconds between two samples, and maximum share of the time spent on sampling
 
 
 def run_watched(command: list[str], **options: Any) -> tuple[int, float, float, int]:
-    """Exit status, wall seconds, processor seconds, and peak bytes of the process and its descendants together.
+    """Exit status, wall seconds, processor seconds, and peak of the total bytes of the process and its descendants.
 
-    A page that several of them map is shared out among them (PSS). `options` are those of `subprocess.Popen`.
+    A page that several processes map counts proportionally for each (PSS). `options` are those of `subprocess.Popen`.
     """
     start, used = time.perf_counter(), _processor_seconds()
     process = subprocess.Popen(command, **options)
@@ -23,11 +23,11 @@ def run_watched(command: list[str], **options: Any) -> tuple[int, float, float, 
 
     def watch() -> None:
         nonlocal peak
-        looked = 0.0  # looking walks all pages, on a processor that the watched may want
-        while not done.wait(max(INTERVAL, looked / COST)):
-            begin = time.thread_time()
+        sampling_seconds = 0.0  # sampling walks all pages, and competes with the command for the processor
+        while not done.wait(max(INTERVAL, sampling_seconds / COST)):
+            sampling_start = time.thread_time()
             peak = max(peak, sum(map(_bytes_of, _tree(process.pid))))
-            looked = time.thread_time() - begin
+            sampling_seconds = time.thread_time() - sampling_start
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -40,21 +40,21 @@ def run_watched(command: list[str], **options: Any) -> tuple[int, float, float, 
 
 
 def _processor_seconds() -> float:
-    """Of all children that have ended."""
+    """Processor seconds of all children that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def _tree(root: int) -> list[int]:
-    """The process and all that descend from it, as they are now."""
-    found = [root]
-    for pid in found:
+    """The process and all its present descendants."""
+    pids = [root]
+    for pid in pids:
         for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
             try:
-                found += map(int, tasks.read_text().split())
+                pids += map(int, tasks.read_text().split())
             except OSError:
-                continue  # it has ended
-    return found
+                continue  # the process has ended
+    return pids
 
 
 def _bytes_of(pid: int) -> int:

@@ -1,11 +1,11 @@
-"""Static pruning of a MoE: which criterion, how many experts, and what recalibrating the routers wins back.
+"""Static pruning of an MoE: criteria, numbers of experts, and what recalibrating the routers recovers.
 
-*In the run*: every setting is one `train.py fit --model.quantizer none` in a directory of its own under --output:
-experts go by frequency or by REAP's saliency over the calibration text, and the routers of what is left stay as they
-are (`none`), are calibrated per block in closed form (`ridge`), or that and then together with the norms (`joint`).
-*Finished*: with --finished RUN, one `train.py prune` of that compressed model, routers as they are and `ridge`. What is
-lost is counted from the model that was pruned. Held-out texts that the calibration text has kin of are *in*, the others
-*out*. Runs that are there are only read, interrupted ones go on.
+*In the run*: each setting is one `train.py fit --model.quantizer none` in a separate directory under --output. Experts
+are removed by frequency or by REAP's saliency over the calibration text. The routers of the remaining experts stay
+unchanged (`none`), are calibrated block by block in closed form (`ridge`), or then also together with the norms
+(`joint`). *Finished*: with --finished RUN, one `train.py prune` of that compressed model, with routers unchanged and
+with `ridge`. Losses are relative to the model before pruning. Held-out texts from the domains of the calibration text
+are *in*, the others *out*. Finished runs are only read; interrupted ones continue.
 
     python benchmarks/pruning.py --output runs/pruning --json pruning.json
     python benchmarks/pruning.py --output runs/pruning --keep 15 --criteria reap --routers none joint
@@ -38,10 +38,12 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="+", default=["frequency", "reap"])
     parser.add_argument("--routers", nargs="*", default=list(ROUTERS), choices=list(ROUTERS), help="in the run")
     parser.add_argument("--finished", type=Path, help="a run directory or compressed directory")
-    parser.add_argument("--windows", type=int, default=96, help="of calibration")
-    parser.add_argument("--heldout_windows", type=int, default=16, help="of each held-out text")
-    parser.add_argument("--out_texts", nargs="+", default=["german"], help="held-out texts without kin")
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="more options of fit, to the end")
+    parser.add_argument("--windows", type=int, default=96, help="calibration windows")
+    parser.add_argument("--heldout_windows", type=int, default=16, help="windows of each held-out text")
+    parser.add_argument("--out_texts", nargs="+", default=["german"], help="held-out texts from other domains")
+    parser.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=[], help="further options of fit; must come last"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
@@ -63,30 +65,34 @@ def main() -> None:
 
 
 def fit(run: Path, keep: int, criterion: str, router: str, args: argparse.Namespace) -> dict:
-    """The report of a run, which is started, continued or only read."""
+    """The report of a run, which is started or continued unless it is finished."""
     if not (run / "report.json").exists():
-        words = ["fit", "--config", args.config, "--trainer.default_root_dir", run]
-        words += ["--trainer.enable_progress_bar", "false", "--model.quantizer", "none"]
-        words += ["--pruning.keep", keep, "--pruning.criterion", criterion]
-        words += ["--data.num_windows", args.windows, "--data.num_heldout_windows", args.heldout_windows]
-        words += [*args.options, *ROUTERS[router], *(["--ckpt_path", "last"] if (run / "run.json").exists() else [])]
-        subprocess.run([sys.executable, TRAIN, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+        command = ["fit", "--config", args.config, "--trainer.default_root_dir", run]
+        command += ["--trainer.enable_progress_bar", "false", "--model.quantizer", "none"]
+        command += ["--pruning.keep", keep, "--pruning.criterion", criterion]
+        command += ["--data.num_windows", args.windows, "--data.num_heldout_windows", args.heldout_windows]
+        command += [
+            *args.options,
+            *ROUTERS[router],
+            *(["--ckpt_path", "last"] if (run / "run.json").exists() else []),
+        ]
+        subprocess.run([sys.executable, TRAIN, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     return json.loads((run / "report.json").read_text())
 
 
 def prune(output: Path, keep: int, criterion: str, args: argparse.Namespace) -> dict:
-    """The report of the finished model with fewer experts."""
-    words = ["prune", "--model", args.finished, "--output", output, "--routers", "ridge"]
-    words += ["--pruning.keep", keep, "--pruning.criterion", criterion]
-    words += ["--num_windows", args.windows, "--num_heldout_windows", args.heldout_windows]
-    subprocess.run([sys.executable, TRAIN, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    """The report of pruning the finished model."""
+    command = ["prune", "--model", args.finished, "--output", output, "--routers", "ridge"]
+    command += ["--pruning.keep", keep, "--pruning.criterion", criterion]
+    command += ["--num_windows", args.windows, "--num_heldout_windows", args.heldout_windows]
+    subprocess.run([sys.executable, TRAIN, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     return json.loads((output / "report.json").read_text())
 
 
 def row(report: dict, out_texts: list[str], state: str) -> dict:
-    """Perplexities, and nats per token lost to the given model in and out of the calibrated domains.
+    """Perplexities, and nats per token lost by pruning, in and out of the calibration domains.
 
-    `state` is `compressed`, or `before`: as it was before its routers were calibrated.
+    `state` is `compressed`, or `before` for the pruned model before its routers were calibrated.
     """
     perplexity = {text: values[state] for text, values in report["perplexity"].items()}
     lost = {t: math.log(v[state] / v["original"]) for t, v in report["perplexity"].items()}

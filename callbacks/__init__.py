@@ -1,7 +1,7 @@
-"""What happens to the model around the router's optimization, as Lightning callbacks.
+"""Lightning callbacks for everything around router calibration: quantization, pruning, statistics and output.
 
-They work on an `eacmoe_lightning.qesc.QESC` module and each can be used without the others. At the end of a run they
-act in the order of this list.
+They work on the module `eacmoe_lightning.job.qesc.QESC`, and each can be used without the others. The order of the
+imports matters: at the end of a run the callbacks act in it.
 """
 
 from eacmoe_lightning.callbacks.layerwise_quantization import LayerwiseQuantization

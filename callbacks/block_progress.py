@@ -1,4 +1,4 @@
-"""A progress bar for the whole run: block, phase and time left."""
+"""A progress bar for the whole run, with block, phase and remaining time."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from eacmoe_lightning.calibration import PHASES
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
-from eacmoe_lightning.qesc import QESC
+from eacmoe_lightning.calibration.blocks import PHASES
+from eacmoe_lightning.job.block_callback import BlockCallback
+from eacmoe_lightning.job.qesc import QESC
 
 
 class BlockProgress(TQDMProgressBar, BlockCallback):
-    """In `fit` one bar over all epochs that names block and phase, with the time left at the pace so far.
+    """In `fit`, one bar over all epochs that names the block and the phase and estimates the remaining time.
 
-    Elsewhere it is Lightning's bar.
+    In all other commands it is Lightning's bar.
     """
 
     def on_train_start(self, trainer: Trainer, module: QESC) -> None:
@@ -37,7 +37,7 @@ class BlockProgress(TQDMProgressBar, BlockCallback):
             self.train_progress_bar.set_postfix_str(f"blocks {self.train_progress_bar.format_interval(seconds)} left")
 
     def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
-        """The phases say what runs."""
+        """The bar is updated by phase, not by epoch."""
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
         """A batch is too small a step for this bar."""
@@ -45,6 +45,6 @@ class BlockProgress(TQDMProgressBar, BlockCallback):
     def on_train_epoch_end(self, trainer: Trainer, module: QESC) -> None:
         self._show(trainer.current_epoch + 1, self.train_progress_bar.desc.rstrip(": "))
 
-    def _show(self, epochs: int, what: str) -> None:
+    def _show(self, epochs: int, description: str) -> None:
         self.train_progress_bar.n = epochs
-        self.train_progress_bar.set_description(what)
+        self.train_progress_bar.set_description(description)

@@ -1,20 +1,22 @@
-"""Writes the compressed model at the end of a run, and believes it only once it is read back."""
+"""Writes the compressed model at the end of a run and checks that it reloads with identical logits."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Callback, Trainer
 
-from eacmoe_lightning.callbacks.block_callback import phase
-from eacmoe_lightning.qesc import QESC
-from eacmoe_lightning.result import write_result
-from eacmoe_lightning.streaming import StreamedModel
+from eacmoe_lightning.exports.run_result import write_result
+from eacmoe_lightning.job.block_callback import phase
+from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.models.streamed import StreamedModel
 
 
 class CompressedModel(Callback):
-    """`compressed/` in the run directory, and `dense/` where the model is an ordinary one: see `result`.
+    """Writes `compressed/` into the run directory, and `dense/` for an unquantized model.
+
+    See `exports.run_result.write_result`.
 
     Raises:
-        StoreError: a weight is not quantized, or the reloaded logits differ at all.
+        StoreError: a weight is not quantized, or the reloaded logits are not identical.
     """
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
@@ -27,9 +29,9 @@ class CompressedModel(Callback):
         finished = module.parts.finished()
         moe = StreamedModel(finished, module.device)
         description = {
-            "method": "qesc" if module.router_method != "none" else module.recipe.quantizer,
+            "method": "qesc" if module.router_method != "none" else module.recipe.quantizer_name,
             "router_method": module.router_method,
-            **{name: value for name, value in vars(module.recipe).items() if name != "bits"},
+            **{name: value for name, value in module.recipe.record().items() if name != "bits"},
             **({"pruning": vars(module.pruning)} if module.pruning else {}),
         }
         blocks = (finished.quantized(block.index) for block in moe.blocks)

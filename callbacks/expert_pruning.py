@@ -1,34 +1,34 @@
-"""Removes experts for good: the rule goes to the run, which applies it block by block; the report tells what went.
+"""Removes experts permanently: the calibration applies the rule block by block, and the report lists what it removed.
 
-A block is pruned inside the run, as soon as the full-precision block has run over the calibration text, and not after
-the last block: so pruned experts are never quantized, the experts that stay are quantized on the tokens that now reach
-them, the router is calibrated towards the original's logits of the experts that stay, and all later blocks, as well as
-the joint stage, are calibrated on what the pruned prefix really produces. With `--model.quantizer none` it is the same
-run without quantization.
+A block is pruned as soon as the full-precision block has run on the calibration text, not after the last block. So
+pruned experts are never quantized. The experts that stay are quantized on the tokens that now reach them, and the
+router is calibrated towards the original's logits of these experts. All later blocks and the joint stage are calibrated
+on the hidden states of the pruned prefix. `--model.quantizer none` prunes without quantizing.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
+from eacmoe_lightning.job.block_callback import BlockCallback
+from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.pruning.rule import PruningRule
-from eacmoe_lightning.qesc import QESC
+from eacmoe_lightning.run.block_file import BlockStats
 
 
 class ExpertPruning(BlockCallback):
-    """Removes the experts that matter least to the calibration text; without alpha and keep it does nothing.
+    """Removes the experts that matter least on the calibration text; without alpha and keep it does nothing.
 
-    Router rows, correction biases and experts go together. With `keep`, or wherever blocks end up with the same number,
-    the model has an ordinary config; where the numbers differ, this package loads it.
+    An expert is removed with its router row and its correction bias. If all blocks keep the same number of experts, as
+    with `keep`, the model has an ordinary config. Otherwise only this package can load it.
 
     Args:
-        criterion: frequency (how many tokens select an expert: EAC-MoE, section 4.3) or reap (the mean of router
-            weight times norm of the output over these tokens: REAP).
-        alpha: Experts below this share of their block's mean go; top_k of a block stay at least.
-        keep: Instead, how many experts stay in each block.
+        criterion: Score of an expert: frequency (number of tokens that select it; EAC-MoE, section 4.3) or reap (mean
+            of router weight times output norm over these tokens; REAP).
+        alpha: Removes the experts that score below this share of their block's mean; a block keeps at least top_k.
+        keep: Number of experts that each block keeps; used instead of alpha.
     """
 
     def __init__(
@@ -40,15 +40,11 @@ class ExpertPruning(BlockCallback):
         is_off = alpha is None and keep is None
         self.rule = None if is_off else PruningRule(criterion, alpha, keep)
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.rule is not None:
-            module.pruning = self.rule
-
-    def on_block_end(self, trainer: Trainer, module: QESC, stats: dict[str, Any]) -> None:
-        if pruned := stats.get("pruning"):
+    def on_block_end(self, trainer: Trainer, module: QESC, stats: BlockStats) -> None:
+        if stats.pruning is not None:
             scalars = {
-                "pruning/experts": len(pruned["kept"]),
-                "pruning/removed_selections": pruned["removed_selections"],
+                "pruning/experts": len(stats.pruning.kept),
+                "pruning/removed_selections": stats.pruning.removed_selections,
             }
             for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=stats["block"])
+                logger.log_metrics(scalars, step=stats.block)

@@ -1,25 +1,19 @@
-"""Drives `calibration.Calibration` through the run: before a block's epochs, its attention; after them, its experts."""
+"""Drives `calibration.blocks.Calibration`: quantizes a block's attention before its epochs, its experts after them."""
 
 from __future__ import annotations
 
-from functools import partial
-
 from lightning.pytorch import Callback, Trainer
 
-from eacmoe_lightning.callbacks.block_callback import phase, tell
-from eacmoe_lightning.qesc import QESC
+from eacmoe_lightning.job.block_callback import tell
+from eacmoe_lightning.job.qesc import QESC
 
 
 class LayerwiseQuantization(Callback):
-    """Quantizes each block around the epochs that calibrate its router, as the module's recipe says.
+    """Quantizes each block by the module's recipe, before and after the epochs that calibrate its router.
 
-    Lightning does not call `on_train_epoch_start` in every epoch of a resumed run (not in the middle of an epoch, and
-    not after a checkpoint of an epoch's last batch), so work starts with an epoch's first batch, and entering a block
-    is idempotent.
+    Lightning skips `on_train_epoch_start` when a run resumes in the middle of an epoch or after its last batch. So the
+    work of an epoch starts with its first batch, and entering a block twice changes nothing.
     """
-
-    def on_train_start(self, trainer: Trainer, module: QESC) -> None:
-        module.calibration.phase = partial(phase, trainer)
 
     def on_train_batch_start(self, trainer: Trainer, module: QESC, batch, batch_idx: int) -> None:
         module.enter_block()
@@ -30,10 +24,7 @@ class LayerwiseQuantization(Callback):
     def on_train_epoch_end(self, trainer: Trainer, module: QESC) -> None:
         tell(trainer, "on_phase_end", *self._training_phase(module))
         if module.is_last_pass:
-            module.enter_block()
-            key = f"block_{module.block_index:03d}"
-            stats = module.calibration.leave(module.routers[key].detach() if key in module.routers else None)
-            tell(trainer, "on_block_end", stats)
+            tell(trainer, "on_block_end", module.leave_block())
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch >= module.num_epochs:

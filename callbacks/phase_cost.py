@@ -1,18 +1,18 @@
-"""Seconds and bytes of every phase: `costs.jsonl` in the run directory, TensorBoard, and the report."""
+"""Records seconds and bytes of every phase in `costs.jsonl`, from which the report takes them, and in TensorBoard."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
 
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
-from eacmoe_lightning.memory import Watch
-from eacmoe_lightning.qesc import QESC
+from eacmoe_lightning.job.block_callback import BlockCallback
+from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.run.memory import Watch
 
 
 class PhaseCost(BlockCallback):
-    """Times the phases of blocks, the joint stage, the writing and the evaluation, on the first process.
+    """Measures the phases of blocks, the joint stage, the writing and the evaluation on the first process.
 
-    What is computed again after an interruption counts again; a phase that was cut off does not count.
+    An interrupted phase does not count. Work that a resumed run repeats counts again.
     """
 
     def __init__(self) -> None:

@@ -1,52 +1,58 @@
-"""What the run did to routing and quality: TensorBoard per block, `report.json` and `report.md` at its end."""
+"""Reports routing and quality: per block to TensorBoard, and at the end in `report.json` and `report.md`."""
 
 from __future__ import annotations
 
 import torch
 from lightning.pytorch import Trainer
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.callbacks.block_callback import BlockCallback, phase
-from eacmoe_lightning.evaluate import evaluate
-from eacmoe_lightning.expert_shift import RATES
-from eacmoe_lightning.qesc import QESC
-from eacmoe_lightning.report import build, summary, write
-from eacmoe_lightning.store import StoreError
-from eacmoe_lightning.streaming import StreamedModel, Weights
+from eacmoe_lightning.compressed.directory import CompressedWeights
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.evaluation.report import build, write
+from eacmoe_lightning.evaluation.report_text import summary
+from eacmoe_lightning.job.block_callback import BlockCallback, phase
+from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.models.streamed import StreamedModel, Weights
+from eacmoe_lightning.routers.expert_shift import RATES
+from eacmoe_lightning.run.block_file import BlockStats
+from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.run.provenance import origin
 
 
 class RoutingReport(BlockCallback):
     """Evaluates the written model on the held-out texts and writes the report.
 
     Args:
-        evaluate: false leaves the held-out evaluation out (perplexities and held-out change rates are then
-            missing from the report).
+        evaluate: False skips the held-out evaluation; the report then has no perplexities and no held-out change rates.
     """
 
     def __init__(self, evaluate: bool = True) -> None:
         self.evaluate = evaluate
 
-    def on_block_end(self, trainer: Trainer, module: QESC, stats: dict) -> None:
-        index = stats["block"]
-        scalars = {f"quantization_error/{name.split('.', 3)[-1]}": value for name, value in stats["error"].items()}
-        for when, rates in stats.get("expert_shift", {}).items():
+    def on_block_end(self, trainer: Trainer, module: QESC, stats: BlockStats) -> None:
+        index = stats.block
+        scalars = {f"quantization_error/{name.split('.', 3)[-1]}": value for name, value in stats.error.items()}
+        for when, rates in stats.expert_shift.items():
             scalars |= {f"expert_shift_{rate}/{when}": rates[rate] for rate in (*RATES, "selections")}
-        if "starved" in stats:
-            scalars["experts/starved"] = len(stats["starved"])
+        if stats.starved is not None:
+            scalars["experts/starved"] = len(stats.starved)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=index)
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch < module.num_epochs:
             if trainer.is_global_zero:
-                print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; --ckpt_path last goes on")
+                print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; resume with --ckpt_path last")
             return
         result = None
         if self.evaluate:
             with phase(trainer, None, "evaluate"):
                 result = self._evaluate(trainer, module)
         if trainer.is_global_zero:
-            report = build(module, trainer, module.block_stats(), result)
+            router = {"method": module.router_method, "joint_epochs": module.joint_epochs}
+            report = origin(module.identity(), trainer.datamodule.seed, trainer.world_size) | build(
+                module.run, module.moe, module.name_or_path, module.recipe, router, module.pruning,
+                module.block_stats(), result,
+            )  # fmt: skip
             write(module.run, report)
             module.run.drop_streams()
             print(summary(report))
@@ -54,20 +60,20 @@ class RoutingReport(BlockCallback):
 
     @torch.no_grad()
     def _evaluate(self, trainer: Trainer, module: QESC) -> dict[str, dict]:
-        """`after`: the written model; `before`: the same codes with the original's routers, norms and scales."""
+        """Results `after` calibration (the written model) and `before` it (`TrainedParts.untrained`)."""
         data = trainer.datamodule
         data.setup("validate")
         original = StreamedModel(module.original, module.device)
 
-        def of(weights: Weights) -> dict:
+        def evaluated(weights: Weights) -> dict:
             subject = StreamedModel(weights, module.device)
             scratch = module.run.scratch(module.global_rank)
             return evaluate(
                 original, subject, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks, scratch=scratch
             )
 
-        after = of(compressed.CompressedWeights(module.run.compressed))
-        before = after if module.router_method == "none" else of(module.parts.untrained())
+        after = evaluated(CompressedWeights(module.run.compressed))
+        before = after if module.router_method == "none" else evaluated(module.parts.untrained())
         if not all(torch.isfinite(torch.tensor([*v.values()])).all() for v in after["perplexity"].values()):
-            raise StoreError("the compressed model's perplexity is not finite: look at the blocks' quantization errors")
+            raise StoreError("the compressed model's perplexity is not finite: check its blocks' quantization errors")
         return {"before": before, "after": after}

@@ -1,4 +1,4 @@
-"""Writes what `predict` computes: the log-likelihood of every token of the given texts."""
+"""Writes the result of `predict`: the log-likelihood of every token of a text."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from eacmoe_lightning.qesc import QESC
-from eacmoe_lightning.store import write_tensors
+from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.run.files import write_tensors
 
 
 class TokenScores(BasePredictionWriter):
-    """One `scores_NAME.safetensors` a text in the run directory: `index` [S], `log_likelihood` [S, T-1] in nats.
+    """Writes one `scores_NAME.safetensors` per text to the run directory.
 
-    With several processes each writes the windows that it scored (`scores_NAME_rank_R.safetensors`).
+    It holds `index` [S], the windows' positions in the text, and `log_likelihood` [S, T-1] in nats. With several
+    processes, each writes the windows that it scored to `scores_NAME_rank_R.safetensors`.
     """
 
     def __init__(self) -> None:
@@ -34,4 +35,4 @@ class TokenScores(BasePredictionWriter):
             scores = {field: torch.cat([batch[field] for batch in batches]) for field in ("index", "log_likelihood")}
             path = Path(trainer.default_root_dir) / f"scores_{name}{suffix}.safetensors"
             write_tensors(path, scores, {"text": name})
-            print(f"{name:12s} {scores['log_likelihood'].mean():8.4f} nats a token, written to {path}")
+            print(f"{name:12s} {scores['log_likelihood'].mean():8.4f} nats per token, written to {path}")

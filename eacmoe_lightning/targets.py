@@ -1,7 +1,7 @@
-"""What other programs load: one table, asked by `export` before it writes and by `fit` before it calibrates.
+"""What other programs load: one table, which `export` consults before it writes and `fit` before it calibrates.
 
-A row is an engine and a format. What an engine is known to run, it has run: `Trial` says with which bits, in which
-version and how that was seen. The other rows come from the engines' sources and promise less.
+A row is an engine and a format. A row with a `Trial` was run: the trial says which bits, in which version, and how the
+result was checked. The other rows come from reading the engines' sources and promise less.
 """
 
 from __future__ import annotations
@@ -12,47 +12,51 @@ from dataclasses import dataclass
 from typing import Literal
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "gguf", "dense")
-ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")  # cut along their inputs by tensor parallelism
+ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")  # tensor parallelism splits them along their inputs
 
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """How one weight is, or is going to be, quantized.
+    """How one weight is quantized, or will be.
 
     Attributes:
-        name: of the parameter in memory, e.g. `model.layers.3.mlp.experts.down_proj`.
+        name: name of the parameter in memory, e.g. `model.layers.3.mlp.experts.down_proj`.
+        block: index of its block.
         part: `attention`, `shared` or `experts`.
         shape: [..., O, I].
-        experts: of a stack with different bits, which ones these are; None: all.
+        bits, group_size, symmetric: the grid.
+        experts: the experts of a stack that have this grid; None: all.
+        on_lattice: whether the matrix has one step and codes stored at their entropy, instead of groups.
     """
 
     name: str
     block: int
     part: str
     shape: tuple[int, ...]
-    bits: int
+    bits: int | float
     group_size: int
     symmetric: bool
     experts: tuple[int, ...] | None = None
+    on_lattice: bool = False
 
 
 def by_bits(bits: int | Sequence[int]) -> list[tuple[int, tuple[int, ...] | None]]:
-    """Each width of a weight, and which experts of its stack have it (None: all)."""
-    widths = {bits} if isinstance(bits, int) else {*bits}
+    """Each width in bits of a weight, and the experts of its stack that have it (None: all)."""
+    widths = {*bits} if isinstance(bits, Sequence) else {bits}
     if len(widths) == 1:
         return [(*widths, None)]
-    return [(width, tuple(e for e, own in enumerate(bits) if own == width)) for width in sorted(widths)]
+    return [(width, tuple(e for e, b in enumerate(bits) if b == width)) for width in sorted(widths)]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Exports of this package that an engine loaded and ran with our logits.
+    """Exports of this package that an engine loaded and ran with the same logits as ours.
 
     Attributes:
-        version: of the engine.
-        symmetric, asymmetric: bits of the weights.
-        mixed: whether weights of different bits were in one model.
-        how: it was seen.
+        version: version of the engine.
+        symmetric, asymmetric: bits of the symmetric and of the asymmetric weights that were run.
+        mixed: whether a model with weights of different bits was run.
+        how: how the result was checked.
     """
 
     version: str
@@ -62,7 +66,7 @@ class Trial:
     how: str
 
     def untried(self, weights: Iterable[WeightGrid]) -> list[str]:
-        """What of these weights was in no trial; empty: all was."""
+        """The properties of these weights that no trial covered; empty: all were covered."""
         kinds = sorted({(w.bits, w.symmetric) for w in weights})
         missing = [
             f"{bits} bit {'symmetric' if symmetric else 'asymmetric'}"
@@ -74,22 +78,22 @@ class Trial:
 
 @dataclass(frozen=True)
 class Target:
-    """One engine and one format, and what it loads.
+    """What one engine loads in one format.
 
     Attributes:
-        engine: by which it is chosen (`--target`, `--model.target`).
-        format: of `FORMATS`.
-        version: of the engine, as tried or as its sources were read.
-        trial: what of it was seen to run; None: nothing.
-        bits: that it has.
-        symmetric: whether the zero point has to be the middle code.
-        group_sizes: that it has; None: any.
-        mixing: within what all routed experts must have the same bits and groups: the whole `model`, a `block`, or
-            each `weight` for itself. Attention and shared experts may differ from them.
-        multiple: of which all in_features and out_features must be.
-        names: under which it looks for weights: the `original` checkpoint's, or those of transformers' modules with
-            the stacks of experts taken apart (`unstacked`).
-        note: for the README and the error messages.
+        engine: name of the engine (`--target`, `--model.target`).
+        format: one of `FORMATS`.
+        version: version of the engine that was run, or whose sources were read.
+        trial: the exports that it has run; None: none.
+        bits: supported bits.
+        symmetric: whether the zero point must be the middle code.
+        group_sizes: supported group sizes; None: any.
+        mixing: where routed experts must have the same bits and group size: across the whole `model`, within a `block`,
+            or only within a `weight`. Attention and shared experts may differ.
+        multiple: a number of which all in_features and out_features must be multiples.
+        names: names under which it looks for weights: those of the `original` checkpoint, or those of transformers'
+            modules with the stacks of experts split (`unstacked`).
+        note: a remark for readers of the table.
     """
 
     engine: str
@@ -113,46 +117,57 @@ class Target:
         return f"{self.engine} ({self.format}{'' if self.verified else ', unverified'})"
 
     def problems(self, weights: Iterable[WeightGrid], tensor_parallel: int = 1) -> list[str]:
-        """Why the engine would not load these weights rightly, each with its remedy; empty: nothing known against it.
+        """Why the engine would not load these weights correctly, each reason with its remedy; empty: none is known.
 
         Args:
             weights: every quantized weight.
-            tensor_parallel: over how many devices the engine cuts each linear.
+            tensor_parallel: number of devices over which the engine splits each linear.
         """
         weights = list(weights)
-        found = [_counted([w for w in weights if w.bits not in self.bits], self._bits)]
-        found += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
+        on_lattice = [w for w in weights if w.on_lattice]
+        if on_lattice and self.format != "dense":
+            return [_counted(on_lattice, self._lattice)]
+        weights = [w for w in weights if not w.on_lattice]
+        problems = [_counted([w for w in weights if w.bits not in self.bits], self._bits)]
+        problems += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
         groups = [w for w in weights if self.group_sizes is not None and w.group_size not in self.group_sizes]
-        found += [_counted(groups, self._group_size)]
-        found += [_counted([w for w in weights if any(n % self.multiple for n in w.shape[-2:])], self._multiple)]
-        found += [self._mixed([w for w in weights if w.part == "experts"])]
+        problems += [_counted(groups, self._group_size)]
+        problems += [_counted([w for w in weights if any(n % self.multiple for n in w.shape[-2:])], self._multiple)]
+        problems += [self._mixed([w for w in weights if w.part == "experts"])]
         cut = [w for w in weights if not _divides(w, tensor_parallel)]
-        found += [_counted(cut, lambda w: self._tensor_parallel(w, tensor_parallel))]
-        return [problem for problem in found if problem]
+        problems += [_counted(cut, lambda w: self._tensor_parallel(w, tensor_parallel))]
+        return [problem for problem in problems if problem]
+
+    def _lattice(self, weight: WeightGrid) -> str:
+        return (
+            f"{weight.name} is on a lattice, but {self.name} loads group-wise codes only: calibrate with "
+            "--model.quantizer gptq, or export with --format dense"
+        )
 
     def _bits(self, weight: WeightGrid) -> str:
         option = {"attention": "attention_bits", "shared": "shared_expert_bits", "experts": "bits"}[weight.part]
         return (
-            f"{weight.name} has {weight.bits} bits, {self.name} loads {_either(self.bits)}: calibrate with one of "
+            f"{weight.name} has {weight.bits} bits, but {self.name} loads {_either(self.bits)}: calibrate with one of "
             f"these (--model.{option}, --model.overrides), or use another --target"
         )
 
     def _asymmetric(self, weight: WeightGrid) -> str:
         return (
-            f"{weight.name} is asymmetric, {self.name} loads symmetric weights only: calibrate with "
+            f"{weight.name} is asymmetric, but {self.name} loads symmetric weights only: calibrate with "
             "--model.symmetric true, or export with --format gptq_v2 or --format dense"
         )
 
     def _group_size(self, weight: WeightGrid) -> str:
         return (
-            f"{weight.name} has groups of {weight.group_size}, {self.name} loads {_either(self.group_sizes or ())}: "
-            "calibrate with one of these (--model.group_size), or use another --target"
+            f"{weight.name} has groups of {weight.group_size}, but {self.name} loads "
+            f"{_either(self.group_sizes or ())}: calibrate with one of these (--model.group_size), or use another "
+            "--target"
         )
 
     def _multiple(self, weight: WeightGrid) -> str:
         return (
-            f"{weight.name} is {weight.shape[-2]} x {weight.shape[-1]}, and the format packs {self.multiple} values "
-            "together along both: use another --format"
+            f"{weight.name} is {weight.shape[-2]} x {weight.shape[-1]}, but both must be multiples of {self.multiple}, "
+            "the number of values that the format packs together: use another --format"
         )
 
     def _mixed(self, experts: list[WeightGrid]) -> str | None:
@@ -162,29 +177,31 @@ class Target:
         for weight in experts:
             key = weight.block if self.mixing == "block" else None
             grids.setdefault(key, set()).add((weight.bits, weight.group_size))
-        for block, own in grids.items():
-            if len(own) > 1:
+        for block, block_grids in grids.items():
+            if len(block_grids) > 1:
                 where = "the model" if block is None else f"block {block}"
-                said = _either([f"{bits} bits in groups of {group_size}" for bits, group_size in sorted(own)], "and")
+                listed = _either(
+                    [f"{bits} bits in groups of {group_size}" for bits, group_size in sorted(block_grids)], "and"
+                )
                 return (
-                    f"the experts of {where} have {said}, {self.name} reads one grid for all of them and would decode "
-                    "the others wrongly: calibrate with one (--model.bits, --model.overrides), or export with --format "
-                    "gptq_v2 --target gptqmodel or --format dense"
+                    f"the experts of {where} have {listed}, but {self.name} reads one grid for all of them and would "
+                    "decode the others wrongly: calibrate with one (--model.bits, --model.overrides), or export with "
+                    "--format gptq_v2 --target gptqmodel or --format dense"
                 )
         return None
 
     def _tensor_parallel(self, weight: WeightGrid, devices: int) -> str:
         out_features, in_features = weight.shape[-2:]
         return (
-            f"{weight.name} is {out_features} x {in_features} in groups of {weight.group_size} and cannot be cut for "
-            f"--tensor_parallel {devices} without cutting a group: calibrate with a smaller --model.group_size, or use "
-            "fewer devices or expert parallelism"
+            f"{weight.name} is {out_features} x {in_features} in groups of {weight.group_size} and cannot be split for "
+            f"--tensor_parallel {devices} without splitting a group: calibrate with a smaller --model.group_size, or "
+            "use fewer devices or expert parallelism"
         )
 
 
-READ = "sources of September 2026, read and not run"
-LOGITS = "logits, perplexity and the most likely tokens of the bundled held-out texts (benchmarks/export_check.py)"
-REOPENED = "opened and run by `export` itself: every weight, and logits on random tokens"
+READ = "sources of September 2026, read but not run"
+LOGITS = "logits, perplexity and the most likely tokens on the bundled held-out texts (benchmarks/export_check.py)"
+REOPENED = "every weight, and logits on random tokens, by `export` itself"
 GPTQMODEL, LLAMA_CPP = "GPTQModel 7.7.0", "llama-cpp-python 0.3.36"
 COMPRESSED_TENSORS = "transformers 5.23 with compressed-tensors 0.20.0"
 GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
@@ -199,7 +216,7 @@ TARGETS = (
         symmetric=True,
         group_sizes=None,
         mixing="model",
-        note="experts are decoded when they are loaded; releases before 0.15 pack 3 bit otherwise",
+        note="experts are decoded when they are loaded; releases before 0.15 pack 3 bit differently",
     ),
     Target(
         engine="vllm",
@@ -210,8 +227,8 @@ TARGETS = (
         symmetric=True,
         group_sizes=(32, 64, 128),
         mixing="model",
-        note="experts by Marlin kernels; gate, up and down of all experts under one scheme; the expert width on each "
-        "device a multiple of the group",
+        note="experts run in Marlin kernels; one scheme for gate, up and down of all experts; the expert width on each "
+        "device must be a multiple of the group size",
     ),
     Target(
         engine="sglang",
@@ -222,7 +239,7 @@ TARGETS = (
         symmetric=True,
         group_sizes=(32, 64, 128),
         mixing="model",
-        note="experts take the scheme of the target `Linear`, which the export names for them",
+        note="experts take the scheme of the target `Linear`, so the export names it for them",
     ),
     Target(
         engine="gptqmodel",
@@ -271,8 +288,8 @@ TARGETS = (
         symmetric=False,
         group_sizes=None,
         mixing="weight",
-        note="codes lie in ggml's blocks of 32: 4.5 bits a weight up to 3 bit and for symmetric 4 bit, 5.5 for "
-        "asymmetric 4 bit, 8.5 above",
+        note="codes are stored in ggml's blocks of 32: 4.5 bits a weight up to 3 bit and for symmetric 4 bit, 5.5 for "
+        "asymmetric 4 bit and symmetric 5 bit, 8.5 above; asymmetric 8 bit becomes float16",
     ),
     Target(
         engine="transformers",
@@ -283,29 +300,29 @@ TARGETS = (
         symmetric=False,
         group_sizes=None,
         mixing="weight",
-        note="ordinary weights of the original's size: loads wherever the original does",
+        note="ordinary weights, as large as the original: loads wherever the original does",
     ),
 )
 ENGINES = tuple(dict.fromkeys(target.engine for target in TARGETS))
 
 
 def find(format: str | None = None, engine: str | None = None) -> list[Target]:
-    """The rows of the table with this format and engine, in its order; None stands for any.
+    """The rows of the table with this format and engine, in the table's order; None matches any.
 
     Raises:
-        ValueError: there is none, or neither is named.
+        ValueError: there is no such row, or both are None.
     """
     known = "; ".join(f"--format {t.format} --target {t.engine}" for t in TARGETS)
     if format is None and engine is None:
-        raise ValueError(f"say for what: --format, --target or both. There are: {known}")
+        raise ValueError(f"pass --format, --target or both. There are: {known}")
     rows = [t for t in TARGETS if format in (None, t.format) and engine in (None, t.engine)]
     if not rows:
-        raise ValueError(f"nothing is known of --format {format} with --target {engine}; there are: {known}")
+        raise ValueError(f"--format {format} with --target {engine} is not supported. There are: {known}")
     return rows
 
 
 def for_calibration(engine: str) -> list[Target]:
-    """The rows of an engine that keep a model compressed.
+    """The rows of an engine whose formats keep a model compressed.
 
     Raises:
         ValueError: there is no such engine.
@@ -314,24 +331,24 @@ def for_calibration(engine: str) -> list[Target]:
 
 
 def choose(rows: list[Target], weights: Iterable[WeightGrid], tensor_parallel: int = 1) -> Target:
-    """The first of some rows that loads these weights.
+    """The first of these rows that loads these weights.
 
     Raises:
-        ValueError: none does; with the first row's reason, and how many more it has.
+        ValueError: none does; the message gives the first row's reasons.
     """
     if tensor_parallel < 1:
         raise ValueError(f"tensor_parallel={tensor_parallel} (--tensor_parallel) is below 1")
     weights = list(weights)
     problems = [row.problems(weights, tensor_parallel) for row in rows]
-    for row, found in zip(rows, problems, strict=True):
-        if not found:
+    for row, row_problems in zip(rows, problems, strict=True):
+        if not row_problems:
             return row
     first, *others = problems[0]
     raise ValueError(first + (f"\n{len(others)} more: " + "\n".join(others) if others else ""))
 
 
 def _divides(weight: WeightGrid, devices: int) -> bool:
-    """Whether a weight can be cut for tensor parallelism with whole groups on every device."""
+    """Whether a weight can be split for tensor parallelism with whole groups on every device."""
     out_features, in_features = weight.shape[-2:]
     linear = weight.name.removesuffix(".weight").rpartition(".")[2]
     if linear in ROW_PARALLEL:
@@ -339,13 +356,13 @@ def _divides(weight: WeightGrid, devices: int) -> bool:
     return out_features % devices == 0
 
 
-def _counted(weights: list[WeightGrid], say) -> str | None:
-    """What is wrong with the first of these weights, and with how many others."""
+def _counted(weights: list[WeightGrid], describe) -> str | None:
+    """Describes the problem of the first of these weights, and counts the others that have it; None without weights."""
     if not weights:
         return None
     others = Counter(weight.part for weight in weights[1:])
     more = ", ".join(f"{number} of {part}" for part, number in others.items())
-    return say(weights[0]) + (f" (the same holds for {more})" if more else "")
+    return describe(weights[0]) + (f" (the same applies to {more})" if more else "")
 
 
 def _either(values: Iterable[object], word: str = "or") -> str:

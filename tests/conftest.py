@@ -1,11 +1,11 @@
-"""What tests share: tiny models on disk and offloaded, a tokenizer, and caches that are thrown away."""
+"""Shared fixtures: tiny models on disk and offloaded, a tokenizer, and temporary caches."""
 
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-# Before anything imports datasets: tests neither read nor fill the user's caches, nor the network.
+# Set before anything imports datasets: tests use neither the user's caches nor the network.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="eacmoe-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -14,9 +14,9 @@ import tiny_models
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from eacmoe_lightning.models.originals import BUNDLED
 from eacmoe_lightning.offload import offload_experts
 from eacmoe_lightning.offload.model import Offload
-from eacmoe_lightning.originals import BUNDLED
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture
 def offloaded() -> Callable[..., tuple[PreTrainedModel, Offload]]:
-    """`offloaded(family, cache_bytes, codec, ...)`: a tiny model and its handle, closed at the end."""
+    """`offloaded(family, cache_bytes, codec, ...)`: an offloaded tiny model and its handle, closed afterwards."""
     handles = []
 
     def make(family: str, *args, **options) -> tuple[PreTrainedModel, Offload]:

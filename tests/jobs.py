@@ -1,4 +1,4 @@
-"""Small real jobs of the command line for the tests: 16 windows of 64 tokens on a tiny model."""
+"""Runs small real jobs through the command line: 16 windows of 64 tokens on a tiny model."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def options(model: Path | str, run: Path | str, **more) -> list[str]:
-    """Command-line options without the subcommand; `more` replaces or adds, `model__bits=2` is `--model.bits 2`."""
+    """Options of the command line. `more` replaces or adds options: `model__bits=2` is `--model.bits 2`."""
     values = {
         "trainer.default_root_dir": run,
         "trainer.accelerator": "cpu",
@@ -31,13 +31,13 @@ def options(model: Path | str, run: Path | str, **more) -> list[str]:
 
 
 def fit(model: Path | str, run: Path | str, *words: str, **more) -> Path:
-    """`fit` in this process; the run directory."""
+    """Runs `fit` in this process and returns the run directory."""
     main(["fit", *options(model, run, **more), *words])
     return Path(run)
 
 
 def start(*command: str, **environment: str) -> subprocess.Popen:
-    """A Python process in the checkout that imports this package, one thread, with its output in one pipe."""
+    """Starts a single-threaded Python process that imports this checkout, with stdout and stderr in one pipe."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -45,7 +45,7 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> str:
-    """Waits for a process, kills it when it takes too long, and gives its output."""
+    """Waits for a process, kills it on timeout, and returns its output."""
     try:
         return process.communicate(timeout=timeout)[0]
     finally:
@@ -54,5 +54,5 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by its relative name."""
+    """The contents of every file below a folder by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

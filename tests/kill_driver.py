@@ -1,15 +1,15 @@
-"""Runs one job again and again, each time killed with SIGKILL at an exact place, until nothing is left to kill.
+"""Runs one job repeatedly, killing each attempt with SIGKILL at an exact place, and then once more to the end.
 
-`python kill_driver.py PLACES -- OPTIONS OF FIT`, PLACES as JSON: a list of [kind, what, n], each for one attempt,
-killed at the n-th time that something happens after its start:
+`python kill_driver.py PLACES -- OPTIONS OF FIT`. PLACES is a JSON list of [kind, what, n], one for each attempt, which
+is killed when an event happens for the n-th time:
 
-    phase    a phase begins; what: "BLOCK PHASE", "None joint" and the like
-    call     a function is called; what: its dotted name, the object that holds it before the last dot
-    replace  a written file is about to be renamed into place, cut in half as if the disk had not kept up; what: a part
-             of its final path
+    phase    a phase begins; what: "BLOCK PHASE", for example "0 experts" or "None joint"
+    call     a function is called; what: its dotted name
+    replace  a written file is about to be renamed to its final path; it is first cut in half, as if the disk had not
+             kept up; what: a part of the final path
 
-The first attempt starts the run, the others and a last one without a kill continue it with --ckpt_path last. Every
-attempt is a process of its own, forked from this one, which has imported everything and run nothing.
+The first attempt starts the run. The others, and a last one that is not killed, continue it with --ckpt_path last. Each
+attempt is forked from this process, which has imported everything and run nothing.
 """
 
 import json
@@ -21,11 +21,13 @@ from functools import partial
 
 from lightning.pytorch import LightningModule, Trainer
 
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
 from eacmoe_lightning.cli import main
+from eacmoe_lightning.job.block_callback import BlockCallback
 
 
 class Countdown:
+    """Kills this process at the n-th call."""
+
     def __init__(self, n: int) -> None:
         self.left = n
 
@@ -36,7 +38,7 @@ class Countdown:
 
 
 class KillInPhase(BlockCallback):
-    """A callback like a user's, named on the command line."""
+    """A callback that is passed on the command line, like a user's."""
 
     def __init__(self, what: str, n: int) -> None:
         self.what, self.tick = what, Countdown(n)
@@ -47,7 +49,7 @@ class KillInPhase(BlockCallback):
 
 
 def arm(kind: str, what: str, n: int) -> list[str]:
-    """Prepares the kill; options to add to the command line."""
+    """Prepares the kill; returns options to add to the command line."""
     tick = Countdown(n)
     if kind == "phase":
         killer = {"class_path": "kill_driver.KillInPhase", "init_args": {"what": what, "n": n}}
@@ -79,7 +81,7 @@ def arm(kind: str, what: str, n: int) -> list[str]:
 
 
 def attempt(place: list | None, words: list[str]) -> int:
-    """Exit status, negative for a signal."""
+    """Runs `fit` in a forked process and returns its exit status, negative for a signal."""
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:

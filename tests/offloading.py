@@ -1,4 +1,4 @@
-"""What the answers of models with offloaded experts are compared by, and what an expert of a tiny model takes."""
+"""Comparing the output of models with offloaded experts, and the size of a tiny model's expert."""
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ def generate(model: PreTrainedModel, tokens: Tensor, new: int = 6) -> tuple[Tens
     """Greedy tokens and all their logits, for a batch with left padding."""
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-    how = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    out = model.generate(tokens, attention_mask=mask, **how, output_logits=True, return_dict_in_generate=True)
+    options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    out = model.generate(tokens, attention_mask=mask, **options, output_logits=True, return_dict_in_generate=True)
     return out.sequences, torch.stack(out.logits)
 
 

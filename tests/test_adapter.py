@@ -1,4 +1,4 @@
-"""The adapter, for every family: blocks run one by one are the model, forced experts are those that run."""
+"""Models as blocks, for every family: blocks run one by one are the model, and forced experts are those that run."""
 
 import pytest
 import tiny_models
@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from eacmoe_lightning.adapter import Block, MoEModel
-from eacmoe_lightning.forced_selection import forced_weights
-from eacmoe_lightning.originals import load_original
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.planning.checks import check_finite
+from eacmoe_lightning.routers.router_weights import forced_weights
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 SHARED = {  # by family and block
@@ -29,43 +30,43 @@ def ids() -> Tensor:
     return torch.randint(0, tiny_models.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-def other_experts(own: Tensor, num_experts: int) -> Tensor:
-    """[N, K] distinct experts that are nobody's own choice in most tokens."""
-    return torch.rand(len(own), num_experts, generator=torch.Generator().manual_seed(1)).topk(own.shape[1]).indices
+def other_experts(selected: Tensor, num_experts: int) -> Tensor:
+    """[N, K] distinct random experts, which for most tokens are not the selected ones."""
+    scores = torch.rand(len(selected), num_experts, generator=torch.Generator().manual_seed(1))
+    return scores.topk(selected.shape[1]).indices
 
 
 @families
 @torch.no_grad()
-def test_block_by_block_gives_the_model_s_own_logits(family, ids):
+def test_block_by_block_gives_the_logits_of_the_model(family, ids):
     model = tiny_models.build(family)
     moe = MoEModel(model)
     hidden, kwargs = moe.embed(ids)
-    for block, own in zip(moe.blocks, kwargs, strict=True):
-        hidden, routing = block.forward(hidden, own)
+    for block, block_kwargs in zip(moe.blocks, kwargs, strict=True):
+        hidden, routing = block.forward(hidden, block_kwargs)
         assert (routing is None) == (not block.is_moe)
     assert torch.equal(moe.head(hidden), model(ids, use_cache=False).logits)
-    assert torch.equal(
-        model(ids, use_cache=False).logits, tiny_models.build(family)(ids).logits
-    )  # nothing stays hooked
+    assert torch.equal(model(ids, use_cache=False).logits, tiny_models.build(family)(ids).logits)  # no hook stays
 
 
 @families
 @torch.no_grad()
 def test_routing_is_what_the_model_reports(family, ids):
+    tiny_models.skip_without_router_logits(family)
     model = tiny_models.build(family)
     moe = MoEModel(model)
     hidden, kwargs = moe.embed(ids)
     reported = list(model(ids, output_router_logits=True, use_cache=False).router_logits)
-    for block, own in zip(moe.blocks, kwargs, strict=True):
-        output, routing = block.forward(hidden, own)
+    for block, block_kwargs in zip(moe.blocks, kwargs, strict=True):
+        output, routing = block.forward(hidden, block_kwargs)
         if block.is_moe:
-            x = block.input_of(block.router, hidden, own)
+            x = block.input_of(block.router, hidden, block_kwargs)
             assert x.shape == (48, 64) and routing.logits.dtype == torch.float32
             logits = reported.pop(0)
             torch.testing.assert_close(routing.logits, logits.float(), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(block.router_logits(x), logits.float(), rtol=1e-5, atol=1e-5)
-            again = block.route(x)
-            assert torch.equal(again.ids, routing.ids) and torch.equal(again.weights, routing.weights)
+            repeated = block.route(x)
+            assert torch.equal(repeated.ids, routing.ids) and torch.equal(repeated.weights, routing.weights)
             expected = logits.topk(TOP_K.get(family, 2)).indices
             assert torch.equal(routing.ids.sort().values, expected.sort().values)
         hidden = output
@@ -82,20 +83,20 @@ def test_router_logits_take_another_weight(family, ids):
 
 @families
 @torch.no_grad()
-def test_forcing_the_router_s_own_choice_changes_nothing(family, ids):
+def test_forcing_the_choice_of_the_router_changes_nothing(family, ids):
     moe = MoEModel(tiny_models.build(family))
     hidden, kwargs = moe.embed(ids)
-    for block, own in zip(moe.blocks, kwargs, strict=True):
-        output, routing = block.forward(hidden, own)
+    for block, block_kwargs in zip(moe.blocks, kwargs, strict=True):
+        output, routing = block.forward(hidden, block_kwargs)
         if block.is_moe:
-            forced, same = block.forward(hidden, own, routing.ids)
+            forced, same = block.forward(hidden, block_kwargs, routing.ids)
             torch.testing.assert_close(forced, output, rtol=0, atol=1e-5)
             torch.testing.assert_close(same.weights, routing.weights, rtol=0, atol=1e-5)
         hidden = output
 
 
 def by_hand(block: Block, x: Tensor, forced: Tensor, weights: Tensor) -> Tensor:
-    """[N, D] of the routed experts: one token and one expert after another."""
+    """The routed experts' output [N, D], one token and one expert at a time."""
     experts, result = block.experts.module, torch.zeros_like(x)
     for token in range(len(x)):
         for expert, weight in zip(forced[token].tolist(), weights[token], strict=True):
@@ -115,7 +116,7 @@ def test_forced_experts_are_run_with_the_weights_that_the_router_s_scores_give_t
     block = moe.blocks[1]
     if family == "qwen3_moe":
         block.router.norm_topk_prob = normalised
-    own, routing = block.forward(hidden, kwargs[1])
+    plain, routing = block.forward(hidden, kwargs[1])
     forced = other_experts(routing.ids, 8)
     x = block.input_of(block.router, hidden, kwargs[1])
     scores = (x @ block.router_weight.T).softmax(-1)
@@ -123,19 +124,18 @@ def test_forced_experts_are_run_with_the_weights_that_the_router_s_scores_give_t
     if normalised:
         before, after = before / before.sum(-1, keepdim=True), after / after.sum(-1, keepdim=True)
     torch.testing.assert_close(routing.weights, before, rtol=1e-4, atol=1e-6)
-    output, said = block.forward(hidden, kwargs[1], forced)
-    assert torch.equal(said.ids, forced)
-    torch.testing.assert_close(said.weights, after, rtol=1e-4, atol=1e-6)
-    difference = by_hand(block, x, forced, after) - by_hand(
-        block, x, routing.ids, before
-    )  # the rest of the block is equal
-    torch.testing.assert_close(output - own, difference.view_as(own), rtol=1e-3, atol=2e-5)
+    output, forced_routing = block.forward(hidden, kwargs[1], forced)
+    assert torch.equal(forced_routing.ids, forced)
+    torch.testing.assert_close(forced_routing.weights, after, rtol=1e-4, atol=1e-6)
+    # all other parts of the block are equal
+    difference = by_hand(block, x, forced, after) - by_hand(block, x, routing.ids, before)
+    torch.testing.assert_close(output - plain, difference.view_as(plain), rtol=1e-3, atol=2e-5)
     assert difference.abs().mean() > 1e-3
 
 
 @torch.no_grad()
 def test_phimoe_forced_to_its_second_choice_first(ids):
-    """Its weights depend on the order: softmax over the near-maximal of all, then of what is left."""
+    """PhiMoE's weights depend on the order: each is a softmax over the near-maximal logits of the remaining experts."""
     moe = MoEModel(tiny_models.build("phimoe"))
     block = moe.blocks[0]
     logits = torch.tensor([[2.0, 1.99, 0.5, 0, 0, 0, 0, 0]])
@@ -150,12 +150,12 @@ def test_phimoe_forced_to_its_second_choice_first(ids):
 
     torch.testing.assert_close(forced(0, 1), routing.weights)
     torch.testing.assert_close(forced(1, 0), torch.tensor([[near[1], 1.0]]))
-    # expert 2 is far from the maximum, and counts all the same: beside 1.99 in what is left
+    # expert 2 is far from the maximum of the remaining experts, 1.99, but counts because it is forced
     torch.testing.assert_close(forced(0, 2)[0, 1], torch.tensor([1.99, 0.5]).softmax(0)[1])
 
 
 @families
-def test_parts_are_found(family):
+def test_parts_are_recognized(family):
     moe = MoEModel(tiny_models.build(family))
     assert moe.top_k == TOP_K.get(family, 2) and moe.num_experts == 8
     assert [block.is_moe for block in moe.blocks] == [family != "deepseek", True, True]
@@ -191,22 +191,22 @@ def test_all_that_is_not_quantized_is_embedding_router_norm_or_bias(family):
 def test_linears_that_share_their_input_are_grouped_in_the_order_of_the_run(family, ids):
     moe = MoEModel(tiny_models.build(family))
     hidden, kwargs = moe.embed(ids)
-    for block, own in zip(moe.blocks, kwargs, strict=True):
-        groups = block.input_groups(hidden, own)
+    for block, block_kwargs in zip(moe.blocks, kwargs, strict=True):
+        groups = block.input_groups(hidden, block_kwargs)
         assert [sorted(group) for group in groups[:2]] == [
             sorted(ATTENTION - {"self_attn.o_proj"}),
             ["self_attn.o_proj"],
         ]
         shared = SHARED.get(family, [set()] * 3)[block.index]
-        rest = [sorted(name for name in group) for group in groups[2:]]
+        shared_groups = [sorted(name for name in group) for group in groups[2:]]
         down = {name for name in shared if "down" in name}
-        assert rest == ([sorted(shared - down), sorted(down)] if shared else [])
-        hidden = block.forward(hidden, own)[0]
+        assert shared_groups == ([sorted(shared - down), sorted(down)] if shared else [])
+        hidden = block.forward(hidden, block_kwargs)[0]
 
 
 @pytest.mark.parametrize("family", SHARED)
 @torch.no_grad()
-def test_what_shared_experts_see_does_not_depend_on_routed_ones(family, ids):
+def test_inputs_of_shared_experts_do_not_depend_on_routed_ones(family, ids):
     moe = MoEModel(tiny_models.build(family))
     block = moe.blocks[-1]
     hidden, kwargs = moe.embed(ids)
@@ -223,20 +223,20 @@ def test_what_shared_experts_see_does_not_depend_on_routed_ones(family, ids):
 
 
 @torch.no_grad()
-def test_a_shared_expert_behind_the_routed_ones_is_noticed(ids):
-    moe, given = MoEModel(tiny_models.build("deepseek")), []
+def test_a_shared_expert_after_the_routed_ones_is_noticed(ids):
+    moe, outputs = MoEModel(tiny_models.build("deepseek")), []
     block = moe.blocks[-1]
     hidden, kwargs = moe.embed(ids)
-    block.experts.module.register_forward_hook(lambda module, args, output: given.append(output))
+    block.experts.module.register_forward_hook(lambda module, args, output: outputs.append(output))
     shared = block.layer.mlp.shared_experts
-    shared.register_forward_pre_hook(lambda module, args: (args[0] + given[-1].view_as(args[0]),))
+    shared.register_forward_pre_hook(lambda module, args: (args[0] + outputs[-1].view_as(args[0]),))
     assert block.depends_on_experts(shared.up_proj, hidden, kwargs[-1])
 
 
 @pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, "gpt_oss"])
 @torch.no_grad()
 def test_expert_views_and_intermediate_are_what_the_experts_compute(family, ids):
-    """`intermediate`, then `down_proj`, for one expert alone; gpt_oss stores transposed weights and biases."""
+    """`intermediate`, then `down_proj`, for single experts; gpt_oss stores transposed weights and biases."""
     if family == "gpt_oss":
         config = GptOssConfig(
             vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -277,13 +277,13 @@ def test_a_damaged_weight_is_named(family):
     assert name in str(error.value) and "NaN" in str(error.value)
 
 
-def test_load_original_is_in_eval_mode_and_in_the_dtype_asked_for(tiny_model_dir):
+def test_load_original_gives_eval_mode_and_the_requested_dtype(tiny_model_dir):
     model = load_original(str(tiny_model_dir("phimoe")), "bfloat16")
     assert not model.training and model.dtype == torch.bfloat16
     assert load_original(str(tiny_model_dir("phimoe"))).dtype == torch.float32  # as stored
 
 
-def test_what_cannot_be_loaded_is_named_with_its_option(tmp_path):
+def test_a_model_that_cannot_be_loaded_is_named_with_its_option(tmp_path):
     for path in (tmp_path, "/no/such/model", "nobody/nothing"):
         with pytest.raises(FileNotFoundError) as error:
             load_original(str(path))

@@ -1,4 +1,4 @@
-"""Selection analysis: its numbers by hand, and the command on a tiny model against counting with a hook."""
+"""Selection analysis: its measures by hand, and the command on a tiny model against counts from a hook."""
 
 import json
 import math
@@ -10,7 +10,6 @@ import tiny_models
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.analysis.selection import (
     cosine_similarity,
     coverage,
@@ -19,7 +18,9 @@ from eacmoe_lightning.analysis.selection import (
     selection_frequency,
 )
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.text import read_documents, token_windows
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 
 def test_frequency_coverage_and_balance_by_hand():
@@ -27,7 +28,7 @@ def test_frequency_coverage_and_balance_by_hand():
     assert selection_frequency(load).tolist() == [0.75, 0, 0.125, 0.125]
     assert selection_frequency([0, 0]).tolist() == [0, 0]
     assert coverage(load) == 0.75
-    assert coverage(load, 0.5) == 0.75  # the mean is 2: 1 is half of it, and counts
+    assert coverage(load, 0.5) == 0.75  # the mean is 2; a load of 1 is half of it and counts
     assert coverage(load, 0.6) == 0.25
     balance = load_balance(load)
     assert balance["entropy"] == pytest.approx((0.75 * math.log2(4 / 3) + 2 * 0.125 * 3) / 2)
@@ -49,35 +50,35 @@ def test_loads_and_likelihoods_are_those_of_the_model(family, tokenizer):
     model = tiny_models.build(family)
     moe = MoEModel(model)
     windows = token_windows(read_documents("bundled:code"), tokenizer, 5, 32)
-    found = select(moe, windows, batch_size=3)  # an odd size: halves go on over batches
-    for half, own in ((0, windows[0::2]), (1, windows[1::2])):
+    selections = select(moe, windows, batch_size=3)  # an odd size: the halves alternate across batches
+    for half, of_half in ((0, windows[0::2]), (1, windows[1::2])):
         ids = []
         handles = [
             block.experts.module.register_forward_pre_hook(lambda m, args, ids=ids: ids.append(args[1]))
             for block in moe.moe_blocks
         ]
-        model(own)
+        model(of_half)
         for handle in handles:
             handle.remove()
         for i, block in enumerate(moe.moe_blocks):
-            assert found.halves[half][i].tolist() == [int((ids[i] == e).sum()) for e in range(block.num_experts)]
-    assert all(int(load.sum()) == windows.numel() * moe.top_k for load in found.loads)
+            assert selections.halves[half][i].tolist() == [int((ids[i] == e).sum()) for e in range(block.num_experts)]
+    assert all(int(load.sum()) == windows.numel() * moe.top_k for load in selections.loads)
     loss = model(windows, labels=windows, output_router_logits=False).loss
-    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
-    assert 0 < found.within < 1
+    assert selections.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+    assert 0 < selections.within < 1
     assert select(moe, windows[:1], batch_size=1).within is None
 
 
-def test_the_command_writes_what_it_says(tiny_model_dir, tmp_path, capsys):
+def test_the_command_writes_its_files(tiny_model_dir, tmp_path, capsys):
     model, output = tiny_model_dir("qwen3_moe"), tmp_path / "analysis"
     options = ["--model", str(model), "--output", str(output), "--num_windows", "3", "--window_length", "32"]
     main(["analyze", *options, "--texts", '{a: "bundled:prose", b: "bundled:maths", c: "bundled:prose"}'])
-    said = json.loads((output / "analysis.json").read_text())
-    similarity = said["similarity"]
+    analysis = json.loads((output / "analysis.json").read_text())
+    similarity = analysis["similarity"]
     assert similarity["texts"] == ["a", "b", "c"] and ["a", "c"] in similarity["similar"]
     assert similarity["matrix"][0][2] == pytest.approx(1) and similarity["matrix"][0][1] < 0.9999
-    assert [row["block"] for row in said["blocks"]] == [0, 1, 2]
-    assert sum(said["blocks"][1]["texts"]["b"]["load"]) == 3 * 32 * 2 and said["texts"]["b"]["tokens"] == 96
+    assert [row["block"] for row in analysis["blocks"]] == [0, 1, 2]
+    assert sum(analysis["blocks"][1]["texts"]["b"]["load"]) == 3 * 32 * 2 and analysis["texts"]["b"]["tokens"] == 96
     events = EventAccumulator(str(output / "tensorboard")).Reload()
     for name in ("similarity", "frequency", "balance"):
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -104,8 +105,8 @@ def test_bad_input(more, messages, tiny_model_dir, tmp_path, capsys):
     options = ["--model", str(tiny_model_dir("mixtral")), "--output", str(tmp_path / "out"), "--window_length", "32"]
     with pytest.raises(SystemExit) as end:
         main(["analyze", *options, *more])
-    said = capsys.readouterr().err
-    assert end.value.code == 1 and all(message in said for message in messages), said
+    printed = capsys.readouterr().err
+    assert end.value.code == 1 and all(message in printed for message in messages), printed
     assert not Path(tmp_path / "out").exists()
 
 
@@ -124,13 +125,13 @@ def test_cross_distribution_table(tiny_model_dir, tmp_path, capsys):
         report = json.loads((output / "cross" / calibrated / "report.json").read_text())
         assert report["config"]["data.calibration"] == f"bundled:{calibrated}[50%:]"
         for j, text in enumerate(("prose", "maths")):
-            said = report["perplexity"][text]
-            assert table["perplexity"][i][j] == said["compressed"]
-            assert table["lost"][i][j] == pytest.approx(math.log(said["compressed"] / said["original"]))
+            perplexity = report["perplexity"][text]
+            assert table["perplexity"][i][j] == perplexity["compressed"]
+            assert table["lost"][i][j] == pytest.approx(math.log(perplexity["compressed"] / perplexity["original"]))
             assert table["changed"]["any"][i][j] == report["expert_shift"]["texts"][text]["after"]["any"]
     assert table["own"]["lost"] == pytest.approx((table["lost"][0][0] + table["lost"][1][1]) / 2)
     assert (output / "cross.png").exists() and "calibrated on (rows)" in capsys.readouterr().out
-    # what is finished is read, what was interrupted goes on
+    # finished rows are read again, interrupted ones resume
     (output / "cross" / "maths.json").unlink()
     shutil.rmtree(output / "cross" / "prose")
     main([*words, texts])

@@ -1,4 +1,4 @@
-"""Bad input ends in one message that names the option, exit code 1 or 2, and with everything kept that was there."""
+"""Bad input ends with exit code 1 or 2 and one message that names the option, and existing files stay as they are."""
 
 import shutil
 from collections.abc import Callable
@@ -16,22 +16,22 @@ DEEPSEEK = {"model__router_method": "ridge", "model__joint_epochs": 1}
 
 @pytest.fixture
 def refused(capsys) -> Callable[..., str]:
-    """Runs a command that must fail; its error message."""
+    """Runs a command that must fail and returns its error message."""
 
     def run(*words: str, stage: str = "fit") -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             main([stage, *words])
-        said = capsys.readouterr().err
-        assert end.value.code in (1, 2) and "error: " in said and "Traceback" not in said
-        return said
+        error = capsys.readouterr().err
+        assert end.value.code in (1, 2) and "error: " in error and "Traceback" not in error
+        return error
 
     return run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model_dir) -> Path:
-    """A run of the deepseek model (a dense block and two others), to be copied."""
+    """A finished run of the deepseek model (one dense block, two MoE blocks), for tests to copy."""
     return jobs.fit(tiny_model_dir("deepseek"), tmp_path_factory.mktemp("finished") / "run", **DEEPSEEK)
 
 
@@ -70,28 +70,30 @@ def copied(finished, tmp_path) -> Path:
 )
 def test_bad_options(option, value, messages, refused, tiny_model_dir, tmp_path):
     words = jobs.options(tiny_model_dir("mixtral"), tmp_path / "run", **{option.replace(".", "__"): value})
-    said = refused(*words)
-    assert all(message in said for message in messages), said
+    error = refused(*words)
+    assert all(message in error for message in messages), error
     assert not (tmp_path / "run" / "run.json").exists() and not (tmp_path / "run" / "blocks").exists()
     # the corrected command may use the same directory
     assert {p.name for p in (tmp_path / "run").glob("*")} <= {"tensorboard", "checkpoints"}
 
 
-def test_k_of_the_router_loss(refused, tiny_model_dir, tmp_path):
+def test_a_router_loss_with_too_large_a_k(refused, tiny_model_dir, tmp_path):
     loss = {"model__router_loss": "TopKMSE", "model__router_loss__k": 9}
-    said = refused(*jobs.options(tiny_model_dir("mixtral"), tmp_path / "run", **loss))
-    assert "k=9 (--model.router_loss.init_args.k)" in said and "num_experts=8" in said
+    error = refused(*jobs.options(tiny_model_dir("mixtral"), tmp_path / "run", **loss))
+    assert "k=9 (--model.router_loss.init_args.k)" in error and "num_experts=8" in error
 
 
 def test_a_text_shorter_than_a_window(refused, tiny_model_dir, tmp_path):
     (tmp_path / "short.txt").write_text("A few words only.")
-    said = refused(*jobs.options(tiny_model_dir("mixtral"), tmp_path / "run", data__calibration=tmp_path / "short.txt"))
-    assert "--data.calibration" in said and "one window needs 64 (--data.window_length)" in said
+    error = refused(
+        *jobs.options(tiny_model_dir("mixtral"), tmp_path / "run", data__calibration=tmp_path / "short.txt")
+    )
+    assert "--data.calibration" in error and "one window needs 64 (--data.window_length)" in error
 
 
 def test_a_dense_model(refused, tiny_model_dir, tmp_path):
-    said = refused(*jobs.options(tiny_model_dir("llama"), tmp_path / "run"))
-    assert "'llama' has no routed experts in any of its 3 blocks" in said and "--model.name_or_path" in said
+    error = refused(*jobs.options(tiny_model_dir("llama"), tmp_path / "run"))
+    assert "'llama' has no routed experts in any of its 3 blocks" in error and "--model.name_or_path" in error
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.5.down_proj.weight", "model.embed_tokens.weight"])
@@ -100,8 +102,8 @@ def test_a_model_with_nan_weights(name, refused, tiny_model_dir, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights[name].view(-1)[3] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    said = refused(*jobs.options(folder, tmp_path / "run"))
-    assert "holds NaN or infinite values" in said and ".".join(name.split(".")[:3]) in said
+    error = refused(*jobs.options(folder, tmp_path / "run"))
+    assert "holds NaN or infinite values" in error and ".".join(name.split(".")[:3]) in error
 
 
 # --- the run directory
@@ -113,12 +115,12 @@ def test_a_directory_of_other_files(refused, tiny_model_dir, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "all there is"
 
 
-def test_nothing_to_continue(refused, tiny_model_dir, tmp_path):
-    said = refused(*jobs.options(tiny_model_dir("mixtral"), tmp_path / "run"), "--ckpt_path", "last")
-    assert "there is no run to continue" in said and "--trainer.default_root_dir" in said
+def test_resuming_without_a_run(refused, tiny_model_dir, tmp_path):
+    error = refused(*jobs.options(tiny_model_dir("mixtral"), tmp_path / "run"), "--ckpt_path", "last")
+    assert "there is no run to continue" in error and "--trainer.default_root_dir" in error
 
 
-def test_a_run_that_is_there_already(refused, tiny_model_dir, copied):
+def test_a_run_that_exists_already(refused, tiny_model_dir, copied):
     before = jobs.contents(copied)
     assert "already holds this run: add --ckpt_path last" in refused(
         *jobs.options(tiny_model_dir("deepseek"), copied, **DEEPSEEK)
@@ -129,12 +131,12 @@ def test_a_run_that_is_there_already(refused, tiny_model_dir, copied):
 @pytest.mark.parametrize("resume", [[], ["--ckpt_path", "last"]])
 def test_a_run_of_other_settings(resume, refused, tiny_model_dir, copied):
     before = jobs.contents(copied)
-    said = refused(*jobs.options(tiny_model_dir("deepseek"), copied, **DEEPSEEK, model__bits=2), *resume)
-    assert "model.bits was [3] and is now [2]" in said and "--trainer.default_root_dir" in said
+    error = refused(*jobs.options(tiny_model_dir("deepseek"), copied, **DEEPSEEK, model__bits=2), *resume)
+    assert "model.bits was [3] and is now [2]" in error and "--trainer.default_root_dir" in error
     assert before.items() <= jobs.contents(copied).items()  # "Nothing was changed"
 
 
-@pytest.mark.filterwarnings("error:The dirpath has changed")  # a run that was moved is as good
+@pytest.mark.filterwarnings("error:The dirpath has changed")  # a moved run must not cause this warning
 def test_a_finished_run_continues_to_the_same_result(tiny_model_dir, copied):
     before = jobs.contents(copied / "compressed")
     shutil.rmtree(copied / "compressed")
@@ -143,7 +145,7 @@ def test_a_finished_run_continues_to_the_same_result(tiny_model_dir, copied):
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_evaluating_a_run_that_is_not_there_or_not_finished(stage, refused, tiny_model_dir, copied, tmp_path):
+def test_evaluating_a_run_that_is_missing_or_unfinished(stage, refused, tiny_model_dir, copied, tmp_path):
     words = jobs.options(tiny_model_dir("deepseek"), tmp_path / "none")
     assert "there is no run in" in refused(*words, stage=stage)
     shutil.rmtree(copied / "compressed")
@@ -154,9 +156,9 @@ def test_evaluating_a_run_that_is_not_there_or_not_finished(stage, refused, tiny
 # --- damaged files
 
 
-def damage(path: Path, how: str) -> None:
+def damage(path: Path, kind: str) -> None:
     content = bytearray(path.read_bytes())
-    if how == "truncated":
+    if kind == "truncated":
         del content[len(content) // 2 :]
     else:
         content[len(content) // 2] ^= 4
@@ -165,7 +167,7 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, tiny_model_dir) -> Path:
-    """The same run, stopped behind its second of three blocks; to be copied."""
+    """The same run, stopped after two of its three blocks, for tests to copy."""
     run = tmp_path_factory.mktemp("stopped") / "run"
     return jobs.fit(tiny_model_dir("deepseek"), run, **DEEPSEEK, trainer__max_epochs=2)
 
@@ -177,16 +179,16 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize("how, what", DAMAGED)
+@pytest.mark.parametrize("kind, pattern", DAMAGED)
 def test_damage_is_named_and_computed_again_once_deleted(
-    how, what, refused, tiny_model_dir, stopped, finished, tmp_path
+    kind, pattern, refused, tiny_model_dir, stopped, finished, tmp_path
 ):
     run = Path(shutil.copytree(stopped, tmp_path / "run"))
-    (path,) = run.glob(what)
-    damage(path, how)
+    (path,) = run.glob(pattern)
+    damage(path, kind)
     words = [*jobs.options(tiny_model_dir("deepseek"), run, **DEEPSEEK), "--ckpt_path", "last"]
-    said = refused(*words)
-    assert str(path) in said and "delete this file and continue with --ckpt_path last" in said
+    error = refused(*words)
+    assert str(path) in error and "delete this file and continue with --ckpt_path last" in error
     path.unlink()
     main(["fit", *words])
     for part in ("blocks", "compressed"):

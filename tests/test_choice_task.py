@@ -1,15 +1,16 @@
-"""Continuation choice: what a question consists of, and that knowing the text answers all of them."""
+"""The continuation task: the structure of a question, and a model that knows the text answers all of them."""
 
 from functools import partial
 
 import pytest
 import torch
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.choice_task import accuracy, answer, choose, make_questions
-from eacmoe_lightning.evaluate import token_log_likelihoods
-from eacmoe_lightning.originals import BUNDLED, load_original
-from eacmoe_lightning.text import read_documents, token_windows
+from eacmoe_lightning.evaluation.choice_task import accuracy, answer, choose, make_questions
+from eacmoe_lightning.evaluation.streams import token_log_likelihoods
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import BUNDLED, load_original
+from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 
 def windows_of(num: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -23,12 +24,12 @@ def test_a_question_is_a_window_and_continuations_of_others():
     rows = {tuple(row) for row in windows.tolist()}
     continuations = {tuple(row[6:]) for row in windows.tolist()}
     asked = set()
-    for choices, own in zip(questions.input_ids.tolist(), questions.answers.tolist(), strict=True):
-        assert [tuple(choice) in rows for choice in choices] == [i == own for i in range(4)]
+    for choices, answer_index in zip(questions.input_ids.tolist(), questions.answers.tolist(), strict=True):
+        assert [tuple(choice) in rows for choice in choices] == [i == answer_index for i in range(4)]
         assert len({tuple(choice[:6]) for choice in choices}) == 1  # one context
         assert {tuple(choice[6:]) for choice in choices} <= continuations
         assert len({tuple(choice[6:]) for choice in choices}) == 4  # all different
-        asked.add(tuple(choices[own]))
+        asked.add(tuple(choices[answer_index]))
     assert len(asked) == 8  # no window asked twice
 
 
@@ -44,7 +45,7 @@ def test_the_answer_may_be_anywhere_and_the_seed_decides():
 
 def test_equal_continuations_are_never_two_choices():
     windows = windows_of(6, 6)
-    windows[1:4, 3:] = windows[0, 3:]  # four windows continue alike: three kinds are left
+    windows[1:4, 3:] = windows[0, 3:]  # four windows have the same continuation: three are left
     questions = make_questions(windows, 6, 3, num_choices=3)
     for choices in questions.input_ids.tolist():
         assert len({tuple(choice[3:]) for choice in choices}) == 3
@@ -52,10 +53,9 @@ def test_equal_continuations_are_never_two_choices():
         make_questions(windows, 6, 3)
 
 
-def test_who_knows_the_text_is_always_right():
-    """A model that gives a token the logarithm of a half where the text has it after the one before, and less
-    elsewhere: continuations of one random text of many tokens cannot be confused."""
-    windows = torch.arange(160).view(16, 10)  # token t is always followed by t + 1, but at no cut between windows
+def test_a_model_that_knows_the_text_is_always_right():
+    """The model gives the text's next token a log-likelihood of -0.5 and every other token -5."""
+    windows = torch.arange(160).view(16, 10)  # token t is always followed by t + 1
     questions = make_questions(windows, 16, 6, seed=5)
 
     def score(ids):

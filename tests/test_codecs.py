@@ -1,4 +1,4 @@
-"""Codecs: the bound on the final weight (properties), lossless ones to the bit, records that notice damage."""
+"""Codecs: the bound holds for every final weight, lossless codecs restore every bit, and records detect damage."""
 
 import json
 import math
@@ -12,13 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.grid import Grid, pack, round_to_nearest
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.offload.codecs import Bound, RecordError, codec, decode, decode_packed, nvcomp, read_header
 from eacmoe_lightning.offload.codecs.bound import before_cast
 from eacmoe_lightning.offload.codecs.packed import bit_stream, whole_codes
-from eacmoe_lightning.originals import load_original
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.quantization.packing import pack
+from eacmoe_lightning.run.files import StoreError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOSSY = ("sz3", "uniform", "entropy")
@@ -41,7 +42,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def exact_errors(weight: Tensor, decoded: Tensor) -> list[float]:
-    """|w - w'| without any rounding but the last: Python's own floats."""
+    """|w - w'| in Python floats: rounded once, by the subtraction."""
     return [abs(a - b) for a, b in zip(weight.flatten().tolist(), decoded.flatten().tolist(), strict=True)]
 
 
@@ -114,7 +115,7 @@ def test_the_bound_holds_and_is_used_on_many_weights(name, alpha, dtype):
     error = (weight.double() - decode(record).double()).abs().max().item()
     assert header.codec == name and error == header.bound["error"]
     bound = alpha * weight.double().abs().mean().item()
-    assert 0.49 * bound < error <= bound  # what a cast takes away is at most half
+    assert 0.49 * bound < error <= bound  # the cast costs at most half of the bound
     assert header.bits_per_weight < {0.03: 9.1, 0.1: 5, 0.3: 3.5, 0.8: 2.5}[alpha]
 
 
@@ -131,7 +132,7 @@ def test_the_bound_holds_on_the_bundled_models_experts(name):
 
 
 def test_casting_alone_would_break_the_bound():
-    """What `before_cast` is for: told the bound itself, the bfloat16 weights exceed it."""
+    """Why `before_cast` is needed: if the compressor gets the bound itself, the bfloat16 weights exceed it."""
     weight = gaussian(256, 256).bfloat16()
     bound = 0.1 * weight.double().abs().mean().item()
     decoded = decode(codec(f"sz3:absolute:{bound!r}").encode(weight.float()))
@@ -174,7 +175,7 @@ def test_nan_and_infinite_weights_are_refused(specification, bad):
 @settings(max_examples=60, deadline=None)
 @given(weight=tensors(), name=st.sampled_from(["plain", "lossless"]))
 @example(weight=torch.zeros(0, 4), name="lossless")
-def test_lossless_codecs_give_every_bit_back(weight, name):
+def test_lossless_codecs_restore_every_bit(weight, name):
     assert same_bits(decode(codec(name).encode(weight)), weight)
 
 
@@ -193,8 +194,8 @@ def test_packed_codes_come_back(bits, name):
     q = round_to_nearest(weight, Grid(bits, 32))
     tensors = (pack(q.codes, bits), q.scale, q.zero_point)
     record = codec(f"{name}:{bits}:32").encode_packed(tensors, torch.bfloat16)
-    for ours, theirs in zip(decode_packed(record), tensors, strict=True):
-        assert same_bits(ours, theirs)
+    for decoded, original in zip(decode_packed(record), tensors, strict=True):
+        assert same_bits(decoded, original)
     assert torch.equal(decode(record), q.dequantize(torch.bfloat16))
     assert codec(f"{name}:{bits}:32").encode(weight.bfloat16()) == codec(f"{name}:{bits}:32").encode(weight.bfloat16())
 
@@ -226,17 +227,17 @@ def test_entropy_coding_comes_near_the_entropy_of_the_codes():
 # --- records
 
 
-def test_a_record_says_what_it_is():
+def test_a_record_describes_itself():
     weight = gaussian(24, 40).bfloat16()
     record = codec("sz3:mean:0.25").encode(weight)
     magic, length, crc = struct.unpack_from("<8sII", record)
     assert magic == b"eacmoe1\n" and zlib.crc32(record[16 : 16 + length]) == crc and (16 + length) % 64 == 0
-    said = json.loads(record[16 : 16 + length])
-    assert said["codec"] == "sz3" and said["dtype"] == "bfloat16" and said["shape"] == [24, 40]
-    assert said["bound"]["mode"] == "mean" and said["bound"]["value"] == 0.25
-    assert 0 < said["bound"]["error"] <= said["bound"]["absolute"]
-    assert said["payload_bytes"] == len(record) - 16 - length
-    assert codec("sz3:mean:0.25").encode(weight) == record  # the same bits twice
+    header = json.loads(record[16 : 16 + length])
+    assert header["codec"] == "sz3" and header["dtype"] == "bfloat16" and header["shape"] == [24, 40]
+    assert header["bound"]["mode"] == "mean" and header["bound"]["value"] == 0.25
+    assert 0 < header["bound"]["error"] <= header["bound"]["absolute"]
+    assert header["payload_bytes"] == len(record) - 16 - length
+    assert codec("sz3:mean:0.25").encode(weight) == record  # encoding is deterministic
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_a_record_says_what_it_is():
         "packed-entropy:3:8",
     ],
 )
-def test_every_damage_is_noticed(specification):
+def test_all_damage_is_detected(specification):
     record = codec(specification).encode(gaussian(16, 24).bfloat16())
     for position in range(0, len(record), 7):
         broken = bytearray(record)
@@ -262,7 +263,7 @@ def test_every_damage_is_noticed(specification):
         with pytest.raises(RecordError, match="expert 5 is truncated"):
             decode(record[:length], name="expert 5")
     assert issubclass(RecordError, StoreError)
-    decode(record + b"more")  # a longer buffer
+    decode(record + b"more")  # a longer buffer is allowed
 
 
 def test_decoding_fills_a_given_tensor():
@@ -279,12 +280,12 @@ def test_decoding_fills_a_given_tensor():
 @pytest.mark.parametrize(
     ("specification", "message"),
     [
-        ("zip", "none of"),
+        ("zip", "not one of"),
         ("sz3", "missing 2 required"),
         ("sz3:mean", "missing 1 required"),
         ("sz3:mean:-1", "not a positive number"),
         ("sz3:mean:nan", "not a positive number"),
-        ("sz3:relative:0.1", "none of absolute, range, mean"),
+        ("sz3:relative:0.1", "not one of absolute, range, mean"),
         ("packed:9:64", "2 to 8"),
         ("packed:3:12", "multiple of 8"),
     ],

@@ -1,26 +1,26 @@
-"""The compiled column loop beside torch's, and the sums of tokens beside plain products."""
+"""The compiled column loop against torch's, and sums over tokens against plain products."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from eacmoe_lightning import column_loop as module
-from eacmoe_lightning.column_loop import column_loop, fit_range, loop_in_torch
-from eacmoe_lightning.gram import gram, tokens_by_expert
-from eacmoe_lightning.grid import Grid, fit_scale
+from eacmoe_lightning.quantization import column_loop as module
+from eacmoe_lightning.quantization.column_loop import column_loop, fit_range, loop_in_torch
+from eacmoe_lightning.quantization.gram import gram, tokens_by_expert
+from eacmoe_lightning.quantization.grid import Grid, fit_scale
 
 BUILT = module.library() is not None
 LEVELS = range(module.level() + 1) if BUILT else ()
 
 
 def test_the_loop_is_built_here():
-    """CI has a compiler: without this, GPTQ would run through torch and nobody would notice."""
+    """CI has a compiler. Without this test nobody would notice that GPTQ runs through torch."""
     assert BUILT
 
 
 def group(rows: int, columns: int, candidates: int, bits: int) -> tuple[Tensor, ...]:
-    """Values and old ones as views of wider weights, a unit upper factor and its weights, and candidates around the
-    true size."""
+    """Arguments of the loop: values and old values as views of wider weights, a unit upper factor and its pivots, and
+    candidates of a plausible size."""
     g = torch.Generator().manual_seed(rows + columns)
     values = torch.randn(3, rows, 2 * columns, generator=g)[:, :, columns:]
     old = values + 0.1 * torch.randn(3, rows, 3 * columns, generator=g)[:, :, :columns]
@@ -35,7 +35,7 @@ def group(rows: int, columns: int, candidates: int, bits: int) -> tuple[Tensor, 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rows, columns, candidates, bits", [(1, 8, 1, 3), (25, 16, 5, 2), (50, 128, 7, 4)])
-def test_the_compiled_loop_is_torch_s(level, threads, rows, columns, candidates, bits, monkeypatch):
+def test_the_compiled_loop_equals_torch_s(level, threads, rows, columns, candidates, bits, monkeypatch):
     monkeypatch.setattr(module, "level", lambda: level)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     tensors = group(rows, columns, candidates, bits)
@@ -50,7 +50,7 @@ def test_the_compiled_loop_is_torch_s(level, threads, rows, columns, candidates,
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_compiled_range_search_is_the_grid_s(level, bits, symmetric, monkeypatch):
+def test_the_compiled_range_search_equals_the_grid_s(level, bits, symmetric, monkeypatch):
     monkeypatch.setattr(module, "level", lambda: level)
     values, grid = group(50, 128, 1, bits)[0], Grid(bits, 128, symmetric)
     values[0, 3] = 0
@@ -68,7 +68,7 @@ def test_the_compiled_range_search_is_the_grid_s(level, bits, symmetric, monkeyp
 
 
 def test_each_row_keeps_its_own_best_candidate():
-    """Without any coupling the loss of a row is its rounding error: found by trying every pair."""
+    """Without coupling between columns a row's loss is its rounding error, computed here for every candidate."""
     values, old, _, _, scale, zero = group(40, 16, 6, 2)
     grid, factor = Grid(2, 16), torch.eye(16).repeat(3, 1, 1)
     every = (values[..., None, :] / scale[..., None] + zero[..., None]).round().clamp(0, 3)  # [S, O, C, g]
@@ -88,5 +88,5 @@ def test_gram_is_the_product(shape):
 
 
 def test_tokens_by_expert_are_those_that_select_it():
-    ids = torch.tensor([[0, 3], [3, 1], [4, 0], [3, 3]])  # expert 4 is one that was skipped
+    ids = torch.tensor([[0, 3], [3, 1], [4, 0], [3, 3]])  # 4 is out of range: a skipped selection
     assert [t.tolist() for t in tokens_by_expert(ids, 4)] == [[0, 2], [1], [], [0, 1, 3]]

@@ -1,4 +1,4 @@
-"""The data module: who gets which window, what a resumed run sees, and what a bad option says."""
+"""The data module: the windows of each rank, the batches of a resumed run, and errors for bad options."""
 
 import lightning as L
 import pytest
@@ -7,21 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from eacmoe_lightning.data import (
-    TextWindows,
-    WindowLoader,
-    calibration_batches,
-    heldout_batches,
-    name_sources,
-    shard,
-)
-from eacmoe_lightning.text import heldout_names, read_documents
+from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.text.batches import WindowLoader, calibration_batches, heldout_batches, shard
+from eacmoe_lightning.text.sources import heldout_names, name_sources, read_documents
 
 sizes = st.integers(1, 40)
 worlds = st.integers(1, 6)
 
 
-# --- who gets which window
+# --- the windows of each rank
 
 
 @given(sizes, worlds)
@@ -89,7 +83,7 @@ def test_epochs_are_shuffled_differently_without_the_global_generator():
     assert torch.equal(state, torch.get_rng_state())
 
 
-# --- what a resumed run sees
+# --- the batches of a resumed run
 
 
 class Killed(Exception):
@@ -97,7 +91,7 @@ class Killed(Exception):
 
 
 class Recorder(L.LightningModule):
-    """Writes down every training batch; dies before the batch of step `dies_at`."""
+    """Records every training batch; raises `Killed` before the batch of step `dies_at`."""
 
     def __init__(self, dies_at: int | None = None):
         super().__init__()
@@ -171,13 +165,13 @@ def fit(folder, data, dies_at=None, every=None, resume=False, **options) -> Reco
         (6, 1, {"val_check_interval": 2}, 6),  # right after a validation
         (7, 2, {}, 6),  # the last checkpoint is older than the last batch
         (6, None, {}, 4),  # checkpoints at the end of epochs only
-        (5, None, {"limit_train_batches": 3}, 3),  # of epochs that end early
+        (5, None, {"limit_train_batches": 3}, 3),  # at the end of shortened epochs
         (5, 1, {"limit_train_batches": 3}, 5),
         (6, 1, {"max_steps": 11}, 6),
     ],
 )
-def test_resumed_run_sees_exactly_the_batches_that_were_left(tmp_path, text_data, dies_at, every, options, saved):
-    data = text_data()  # read once; every trainer asks it for new loaders
+def test_resumed_run_sees_exactly_the_remaining_batches(tmp_path, text_data, dies_at, every, options, saved):
+    data = text_data()  # read once; every trainer requests new loaders
     whole = fit(tmp_path / "whole", data, **options).seen
     killed = fit(tmp_path / "killed", data, dies_at=dies_at, every=every, **options).seen
     resumed = fit(tmp_path / "killed", data, every=every, resume=True, **options).seen
@@ -206,18 +200,18 @@ def test_windows_come_from_the_texts(text_data, tokenizer):
     assert len(data.train_dataloader()) == 4 and len(data.val_dataloader()) == 2
 
 
-def test_same_seed_same_windows_other_seed_others(text_data):
+def test_the_seed_determines_the_windows(text_data):
     first, again, other = (text_data(seed=seed).calibration_windows for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_predict_reads_its_own_source_whole(text_data, tmp_path):
+def test_predict_reads_the_whole_of_its_source(text_data, tmp_path):
     (tmp_path / "mine.txt").write_text("One line of text that is my own, and no one else's. " * 50)
     data = text_data(predict=str(tmp_path / "mine.txt"))
     data.setup("predict")
     (loader,) = data.predict_dataloader()
     assert len(loader.windows) == len(data.predict_windows) > 5
-    assert len(text_data().predict_dataloader()) == 2  # else the held-out texts
+    assert len(text_data().predict_dataloader()) == 2  # by default the held-out texts
 
 
 def test_held_out_sources_get_names(tmp_path):

@@ -1,4 +1,4 @@
-"""The native DeepSeek-MoE against its published form: key names, and a forward pass written out."""
+"""The built-in DeepSeek-MoE against the published model: key names, and a forward pass written out."""
 
 import json
 import math
@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from eacmoe_lightning.deepseek import DeepseekConfig, DeepseekForCausalLM
+from eacmoe_lightning.models.deepseek import DeepseekConfig, DeepseekForCausalLM
 
-# config.json of deepseek-ai/deepseek-moe-16b-base, with the fields that decide what is computed
+# config.json of deepseek-ai/deepseek-moe-16b-base, with the fields that affect the computation
 REAL_CONFIG = {
     "architectures": ["DeepseekForCausalLM"],
     "attention_bias": False,
@@ -68,7 +68,7 @@ def checkpoint(folder) -> dict[str, Tensor]:
 
 
 def reference(weights: dict[str, Tensor], config: DeepseekConfig, ids: Tensor) -> Tensor:
-    """DeepSeek-MoE's logits [T, V] for ids [T], from the checkpoint, one token at a time."""
+    """DeepSeek-MoE's logits [T, V] for ids [T], from the checkpoint; experts run one token at a time."""
 
     def norm(x: Tensor, key: str) -> Tensor:
         mean = x.pow(2).mean(-1, keepdim=True)
@@ -117,12 +117,19 @@ def test_logits_equal_a_forward_pass_written_out(tiny_model_dir):
     assert type(model) is DeepseekForCausalLM
     ids = torch.randint(0, 4096, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        output = model(ids, labels=ids, output_router_logits=True)
+        output = model(ids, labels=ids)
         last = model(ids, logits_to_keep=1).logits
     expected = reference(checkpoint(folder), model.config, ids[0])
     torch.testing.assert_close(output.logits[0], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(last, output.logits[:, -1:])
     torch.testing.assert_close(output.loss, F.cross_entropy(output.logits[0, :-1], ids[0, 1:]))
+
+
+def test_router_logits_are_those_of_the_sparse_blocks(tiny_model_dir):
+    tiny_models.skip_without_router_logits("deepseek")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("deepseek"))
+    with torch.no_grad():
+        output = model(torch.arange(24)[None], output_router_logits=True)
     assert [logits.shape for logits in output.router_logits] == [(24, 8), (24, 8)]
 
 
@@ -152,7 +159,7 @@ def test_original_config_is_read_by_local_code(tmp_path):
 
 
 def test_byte_level_tokenizer_under_a_llama_class_name(tmp_path):
-    """DeepSeek's tokenizer_config says LlamaTokenizerFast, but its tokenizer.json is byte-level."""
+    """DeepSeek's tokenizer_config.json says LlamaTokenizerFast, but its tokenizer.json is byte-level."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -193,7 +200,7 @@ def test_generate_with_and_without_cache_agree(tiny_model_dir):
 
 def test_building_leaves_the_random_state_alone():
     state = torch.get_rng_state()
-    first, again, other = (tiny_models.build("deepseek", seed) for seed in (3, 3, 4))
+    first, repeated, other = (tiny_models.build("deepseek", seed) for seed in (3, 3, 4))
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(first.lm_head.weight, again.lm_head.weight)
+    assert torch.equal(first.lm_head.weight, repeated.lm_head.weight)
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)

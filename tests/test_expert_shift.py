@@ -1,9 +1,9 @@
-"""Expert-shift by hand: three change rates per token for one, two and three experts a token."""
+"""Expert-shift by hand: the three change rates with one, two and three experts per token."""
 
 import pytest
 import torch
 
-from eacmoe_lightning.expert_shift import (
+from eacmoe_lightning.routers.expert_shift import (
     ExpertShift,
     change_counts,
     change_rates,
@@ -24,20 +24,20 @@ def test_number_of_changed_selections_by_hand():
     assert num_changed(original, ids).tolist() == [0, 1, 2, 3, 0]
 
 
-def test_one_expert_a_token():
+def test_one_expert_per_token():
     rates = rates_of([[0], [1], [2], [3]], [[0], [1], [2], [7]])
     assert rates == {"any": 0.25, "half": 0.25, "all": 0.25, "selections": 0.25}
 
 
-def test_two_experts_a_token():
-    """One of two changed is half; with an even number half and any agree."""
+def test_two_experts_per_token():
+    """One of two changed is half, so `half` equals `any`."""
     original = [[0, 1]] * 4
     rates = rates_of(original, [[1, 0], [0, 5], [5, 1], [5, 6]])  # 0, 1, 1, 2 changed
     assert rates == {"any": 0.75, "half": 0.75, "all": 0.25, "selections": 0.5}
 
 
-def test_three_experts_a_token():
-    """One of three is less than half, two are more."""
+def test_three_experts_per_token():
+    """One of three changed is less than half, two are more."""
     original = [[0, 1, 2]] * 5
     ids = [[0, 1, 2], [0, 1, 9], [9, 1, 8], [7, 8, 9], [2, 1, 0]]  # 0, 1, 2, 3, 0 changed
     assert rates_of(original, ids) == {"any": 3 / 5, "half": 2 / 5, "all": 1 / 5, "selections": 6 / 15}
@@ -73,7 +73,7 @@ def test_metric_accumulates_over_batches_of_different_size():
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_a_metric_that_saw_nothing_says_zero():
+def test_a_metric_without_updates_is_zero():
     assert ExpertShift(1, 2).compute() == [{"any": 0.0, "half": 0.0, "all": 0.0, "selections": 0.0}]
 
 

@@ -1,4 +1,4 @@
-"""Exports are read back by their own rules: transformers, the compressed-tensors library, words as long integers."""
+"""Exports are decoded by independent readers: transformers, the compressed-tensors library, words as long integers."""
 
 import json
 import re
@@ -13,16 +13,17 @@ from test_packed_loading import compress, damage, tokens  # noqa: F401  (tokens 
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from eacmoe_lightning import compressed, load
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.exports import export
+from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.exports.check import Reference
 from eacmoe_lightning.exports.compressed_tensors import to_tensors
+from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.grid import Grid, round_to_nearest
-from eacmoe_lightning.originals import load_original
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.run.files import StoreError
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 ASYMMETRIC, SYMMETRIC, MIXED = (3, False), (4, True), ({"experts": 3, "last": 2, "shared": 8}, False)
@@ -30,9 +31,9 @@ ASYMMETRIC, SYMMETRIC, MIXED = (3, False), (4, True), ({"experts": 3, "last": 2,
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory, tiny_model_dir):
-    """`folder_of(family, (bits, symmetric))`: a compressed directory by rounding to nearest in groups of 32.
+    """`folder_of(family, (bits, symmetric))`: a compressed directory, rounded to nearest in groups of 32.
 
-    `bits` is a number for everything, or by part; `last` is that of the last block's experts.
+    `bits` is one number for everything, or a number for each part; `last` is for the experts of the last block.
     """
     folders: dict[str, Path] = {}
 
@@ -43,14 +44,14 @@ def folder_of(tmp_path_factory, tiny_model_dir):
             folders[key] = tmp_path_factory.mktemp("compressed") / "compressed"
             moe, blocks = MoEModel(load_original(str(tiny_model_dir(family)))), []
             for block in moe.blocks:
-                own = dict.fromkeys(("attention", "shared", "experts"), bits) if isinstance(bits, int) else bits
+                widths = dict.fromkeys(("attention", "shared", "experts"), bits) if isinstance(bits, int) else bits
                 if isinstance(bits, dict) and block.index == len(moe.blocks) - 1:
-                    own = own | {"experts": bits["last"]}
-                grids = {part: Grid(own.get(part, 4), 32, symmetric) for part in ("attention", "shared", "experts")}
+                    widths = widths | {"experts": bits["last"]}
+                grids = {part: Grid(widths.get(part, 4), 32, symmetric) for part in ("attention", "shared", "experts")}
                 quantized = {n: round_to_nearest(w, grids[part]) for n, (part, w) in block.weights().items()}
                 moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
                 blocks.append(quantized)
-            compressed.save(folders[key], moe, str(tiny_model_dir(family)), blocks, {"method": "rtn"})
+            save_compressed(folders[key], moe, str(tiny_model_dir(family)), blocks, {"method": "rtn"})
         return folders[key]
 
     return folder
@@ -113,7 +114,7 @@ def test_transformers_opens_compressed_tensors(family, bits, folder_of, tokens, 
 
 @families
 def test_linears_have_the_names_of_the_originals_checkpoint(family, folder_of, tiny_model_dir):
-    """And every matrix of it is either quantized or said to be left out, routers among these."""
+    """Every matrix of the checkpoint is either quantized or listed as unquantized; routers are unquantized."""
     source = Source(folder_of(family, SYMMETRIC))
     original = tensors_of(tiny_model_dir(family))
     linears = {name for names in source.linear_names("original").values() for name in names}
@@ -125,7 +126,7 @@ def test_linears_have_the_names_of_the_originals_checkpoint(family, folder_of, t
     assert len(routers) == len(source.moe.moe_blocks)
 
 
-def test_mixtral_keeps_its_own_names(folder_of):
+def test_mixtral_keeps_its_checkpoint_names(folder_of):
     names = Source(folder_of("mixtral", SYMMETRIC)).linear_names("original")
     experts = names["model.layers.1.mlp.experts.gate_up_proj"] + names["model.layers.1.mlp.experts.down_proj"]
     expected = [f"model.layers.1.block_sparse_moe.experts.{e}.{w}" for e in range(8) for w in ("w1", "w2", "w3")]
@@ -138,7 +139,7 @@ def test_mixtral_keeps_its_own_names(folder_of):
 
 
 def read_words(words: np.ndarray, bits: int) -> np.ndarray:
-    """int32 [R, W] -> [R, W * 32 / bits], each row as one long integer: the format's definition, slowly."""
+    """int32 [R, W] -> [R, W * 32 / bits]. Each row is read as one long integer: slow, but the format's definition."""
     rows = [int.from_bytes(row.astype("<i4").tobytes(), "little") for row in words]
     number = words.shape[1] * 32 // bits
     return np.array([[row >> (bits * i) & (2**bits - 1) for i in range(number)] for row in rows])
@@ -155,7 +156,7 @@ def read_words(words: np.ndarray, bits: int) -> np.ndarray:
     ],
 )
 def test_gptq_words_hold_the_codes(form, family, setting, folder_of, tmp_path):
-    """qweight [I * b / 32, O], qzeros [G, O * b / 32] (v1: less 1), scales [G, O]; bits as the config says by name."""
+    """qweight [I * b / 32, O], qzeros [G, O * b / 32] (v1: less 1), scales [G, O]; the config has the bits by name."""
     folder, out = folder_of(family, setting), tmp_path / "out"
     export(str(folder), str(out), form)
     config = quantization_of(out)
@@ -168,7 +169,9 @@ def test_gptq_words_hold_the_codes(form, family, setting, folder_of, tmp_path):
     assert len(chosen) >= 8
     widths = set()
     for name in chosen:
-        bits = next((own["bits"] for p, own in config["dynamic"].items() if re.match(p[2:], name)), config["bits"])
+        bits = next(
+            (override["bits"] for p, override in config["dynamic"].items() if re.match(p[2:], name)), config["bits"]
+        )
         words, zeros, scales, group = (stored[f"{name}.{n}"].numpy() for n in ("qweight", "qzeros", "scales", "g_idx"))
         codes, zero = read_words(words.T, bits).T, read_words(zeros, bits) + (form == "gptq")
         weight = (codes - zero[group]) * scales.astype(np.float32)[group]
@@ -179,9 +182,9 @@ def test_gptq_words_hold_the_codes(form, family, setting, folder_of, tmp_path):
 
 def in_memory(state: dict[str, Tensor], name: str) -> Tensor:
     """[O, I] of one linear under its unstacked name."""
-    if not (found := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj", name)):
+    if not (match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj", name)):
         return state[f"{name}.weight"]
-    experts, expert, projection = found[1], int(found[2]), found[3]
+    experts, expert, projection = match[1], int(match[2]), match[3]
     if projection == "down":
         return state[f"{experts}.down_proj"][expert]
     return state[f"{experts}.gate_up_proj"][expert].chunk(2)[projection == "up"]
@@ -198,17 +201,17 @@ def test_what_the_target_does_not_load_is_refused(form, folder_of, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "target", "said"),
+    ("setting", "target", "message"),
     [
         ((8, False), "gptqmodel", "GPTQModel 7.7.0 was never run on an export with 8 bit asymmetric"),
         (SYMMETRIC, "vllm", "vllm was never run on an export of this package"),
-        (SYMMETRIC, "gptqmodel", "seen in GPTQModel 7.7.0 for such models: logits"),
+        (SYMMETRIC, "gptqmodel", "GPTQModel 7.7.0 has run such exports; checked: logits"),
     ],
 )
-def test_the_command_says_what_the_engine_has_run(setting, target, said, folder_of, tmp_path, capsys):
+def test_the_command_says_what_the_engine_has_run(setting, target, message, folder_of, tmp_path, capsys):
     form = {"vllm": "gptq", "gptqmodel": "gptq_v2"}[target]
     export(str(folder_of("mixtral", setting)), str(tmp_path / "out"), form, target)
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 def test_bad_places_are_refused(folder_of, tmp_path, capsys):
@@ -238,7 +241,7 @@ def test_a_damaged_source_is_named_and_nothing_is_kept(folder_of, tmp_path):
 
 
 def test_an_export_that_is_not_our_model_is_refused(folder_of):
-    """One code of one expert moved by one step is found."""
+    """The comparison notices one code of one expert that is off by one step."""
     source = Source(folder_of("mixtral", SYMMETRIC))
     reference = Reference(source)
     tensors = load(source.path, packed=False).state_dict()
@@ -249,16 +252,16 @@ def test_an_export_that_is_not_our_model_is_refused(folder_of):
         reference.compare_decoded(source, source.original_names(tensors), Path("other"))
     name = "model.norm.weight"
     with pytest.raises(StoreError, match=re.escape(name)):
-        rest = {n: t for n, t in tensors.items() if n != name}
-        reference.compare_decoded(source, source.original_names(rest), Path("other"))
+        others = {n: t for n, t in tensors.items() if n != name}
+        reference.compare_decoded(source, source.original_names(others), Path("other"))
 
 
-# --- experts with bits of their own
+# --- experts with different bits
 
 
 @torch.no_grad()
-def test_experts_with_bits_of_their_own(tiny_model_dir, tokens, tmp_path):  # noqa: F811
-    """Right where a format says the bits of every linear, refused where an engine reads one grid for all experts."""
+def test_experts_with_different_bits(tiny_model_dir, tokens, tmp_path):  # noqa: F811
+    """Correct if a format stores the bits of every linear, refused if an engine reads one grid for all experts."""
     folder = compress(tiny_model_dir("qwen3_moe"), tmp_path / "mixed", mixed=True, symmetric=True)
     expected = load(folder, packed=False)(tokens).logits
     export(str(folder), str(tmp_path / "dense"), "dense")

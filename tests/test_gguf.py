@@ -1,4 +1,4 @@
-"""GGUF exports against the gguf package's decoder, llama.cpp's own reordering, and transformers' GGUF reader."""
+"""GGUF exports against the gguf package's decoder, llama.cpp's reordering, and transformers' GGUF reader."""
 
 import itertools
 import json
@@ -7,6 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from test_exports import ASYMMETRIC, MIXED, SYMMETRIC, folder_of, tensors_of  # noqa: F401  (folder_of is a fixture)
 from test_packed_loading import compress
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -14,19 +16,19 @@ from transformers import AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from eacmoe_lightning import load
-from eacmoe_lightning.exports import export
+from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.exports.ggml_blocks import exact_type, to_blocks
 from eacmoe_lightning.exports.gguf_tokenizer import words_of
-from eacmoe_lightning.grid import Quantized
-from eacmoe_lightning.originals import BUNDLED
+from eacmoe_lightning.models.originals import BUNDLED
+from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.targets import WeightGrid
-from eacmoe_lightning.text import read_documents
+from eacmoe_lightning.text.sources import read_documents
 
 gguf = pytest.importorskip("gguf")
 
 
 def random_codes(bits: int, symmetric: bool, group_size: int, shape=(3, 8, 128)) -> Quantized:
-    """Codes, scales and zero points that reach the ends of their ranges, some scales below float16's normal ones."""
+    """Codes and zero points that reach the ends of their ranges, and scales of which some are subnormal in float16."""
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, shape, generator=generator)
     groups = (*shape[:-1], shape[-1] // group_size)
@@ -92,8 +94,8 @@ def test_the_file_holds_every_weight_as_llama_cpp_orders_it(family, setting, fol
         assert reader.fields["deepseek.expert_shared_count"].contents() == 2
 
 
-def test_transformers_reads_the_same_model_and_tokenizer(folder_of, tmp_path):  # noqa: F811
-    """Its GGUF reader was written by others: names, sizes, tokenizer and values have to be right."""
+def test_transformers_reads_the_same_model(folder_of, tmp_path):  # noqa: F811
+    """transformers' GGUF reader is independent of ours: names, sizes and values must all be correct."""
     folder, out = folder_of("qwen3_moe", (2, False)), tmp_path / "out"
     export(str(folder), str(out), target="llama.cpp")
     ours = load(folder, packed=False)
@@ -104,8 +106,14 @@ def test_transformers_reads_the_same_model_and_tokenizer(folder_of, tmp_path):  
     state = ours.state_dict()
     assert read["tensors"].keys() == state.keys() - {"lm_head.weight"}
     assert all(torch.equal(tensor, state[name]) for name, tensor in read["tensors"].items())
+
+
+def test_transformers_reads_the_same_tokenizer(folder_of, tmp_path):  # noqa: F811
+    if Version(transformers.__version__).release < (5, 18):
+        pytest.skip(f"transformers {transformers.__version__} splits words by the architecture, not by the file's rule")
+    export(str(folder_of("qwen3_moe", (2, False))), str(tmp_path / "out"), target="llama.cpp")
     text = read_documents("bundled:calibration")[0][:3000]
-    tokenizer = AutoTokenizer.from_pretrained(out, gguf_file="model.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     assert tokenizer(text).input_ids == AutoTokenizer.from_pretrained(BUNDLED)(text).input_ids
 
 
@@ -113,7 +121,7 @@ def test_transformers_reads_the_same_model_and_tokenizer(folder_of, tmp_path):  
     ("expression", "words"),
     [(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+", None), (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+", "qwen2")],
 )
-def test_the_rule_for_words_is_found_by_trial(expression, words):
+def test_the_closest_rule_for_words_is_chosen_by_trial(expression, words):
     tokenizer = Tokenizer(models.BPE())
     if words:
         expression = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + expression + r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -128,7 +136,7 @@ def test_the_rule_for_words_is_found_by_trial(expression, words):
 
 
 def sentencepiece_tokenizer() -> Tokenizer:
-    """BPE with bytes to fall back on and spaces as sentencepiece writes them, like Llama's and Mixtral's."""
+    """BPE with byte fallback and sentencepiece's spaces, like Llama's and Mixtral's."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
@@ -188,23 +196,23 @@ def test_sentencepiece_tokenizers_go_by_scores(folder_of, tmp_path):  # noqa: F8
     assert [keys["token_type"][i] for i in (1, 3, 258, 259)] == [types.CONTROL, types.BYTE, types.BYTE, types.NORMAL]
 
 
-def test_experts_with_bits_of_their_own_keep_their_values(tiny_model_dir, tmp_path):
+def test_experts_with_different_bits_keep_their_values(tiny_model_dir, tmp_path):
     folder = compress(tiny_model_dir("qwen3_moe"), tmp_path / "mixed", mixed=True, symmetric=True)
     assert export(str(folder), str(tmp_path / "out"), "gguf").weights == 0
 
 
-def test_what_llama_cpp_computes_otherwise_is_refused(folder_of, tmp_path):  # noqa: F811
+def test_what_llama_cpp_computes_differently_is_refused(folder_of, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="not phimoe.*another rule.*--format dense"):
         export(str(folder_of("phimoe", ASYMMETRIC)), str(tmp_path / "out"), "gguf")
-    for change, said in (
+    for change, option in (
         ({"norm_topk_prob": False}, "norm_topk_prob=False"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='yarn'"),
     ):
-        folder = shutil.copytree(folder_of("qwen3_moe", ASYMMETRIC), tmp_path / said.split("=")[0])
+        folder = shutil.copytree(folder_of("qwen3_moe", ASYMMETRIC), tmp_path / option.split("=")[0])
         config = json.loads((folder / "config.json").read_text())
         config["original"]["config"] |= change
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=f"{said}.*--format dense"):
+        with pytest.raises(ValueError, match=f"{option}.*--format dense"):
             export(str(folder), str(tmp_path / "out"), "gguf")
     folder = shutil.copytree(folder_of("mixtral", ASYMMETRIC), tmp_path / "unigram")
     stored = json.loads((folder / "tokenizer.json").read_text())

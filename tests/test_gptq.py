@@ -1,18 +1,18 @@
-"""GPTQ against a textbook implementation in float64, against round-to-nearest, and at its edges."""
+"""GPTQ against a textbook implementation in float64, against round-to-nearest, and in edge cases."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.gptq import _sweep, damped_factor, output_error, solve
-from eacmoe_lightning.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.quantization.gptq import _sweep, damped_factor, output_error, solve
+from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
 
 GRID = Grid(bits=3, group_size=16, clip_search=False)
 
 
 def gptq(*args, **options) -> Quantized:
-    """`solve` without its error."""
+    """`solve` without the error that it returns."""
     return solve(*args, **options)[0]
 
 
@@ -26,10 +26,10 @@ def problem(rows: int = 24, columns: int = 64, tokens: int = 200, seed: int = 0)
 
 
 def textbook(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, act_order: bool = False) -> np.ndarray:
-    """The dequantized weight [O, I] of GPTQ as OBQ in a fixed order, with explicit updates of the inverse Hessian.
+    """The dequantized weight [O, I] of GPTQ, as OBQ in a fixed order with explicit updates of the inverse Hessian.
 
-    Minimum-maximum ranges. Each group's scale comes from its weights as they are when the group begins. With act_order,
-    groups come by falling mean of diag(H), and columns by falling diag(H) within their group.
+    Ranges are minimum to maximum. Each group's scale is computed from its weights when the group begins. With
+    act_order, groups are visited by falling mean of diag(H), and columns within a group by falling diag(H).
     """
     w, h = weight.double().numpy().copy(), hessian.double().numpy()
     columns = w.shape[1]
@@ -62,7 +62,7 @@ def test_equals_the_textbook_algorithm(act_order, seed):
     ours = gptq(weight, hessian, GRID, damping=0.02, act_order=act_order)
     theirs = torch.from_numpy(textbook(weight, hessian, GRID, 0.02, act_order)).float()
     same = (ours.dequantize() - theirs).abs() < 1e-3
-    assert same.float().mean() > 0.995  # a value that lies between two codes may fall on either side in float32
+    assert same.float().mean() > 0.995  # values near the middle of two codes may round differently in float32
     delta = weight - theirs
     error = ((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum()
     torch.testing.assert_close(output_error(weight, ours, hessian), error, rtol=0.02, atol=0)
@@ -76,7 +76,7 @@ def test_with_a_diagonal_hessian_it_is_round_to_nearest(clip_search, act_order, 
     diagonal = torch.rand(64, generator=torch.Generator().manual_seed(3)) + 0.1
     grid = Grid(3, 16, symmetric, clip_search)
     ours = gptq(weight, torch.diag(diagonal), grid, act_order=act_order)
-    rounded = round_to_nearest(weight, grid, diagonal + 0.01 * diagonal.mean())  # with the damping
+    rounded = round_to_nearest(weight, grid, diagonal + 0.01 * diagonal.mean())  # including the damping
     for field in ("codes", "scale", "zero_point"):
         assert torch.equal(getattr(ours, field), getattr(rounded, field))
 
@@ -105,7 +105,7 @@ def test_output_error_is_the_share_of_squared_outputs():
 
 @pytest.mark.parametrize("refine", [0, 1])
 @pytest.mark.parametrize("damping", [0.01, 0.5])
-def test_the_error_that_comes_along_is_the_output_error(damping, refine):
+def test_the_error_that_solve_returns_is_the_output_error(damping, refine):
     problems = [problem(seed=seed) for seed in range(3)]
     weights, hessians = (torch.stack(tensors) for tensors in zip(*problems, strict=True))
     hessians[1, 5] = hessians[1, :, 5] = 0  # an input that is always zero
@@ -128,14 +128,14 @@ def test_a_stack_is_solved_like_its_members(act_order):
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_codes_stay_in_their_place(act_order):
-    """With many bits the decoded weight is the weight, whatever the order in which columns were visited."""
+def test_codes_come_back_in_the_weight_s_order(act_order):
+    """With 8 bits the decoded weight is close to the weight, in whatever order columns were visited."""
     weight, hessian = problem()
     decoded = gptq(weight, hessian, Grid(8, 16), damping=1.0, act_order=act_order).dequantize()
     assert torch.corrcoef(torch.stack([decoded.flatten(), weight.flatten()]))[0, 1] > 0.999
 
 
-# Fails at 1e-8 until gptq.py gives a dead input the mean of the live diagonal instead of 1.
+# A dead input gets the mean of the live diagonal. A constant such as 1 would fail here at 1e-8.
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("factor", [1e-8, 1e8])
 def test_the_hessian_s_scale_does_not_matter(act_order, factor):
@@ -147,7 +147,7 @@ def test_the_hessian_s_scale_does_not_matter(act_order, factor):
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_inputs_that_are_always_zero_do_not_disturb_the_others(act_order):
+def test_inputs_that_are_always_zero_do_not_affect_the_others(act_order):
     weight, hessian = problem()
     dead = torch.tensor([0, 17, 63])
     hessian[dead] = 0
@@ -155,12 +155,12 @@ def test_inputs_that_are_always_zero_do_not_disturb_the_others(act_order):
     weight[:, dead] = 1e4  # would ruin the scale of its group
     quantized = gptq(weight, hessian, GRID, act_order=act_order)
     assert torch.isfinite(quantized.dequantize()).all()
-    calm = weight.clone()
-    calm[:, dead] = 0
-    assert output_error(calm, quantized, hessian) < output_error(calm, round_to_nearest(calm, GRID), hessian)
+    live = weight.clone()
+    live[:, dead] = 0
+    assert output_error(live, quantized, hessian) < output_error(live, round_to_nearest(live, GRID), hessian)
 
 
-def test_the_arguments_are_left_alone():
+def test_the_arguments_are_not_changed():
     weight, hessian = problem()
     hessian[:, 3] = hessian[3] = 0
     before = weight.clone(), hessian.clone()
@@ -176,7 +176,7 @@ def test_fewer_tokens_than_inputs_are_handled_by_damping(tokens):
     assert output_error(weight, quantized, hessian) < output_error(weight, round_to_nearest(weight, GRID), hessian)
 
 
-def test_a_hessian_that_cannot_be_factored_is_an_error_with_remedies():
+def test_the_error_for_a_hessian_that_cannot_be_factored_names_remedies():
     weight, hessian = problem()
     with pytest.raises(ValueError, match="1 of 2 matrices.*--model.damping.*--data.num_windows"):
         gptq(torch.stack([weight, weight]), torch.stack([hessian, hessian - 1e9 * (1 - torch.eye(64))]), GRID)
@@ -184,19 +184,19 @@ def test_a_hessian_that_cannot_be_factored_is_an_error_with_remedies():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", [0, 1])
-def test_values_that_are_not_finite_are_refused(value, where):
+def test_nonfinite_values_are_refused(value, where):
     tensors = problem()
     tensors[where][2, 3] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
         gptq(*tensors, GRID)
 
 
-def test_a_group_size_that_does_not_divide_is_named_with_the_inputs():
+def test_the_error_for_a_wrong_group_size_names_it_and_in_features():
     with pytest.raises(ValueError, match=r"in_features=64 is not a multiple of group_size=24 \(--model.group_size\)"):
         gptq(*problem(), Grid(3, 24))
 
 
-# --- beyond the paper: search, refit, coordinate descent
+# --- beyond the paper: scale search, refitted scales, coordinate descent
 
 
 def damped(hessian: Tensor, damping: float = 0.01) -> Tensor:
@@ -206,7 +206,7 @@ def damped(hessian: Tensor, damping: float = 0.01) -> Tensor:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_search_lowers_the_loss_of_a_group(bits, symmetric):
-    """With one group the loop's loss is the whole loss, and the fitted scale is among those tried."""
+    """With one group the loop's loss is the whole loss, and the fitted scale is among the candidates."""
     grid = Grid(bits, 64, symmetric)
     weight, hessian = problem()
     plain, searched = (output_error(weight, gptq(weight, hessian, grid, search=s), damped(hessian)) for s in (0, 1))
@@ -215,7 +215,7 @@ def test_the_search_lowers_the_loss_of_a_group(bits, symmetric):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_every_round_of_refinement_lowers_the_loss(bits, act_order):
+def test_every_sweep_of_refinement_lowers_the_loss(bits, act_order):
     weight, hessian = problem()
     grid = Grid(bits, 16)
     losses = [output_error(weight, gptq(weight, hessian, grid, 0.01, act_order, True, r), damped(hessian)) for r in
@@ -225,48 +225,48 @@ def test_every_round_of_refinement_lowers_the_loss(bits, act_order):
 
 
 def start(grid: Grid) -> tuple[Tensor, ...]:
-    """A problem and its codes rounded to nearest, as one of a stack: weight, Hessian, codes, scale, zero point."""
+    """A problem rounded to nearest, as a stack of one: weight, Hessian, codes, scale, zero point."""
     weight, hessian = problem()
     rounded = round_to_nearest(weight, grid)
     return tuple(t[None] for t in (weight, hessian, rounded.codes, rounded.scale.float(), rounded.zero_point.float()))
 
 
-def away(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def residual(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     steps = codes.unflatten(-1, (scale.shape[-1], -1)) - zero[..., None]
     return weight - (steps * scale[..., None]).flatten(-2)
 
 
-@pytest.mark.parametrize("goes_on", [False, True])
-def test_a_sweep_says_what_it_gains_and_where_it_leaves_the_gradient(goes_on):
+@pytest.mark.parametrize("keep_gradient", [False, True])
+def test_a_sweep_returns_its_gain_and_updates_the_gradient(keep_gradient):
     grid = Grid(3, 16)
     weight, hessian, codes, scale, zero = start(grid)
 
     def loss() -> Tensor:
-        delta = away(weight, codes, scale, zero)
+        delta = residual(weight, codes, scale, zero)
         return ((delta @ hessian) * delta).sum()
 
-    before, gradient = loss(), away(weight, codes, scale, zero) @ hessian
-    gain = _sweep(gradient, hessian, codes, scale, zero, grid, goes_on)
+    before, gradient = loss(), residual(weight, codes, scale, zero) @ hessian
+    gain = _sweep(gradient, hessian, codes, scale, zero, grid, keep_gradient)
     assert gain > 0.05 * before
     torch.testing.assert_close(gain[0].float(), before - loss(), rtol=1e-3, atol=0)
-    if goes_on:
-        expected = away(weight, codes, scale, zero) @ hessian
+    if keep_gradient:
+        expected = residual(weight, codes, scale, zero) @ hessian
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_after_a_sweep_no_scale_of_the_last_group_can_be_bettered():
-    """Against least squares in float64, all other groups as they are."""
+def test_after_a_sweep_the_last_group_s_scales_are_optimal():
+    """Against least squares in float64, with all other groups fixed."""
     grid = Grid(3, 16)
     weight, hessian, codes, scale, zero = start(grid)
-    _sweep(away(weight, codes, scale, zero) @ hessian, hessian, codes, scale, zero, grid, False)
+    _sweep(residual(weight, codes, scale, zero) @ hessian, hessian, codes, scale, zero, grid, False)
     others = scale.clone()
     others[..., -1] = 0
-    rest = away(weight, codes, others, zero).double()[0]  # what the last group has to make
+    target = residual(weight, codes, others, zero).double()[0]  # what the last group has to approximate
     steps = torch.zeros(24, 64, dtype=torch.float64)
     steps[:, -16:] = codes[0, :, -16:] - zero[0, :, -1:]
     h = hessian[0].double()
-    exact = ((steps @ h) * rest).sum(-1) / ((steps @ h) * steps).sum(-1)
-    torch.testing.assert_close(scale[0, :, -1].double(), exact, rtol=2e-3, atol=0)  # float16
+    exact = ((steps @ h) * target).sum(-1) / ((steps @ h) * steps).sum(-1)
+    torch.testing.assert_close(scale[0, :, -1].double(), exact, rtol=2e-3, atol=0)  # scales are float16
 
 
 def test_a_group_that_decodes_to_zeros_keeps_its_scale():
@@ -276,28 +276,28 @@ def test_a_group_that_decodes_to_zeros_keeps_its_scale():
     assert torch.isfinite(quantized.scale).all() and (quantized.scale > 0).all()
     codes = torch.full((1, 24, 64), 1, dtype=torch.uint8)
     scale, zero = torch.full((1, 24, 4), 0.5), torch.ones(1, 24, 4)
-    gradient = torch.zeros(1, 24, 64)  # of weights that are zero too: nothing is to be won
+    gradient = torch.zeros(1, 24, 64)  # the weights are zero too, so nothing can be gained
     gain = _sweep(gradient, hessian[None], codes, scale, zero, Grid(2, 16), True)
     assert gain == 0 and (scale == 0.5).all() and (codes == 1).all()
 
 
-def test_a_sweep_betters_codes_as_far_as_one_at_a_time_can():
-    """Repeated sweeps end where no single code of any group can be changed to a lower loss."""
+def test_repeated_sweeps_reach_a_coordinate_wise_optimum_of_the_codes():
+    """In the end no change of a single code by one step lowers the loss."""
     grid = Grid(3, 16)
     weight, hessian, codes, scale, zero = start(grid)
-    gradient = away(weight, codes, scale, zero) @ hessian
+    gradient = residual(weight, codes, scale, zero) @ hessian
     for _ in range(60):
         _sweep(gradient, hessian, codes, scale, zero, grid, True)
-    delta = away(weight, codes, scale, zero).double()[0]
+    delta = residual(weight, codes, scale, zero).double()[0]
     h, steps = hessian[0].double(), scale[0].double().repeat_interleave(16, -1)  # [O, I]
     gradient, diagonal = delta @ h, h.diagonal()
-    for sign in (-1, 1):  # a code one up moves q by a step
+    for sign in (-1, 1):  # raising a code by one moves q by one step
         allowed = (codes[0].int() + sign >= 0) & (codes[0].int() + sign <= 7)
         change = -2 * sign * steps * gradient + steps.square() * diagonal
         assert (change[allowed] > -1e-3 * float(change.abs().mean())).all()
 
 
-def test_the_factor_is_that_of_the_damped_hessian():
+def test_the_factor_reproduces_the_damped_hessian():
     hessian = problem()[1][None]
     h = hessian.clone()
     factor, pivot, added = damped_factor(h, 0.05)
@@ -308,11 +308,11 @@ def test_the_factor_is_that_of_the_damped_hessian():
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_rows_in_parts_are_the_rows_together(act_order, monkeypatch):
+def test_solving_rows_in_parts_equals_solving_them_together(act_order, monkeypatch):
     weight, hessian = problem(rows=25)
     weight, hessian = torch.stack([weight, -weight]), torch.stack([hessian, 2 * hessian])
     whole, error = solve(weight, hessian, Grid(2, 16), 0.01, act_order, True, 1)
-    monkeypatch.setattr("eacmoe_lightning.gptq.CACHED", 4 * 2 * 64 * 7)  # 7 rows of both
-    parts, own_error = solve(weight, hessian, Grid(2, 16), 0.01, act_order, True, 1)
-    assert (parts.codes == whole.codes).float().mean() > 0.99  # sums may come in another order
-    torch.testing.assert_close(own_error, error, rtol=1e-3, atol=0)
+    monkeypatch.setattr("eacmoe_lightning.quantization.gptq.CACHED", 4 * 2 * 64 * 7)  # 7 rows of each problem
+    parts, parts_error = solve(weight, hessian, Grid(2, 16), 0.01, act_order, True, 1)
+    assert (parts.codes == whole.codes).float().mean() > 0.99  # sums may run in another order
+    torch.testing.assert_close(parts_error, error, rtol=1e-3, atol=0)

@@ -1,11 +1,12 @@
-"""The grid: packing is lossless, decoding is the formula, rounding is to the nearest, clipping only helps."""
+"""The grid: packing is lossless, decoding follows the formula, rounding is to nearest, the range search only helps."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eacmoe_lightning.grid import Grid, Quantized, encode, expert_codes, fit_scale, pack, round_to_nearest, unpack
+from eacmoe_lightning.quantization.grid import Grid, Quantized, encode, fit_scale, round_to_nearest
+from eacmoe_lightning.quantization.packing import expert_codes, pack, unpack
 
 BITS = range(2, 9)
 
@@ -30,12 +31,12 @@ def test_unpack_is_the_inverse_of_pack(bits, length, rows, seed):
     assert torch.equal(unpack(packed, bits, length), codes)
 
 
-def test_experts_with_bits_of_their_own_lie_one_after_another():
+def test_experts_of_mixed_bits_are_stored_one_after_another():
     bits, generator = (3, 8, 2), torch.Generator().manual_seed(0)
     codes = torch.stack([torch.randint(0, 2**b, (5, 16), generator=generator, dtype=torch.uint8) for b in bits])
     packed = pack(codes, bits)
     assert packed.shape == (5 * 2 * (3 + 8 + 2),)
-    assert torch.equal(packed[30:110].view(5, 16), codes[1])  # 8 bits: the codes themselves, behind 5 x 2 x 3 bytes
+    assert torch.equal(packed[30:110].view(5, 16), codes[1])  # 8 bits: the codes themselves, after 5 x 2 x 3 bytes
     assert torch.equal(expert_codes(packed, bits, 2, 16), pack(codes[2], 2))
     assert torch.equal(unpack(packed, bits, 16), codes)
 
@@ -76,13 +77,13 @@ def test_dequantize_is_code_minus_zero_point_times_scale():
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("clip_search", [False, True])
-def test_codes_are_in_range_and_the_nearest_there_are(bits, symmetric, clip_search):
+def test_codes_are_in_range_and_nearest(bits, symmetric, clip_search):
     grid, w = Grid(bits, 32, symmetric, clip_search), weights(20, 128)
     quantized = round_to_nearest(w, grid)
     assert quantized.codes.max() <= 2**bits - 1 and quantized.zero_point.max() <= 2**bits - 1
     scale = quantized.scale.float().repeat_interleave(32, -1)
     zero = quantized.zero_point.float().repeat_interleave(32, -1)
-    every = (torch.arange(2**bits)[:, None, None] - zero) * scale  # [codes, O, I], all values there are
+    every = (torch.arange(2**bits)[:, None, None] - zero) * scale  # [codes, O, I], all values on the grid
     best = (every - w).abs().amin(0)
     torch.testing.assert_close((quantized.dequantize() - w).abs(), best, rtol=0, atol=1e-5)
     inside = (w >= every[0]) & (w <= every[-1])
@@ -90,8 +91,8 @@ def test_codes_are_in_range_and_the_nearest_there_are(bits, symmetric, clip_sear
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_min_max_clips_next_to_nothing(bits):
-    """Minimum and maximum are on the grid but for half a step, and what rounding the scale to float16 costs."""
+def test_min_max_ranges_hardly_clip(bits):
+    """Minimum and maximum lie on the grid up to half a step and the scale's rounding to float16."""
     w = weights(20, 128)
     quantized = round_to_nearest(w, Grid(bits, 32, clip_search=False))
     step = quantized.scale.float().repeat_interleave(32, -1)
@@ -101,7 +102,7 @@ def test_min_max_clips_next_to_nothing(bits):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("offset", [-7.0, 0.0, 7.0])
 def test_zero_is_represented_exactly(symmetric, offset):
-    """Also in groups on one side of zero: a weight of zero stays zero."""
+    """A weight of zero stays zero, even if its group lies on one side of zero."""
     w = weights(8, 64) + offset
     w[:, ::9] = 0
     for clip_search in (False, True):
@@ -123,7 +124,7 @@ def test_a_group_of_zeros_decodes_to_zeros(symmetric):
 
 
 def test_values_of_the_grid_come_back_unchanged():
-    """Rounding what is already on the grid loses nothing: codes over the full range, a scale that float16 holds."""
+    """Rounding values on the grid loses nothing, if codes cover the full range and float16 holds the scale."""
     codes = torch.arange(16).repeat(6, 4).float()
     scale, zero = torch.tensor([0.5, 0.25, 1, 2, 3, 0.125])[:, None], torch.tensor([0, 3, 15, 8, 7, 1.0])[:, None]
     w = (codes - zero) * scale
@@ -133,7 +134,7 @@ def test_values_of_the_grid_come_back_unchanged():
 
 
 def test_scales_are_float16_before_they_are_used():
-    """The codes fit the scale that is stored, not a finer one that float16 cannot hold."""
+    """The codes belong to the stored float16 scale, not to a more precise one."""
     scale, zero = fit_scale(weights(50, 64), Grid(3, 64))
     assert torch.equal(scale, scale.half().float()) and torch.equal(zero, zero.round())
     w = weights(50, 64)
@@ -142,7 +143,7 @@ def test_scales_are_float16_before_they_are_used():
     assert torch.equal(again, quantized.codes.float())
 
 
-# --- the clipping search
+# --- the range search
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -157,7 +158,7 @@ def test_clip_search_is_never_worse_than_min_max_in_the_weighted_error(bits, sym
 
     assert (errors(True) <= errors(False) * (1 + 1e-5)).all()
     if bits <= 4:
-        assert errors(True).sum() < 0.95 * errors(False).sum()  # and it does find something
+        assert errors(True).sum() < 0.95 * errors(False).sum()  # and it improves on it
 
 
 def test_importance_decides_what_is_clipped():

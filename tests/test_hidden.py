@@ -1,4 +1,4 @@
-"""Hidden states in files: what is read is what was written, and damage, other windows and full disks are named."""
+"""Hidden states in files: reading returns what was written; damage, other windows and full disks are reported."""
 
 import json
 import os
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eacmoe_lightning.memory import peak_memory, reset_peak_memory
-from eacmoe_lightning.store import StoreError
-from eacmoe_lightning.streaming.hidden import HiddenFile, HiddenWriter, Shelf
+from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter, Shelf
+from eacmoe_lightning.run.memory import peak_memory, reset_peak_memory
 
 NOTE = {"windows": [3, 5]}
 
@@ -23,7 +23,7 @@ def written(path: Path, dtype=torch.float32) -> tuple[HiddenWriter, torch.Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_come_back_as_they_went(dtype, tmp_path):
+def test_rows_are_read_as_written(dtype, tmp_path):
     writer, rows = written(tmp_path / "block_001.x", dtype)
     path = tmp_path / "block_001.x"
     for read in (writer.written, lambda: writer.finish(NOTE), lambda: HiddenFile.open(path, NOTE)):
@@ -35,13 +35,13 @@ def test_rows_come_back_as_they_went(dtype, tmp_path):
         assert torch.equal(file.flatten(0, 1)[torch.tensor([19, 2])], rows.flatten(0, 1)[[19, 2]])
 
 
-def test_what_is_read_is_a_copy(tmp_path):
+def test_reading_returns_a_copy(tmp_path):
     file = written(tmp_path / "x")[0].written()
     file[:2].zero_()
     assert (file[:2] != 0).all()
 
 
-def test_only_whole_files_count(tmp_path):
+def test_a_file_without_its_json_is_not_finished(tmp_path):
     path = tmp_path / "x"
     writer, _ = written(path)
     assert not path.exists() and not HiddenFile.is_finished(path)
@@ -52,7 +52,7 @@ def test_only_whole_files_count(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "note", "json"])
-def test_damage_is_named(damage, tmp_path):
+def test_damage_is_reported(damage, tmp_path):
     path = tmp_path / "x"
     written(path)[0].finish(NOTE)
     if damage == "flipped":
@@ -69,8 +69,8 @@ def test_damage_is_named(damage, tmp_path):
         HiddenFile.open(path, NOTE)
 
 
-def test_a_full_disk_is_named():
-    """/dev/full: every write fails as on a full disk."""
+def test_a_full_disk_is_reported():
+    """Writes to /dev/full fail as on a full disk."""
     writer = HiddenWriter.__new__(HiddenWriter)
     writer.__init__(Path(os.environ.get("TMPDIR", "/tmp")) / f"full_{os.getpid()}", torch.float32)
     writer._file.close()
@@ -80,8 +80,8 @@ def test_a_full_disk_is_named():
     assert not writer.partial.exists()
 
 
-def test_memory_holds_the_rows_in_use_only(tmp_path):
-    """192 MB are written and read in pieces of 2 MB."""
+def test_memory_holds_only_the_rows_in_use(tmp_path):
+    """Writes and reads 192 MB in pieces of 2 MB."""
     reset_peak_memory()
     before = peak_memory()
     writer = HiddenWriter(tmp_path / "x", torch.float32)
@@ -93,7 +93,7 @@ def test_memory_holds_the_rows_in_use_only(tmp_path):
     assert peak_memory() - before < 64 << 20
 
 
-def test_a_shelf_is_a_dict_that_leaves_nothing(tmp_path):
+def test_a_shelf_works_as_a_dict_and_leaves_no_files(tmp_path):
     with Shelf.opened(tmp_path / "shelf") as shelf:
         for i in range(3):
             shelf[i, "x"] = torch.full((2, 3), float(i))

@@ -21,11 +21,11 @@ import torch
 from test_kernels import error, experts_reference, random_weight, tensors
 from torch import Tensor
 
-from eacmoe_lightning import kernels
+from eacmoe_lightning.runtime import kernels
 
 HUMMING = importlib.util.find_spec("humming")
 needs_humming = pytest.mark.skipif(HUMMING is None, reason="humming-kernels is not installed")
-MODULE = "eacmoe_lightning.humming_kernels"
+MODULE = "eacmoe_lightning.runtime.humming_kernels"
 
 
 def integers(words: Tensor, bits: int) -> Tensor:
@@ -144,7 +144,7 @@ def test_a_copy_goes_with_its_weight(humming):
 def test_choosing(chosen, names, monkeypatch):
     monkeypatch.setenv("EACMOE_CUDA", chosen)
     monkeypatch.setattr(kernels, "import_module", lambda name: name)
-    assert kernels.cuda_kernels.__wrapped__() == [f"eacmoe_lightning.{name}_kernels" for name in names]
+    assert kernels.cuda_kernels.__wrapped__() == [f"eacmoe_lightning.runtime.{name}_kernels" for name in names]
     monkeypatch.setenv("EACMOE_CUDA", "marlin")
     with pytest.raises(ValueError, match="EACMOE_CUDA='marlin'"):
         kernels.cuda_kernels.__wrapped__()
@@ -169,7 +169,7 @@ extern "C" void unpack(uint32_t* in, uint32_t* out, long blocks) {
 @needs_humming
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_bits_lie_as_its_own_source_reads_them(bits, tmp_path):
-    from eacmoe_lightning import humming_kernels
+    from eacmoe_lightning.runtime import humming_kernels
 
     source = Path(HUMMING.origin).parent / "include/humming/kernel/pack_weight.cuh"
     (tmp_path / "humming/utils").mkdir(parents=True)
@@ -220,7 +220,7 @@ device.DeviceInfo._instances[0] = device.current_device
 SCHEMA = """
 from test_kernels import random_weight, tensors
 
-from eacmoe_lightning import humming_kernels
+from eacmoe_lightning.runtime import humming_kernels
 
 
 def prepare(tensors, shape_n, shape_k, weight_schema, num_experts, torch_dtype, device):

@@ -1,11 +1,11 @@
-"""The joint stage's arithmetic: positions of weights on the axis of codes, straight-through rounding, its losses."""
+"""The joint stage's arithmetic: positions of weights on the axis of codes, straight-through rounding, losses."""
 
 import pytest
 import torch
 
-from eacmoe_lightning.grid import Grid, Quantized, round_to_nearest
-from eacmoe_lightning.joint import decode, distillation, rounded, selection, start_positions
-from eacmoe_lightning.router_loss import MSE
+from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.routers.joint import decode, distillation, selection, start_positions
+from eacmoe_lightning.routers.losses import MSE
 
 
 @pytest.fixture
@@ -14,19 +14,19 @@ def weight() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_positions_round_to_the_codes_and_lie_where_the_weights_do(weight, bits):
+def test_positions_round_to_the_codes_and_decode_to_the_weights(weight, bits):
     quantized = round_to_nearest(weight, Grid(bits, 32, clip_search=False))
     position = start_positions(weight, quantized)
-    assert torch.equal(rounded(position, quantized).to(torch.uint8), quantized.codes)
+    assert torch.equal(quantized.nearest(position).to(torch.uint8), quantized.codes)
     steps = (
         position - quantized.zero_point.repeat_interleave(32, -1).float()
     ) * quantized.scale.float().repeat_interleave(32, -1)
-    inside = (position - quantized.codes).abs() < 0.49  # the code is the nearest: the position says the weight exactly
+    inside = (position - quantized.codes).abs() < 0.49  # not clamped, so the position decodes to the weight
     assert inside.float().mean() > 0.9
     torch.testing.assert_close(steps[inside], weight[inside], rtol=1e-4, atol=1e-4)
 
 
-def test_a_code_that_was_moved_away_leans_back_to_its_weight(weight):
+def test_a_code_that_was_moved_starts_on_its_weight_s_side(weight):
     quantized = round_to_nearest(weight, Grid(3, 32))
     moved = quantized.codes.clone()
     moved[0, 0, 0] = (int(moved[0, 0, 0]) + 3) % 8
@@ -35,12 +35,12 @@ def test_a_code_that_was_moved_away_leans_back_to_its_weight(weight):
     assert start_positions(weight, quantized)[0, 0, 0] == moved[0, 0, 0] + side * 0.499
 
 
-def test_each_expert_keeps_within_its_own_codes():
+def test_codes_stay_within_each_expert_s_range():
     quantized = Quantized(
         torch.zeros(2, 1, 8, dtype=torch.uint8), torch.ones(2, 1, 1).half(), torch.zeros(2, 1, 1).byte(), (2, 3)
     )
     position = torch.tensor([[[9.0, -3, 1.4, 2.6, 3.6, 0, 0, 0]]]).expand(2, 1, 8)
-    assert rounded(position, quantized)[:, 0, :5].tolist() == [[3, 0, 1, 3, 3], [7, 0, 1, 3, 4]]
+    assert quantized.nearest(position)[:, 0, :5].tolist() == [[3, 0, 1, 3, 3], [7, 0, 1, 3, 4]]
 
 
 def test_gradients_pass_the_rounding_of_codes_and_scales(weight):
@@ -49,11 +49,11 @@ def test_gradients_pass_the_rounding_of_codes_and_scales(weight):
     position = start_positions(weight, quantized).requires_grad_()
     decoded = decode(quantized, scale, position, torch.float32)
     assert torch.equal(decoded, quantized.dequantize())
-    wanted = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    (decoded * wanted).sum().backward()
-    torch.testing.assert_close(position.grad, wanted * quantized.scale.float().repeat_interleave(32, -1))
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    (decoded * gradient).sum().backward()
+    torch.testing.assert_close(position.grad, gradient * quantized.scale.float().repeat_interleave(32, -1))
     steps = quantized.codes.float() - quantized.zero_point.float().repeat_interleave(32, -1)
-    torch.testing.assert_close(scale.grad, (wanted * steps).unflatten(-1, (2, 32)).sum(-1))
+    torch.testing.assert_close(scale.grad, (gradient * steps).unflatten(-1, (2, 32)).sum(-1))
     assert torch.equal(decode(quantized, None, None, torch.float32), quantized.dequantize())
 
 

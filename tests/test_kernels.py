@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from eacmoe_lightning import kernels
-from eacmoe_lightning.grid import Grid, Quantized, pack, round_to_nearest
-from eacmoe_lightning.packed_modules import PackedExperts, PackedLinear, PackedWeight
+from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.quantization.packing import pack
+from eacmoe_lightning.runtime import kernels
+from eacmoe_lightning.runtime.packed_modules import PackedExperts, PackedLinear, PackedWeight
 
 BUILT = kernels.library() is not None
 LEVELS = kernels.LEVELS[: kernels.library().eacmoe_level() + 1] if BUILT else ()

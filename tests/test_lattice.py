@@ -1,4 +1,4 @@
-"""GPTQ on a lattice, and codes at their entropy: against definitions, plain loops and each other."""
+"""GPTQ on a lattice and entropy coding, against definitions, plain loops and each other."""
 
 import math
 from collections import Counter
@@ -9,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eacmoe_lightning.grid import Grid, pack, round_to_nearest
-from eacmoe_lightning.lattice import (
+from eacmoe_lightning.offload.codecs import codec, decode, read_header
+from eacmoe_lightning.offload.codecs.entropy import Entropy
+from eacmoe_lightning.quantization.entropy_coding import decode_codes, encode_codes
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.quantization.lattice import (
     Lattice,
     column_steps,
     entropy,
@@ -19,8 +22,7 @@ from eacmoe_lightning.lattice import (
     round_to_lattice,
     step_for_bits,
 )
-from eacmoe_lightning.offload.codecs import codec, decode, read_header
-from eacmoe_lightning.offload.codecs.entropy import Entropy, decode_codes, encode_codes
+from eacmoe_lightning.quantization.packing import pack
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,7 +30,7 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def hessians(num: int, size: int, seed: int = 1) -> torch.Tensor:
-    """Of inputs that are alike: far from diagonal."""
+    """Hessians of strongly correlated inputs: far from diagonal."""
     x = gaussian(num, 4 * size, size, seed=seed) @ (gaussian(num, size, size, seed=seed + 1) + 2)
     return x.mT @ x
 
@@ -47,8 +49,8 @@ def test_with_a_diagonal_hessian_it_rounds_to_nearest():
     assert (weight - nearest.dequantize()).abs().max() <= 0.125
 
 
-def test_it_is_the_papers_loop():
-    """Against the definition, a column and a row at a time, in float64."""
+def test_it_equals_the_paper_s_loop():
+    """Against the paper's algorithm in float64, one column at a time."""
     weight, step = gaussian(1, 3, 140), torch.full((1, 140), 0.5)
     h = hessians(1, 140)
     factor, _ = factored(h)
@@ -59,7 +61,7 @@ def test_it_is_the_papers_loop():
         codes[:, j] = (w[:, j] / 0.5).round()
         w[:, j:] -= ((w[:, j] - codes[:, j] * 0.5) / u[j, j])[:, None] * u[j, j:]
     differing = (gptq_on_lattice(weight, factor, step).codes[0] != codes).double().mean()
-    assert differing < 0.02  # float32 against float64: ties
+    assert differing < 0.02  # ties fall differently in float32 and float64
 
 
 def test_error_compensation_and_column_steps_lower_the_loss_at_equal_entropy():
@@ -74,7 +76,7 @@ def test_error_compensation_and_column_steps_lower_the_loss_at_equal_entropy():
     assert (losses["columns"] < losses["one step"]).all()
 
 
-def test_a_shared_factor_gives_bits_to_those_with_finer_steps():
+def test_with_a_shared_factor_finer_steps_get_more_bits():
     weight, shape = gaussian(3, 256, 64), torch.tensor([0.5, 1.0, 2.0])[:, None].expand(3, 64)
     step = step_for_bits(weight, shape, 4.0, shared=True)
     assert (step == step[0]).all()
@@ -90,7 +92,7 @@ def test_a_shared_factor_gives_bits_to_those_with_finer_steps():
     st.none() | st.integers(1, 4),
     st.integers(0, 2**31),
 )
-def test_codes_come_back(codes, offset, cases, seed):
+def test_decoding_inverts_encoding(codes, offset, cases, seed):
     codes = np.array(codes, np.int64) + offset
     given = None if cases is None else np.random.default_rng(seed).integers(0, cases, len(codes)).astype(np.uint8)
     assert decode_codes(encode_codes(codes, given), len(codes), given).tolist() == codes.tolist()
@@ -105,14 +107,14 @@ def test_the_size_is_the_entropy():
     assert entropy(torch.from_numpy(codes)[None, None]).item() == pytest.approx(shannon)
 
 
-def test_knowing_the_zero_point_saves_what_it_says():
-    """Codes of two kinds, each constant: nothing is left to code once the kind is known."""
+def test_a_given_zero_point_saves_its_information():
+    """Codes of two kinds, each constant: once the kind is given, nothing is left to encode."""
     kinds = np.arange(4096, dtype=np.uint8) % 2
     assert len(encode_codes(kinds * 3)) > 512 and len(encode_codes(kinds * 3, kinds)) < 64
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_packed_codes_take_less_than_zstd_makes_of_them(bits):
+def test_entropy_coded_codes_are_smaller_than_with_zstd(bits):
     q = round_to_nearest(gaussian(256, 512), Grid(bits, 128))
     tensors = (pack(q.codes, bits), q.scale, q.zero_point)
     sizes = {name: len(codec(f"{name}:{bits}:128").encode_packed(tensors)) for name in ("packed", "packed-zstd")}
@@ -121,12 +123,12 @@ def test_packed_codes_take_less_than_zstd_makes_of_them(bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_lattice_comes_back_from_its_record(dtype):
+def test_a_lattice_s_record_decodes_to_the_lattice(dtype):
     weight = gaussian(40, 64) * 0.02
     lattice = round_to_lattice(weight[None], column_steps(factored(hessians(1, 64))[1]) * 0.01)
-    one = Lattice(lattice.codes[0], lattice.step[0])
+    one = Lattice(lattice.codes[0], lattice.scale[0])
     record = codec("entropy:mean:0.3").encode_lattice(one, dtype)
     assert torch.equal(decode(record), one.dequantize(dtype))
     assert read_header(record).codec == Entropy.name and read_header(record).shape == (40, 64)
-    with pytest.raises(ValueError, match="more than 4096"):
-        codec("entropy:mean:0.3").encode_lattice(Lattice(torch.tensor([[0, 9000]]), torch.ones(2)), dtype)
+    with pytest.raises(ValueError, match="span more than 4096"):
+        codec("entropy:mean:0.3").encode_lattice(Lattice(torch.tensor([[0, 9000]]), torch.ones(1, 2).half()), dtype)

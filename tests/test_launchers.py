@@ -1,4 +1,4 @@
-"""Two processes on the CPU, started by torchrun or by `fabric run`, do the work of one, in one run directory."""
+"""Two CPU processes, started by torchrun or `fabric run`, share one run directory and give the result of one."""
 
 import json
 import socket
@@ -8,20 +8,21 @@ import jobs
 import pytest
 import torch
 
-from eacmoe_lightning import compressed
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.grid import unpack
-from eacmoe_lightning.store import read_tensors
+from eacmoe_lightning.compressed.format import read_config
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.quantization.packing import unpack
+from eacmoe_lightning.run.files import read_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
-OPTIONS = {  # AdamW divides by the gradient's size: small rates keep the noise of the sums' order small
+OPTIONS = {  # AdamW divides by the gradient's size: small rates limit the effect of the order of summation
     "model__router_method": "sgd",
     "model__router_warm_start": "true",
     "model__router_lr": 2e-3,
     "model__joint_router_lr": 3e-4,
     "model__joint_code_lr": 1e-6,
     "data__num_windows": 15,  # 15 = 7 + 8
-    # GPTQ without choices: what two processes round apart stays apart by that much, and all blocks can be compared
+    # GPTQ without searches: rounding differences between the processes do not grow, so all blocks can be compared
     "model__bits": 8,
     "model__attention_bits": 8,
     "model__act_order": "false",
@@ -31,7 +32,7 @@ OPTIONS = {  # AdamW divides by the gradient's size: small rates keep the noise 
 }
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT", "train.py"],
-    # what the script `fabric run` does
+    # the command that `fabric run` starts
     "fabric": [
         "-m",
         "lightning.fabric.cli",
@@ -47,7 +48,7 @@ LAUNCHERS = {
 
 
 def launch(launcher: str, *words: str) -> tuple[int, str]:
-    """Exit status and output of a job of two processes."""
+    """Runs a job of two processes; returns its exit status and output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -65,22 +66,23 @@ def alone(tmp_path_factory, tiny_model_dir) -> Path:
 
 def codes(run: Path, block: str = "") -> torch.Tensor:
     """All codes of a run's compressed model, or those of one block."""
-    found, bits = [], compressed.read_config(run / "compressed")["quantization"]["bits"]
+    parts, bits = [], read_config(run / "compressed")["quantization"]["bits"]
     for file in sorted((run / "compressed").glob(f"weights-block-{block}*")):
         tensors, _ = read_tensors(file)
         for name in sorted(bits.keys() & {name.removesuffix(".codes") for name in tensors}):
             packed = tensors[f"{name}.codes"]
-            found.append(unpack(packed, bits[name], packed.shape[-1] * 8 // bits[name]))
-    return torch.cat([codes.flatten() for codes in found])
+            parts.append(unpack(packed, bits[name], packed.shape[-1] * 8 // bits[name]))
+    return torch.cat([part.flatten() for part in parts])
 
 
 def assert_same(run: Path, other: Path, chooses: bool = False) -> None:
-    """Equal but for the order of float sums.
+    """Asserts that two runs agree up to the order of floating-point sums.
 
     Args:
-        run, other: finished.
-        chooses: whether GPTQ searched scales or orders: then sums that differ by 1e-7 decide ties, each of them moves
-            weights by a step, and random models carry that on from block to block; the first block saw the same.
+        run, other: finished runs.
+        chooses: whether GPTQ searched scales or orders. Then differences of 1e-7 decide ties, each of which moves
+            weights by a step, and random models pass the differences on from block to block. The first block has the
+            same inputs in both runs.
     """
     if chooses:
         assert (codes(run, "000") == codes(other, "000")).float().mean() > 0.99
@@ -106,7 +108,7 @@ def test_two_processes_give_the_model_of_one(launcher, alone, tiny_model_dir, tm
     assert_same(run, alone)
     for rate, value in other["expert_shift"]["mean"]["after"].items():
         assert report["expert_shift"]["mean"]["after"][rate] == pytest.approx(value, abs=0.02)
-    routers = [dict(compressed.load(folder).named_parameters()) for folder in (run, alone)]
+    routers = [dict(load(folder).named_parameters()) for folder in (run, alone)]
     for name, weight in routers[1].items():
         if "mlp.gate." in name:
             torch.testing.assert_close(routers[0][name], weight, rtol=0, atol=1e-3)
@@ -128,7 +130,7 @@ def test_two_processes_give_the_model_of_one(launcher, alone, tiny_model_dir, tm
     [("torchrun", "devices", "1"), ("torchrun", "num_nodes", "3"), ("fabric", "devices", "4")],
 )
 def test_a_conflict_with_the_launcher_is_an_error(launcher, option, value, tmp_path, monkeypatch, capsys):
-    """In this process, in the environment that the launchers make for the first of two processes."""
+    """Runs in this process, in the environment that the launchers give the first of two processes."""
     environment = {
         "TORCHELASTIC_RUN_ID": "1",
         "LOCAL_WORLD_SIZE": "2",
@@ -142,7 +144,7 @@ def test_a_conflict_with_the_launcher_is_an_error(launcher, option, value, tmp_p
         monkeypatch.setenv(name, text)
     with pytest.raises(SystemExit) as end:
         main(["fit", "--trainer.default_root_dir", str(tmp_path / "run"), f"--trainer.{option}", value])
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert end.value.code == 1 and not (tmp_path / "run").exists()
     expected = {"devices": "2", "num_nodes": "1"}[option]
-    assert f"the launcher says {option}={expected}, --trainer.{option} says {value}" in said
+    assert f"the launcher sets {option}={expected}, but --trainer.{option} is {value}" in error

@@ -1,4 +1,4 @@
-"""Offloaded experts: the same tokens as without, or those of the decoded weights."""
+"""Offloaded experts give the same tokens as experts in the model, or those of the decoded weights."""
 
 import warnings
 
@@ -9,11 +9,11 @@ from offloading import EXPERT_BYTES, generate, same
 from test_packed_loading import compress
 
 from eacmoe_lightning import load
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.offload import offload_experts
 from eacmoe_lightning.offload.codecs import codec, decode
 from eacmoe_lightning.offload.store import Key
-from eacmoe_lightning.packed_modules import PackedExperts
+from eacmoe_lightning.runtime.packed_modules import PackedExperts
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 
@@ -23,7 +23,7 @@ families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 def test_lossless_offload_gives_the_same_bits(family, share, offloaded, tokens, tmp_path):
     expected = generate(tiny_models.build(family), tokens)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at 0.07 the cache holds one expert, and it says so
+        warnings.simplefilter("ignore")  # at 0.07 the cache holds one expert, which warns
         model, handle = offloaded(family, share, "lossless", directory=tmp_path if share == 0.3 else None)
         assert same(model, expected, tokens)
     counters = handle.counters
@@ -34,12 +34,12 @@ def test_lossless_offload_gives_the_same_bits(family, share, offloaded, tokens, 
 
 
 @families
-def test_nothing_of_the_experts_stays_in_the_model(family, offloaded):
+def test_no_expert_weights_stay_in_the_model(family, offloaded):
     model, handle = offloaded(family, 0.3)
     blocks = MoEModel(tiny_models.build(family)).moe_blocks
     experts = {f"{b.name}.{b.experts_name}.{p}" for b in blocks for p in b.experts.projections}
-    held = dict(model.named_parameters()) | dict(model.named_buffers())
-    assert not experts & held.keys() and len(handle.store.places) == 8 * 2 * len(blocks)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert not experts & tensors.keys() and len(handle.store.places) == 8 * 2 * len(blocks)
     assert handle.expert_bytes == 8 * EXPERT_BYTES * len(blocks)
     assert len(MoEModel(model).moe_blocks) == len(blocks)  # routers can still be found
 
@@ -54,21 +54,21 @@ def test_the_configured_implementation_runs(implementation, offloaded, tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["sz3:mean:0.2", "uniform:range:0.01", "entropy:mean:0.3", "packed-entropy:4:32"])
-def test_lossy_offload_is_the_model_with_decoded_weights(how, offloaded, tokens):
-    model, handle = offloaded("mixtral", 0.5, how, num_workers=0)
+@pytest.mark.parametrize("name", ["sz3:mean:0.2", "uniform:range:0.01", "entropy:mean:0.3", "packed-entropy:4:32"])
+def test_lossy_offload_is_the_model_with_decoded_weights(name, offloaded, tokens):
+    model, handle = offloaded("mixtral", 0.5, name, num_workers=0)
     reference = tiny_models.build("mixtral")
     for block in MoEModel(reference).moe_blocks:
         for projection in block.experts.projections:
             for expert in range(8):
                 weight = block.experts.weight(projection)[expert]
-                weight.copy_(decode(codec(how).encode(weight)))
+                weight.copy_(decode(codec(name).encode(weight)))
     assert torch.equal(model(tokens).logits, reference(tokens).logits)
     assert handle.counters.bytes_saved > handle.counters.bytes_moved
 
 
 @torch.no_grad()
-def test_each_expert_may_have_a_codec_of_its_own(offloaded, tokens):
+def test_each_expert_may_have_its_own_codec(offloaded, tokens):
     reference = tiny_models.build("mixtral")
     codecs = {str(b): [f"sz3:mean:{0.1 * (1 + e + b):.1f}" for e in range(8)] for b in range(3)}  # as JSON has it
     for block in MoEModel(reference).moe_blocks:
@@ -99,7 +99,7 @@ def test_quantized_experts_stay_packed(family, share, tmp_path, tiny_model_dir, 
     last = max(key.block for key in handle.store)
     assert handle.store.header(Key(0 if family != "deepseek" else 1, 0, "down_proj")).options["bits"] == 3
     assert handle.store.header(Key(last, 0, "down_proj")).options["bits"] == 2
-    assert len(handle.caches) == 2  # one for each shape
-    packed = 8 * 3 * 64 * (64 * 3 / 8 + 2 * 3)  # codes, and two groups' scale and zero point in each row
+    assert len(handle.caches) == 2  # one for each layout
+    packed = 8 * 3 * 64 * (64 * 3 / 8 + 2 * 3)  # codes, and the scale and zero point of two groups in each row
     assert handle.caches[0].expert_bytes * 8 == packed
     handle.close()

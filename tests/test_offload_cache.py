@@ -1,4 +1,4 @@
-"""The cache of offloaded experts: what is fetched, what is counted, who leaves, and how small it may be."""
+"""The cache of offloaded experts: what it fetches, counts and evicts, and how small it may be."""
 
 import pytest
 import tiny_models
@@ -7,7 +7,7 @@ from offloading import EXPERT_BYTES, generate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.offload import offload_experts
 from eacmoe_lightning.offload.policy import LeastFrequent, LeastRecent
 
@@ -15,21 +15,21 @@ from eacmoe_lightning.offload.policy import LeastFrequent, LeastRecent
 
 
 def test_skipped_experts_are_never_fetched(offloaded, tokens):
-    """What a router hook takes out by the id E (PESF) costs no fetch, and counts as a weight of zero."""
+    """An expert that a router hook replaces with the id E (PESF) is not fetched, as if its weight were zero."""
 
     def skip(module, args, output):
         logits, weights, ids = output
         dropped = (ids == 3) | (ids == 6)
         return logits, weights.masked_fill(dropped, 0), ids.masked_fill(dropped, 8)
 
-    def silence(module, args, output):
+    def zero_weights(module, args, output):
         logits, weights, ids = output
         return logits, weights.masked_fill((ids == 3) | (ids == 6), 0), ids
 
     model, handle = offloaded("qwen3_moe", 1.0, lookahead=0)
     reference = tiny_models.build("qwen3_moe")
-    for each, hook in ((model, skip), (reference, silence)):
-        for block in MoEModel(each).moe_blocks:
+    for hooked, hook in ((model, skip), (reference, zero_weights)):
+        for block in MoEModel(hooked).moe_blocks:
             block.router.register_forward_hook(hook)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, reference(tokens).logits, rtol=1e-5, atol=1e-5)
@@ -37,14 +37,14 @@ def test_skipped_experts_are_never_fetched(offloaded, tokens):
     assert fetched == {0, 1, 2, 4, 5, 7}
 
 
-def test_a_pass_in_which_everything_is_skipped_gives_zeros(offloaded):
+def test_a_pass_that_skips_every_expert_gives_zeros(offloaded):
     model, handle = offloaded("mixtral", 1.0, lookahead=0)
     experts = MoEModel(model).moe_blocks[0].experts.module
     out = experts(torch.ones(3, 64), torch.full((3, 2), 8), torch.zeros(3, 2))
     assert torch.equal(out, torch.zeros(3, 64)) and handle.counters.requests == 0
 
 
-def test_predictions_are_the_next_routers_choice_and_no_hook_sees_them(offloaded, tokens):
+def test_the_next_router_predicts_and_no_hook_sees_it(offloaded, tokens):
     model, handle = offloaded("mixtral", 1.0, lookahead=2.0)
     blocks, calls = MoEModel(model).moe_blocks, []
     for block in blocks:
@@ -66,13 +66,13 @@ def test_counters_by_hand(offloaded):
     model, handle = offloaded("mixtral", 4 * EXPERT_BYTES, "plain", num_workers=0, eviction="lru")
     experts = MoEModel(model).moe_blocks[0].experts.module
 
-    def ask(*ids: int) -> None:
+    def request(*ids: int) -> None:
         experts(torch.ones(1, 64), torch.tensor([ids]), torch.ones(1, len(ids)))
 
-    ask(0, 1)  # two misses
-    ask(1, 2)  # a hit, a miss
-    ask(3, 4)  # two misses; 0 leaves
-    ask(0, 3)  # a miss; 1 leaves
+    request(0, 1)  # two misses
+    request(1, 2)  # a hit, a miss
+    request(3, 4)  # two misses; 0 is evicted
+    request(0, 3)  # a miss and a hit; 1 is evicted
     counters, record = handle.counters.to_dict(), handle.store.record_bytes // 24
     assert {name: counters[name] for name in ("hits", "late", "misses", "evictions", "prefetches")} == {
         "hits": 2, "late": 0, "misses": 6, "evictions": 2, "prefetches": 0,
@@ -96,10 +96,10 @@ def test_counters_in_tensorboard(offloaded, tokens, tmp_path):
     assert event.step == 7 and event.value == handle.counters.bytes_moved
 
 
-# --- who leaves
+# --- what is evicted
 
 
-def test_the_least_recent_leaves():
+def test_the_least_recent_is_evicted():
     lru = LeastRecent()
     for expert in (0, 1, 2, 0):
         lru.used((0, expert))
@@ -107,7 +107,7 @@ def test_the_least_recent_leaves():
     assert lru.victim([]) is None
 
 
-def test_the_rarest_leaves_by_given_frequencies_then_by_use():
+def test_the_rarest_is_evicted_by_given_frequencies_then_by_use():
     rare = LeastFrequent({0: [8, 1, 1], 1: [1, 0, 9]})
     places = [(block, expert) for block in (0, 1) for expert in range(3)]
     assert rare.victim(places) == (1, 1)
@@ -120,7 +120,7 @@ def test_the_rarest_leaves_by_given_frequencies_then_by_use():
     assert rare.victim([(1, 1), (1, 2)]) == (1, 2) and rare.unit < 1e101
 
 
-def test_frequencies_keep_the_frequent_ones_where_a_circle_defeats_recency(offloaded):
+def test_frequency_keeps_frequent_experts_where_a_cycle_defeats_recency(offloaded):
     """Experts 0 and 1 in every step, 2 to 7 in turn, three slots."""
     hits = {}
     for eviction in ("lru", "frequency"):
@@ -140,19 +140,20 @@ def test_frequencies_keep_the_frequent_ones_where_a_circle_defeats_recency(offlo
 
 def test_a_cache_without_room_for_one_expert_is_refused():
     for cache_bytes in (EXPERT_BYTES - 1, 0.01):
-        with pytest.raises(ValueError, match=f"holds no expert: one takes {EXPERT_BYTES} bytes, all of them") as error:
+        message = f"too small for one expert: one takes {EXPERT_BYTES} bytes, all of them"
+        with pytest.raises(ValueError, match=message) as error:
             offload_experts(tiny_models.build("mixtral"), cache_bytes)
         assert f"cache_bytes={cache_bytes}" in str(error.value)
     for wrong in (0, -5, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="neither a number of bytes nor a share"):
+        with pytest.raises(ValueError, match="must be a positive number of bytes or a share"):
             offload_experts(tiny_models.build("mixtral"), wrong)
     with pytest.raises(ValueError, match="num_workers=-1"):
         offload_experts(tiny_models.build("mixtral"), 1.0, num_workers=-1)
 
 
-def test_a_cache_without_room_for_a_block_says_that_it_is_slow(offloaded, tokens):
+def test_a_cache_without_room_for_a_block_warns_that_it_is_slow(offloaded, tokens):
     model, handle = offloaded("mixtral", 3 * EXPERT_BYTES)
-    with pytest.warns(UserWarning, match="needs [4-8] experts at once, and the cache holds 3.*slower") as said:
+    with pytest.warns(UserWarning, match="needs [4-8] experts at once, but the cache holds 3.*slower") as caught:
         generate(model, tokens)
-    assert f"{8 * EXPERT_BYTES} bytes (cache_bytes)" in str(said[0].message)
+    assert f"{8 * EXPERT_BYTES} bytes (cache_bytes)" in str(caught[0].message)
     assert handle.counters.passes > 0

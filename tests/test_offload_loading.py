@@ -1,4 +1,4 @@
-"""`load_offloaded`: the same model, of whose experts one block at most was in memory; and offloading under PESF."""
+"""`load_offloaded` gives the same model without ever holding more than one block of experts; offloading with PESF."""
 
 import warnings
 from pathlib import Path
@@ -10,9 +10,9 @@ from test_packed_loading import compress
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from eacmoe_lightning import load, load_offloaded, offload_experts, pesf
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.offload.model import STORE
-from eacmoe_lightning.originals import load_original
-from eacmoe_lightning.streaming import Checkpoint
 
 
 @torch.no_grad()
@@ -21,9 +21,9 @@ def test_an_original_is_loaded_a_block_at_a_time(family, tiny_model_dir, tokens,
     seen, read = [], Checkpoint.read
 
     def counted(self, names):
-        found = read(self, list(names))
-        seen.append({name.split(".")[2] for name in found if name.endswith("experts.down_proj")})
-        return found
+        tensors = read(self, list(names))
+        seen.append({name.split(".")[2] for name in tensors if name.endswith("experts.down_proj")})
+        return tensors
 
     monkeypatch.setattr(Checkpoint, "read", counted)
     folder = tiny_model_dir(family)
@@ -35,9 +35,9 @@ def test_an_original_is_loaded_a_block_at_a_time(family, tiny_model_dir, tokens,
     model.offload.close()
 
     written = (tmp_path / STORE).stat().st_mtime_ns
-    again = load_offloaded(folder, 0.5, directory=tmp_path)  # the store is there
+    again = load_offloaded(folder, 0.5, directory=tmp_path)  # reuses the store
     assert torch.equal(again(tokens).logits, expected)
-    assert experts == [blocks for blocks in seen if blocks]  # none was read again
+    assert experts == [blocks for blocks in seen if blocks]  # no experts were read again
     assert (tmp_path / STORE).stat().st_mtime_ns == written
     again.offload.close()
 
@@ -57,7 +57,7 @@ def test_a_compressed_directory_is_loaded_packed(family, mixed, share, tiny_mode
     model = load_offloaded(tmp_path, share, "packed-zstd:3:32", directory=tmp_path / "store")
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
     model.config.to_json_string()
-    with pytest.raises(ValueError, match="save the model that it was made of"):
+    with pytest.raises(ValueError, match="save the model it was made from"):
         model.save_pretrained(tmp_path / "saved")
     assert {model.offload.store.header(key).codec for key in model.offload.store} == {"packed-zstd"}
     model.offload.close()
@@ -86,7 +86,7 @@ def test_experts_with_biases_in_another_layout(share, tokens, tmp_path):
     model.offload.close()
 
 
-def test_what_is_no_model_is_named(tmp_path):
+def test_a_missing_model_is_named(tmp_path):
     with pytest.raises((FileNotFoundError, OSError, ValueError), match="nothing"):
         load_offloaded(Path(tmp_path / "nothing"), 1.0)
 
@@ -109,7 +109,7 @@ def test_four_experts_a_token_add_up_in_the_same_order(dtype, share, tokens):
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 40])
 def test_the_bundled_model_in_bfloat16_gives_the_same_bits(length):
-    """Blocks of 20 experts; 30 of 120 have room, all of which 80 tokens need in turn."""
+    """Blocks of 20 experts; the cache has room for 30 of 120, and 80 tokens need all of them in turn."""
     ids = torch.randint(0, 4096, (2, length), generator=torch.Generator().manual_seed(1))
     expected = load_original("bundled")(ids).logits
     model = load_offloaded("bundled", 0.25)
@@ -119,7 +119,7 @@ def test_the_bundled_model_in_bfloat16_gives_the_same_bits(length):
 
 @torch.no_grad()
 def test_pesf_decides_before_anything_is_fetched(tokens):
-    """Experts that PESF skips for all sequences are not asked for; the result is that of PESF alone."""
+    """Experts that PESF skips for all sequences are not requested; the result is that of PESF alone."""
     prompt = tokens[:1]
     reference, model = tiny_models.build("qwen3_moe"), tiny_models.build("qwen3_moe")
     handle = offload_experts(model, 1.0, lookahead=0)

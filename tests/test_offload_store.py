@@ -1,4 +1,4 @@
-"""The file of offloaded experts: damage is named, and nothing of it is used."""
+"""The file of offloaded experts: errors name the damage, and no damaged weight is used."""
 
 import os
 from collections.abc import Callable
@@ -8,16 +8,16 @@ import pytest
 import tiny_models
 import torch
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.offload import offload_experts
 from eacmoe_lightning.offload.codecs import codec
 from eacmoe_lightning.offload.model import STORE, attach
 from eacmoe_lightning.offload.store import ExpertStore, Key, write
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.run.files import StoreError
 
 
 def damaged(tmp_path: Path, change: Callable[[bytearray], None]) -> Path:
-    """A store of a tiny model's experts, altered."""
+    """A store of a tiny model's experts after `change`."""
     handle = offload_experts(tiny_models.build("mixtral"), 1.0, directory=tmp_path)
     handle.close()
     data = bytearray((tmp_path / STORE).read_bytes())
@@ -40,11 +40,11 @@ def test_a_truncated_store_is_named(tmp_path):
         ExpertStore.open(tmp_path / "none")
 
 
-def test_a_store_that_is_cut_off_while_in_use_is_named(tmp_path, tokens):
+def test_a_store_truncated_while_in_use_is_named(tmp_path, tokens):
     model = tiny_models.build("mixtral")
     handle = offload_experts(model, 0.5, directory=tmp_path)
     os.truncate(tmp_path / STORE, 5000)
-    with pytest.raises(StoreError, match=f"{STORE} was cut off while it was in use: 5000 of"), torch.no_grad():
+    with pytest.raises(StoreError, match=f"{STORE} was truncated while it was in use: 5000 of"), torch.no_grad():
         model(tokens)
     handle.close()
 
@@ -54,7 +54,7 @@ def test_a_flipped_bit_stops_the_pass_that_needs_it(num_workers, tmp_path, token
     model = tiny_models.build("mixtral")
     handle = offload_experts(model, 0.5, directory=tmp_path, num_workers=num_workers)
     offset, length = handle.store.places[Key(1, 2, "down_proj")]
-    with open(tmp_path / STORE, "r+b") as file:  # behind the open store's back
+    with open(tmp_path / STORE, "r+b") as file:  # the store is open
         file.seek(offset + length // 2)
         byte = file.read(1)[0]
         file.seek(offset + length // 2)
@@ -90,5 +90,6 @@ def test_a_store_of_another_model_is_refused(tmp_path):
     moe = MoEModel(tiny_models.build("mixtral"))
     for block in moe.moe_blocks:
         block.experts.module.down_proj = torch.nn.Parameter(torch.zeros(8, 64, 32))
-    with pytest.raises(StoreError, match="down_proj has shape .64, 64., the model's .64, 32.: it is of another model"):
+    message = "down_proj has shape .64, 64., in the model .64, 32.: it is from another model"
+    with pytest.raises(StoreError, match=message):
         attach(moe, ExpertStore.open(tmp_path / STORE), 1.0)

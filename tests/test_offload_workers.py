@@ -1,4 +1,4 @@
-"""Processes that decode experts: the same results, and neither their death nor a damaged record goes unnoticed."""
+"""Processes that decode experts: the same results; their death and damaged records are reported."""
 
 import os
 import signal
@@ -12,14 +12,14 @@ from eacmoe_lightning.offload.cache import Entry
 from eacmoe_lightning.offload.fetch import Processes
 from eacmoe_lightning.offload.model import STORE, Offload
 from eacmoe_lightning.offload.store import Key
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.run.files import StoreError
 
 pytestmark = pytest.mark.slow
 
 
 def wait_for_worker(handle: Offload) -> int:
     assert isinstance(handle.fetcher, Processes)
-    (worker,) = [each for each in handle.fetcher.workers if each.process.returncode is None]
+    (worker,) = [worker for worker in handle.fetcher.workers if worker.process.returncode is None]
     deadline = time.monotonic() + 60
     while not worker.is_ready(60):
         assert time.monotonic() < deadline
@@ -27,7 +27,7 @@ def wait_for_worker(handle: Offload) -> int:
     return worker.process.pid
 
 
-def test_processes_decode_the_same_and_their_death_hangs_nothing(offloaded, tokens):
+def test_processes_decode_the_same_and_their_death_stops_nothing(offloaded, tokens):
     plain, _ = offloaded("mixtral", 0.5, "sz3:mean:0.1", num_workers=0)
     expected = generate(plain, tokens)
     model, handle = offloaded("mixtral", 0.5, "sz3:mean:0.1", num_workers=1)
@@ -36,7 +36,7 @@ def test_processes_decode_the_same_and_their_death_hangs_nothing(offloaded, toke
     assert same(model, expected, tokens) and handle.counters.dead_workers == 0
 
     os.kill(pid, signal.SIGKILL)
-    with pytest.warns(UserWarning, match="worker that decodes experts failed.*another is started"):
+    with pytest.warns(UserWarning, match="worker that decodes experts failed.*starts another worker"):
         assert same(model, expected, tokens)
     assert handle.counters.dead_workers == 1
 

@@ -16,21 +16,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, pipeline
 
-from eacmoe_lightning import compressed, load
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.grid import Grid, Quantized, round_to_nearest
-from eacmoe_lightning.originals import load_original
-from eacmoe_lightning.packed_modules import PackedExperts, PackedLinear, packed_weights, set_activations
-from eacmoe_lightning.store import StoreError, digest
+from eacmoe_lightning import load
+from eacmoe_lightning.compressed.directory import save_compressed
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.run.files import StoreError, digest
+from eacmoe_lightning.runtime.packed_modules import PackedExperts, PackedLinear, packed_weights, set_activations
 
 families = pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, "mixed qwen2_moe"])
 BITS = {"attention": 4, "shared": 5, "experts": 3}
 
 
 def compress(model: Path, folder: Path, mixed: bool = False, symmetric: bool = False) -> Path:
-    """A compressed directory by rounding to nearest, with other bits for the last block's experts.
+    """A compressed directory made by rounding to nearest; the last block's experts have fewer bits.
 
-    With `mixed` experts have bits of their own, other ones for both projections.
+    With `mixed`, experts differ in bits, and so do their projections.
     """
     moe = MoEModel(load_original(str(model)))
     blocks = []
@@ -41,13 +42,13 @@ def compress(model: Path, folder: Path, mixed: bool = False, symmetric: bool = F
             quantized[name] = round_to_nearest(weight, Grid(bits[part], 32, symmetric))
             if mixed and part == "experts":
                 up, widths = name.endswith("gate_up_proj"), (2, 3, 4, 8)
-                own = tuple(widths[(e + block.index + up) % 4] for e in range(len(weight)))
-                stack = [round_to_nearest(w, Grid(b, 32, symmetric)) for w, b in zip(weight, own, strict=True)]
+                expert_bits = tuple(widths[(e + block.index + up) % 4] for e in range(len(weight)))
+                stack = [round_to_nearest(w, Grid(b, 32, symmetric)) for w, b in zip(weight, expert_bits, strict=True)]
                 fields = (torch.stack([getattr(q, f) for q in stack]) for f in ("codes", "scale", "zero_point"))
-                quantized[name] = Quantized(*fields, own)
+                quantized[name] = Quantized(*fields, expert_bits)
         moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
         blocks.append(quantized)
-    compressed.save(folder, moe, str(model), blocks, {"method": "rtn"})
+    save_compressed(folder, moe, str(model), blocks, {"method": "rtn"})
     return folder
 
 
@@ -56,10 +57,10 @@ def folder_of(tmp_path_factory, tiny_model_dir) -> Callable[[str], Path]:
     folders: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
-        """Of a family; `mixed FAMILY` is one with experts of different bits."""
+        """The compressed directory of a family; in `mixed FAMILY` experts differ in bits."""
         if family not in folders:
-            place, (*mixed, name) = tmp_path_factory.mktemp("compressed") / family, family.split()
-            folders[family] = compress(tiny_model_dir(name), place, bool(mixed))
+            path, (*mixed, name) = tmp_path_factory.mktemp("compressed") / family, family.split()
+            folders[family] = compress(tiny_model_dir(name), path, bool(mixed))
         return folders[family]
 
     return folder
@@ -71,7 +72,7 @@ def tokens() -> Tensor:
 
 
 def damage(folder: Path, copy_to: Path, change: Callable[[dict[str, Tensor]], None], checksum: bool) -> Path:
-    """A copy whose first shard's tensors are changed, with the checksum of before or one that fits."""
+    """A copy with changed tensors in the first shard; its checksum is updated if `checksum` is true."""
     copy_to.mkdir()
     for file in folder.iterdir():
         (copy_to / file.name).write_bytes(file.read_bytes())
@@ -124,7 +125,7 @@ def weight_buffers(model) -> list[Tensor]:
 
 
 @families
-def test_saved_again_it_is_the_same_directory(family, folder_of, tokens, tmp_path):
+def test_saving_again_gives_the_same_directory(family, folder_of, tokens, tmp_path):
     folder = folder_of(family)
     model = load(folder)
     model.save_pretrained(tmp_path / "again")
@@ -183,9 +184,11 @@ def test_greedy_tokens_are_those_of_the_decoded_model(family, folder_of, tokens)
 
 def test_a_pipeline_opens_the_directory(folder_of):
     folder = folder_of("qwen3_moe")
-    say = pipeline("text-generation", model=str(folder), tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
-    assert any(isinstance(m, PackedExperts) for m in say.model.modules())
-    assert say("The whale", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("The whale")
+    generate = pipeline(
+        "text-generation", model=str(folder), tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu"
+    )
+    assert any(isinstance(m, PackedExperts) for m in generate.model.modules())
+    assert generate("The whale", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("The whale")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixed qwen2_moe"])
@@ -208,7 +211,7 @@ def test_int8_activations_are_near_and_can_be_switched(folder_of, tokens):
         set_activations(model, "int4")
 
 
-# --- refusing
+# --- errors
 
 
 def test_without_the_package_transformers_refuses(folder_of):
@@ -244,7 +247,7 @@ def test_a_missing_tensor_is_named(folder_of, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, error, said",
+    "change, error, message",
     [
         (lambda c: c.update(format_version=99), ValueError, "format version 99"),
         (
@@ -259,10 +262,10 @@ def test_a_missing_tensor_is_named(folder_of, tmp_path):
         ),
     ],
 )
-def test_a_config_that_does_not_fit_is_an_error(change, error, said, folder_of, tmp_path):
+def test_a_config_that_does_not_fit_is_an_error(change, error, message, folder_of, tmp_path):
     broken = damage(folder_of("mixtral"), tmp_path / "broken", lambda _: None, checksum=True)
     config = json.loads((broken / "config.json").read_text())
     change(config)
     (broken / "config.json").write_text(json.dumps(config))
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         load(broken)

@@ -1,4 +1,4 @@
-"""PESF against a brute-force reference that masks token by token, in every experts implementation, dense and packed."""
+"""PESF against a brute-force reference that skips pairs one by one, in every experts implementation and packed."""
 
 import copy
 from fractions import Fraction
@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel, Qwen2MoeConfig
 
 import eacmoe_lightning
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.originals import load_original
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.skipping import PESF, set_skipping
 from eacmoe_lightning.skipping.selection import drop, exact, kept_experts, reroute, skip_counts
 from eacmoe_lightning.skipping.session import _check_can_skip
@@ -30,7 +30,7 @@ def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def skewed_model() -> PreTrainedModel:
-    """Larger than the tiny ones: 4 blocks of 24 experts, top-4, whose router rows have lengths like Zipf's law."""
+    """A model larger than the tiny ones: 4 blocks of 24 experts, top-4, with norms of router rows by a power law."""
     config = Qwen2MoeConfig(
         **{**tiny_models.COMMON, "hidden_size": 96, "num_hidden_layers": 4},
         moe_intermediate_size=48,
@@ -106,7 +106,7 @@ def test_counts_and_kept_experts_by_hand():
 
 
 def test_a_count_equal_to_the_threshold_is_kept_whatever_floats_say():
-    # 0.3 * 110 * 2 / 6 is 11.000000000000002 in floats, and 11
+    # 0.3 * 110 * 2 / 6 is exactly 11, but 11.000000000000002 in floats
     assert exact(0.3) == Fraction(3, 10)
     counts = torch.tensor([[11, 10, 99, 50, 25, 25]])
     assert kept_experts(counts, torch.tensor([110]), 2, 0.3).tolist() == [[True, False, True, True, True, True]]
@@ -139,7 +139,7 @@ def test_survivors_by_hand():
 
     usable = torch.tensor([[True, False, False, True], [False, False, True, False], [True] * 4])
     new_ids, new_weights = reroute(logits, ids, weights, dropped, usable, weigh)
-    assert new_ids.tolist() == [[0, 3], [2, 4], [1, 3]]  # the second token finds one kept expert only
+    assert new_ids.tolist() == [[0, 3], [2, 4], [1, 3]]  # for the second token only one expert is kept
     assert torch.equal(new_weights, torch.tensor([[4.0, 1.0], [2.0, 0.0], [0.5, 0.3]]))
 
 
@@ -159,7 +159,7 @@ def test_equals_brute_force_on_every_family(family, experts):
         got = model(ids, attention_mask=mask, use_cache=False).logits
     assert report.summary()["dropped"] > 0 and error(got, plain, mask) > 1e-3
     assert error(got, brute_force(model, ids, mask, 0.7), mask) < 1e-5
-    assert torch.equal(model(ids, attention_mask=mask, use_cache=False).logits, plain)  # nothing stays behind
+    assert torch.equal(model(ids, attention_mask=mask, use_cache=False).logits, plain)  # the model is restored
 
 
 @implementations
@@ -190,7 +190,7 @@ def test_equals_brute_force_on_the_bundled_model(experts):
 @torch.no_grad()
 def test_packed_experts_equal_brute_force_on_their_decoded_weights(family, tmp_path, tiny_model_dir):
     folder = compress(tiny_model_dir(family), tmp_path / "compressed")
-    packed, decoded = compressed.load(folder, "float32"), compressed.load(folder, "float32", packed=False)
+    packed, decoded = load(folder, "float32"), load(folder, "float32", packed=False)
     ids, mask = random_ids(2, 40), padded([40, 33], "left")
     with eacmoe_lightning.pesf(packed, alpha=0.7) as report:
         got = packed(ids, attention_mask=mask).logits
@@ -212,24 +212,24 @@ def test_alpha_towards_zero_is_bit_equal_to_no_pruning(family, experts):
     for survivors in ("keep", "renormalize", "reroute"):
         with eacmoe_lightning.pesf(model, alpha=1e-4, survivors=survivors):
             assert torch.equal(model(ids).logits, plain)
-            # experts that only padding selects are skipped, and products of other shapes round differently
+            # experts that only padding selects are skipped, so products have other shapes and round differently
             assert error(model(ids, attention_mask=mask).logits, plain_padded, mask) < 1e-6
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("survivors", ["keep", "renormalize", "reroute"])
 @torch.no_grad()
-def test_a_padded_sequence_is_what_it_is_alone(side, survivors):
+def test_padding_does_not_change_a_sequence(side, survivors):
     model, lengths = tiny_models.build("qwen3_moe"), [60, 41, 1, 17]
     ids, mask = random_ids(4, 60), padded(lengths, side)
     with eacmoe_lightning.pesf(model, alpha=0.7, survivors=survivors):
         together = model(ids, attention_mask=mask).logits
-        for row, (tokens, own) in enumerate(zip(ids, mask.bool(), strict=True)):
-            assert error(together[row][own].unsqueeze(0), model(tokens[own].unsqueeze(0)).logits) < 1e-5
+        for row, (tokens, is_real) in enumerate(zip(ids, mask.bool(), strict=True)):
+            assert error(together[row][is_real].unsqueeze(0), model(tokens[is_real].unsqueeze(0)).logits) < 1e-5
 
 
 @torch.no_grad()
-def test_nothing_is_lost_by_short_sequences_or_by_padding_alone():
+def test_short_sequences_and_padding_alone_lose_nothing():
     model = tiny_models.build("mixtral")  # 8 experts, top-2: up to 8 / (0.3 * 2) = 13 tokens
     for length in (1, 2, 13):
         ids = random_ids(3, length)
@@ -248,7 +248,7 @@ def test_nothing_is_lost_by_short_sequences_or_by_padding_alone():
 @torch.no_grad()
 def test_the_weights_of_skipped_experts_are_not_touched(experts, tmp_path, tiny_model_dir):
     if experts == "packed":
-        model = compressed.load(compress(tiny_model_dir("mixtral"), tmp_path / "compressed"), "float32")
+        model = load(compress(tiny_model_dir("mixtral"), tmp_path / "compressed"), "float32")
     else:
         model = tiny_models.build("mixtral")
         model.config._experts_implementation = experts
@@ -263,8 +263,8 @@ def test_the_weights_of_skipped_experts_are_not_touched(experts, tmp_path, tiny_
         model(ids)
         for handle in handles:
             handle.remove()
-        for block, own in zip(MoEModel(model).moe_blocks, used, strict=True):
-            for e in set(range(8)) - own:
+        for block, used_experts in zip(MoEModel(model).moe_blocks, used, strict=True):
+            for e in set(range(8)) - used_experts:
                 down = block.experts.module.down_proj
                 (down.scale if experts == "packed" else down)[e] = torch.nan
         assert torch.equal(model(ids).logits, want)
@@ -273,7 +273,7 @@ def test_the_weights_of_skipped_experts_are_not_touched(experts, tmp_path, tiny_
 
 
 @torch.no_grad()
-def test_the_report_tells_sequences_from_batches():
+def test_the_report_distinguishes_sequences_from_batches():
     model = tiny_models.build("mixtral")
     ids = torch.stack([random_ids(1, 64)[0], random_ids(1, 1, seed=1).expand(1, 64)[0]])
     alone = []
@@ -324,9 +324,9 @@ def test_biased_and_transposed_experts_of_gpt_oss():
     def zero_rare(router, args, output):
         logits, weights, chosen = output
         weights = weights.clone()
-        for rows, own in zip(chosen.view(2, 64, 2), weights.view(2, 64, 2), strict=True):
+        for rows, row_weights in zip(chosen.view(2, 64, 2), weights.view(2, 64, 2), strict=True):
             counts = rows.flatten().bincount(minlength=8)
-            own[counts[rows] < 0.7 * 64 * 2 / 8] = 0
+            row_weights[counts[rows] < 0.7 * 64 * 2 / 8] = 0
         return logits, weights, chosen
 
     for block in MoEModel(model).moe_blocks:
@@ -336,7 +336,7 @@ def test_biased_and_transposed_experts_of_gpt_oss():
 
 
 @torch.no_grad()
-def test_experts_on_a_cpu_do_not_see_what_is_left_out():
+def test_experts_on_a_cpu_do_not_see_skipped_pairs():
     model, ids = tiny_models.build("mixtral"), random_ids(1, 40)
     experts = MoEModel(model).moe_blocks[1].experts.module
 
@@ -349,8 +349,8 @@ def test_experts_on_a_cpu_do_not_see_what_is_left_out():
     mild = model(ids).logits
     set_skipping(model, None)
     experts.forward = strict
-    with eacmoe_lightning.pesf(model, alpha=0.3):  # on CPUs experts do not see what is left out
+    with eacmoe_lightning.pesf(model, alpha=0.3):
         assert error(model(ids).logits, mild) < 1e-6
     assert experts.forward is strict
-    with pytest.raises(ValueError, match="cannot leave out a .* pair"):  # what is asked where they do
+    with pytest.raises(ValueError, match="cannot skip a .* pair"):  # what a user sees if experts do get them
         _check_can_skip(MoEModel(model).moe_blocks[1], 2)

@@ -1,4 +1,4 @@
-"""`plan` from a config.json alone: numbers that are known from the models' cards, counted by hand, or seen in a run."""
+"""`plan` from a config.json alone, against the models' cards, counts by hand and torch's operation counter."""
 
 import json
 from dataclasses import replace
@@ -11,14 +11,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.planning.checks import check_disk
-from eacmoe_lightning.planning.command import warnings
 from eacmoe_lightning.planning.machine import Rates
-from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, gptq_flops, packed_bytes, plan
-from eacmoe_lightning.recipe import Recipe
-from eacmoe_lightning.streaming.checkpoint import empty_model
+from eacmoe_lightning.planning.report import warnings
+from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, packed_bytes, plan
+from eacmoe_lightning.quantization.grid import Grid
+from eacmoe_lightning.quantization.quantizers import GPTQ
 
 REAL = {
     "mixtral": MixtralConfig(),
@@ -50,7 +52,7 @@ def config_only(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_sizes_are_those_of_the_cards(name):
+def test_sizes_are_those_of_the_model_cards(name):
     moe = shapes(name)
     parameters = sum(parameter.numel() for parameter in moe.model.parameters())
     assert parameters / 1e9 == pytest.approx(BILLIONS[name], abs=0.06)
@@ -59,10 +61,10 @@ def test_sizes_are_those_of_the_cards(name):
         assert 2 * parameters * 0.9 < result.phases[phase].read_bytes < 2 * parameters
     block = sum(p.numel() for p in moe.blocks[0].layer.parameters()) * 2
     whole = parameters * 2
-    assert block < result.peak_bytes < whole  # one block and what is made of it, never the model
+    assert block < result.peak_bytes < whole  # one block and its products, never the whole model
 
 
-def test_peak_memory_does_not_know_how_many_blocks_there_are():
+def test_peak_memory_does_not_depend_on_the_number_of_blocks():
     peaks = []
     for num_blocks in (2, 16):
         config = tiny_models.config_of("mixtral")
@@ -74,7 +76,7 @@ def test_peak_memory_does_not_know_how_many_blocks_there_are():
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 @torch.no_grad()
 def test_arithmetic_of_a_forward_pass_is_what_torch_counts(family):
-    """Beside attention scores: the counter does not see them on the CPU."""
+    """Attention scores are left out: on the CPU the counter does not see them."""
     moe = MoEModel(tiny_models.build(family))
     tokens = torch.zeros(1, 32, dtype=torch.int64)
     hidden, kwargs = moe.embed(tokens)
@@ -87,18 +89,19 @@ def test_arithmetic_of_a_forward_pass_is_what_torch_counts(family):
     assert planned - scores == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
-def test_more_tokens_experts_and_width_cost_what_they_must():
+def test_cost_grows_with_tokens_and_width():
     moe = shapes("qwen1.5")
     one, two = (plan(moe, Recipe(), Job(n, 2048, 4, 0, "none", 1, 4, 0, False, 2)).phases for n in (64, 128))
     assert two["observe"].flops == 2 * one["observe"].flops
-    assert one["experts"].flops32 < two["experts"].flops32 < 2 * one["experts"].flops32  # solving does not grow
-    papers = Recipe(scale_search=False, refine=0)
-    assert gptq_flops(100, 200, papers) / gptq_flops(100, 100, papers) == pytest.approx((8 / 3 + 2 * 4) / (1 / 3 + 2))
+    assert one["experts"].flops32 < two["experts"].flops32 < 2 * one["experts"].flops32  # the solver's part is constant
+    plain, grid = GPTQ(scale_search=False, refine=0), Grid(3, 128)
+    wide, narrow = (plain.arithmetic(100, columns, grid).flops for columns in (200, 100))
+    assert wide / narrow == pytest.approx((8 / 3 + 2 * 4) / (1 / 3 + 2))
     shared = plan(moe, Recipe(), Job(128, 2048, 4, 0, "none", 1, 4, 0, False, 2, processes=2)).phases
     assert shared["observe"].flops == two["observe"].flops / 2
 
 
-def test_packed_size_is_counted_by_hand():
+def test_packed_size_matches_a_count_by_hand():
     moe = MoEModel(empty_model(tiny_models.config_of("mixtral"), torch.float32))
     attention, experts = 64 * 64 * 2 + 64 * 32 * 2, 8 * 3 * 64 * 64
     bits = 3 * (attention * (4 + 24 / 32) + experts * (2 + 24 / 32))
@@ -112,7 +115,7 @@ def test_packed_size_is_counted_by_hand():
 
 
 @pytest.mark.parametrize("name", ["qwen1.5", "qwen3"])
-def test_memory_of_a_stack_of_experts_and_of_the_routers_sums_is_that_of_the_option(name):
+def test_solver_gib_limits_the_memory_of_experts_and_router(name):
     moe = shapes(name)
     small, large = (plan(moe, Recipe(solver_gib=gib), replace(JOB, device="cuda")).phases for gib in (1.0, 4.0))
     for phase in ("router", "experts"):
@@ -129,12 +132,12 @@ def test_a_pruned_model_is_smaller_and_cheaper():
     assert pruned.phases["read"].read_bytes == whole.phases["read"].read_bytes
 
 
-def test_what_the_page_cache_holds_waits_for_no_disk():
+def test_files_in_the_page_cache_do_not_wait_for_the_disk():
     cost, rates = Cost(read_bytes=10, written_bytes=10, again_bytes=15), Rates(flops=1, flops32=1, memory=10, disk=1)
     assert rates.seconds(cost) == 20 and rates.seconds(cost, cached=True) == 5 + 3
 
 
-def test_the_command_knows_of_pruning(tmp_path, capsys):
+def test_the_command_counts_pruned_experts(tmp_path, capsys):
     folder = config_only(tmp_path / "model", "qwen1.5")
     words = ["plan", "--model.name_or_path", str(folder), "--pruning.keep", "30", "--data.num_heldout_windows", "1"]
     main([*words, "--json", str(tmp_path / "plan.json")])
@@ -146,17 +149,17 @@ def test_time_is_work_over_rates():
     assert Rates(flops=50, flops32=10, memory=4, disk=2).seconds(cost) == 2 + 3 + 2 + 5
 
 
-def test_warnings_name_what_will_not_work():
+def test_warnings_name_what_will_fail():
     moe, recipe = shapes("qwen1.5"), Recipe(bits=(4,), symmetric=True)
-    grids, found = recipe.grids(moe), plan(moe, recipe, JOB)
-    said = warnings(found, grids, memory=10**12, free=10**12)
-    cut = [line for line in said if line.startswith("tensor parallelism over 2")]
-    assert len(cut) == 1 and "2048 x 1408 in groups of 128" in cut[0]  # 11 groups do not halve
-    assert not any("vllm" in line and "refused" in line for line in said)
-    said = warnings(found, Recipe(bits=(3,)).grids(moe), memory=10**9, free=10**6)
-    assert any("--target vllm will be refused" in line and "3 bits" in line for line in said)
-    assert any("GB of memory, 1.0 GB are available" in line for line in said)
-    assert any("GB of disk, 0.0 GB are free" in line for line in said)
+    grids, costs = recipe.grids(moe), plan(moe, recipe, JOB)
+    messages = warnings(costs, grids, memory=10**12, free=10**12)
+    split = [line for line in messages if line.startswith("tensor parallelism over 2")]
+    assert len(split) == 1 and "2048 x 1408 in groups of 128" in split[0]  # 11 groups do not halve
+    assert not any("vllm" in line and "refused" in line for line in messages)
+    messages = warnings(costs, Recipe(bits=(3,)).grids(moe), memory=10**9, free=10**6)
+    assert any("--target vllm will be refused" in line and "3 bits" in line for line in messages)
+    assert any("GB of memory, but 1.0 GB are available" in line for line in messages)
+    assert any("GB of disk, but 0.0 GB are free" in line for line in messages)
 
 
 @pytest.mark.parametrize("name, config", [("mixtral", "mixtral-8x7b"), ("qwen1.5", "qwen1.5-moe")])
@@ -166,8 +169,8 @@ def test_the_command_needs_a_config_json_only(name, config, tmp_path, capsys):
     words += ["--data.num_heldout_windows", "8", "--json", str(tmp_path / "plan.json")]
     words += ["--trainer.default_root_dir", str(tmp_path / "run"), "--rate.flops", "4e14", "--rate.flops32", "4e13"]
     main([*words, "--rate.memory", "2e12", "--rate.disk", "2e9", "--available.memory", "8e10"])
-    said, result = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
-    assert f"{BILLIONS[name]} billion parameters" in said and "expect a factor of two" in said
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert f"{BILLIONS[name]} billion parameters" in printed and "can be off by a factor of two" in printed
     assert result["rates"] == {"flops": 4e14, "flops32": 4e13, "memory": 2e12, "disk": 2e9}
     assert result["seconds"] == pytest.approx(sum(phase["seconds"] for phase in result["phases"].values()))
     assert {"observe", "attention", "router", "experts", "replay"} <= result["phases"].keys()
@@ -180,7 +183,7 @@ def test_a_model_without_a_config_is_named(tmp_path, capsys):
     assert "weights are not needed" in capsys.readouterr().err
 
 
-def test_fit_is_refused_where_the_disk_is_too_small(tmp_path, monkeypatch):
+def test_fit_is_refused_if_the_disk_is_too_small(tmp_path, monkeypatch):
     moe, recipe = shapes("mixtral"), Recipe()
     use = disk_use(moe, recipe, JOB)
     assert use["hidden streams"] == 7 * 128 * 2048 * 4096 * 2

@@ -1,4 +1,4 @@
-"""Processes that divide neither windows nor experts do the work of one, and a run survives the death of one of them."""
+"""Several processes give the result of one, even with uneven shares, and a run survives a killed process."""
 
 import json
 import os
@@ -11,14 +11,14 @@ import pytest
 from lightning.pytorch import LightningModule, Trainer
 from test_launchers import assert_same
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.callbacks.block_callback import BlockCallback
+from eacmoe_lightning.compressed.format import read_config
+from eacmoe_lightning.job.block_callback import BlockCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
 OPTIONS = {
     "model__joint_epochs": 0,
-    "data__num_windows": 7,  # 2 + 2 + 3; and 8 experts are 2 + 3 + 3
-    "data__num_heldout_windows": 2,  # fewer than processes
+    "data__num_windows": 7,  # 2 + 2 + 3 in three processes; 8 experts are 2 + 3 + 3
+    "data__num_heldout_windows": 2,  # fewer than the processes
     "data__heldout": "[bundled:prose]",
 }
 
@@ -50,8 +50,8 @@ def alone(tmp_path_factory, tiny_model_dir) -> Path:
     return jobs.fit(tiny_model_dir("qwen2_moe"), tmp_path_factory.mktemp("alone") / "run", **OPTIONS)
 
 
-def test_three_processes_a_death_and_two_that_go_on(alone, tiny_model_dir, tmp_path):
-    """One of three dies in block 1: the job ends with an error. Two processes take it up and end like one."""
+def test_two_processes_continue_a_run_of_three_after_one_was_killed(alone, tiny_model_dir, tmp_path):
+    """One of three is killed in block 1 and the job fails. Two processes continue it and get the result of one."""
     run, model = tmp_path / "run", tiny_model_dir("qwen2_moe")
     killer = {"class_path": "test_processes.KillOneProcess", "init_args": {"what": "1 experts"}}
     words = jobs.options(model, run, **OPTIONS)
@@ -64,20 +64,20 @@ def test_three_processes_a_death_and_two_that_go_on(alone, tiny_model_dir, tmp_p
     assert not list(run.rglob("*.partial"))
 
 
-def test_two_processes_remove_the_experts_of_one(tiny_model_dir, tmp_path):
-    """By scores that are summed over processes; the number that stays varies, and a joint stage follows."""
+def test_two_processes_remove_the_same_experts_as_one(tiny_model_dir, tmp_path):
+    """Scores are summed over processes; the number of kept experts varies by block, and a joint stage follows."""
     options = OPTIONS | {"pruning__criterion": "reap", "pruning__alpha": 0.9}
     options |= {"model__joint_epochs": 1, "model__joint_router_lr": 3e-4}
     alone, run, model = tmp_path / "alone", tmp_path / "run", tiny_model_dir("qwen2_moe")
     jobs.fit(model, alone, **options)
     status, output = launch(2, *jobs.options(model, run, **options))
     assert status == 0, output[-3000:]
-    own, other = (json.loads((folder / "report.json").read_text())["pruning"] for folder in (run, alone))
-    assert len({len(row["kept"]) for row in own["blocks"].values()}) > 1
-    for block, row in other["blocks"].items():
-        assert own["blocks"][block]["kept"] == row["kept"]
-        assert own["blocks"][block]["scores"] == pytest.approx(row["scores"], rel=1e-4)
-        assert own["blocks"][block]["removed_selections"] == pytest.approx(row["removed_selections"])
+    two, one = (json.loads((folder / "report.json").read_text())["pruning"]["blocks"] for folder in (run, alone))
+    assert len({len(row["kept"]) for row in two.values()}) > 1
+    for block, row in one.items():
+        assert two[block]["kept"] == row["kept"]
+        assert two[block]["scores"] == pytest.approx(row["scores"], rel=1e-4)
+        assert two[block]["removed_selections"] == pytest.approx(row["removed_selections"])
     assert_same(run, alone, chooses=True)
-    config = compressed.read_config(run / "compressed")["original"]["config"]
-    assert config["kept_experts"] == {block: row["kept"] for block, row in other["blocks"].items()}
+    config = read_config(run / "compressed")["original"]["config"]
+    assert config["kept_experts"] == {block: row["kept"] for block, row in one.items()}

@@ -1,4 +1,4 @@
-"""`prune`: experts cut out of a finished model, against the same model with masked routers, and routers by hand."""
+"""`prune`: experts removed from a finished model, against the same model with masked routers, and routers by hand."""
 
 import json
 import math
@@ -13,16 +13,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eacmoe_lightning
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.exports import export
-from eacmoe_lightning.packed_modules import packed_weights
-from eacmoe_lightning.pruning.command import prune
+from eacmoe_lightning.commands.prune import prune
+from eacmoe_lightning.compressed.format import SHARD
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.run.files import read_tensors
+from eacmoe_lightning.runtime.packed_modules import packed_weights
 from eacmoe_lightning.skipping import PESF, current_rule, set_skipping
-from eacmoe_lightning.store import read_tensors
-from eacmoe_lightning.text import read_documents, token_windows
+from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")
 OPTIONS = {"num_windows": 6, "window_length": 64, "num_heldout_windows": 2, "texts": ["bundled:prose", "bundled:code"]}
@@ -36,8 +38,8 @@ def calibration(directory: Path) -> Tensor:
 
 @torch.no_grad()
 def loads(model: Path, windows: Tensor) -> list[list[int]]:
-    """How often each expert of each block is selected, from one pass of the packed model."""
-    moe, counts = MoEModel(compressed.load(model)), []
+    """How often each expert of each block is selected in one pass of the packed model."""
+    moe, counts = MoEModel(load(model)), []
     for block in moe.moe_blocks:
         block.router.register_forward_hook(
             lambda m, args, out, e=block.num_experts: counts.append(out[2].flatten().bincount(minlength=e).tolist())
@@ -55,44 +57,44 @@ def loads(model: Path, windows: Tensor) -> list[list[int]]:
     ],
 )
 @torch.no_grad()
-def test_what_stays_is_bit_by_bit_what_was_given(family, mixed, rule, tiny_model_dir, tmp_path, capsys):
+def test_the_experts_that_stay_do_not_change_by_a_bit(family, mixed, rule, tiny_model_dir, tmp_path, capsys):
     given = compress(tiny_model_dir(family), tmp_path / "given", mixed)
     report = prune(str(given), str(tmp_path / "out"), rule, **OPTIONS)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     counts = loads(given, calibration(given))
     kept = []
-    for row, load in zip(report["pruning"]["blocks"].values(), counts, strict=True):
+    for row, count in zip(report["pruning"]["blocks"].values(), counts, strict=True):
         if rule.keep:
-            expected = sorted(sorted(range(8), key=lambda e: (-load[e], e))[: rule.keep])
+            expected = sorted(sorted(range(8), key=lambda e: (-count[e], e))[: rule.keep])
         else:
-            expected = [e for e in range(8) if load[e] >= rule.alpha * sum(load) / 8]
-        assert row["kept"] == expected and row["scores"] == load
-        assert row["removed_selections"] == pytest.approx(1 - sum(load[e] for e in expected) / sum(load))
+            expected = [e for e in range(8) if count[e] >= rule.alpha * sum(count) / 8]
+        assert row["kept"] == expected and row["scores"] == count
+        assert row["removed_selections"] == pytest.approx(1 - sum(count[e] for e in expected) / sum(count))
         kept.append(expected)
-        assert f"{len(expected)} of 8 experts stay" in said
-    assert rule.keep or len({len(row) for row in kept}) > 1  # a number that varies
+        assert f"{len(expected)} of 8 experts stay" in printed
+    assert rule.keep or len({len(row) for row in kept}) > 1  # alpha leaves different numbers
     pruned = tmp_path / "out" / "compressed"
-    for index, stay in enumerate(kept):
-        before, after = (read_tensors(d / compressed.SHARD.format(index))[0] for d in (given, pruned))
+    for index, kept_experts in enumerate(kept):
+        before, after = (read_tensors(d / SHARD.format(index))[0] for d in (given, pruned))
         assert before.keys() == after.keys()
         for name, tensor in before.items():
             if ".experts." not in name and "mlp.gate.weight" not in name:
                 assert torch.equal(after[name], tensor)
             elif not (mixed and name.endswith("codes")):
-                assert torch.equal(after[name], tensor[stay])
-    full = compressed.load(given, packed=False)
-    for block, stay in zip(MoEModel(full).moe_blocks, kept, strict=True):
-        mask(block, [e for e in range(8) if e not in stay])
+                assert torch.equal(after[name], tensor[kept_experts])
+    full = load(given, packed=False)
+    for block, kept_experts in zip(MoEModel(full).moe_blocks, kept, strict=True):
+        mask(block, [e for e in range(8) if e not in kept_experts])
     expected = full(TOKENS).logits
     for packed in (True, False):
-        again = compressed.load(tmp_path / "out", packed=packed)
-        torch.testing.assert_close(again(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+        pruned_model = load(tmp_path / "out", packed=packed)
+        torch.testing.assert_close(pruned_model(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
     prose = token_windows(read_documents("bundled:prose"), AutoTokenizer.from_pretrained(pruned), 2, 64)
-    for model, key in ((compressed.load(given), "original"), (again, "compressed"), (again, "before")):
+    for model, key in ((load(given), "original"), (pruned_model, "compressed"), (pruned_model, "before")):
         loss = model(prose, labels=prose, output_router_logits=False).loss
         assert report["perplexity"]["prose"][key] == pytest.approx(math.exp(loss), rel=1e-4)
     assert report["size_bytes"]["compressed"] < report["size_bytes"]["original"]
-    weights = dict(packed_weights(compressed.load(tmp_path / "out")))
+    weights = dict(packed_weights(load(tmp_path / "out")))
     stored = 8 * sum(tensor.nbytes for weight in weights.values() for tensor in weight.tensors)
     assert report["bits"]["true"] == pytest.approx(stored / sum(weight.shape.numel() for weight in weights.values()))
     with pytest.raises(ValueError, match="pruned before"):
@@ -100,22 +102,22 @@ def test_what_stays_is_bit_by_bit_what_was_given(family, mixed, rule, tiny_model
 
 
 @torch.no_grad()
-def test_routers_are_the_closed_form_on_what_the_pruned_prefix_gives(tiny_model_dir, tmp_path):
+def test_routers_are_the_closed_form_on_the_inputs_in_the_pruned_model(tiny_model_dir, tmp_path):
     given = compress(tiny_model_dir("mixtral"), tmp_path / "given")
     report = prune(str(given), str(tmp_path / "out"), PruningRule("reap", keep=4), "ridge", 0.01, **OPTIONS)
     windows = calibration(given)
     seen = []
-    for model in (compressed.load(given, packed=False), compressed.load(tmp_path / "out", packed=False)):
+    for model in (load(given, packed=False), load(tmp_path / "out", packed=False)):
         inputs, moe = [], MoEModel(model)
         for block in moe.moe_blocks:
-            block.router.register_forward_pre_hook(lambda m, args, own=inputs: own.append(args[0].reshape(-1, 64)))
+            block.router.register_forward_pre_hook(lambda m, args, x=inputs: x.append(args[0].reshape(-1, 64)))
         model(windows)
         seen.append((moe, inputs))
     (full, teacher), (pruned, student) = seen
     for block, twin, x, x_hat in zip(full.moe_blocks, pruned.moe_blocks, teacher, student, strict=True):
         kept = report["pruning"]["blocks"][block.index]["kept"]
         start, x, x_hat = block.router_weight[kept].double(), x.double(), x_hat.double()
-        gram = x_hat.T @ x_hat  # of all tokens: 4 experts, and each of them teaches
+        gram = x_hat.T @ x_hat  # over all tokens: with 4 experts, each is a target of every token
         strength = 0.01 * gram.diagonal().mean() * torch.eye(64)
         residual = x @ start.T - x_hat @ start.T
         expected = start + torch.linalg.solve(gram + strength, x_hat.T @ residual).T
@@ -125,7 +127,7 @@ def test_routers_are_the_closed_form_on_what_the_pruned_prefix_gives(tiny_model_
             assert error[1] < error[0]
 
 
-def test_an_interrupted_command_goes_on_and_a_finished_one_is_read(tiny_model_dir, tmp_path, capsys):
+def test_an_interrupted_command_continues_and_a_finished_one_is_not_repeated(tiny_model_dir, tmp_path, capsys):
     given, rule = compress(tiny_model_dir("qwen2_moe"), tmp_path / "given"), PruningRule("reap", keep=5)
     out = [tmp_path / "whole", tmp_path / "cut"]
     reports = [prune(str(given), str(place), rule, "ridge", **OPTIONS) for place in out]
@@ -135,7 +137,7 @@ def test_an_interrupted_command_goes_on_and_a_finished_one_is_read(tiny_model_di
     (out[1] / "compressed" / "config.json").unlink()
     capsys.readouterr()
     reports[1] = prune(str(given), str(out[1]), rule, "ridge", **OPTIONS)
-    assert "block 1" in (said := capsys.readouterr().out) and "block 0" not in said
+    assert "block 1" in (printed := capsys.readouterr().out) and "block 0" not in printed
     for part in ("blocks", "compressed"):
         assert jobs.contents(out[0] / part) == jobs.contents(out[1] / part)
     assert all(reports[0][key] == reports[1][key] for key in ("perplexity", "pruning", "bits"))
@@ -145,42 +147,42 @@ def test_an_interrupted_command_goes_on_and_a_finished_one_is_read(tiny_model_di
 
 
 def test_experts_that_stay_below_alpha_are_named(tokenizer, tmp_path, capsys, caplog):
-    """Every token gives nearly all its weight to expert 5: no other has the mean saliency, the best of them stays."""
+    """Every token gives nearly all weight to expert 5; the others are below the mean saliency, and the best stays."""
     model = build("gpt_oss")
     for block in MoEModel(model).moe_blocks:
         block.router_bias.data[5] = 30.0
     model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
     report = prune(str(tmp_path / "model"), str(tmp_path / "out"), PruningRule("reap", alpha=1.0), **OPTIONS)
-    said = []
+    starts = []
     for index, row in report["pruning"]["blocks"].items():
         others = row["scores"][:5] + [0] + row["scores"][6:]
         best = others.index(max(others))
         assert 0 < max(others) < sum(row["scores"]) / 8 < row["scores"][5]
         assert row["kept"] == sorted([5, best]) and row["below_alpha"] == [best]
-        said.append(f"block {index}: experts [{best}] are below alpha=1 (--pruning.alpha) and stay")
-    assert [line.startswith(start) for line, start in zip(caplog.messages, said, strict=True)] == [True] * 3
+        starts.append(f"block {index}: experts [{best}] are below alpha=1 (--pruning.alpha) and stay")
+    assert [line.startswith(start) for line, start in zip(caplog.messages, starts, strict=True)] == [True] * 3
     assert report["pruning"]["below_alpha"] == 3 and "3 experts are below alpha and stay" in capsys.readouterr().out
     assert "below alpha" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_an_original_becomes_an_ordinary_smaller_one(tiny_model_dir, tmp_path):
+def test_an_original_becomes_an_ordinary_smaller_model(tiny_model_dir, tmp_path):
     model = tiny_model_dir("phimoe")
     report = prune(str(model), str(tmp_path / "out"), PruningRule("reap", keep=3), **OPTIONS)
     assert report["bits"] == {"nominal": 32, "true": 32}
-    ours = compressed.load(tmp_path / "out")
+    ours = load(tmp_path / "out")
     elsewhere, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "dense", output_loading_info=True)
     assert elsewhere.config.num_local_experts == 3 and not info["missing_keys"]
     torch.testing.assert_close(elsewhere.eval()(TOKENS).logits, ours(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_setting_of_skipping_rests_and_goes_along(tiny_model_dir, tmp_path):
+def test_a_skipping_rule_is_suspended_and_copied(tiny_model_dir, tmp_path):
     given = compress(tiny_model_dir("qwen3_moe"), tmp_path / "given")
     plain = prune(str(given), str(tmp_path / "plain"), PruningRule(keep=5), **OPTIONS)
     config = json.loads((given / "config.json").read_text())
-    model = compressed.load(given)
+    model = load(given)
     set_skipping(model, PESF(0.7, rescue=1.0))
     model.save_pretrained(tmp_path / "skipping")
     with pytest.raises(FileNotFoundError, match="tokenizer"):
@@ -188,15 +190,15 @@ def test_a_setting_of_skipping_rests_and_goes_along(tiny_model_dir, tmp_path):
     AutoTokenizer.from_pretrained(given).save_pretrained(tmp_path / "skipping")
     report = prune(str(tmp_path / "skipping"), str(tmp_path / "out"), PruningRule(keep=5), **OPTIONS)
     assert report["pruning"] == plain["pruning"] and report["perplexity"] == plain["perplexity"]
-    again = eacmoe_lightning.load(tmp_path / "out")
-    assert current_rule(again) == PESF(0.7, rescue=1.0) and current_rule(compressed.load(tmp_path / "plain")) is None
-    held = json.loads((tmp_path / "out" / "compressed" / "config.json").read_text())
-    assert held["original"]["name_or_path"] == config["original"]["name_or_path"]
-    assert held["quantization"]["method"] == "rtn" and held["quantization"]["pruning"]["keep"] == 5
+    reloaded = eacmoe_lightning.load(tmp_path / "out")
+    assert current_rule(reloaded) == PESF(0.7, rescue=1.0) and current_rule(load(tmp_path / "plain")) is None
+    config_out = json.loads((tmp_path / "out" / "compressed" / "config.json").read_text())
+    assert config_out["original"]["name_or_path"] == config["original"]["name_or_path"]
+    assert config_out["quantization"]["method"] == "rtn" and config_out["quantization"]["pruning"]["keep"] == 5
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "arguments, message",
     [
         (["--pruning.keep", "1"], "keep=1 (--pruning.keep)"),
         (["--pruning.keep", "9"], "num_experts=8"),
@@ -211,13 +213,13 @@ def test_a_setting_of_skipping_rests_and_goes_along(tiny_model_dir, tmp_path):
         (["--pruning.keep", "4", "--ridge", "0"], "--ridge"),
     ],
 )
-def test_bad_options(words, message, tiny_model_dir, tmp_path, capsys):
+def test_bad_options(arguments, message, tiny_model_dir, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("not a run")
     places = {"LLAMA": str(tiny_model_dir("llama")), "FULL": str(tmp_path / "full")}
     options = ["--model", str(tiny_model_dir("mixtral")), "--output", str(tmp_path / "out"), "--window_length", "32"]
     with pytest.raises(SystemExit):
-        main(["prune", *options, *(places.get(word, word) for word in words)])
+        main(["prune", *options, *(places.get(word, word) for word in arguments)])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and len(list((tmp_path / "full").iterdir())) == 1
 
@@ -226,12 +228,12 @@ def test_bad_options(words, message, tiny_model_dir, tmp_path, capsys):
 @pytest.mark.parametrize("options", [["--pruning.keep", "5"], ["--pruning.alpha", "0.8"]])
 @torch.no_grad()
 def test_every_command_takes_the_result(options, tiny_model_dir, tmp_path, capsys):
-    """A run of `fit`, pruned behind its end: `test`, `analyze` with all rules of skipping, `export`."""
+    """A finished run of `fit`, pruned, then `test`, `analyze` with all skipping rules, and `export`."""
     model = tiny_model_dir("qwen2_moe")
     run, out = jobs.fit(model, tmp_path / "run", model__joint_epochs=1), tmp_path / "out"
-    words = ["--num_windows", "16", "--window_length", "64", "--num_heldout_windows", "3"]
-    words += ["--texts", '["bundled:prose", "bundled:code"]', "--routers", "ridge"]
-    main(["prune", "--model", str(run), "--output", str(out), *options, *words])
+    arguments = ["--num_windows", "16", "--window_length", "64", "--num_heldout_windows", "3"]
+    arguments += ["--texts", '["bundled:prose", "bundled:code"]', "--routers", "ridge"]
+    main(["prune", "--model", str(run), "--output", str(out), *options, *arguments])
     report = json.loads((out / "report.json").read_text())
     first = json.loads((run / "report.json").read_text())
     numbers = [len(row["kept"]) for row in report["pruning"]["blocks"].values()]
@@ -245,17 +247,17 @@ def test_every_command_takes_the_result(options, tiny_model_dir, tmp_path, capsy
         pruned = report["perplexity"][text]["compressed"]
         assert tested["perplexity"][text]["compressed"] == pytest.approx(pruned, rel=1e-6)
 
-    place = tmp_path / "analysis"
-    options = ["--model", str(out), "--output", str(place), "--num_windows", "4", "--window_length", "64"]
+    analysis_dir = tmp_path / "analysis"
+    options = ["--model", str(out), "--output", str(analysis_dir), "--num_windows", "4", "--window_length", "64"]
     options += ["--texts", '["bundled:prose", "bundled:code"]', "--num_questions", "2"]
     main(["analyze", *options, "--alphas", "[0.3, 0.7]", "--baselines", "true"])
-    said = json.loads((place / "analysis.json").read_text())
-    assert [row["num_experts"] for row in said["blocks"]] == numbers
-    assert all(len(row["texts"]["prose"]["load"]) == row["num_experts"] for row in said["blocks"])
+    analysis = json.loads((analysis_dir / "analysis.json").read_text())
+    assert [row["num_experts"] for row in analysis["blocks"]] == numbers
+    assert all(len(row["texts"]["prose"]["load"]) == row["num_experts"] for row in analysis["blocks"])
     names = ["none", "pesf 0.3", "pesf 0.7", "ceil(2K/3)", "ees", "odp"]
-    assert [row["name"] for row in said["skipping"]["rows"]] == names
-    assert all(0 <= row["pairs_dropped"] < 1 for row in said["skipping"]["rows"])
-    assert {path.name for path in place.glob("*.png")} >= {"frequency.png", "skipping.png"}
+    assert [row["name"] for row in analysis["skipping"]["rows"]] == names
+    assert all(0 <= row["pairs_dropped"] < 1 for row in analysis["skipping"]["rows"])
+    assert {path.name for path in analysis_dir.glob("*.png")} >= {"frequency.png", "skipping.png"}
 
     if len(set(numbers)) > 1:
         with pytest.raises(ValueError, match="--pruning.keep"):
@@ -263,5 +265,5 @@ def test_every_command_takes_the_result(options, tiny_model_dir, tmp_path, capsy
         return
     export(str(out), str(tmp_path / "dense"), "dense")
     elsewhere = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-    ours = compressed.load(out, packed=False)
+    ours = load(out, packed=False)
     torch.testing.assert_close(elsewhere(TOKENS).logits, ours(TOKENS).logits, rtol=1e-5, atol=1e-5)

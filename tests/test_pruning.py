@@ -1,4 +1,4 @@
-"""Static pruning: rules and scores by hand, and a pruned model against the full one with masked routers."""
+"""Static pruning: rules and scores by hand, and pruned models against full models with masked routers."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,19 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, GptOssConfig
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.evaluate import evaluate
-from eacmoe_lightning.exports import export
+from eacmoe_lightning.compressed.directory import save_compressed
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.pruned_config import pruned_config
+from eacmoe_lightning.models.shrink import Groups, keep_experts
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.pruning.scores import ExpertScores, measured
-from eacmoe_lightning.pruning.surgery import Groups, keep_experts, pruned_config
-from eacmoe_lightning.ranks import Ranks
-from eacmoe_lightning.text import read_documents, token_windows
+from eacmoe_lightning.run.ranks import Ranks
+from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 
@@ -29,13 +32,13 @@ families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 def test_the_best_stay():
     scores = torch.tensor([3.0, 1, 4, 1, 5, 9, 2, 6])
     assert PruningRule(keep=3).choose(scores, top_k=2) == [4, 5, 7]
-    assert PruningRule(keep=7).choose(scores, top_k=2) == [0, 1, 2, 4, 5, 6, 7]  # of equal ones the first
+    assert PruningRule(keep=7).choose(scores, top_k=2) == [0, 1, 2, 4, 5, 6, 7]  # of equal scores the first
     assert PruningRule(keep=8).choose(scores, top_k=2) == list(range(8))
     assert PruningRule(keep=4).choose(scores, top_k=2, num_groups=2) == [0, 2, 5, 7]
 
 
 def test_the_papers_rule():
-    """100 tokens, top-2, 4 experts: those below alpha * 100 * 2 / 4 = 50 alpha go."""
+    """100 tokens, top-2, 4 experts: those below alpha * 100 * 2 / 4 = 50 alpha are removed."""
     load = torch.tensor([120.0, 15, 50, 15], dtype=torch.float64)
     assert PruningRule(alpha=0.3).choose(load, top_k=2) == [0, 1, 2, 3]  # 15 is not below 15
     assert PruningRule(alpha=0.31).choose(load, top_k=2) == [0, 2]
@@ -75,7 +78,7 @@ def test_a_number_that_does_not_fit_the_model(keep, numbers):
 
 @torch.no_grad()
 def test_scores_by_hand():
-    """Experts set to multiples of the identity, so that the norms of their outputs are known."""
+    """Experts are multiples of the identity, so that the norms of their outputs are known."""
     model = tiny_models.build("mixtral")
     block = MoEModel(model).blocks[0]
     module = block.experts.module
@@ -105,7 +108,7 @@ def test_scores_by_hand():
 @families
 @torch.no_grad()
 def test_scores_of_a_running_model(family):
-    """Against the experts' module itself, asked for one expert at a time."""
+    """Compared with the experts' module, run with one expert at a time."""
     moe = MoEModel(tiny_models.build(family))
     block = moe.moe_blocks[1]
     hidden, kwargs = moe.embed(torch.arange(40).view(2, 20))
@@ -115,14 +118,14 @@ def test_scores_of_a_running_model(family):
         _, routing = block.forward(hidden, kwargs[block.index])
     handle.remove()
     x, ids, weights = seen[0]
-    found = scores.finish(Ranks())
+    values = scores.finish(Ranks())
     assert scores.load.tolist() == [int((routing.ids == e).sum()) for e in range(8)]
     for e in range(8):
         norms = [
             block.experts.module(x[n : n + 1], torch.tensor([[e]]), weights[n : n + 1, k : k + 1]).norm()
             for n, k in (ids == e).nonzero().tolist()
         ]
-        assert float(found[e]) == pytest.approx(float(sum(norms)) / max(len(norms), 1), rel=1e-4)
+        assert float(values[e]) == pytest.approx(float(sum(norms)) / max(len(norms), 1), rel=1e-4)
 
 
 # --- a pruned model is the full one with the removed experts' logits at minus infinity
@@ -153,13 +156,13 @@ def build(family: str):
 
 
 def mask(block, removed: list[int]) -> None:
-    """Makes the router of a full model never choose some experts, by its weights alone."""
+    """Makes the router of a full model never choose the removed experts."""
     bias = getattr(block.router, "e_score_correction_bias", None)
     if bias is not None:
         bias[removed] = -torch.inf
     elif block.router_bias is not None:
         block.router_bias[removed] = -torch.inf
-    else:  # a rank-one part that is hugely negative for every input there is
+    else:  # the product with the router's weight gives minus infinity for the removed experts
         forward = block.router.forward
         weight, linear = block.router_weight, torch.nn.functional.linear
 
@@ -186,23 +189,23 @@ def test_a_pruned_model_is_the_masked_full_one(family, tmp_path):
         kept = rules[block.index]
         mask(block, [e for e in range(8) if e not in kept])
         keep_experts(twin, kept)
-        keep_experts(twin, kept)  # again: nothing happens
+        keep_experts(twin, kept)  # changes nothing the second time
         assert twin.num_experts == 6 and twin.router_weight.shape[0] == 6
         assert twin.original_ids(torch.tensor([[0, 5]])).tolist() == [[kept[0], kept[5]]]
     tokens = torch.arange(3, 99).view(2, 48) * 7
     expected = full.model(tokens).logits
     assert expected.isfinite().all()
     torch.testing.assert_close(pruned.model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
-    # an ordinary config leads to it, for any program
+    # the config is an ordinary one, from which any program builds the pruned model
     config = pruned_config(pruned.model.config, pruned)
     pruned.model.config = config
     pruned.model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["kept_experts"].keys() <= {"0", "1", "2"}
-    again, info = AutoModelForCausalLM.from_pretrained(
+    reloaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    torch.testing.assert_close(again.eval()(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reloaded.eval()(tokens).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_groups_of_a_router():
@@ -217,28 +220,28 @@ def test_groups_of_a_router():
         PruningRule(keep=2).check(moe)
 
 
-# --- our own format
+# --- our format
 
 
 @families
 @pytest.mark.parametrize("uniform", [True, False])
 @torch.no_grad()
 def test_a_pruned_model_in_our_format(family, uniform, tiny_model_dir, tmp_path):
-    """The original, pruned in memory and written without quantization, read both ways."""
+    """The original, pruned in memory, saved without quantization and loaded packed and decoded."""
     model = tiny_model_dir(family)
     moe = MoEModel(AutoModelForCausalLM.from_pretrained(model).eval())
     for i, block in enumerate(moe.moe_blocks):
         keep_experts(block, [0, 2, 3, 7] if uniform else [1, 3, 4, 6, 7][: 5 - i])
-    compressed.save(tmp_path / "own", moe, str(model), [{} for _ in moe.blocks], {"quantizer": "none"})
-    config = json.loads((tmp_path / "own" / "config.json").read_text())["original"]["config"]
+    save_compressed(tmp_path / "saved", moe, str(model), [{} for _ in moe.blocks], {"quantizer": "none"})
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())["original"]["config"]
     numbers = {value for name, value in config.items() if name in ("num_experts", "num_local_experts")}
     numbers |= {config["n_routed_experts"]} if "n_routed_experts" in config else set()
     assert numbers == {4 if uniform else 8}
     tokens = torch.arange(3, 99).view(2, 48) * 7
     for packed in (True, False):
-        again = compressed.load(tmp_path / "own", packed=packed)
-        assert torch.equal(again(tokens).logits, moe.model(tokens).logits)
-    assert [block.kept.tolist() for block in MoEModel(again).moe_blocks] == [b.kept.tolist() for b in moe.moe_blocks]
+        reloaded = load(tmp_path / "saved", packed=packed)
+        assert torch.equal(reloaded(tokens).logits, moe.model(tokens).logits)
+    assert [block.kept.tolist() for block in MoEModel(reloaded).moe_blocks] == [b.kept.tolist() for b in moe.moe_blocks]
 
 
 # --- whole runs
@@ -290,16 +293,16 @@ def test_a_run_that_prunes_and_quantizes(family, criterion, options, tiny_model_
         assert row["removed_selections"] == pytest.approx(sum(original[e] for e in row["removed"]) / sum(original))
         assert all(after[e] == 0 for e in row["removed"]) and sum(after) == sum(original)
     assert report["model"]["experts"] == 8 and 3 < report["bits"]["nominal"] < 3.6
-    packed, decoded = compressed.load(run), compressed.load(run, packed=False)
+    packed, decoded = load(run), load(run, packed=False)
     tokens = torch.arange(3, 67).view(1, 64)
     torch.testing.assert_close(packed(tokens).logits, decoded(tokens).logits, rtol=1e-4, atol=1e-4)
     subject, original = MoEModel(decoded), MoEModel(AutoModelForCausalLM.from_pretrained(model).eval())
     assert all(block.num_experts == 5 for block in subject.moe_blocks)
     prose = token_windows(read_documents("bundled:prose"), AutoTokenizer.from_pretrained(model), 3, 64)
-    again = evaluate(original, subject, {"prose": prose}, batch_size=2)
-    assert again["perplexity"]["prose"]["compressed"] == pytest.approx(report["perplexity"]["prose"]["compressed"])
-    # a token that had selected a removed expert must have changed at least that
-    assert again["expert_shift"]["mean"]["selections"] > min(
+    evaluated = evaluate(original, subject, {"prose": prose}, batch_size=2)
+    assert evaluated["perplexity"]["prose"]["compressed"] == pytest.approx(report["perplexity"]["prose"]["compressed"])
+    # every selection of a removed expert has changed
+    assert evaluated["expert_shift"]["mean"]["selections"] > min(
         r["removed_selections"] for r in pruning["blocks"].values()
     )
     difference = export(str(run), str(tmp_path / "dense"), "dense")
@@ -311,7 +314,7 @@ def test_a_run_that_prunes_and_quantizes(family, criterion, options, tiny_model_
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")
 def test_a_run_that_only_prunes(tiny_model_dir, tmp_path, capsys):
-    """Without quantization and calibration, the result is the original with the experts cut out, and loads anywhere."""
+    """Without quantization and calibration, the result is the original less the removed experts, and loads anywhere."""
     model = tiny_model_dir("mixtral")
     options = {"model__quantizer": "none", "model__router_method": "none", "model__group_size": 128}
     run = jobs.fit(model, tmp_path / "keep", pruning__keep=6, **options)
@@ -319,16 +322,16 @@ def test_a_run_that_only_prunes(tiny_model_dir, tmp_path, capsys):
     for block, kept in zip(expected.moe_blocks, kept_by_hand(model, "frequency", 6), strict=True):
         keep_experts(block, kept)
     tokens = torch.arange(3, 67).view(1, 64)
-    for found in (AutoModelForCausalLM.from_pretrained(run / "dense").eval(), compressed.load(run)):
-        assert torch.equal(found(tokens).logits, expected.model(tokens).logits)
+    for reloaded in (AutoModelForCausalLM.from_pretrained(run / "dense").eval(), load(run)):
+        assert torch.equal(reloaded(tokens).logits, expected.model(tokens).logits)
     report = json.loads((run / "report.json").read_text())
     assert report["bits"] == {"nominal": 32, "true": 32} and not report["quantization_error"]
-    # a number that varies stays in our own format
+    # a model with different numbers of experts stays in our format
     run = jobs.fit(model, tmp_path / "alpha", pruning__alpha=0.9, **options)
     blocks = json.loads((run / "report.json").read_text())["pruning"]["blocks"]
     numbers = [len(row["kept"]) for row in blocks.values()]
     assert len(set(numbers)) > 1 and not (run / "dense").exists()
-    assert [block.num_experts for block in MoEModel(compressed.load(run, packed=False)).moe_blocks] == numbers
+    assert [block.num_experts for block in MoEModel(load(run, packed=False)).moe_blocks] == numbers
     with pytest.raises(ValueError, match="--pruning.keep"):
         export(str(run), str(tmp_path / "dense"), "dense")
     capsys.readouterr()

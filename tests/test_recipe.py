@@ -1,14 +1,14 @@
-"""Recipes: which block and part gets how many bits, what the paper's averages come to, and what is refused."""
+"""Recipes: the bits of each block and part, the paper's averages, and the options that are refused."""
 
 import pytest
 import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PhimoeConfig, Qwen2MoeConfig
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.recipe import Recipe, nominal_bits, num_quantized
+from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits, num_quantized
+from eacmoe_lightning.models.moe import MoEModel
 
-# the fields of the published config.json that decide the sizes
+# the fields of the published config.json that determine the sizes
 PAPER_MODELS = {
     "phi-3.5-moe": PhimoeConfig(
         vocab_size=32064, hidden_size=4096, intermediate_size=6400, num_hidden_layers=32, num_attention_heads=32,
@@ -43,7 +43,7 @@ def bits_of(recipe: Recipe, num_blocks: int, part: str = "experts") -> list[int]
     return [recipe.grid(block, num_blocks, part).bits for block in range(num_blocks)]
 
 
-# --- who gets what
+# --- bits of each block and part
 
 
 def test_a_list_of_bits_splits_the_blocks_into_equal_parts():
@@ -57,7 +57,7 @@ def test_a_list_of_bits_splits_the_blocks_into_equal_parts():
 def test_shared_experts_follow_the_routed_ones_and_attention_does_not():
     recipe = Recipe(bits=(3, 2), attention_bits=5)
     assert bits_of(recipe, 4, "shared") == [3, 3, 2, 2] and bits_of(recipe, 4, "attention") == [5] * 4
-    assert bits_of(Recipe(bits=(3, 2), shared_bits=8), 4, "shared") == [8] * 4
+    assert bits_of(Recipe(bits=(3, 2), shared_expert_bits=8), 4, "shared") == [8] * 4
 
 
 def test_overrides_change_one_part_of_one_block():
@@ -65,12 +65,12 @@ def test_overrides_change_one_part_of_one_block():
         bits=(2,), group_size=64, overrides={1: {"experts": 4, "group_size": 32}, 2: {"attention": 8, "shared": 6}}
     )
     assert bits_of(recipe, 4) == [2, 4, 2, 2]
-    assert bits_of(recipe, 4, "shared") == [2, 2, 6, 2]  # an override of the routed experts is theirs alone
+    assert bits_of(recipe, 4, "shared") == [2, 2, 6, 2]  # an override of the routed experts leaves shared ones alone
     assert bits_of(recipe, 4, "attention") == [4, 4, 8, 4]
     assert [recipe.grid(block, 4, "attention").group_size for block in range(4)] == [64, 32, 64, 64]
 
 
-def test_overrides_of_experts_and_projections_and_what_says_more_wins():
+def test_the_most_specific_override_of_experts_and_projections_wins():
     recipe = Recipe(
         bits=(2,),
         overrides={
@@ -81,7 +81,7 @@ def test_overrides_of_experts_and_projections_and_what_says_more_wins():
     assert recipe.expert_bits(0, 3, "down_proj", range(4)) == (2, 2, 2, 2)
     assert recipe.expert_bits(1, 3, "gate_up_proj", range(4)) == (3, 3, 5, 3)
     assert recipe.expert_bits(1, 3, "down_proj", range(4)) == (8, 4, 5, 4)
-    assert recipe.expert_bits(1, 3, "down_proj", [0, 2]) == (8, 5)  # of a pruned block, by the original's numbers
+    assert recipe.expert_bits(1, 3, "down_proj", [0, 2]) == (8, 5)  # a pruned block: the original's numbers
     assert recipe.expert_bits(2, 3, "up_proj", range(4)) == (2, 2, 2, 6)
 
 
@@ -116,7 +116,7 @@ def test_symmetric_and_clip_search_reach_the_grid():
         ("mixtral-8x7b", (2,), 2.06),
     ],
 )
-def test_nominal_bits_are_the_paper_s(paper_model, model, bits, expected):
+def test_nominal_bits_match_the_paper(paper_model, model, bits, expected):
     assert nominal_bits(paper_model(model), Recipe(bits=bits)) == pytest.approx(expected, abs=0.01)
 
 
@@ -145,7 +145,7 @@ def test_nominal_bits_of_one_width_is_that_width(family):
         ({"bits": (2.5,)}, "bits=2.5 (--model.bits)"),
         ({"bits": ()}, "--model.bits"),
         ({"attention_bits": 16}, "attention_bits=16 (--model.attention_bits)"),
-        ({"shared_bits": 1}, "(--model.shared_expert_bits)"),
+        ({"shared_expert_bits": 1}, "(--model.shared_expert_bits)"),
         ({"group_size": 0}, "group_size=0 (--model.group_size)"),
         ({"group_size": -128}, "group_size=-128 (--model.group_size)"),
         ({"group_size": 12}, "group_size=12 (--model.group_size)"),
@@ -172,7 +172,7 @@ def test_bad_fields_are_named(fields, message):
     [
         (
             {"group_size": 128},
-            "in_features=64 is not a multiple of group_size=128 (--model.group_size); 64 would fit it",
+            "in_features=64 is not a multiple of group_size=128 (--model.group_size). Pass 64 for all blocks",
         ),
         (
             {"group_size": 64, "overrides": {2: {"group_size": 128}}},
@@ -180,18 +180,18 @@ def test_bad_fields_are_named(fields, message):
         ),
         (
             {"group_size": 64, "overrides": {3: {"experts": 2}}},
-            "overrides name block 3, the model has 3 (--model.overrides)",
+            "overrides (--model.overrides) name block 3, but the model has blocks 0 to 2",
         ),
-        ({"group_size": 64, "overrides": {-1: {"experts": 2}}}, "overrides name block -1"),
+        ({"group_size": 64, "overrides": {-1: {"experts": 2}}}, "(--model.overrides) name block -1"),
         (
             {"group_size": 64, "overrides": {2: {"experts.8": 4}}},
-            "overrides.2.experts.8 (--model.overrides): block 2 has 8",
+            "overrides.2.experts.8 (--model.overrides): block 2 has experts 0 to 7",
         ),
         (
             {"group_size": 64, "overrides": {2: {"experts.1.up_proj": 4}}},
             "the experts' projections are gate_up_proj and down_proj",
         ),
-        ({"group_size": 64, "bits": (2, 2, 3, 3)}, "bits lists 4 parts for 3 blocks (--model.bits)"),
+        ({"group_size": 64, "bits": (2, 2, 3, 3)}, "bits (--model.bits) lists 4 parts, more than the model's 3 blocks"),
     ],
 )
 def test_a_recipe_that_does_not_fit_the_model_is_refused(fields, message):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.ridge import NormalEquations, experts_together, solve, working_bytes
-from eacmoe_lightning.router_loss import TopKMSE
+from eacmoe_lightning.routers.losses import TopKMSE
+from eacmoe_lightning.routers.ridge import NormalEquations, experts_together, solve, working_bytes
 
 N, D, E = 300, 12, 6
 
@@ -36,9 +36,9 @@ def test_equals_least_squares_with_augmented_rows(rows, k, ridge):
     ours = calibrated(x, teacher, weight, k, ridge)
     mask = (teacher >= teacher.sort(descending=True).values[:, k - 1 : k]).numpy()
     xs, ts, ws = (tensor.double().numpy() for tensor in rows)
-    mean = np.mean([np.mean(np.sum(xs[mask[:, e]] ** 2, axis=0)) for e in range(E)])  # of all experts' grams
+    mean = np.mean([np.mean(np.sum(xs[mask[:, e]] ** 2, axis=0)) for e in range(E)])  # mean over all experts' grams
     for e in range(E):
-        a = np.vstack([xs[mask[:, e]], np.sqrt(ridge * mean) * np.eye(D)])  # penalty on drift as D more rows
+        a = np.vstack([xs[mask[:, e]], np.sqrt(ridge * mean) * np.eye(D)])  # the penalty on drift as D more rows
         b = np.concatenate([ts[mask[:, e], e] - xs[mask[:, e]] @ ws[e], np.zeros(D)])
         update = np.linalg.lstsq(a, b, rcond=None)[0]
         np.testing.assert_allclose(ours[e].numpy(), ws[e] + update, rtol=0, atol=2e-4 if ridge < 1e-3 else 2e-5)
@@ -56,22 +56,22 @@ def test_sums_over_chunks_add_up(rows, k):
 
 
 @pytest.mark.parametrize("k", [2, E])
-def test_experts_part_by_part_are_the_experts_together(rows, k):
+def test_solving_experts_in_parts_equals_solving_them_together(rows, k):
     x, teacher, weight = rows
     ids, residual = teacher.topk(k).indices, teacher - x @ weight.T
     parts = [solve(weight, sums(slice(*ends), k).add(x, residual, ids), 1e-3) for ends in ((0, 1), (1, 4), (4, E))]
     torch.testing.assert_close(torch.cat(parts), calibrated(x, teacher, weight, k, 1e-3), rtol=0, atol=1e-6)
 
 
-def test_as_many_experts_come_together_as_the_memory_holds():
-    """DeepSeek-V3: 256 experts, hidden 7168, 206 MB a sum and 822 MB for a matrix that is solved."""
+def test_as_many_experts_are_solved_together_as_memory_allows():
+    """DeepSeek-V3: 256 experts, hidden size 7168; 206 MB for each sum, 822 MB for each matrix being solved."""
     assert experts_together(256, 7168, 2.0) == 6
     assert working_bytes(6, 7168) == (6 * 4 + 16) * 7168**2 < 2**31 < working_bytes(7, 7168)
     assert [experts_together(60, 2048, gib) for gib in (1e-9, 2.0)] == [1, 60]
     assert experts_together(60, 2048, 1e-9, shared=True) == 60
 
 
-def test_where_all_are_targets_the_shared_matrix_gives_what_matrices_of_their_own_give(rows):
+def test_if_all_experts_are_targets_the_shared_matrix_equals_separate_ones(rows):
     x, teacher, weight = rows
     apart = NormalEquations(slice(0, E), D, torch.device("cpu"))
     apart.add(x, teacher - x @ weight.T, teacher.topk(E).indices)
@@ -87,7 +87,7 @@ def test_a_strong_ridge_leaves_the_weight_unchanged(rows):
 
 @pytest.mark.parametrize("k", [2, 3, E])
 @pytest.mark.parametrize("ridge", [1e-6, 1e-3, 1e-1, 10])
-def test_the_loss_on_its_own_tokens_never_increases(rows, k, ridge):
+def test_the_loss_on_the_same_tokens_never_increases(rows, k, ridge):
     x, teacher, weight = rows
     after = TopKMSE(k)(x @ calibrated(x, teacher, weight, k, ridge).T, teacher, 2).mean()
     before = TopKMSE(k)(x @ weight.T, teacher, 2).mean()
@@ -102,14 +102,14 @@ def test_an_unshifted_stream_needs_no_change(rows):
 
 
 def test_a_linear_shift_is_undone(rows):
-    """Where the compressed stream is an invertible map of the original one, the closed form finds its inverse."""
+    """If the compressed stream is an invertible linear map of the original one, the closed form finds the inverse."""
     x, _, weight = rows
     shift = torch.eye(D) + 0.2 * torch.randn(D, D, generator=torch.Generator().manual_seed(5))
     expected = weight @ torch.linalg.inv(shift)
     torch.testing.assert_close(calibrated(x @ shift.T, x @ weight.T, weight, E, 1e-10), expected, rtol=0, atol=1e-3)
 
 
-def test_an_expert_in_nobody_s_targets_keeps_its_row(rows):
+def test_an_expert_that_no_token_targets_keeps_its_row(rows):
     x, teacher, weight = rows
     teacher = teacher.clone()
     teacher[:, 3] -= 1000

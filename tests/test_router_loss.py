@@ -1,11 +1,11 @@
-"""Router losses: values computed by hand, limits of k, and steps that go the right way."""
+"""Router losses: values computed by hand, limits of k, and gradient steps that lower the loss."""
 
 import math
 
 import pytest
 import torch
 
-from eacmoe_lightning.router_loss import MSE, SelectionHinge, SelectionKL, TopKMSE
+from eacmoe_lightning.routers.losses import MSE, SelectionHinge, SelectionKL, TopKMSE
 
 TEACHER = torch.tensor([[4.0, 3.0, 1.0, 0.0], [0.0, 1.0, 2.0, 5.0]])
 STUDENT = torch.tensor([[3.0, 5.0, 1.5, 9.0], [7.0, 1.0, 2.5, 4.0]])
@@ -52,17 +52,17 @@ def test_kl_by_hand():
     torch.testing.assert_close(SelectionKL(temperature=0.5)(student, teacher, 1), torch.tensor([expected]))
 
 
-def test_kl_does_not_see_a_constant():
+def test_kl_ignores_a_constant():
     torch.testing.assert_close(SelectionKL()(STUDENT + 7, TEACHER - 3, 2), SelectionKL()(STUDENT, TEACHER, 2))
 
 
 @pytest.mark.parametrize("num_experts, top_k", [(8, 2), (16, 2), (64, 6), (60, 4), (128, 8), (4, 1), (16, 12)])
-def test_without_a_k_it_lies_between_top_k_and_all_experts(num_experts, top_k):
+def test_the_default_k_lies_between_top_k_and_all_experts(num_experts, top_k):
     k = TopKMSE().num_targets(num_experts, top_k)
     assert top_k <= k <= num_experts and (num_experts > 8 or k == num_experts)
 
 
-def test_other_losses_teach_every_expert():
+def test_other_losses_target_every_expert():
     assert all(loss.num_targets(60, 4) == 60 for loss in (MSE(), SelectionHinge(), SelectionKL()))
 
 
@@ -85,7 +85,7 @@ def test_a_step_against_the_gradient_lowers_the_loss(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{type(loss).__name__}-{loss.__dict__.get('k')}")
-def test_an_equal_student_loses_nothing(loss):
+def test_an_equal_student_has_no_loss(loss):
     torch.testing.assert_close(loss(TEACHER, TEACHER, 2), torch.zeros(2), rtol=0, atol=1e-6)
 
 

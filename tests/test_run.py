@@ -1,4 +1,4 @@
-"""Whole jobs through the command line, on every family: what is left behind, and what the other subcommands say."""
+"""Whole jobs through the command line, on every family: the files of `fit` and the results of the other commands."""
 
 import json
 import math
@@ -16,10 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.calibration import PHASES
+from eacmoe_lightning.calibration.blocks import PHASES
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.text import read_documents, token_windows
+from eacmoe_lightning.compressed.format import read_config
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
@@ -28,13 +30,13 @@ PROSE = 3  # held-out windows of 64 tokens
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory, tiny_model_dir) -> Callable[[str], Path]:
-    """The run directory of `fit` with the defaults, once per family."""
-    done: dict[str, Path] = {}
+    """`run_of(family)`: the run directory of `fit` with default options, run once per family."""
+    runs: dict[str, Path] = {}
 
     def run(family: str) -> Path:
-        if family not in done:
-            done[family] = jobs.fit(tiny_model_dir(family), tmp_path_factory.mktemp("runs") / family)
-        return done[family]
+        if family not in runs:
+            runs[family] = jobs.fit(tiny_model_dir(family), tmp_path_factory.mktemp("runs") / family)
+        return runs[family]
 
     return run
 
@@ -45,7 +47,7 @@ def prose(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def decoded(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a compressed directory, read without the package: NumPy takes the bits apart."""
+    """All tensors of a compressed directory, unpacked with NumPy alone, independently of the package."""
     stored = {}
     for file in sorted(folder.glob("*.safetensors")):
         stored |= load_file(file)
@@ -67,7 +69,7 @@ def perplexity(model, windows: Tensor) -> float:
     return math.exp(-logits.gather(-1, windows[:, 1:, None]).mean())
 
 
-# --- what fit leaves behind
+# --- the files of fit
 
 
 @families
@@ -78,30 +80,30 @@ def test_the_compressed_directory_holds_the_dequantized_model(family, run_of, ti
     before, weights = {name: p.clone() for name, p in original.named_parameters()}, decoded(folder)
     bits = json.loads((folder / "config.json").read_text())["quantization"]["bits"]
     assert set(bits.values()) == {3, 4}
-    for name in bits:  # close to the original, and on a grid of so many values
+    for name in bits:  # close to the original, and on a grid of at most 2^bits values
         assert torch.corrcoef(torch.stack([weights[name].flatten(), before[name].flatten()]))[0, 1] > 0.9
         assert all(
             len(row.unique()) <= 2 ** bits[name] for row in weights[name].unflatten(-1, (-1, 32)).flatten(0, -2)[:50]
         )
     missing, unexpected = original.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
-    reloaded = compressed.load(folder, packed=False)
+    reloaded = load(folder, packed=False)
     assert torch.equal(reloaded(prose).logits, original(prose).logits) and not reloaded.training
     kept = {name for name, p in before.items() if torch.equal(p, weights.get(name, before[name]))}
     assert {"model.embed_tokens.weight"} <= kept and not kept & bits.keys()
 
 
 @torch.no_grad()
-def test_experts_with_bits_of_their_own(tiny_model_dir, tmp_path):
+def test_experts_may_differ_in_bits(tiny_model_dir, tmp_path):
     """From the command line to the packed model: codes, scales that the joint stage trained, true bits."""
     overrides = "{0: {experts: 2, experts.3: 4, experts.7: 4}, 2: {experts.down_proj: 5, experts.1.gate_up_proj: 8}}"
     run = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", model__overrides=overrides, model__joint_epochs=1)
     name = "model.layers.{}.mlp.experts.{}"
-    bits = compressed.read_config(run / "compressed")["quantization"]["bits"]
+    bits = read_config(run / "compressed")["quantization"]["bits"]
     assert bits[name.format(0, "gate_up_proj")] == bits[name.format(0, "down_proj")] == [2, 2, 2, 4, 2, 2, 2, 4]
     assert bits[name.format(1, "down_proj")] == 3 and bits[name.format(2, "down_proj")] == 5
     assert bits[name.format(2, "gate_up_proj")] == [3, 8, 3, 3, 3, 3, 3, 3]
-    decoded, packed = compressed.load(run, packed=False), compressed.load(run)
+    decoded, packed = load(run, packed=False), load(run)
     for index, widths in ((0, [2, 2, 2, 4, 2, 2, 2, 4]), (2, [3, 8, 3, 3, 3, 3, 3, 3])):
         weight = decoded.get_parameter(name.format(index, "gate_up_proj"))
         groups = weight.unflatten(-1, (-1, 32)).flatten(1, 2)  # [E, groups of all rows, 32]
@@ -114,7 +116,7 @@ def test_experts_with_bits_of_their_own(tiny_model_dir, tmp_path):
 
 
 @families
-def test_the_report_has_its_keys_and_they_are_true(family, run_of, tiny_model_dir, prose):
+def test_the_report_is_complete_and_correct(family, run_of, tiny_model_dir, prose):
     run = run_of(family)
     report = json.loads((run / "report.json").read_text())
     top_k, moe_blocks = (3, 2) if family == "deepseek" else (2, 3)
@@ -132,7 +134,7 @@ def test_the_report_has_its_keys_and_they_are_true(family, run_of, tiny_model_di
     assert report["perplexity"].keys() == {"prose", "code"}
     original = AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)).eval()
     assert report["perplexity"]["prose"]["original"] == pytest.approx(perplexity(original, prose), rel=1e-4)
-    reloaded = compressed.load(run, packed=False)
+    reloaded = load(run, packed=False)
     assert report["perplexity"]["prose"]["compressed"] == pytest.approx(perplexity(reloaded, prose), rel=1e-4)
     assert report["perplexity"]["prose"]["before"] > 1
     for when in ("before", "after"):
@@ -144,10 +146,10 @@ def test_the_report_has_its_keys_and_they_are_true(family, run_of, tiny_model_di
     assert report["machine"]["processes"] == 1 and report["seed"] == 0
     cost = report["cost"]
     assert {"check", "read", "observe", "attention", "router", "experts", "replay", "write"} <= cost.keys()
-    in_all = sum(phase["seconds"] for phase in cost.values() if isinstance(phase, dict))
-    assert in_all == pytest.approx(cost["total_seconds"])
-    of_blocks = sum(cost[phase]["seconds"] for phase in (*PHASES, "joint") if phase in cost)
-    assert f"router per block {cost['router']['seconds'] / of_blocks:.1%}" in (run / "report.md").read_text()
+    total = sum(phase["seconds"] for phase in cost.values() if isinstance(phase, dict))
+    assert total == pytest.approx(cost["total_seconds"])
+    calibration = sum(cost[phase]["seconds"] for phase in (*PHASES, "joint") if phase in cost)
+    assert f"router per block {cost['router']['seconds'] / calibration:.1%}" in (run / "report.md").read_text()
     assert set(report["versions"]) >= {"torch", "lightning", "transformers", "python"}
     text = (run / "report.md").read_text()
     assert "| prose |" in text and "## Expert-shift per block" in text
@@ -187,13 +189,13 @@ def test_two_runs_are_byte_identical(family, run_of, tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     "method, changes", [("none", set()), ("ridge", {"router"}), ("sgd", {"router"}), ("joint", {"router", "norm"})]
 )
-def test_router_methods_change_what_they_say(method, changes, tiny_model_dir, tmp_path, prose):
+def test_each_router_method_changes_only_its_parameters(method, changes, tiny_model_dir, tmp_path, prose):
     joint = 2 if method == "joint" else 0
     run = jobs.fit(
         tiny_model_dir("qwen3_moe"), tmp_path / "run", model__router_method=method, model__joint_epochs=joint
     )
     original = dict(AutoModelForCausalLM.from_pretrained(tiny_model_dir("qwen3_moe")).named_parameters())
-    written = compressed.load(run, packed=False)
+    written = load(run, packed=False)
     moved = {name for name, p in written.named_parameters() if not torch.equal(p, original[name])}
     kinds = {"router": {n for n in original if "mlp.gate." in n}, "norm": {n for n in original if "norm" in n}}
     for kind, names in kinds.items():
@@ -202,13 +204,13 @@ def test_router_methods_change_what_they_say(method, changes, tiny_model_dir, tm
     assert report["router"] == {"method": method, "joint_epochs": joint}
     if method == "none":
         assert all(texts["before"] == texts["compressed"] for texts in report["perplexity"].values())
-    if method in ("ridge", "sgd"):  # at least on the text that it was calibrated on
+    if method in ("ridge", "sgd"):  # at least on the calibration text
         rates = report["expert_shift"]["calibration"]
         assert rates["after"]["selections"] < rates["before"]["selections"]
 
 
 def test_other_options_run(tiny_model_dir, tmp_path, capsys):
-    """Everything that is off by default, at once, with a loss from the command line."""
+    """All options that are off by default, together, with a loss from the command line."""
     run = jobs.fit(
         tiny_model_dir("qwen2_moe"), tmp_path / "run", model__bits="[3, 2]", model__act_order="false", model__refine=2,
         model__symmetric="true", model__affinity="true", model__shared_expert_bits=6,
@@ -223,7 +225,7 @@ def test_other_options_run(tiny_model_dir, tmp_path, capsys):
     assert report["bits"]["nominal"] == pytest.approx(expected / 3 / (attention + experts + shared))
     assert report["experts"]["starved"] == 24 and report["experts"]["starved_by_block"]["0"] == list(range(8))
     assert report["config"]["model.router_loss"][0] == "SelectionHinge"
-    with pytest.raises(SystemExit):  # the config that was kept is that of this very run
+    with pytest.raises(SystemExit):  # the saved config is that of this run
         main(["fit", "--config", str(run / "tensorboard" / "config.yaml")])
     assert "already holds this run: add --ckpt_path last" in capsys.readouterr().err
 
@@ -259,10 +261,10 @@ def test_evaluations_of_a_run_a_compressed_directory_and_an_original_agree(
     assert default["perplexity"]["prose"].keys() == streams and len(
         set(default["perplexity"]["prose"].values())
     ) == len(streams)
-    alone = evaluated(stage, tmp_path / "b", model, model)
+    original_only = evaluated(stage, tmp_path / "b", model, model)
     original = AutoModelForCausalLM.from_pretrained(model).eval()
-    assert alone["perplexity"]["prose"] == {"original": pytest.approx(perplexity(original, prose), rel=1e-4)}
-    assert not alone["expert_shift"]
+    assert original_only["perplexity"]["prose"] == {"original": pytest.approx(perplexity(original, prose), rel=1e-4)}
+    assert not original_only["expert_shift"]
 
 
 def test_predict_writes_the_log_likelihood_of_every_token(run_of, tiny_model_dir, tmp_path, prose):
@@ -270,7 +272,7 @@ def test_predict_writes_the_log_likelihood_of_every_token(run_of, tiny_model_dir
     main(["predict", *jobs.options(model, run)])
     main(["predict", *jobs.options(model, tmp_path / "original", model__evaluate=model)])
     subjects = {
-        run: compressed.load(run, packed=False),
+        run: load(run, packed=False),
         tmp_path / "original": AutoModelForCausalLM.from_pretrained(model).eval(),
     }
     for folder, subject in subjects.items():

@@ -1,4 +1,4 @@
-"""The experts of a block: how many at a time changes nothing, and who is starved borrows the right tokens."""
+"""A block's experts: the result does not depend on how many are solved together; starved ones borrow tokens."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.grid import Quantized
-from eacmoe_lightning.ranks import Ranks
-from eacmoe_lightning.recipe import Recipe
-from eacmoe_lightning.solver import BlockSolver
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.calibration.solver import BlockSolver
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.run.ranks import Ranks
 
 
 def solve(**options) -> tuple[dict[str, Quantized], BlockSolver]:
@@ -29,20 +29,20 @@ def same(a: Tensor, b: Tensor) -> float:
     return float((a == b).float().mean())
 
 
-def test_memory_changes_nothing_but_the_number_of_experts_at_a_time():
+def test_the_memory_limit_changes_only_how_many_experts_are_solved_together():
     together, alone = solve(min_expert_tokens=1)[0], solve(min_expert_tokens=1, solver_gib=1e-9)[0]
     assert together.keys() == alone.keys() and len(together) == 2
     for name, quantized in together.items():
-        assert same(quantized.codes, alone[name].codes) > 0.99  # products of one and of many may sum in another order
+        assert same(quantized.codes, alone[name].codes) > 0.99  # batched products may sum in another order
         assert same(quantized.scale, alone[name].scale) > 0.9
 
 
-WORLD = 3  # which divides neither 8 experts nor 400 tokens
+WORLD = 3  # divides neither 8 experts nor 400 tokens
 MIXED = {0: {"experts.3": 4, "experts.5.down_proj": 3}}
 
 
 def solve_a_share(rank: int, world: int, folder: Path) -> None:
-    """One of several processes: its tokens, and what it then holds of all experts."""
+    """Solves one process's share from its tokens, and saves the experts that it holds afterwards."""
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
     block = MoEModel(tiny_models.build("mixtral").requires_grad_(False)).blocks[0]
     recipe = Recipe(bits=(2,), group_size=32, min_expert_tokens=1, overrides=MIXED)
@@ -55,30 +55,30 @@ def solve_a_share(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_processes_share_experts_with_bits_of_their_own(tmp_path):
+def test_processes_divide_experts_of_mixed_bits(tmp_path):
     mp.spawn(solve_a_share, (WORLD, tmp_path), WORLD)
     alone, solver = solve(min_expert_tokens=1, overrides=MIXED)
     shares = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
     for name, quantized in alone.items():
         for solved, error in shares:
             assert solved[name].bits == quantized.bits
-            assert torch.equal(solved[name].codes, shares[0][0][name].codes)  # everybody has the same
+            assert torch.equal(solved[name].codes, shares[0][0][name].codes)  # the same in all processes
             assert same(solved[name].codes, quantized.codes) > 0.97
             assert error[name] == pytest.approx(solver.error[name], rel=0.02)
 
 
 @pytest.mark.parametrize("affinity", [False, True])
-def test_a_starved_expert_borrows_the_tokens_that_score_highest_for_it(affinity):
+def test_a_starved_expert_borrows_the_tokens_with_the_highest_logits_for_it(affinity):
     block = MoEModel(tiny_models.build("mixtral").requires_grad_(False)).blocks[0]
     x = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
     routing = block.route(x)
     solver = BlockSolver(block, 3, Recipe(min_expert_tokens=150, affinity=affinity), Ranks())
     tokens, weights = solver._tokens(routing)
     for e, index in enumerate(tokens):
-        own = set((routing.ids == e).any(-1).nonzero().squeeze(1).tolist())
-        others = [n for n in routing.logits[:, e].argsort(descending=True).tolist() if n not in own]
-        assert set(index.tolist()) == own | set(others[: max(0, 150 - len(own))])
-        assert (e in solver.starved) == (len(own) < 150)
+        routed = set((routing.ids == e).any(-1).nonzero().squeeze(1).tolist())
+        others = [n for n in routing.logits[:, e].argsort(descending=True).tolist() if n not in routed]
+        assert set(index.tolist()) == routed | set(others[: max(0, 150 - len(routed))])
+        assert (e in solver.starved) == (len(routed) < 150)
         if affinity:
             torch.testing.assert_close(weights[e], routing.logits.softmax(-1)[index, e].square())
     assert solver.starved and (weights is None) == (not affinity)

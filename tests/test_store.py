@@ -1,4 +1,4 @@
-"""The run directory: files are whole or not there, damage is named, a full disk loses nothing."""
+"""The run directory: files are complete or absent, damaged files are named, a full disk loses nothing."""
 
 import json
 import os
@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from eacmoe_lightning.store import RunDirectory, StoreError, read_tensors, write_atomically, write_json, write_tensors
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.files import StoreError, read_tensors, write_atomically, write_json, write_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -17,7 +18,7 @@ def tensors() -> dict[str, torch.Tensor]:
         "a.weight": torch.linspace(-1, 1, 300).view(3, 100).bfloat16(),
         "scalar": torch.tensor(3.5),
         "empty": torch.empty(0, 4),
-        "turned": torch.arange(12.0).view(3, 4).T,
+        "transposed": torch.arange(12.0).view(3, 4).T,
     }
 
 
@@ -36,7 +37,7 @@ def test_the_old_file_stays_when_the_writer_fails(tmp_path, failure):
     with pytest.raises(type(failure)):
         write_atomically(path, write)
     assert path.read_text() == "old"
-    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]  # and no litter
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]  # no partial file is left
 
 
 def test_a_write_replaces_the_old_file(tmp_path):
@@ -45,16 +46,16 @@ def test_a_write_replaces_the_old_file(tmp_path):
     assert (tmp_path / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_tensors_and_note_come_back(tmp_path):
+def test_tensors_and_note_are_read_as_written(tmp_path):
     path, note = tmp_path / "x.safetensors", {"bits": {"a": 3}, "list": [1, 2.5, None]}
     write_tensors(path, tensors(), note)
-    read, said = read_tensors(path)
-    assert said == note and read.keys() == tensors().keys()
+    read, read_note = read_tensors(path)
+    assert read_note == note and read.keys() == tensors().keys()
     for name, tensor in tensors().items():
         assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
 
 
-def test_files_are_byte_identical_whatever_the_order_of_names(tmp_path):
+def test_the_order_of_names_does_not_change_a_file_s_bytes(tmp_path):
     note = {"a": 1, "b": [2, 3]}
     write_tensors(tmp_path / "1", tensors(), note)
     write_tensors(tmp_path / "2", dict(reversed(tensors().items())), dict(reversed(note.items())))
@@ -79,14 +80,14 @@ def test_a_missing_file_is_named(tmp_path):
         read_tensors(tmp_path / "gone.safetensors")
 
 
-def test_every_flipped_bit_is_noticed(tmp_path):
-    """Anywhere in the file: length, header, digest, note or tensors."""
+def test_every_flipped_bit_is_detected(tmp_path):
+    """Wherever it is in the file: length, header, checksum, note or tensors."""
     path = tmp_path / "block.safetensors"
     write_tensors(path, tensors(), {"stats": {"error": 0.25}})
     whole = path.read_bytes()
-    for place in range(0, len(whole), 7):
+    for offset in range(0, len(whole), 7):
         damaged = bytearray(whole)
-        damaged[place] ^= 1 << (place % 8)
+        damaged[offset] ^= 1 << (offset % 8)
         path.write_bytes(damaged)
         with pytest.raises(StoreError) as error:
             read_tensors(path)
@@ -95,7 +96,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     read_tensors(path)
 
 
-def test_a_file_of_somebody_else_is_refused(tmp_path):
+def test_a_file_of_another_program_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(3)}, tmp_path / "foreign.safetensors")
@@ -103,13 +104,13 @@ def test_a_file_of_somebody_else_is_refused(tmp_path):
         read_tensors(tmp_path / "foreign.safetensors")
 
 
-# --- a full disk: files of this process may not grow beyond 100,000 bytes
+# --- a full disk: files of the process are limited to 100,000 bytes
 
 FULL = """
 import resource, signal, sys, torch
 from pathlib import Path
-from eacmoe_lightning.checkpoint_io import AtomicCheckpointIO
-from eacmoe_lightning.store import StoreError, write_atomically, write_tensors
+from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
+from eacmoe_lightning.run.files import StoreError, write_atomically, write_tensors
 def codes(n):
     return {"a": torch.full((n,), 7, dtype=torch.uint8)}
 writers = {
@@ -134,13 +135,13 @@ for kind, path in paths.items():
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_and_keeps_what_was_there(tmp_path):
+def test_a_full_disk_is_reported_and_keeps_existing_files(tmp_path):
     command = [sys.executable, "-c", FULL, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "tensors", "text"]
-    said = result.stdout.splitlines()
-    for kind, line in zip(("tensors", "text", "checkpoint"), said, strict=True):
+    messages = result.stdout.splitlines()
+    for kind, line in zip(("tensors", "text", "checkpoint"), messages, strict=True):
         assert line.startswith(f"StoreError no room for {tmp_path / kind}") and "--ckpt_path last" in line
 
 
@@ -153,7 +154,7 @@ def test_an_empty_or_missing_directory_is_claimed(tmp_path):
         assert json.loads((path / "run.json").read_text()) == {"bits": [3]}
 
 
-def test_the_same_run_continues_only_when_asked_to(tmp_path):
+def test_the_same_run_continues_only_with_resume(tmp_path):
     RunDirectory(tmp_path).start({"bits": (3, 2), "seed": 0}, resume=False)
     RunDirectory(tmp_path).start({"seed": 0, "bits": (3, 2)}, resume=True)
     with pytest.raises(ValueError, match="already holds this run: add --ckpt_path last"):
@@ -172,7 +173,7 @@ def test_another_run_is_refused_with_both_values(tmp_path, resume):
     assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_nothing_to_continue_is_said(tmp_path):
+def test_resuming_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no run to continue in .*--trainer.default_root_dir"):
         RunDirectory(tmp_path / "none").start({"bits": 3}, resume=True)
     assert not (tmp_path / "none").exists()
@@ -185,19 +186,19 @@ def test_a_directory_with_other_files_is_not_touched(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_what_lightning_writes_first_is_no_stranger(tmp_path):
+def test_a_directory_with_lightning_s_files_can_be_claimed(tmp_path):
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "checkpoints").mkdir()
     RunDirectory(tmp_path).start({"bits": 3}, resume=False)
 
 
-def test_a_damaged_manifest_is_said(tmp_path):
+def test_a_damaged_manifest_is_reported(tmp_path):
     (tmp_path / "run.json").write_text('{"bits": ')
     with pytest.raises(StoreError, match="run.json is corrupt"):
         RunDirectory(tmp_path).start({"bits": 3}, resume=True)
 
 
-def test_costs_survive_a_line_cut_off_by_a_kill(tmp_path):
+def test_costs_survive_a_line_truncated_by_a_kill(tmp_path):
     run = RunDirectory(tmp_path)
     assert run.read_costs() == []
     run.add_cost(0, "observe", {"seconds": 1.5, "peak_bytes": 100})

@@ -1,4 +1,4 @@
-"""One block in memory at a time is the same model: every bit of it, for every family, from one file or many."""
+"""With one block in memory at a time, the model stays the same to the last bit, for every family and file layout."""
 
 import gc
 import json
@@ -21,13 +21,15 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from eacmoe_lightning import memory
-from eacmoe_lightning.adapter import MoEModel
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.evaluate import evaluate, run_batches
-from eacmoe_lightning.originals import load_original
-from eacmoe_lightning.store import StoreError
-from eacmoe_lightning.streaming import Checkpoint, StreamedModel
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.evaluation.streams import run_batches
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.run import memory
+from eacmoe_lightning.run.files import StoreError
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 SMALL = {
@@ -64,7 +66,7 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture
 def sharded(tiny_model_dir, tmp_path):
-    """The directory of a tiny model in many files, as large ones come."""
+    """The directory of a tiny model in many files, like those of large models."""
 
     def save(family: str) -> Path:
         AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)).save_pretrained(tmp_path, max_shard_size="100KB")
@@ -124,7 +126,7 @@ def test_a_pytorch_checkpoint_is_streamed_too(tiny_model_dir, tmp_path, ids):
 
 
 def test_only_one_block_has_memory(tiny_model_dir, ids):
-    """At any moment of a pass: one block's parameters, counted at every block's input."""
+    """During a pass, at the input of every block, only that block's parameters are in memory."""
     streamed = StreamedModel(Checkpoint(str(tiny_model_dir("qwen2_moe"))))
     alive: list[int] = []
 
@@ -137,8 +139,8 @@ def test_only_one_block_has_memory(tiny_model_dir, ids):
     assert alive == [0, 0, 0, 1, 1, 1]  # first a pass for the masks, without blocks
 
 
-def test_what_is_prefetched_is_what_will_be_read(tiny_model_dir, monkeypatch):
-    """The bytes of the next block, and no others, are read ahead."""
+def test_the_next_block_is_prefetched(tiny_model_dir, monkeypatch):
+    """Exactly the bytes of the next block are read ahead."""
     checkpoint = Checkpoint(str(tiny_model_dir("deepseek")))
     touched: list[list[str]] = []
     monkeypatch.setattr(checkpoint, "_touch", touched.append)
@@ -148,9 +150,9 @@ def test_what_is_prefetched_is_what_will_be_read(tiny_model_dir, monkeypatch):
     assert touched[0] and all(key.startswith("model.layers.2.") for key in touched[0])
     keys = [key for key in checkpoint._keys if key.startswith("model.layers.2.")]
     assert sorted(touched[0]) == sorted(keys)
-    Checkpoint._touch(checkpoint, keys)  # reads without complaint
+    Checkpoint._touch(checkpoint, keys)  # reads without an error
     streamed.load(2)
-    assert len(touched) == 1  # nothing comes after the last
+    assert len(touched) == 1  # nothing comes after the last block
 
 
 def test_a_missing_tensor_is_named(tiny_model_dir, tmp_path):
@@ -205,12 +207,12 @@ def test_evaluation_block_by_block_is_that_of_the_models(split, tiny_model_dir, 
 # --- fit
 
 
-def test_the_joint_stage_says_before_the_run_that_it_does_not_fit(tiny_model_dir, tmp_path, monkeypatch, capsys):
+def test_a_joint_stage_that_does_not_fit_is_refused_before_the_run(tiny_model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("eacmoe_lightning.planning.checks.available_memory", lambda device: 10**5)
     with pytest.raises(SystemExit):
         main(["fit", *jobs.options(tiny_model_dir("mixtral"), tmp_path / "run")])
-    said = capsys.readouterr().err
-    assert "--model.joint_epochs 0 leaves it out" in said and "0.0 GB are available" in said
+    error = capsys.readouterr().err
+    assert "--model.joint_epochs 0 leaves it out" in error and "0.0 GB are available" in error
     assert not (tmp_path / "run" / "run.json").exists()
 
 

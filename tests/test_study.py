@@ -1,4 +1,4 @@
-"""The sensitivity study: its errors, its measurements against whole runs of the model, its resume and its report."""
+"""The sensitivity study: its errors, its measurements against full runs of the model, resuming, and its report."""
 
 import csv
 import json
@@ -13,12 +13,12 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.choice_task import accuracy, answer, make_questions
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.evaluate import token_log_likelihoods
+from eacmoe_lightning.evaluation.choice_task import accuracy, answer, make_questions
+from eacmoe_lightning.evaluation.streams import token_log_likelihoods
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.offload.codecs import Bound, codec
-from eacmoe_lightning.originals import load_original
 from eacmoe_lightning.study.cells import block_groups, choose_experts, plan, stable_seed
 from eacmoe_lightning.study.disturb import disturb, disturbed
 from eacmoe_lightning.study.measure import Measurement, Text
@@ -75,7 +75,7 @@ def test_cells_are_unique_and_ordered_by_their_first_block():
     ("kind", "rms", "largest"), [("gaussian-noise", 1, 6), ("uniform-noise", 3**-0.5, 1), ("sz3", 3**-0.5, 1)]
 )
 def test_errors_have_the_size_they_should(kind, rms, largest):
-    """Normal noise has a root mean square of its nominal size e, uniform noise and a quantizer of e / sqrt(3)."""
+    """The root mean square is e (the nominal size) for normal noise, e / sqrt(3) for uniform noise and a quantizer."""
     weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)) * 0.02
     size = 0.3 * weight.abs().mean().item()
     changed, stored = disturb(weight, kind, Bound("mean", 0.3), torch.Generator().manual_seed(1))
@@ -86,19 +86,19 @@ def test_errors_have_the_size_they_should(kind, rms, largest):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek"])
-def test_only_the_chosen_experts_change_and_all_come_back(family):
+def test_only_the_chosen_experts_change_and_all_are_restored(family):
     moe = MoEModel(tiny_models.build(family))
     before = {name: parameter.clone() for name, parameter in moe.model.named_parameters()}
     block = moe.moe_blocks[1]
     chosen = {block.index: [2, 5]}
     with pytest.raises(KeyboardInterrupt):
-        with disturbed(moe.blocks, chosen, "gaussian-noise", lambda b, e: HALF, partial(stable_seed, 0)) as done:
+        with disturbed(moe.blocks, chosen, "gaussian-noise", lambda b, e: HALF, partial(stable_seed, 0)) as totals:
             for name, parameter in moe.model.named_parameters():
                 experts = name.startswith(f"{block.name}.{block.experts_name}.") and parameter.ndim == 3
                 same = [torch.equal(a, b) for a, b in zip(parameter, before[name], strict=True)]
                 assert same == [not experts or i not in (2, 5) for i in range(len(same))]
-            assert done.num_weights == 2 * (128 * 64 + 64 * 64)
-            assert 0.3 < done.summary()["relative_error"] < 0.5  # 0.5 mean|w| is 0.4 of a normal weight's size
+            assert totals.num_weights == 2 * (128 * 64 + 64 * 64)
+            assert 0.3 < totals.summary()["relative_error"] < 0.5  # 0.5 mean|w| is 0.4 of a normal weight's std
             raise KeyboardInterrupt
     assert all(torch.equal(parameter, before[name]) for name, parameter in moe.model.named_parameters())
 
@@ -125,8 +125,8 @@ def texts() -> dict[str, Text]:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek"])  # the latter's first block is dense
-def test_a_cell_is_a_whole_run_of_the_disturbed_model(family, texts):
-    """Whatever block is sought, what is measured is what transformers computes of the model as it then is."""
+def test_a_cell_is_a_full_run_of_the_disturbed_model(family, texts):
+    """From whichever block it starts, a measurement equals what transformers computes for the disturbed model."""
     moe = MoEModel(tiny_models.build(family))
     measurement = Measurement(moe, texts, batch_tokens=80)
     _check(measurement, measurement.baseline, moe, texts)
@@ -134,7 +134,7 @@ def test_a_cell_is_a_whole_run_of_the_disturbed_model(family, texts):
     assert measurement.load.keys() == untouched.keys()
     for block, ids in untouched.items():
         assert measurement.load[block].tolist() == torch.bincount(ids.flatten(), minlength=8).tolist()
-    for index in (2, 1):  # back again too
+    for index in (2, 1):  # forward, then back
         with disturbed(moe.blocks, {index: [0, 3, 6]}, "sz3", lambda b, e: HALF, partial(stable_seed, 0)):
             expected = _selections(moe, texts)
         measurement.seek(index)
@@ -165,7 +165,7 @@ def _check(measurement, measured, moe, texts):
 
 @torch.no_grad()
 def _selections(moe, texts):
-    """By MoE block: the experts [N, K] of all windows, in whole runs."""
+    """By MoE block: the experts [N, K] that full runs over all windows select."""
     seen = {block.index: [] for block in moe.moe_blocks}
     handles = [
         block.router.register_forward_hook(lambda m, args, out, i=block.index: seen[i].append(out[2]))
@@ -200,7 +200,7 @@ def options(model, output, **more) -> list[str]:
     return [word for name, value in (values | more).items() for word in (f"--{name}", str(value))]
 
 
-def test_an_interrupted_study_goes_on_to_the_same_report(tiny_model_dir, tmp_path, monkeypatch):
+def test_an_interrupted_study_resumes_to_the_same_report(tiny_model_dir, tmp_path, monkeypatch):
     model = tiny_model_dir("qwen3_moe")
     main(["study", *options(model, tmp_path / "whole")])
     add, added = Results.add, []
@@ -223,7 +223,7 @@ def test_an_interrupted_study_goes_on_to_the_same_report(tiny_model_dir, tmp_pat
 
     main(["study", *options(model, tmp_path / "cut", bounds="[0.3, 1.0, 3.0]")])
     rows = list(csv.DictReader((tmp_path / "cut/study.csv").open()))
-    assert len(rows) == len(added) == 3 * 2 * 2 * 3  # the new bound alone was measured
+    assert len(rows) == len(added) == 3 * 2 * 2 * 3  # only the new bound was measured
     with pytest.raises(SystemExit):
         main(["study", *options(model, tmp_path / "cut", num_windows=3)])
     (tmp_path / "cut/cells.json").write_bytes(whole[: len(whole) // 2])
@@ -235,8 +235,8 @@ def test_an_interrupted_study_goes_on_to_the_same_report(tiny_model_dir, tmp_pat
 def _check_report(output):
     study = json.loads((output / "study.json").read_text())
     assert len(study["rows"]) == CELLS and len(study["depths"]) == 4
-    for few, many in zip(study["rows"][::2], study["rows"][1::2], strict=True):  # the bounds 0.3 and 3
-        assert few["relative_error"] < many["relative_error"]
+    for small, large in zip(study["rows"][::2], study["rows"][1::2], strict=True):  # the bounds 0.3 and 3
+        assert small["relative_error"] < large["relative_error"]
     assert len({row["changed selections"] for row in study["rows"]}) > CELLS / 2
     text = (output / "study.md").read_text()
     assert "shallow" in text and "paper, Gaussian 0.5" in text and "random-2" in text
@@ -247,7 +247,7 @@ def _check_report(output):
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on_to_the_same_bytes(tiny_model_dir, tmp_path):
+def test_a_killed_study_resumes_to_the_same_bytes(tiny_model_dir, tmp_path):
     model = tiny_model_dir("qwen3_moe")
     main(["study", *options(model, tmp_path / "whole")])
     process = jobs.start("train.py", "study", *options(model, tmp_path / "killed"))
@@ -279,26 +279,26 @@ def test_unknown_options_are_refused_before_anything_is_measured(tiny_model_dir,
 
 def test_bounds_by_budget_take_no_more_bytes(tiny_model_dir, tmp_path, capsys):
     model = tiny_model_dir("deepseek")  # the first block is dense
-    few = {"blocks": "[each]", "experts": "[all, most-1]", "kinds": "[sz3]", "budgets": "[0.7]", "budget_windows": 3}
-    main(["study", *options(model, tmp_path / "out", **few)])
-    said = json.loads((tmp_path / "out/bounds-0.7.json").read_text())
+    small = {"blocks": "[each]", "experts": "[all, most-1]", "kinds": "[sz3]", "budgets": "[0.7]", "budget_windows": 3}
+    main(["study", *options(model, tmp_path / "out", **small)])
+    bounds = json.loads((tmp_path / "out/bounds-0.7.json").read_text())
     moe, taken, codecs = MoEModel(load_original(str(model))), 0, set()
     for block in moe.moe_blocks:
-        for expert, name in enumerate(said["codecs"][str(block.index)]):
+        for expert, name in enumerate(bounds["codecs"][str(block.index)]):
             codecs.add(name)
             for projection in block.experts.projections:
                 taken += len(codec(name).encode(block.experts.weight(projection)[expert]))
     text = (tmp_path / "out/study.md").read_text()
-    assert 0.95 * said["budget_bytes"] < taken <= said["budget_bytes"] and len(codecs) > 1
-    assert f"| 0.7 | one bound | {said['budget_bytes']} |" in text
+    assert 0.95 * bounds["budget_bytes"] < taken <= bounds["budget_bytes"] and len(codecs) > 1
+    assert f"| 0.7 | one bound | {bounds['budget_bytes']} |" in text
     assert f"| 0.7 | by block and expert | {taken} |" in text
 
     before = (tmp_path / "out/cells.json").read_bytes()
-    main(["study", *options(model, tmp_path / "out", **few)])  # nothing is measured again
+    main(["study", *options(model, tmp_path / "out", **small)])  # nothing is measured again
     assert (tmp_path / "out/cells.json").read_bytes() == before
     for more, message in (({"kinds": "[gaussian-noise, sz3]"}, "--kinds"), ({"blocks": "[all]"}, "--blocks")):
         with pytest.raises(SystemExit):
-            main(["study", *options(model, tmp_path / "other", **few | more)])
+            main(["study", *options(model, tmp_path / "other", **small | more)])
         assert message in capsys.readouterr().err
 
 
@@ -315,7 +315,7 @@ def test_shipped_study_configs_are_accepted(config, capsys):
 # --- shallow, middle, deep --------------------------------------------------------------------------------------
 
 
-def test_the_order_of_depths_is_by_what_was_lost():
+def test_depths_are_ordered_by_loss():
     def row(blocks, lost, bound=0.5, experts="all", seed=None):
         return {"blocks": blocks, "experts": experts, "kind": "k", "mode": "mean", "bound": bound, "seed": seed,
                 "lost": lost, "accuracy": 0.5}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Bounds by budget: against all choices there are, on problems small enough to try them."""
+"""Bounds by budget, against brute force on small problems."""
 
 from itertools import product
 
@@ -15,22 +15,25 @@ PROBLEM = st.lists(
 
 
 def points_of(numbers) -> dict[int, list[Point]]:
-    return {e: [Point(float(i), b, float(d)) for i, (b, d) in enumerate(own)] for e, own in enumerate(numbers)}
+    return {
+        expert: [Point(float(i), nbytes, float(damage)) for i, (nbytes, damage) in enumerate(pairs)]
+        for expert, pairs in enumerate(numbers)
+    }
 
 
 @settings(max_examples=200, deadline=None)
 @given(PROBLEM, st.integers(0, 60))
-def test_nothing_of_the_same_bytes_does_less_damage_on_the_hulls(numbers, more):
-    """The greedy choice is optimal for the bytes it takes as long as no step was left out for want of bytes, which
-    all choices (brute force) show; and it always fits."""
+def test_no_choice_of_fewer_bytes_does_less_damage(numbers, more):
+    """The greedy choice fits the budget. No choice (brute force) that is smaller by the largest step does less damage,
+    and none lies below the hulls."""
     points = points_of(numbers)
-    hulls = [lower_hull(own) for own in points.values()]
+    hulls = [lower_hull(measured) for measured in points.values()]
     least = sum(hull[0].nbytes for hull in hulls)
     chosen = allocate(points, least + more)
     nbytes, damage = sum(p.nbytes for p in chosen.values()), sum(p.damage for p in chosen.values())
     assert nbytes <= least + more
     costs = [(sum(p.nbytes for p in c), sum(p.damage for p in c)) for c in product(*points.values())]
-    # the Lagrangian bound: no choice lies below any line that supports all hulls
+    # the Lagrangian bound: no choice lies below a line that supports all hulls
     for slope in {(a.damage - b.damage) / (b.nbytes - a.nbytes) for h in hulls for a, b in zip(h, h[1:], strict=False)}:
         floor = sum(min(p.damage + slope * p.nbytes for p in hull) for hull in hulls)
         assert min(d + slope * b for b, d in costs) == pytest.approx(floor)
@@ -85,7 +88,7 @@ def test_sensitivities_are_the_slopes():
     cells = [(3, x, 2.0 * x) for x in (0.1, 0.2, 0.4)] + [(5, x, 0.5 * x) for x in (0.1, 0.3)]
     fitted = fit_sensitivity(cells)
     assert fitted.nats == {3: pytest.approx(2.0), 5: pytest.approx(0.5)} and fitted.explained == pytest.approx(1)
-    assert fit_sensitivity([*cells, (6, 0.1, -0.2)]).nats[6] == pytest.approx(0.5)  # it did not get better by errors
+    assert fit_sensitivity([*cells, (6, 0.1, -0.2)]).nats[6] == pytest.approx(0.5)  # a gain counts as the least loss
     with pytest.raises(ValueError, match="lost anything"):
         fit_sensitivity([(0, 0.1, -1e-4)])
     assert frequencies(torch.tensor([0, 3])).tolist() == [0.2, 0.8]

@@ -1,4 +1,4 @@
-"""The table of what other programs load: refusals by hand-set weights, the papers' models, and `fit --model.target`."""
+"""The table of what other programs load: refusals of hand-set weights, the papers' models, `fit --model.target`."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import pytest
 from test_recipe import paper_model  # noqa: F401  (a fixture)
 
 from eacmoe_lightning import targets
+from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.qesc import QESC
-from eacmoe_lightning.recipe import Recipe
+from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.targets import WeightGrid
 
 VLLM = targets.find("compressed-tensors", "vllm")
@@ -16,7 +16,7 @@ ROUTED = "model.layers.{}.mlp.experts.{}"
 
 
 def expert(block: int = 0, projection: str = "down_proj", **fields) -> WeightGrid:
-    """A 4-bit symmetric stack of experts that vLLM loads, with other fields."""
+    """A 4-bit symmetric stack of experts that vLLM loads, with some fields replaced."""
     shape = (8, 256, 512) if projection == "down_proj" else (8, 1024, 256)
     fields = {"shape": shape, "bits": 4, "group_size": 128, "symmetric": True} | fields
     return WeightGrid(ROUTED.format(block, projection), block, "experts", **fields)
@@ -26,7 +26,7 @@ BOTH = [expert(), expert(projection="gate_up_proj")]
 
 
 @pytest.mark.parametrize(
-    ("weights", "said"),
+    ("weights", "message"),
     [
         ([expert(bits=3)], "has 3 bits.*loads 4 or 8.*--model.bits"),
         ([expert(symmetric=False)], "asymmetric.*--model.symmetric true.*--format gptq_v2"),
@@ -39,14 +39,14 @@ BOTH = [expert(), expert(projection="gate_up_proj")]
         ([expert(experts=(0, 1)), expert(experts=(2, 3), bits=8)], "experts of the model have 4 bits.*and 8 bits"),
     ],
 )
-def test_what_vllm_does_not_load_is_refused(weights, said):
+def test_what_vllm_does_not_load_is_refused(weights, message):
     assert targets.choose(VLLM, BOTH) == VLLM[0]
-    with pytest.raises(ValueError, match=said) as refused:
+    with pytest.raises(ValueError, match=message) as refused:
         targets.choose(VLLM, weights)
     assert "vllm (compressed-tensors, unverified)" in str(refused.value)
 
 
-def test_what_was_in_no_trial_is_said():
+def test_what_no_trial_covered_is_reported():
     (row,) = targets.find("gguf", "llama.cpp")
     assert row.trial.untried([*BOTH, expert(bits=3, symmetric=False)]) == []
     odd = [expert(bits=3), expert(bits=6, symmetric=False), expert()]
@@ -60,7 +60,7 @@ def test_what_was_in_no_trial_is_said():
             assert not (target.symmetric and target.trial.asymmetric)
 
 
-def test_tensor_parallelism_cuts_no_group():
+def test_tensor_parallelism_splits_no_group():
     assert targets.choose(VLLM, BOTH, tensor_parallel=4) == VLLM[0]  # 512 inputs are 4 x 128
     with pytest.raises(ValueError, match="256 x 512 in groups of 128.*--tensor_parallel 8"):
         targets.choose(VLLM, BOTH, tensor_parallel=8)
@@ -69,7 +69,7 @@ def test_tensor_parallelism_cuts_no_group():
 
 
 def test_qwens_experts_of_1408_cannot_be_halved_in_groups_of_128(paper_model):  # noqa: F811
-    """The case that users of other tools met: 704 is no multiple of 128, but of 64."""
+    """A case known from users of other tools: 704 is a multiple of 64, but not of 128."""
     moe = paper_model("qwen1.5-moe")
     recipe = Recipe(bits=(4,), symmetric=True, overrides={})
     assert targets.choose(VLLM, recipe.grids(moe)) == VLLM[0]
@@ -82,8 +82,8 @@ def test_a_recipes_grids_name_every_weight_and_the_experts_of_each_width(paper_m
     moe = paper_model("mixtral-8x7b")
     grids = Recipe(bits=(3,), overrides={1: {"experts.2": 4, "experts.5.down_proj": 2}}).grids(moe)
     assert {grid.name for grid in grids} == {name for block in moe.blocks for name in block.weights()}
-    own = {grid.bits: grid.experts for grid in grids if grid.name == ROUTED.format(1, "down_proj")}
-    assert own == {2: (5,), 3: (0, 1, 3, 4, 6, 7), 4: (2,)}
+    experts_of_bits = {grid.bits: grid.experts for grid in grids if grid.name == ROUTED.format(1, "down_proj")}
+    assert experts_of_bits == {2: (5,), 3: (0, 1, 3, 4, 6, 7), 4: (2,)}
     assert [g.experts for g in grids if g.name == ROUTED.format(0, "down_proj")] == [None]
 
 
@@ -101,17 +101,17 @@ def test_a_format_is_chosen_by_what_it_loads():
 
 
 def test_a_target_changes_nothing_but_what_it_needs():
-    """So that it is part of a run's identity only through the options that it changes."""
-    plain = vars(QESC(bits=4).recipe)
+    """A target is part of a run's identity only through the options that it changes."""
+    plain = QESC(bits=4).recipe.record()
     assert not plain["symmetric"]
-    assert vars(QESC(bits=4, target="vllm").recipe) == vars(QESC(bits=4, symmetric=True).recipe)
+    assert QESC(bits=4, target="vllm").recipe == QESC(bits=4, symmetric=True).recipe
     for engine in ("gptqmodel", "llama.cpp"):
-        assert vars(QESC(bits=4, target=engine).recipe) == plain
+        assert QESC(bits=4, target=engine).recipe.record() == plain
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"bits": "3"}, "has 3 bits"),
         ({"bits": "4", "symmetric": "false"}, "loads symmetric weights only"),
@@ -119,13 +119,13 @@ def test_a_target_changes_nothing_but_what_it_needs():
         ({"bits": "4", "tensor_parallel": "4"}, "--tensor_parallel 4"),
     ],
 )
-def test_fit_refuses_options_that_contradict_the_target(options, said, tiny_model_dir, tmp_path, capsys):
-    words = [f"--model.{name}={value}" for name, value in options.items()]
+def test_fit_refuses_options_that_contradict_the_target(options, message, tiny_model_dir, tmp_path, capsys):
+    arguments = [f"--model.{name}={value}" for name, value in options.items()]
     with pytest.raises(SystemExit):
         main(
             ["fit", f"--model.name_or_path={tiny_model_dir('mixtral')}", "--model.target=vllm", "--model.group_size=32"]
             + [f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.accelerator=cpu", "--data.num_windows=2"]
-            + ["--data.window_length=32", "--trainer.enable_progress_bar=false", *words]
+            + ["--data.window_length=32", "--trainer.enable_progress_bar=false", *arguments]
         )
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "run.json").exists()

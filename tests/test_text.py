@@ -1,4 +1,4 @@
-"""Text sources and token windows: what is read, how it is cut, and what an error says."""
+"""Text sources and token windows: which text is read, how it is split, and what the errors say."""
 
 import json
 import time
@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eacmoe_lightning.text import bundled_names, heldout_names, read_documents, token_windows
+from eacmoe_lightning.text.sources import bundled_names, heldout_names, read_documents
+from eacmoe_lightning.text.windows import token_windows
 
 
 class Letters:
@@ -47,7 +48,7 @@ def test_windows_are_cut_from_joined_documents():
     assert windows.dtype == torch.int64
 
 
-def test_without_an_end_token_documents_touch_and_the_rest_is_dropped():
+def test_without_an_end_token_documents_touch_and_leftover_tokens_are_dropped():
     assert letters(token_windows(["abcd", "efgh"], Letters(None), None, 3)) == ["abc", "def"]
 
 
@@ -68,15 +69,15 @@ def test_random_windows_are_distinct_windows_of_the_text(num_windows, seed, leng
 def test_random_windows_repeat_and_leave_the_global_generator_alone():
     text = "".join(map(chr, range(200, 1200)))
     state = torch.get_rng_state()
-    first, again, other = (token_windows([text], Letters(), 8, 10, seed) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    first, repeated, other = (token_windows([text], Letters(), 8, 10, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, repeated) and not torch.equal(first, other)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_random_windows_of_a_huge_text_tokenize_a_bounded_part():
     tokenizer = Letters()
     token_windows(["x" * 100] * 100_000, tokenizer, 2, 50, seed=0)
-    assert tokenizer.num_characters <= 16 * 2 * 50  # 16 times what was asked for
+    assert tokenizer.num_characters <= 16 * 2 * 50  # 16 times the requested windows
 
 
 def test_a_long_document_comes_in_pieces_without_losing_a_character():
@@ -89,13 +90,13 @@ def test_real_tokenizer_windows_decode_to_the_text(tokenizer):
     text = read_documents("bundled:french")[0]
     windows = token_windows([text], tokenizer, 4, 128)
     assert windows.shape == (4, 128)
-    assert text.startswith(tokenizer.decode(windows.flatten()[:-1]))  # the last may be half a letter
+    assert text.startswith(tokenizer.decode(windows.flatten()[:-1]))  # the last token may be half a character
 
 
 @pytest.mark.parametrize(
     "num_windows, length, message",
     [
-        (None, 512, "the text holds 311 tokens, one window needs 512 (--data.window_length)"),
+        (None, 512, "the text holds 311 tokens, but one window needs 512 (--data.window_length)"),
         (4, 100, "the text holds 311 tokens, which make 3 windows of 100"),
         (0, 100, "--data.num_windows=0 must be at least 1"),
         (4, 0, "--data.window_length=0 must be at least 1"),
@@ -119,7 +120,7 @@ def test_bundled_held_out_texts_cover_the_domains():
     assert {"prose", "code", "maths", "french", "german"} <= set(heldout_names())
 
 
-def test_unknown_bundled_name_lists_those_there_are():
+def test_an_unknown_bundled_name_is_answered_with_the_known_ones():
     with pytest.raises(FileNotFoundError, match="no bundled text 'latin'.*bundled:calibration, .*"):
         read_documents("bundled:latin")
 
@@ -176,14 +177,14 @@ def test_hub_layout_on_disk(tmp_path):
     ]
     (root / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
 
-    # as a directory of its own, and as a config that the README declares
+    # first as a plain directory, then as a config that the README declares
     assert read_documents(f"{root}/plain:train") == ["one", "two"]
     assert read_documents(f"{root}/plain:train[:1]") == ["one"]
     assert read_documents(f"{root}/plain:test") == ["three"]
     (root / "plain").rename(root / "renamed")
     (root / "README.md").write_text(f"---\nconfigs: {json.dumps(configs).replace('plain/', 'renamed/')}\n---\n")
     assert read_documents(f"{root}/plain:test") == ["three"]
-    # a row per line, a blank one between paragraphs: one document, joined as GPTQ joins wikitext
+    # one line per row and blank rows between paragraphs: one document, joined as GPTQ joins wikitext
     joined = "\n\n = Title = \n\n\n\n\n A line . \n\n\n Another . \n"
     assert read_documents(f"{root}/lines:train") == [joined]
 
@@ -218,8 +219,8 @@ def test_unreachable_data_set_is_reported_at_once(monkeypatch, source, hub_name,
     assert time.monotonic() - start < 10
 
 
-def test_a_name_of_no_form_is_refused():
-    with pytest.raises(ValueError, match="'a/b/c/d' is no text source: pass a local file"):
+def test_a_name_of_no_known_form_is_refused():
+    with pytest.raises(ValueError, match="'a/b/c/d' is not a text source: pass a local file"):
         read_documents("a/b/c/d")
 
 
@@ -228,11 +229,11 @@ def test_a_name_of_no_form_is_refused():
 
 def test_parts_are_cut_at_line_ends_and_share_nothing(tmp_path):
     (tmp_path / "a.txt").write_text("12\n45\n78\n")
-    (tmp_path / "b.txt").write_text("abcdefgh\n")  # 18 characters in all, the middle is b's start
+    (tmp_path / "b.txt").write_text("abcdefgh\n")  # 18 characters in total, b starts in the middle
     folder = str(tmp_path)
     assert read_documents(f"{folder}[:50%]") == ["12\n45\n78\n"]
     assert read_documents(f"{folder}[50%:]") == ["abcdefgh\n"]
-    assert read_documents(f"{folder}[:25%]") == ["12\n45\n"]  # 4 characters: to the end of that line
+    assert read_documents(f"{folder}[:25%]") == ["12\n45\n"]  # the fourth character, then to the end of its line
     assert read_documents(f"{folder}[25%:60%]") == ["78\n", "abcdefgh\n"]
     assert read_documents(f"{folder}[50%:][:50%]") == ["abcdefgh\n"]
     assert read_documents(f"{folder}[:]") == read_documents(folder)
@@ -246,6 +247,6 @@ def test_parts_of_a_bundled_text_make_the_whole(percent):
 
 
 @pytest.mark.parametrize("part", ["[50%:50%]", "[60%:40%]", "[:101%]"])
-def test_parts_that_are_none(part):
-    with pytest.raises(ValueError, match="no part of a text"):
+def test_impossible_parts_are_refused(part):
+    with pytest.raises(ValueError, match="is not a part of a text"):
         read_documents(f"bundled:prose{part}")

@@ -12,12 +12,12 @@ import pytest
 import torch
 from test_kernels import error, experts_reference, random_weight, tensors
 
-from eacmoe_lightning import kernels
+from eacmoe_lightning.runtime import kernels
 
 with pytest.MonkeyPatch.context() as context:
     context.setenv("TRITON_INTERPRET", "1")  # read when the kernel is defined
     pytest.importorskip("triton", reason="Triton is not installed: the GPU kernel is not tested")
-    from eacmoe_lightning import triton_kernels as interpreted
+    from eacmoe_lightning.runtime import triton_kernels as interpreted
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
 
@@ -93,7 +93,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from eacmoe_lightning.triton_kernels import multiply
+from eacmoe_lightning.runtime.triton_kernels import multiply
 
 (capability, bits, block_m), dtype = map(int, sys.argv[1:4]), sys.argv[4]
 types = ["*" + dtype, "*u8", "*fp16", "*u8", "*fp32", "*fp32", "*" + dtype, "*i64", "*i64", "*i64", "*i64"]

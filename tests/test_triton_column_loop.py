@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_column_loop import group
 
-from eacmoe_lightning.column_loop import loop_in_torch
-from eacmoe_lightning.grid import Grid
+from eacmoe_lightning.quantization.column_loop import loop_in_torch
+from eacmoe_lightning.quantization.grid import Grid
 
 pytest.importorskip("triton", reason="Triton is not installed: the GPU's loop is not tested")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +31,7 @@ def test_under_the_interpreter():
 @pytest.mark.parametrize("rows, columns, bits", [(40, 8, 2), (5, 24, 3)])
 def test_the_triton_loop_is_torch_s(rows, columns, bits, candidates):
     tensors = group(rows, columns, candidates, bits)
-    from eacmoe_lightning import triton_column_loop
+    from eacmoe_lightning.quantization import triton_column_loop
 
     codes, errors, chosen = triton_column_loop.column_loop(*tensors, Grid(bits, columns))
     expected = loop_in_torch(*tensors, Grid(bits, columns))
@@ -44,7 +44,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from eacmoe_lightning.triton_column_loop import ROWS, _loop
+from eacmoe_lightning.quantization.triton_column_loop import ROWS, _loop
 
 capability, candidates = map(int, sys.argv[1:])
 types = ["*fp32"] * 6 + ["*u8", "*fp32", "*i64"] + ["i32"] * 5 + ["fp32"]

@@ -1,16 +1,18 @@
 """Tiny random models of each family, saved as Hugging Face directories for the tests to load.
 
-Small enough to build in a second, but with the joints of the real ones: experts wide enough for a
-quantization group of 64, shared experts, a dense first block, a router that samples in train mode.
-A model fresh from its initialisation routes almost uniformly and changes its input hardly at all;
-so its weights are drawn wider here, and the router's wider still.
+They build in a second but have the structure of the real ones: experts wide enough for a quantization group of 64,
+shared experts, a dense first block, a router that samples in train mode. A freshly initialised model routes almost
+uniformly and barely changes its input, so weights here have a larger standard deviation, and the router's a still
+larger one.
 
-The random state of the caller is left alone.
+The caller's random state stays unchanged.
 """
 
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -22,10 +24,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from eacmoe_lightning.deepseek import DeepseekConfig
+from eacmoe_lightning.models.deepseek import DeepseekConfig
+from eacmoe_lightning.models.transformers_loader import TOWER_RETURNS_ROUTER_LOGITS
 
-VOCABULARY = 4096  # of the bundled tokenizer
-ROUTER_SCALE = 6.0  # over the other weights: logits with a standard deviation of about 4
+VOCABULARY = 4096  # size of the bundled tokenizer's vocabulary
+ROUTER_SCALE = 6.0  # relative to the other weights; gives logits a standard deviation of about 4
 ROUTERS = ("mlp.gate.weight", "mlp.router.weight")
 
 COMMON = {
@@ -46,6 +49,12 @@ MOE_FAMILIES = ("mixtral", "phimoe", "qwen2_moe", "deepseek", "qwen3_moe")
 FAMILIES = (*MOE_FAMILIES, "llama")
 
 
+def skip_without_router_logits(family: str) -> None:
+    """Skips a test that compares with router logits that the model itself returns."""
+    if family == "deepseek" and not TOWER_RETURNS_ROUTER_LOGITS:
+        pytest.skip(f"deepseek: transformers {transformers.__version__} returns no router logits for it, 5.19 does")
+
+
 def config_of(family: str) -> PreTrainedConfig:
     """The configuration of a family: 3 blocks, 8 experts of width 64, top-2 (deepseek: top-3)."""
     if family == "mixtral":
@@ -56,7 +65,7 @@ def config_of(family: str) -> PreTrainedConfig:
             intermediate_size=64,
             num_local_experts=8,
             num_experts_per_tok=2,
-            attention_bias=True,  # as in the real one, like the biased head
+            attention_bias=True,  # like the real model, which also has a biased head
             lm_head_bias=True,
         )
     if family == "qwen2_moe":
@@ -78,7 +87,7 @@ def config_of(family: str) -> PreTrainedConfig:
             num_experts_per_tok=3,
             first_k_dense_replace=1,
         )
-    if family == "qwen3_moe":  # the family of the bundled model, with tied embeddings like it
+    if family == "qwen3_moe":  # the family of the bundled model, which has tied embeddings too
         return Qwen3MoeConfig(
             **{**COMMON, "tie_word_embeddings": True},
             head_dim=16,
@@ -94,7 +103,7 @@ def config_of(family: str) -> PreTrainedConfig:
 
 
 def build(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model in eval mode, the same for the same seed."""
+    """A random float32 model in eval mode, determined by the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config_of(family), dtype=torch.float32)
@@ -103,12 +112,12 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
                 if name.endswith(ROUTERS):
                     parameter *= ROUTER_SCALE
                 elif name.endswith("bias"):
-                    parameter.normal_(std=0.1)  # zero so far: a lost bias would go unnoticed
+                    parameter.normal_(std=0.1)  # initialised to zero, so a lost bias would go unnoticed
     return model.eval()
 
 
 def save(family: str, folder: Path, tokenizer, seed: int = 0) -> Path:
-    """Writes a tiny model and a tokenizer to `folder`, as `from_pretrained` reads them."""
+    """Saves a tiny model and a tokenizer to `folder` for `from_pretrained`."""
     build(family, seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -16,9 +16,9 @@ from unittest.mock import patch
 import torch
 from block_cost import measure, write_checkpoint
 
-from eacmoe_lightning import column_loop
-from eacmoe_lightning.gptq import solve
-from eacmoe_lightning.grid import Grid
+from eacmoe_lightning.quantization import column_loop
+from eacmoe_lightning.quantization.gptq import solve
+from eacmoe_lightning.quantization.grid import Grid
 from gpu_parts import shapes
 from gpu_parts.device import Call, Device, interleaved
 
@@ -57,7 +57,7 @@ def _loops(device: Device) -> Iterator[dict]:
         zero = torch.randint(8, scale.shape, generator=generator).float()
     args = value, value, factor, weight, scale, zero, Grid(3, group)
     loops = {
-        "triton": import_module("eacmoe_lightning.triton_column_loop").column_loop,
+        "triton": import_module("eacmoe_lightning.quantization.triton_column_loop").column_loop,
         "torch": column_loop.loop_in_torch,
     }
     results = {name: loop(*args) for name, loop in loops.items()}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eacmoe_lightning import kernels
+from eacmoe_lightning.runtime import kernels
 
 COPIED = 2 << 30  # bytes, far beyond any cache, of the copy that gives the memory bandwidth
 SIDE = 8192  # of the product that gives the arithmetic limit

@@ -19,9 +19,10 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.column_loop import loop_in_torch
-from eacmoe_lightning.grid import Bits, Grid, Quantized, expert_codes, pack, unpack
-from eacmoe_lightning.kernels import activate
+from eacmoe_lightning.quantization.column_loop import loop_in_torch
+from eacmoe_lightning.quantization.grid import Bits, Grid, Quantized
+from eacmoe_lightning.quantization.packing import expert_codes, pack, unpack
+from eacmoe_lightning.runtime.kernels import activate
 from gpu_parts.device import Device
 
 BOUND = {"float32": 5e-6, "float16": 1e-3, "bfloat16": 3.5e-3}  # of a product; rounding of the result
@@ -30,7 +31,11 @@ HUMMING = 2  # in bfloat16 Humming rounds scales too
 CHANGED = 0.01  # rows of the column loop whose codes may differ from float64's: a tie decides them
 ALL = tuple(range(2, 9))  # bits
 FEW = tuple(range(1, 34))  # tokens
-RESULT_OF = {"triton": "triton_kernels", "humming": "humming_kernels", "columns": "triton_column_loop"}
+RESULT_OF = {
+    "triton": "runtime.triton_kernels",
+    "humming": "runtime.humming_kernels",
+    "columns": "quantization.triton_column_loop",
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def _cases() -> list[Case]:
 
 def _humming_cases() -> list[Case]:
     try:
-        import_module("eacmoe_lightning.humming_kernels")
+        import_module("eacmoe_lightning.runtime.humming_kernels")
     except ImportError:
         return []
     experts = Case("humming", (128, 256), (1, 33, 700), 3, group=64, num_experts=5, top_k=2, bias=True)

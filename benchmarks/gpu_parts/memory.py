@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from eacmoe_lightning import load
-from eacmoe_lightning.compressed import size_of
-from eacmoe_lightning.memory import peak_memory, reset_peak_memory
-from eacmoe_lightning.originals import BUNDLED, load_original
+from eacmoe_lightning.compressed.format import size_of
+from eacmoe_lightning.models.originals import BUNDLED, load_original
+from eacmoe_lightning.run.memory import peak_memory, reset_peak_memory
 from gpu_parts import shapes
 from gpu_parts.device import Device, choose_kernels
 

@@ -1,5 +1,1 @@
-"""Which experts a model selects for which text: `python train.py analyze --help`."""
-
-from eacmoe_lightning.analysis.command import analyze
-
-__all__ = ["analyze"]
+"""Which experts a model selects for which text: the numbers and figures behind `analyze`."""

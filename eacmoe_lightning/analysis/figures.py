@@ -1,4 +1,4 @@
-"""The analysis as figures; `write` leaves them as PNG and as TensorBoard images."""
+"""The analysis as figures; `write` saves them as PNG and as TensorBoard images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
-from eacmoe_lightning.store import write_atomically
+from eacmoe_lightning.run.files import write_atomically
 
 OUTLINE = [effects.withStroke(linewidth=2, foreground="white")]
 
 
 def write(output: Path, figures: dict[str, Figure]) -> None:
-    """`<name>.png` in `output` for each figure, and the same in `output/tensorboard`."""
+    """Writes each figure to `<name>.png` in `output`, and as an image to `output/tensorboard`."""
     writer = SummaryWriter(output / "tensorboard")
     for name, figure in figures.items():
         write_atomically(output / f"{name}.png", lambda partial, f=figure: f.savefig(partial, format="png", dpi=120))
@@ -36,9 +36,9 @@ def _pixels(figure: Figure) -> np.ndarray:
 
 
 def similarity(description: dict[str, Any]) -> Figure:
-    """Cosines between texts (EAC-MoE, figure 2); what is above the threshold is framed."""
-    said = description["similarity"]
-    names, matrix, threshold = said["texts"], said["matrix"], said["threshold"]
+    """Cosines between texts (EAC-MoE, figure 2); a frame marks those above the threshold."""
+    cosines = description["similarity"]
+    names, matrix, threshold = cosines["texts"], cosines["matrix"], cosines["threshold"]
     figure = Figure(figsize=(2.5 + 0.8 * len(names), 2 + 0.7 * len(names)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
@@ -56,7 +56,7 @@ def similarity(description: dict[str, Any]) -> Figure:
 
 
 def frequency(description: dict[str, Any]) -> Figure:
-    """Every expert's load over the mean, block by block, a panel for each text. Removed experts are blank."""
+    """Each expert's load over the mean, block by block, a panel per text; blank where a block has fewer experts."""
     names, rows = description["similarity"]["texts"], description["blocks"]
     width = max(row["num_experts"] for row in rows)
     columns = min(3, len(names))
@@ -81,7 +81,7 @@ def frequency(description: dict[str, Any]) -> Figure:
 
 
 def cross(table: dict[str, Any]) -> Figure:
-    """Nats lost and tokens changed, calibrated on (down) and evaluated on (across)."""
+    """Nats lost and tokens with changed selections; calibrated on (down), evaluated on (across)."""
     rows, columns = table["calibrated_on"], table["evaluated_on"]
     figure = Figure(figsize=(4 + 1.6 * len(columns), 2 + 0.7 * len(rows)), layout="constrained")
     panels = (
@@ -102,7 +102,7 @@ def cross(table: dict[str, Any]) -> Figure:
 
 
 def balance(description: dict[str, Any], floor: float) -> Figure:
-    """Entropy, busiest expert and coverage by block, a line for each text."""
+    """Entropy, load of the busiest expert and coverage by block, a line for each text."""
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     names, rows = description["similarity"]["texts"], description["blocks"]
     panels = {
@@ -122,7 +122,7 @@ def balance(description: dict[str, Any], floor: float) -> Figure:
 
 
 def skipping(result: dict[str, Any]) -> Figure:
-    """Perplexity, what is skipped, and time by alpha (EAC-MoE, figure 7); baselines as crosses at what they drop."""
+    """Perplexity, share skipped and time by alpha (EAC-MoE, figure 7); baselines are crosses at the share they drop."""
     rows = [row for row in result["rows"] if row["alpha"] is not None]
     others = [row for row in result["rows"] if row["alpha"] is None]
     alphas, texts = [row["alpha"] for row in rows], list(rows[0]["perplexity"])
@@ -131,21 +131,21 @@ def skipping(result: dict[str, Any]) -> Figure:
     for text in texts:
         loss.plot(alphas, [row["perplexity"][text] / rows[0]["perplexity"][text] for row in rows], "o-", label=text)
     loss.axhline(1 + result["tolerance"], color="gray", linestyle="--", label="tolerance")
-    loss.set_title("perplexity over that without skipping", fontsize=10)
+    loss.set_title("perplexity relative to no skipping", fontsize=10)
     for text in rows[0]["accuracy"]:
         answers.plot(alphas, [row["accuracy"][text] for row in rows], "o-", label=text)
-    answers.set_title("questions answered rightly" if rows[0]["accuracy"] else "no questions were asked", fontsize=10)
+    answers.set_title("questions answered correctly" if rows[0]["accuracy"] else "no questions", fontsize=10)
     for key, label in (
         ("experts_skipped", "(sequence, expert) pairs skipped"),
         ("pairs_dropped", "(token, expert) pairs dropped"),
-        ("latency", "time over that without skipping"),
+        ("latency", "time relative to no skipping"),
     ):
         share.plot(alphas, [row[key] for row in rows], "o-", label=label)
-    share.set_title("what is skipped, and the time it takes", fontsize=10)
+    share.set_title("share skipped, and time", fontsize=10)
     trade.plot([row["pairs_dropped"] for row in rows], [1 + row["increase"] for row in rows], "o-", label="PESF")
     for row in others:
         trade.plot([row["pairs_dropped"]], [1 + row["increase"]], "x", markersize=9, label=row["name"])
-    trade.set_title("worst text's perplexity by pairs dropped", fontsize=10)
+    trade.set_title("relative perplexity of the worst text, by pairs dropped", fontsize=10)
     for axes in (loss, answers, share):
         axes.set_xlabel("alpha")
         if result["recommended"]:

@@ -1,7 +1,7 @@
-"""What expert loads say: how alike two texts are to the router, which experts idle, how even the work is.
+"""What expert loads show: how similar two texts are to the router, which experts idle, how evenly work is spread.
 
-A text's *selection frequency* in a block is the share of selections that each expert gets (EAC-MoE, section 4.3); its
-frequencies over all blocks, one behind the other, are what two texts are compared by (figure 2 of the paper).
+A text's *selection frequency* in a block is the share of selections that each expert gets (EAC-MoE, section 4.3). Two
+texts are compared by their frequencies, concatenated over all blocks (figure 2 of the paper).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.evaluate import run_streams
-from eacmoe_lightning.expert_shift import expert_load
+from eacmoe_lightning.evaluation.streams import run_streams
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.routers.expert_shift import expert_load
 
-SIMILAR = 0.8  # the paper finds texts of one task category above it, texts of different ones below
+SIMILAR = 0.8  # in the paper, texts of the same task category are above it, texts of different categories below
 
 
 def selection_frequency(load: Tensor | Sequence[int]) -> Tensor:
-    """[E] loads -> [E] float64, the share of selections that each expert of a block gets (zeros if none)."""
+    """[E] loads -> [E] float64, the share of selections that each expert gets (all 0 if there are no selections)."""
     load = torch.as_tensor(load).double()
     return load / load.sum().clamp(min=1)
 
@@ -33,16 +33,16 @@ def cosine_similarity(frequencies: Sequence[Tensor]) -> Tensor:
 
 
 def coverage(load: Tensor, floor: float = 0.0) -> float:
-    """The share of experts that are selected at all, or with a floor: at least `floor` times as often as the mean."""
+    """The share of experts that are selected at all, or with a floor, at least `floor` times as often as the mean."""
     load = load.double()
     return float(((load > 0) & (load >= floor * load.mean())).double().mean())
 
 
 def load_balance(load: Tensor) -> dict[str, float]:
-    """How evenly [E] loads lie.
+    """How evenly loads [E] are spread.
 
     Returns:
-        `entropy`: of the selection frequency, over log E: 1 is uniform, 0 a single expert.
+        `entropy`: entropy of the selection frequency over log E: 1 is uniform, 0 a single expert.
         `max_over_mean`: the busiest expert's load over the mean: 1 is uniform, E a single expert.
     """
     frequency = selection_frequency(load)
@@ -55,14 +55,14 @@ def load_balance(load: Tensor) -> dict[str, float]:
 
 @dataclass
 class Selections:
-    """What one text made a model select.
+    """The experts that a model selected for one text.
 
     Attributes:
         loads: per MoE block, tokens routed to each expert, [E] int64. E may differ between blocks.
-        halves: the same of the even and the odd windows alone.
-        nll: negative log-likelihood in nats, summed.
-        num_tokens: that were routed.
-        num_scored: that have a likelihood: all but the first of each window.
+        halves: the same, for the even and the odd windows alone.
+        nll: sum of the negative log-likelihoods in nats.
+        num_tokens: tokens that were routed.
+        num_scored: tokens with a likelihood: all but the first of each window.
     """
 
     loads: list[Tensor]
@@ -81,16 +81,16 @@ class Selections:
 
     @property
     def within(self) -> float | None:
-        """Cosine between the even and the odd windows: how much of a difference between texts is chance."""
+        """Cosine between the even and the odd windows: tells how much of a difference between texts is chance."""
         if any(not load.sum() for half in self.halves for load in half):
-            return None  # a single window
+            return None  # there is only one window
         even, odd = (torch.cat([selection_frequency(load) for load in half]) for half in self.halves)
         return float(cosine_similarity([even, odd])[0, 1])
 
 
 @torch.no_grad()
 def select(model: MoEModel, windows: Tensor, batch_size: int) -> Selections:
-    """Runs windows [S, T] through a model and counts what its routers select."""
+    """Runs windows [S, T] through a model and counts the experts that its routers select."""
     sizes = [block.num_experts for block in model.moe_blocks]
     halves = tuple([torch.zeros(e, dtype=torch.int64, device=model.device) for e in sizes] for _ in range(2))
     nll = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -108,12 +108,12 @@ def select(model: MoEModel, windows: Tensor, batch_size: int) -> Selections:
 
 
 def describe(texts: dict[str, Selections], blocks: Sequence[int], floor: float) -> dict:
-    """Everything above as plain numbers.
+    """All the measures above as plain numbers.
 
     Args:
-        texts: by name.
+        texts: selections by the text's name.
         blocks: indices of the MoE blocks.
-        floor: of the second coverage.
+        floor: for `coverage_above_floor`.
 
     Returns:
         `similarity.texts`, `.matrix` [S][S], `.within.<text>`, `.threshold`, `.similar` (pairs above it);

@@ -1,22 +1,21 @@
-// CPUs with AVX2, which have neither bfloat16 nor 8-bit dot products: products are of 16-bit integers, of bytes, or of
-// float32.
+// For CPUs with AVX2, which have neither bfloat16 nor 8-bit dot products. It multiplies 16-bit integers, bytes or
+// float32:
 //
-//     WORDS   bfloat16 and float16 activations: 16-bit integers, one scale for each token and segment. What this rounds
-//             away (1 in 65535 of the segment's largest) is far below the rounding of the result. Codes less zero
-//             points are 16-bit integers as they are; sums are exact in 32 bits (256 * 255 * 32767 < 2^31).
+//     WORDS   bfloat16 and float16 activations as 16-bit integers, with one scale for each token and segment. The
+//             rounding error (1 in 65535 of the segment's largest) is far below the rounding of the result. Codes less
+//             zero points fit 16-bit integers; sums are exact in 32 bits (256 * 255 * 32767 < 2^31).
 //     BYTES   the int8 option: codes of up to 4 bits as unsigned bytes, sums of up to 256 products in 16 bits
-//             (8 * 2 * 15 * 127 < 2^15). Wider codes meet
-//             the same activations as WORDS.
+//             (8 * 2 * 15 * 127 < 2^15). Wider codes are multiplied as in WORDS, with the same 8-bit activations.
 //     FLOATS  float32 activations.
 //
-// 16 codes of any width become 16-bit integers by three instructions: bring its two bytes to each lane, shift it to the
-// lane's upper end (a multiplication), shift all down. Lanes behind a segment's end hold codes of its neighbour, which
-// meet zeros.
+// Three instructions turn 16 codes of any width into 16-bit integers: bring the two bytes of each code into its lane,
+// shift it to the lane's upper end (a multiplication), shift all lanes down. Lanes past a segment's end hold codes of
+// the next one, which are multiplied by zeros.
 //
-// Few tokens: a row's codes meet the tokens lane by lane (inputs lie in the lanes). Codes of up to 4 bits become bytes
-// there, 64 at once, those of even inputs and those of odd ones; a 16-bit input is 256 times one signed byte and another.
-// Many tokens: the codes of 2 x 16 rows are transposed into a tile (outputs lie in the lanes) and every token passes over
-// the tile.
+// Few tokens: a row's codes are multiplied with the tokens lane by lane (lanes hold inputs). Codes of up to 4 bits
+// become bytes there, 64 at once, those of even inputs apart from those of odd ones; a 16-bit input is 256 times one
+// signed byte plus another. Many tokens: the codes of 2 x 16 rows are transposed into a tile (lanes hold outputs), and
+// every token is multiplied with the tile.
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -30,15 +29,15 @@ namespace avx2 {
 
 enum Form { FLOATS, WORDS, BYTES };
 
-constexpr int64_t FEW = 3;     // tokens up to which codes are not transposed
+constexpr int64_t FEW = 3;     // with up to this many tokens, codes are not transposed
 constexpr int64_t BLOCK = 4;   // tokens whose sums over half a tile stay in registers
-constexpr int64_t FRONT = 4, SLACK = 32;  // bytes before and behind a row that loads may read, wanted or not
-constexpr int64_t AHEAD = 2048;  // bytes that are fetched before they are used
+constexpr int64_t FRONT = 4, SLACK = 32;  // bytes before and after a row that loads may read without using them
+constexpr int64_t AHEAD = 2048;  // distance of the prefetch in bytes
 
 // --- prepared tokens ------------------------------------------------------------------------------------------------
-// FLOATS: inputs, segments padded with zeros. WORDS: the same as int16, then per segment the scale and the sum, then the
-// bytes that few tokens need (upper ones, lower ones; of 64 inputs the even, then the odd), then per group sum * scale
-// (`terms_at`). BYTES: int8 in the order of `order`, then what WORDS have, without lower bytes.
+// FLOATS: inputs, segments padded with zeros. WORDS: the same as int16; then, per segment, the scale and the sum; then
+// the bytes for few tokens (the upper ones, then the lower; of 64 inputs the even, then the odd); then, per group,
+// sum * scale (`terms_at`). BYTES: int8 in the order of `order`, then the parts of WORDS without the lower bytes.
 
 static inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static inline int64_t words_at(const Segments& s, Form form) { return form == BYTES ? s.padded() : 0; }
@@ -65,16 +64,16 @@ static void prepare_floats(const float* x, const Segments& s, uint8_t* prepared)
   }
 }
 
-// Where byte i of 32 goes: two vectors of 16-bit codes are packed to bytes lane by lane.
+// The position of byte i of 32, because two vectors of 16-bit codes are packed to bytes lane by lane.
 static inline int64_t order(int64_t i) { return (i & ~31) | (i & 7) | (i & 8) << 1 | (i & 16) >> 1; }
 
-// Four times eight doublewords as bytes.
+// Packs four vectors of eight doublewords to bytes.
 WITH_AVX2 static inline __m256i narrow(const __m256i v[4]) {
   const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
-// The last two parts of a token, from the first.
+// Computes the last two parts of a token, the bytes and the terms, from the parts before.
 template <Form form>
 WITH_AVX2 static void split(const Segments& s, uint8_t* prepared) {
   const int16_t* words = (const int16_t*)(prepared + words_at(s, form));
@@ -82,7 +81,7 @@ WITH_AVX2 static void split(const Segments& s, uint8_t* prepared) {
   int8_t *upper = (int8_t*)(prepared + bytes_at(s, form)), *lower = upper + s.padded();
   for (int64_t at = 0; at < s.padded(); at += CHUNK) {
     for (int odd = 0; odd < 2; odd++) {
-      __m256i high[4], low[4];  // of 16 words: their bytes as doublewords
+      __m256i high[4], low[4];  // the bytes of 32 words as doublewords
       for (int i = 0; i < 4; i++) {
         const __m256i two = _mm256_load_si256((const __m256i*)(words + at) + i);
         const __m256i word = _mm256_srai_epi32(odd ? two : _mm256_slli_epi32(two, 16), 16);
@@ -93,7 +92,7 @@ WITH_AVX2 static void split(const Segments& s, uint8_t* prepared) {
       if (form == WORDS) _mm256_store_si256((__m256i*)(lower + at) + odd, narrow(low));
     }
   }
-  // eight groups at once; the last eight of a row overlap, with zeros for what came before
+  // Eight groups are read at once; the last eight of a row overlap those before, whose terms are zero there.
   float* terms = (float*)(prepared + terms_at(s, form));
   const int64_t groups = s.count / s.per_group, whole = groups / 8 * 8;
   if (whole < groups) std::memset(terms + whole, 0, 8 * sizeof(float));
@@ -167,15 +166,15 @@ struct Unpacker {
     shift = _mm256_load_si256((const __m256i*)tables.shift);
   }
 
-  // 16 codes from 2 * bits bytes, of which SLACK are read.
+  // 16 codes from 2 * bits bytes; it reads 16 bytes.
   WITH_AVX2 inline __m256i operator()(const uint8_t* codes) const {
     const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)codes));
     return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(both, spread), shift), 16 - bits);
   }
 };
 
-// 64 codes of up to 4 bits as bytes: those of even inputs, those of odd ones. Pairs of codes come to the lower end of
-// each byte; of 3 bits, first four codes to the upper end of each lane of 16 bits.
+// 64 codes of up to 4 bits as bytes: those of even inputs, and those of odd ones. Pairs of codes are brought to the
+// lower end of each byte; at 3 bits, four codes are first brought to the upper end of each lane of 16 bits.
 template <int bits>
 struct ByteUnpacker {
   __m256i spread, shift, mask, upper;
@@ -184,7 +183,7 @@ struct ByteUnpacker {
     alignas(32) uint8_t spread[32] = {};
     constexpr Tables() {
       for (int i = 0; i < 16; i++) {
-        const int first = i % 8 / 2 * 3 + i % 2 + (i < 8 ? FRONT : 0);  // the upper lane begins with its own
+        const int first = i % 8 / 2 * 3 + i % 2 + (i < 8 ? FRONT : 0);  // the upper lane begins with its codes
         spread[2 * i] = uint8_t(first), spread[2 * i + 1] = uint8_t(first + 1);
       }
     }
@@ -214,14 +213,14 @@ struct ByteUnpacker {
   }
 };
 
-// A row's codes, with FRONT bytes before and SLACK behind them: of the first and last rows a copy at `copy`.
+// A row's codes, with FRONT readable bytes before and SLACK after them; for the first and last rows a copy at `copy`.
 static inline const uint8_t* row_codes(const Packed& p, int64_t row, uint8_t* copy) {
   const int64_t bytes = p.row_bytes();
   if (row * bytes >= FRONT && (p.rows - 1 - row) * bytes >= SLACK) return p.codes + row * bytes;
   std::memcpy(copy + FRONT, p.codes + row * bytes, size_t(bytes));
   return copy + FRONT;
 }
-// Bytes of such a copy.
+// Size of such a copy.
 static inline int64_t copy_bytes(const Packed& p) { return FRONT + p.row_bytes() + SLACK; }
 
 WITH_AVX2 static inline float half(const uint16_t* h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*h))); }
@@ -258,10 +257,10 @@ WITH_AVX2 static inline float add_lanes(__m256 v) {
 
 // --- few tokens: inputs in the lanes --------------------------------------------------------------------------------
 
-// Codes of up to 4 bits: integers, exact within a group. Zero points are taken off once a row, through `terms`.
+// Codes of up to 4 bits, in integers, exact within a group. Zero points are subtracted once per row, through `terms`.
 //
-// Row r of both halves goes together. `all`: the inputs of every segment, 0 where they differ or the compiler need not
-// know.
+// Row r of both halves is computed together. `all`: the inputs of every segment, known to the compiler; 0: read from
+// the segments.
 template <int bits, Form form, int64_t M, int64_t all>
 WITH_AVX2 static void few_bytes(const Packed& p, const Segments& s, const uint8_t* const* tokens, const Rows& rows,
                                 float* out) {
@@ -357,8 +356,8 @@ WITH_AVX2 static void few_bytes(const Packed& p, const Segments& s, const uint8_
   }
 }
 
-// FLOATS, and WORDS that meet wider codes: zero points are subtracted from the codes, or (up to 7 bits, integers) taken
-// off through the sums of the inputs. `input` is how tokens were prepared: as `form`, or BYTES.
+// FLOATS, and WORDS with wider codes. Zero points are subtracted from the codes, or (up to 7 bits, integers) through
+// the sums of the inputs. `input` is the form in which tokens were prepared: `form`, or BYTES.
 template <int bits, Form form, int64_t M, int64_t all>
 WITH_AVX2 static void few_rows(const Packed& p, const Segments& s, Form input, const uint8_t* const* tokens,
                                const Rows& rows, float* out) {
@@ -448,7 +447,7 @@ static void few(const Packed& p, const Segments& s, Form input, const uint8_t* c
 
 // --- many tokens: outputs in the lanes ------------------------------------------------------------------------------
 
-// 8 x 8 doublewords.
+// Transposes 8 x 8 doublewords.
 WITH_AVX2 static inline void transpose(__m256i v[8]) {
   __m256i w[8];
 #pragma GCC unroll 4
@@ -471,7 +470,8 @@ WITH_AVX2 static inline void transpose(__m256i v[8]) {
   for (int i = 0; i < 8; i++) v[i] = w[i];
 }
 
-// The tile of one half and segment: per step of 1 (FLOATS), 2 (WORDS) or 4 (BYTES) inputs, [16 outputs] doublewords.
+// Fills the tile of one half and segment: for each step of 1 (FLOATS), 2 (WORDS) or 4 (BYTES) inputs, [16 outputs]
+// doublewords.
 template <int bits, Form form>
 WITH_AVX2 static inline void fill_tile(const Unpacker<bits>& unpack, const uint8_t* const* codes, int64_t n,
                                        const uint8_t* zero, __m256i* tile) {
@@ -502,7 +502,7 @@ WITH_AVX2 static inline void fill_tile(const Unpacker<bits>& unpack, const uint8
   }
 }
 
-// M tokens pass over the tile of one half and segment, of `steps` steps.
+// Multiplies M tokens with the tile of one half and segment, of `steps` steps.
 template <Form form, int64_t M>
 WITH_AVX2 static inline void pass(const __m256i* tile, int64_t steps, const uint8_t* const* x, const float* x_scale,
                                   const float* x_sum, const float* scale, const float* zero, float* out) {
@@ -513,10 +513,10 @@ WITH_AVX2 static inline void pass(const __m256i* tile, int64_t steps, const uint
     for (int h = 0; h < 2; h++)
       sum[m][h] = part[m][h] = _mm256_setzero_si256(), sums[m][h] = _mm256_setzero_ps();
   for (int64_t t = 0; t < steps;) {
-    const int64_t until = form == BYTES && t + 8 < steps ? t + 8 : steps;  // what 16 bits can sum up
+    const int64_t until = form == BYTES && t + 8 < steps ? t + 8 : steps;  // as many as 16-bit sums can hold
     for (; t < until; t++, tile += 2) {
       __m256i w[2] = {tile[0], tile[1]};
-      asm("" : "+x"(w[0]), "+x"(w[1]));  // in registers
+      asm("" : "+x"(w[0]), "+x"(w[1]));  // keeps them in registers
 #pragma GCC unroll 4
       for (int64_t m = 0; m < M; m++) {
         int32_t inputs;
@@ -556,7 +556,8 @@ WITH_AVX2 static inline void pass(const __m256i* tile, int64_t steps, const uint
   }
 }
 
-// `input` is how tokens were prepared, `form` how they are multiplied: the same, or BYTES and WORDS.
+// `input` is the form in which tokens were prepared, `form` that in which they are multiplied: the same, or BYTES and
+// WORDS.
 template <int bits, Form input, Form form>
 WITH_AVX2 static void many(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M,
                            const Rows& rows, float* out) {
@@ -585,7 +586,7 @@ WITH_AVX2 static void many(const Packed& p, const Segments& s, const uint8_t* co
         scale[h][r] = there ? half(p.scale + at) : 0, zeros[h][r] = there ? p.zero[at] : 0;
         zero[h][r] = zeros[h][r];
         from[r] = codes[h][r] + begin;
-        _mm_prefetch((const char*)from[r] + TILE * row_bytes, _MM_HINT_T1);  // the same place of the next tile
+        _mm_prefetch((const char*)from[r] + TILE * row_bytes, _MM_HINT_T1);  // the same position in the next tile
       }
       fill_tile<bits, form>(unpack, from, n, zeros[h], tile[h]);
     }

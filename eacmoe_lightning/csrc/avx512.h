@@ -1,11 +1,11 @@
 // bfloat16 and int8 activations on CPUs with AVX512 BF16, VNNI and VBMI (Zen 4, Sapphire Rapids and later).
 //
-// 64 codes of any width become 64 bytes by three instructions: spread `bits` bytes into each quadword, shift every
-// byte of it into place, mask. bfloat16 holds every code exactly, so products are exact and sums are in float32.
-// Zero points are subtracted afterwards, through the sum of a segment's activations.
+// Three instructions turn 64 codes of any width into 64 bytes: spread `bits` bytes into each quadword, shift every byte
+// of it into place, mask. bfloat16 holds every code exactly, so products are exact; sums are in float32. Zero points
+// are subtracted afterwards, through the sum of a segment's activations.
 //
-// Few tokens: a row's codes meet the tokens lane by lane (inputs lie in the lanes). Many tokens: the codes of 2 x 16
-// rows are transposed into a tile (outputs lie in the lanes) and every token passes over the tile.
+// Few tokens: a row's codes are multiplied with the tokens lane by lane (lanes hold inputs). Many tokens: the codes of
+// 2 x 16 rows are transposed into a tile (lanes hold outputs), and every token is multiplied with the tile.
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,14 +17,14 @@
 namespace eacmoe {
 namespace avx512 {
 
-constexpr int64_t FEW = 4;    // tokens up to which codes are not transposed
+constexpr int64_t FEW = 4;    // with up to this many tokens, codes are not transposed
 constexpr int64_t BLOCK = 12; // tokens whose sums over a tile stay in registers
-constexpr int64_t AHEAD = 4096; // bytes that are fetched before they are used: both halves are read from end to end
-constexpr int64_t SPAN = 192; // tokens that pass over the tiles of all inputs together
+constexpr int64_t AHEAD = 4096; // distance of the prefetch in bytes; both halves are read sequentially
+constexpr int64_t SPAN = 192; // tokens for which the tiles of all inputs are filled once
 
 // --- codes to bytes, bytes to bfloat16 ----------------------------------------------------------------------------
 
-// `wide` chunks are loaded at once: 2 where 128 codes fit a register.
+// `wide` chunks are loaded at once: 2 if 128 codes fit a register.
 template <int bits>
 struct Unpacker {
   __m512i spread[2], shift, mask;
@@ -45,7 +45,7 @@ struct Unpacker {
     shift = _mm512_load_si512(tables.shift), mask = _mm512_set1_epi8(char((1 << bits) - 1));
   }
 
-  // The bytes of n codes, n at most 64 (128).
+  // The bytes of n codes, n at most 64 (128 for up to 4 bits).
   WITH_AVX512 static inline __m512i load(const uint8_t* codes, int64_t n) {
     const int64_t bytes = n / 8 * bits;
     if (bits <= 4 && n <= CHUNK) {  // a short load crosses fewer cache lines
@@ -55,7 +55,7 @@ struct Unpacker {
     return _mm512_maskz_loadu_epi8(bytes >= 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1, codes);
   }
 
-  // Chunk `w` of what was loaded as bytes; above the code, each byte holds bits of its neighbours.
+  // The codes of loaded chunk `w` as bytes; above its code, each byte holds bits of its neighbours.
   WITH_AVX512 inline __m512i unmasked(__m512i loaded, int w) const {
     return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(spread[w], loaded));
   }
@@ -66,12 +66,12 @@ struct Unpacker {
 
 WITH_AVX512 static inline __m512i as_float(__m512i code) { return _mm512_castps_si512(_mm512_cvtepi32_ps(code)); }
 
-// How bytes of `bits` become bfloat16: up to 5 bits by a table over their lowest 5 bits, 6 and 7 as 128 + code by
-// writing the code into the mantissa of 128, 8 by conversion.
+// Converts codes in bytes to bfloat16: up to 5 bits with a table over the lowest 5 bits of a byte; 6 and 7 bits as
+// 128 + code, by writing the code into the mantissa of 128; 8 bits through float32.
 template <int bits>
 struct ToBf16 {
   __m512i table;
-  static constexpr int offset = bits == 6 || bits == 7 ? 128 : 0;  // of the values, made up for by the zero point
+  static constexpr int offset = bits == 6 || bits == 7 ? 128 : 0;  // of the values; the zero point gets it too
 
   WITH_AVX512 ToBf16() {
     const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -80,7 +80,7 @@ struct ToBf16 {
                                          _mm512_cvtepi32_ps(_mm512_and_si512(low, mask)));
   }
 
-  // Bytes (k0, k1, k2, k3) of each doubleword to (k0, k2) and (k1, k3).
+  // Splits the bytes (k0, k1, k2, k3) of each doubleword into (k0, k2) and (k1, k3).
   WITH_AVX512 inline void operator()(__m512i bytes, __m512i* even, __m512i* odd) const {
     if constexpr (bits <= 5) {
       *even = _mm512_permutexvar_epi16(bytes, table);
@@ -105,8 +105,8 @@ struct ToBf16 {
 static inline __mmask16 up_to_16(int64_t n) { return n < 16 ? __mmask16((1u << n) - 1) : __mmask16(0xffff); }
 
 // --- prepared tokens ----------------------------------------------------------------------------------------------
-// bfloat16: chunks of 64 inputs as (k0, k2) pairs, then (k1, k3) pairs; int8: chunks as they are. Behind them, per
-// segment, the sum of the activations; and for int8 their scale. One token takes a whole number of cache lines.
+// bfloat16: chunks of 64 inputs as (k0, k2) pairs, then (k1, k3) pairs; int8: chunks in order. After them, per segment,
+// the sum of the activations; for int8 also their scale. One token takes a whole number of cache lines.
 
 template <bool int8>
 static int64_t sums_at(const Segments& s) {
@@ -192,7 +192,7 @@ WITH_AVX512 static inline __m512 strided(const float* x, int64_t stride, __mmask
 
 // --- few tokens: inputs in the lanes --------------------------------------------------------------------------------
 
-// Codes of up to 64 inputs meet M tokens.
+// Multiplies the codes of up to 64 inputs with M tokens.
 template <int bits, bool int8, int64_t M>
 WITH_AVX512 static inline void dot(__m512i bytes, const ToBf16<bits>& to_bf16, const uint8_t* const* x, int64_t at,
                                    __m512 acc[M], __m512i sum[M]) {
@@ -208,8 +208,8 @@ WITH_AVX512 static inline void dot(__m512i bytes, const ToBf16<bits>& to_bf16, c
   }
 }
 
-// `wide`: how many chunks are loaded together; 0 where segments are not made of whole chunks. Row r of both
-// halves goes together, so that one's arithmetic fills the other's waits.
+// `wide`: chunks loaded together; 0 if segments are not made of whole chunks. Row r of both halves is computed
+// together, so that the arithmetic of one hides the latency of the other.
 template <int bits, bool int8, int64_t M, int wide>
 WITH_AVX512 static void few_rows(const Packed& p, const Segments& s, const uint8_t* const* tokens, const Rows& rows,
                                  float* out) {
@@ -217,7 +217,7 @@ WITH_AVX512 static void few_rows(const Packed& p, const Segments& s, const uint8
   const ToBf16<bits> to_bf16;
   const int64_t groups = p.groups(), count = s.count, per_group = s.per_group, chunks = s.chunks;
   const __m512 offset = _mm512_set1_ps(int8 ? 0 : to_bf16.offset);
-  float* scale[2];  // of a row's groups; behind it scale * zero
+  float* scale[2];  // scales of a row's groups, then scale * zero
   scale[0] = (float*)scratch(SCALES, size_t(groups + 16) * 16), scale[1] = scale[0] + 2 * (groups + 16);
   const uint8_t* x[M];
   const float *x_sum[M], *x_scale[M];
@@ -306,7 +306,7 @@ static void few(const Packed& p, const Segments& s, const uint8_t* const* tokens
 
 // --- many tokens: outputs in the lanes ------------------------------------------------------------------------------
 
-// 16 x 16 doublewords.
+// Transposes 16 x 16 doublewords.
 WITH_AVX512 static inline void transpose(__m512i v[16]) {
   __m512i w[16];
   for (int i = 0; i < 16; i += 2) {
@@ -331,8 +331,8 @@ WITH_AVX512 static inline void transpose(__m512i v[16]) {
   }
 }
 
-// The tile of one segment. Per chunk and step t < 16, [half][16 outputs] doublewords: for int8 the codes of inputs 4t
-// to 4t + 3; for bfloat16 first those of (4t, 4t + 2), then those of (4t + 1, 4t + 3).
+// Fills the tile of one segment. For each chunk and step t < 16, [half][16 outputs] doublewords: for int8 the codes of
+// inputs 4t to 4t + 3; for bfloat16 first those of (4t, 4t + 2), then those of (4t + 1, 4t + 3).
 template <int bits, bool int8>
 WITH_AVX512 static inline void fill_tile(const Packed& p, const Segments& s, int64_t i, const Rows& rows,
                                          const Unpacker<bits>& unpack, const ToBf16<bits>& to_bf16, __m512i* tile) {
@@ -348,7 +348,7 @@ WITH_AVX512 static inline void fill_tile(const Packed& p, const Segments& s, int
 #pragma GCC unroll 16
         for (int64_t r = 0; r < TILE; r++, codes += stride) {
           v[r] = unpack(unpack.load(codes, n), 0);
-          _mm_prefetch((const char*)codes + TILE * stride, _MM_HINT_T0);  // the same place of the next tile
+          _mm_prefetch((const char*)codes + TILE * stride, _MM_HINT_T0);  // the same position in the next tile
         }
       } else {
         for (int64_t r = 0; r < TILE; r++, codes += stride)

@@ -1,4 +1,4 @@
-// The inner loops of GPTQ on CPU: a plain C interface, loaded through ctypes (column_loop.py). No dependency.
+// The inner loops of GPTQ on CPU: a plain C interface, loaded through ctypes (column_loop.py). No dependencies.
 
 #include <cmath>
 #include <cstdint>
@@ -8,15 +8,15 @@ namespace eacmoe {
 
 // S problems of `rows` rows and one group of g columns (a multiple of 4). Row r of problem p is row p * rows + r.
 struct Columns {
-  const float* value;    // rows, `value_stride` floats apart, of g values
-  const float* old;      // rows, `old_stride` floats apart
-  const float* factor;   // [S, g, g], only what is right of the diagonal is read; null: columns do not meet
-  const float* weight;   // [S, g], what a squared rounding error counts
+  const float* value;    // rows of g values, `value_stride` floats apart
+  const float* old;      // rows of g values, `old_stride` floats apart
+  const float* factor;   // [S, g, g], read only right of the diagonal; null: columns are independent
+  const float* weight;   // [S, g], weights of the squared rounding errors
   const float* scale;    // [S, rows, candidates]
   const float* zero;     // [S, rows, candidates]
-  uint8_t* codes;        // [S, rows, g]; null: only `chosen` is wanted
+  uint8_t* codes;        // [S, rows, g]; null: only `chosen` is computed
   float* errors;         // [S, rows, g]
-  int32_t* chosen;       // [S, rows], the candidate of least loss, the first of equals
+  int32_t* chosen;       // [S, rows], the candidate with the least loss, the first one on a tie
   int64_t problems, rows, columns, value_stride, old_stride, candidates;
   float top;  // the largest code
 };
@@ -44,7 +44,7 @@ struct Columns {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// The instruction set to use on this CPU: 0 any, 1 AVX2, 2 AVX512.
+// The instruction set to use on this CPU: 0 baseline, 1 AVX2, 2 AVX512.
 EXPORT int eacmoe_column_loop_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -56,7 +56,7 @@ EXPORT int eacmoe_column_loop_level() {
   return 0;
 }
 
-// Rows [first, last) of all problems, numbered through.
+// Processes rows [first, last), numbered across all problems.
 EXPORT void eacmoe_column_loop(int level, const eacmoe::Columns* c, int64_t first, int64_t last) {
   float* area = (float*)std::aligned_alloc(64, size_t(c->columns) * 4 * 48 * 4);
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// GPTQ's inner loops with vectors of the compiler: a lane is a row of the weight, for rows do not meet each other.
+// GPTQ's inner loops with the compiler's vector types. A lane is a row of the weight, because rows are independent.
 //
 // Included once per instruction set, with these defined: ISA (the namespace), ISA_TARGET (the function attribute),
 // ISA_WIDTH (floats of a vector).
@@ -9,25 +9,25 @@ typedef float Lanes __attribute__((vector_size(ISA_WIDTH * 4), aligned(4)));
 typedef int32_t Flags __attribute__((vector_size(ISA_WIDTH * 4)));
 
 constexpr int64_t VECTORS = 3, ROWS = VECTORS * ISA_WIDTH;  // rows of a tile
-constexpr int64_t COLUMNS = 4;  // columns whose sums stay in registers: with 3 vectors each, 12 of 16
+constexpr int64_t COLUMNS = 4;  // columns whose sums stay in registers: with 3 vectors each, 12 of 16 registers
 
 ISA_TARGET static inline Lanes all(float x) { return x - Lanes{}; }
 
-// The nearest whole number (ties to even) between 0 and `top`, as torch rounds and clamps.
+// The nearest integer (ties to even) from 0 to `top`, as torch rounds and clamps.
 ISA_TARGET static inline Lanes to_code(Lanes x, float top) {
   x = x < 0.0f ? all(0.0f) : x > top ? all(top) : x;
   return (x + 12582912.0f) - 12582912.0f;
 }
 
-// Rows [count, g] to columns [g, ROWS], padded with zeros.
+// Transposes rows [count, g] to columns [g, ROWS], padded with zeros.
 ISA_TARGET static inline void gather(const float* from, int64_t stride, int64_t count, int64_t g, float* to) {
   for (int64_t r = 0; r < ROWS; r++)
     for (int64_t j = 0; j < g; j++) to[j * ROWS + r] = r < count ? from[r * stride + j] : 0.0f;
 }
 
-// One tile through the columns of a group: v_j = value_j - sum_{k<j} e_k factor_kj, rounded to q_j of code_j, which
-// leaves e_j = q_j - old_j. Gives up, and returns false, when no row's loss can be below `bound` any more; the loss is
-// the sum of weight_j (v_j - q_j)^2.
+// Takes one tile through the columns of a group: v_j = value_j - sum_{k<j} e_k factor_kj is rounded to q_j, whose code
+// is code_j, and e_j = q_j - old_j. The loss is the sum of weight_j (v_j - q_j)^2. Returns false as soon as no row's
+// loss can stay below `bound`.
 ISA_TARGET static bool pass(const Columns& c, const float* factor, const float* weight, const float* value,
                             const float* old, const float* scale, const float* zero, const float* bound, float* codes,
                             float* errors, float* loss) {
@@ -71,7 +71,7 @@ ISA_TARGET static bool pass(const Columns& c, const float* factor, const float* 
   return true;
 }
 
-// Rows [first, first + count) of problem p, count <= ROWS: chooses each row's candidate and writes what it gives.
+// Chooses the candidate of each of rows [first, first + count) of problem p, count <= ROWS; writes codes and errors.
 ISA_TARGET static void tile(const Columns& c, int64_t p, int64_t first, int64_t count, float* area) {
   const int64_t g = c.columns, row = p * c.rows + first;
   float *value = area, *old = value + g * ROWS, *codes = old + g * ROWS, *errors = codes + g * ROWS;
@@ -80,7 +80,7 @@ ISA_TARGET static void tile(const Columns& c, int64_t p, int64_t first, int64_t 
   gather(c.value + row * c.value_stride, c.value_stride, count, g, value);
   gather(c.old + row * c.old_stride, c.old_stride, count, g, old);
   const float *factor = c.factor ? c.factor + p * g * g : nullptr, *weight = c.weight + p * g;
-  for (int64_t r = 0; r < ROWS; r++)  // padding rows are rows of zeros, which any scale rounds to zero
+  for (int64_t r = 0; r < ROWS; r++)  // padding rows are zeros, which any scale rounds to zero
     best_loss[r] = r < count ? INFINITY : 0.0f, best_scale[r] = 1.0f, best_zero[r] = 0.0f;
   const auto candidate = [&](int64_t i) {
     for (int64_t r = 0; r < ROWS; r++) {
@@ -109,7 +109,7 @@ ISA_TARGET static void tile(const Columns& c, int64_t p, int64_t first, int64_t 
 }
 
 ISA_TARGET static void columns(const Columns& c, int64_t first, int64_t last, float* area) {
-  for (int64_t p = first / c.rows; p * c.rows < last; p++) {  // rows of all problems are numbered through
+  for (int64_t p = first / c.rows; p * c.rows < last; p++) {  // rows are numbered across all problems
     const int64_t begin = p * c.rows < first ? first - p * c.rows : 0;
     const int64_t end = (p + 1) * c.rows > last ? last - p * c.rows : c.rows;
     for (int64_t r = begin; r < end; r += ROWS) tile(c, p, r, end - r < ROWS ? end - r : ROWS, area);

@@ -1,4 +1,4 @@
-// Packed linears and packed experts on CPU: a plain C interface, loaded through ctypes (kernels.py). No dependency.
+// Packed linears and packed experts on CPU: a plain C interface, loaded through ctypes (kernels.py). No dependencies.
 
 #include <atomic>
 #include <condition_variable>
@@ -57,9 +57,9 @@ uint8_t* scratch(Slot slot, size_t bytes) {
 
 // --- threads ------------------------------------------------------------------------------------------------------
 
-// Runs task(0) .. task(tasks - 1), each once, on the caller and up to threads - 1 helpers. Whoever is free takes the
-// next task; the caller waits only for tasks that a helper has begun, so a helper that the system has put to sleep
-// delays nothing. Helpers wait by spinning for some microseconds, then sleep.
+// Runs task(0) .. task(tasks - 1), each once, on the caller and up to threads - 1 helpers. Each thread takes the next
+// tasks when it is free. The caller waits only for helpers that have started, so a helper that the system has put to
+// sleep delays nothing. Idle helpers spin for some microseconds, then sleep.
 class Pool {
  public:
   template <class Task>
@@ -134,7 +134,7 @@ class Pool {
   int64_t tasks_ = 0, grain_ = 1;
 };
 
-// Of this process: a fork has none of its parent's helpers. Never freed, for helpers may outlive static objects.
+// The pool of this process: a fork has none of its parent's helpers. Never freed: helpers may outlive static objects.
 static Pool& pool() {
   static std::mutex mutex;
   static Pool* own = nullptr;
@@ -212,7 +212,7 @@ static void write(const float* from, int64_t n, void* to, Dtype dtype, int64_t a
   }
 }
 
-// Tokens [n, cols] in an engine's order.
+// Tokens [n, cols], prepared for an engine.
 struct Prepared {
   Prepared(Slot slot, const Engine& engine, const Segments& segments, int64_t n)
       : stride((engine.token_bytes(segments) + 63) / 64 * 64), at(scratch(slot, size_t(n * stride))) {}
@@ -229,7 +229,7 @@ static void add_bias(const Packed& p, const Rows& rows, int64_t M, float* out) {
       for (int64_t i = 0; i < rows.valid[h]; i++) out[(m * 2 + h) * TILE + i] += p.bias[rows.first[h] + i];
 }
 
-// Tile `i` of a weight without a partner: its lower and its upper rows.
+// Tile `i` of a weight: 16 rows of the weight's first half and 16 of its second.
 static Rows halves(int64_t i, int64_t rows) {
   const int64_t middle = (rows + 1) / 2, lower = middle - i * TILE, upper = rows - middle - i * TILE;
   return {{i * TILE, middle + i * TILE}, {lower < TILE ? lower : TILE, upper < 0 ? 0 : upper < TILE ? upper : TILE}};
@@ -237,7 +237,7 @@ static Rows halves(int64_t i, int64_t rows) {
 
 static int64_t num_tiles(int64_t rows) { return ((rows + 1) / 2 + TILE - 1) / TILE; }
 
-constexpr int64_t TOKENS = 16;  // that one task prepares
+constexpr int64_t TOKENS = 16;  // tokens that one task prepares
 
 // --- linear ---------------------------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ static void linear(const Kit& kit, const Packed& p, const void* x, Dtype dtype, 
 
 // --- experts --------------------------------------------------------------------------------------------------------
 
-// The experts of a stack: all with the bits of `stack`, or with those of `bits` [E], one after another.
+// The experts of a stack, which lie one after another: all with the bits of `stack`, or each with those of `bits` [E].
 static std::vector<Packed> unstack(const Packed& stack, const uint8_t* bits, int64_t E) {
   std::vector<Packed> experts;
   Packed next = stack;
@@ -279,8 +279,8 @@ static std::vector<Packed> unstack(const Packed& stack, const uint8_t* bits, int
 }
 
 // The routed experts of one block. x [N, D]; ids and weights [N, K], an id outside of 0 .. E - 1 is skipped;
-// up [E, 2F or F, D] (gate rows, then up rows), down [E, D, F]; out [N, D]. Sums are in float32 in the order of the
-// experts, whatever the number of threads.
+// up [E, 2F or F, D] (gate rows, then up rows), down [E, D, F]; out [N, D]. Sums are in float32, in the order of the
+// experts for any number of threads.
 static void experts(const Kit& kit, const std::vector<Packed>& up, const std::vector<Packed>& down, bool gated,
                     Activation activation, const void* x, Dtype dtype, int64_t N, const int64_t* ids,
                     const float* weights, int64_t K, void* out, int threads) {
@@ -288,7 +288,7 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
   const Segments up_segments(up[0]), down_segments(down[0]);
   const Engine& engine = *kit.engine;
 
-  // The (token, choice) pairs by expert.
+  // Sort the (token, choice) pairs by expert.
   std::vector<int64_t> begin(size_t(E) + 1, 0), pairs, active;
   for (int64_t i = 0; i < N * K; i++)
     if (ids[i] >= 0 && ids[i] < E) begin[size_t(ids[i]) + 1]++;
@@ -313,7 +313,7 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
   std::vector<const uint8_t*> tokens(size_t(P), nullptr);
   for (int64_t i = 0; i < P; i++) tokens[size_t(i)] = prepared.token(pairs[size_t(i)] / K);
 
-  // Gate, up and activation. The halves of a tile are 16 gate rows and their up rows.
+  // Gate, up and activation. The halves of a tile are 16 gate rows and the matching up rows.
   float* hidden = (float*)scratch(HIDDEN, size_t(P * F) * 4);
   const int64_t up_tasks = gated ? (F + TILE - 1) / TILE : num_tiles(F);
   pool().run(int64_t(active.size()) * up_tasks, threads, [&](int64_t task) {
@@ -339,7 +339,7 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
   });
   for (int64_t i = 0; i < P; i++) tokens[size_t(i)] = inner.token(i);
 
-  // Down. A task owns the columns of a tile and goes through all experts.
+  // Down. A task owns the output columns of a tile and goes through all experts.
   pool().run(num_tiles(D), threads, [&](int64_t task) {
     const Rows rows = halves(task, D);
     float* sum = (float*)scratch(SUMS, size_t(N) * 2 * TILE * 4);
@@ -366,7 +366,7 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
 
 // --- the interface ----------------------------------------------------------------------------------------------------
 
-// To be raised with every change of a function below.
+// Raise this whenever the interface below changes.
 EXPORT int eacmoe_interface() { return 2; }
 
 EXPORT int eacmoe_level() { return eacmoe::best_level(); }
@@ -377,7 +377,7 @@ EXPORT void eacmoe_linear(int level, int int8, const eacmoe::Packed* p, const vo
   eacmoe::linear(eacmoe::kit(eacmoe::Level(level), d, int8), *p, x, d, M, out, threads);
 }
 
-// up_bits and down_bits: of each expert, or null.
+// up_bits and down_bits: the bits of each expert; null: all have those of the stack.
 EXPORT void eacmoe_experts(int level, int int8, const eacmoe::Packed* up, const uint8_t* up_bits,
                            const eacmoe::Packed* down, const uint8_t* down_bits, int gated, int activation,
                            const void* x, int dtype, int64_t N, const int64_t* ids, const float* weights, int64_t K,

@@ -1,4 +1,4 @@
-// What all kernels share: a packed weight, its cutting into segments, and the interface of an engine.
+// Shared by all kernels: a packed weight, its division into segments, and the interface of an engine.
 //
 // Letters: M tokens, O outputs (rows of a weight), I inputs, F expert width, D hidden, E experts, K top_k.
 #pragma once
@@ -10,7 +10,7 @@
 
 namespace eacmoe {
 
-// One weight [O, I] as it lies on disk (grid.py): eight codes in `bits` bytes, row after row; per row and group of
+// One weight [O, I], packed as on disk (packing.py): eight codes in `bits` bytes, row after row; per row and group of
 // inputs a float16 scale and a uint8 zero point. w = (code - zero) * scale.
 struct Packed {
   const uint8_t* codes;
@@ -22,7 +22,7 @@ struct Packed {
 
   int64_t groups() const { return cols / group; }
   int64_t row_bytes() const { return cols / 8 * bits; }
-  // The next expert of a stack, which has the same bits unless the caller knows better.
+  // The next expert of a stack; it has the same bits unless the caller changes them.
   Packed following() const {
     Packed p = *this;
     p.codes += rows * row_bytes();
@@ -33,12 +33,12 @@ struct Packed {
   }
 };
 
-// Inputs are walked in segments: parts of one group, at most MAX_SEGMENT long, padded with zeros to whole chunks.
+// Inputs are processed in segments: parts of one group, at most MAX_SEGMENT long, padded with zeros to whole chunks.
 constexpr int CHUNK = 64, MAX_SEGMENT = 256;
 
 struct Segments {
   int64_t cols, group;
-  int64_t length, per_group, count, chunks;  // inputs of a segment; segments; chunks of a segment
+  int64_t length, per_group, count, chunks;  // inputs per segment; segments per group, in all; chunks per segment
 
   explicit Segments(const Packed& p) : cols(p.cols), group(p.group) {
     length = group < MAX_SEGMENT ? group : MAX_SEGMENT;
@@ -56,23 +56,23 @@ struct Segments {
 
 constexpr int TILE = 16;  // outputs of half a tile; a tile has two halves, for example gate and up rows
 
-// The rows of a tile. valid[1] <= valid[0]. The tile that follows has the next 16 rows in both halves.
+// The rows of a tile. valid[1] <= valid[0]. The next tile has the next 16 rows in both halves.
 struct Rows {
   int64_t first[2], valid[2];
 };
 
-// How tokens meet weights on one instruction set with one type of activations.
+// Multiplies tokens with weights, for one instruction set and one type of activations.
 struct Engine {
-  // Bytes of one prepared token.
+  // Size of one prepared token.
   int64_t (*token_bytes)(const Segments&);
-  // Brings one token [I] into the order that `multiply` reads.
+  // Writes one token [I] in the form that `multiply` reads.
   void (*prepare)(const float* x, const Segments&, uint8_t* prepared);
   // out[m * 2 * TILE + h * TILE + i] = <token m, row first[h] + i>, for i < valid[h], h < 2 and m < M; without bias.
   void (*multiply)(const Packed&, const Segments&, const uint8_t* const* tokens, int64_t M, const Rows&, float* out);
 };
 
-// Working areas of the calling thread, 64-byte aligned, kept from call to call (fresh pages would cost more than the
-// arithmetic on them). A larger request loses the area's content.
+// Scratch memory of the calling thread, 64-byte aligned. It is kept from call to call, because fresh pages would cost
+// more than the arithmetic on them. A larger request loses the slot's content.
 enum Slot { SCALES, ROW, OUT_TILE, SUMS, TOKENS_IN, HIDDEN, TOKENS_INNER, SLOTS };
 uint8_t* scratch(Slot slot, size_t bytes);
 

@@ -1,4 +1,4 @@
-// float32 activations on any CPU: rows are decoded to float32 segments and multiplied with vectors of the compiler.
+// float32 activations on any CPU: rows are decoded to float32 segments and multiplied with the compiler's vector types.
 //
 // Included once per instruction set, with these defined: ISA (the namespace), ISA_TARGET (the function attribute),
 // ISA_WIDTH (floats of a vector).
@@ -10,16 +10,16 @@ typedef float Floats8 __attribute__((vector_size(32)));
 typedef uint32_t Words8 __attribute__((vector_size(32)));
 typedef int32_t Ints8 __attribute__((vector_size(32)));
 
-constexpr int64_t BLOCK = 4;  // tokens that share the reading of a decoded segment
+constexpr int64_t BLOCK = 4;  // tokens for which a decoded segment is read once
 
-// Codes [n], n a multiple of 8, to (code - zero) * scale.
+// Decodes codes [n], n a multiple of 8, to (code - zero) * scale.
 template <int bits>
 ISA_TARGET static inline void decode(const uint8_t* codes, int64_t n, float scale, float zero, float* out) {
   const uint32_t mask = (1u << bits) - 1;
   const Words8 shift = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
   for (int64_t k = 0; k < n; k += 8, codes += bits) {
     uint64_t word = 0;
-    for (int i = 0; i < bits; i++) word |= uint64_t(codes[i]) << (8 * i);  // memcpy would wait for its own store
+    for (int i = 0; i < bits; i++) word |= uint64_t(codes[i]) << (8 * i);  // memcpy would stall on store forwarding
     const uint32_t low = uint32_t(word), high = uint32_t(word >> (4 * bits));
     Words8 four = {low, low, low, low, high, high, high, high};
     Ints8 code = Ints8((four >> shift) & mask);
@@ -97,7 +97,7 @@ static void multiply(const Packed& p, const Segments& s, const uint8_t* const* t
   }
 }
 
-// exp(x) to about 2 units in the last place, in a form that compilers vectorize; x is clamped to +-87.
+// exp(x) to about 2 units in the last place, in a form that compilers vectorize; clamps x to +-87.
 ISA_TARGET static inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // n = round(x / ln 2)

@@ -1,4 +1,4 @@
-"""A Hugging Face directory around an export's tensors: shards and index, config, tokenizer, generation config."""
+"""Writes an export as a Hugging Face directory: shards and index, config, tokenizer, generation config."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.store import write_atomically, write_json
+from eacmoe_lightning.run.files import write_atomically, write_json
 
-OWN_FILES = ("config.json", "weights.safetensors.index.json")  # of a compressed directory; nobody else's business
+FORMAT_FILES = ("config.json", "weights.safetensors.index.json")  # of a compressed directory: not copied
 
 
 def write_checkpoint(
@@ -23,10 +23,10 @@ def write_checkpoint(
     """Fills a directory that transformers opens as the original's model type.
 
     Args:
-        source: whose config, tokenizer and generation config are written.
-        directory: to fill.
-        shards: all tensors under their names in the checkpoint, a file's at a time; written as they come.
-        quantization: `quantization_config` of config.json.
+        source: the model whose config, tokenizer and generation config are written.
+        directory: the directory to fill.
+        shards: all tensors under their names in the checkpoint, one file's tensors at a time, written as they arrive.
+        quantization: the `quantization_config` of config.json.
     """
     _write_shards(directory, shards, len(source.moe.blocks) + 1)
     source.config.save_pretrained(directory)
@@ -34,18 +34,18 @@ def write_checkpoint(
     config |= {"dtype": source.dtype_name, "architectures": [type(source.skeleton).__name__]}
     write_json(directory / "config.json", config | ({"quantization_config": quantization} if quantization else {}))
     for file in source.path.iterdir():
-        if file.name not in OWN_FILES and file.suffix != ".safetensors":
+        if file.name not in FORMAT_FILES and file.suffix != ".safetensors":
             shutil.copyfile(file, directory / file.name)
 
 
-def _write_shards(directory: Path, shards: Iterator[dict[str, Tensor]], number: int) -> None:
-    """`model-00001-of-00003.safetensors` and the index, as transformers names them."""
-    places: dict[str, str] = {}
+def _write_shards(directory: Path, shards: Iterator[dict[str, Tensor]], num_files: int) -> None:
+    """Writes `model-00001-of-00003.safetensors` and so on, and the index, named as transformers names them."""
+    weight_map: dict[str, str] = {}
     size = 0
     for i, tensors in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{number:05d}.safetensors"
+        file = f"model-{i + 1:05d}-of-{num_files:05d}.safetensors"
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_atomically(directory / file, lambda partial, t=tensors: save_file(t, partial, {"format": "pt"}))
-        places |= dict.fromkeys(tensors, file)
+        weight_map |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
-    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})

@@ -6,9 +6,9 @@ Per linear [O, I] with G groups of inputs and b bits:
     weight_scale   [O, G]
     weight_shape   int64 [2]                O and I
 
-The format's codes are signed, -2^(b-1) .. 2^(b-1) - 1, and stored with 2^(b-1) added: these are the codes of our
-symmetric grid as they are. `config_groups` says which linears have which grid; routers and everything else that is not
-quantized stand under `ignore`.
+The format's codes are signed, -2^(b-1) .. 2^(b-1) - 1, and stored with 2^(b-1) added, which makes them exactly the
+codes of our symmetric grid. `config_groups` says which linears have which grid. Routers and everything else that is not
+quantized are listed under `ignore`.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from eacmoe_lightning.exports.check import Difference, Reference
 from eacmoe_lightning.exports.checkpoint import write_checkpoint
 from eacmoe_lightning.exports.gptq import to_int32
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.grid import Quantized
+from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.targets import Target, WeightGrid
 
-LIBRARY = "0.20.0"  # the release whose loader was tried
-EXPERTS = r"re:.*\.experts\.\d+\..*"  # beside it `Linear`, where SGLang looks for the experts' scheme; no other is left
+LIBRARY = "0.20.0"  # the release whose loader was tested
+EXPERTS = r"re:.*\.experts\.\d+\..*"
 
 
 def require_library() -> None:
-    """Raises ValueError where the library is missing that reads the result back."""
+    """Raises ValueError if the library that reloads the export is missing."""
     try:
         import compressed_tensors as library  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "--format compressed-tensors reads its result back with that library: "
+            "--format compressed-tensors checks the export with the library of that name, which is not installed: "
             'pip install "eacmoe-lightning[export]"'
         ) from error
 
 
 def write(source: Source, weights: list[WeightGrid], row: Target, directory: Path) -> None:
-    """Fills the directory.
+    """Fills the directory with shards and config.
 
     Raises:
         ValueError: the original keeps the experts of a block in one tensor.
@@ -62,18 +62,18 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
 
 
 def read_back(source: Source, row: Target, directory: Path) -> Difference:
-    """Opened by transformers, and through it by the library, in a fresh process."""
+    """Reloads the export with transformers, which uses the library, in a fresh process."""
     return Reference(source).compare_loaded(directory)
 
 
 def to_tensors(linear: str, quantized: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The three tensors of one linear by their names in the checkpoint.
+    """The three tensors of one linear, by name in the checkpoint.
 
     Args:
         linear: module name.
         quantized: symmetric codes [O, I].
-        dtype: of the model. Readers multiply in the scale's dtype: float16 where the model has it, else float32, in
-            which our scales lose nothing.
+        dtype: the model's. Readers multiply in the dtype of the scale, so scales are stored as float16 for a float16
+            model and as float32, which is exact, for any other.
     """
     codes = torch.nn.functional.pad(quantized.codes, (0, -quantized.codes.shape[-1] % 32))
     return {
@@ -84,18 +84,19 @@ def to_tensors(linear: str, quantized: Quantized, dtype: torch.dtype) -> dict[st
 
 
 def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]], ignored: list[str]) -> dict[str, Any]:
-    """The entry of config.json.
+    """The `quantization_config` of config.json.
 
     Args:
-        weights: every quantized weight, all experts with one grid.
-        linears: the original's module names of each, by parameter name.
+        weights: every quantized weight; all experts have one grid.
+        linears: module names of each weight's linears in the original, by parameter name.
         ignored: modules with matrices that are not quantized.
     """
     targets: dict[tuple[int, int], list[str]] = {}
     for weight in sorted(weights, key=lambda w: w.part != "experts"):  # the experts' group first
+        # SGLang looks for the experts' scheme under `Linear`; every other linear is named or ignored.
         names = [EXPERTS, "Linear"] if weight.part == "experts" else linears[weight.name]
-        own = targets.setdefault((weight.bits, weight.group_size), [])
-        own.extend(name for name in names if name not in own)
+        group_targets = targets.setdefault((weight.bits, weight.group_size), [])
+        group_targets.extend(name for name in names if name not in group_targets)
     groups = {
         f"group_{i}": {
             "targets": names,

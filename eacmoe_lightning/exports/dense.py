@@ -1,4 +1,4 @@
-"""Decoded weights under the original's names: of the original's size, and loaded wherever the original is."""
+"""Decoded weights under the original's names: as large as the original, and loadable wherever the original is."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from eacmoe_lightning.targets import Target, WeightGrid
 
 
 def write(source: Source, weights: list[WeightGrid], row: Target, directory: Path) -> None:
-    """Fills the directory."""
+    """Fills the directory with shards and config."""
     write_checkpoint(source, directory, _shards(source))
 
 
 def read_back(source: Source, row: Target, directory: Path) -> Difference:
-    """Opened by transformers in a fresh process."""
+    """Reloads the export with transformers in a fresh process."""
     return Reference(source).compare_loaded(directory)
 
 
 def _shards(source: Source) -> Iterator[dict[str, Tensor]]:
-    for block, quantized, rest in source.blocks():
+    for block, quantized, unquantized in source.blocks():
         decoded = {name: block.as_parameter(name, q.dequantize(source.dtype)) for name, q in quantized.items()}
-        yield source.original_names(decoded | source.narrowed(rest))
+        yield source.original_names(decoded | source.narrowed(unquantized))

@@ -1,14 +1,14 @@
 """Our codes in ggml's blocks of 32 weights, without rounding anything again.
 
-ggml's simple types decode a weight as `scale * step` with whole steps from a fixed range and a float16 scale for each
-block. Our code minus its zero point is such a step, of either sign, and our groups are multiples of blocks: wherever
-the steps of a weight fit into the range, its values are the same to the last bit.
+ggml's simple types decode a weight as `scale * step`, with integer steps from a fixed range and a float16 scale for
+each block. Our code minus its zero point is such a step, of either sign, and our groups are multiples of a block.
+If the steps of a weight fit into the range, its values stay the same to the last bit.
 
     type   range         bits a weight   holds our
     Q4_0   -8 .. 7       4.5             2 and 3 bit, symmetric 4 bit
     Q5_0   -16 .. 15     5.5             asymmetric 4 bit, symmetric 5 bit
     Q8_0   -128 .. 127   8.5             5, 6 and 7 bit, symmetric 8 bit
-    F16                  16              asymmetric 8 bit; groups that are no multiple of 32 (rounded to float16)
+    F16                  16              asymmetric 8 bit; groups that are not a multiple of 32 (rounded to float16)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.grid import Quantized
+from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.targets import WeightGrid
 
 BLOCK = 32
@@ -24,7 +24,11 @@ RANGES = {"Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_0": (-128, 127)}  # the smalle
 
 
 def exact_type(grids: list[WeightGrid]) -> str:
-    """The smallest of ggml's types that holds every value of a weight, whose experts may have grids of their own."""
+    """The smallest ggml type that holds every value of a weight exactly, or F16.
+
+    Args:
+        grids: the grids of one weight: one, or several if its experts have different bits.
+    """
     ranges = [_steps(grid) for grid in grids]
     if all(grid.group_size % BLOCK == 0 for grid in grids):
         for name, (least, most) in RANGES.items():
@@ -34,7 +38,7 @@ def exact_type(grids: list[WeightGrid]) -> str:
 
 
 def _steps(grid: WeightGrid) -> tuple[int, int]:
-    """The lowest and the highest of the code minus the zero point."""
+    """The lowest and the highest value of code minus zero point."""
     middle, highest = 2 ** (grid.bits - 1), 2**grid.bits - 1
     return (-middle, middle - 1) if grid.symmetric else (-highest, highest)
 
@@ -44,14 +48,14 @@ def to_blocks(quantized: Quantized, name: str) -> Tensor:
 
     Args:
         quantized: codes [..., O, I].
-        name: of a type from `exact_type`.
+        name: a type from `exact_type`.
 
     Returns:
         uint8 [..., O, bytes of a row]; float16 [..., O, I] for F16.
     """
     if name == "F16":
         return quantized.dequantize(torch.float16)
-    if quantized.codes.ndim == 3:  # an expert at a time: the steps take twice the memory of the codes
+    if quantized.codes.ndim == 3:  # one expert at a time: the steps take twice the memory of the codes
         parts = (quantized.codes, quantized.scale, quantized.zero_point)
         experts = zip(*parts, strict=True)
         return torch.stack([to_blocks(Quantized(*expert, quantized.bits), name) for expert in experts])
@@ -62,7 +66,7 @@ def to_blocks(quantized: Quantized, name: str) -> Tensor:
     if name == "Q8_0":
         return torch.cat([head, steps.to(torch.int8).view(torch.uint8)], dim=-1).flatten(-2)
     codes = (steps - RANGES[name][0]).to(torch.uint8)
-    low, high = (codes & 15).unflatten(-1, (2, BLOCK // 2)).unbind(-2)  # the halves of a block share bytes
+    low, high = (codes & 15).unflatten(-1, (2, BLOCK // 2)).unbind(-2)  # a byte holds a code of each half of a block
     nibbles = low | high << 4
     if name == "Q4_0":
         return torch.cat([head, nibbles], dim=-1).flatten(-2)

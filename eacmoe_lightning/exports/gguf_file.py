@@ -1,9 +1,9 @@
-"""GGUF, the one-file format of llama.cpp: our codes in ggml's own blocks, decoding to the very values of our model.
+"""GGUF, the one-file format of llama.cpp: our codes in ggml's blocks, which decode to exactly our model's values.
 
-The file holds the model's architecture and sizes as keys, the tokenizer, and a tensor for each weight (experts of a
-block in stacks), named by the `gguf` package's own tables. It is read back with that package's decoder.
+The file holds the model's architecture and sizes as keys, the tokenizer, and a tensor for each weight (the experts of a
+block stacked). The `gguf` package's tables give the names. The same package's decoder checks the file.
 
-llama.cpp computes each architecture in its own way; `_check` refuses models that it would compute otherwise.
+llama.cpp has a fixed computation for each architecture. `_check` refuses models that it would compute differently.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import Block
 from eacmoe_lightning.exports import ggml_blocks
 from eacmoe_lightning.exports.check import Difference, Reference
 from eacmoe_lightning.exports.gguf_tokenizer import add_tokenizer
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.grid import Quantized
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.targets import Target, WeightGrid
 from eacmoe_lightning.version import __version__
 
@@ -37,11 +37,11 @@ class Architecture:
     """How llama.cpp computes a model type.
 
     Attributes:
-        name: llama.cpp's.
-        interleaved: whether rotary positions turn neighbouring rows of a head, not the halves of it: the rows of the
-            query and key projections are reordered for it.
+        name: llama.cpp's name for the architecture.
+        interleaved: whether rotary embeddings rotate adjacent rows of a head instead of its two halves. The rows of the
+            query and key projections are then reordered.
         renormalizes: whether the weights of the selected experts are divided by their sum.
-        leading_dense: whether its first blocks may be dense.
+        leading_dense: whether the first blocks may be dense.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Entry:
     """One tensor of the file.
 
     Attributes:
-        name: in the file.
-        parameter: in memory.
-        shape: in the file, [..., O, I] or [O].
-        type: ggml's.
-        half: which half of the parameter's rows it has: 0 (gate), 1 (up), or None: all rows.
-        heads: of a query or key projection whose rows are reordered; else 0.
+        name: its name in the file.
+        parameter: the parameter in memory that it comes from.
+        shape: its shape in the file, [..., O, I] or [O].
+        type: its ggml type.
+        half: the half of the parameter's rows that it holds: 0 (gate) or 1 (up); None: all rows.
+        heads: number of heads of a query or key projection whose rows are reordered; 0: no reordering.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Entry:
     heads: int = 0
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Its rows, in the file's order, of a parameter's [..., O, *] or [O]."""
+        """Its rows of a parameter [..., O, *] or [O], in the file's order."""
         if self.half is not None:
             tensor = tensor.chunk(2, dim=-2)[self.half]
         if self.heads:
@@ -87,12 +87,12 @@ class Entry:
         return tensor
 
     def give_back(self, tensor: Tensor) -> Tensor:
-        """The same rows as the parameter has them."""
+        """The same rows in the parameter's order."""
         return tensor.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2) if self.heads else tensor
 
 
 def require_library() -> None:
-    """Raises ValueError where the `gguf` package is missing."""
+    """Raises ValueError if the `gguf` package is missing."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -100,10 +100,10 @@ def require_library() -> None:
 
 
 def write(source: Source, weights: list[WeightGrid], row: Target, directory: Path) -> None:
-    """Fills the directory with `model.gguf`, a block in memory at a time.
+    """Fills the directory with `model.gguf`, with one block in memory at a time.
 
     Raises:
-        ValueError: llama.cpp computes this model otherwise, or has no place for one of its tensors or its tokenizer.
+        ValueError: llama.cpp computes this model differently, or cannot hold its tokenizer or one of its tensors.
     """
     import gguf
 
@@ -127,7 +127,7 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
 
 
 def read_back(source: Source, row: Target, directory: Path) -> Difference:
-    """Every tensor as the `gguf` package decodes it, and the model that they give."""
+    """Decodes every tensor with the `gguf` package, and compares the model that results."""
     import gguf
 
     tensors: dict[str, Tensor] = {}
@@ -136,21 +136,21 @@ def read_back(source: Source, row: Target, directory: Path) -> Difference:
     for entry in entries:
         tensor = stored[entry.name]
         decoded = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(entry.shape)
-        own = entry.give_back(torch.from_numpy(decoded.copy()))
+        rows = entry.give_back(torch.from_numpy(decoded.copy()))
         shape = source.parameters[entry.parameter].shape
         if entry.half:
-            own = torch.cat([tensors[entry.parameter], own], dim=-2)
-        tensors[entry.parameter] = own if entry.half == 0 else own.view(shape)
+            rows = torch.cat([tensors[entry.parameter], rows], dim=-2)
+        tensors[entry.parameter] = rows if entry.half == 0 else rows.view(shape)
     has_rounded = any(entry.type == "F16" and entry.parameter in source.weights for entry in entries)
     rounded = "float16" if has_rounded else None
     return Reference(source).compare_decoded(source, source.original_names(tensors), directory, rounded)
 
 
 def plan(source: Source, weights: list[WeightGrid], architecture: Architecture) -> list[Entry]:
-    """The tensors of the file in its order: block by block, then the rest.
+    """The tensors of the file in order: block by block, then all others.
 
     Raises:
-        ValueError: llama.cpp's architecture has no such tensor.
+        ValueError: llama.cpp's architecture has no place for a tensor.
     """
     import gguf
 
@@ -176,31 +176,32 @@ def plan(source: Source, weights: list[WeightGrid], architecture: Architecture) 
             shape = (*shape[:-2], shape[-2] // 2, shape[-1])
         else:
             halves = [(None, module)]
-        turned = heads.get(projection, 0) if architecture.interleaved else 0
-        for half, own in halves:
-            name = names.get_name(own)
+        num_heads = heads.get(projection, 0) if architecture.interleaved else 0
+        for half, submodule in halves:
+            name = names.get_name(submodule)
             if name is None:
                 raise ValueError(
-                    f"{parameter}: llama.cpp's {architecture.name} has no such tensor: export with --format dense"
+                    f"{parameter}: llama.cpp's architecture {architecture.name} has no such tensor: export with "
+                    "--format dense"
                 )
             entries.append(
-                Entry(f"{name}.{suffix}", parameter, shape[1:] if shape[0] == 1 else shape, kind, half, turned)
+                Entry(f"{name}.{suffix}", parameter, shape[1:] if shape[0] == 1 else shape, kind, half, num_heads)
             )
     order = {name: i for i, name in enumerate([f"{block.name}." for block in blocks])}
     return sorted(entries, key=lambda e: next((i for n, i in order.items() if e.parameter.startswith(n)), len(order)))
 
 
 def _blocks(source: Source) -> Iterator[dict[str, Tensor | Quantized]]:
-    for _, quantized, rest in source.blocks():
-        yield quantized | rest
+    for _, quantized, unquantized in source.blocks():
+        yield quantized | unquantized
 
 
 def _encoded(entry: Entry, value: Tensor | Quantized) -> Tensor:
-    """The bytes of one tensor of the file."""
+    """One tensor as the file stores it."""
     if isinstance(value, Quantized):
         parts = (entry.take(part) for part in (value.codes, value.scale, value.zero_point))
         return ggml_blocks.to_blocks(Quantized(*parts, value.bits), entry.type)
-    dtype = {kind: own for own, kind in DENSE.items()}[entry.type]
+    dtype = {kind: dtype for dtype, kind in DENSE.items()}[entry.type]
     return entry.take(value).to(dtype)
 
 
@@ -211,15 +212,15 @@ def _check(source: Source) -> Architecture:
     """llama.cpp's architecture for a model.
 
     Raises:
-        ValueError: it has none, or computes something else.
+        ValueError: llama.cpp has none, or would compute something else.
     """
     config, moe = source.moe.config, source.moe
     architecture = ARCHITECTURES.get(source.config.model_type)
-    remedy = "export with --format dense, and convert that with llama.cpp's own scripts if they know the model"
+    remedy = "export with --format dense, and convert that with llama.cpp's scripts if they know the model"
     if architecture is None:
         raise ValueError(
             f"--format gguf knows {', '.join(ARCHITECTURES)}, not {source.config.model_type}"
-            f"{' (llama.cpp weighs its experts by another rule)' if source.config.model_type == 'phimoe' else ''}: "
+            f"{' (llama.cpp weights its experts by another rule)' if source.config.model_type == 'phimoe' else ''}: "
             f"{remedy}"
         )
     rotary = getattr(config, "rope_parameters", None) or {}
@@ -230,15 +231,17 @@ def _check(source: Source) -> Architecture:
         "norm_topk_prob": (getattr(config, "norm_topk_prob", architecture.renormalizes), architecture.renormalizes),
         "routed_scaling_factor": (getattr(config, "routed_scaling_factor", None) or 1.0, 1.0),
     }
-    for option, (value, only) in expected.items():
-        if value != only:
+    for option, (value, supported) in expected.items():
+        if value != supported:
             raise ValueError(
-                f"the model has {option}={value!r}, --format gguf writes only {only!r} for llama.cpp's "
-                f"{architecture.name}: {remedy}"
+                f"the model has {option}={value!r}, but llama.cpp's architecture {architecture.name} has "
+                f"{supported!r}: {remedy}"
             )
     dense = [block.index for block in moe.blocks if not block.is_moe]
     if dense != (list(range(len(dense))) if architecture.leading_dense else []):
-        raise ValueError(f"blocks {dense} have no experts, and llama.cpp's {architecture.name} expects some: {remedy}")
+        raise ValueError(
+            f"blocks {dense} have no experts, and llama.cpp's architecture {architecture.name} expects some: {remedy}"
+        )
     return architecture
 
 
@@ -275,7 +278,7 @@ def _add_keys(writer: gguf.GGUFWriter, source: Source, architecture: Architectur
 
 
 def _shared_width(block: Block) -> int:
-    """The width of a block's shared experts taken together; 0: there are none."""
+    """The total width of a block's shared experts; 0 if there are none."""
     widths = [weight.shape[-1] for name, (part, weight) in block.weights().items()
               if part == "shared" and ".down_proj." in name]  # fmt: skip
     return sum(widths)

@@ -1,11 +1,11 @@
-"""A tokenizer as keys of a GGUF file, for llama.cpp's own tokenizers.
+"""A tokenizer as keys of a GGUF file, for llama.cpp's tokenizers.
 
-llama.cpp knows byte-level BPE by vocabulary and merges. How text is cut into words before that is not in the file: it
-holds the name of one of llama.cpp's built-in rules. The rule is found here by trial: with each of them in the place of
-the tokenizer's own, real text is turned into tokens and compared.
+For byte-level BPE, llama.cpp reads a vocabulary and merges. The file does not say how text is split into words first
+(pre-tokenization): it only names one of llama.cpp's built-in rules. The rule is chosen by trial: each one replaces the
+tokenizer's rule, tokenizes real text, and the tokens are compared.
 
-It knows sentencepiece's BPE (Llama 2, Mixtral) by vocabulary and scores: of two neighbours it joins those whose union
-scores highest. `tokenizer.json` has the order of the merges instead, so a token's score is that order, negated.
+For sentencepiece's BPE (Llama 2, Mixtral), llama.cpp reads a vocabulary and scores, and joins the adjacent symbols
+whose union scores highest. `tokenizer.json` has an order of merges instead, so a token's score is its rank, negated.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from eacmoe_lightning.text import bundled_names, read_documents
+from eacmoe_lightning.text.sources import bundled_names, read_documents
 
 if TYPE_CHECKING:
     import gguf
 
-SPACE = "\u2581"  # as sentencepiece writes it
-SAMPLE, PIECE = 100_000, 1_000  # characters of text from each bundled source, and of one comparison
+SPACE = "\u2581"  # sentencepiece's character for a space
+SAMPLE, PIECE = 100_000, 1_000  # characters compared in total, and characters in one comparison
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 CASED = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-WORDS = {  # llama.cpp's rules for words, by its names: expressions that split the text one after another
+WORDS = {  # llama.cpp's rules by name: expressions that split the text into words, applied one after another
     "gpt-2": [GPT2],
     "smollm": [r"\p{N}", GPT2],
     "qwen2": [CASED + r"\p{N}" + REST],
@@ -38,26 +38,26 @@ WORDS = {  # llama.cpp's rules for words, by its names: expressions that split t
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> None:
-    """Writes the tokenizer's keys, and warns where llama.cpp will cut some text otherwise.
+    """Writes the tokenizer's keys, and warns if llama.cpp will tokenize some text differently.
 
     Args:
-        writer: of the file.
-        directory: with `tokenizer.json`.
-        vocab_size: rows of the embedding, which may be more than the tokenizer has.
+        writer: the file's writer.
+        directory: the directory with `tokenizer.json`.
+        vocab_size: number of rows in the embedding, which may exceed the tokenizer's vocabulary.
 
     Raises:
-        ValueError: it is no BPE that llama.cpp knows, or there is none.
+        ValueError: there is no tokenizer, or it is not a BPE that llama.cpp knows.
     """
     path = directory / "tokenizer.json"
     if not path.exists():
-        raise ValueError(f"{directory} has no tokenizer.json, from which --format gguf takes the tokenizer")
+        raise ValueError(f"{directory} has no tokenizer.json, which --format gguf needs: export with --format dense")
     stored = json.loads(path.read_text())
     kinds = json.dumps([stored.get("pre_tokenizer"), stored.get("decoder")])
     is_sentencepiece = bool(stored["model"].get("byte_fallback"))
     if stored["model"]["type"] != "BPE" or ("ByteLevel" in kinds) == is_sentencepiece:
         raise ValueError(
-            "--format gguf writes BPE tokenizers, of bytes or with bytes to fall back on, and this model's is another: "
-            "export with --format dense, and convert that with llama.cpp's own scripts"
+            "--format gguf writes BPE tokenizers, byte-level or with byte fallback, and this model's is neither: "
+            "export with --format dense, and convert that with llama.cpp's scripts"
         )
     added = {token["id"]: token for token in stored["added_tokens"]}
     texts = {number: text for text, number in stored["model"]["vocab"].items()}
@@ -75,8 +75,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> 
         words, share = words_of(Tokenizer.from_file(str(path)))
         if share:
             print(
-                f"warning: llama.cpp has no rule for words like this tokenizer's; with the nearest ({words}) "
-                f"{100 * share:.2g} % of texts of {PIECE} characters get other tokens: pass token ids where it matters"
+                "warning: llama.cpp has no rule that splits text into words like this tokenizer; with the closest "
+                f"({words}) {100 * share:.2g} % of texts of {PIECE} characters get other tokens: pass token ids where "
+                "it matters"
             )
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(words)
@@ -91,7 +92,13 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> 
 
 
 def _type(text: str | None, added: dict | None, is_sentencepiece: bool) -> gguf.TokenType:
-    """What llama.cpp does with a token: its text, and how it was added to the vocabulary, if it was."""
+    """The GGUF type of a token.
+
+    Args:
+        text: its text; None: the vocabulary has no such token.
+        added: its entry in `added_tokens` of `tokenizer.json`; None: it was not added to the vocabulary.
+        is_sentencepiece: whether the vocabulary is sentencepiece's.
+    """
     import gguf
 
     types = gguf.TokenType
@@ -103,23 +110,23 @@ def _type(text: str | None, added: dict | None, is_sentencepiece: bool) -> gguf.
 
 
 def words_of(tokenizer: Tokenizer) -> tuple[str, float]:
-    """llama.cpp's rule for words that gives a tokenizer's tokens.
+    """llama.cpp's rule for splitting text into words that comes closest to a tokenizer's.
 
     Returns:
-        Its name, and the share of pieces of text that get other tokens with it (0: none).
+        Name of the rule, and the share of text pieces that get other tokens with it (0: none).
     """
     texts = [document for name in bundled_names() for document in read_documents(f"bundled:{name}")]
     pieces = [text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE)]
     pieces = pieces[:: max(1, len(pieces) * PIECE // SAMPLE)]
     expected = [encoding.ids for encoding in tokenizer.encode_batch_fast(pieces, add_special_tokens=False)]
-    found = {}
+    shares = {}
     for name, expressions in WORDS.items():
-        other = Tokenizer.from_str(tokenizer.to_str())
+        variant = Tokenizer.from_str(tokenizer.to_str())
         splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        other.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-        other.normalizer = None
-        ids = [encoding.ids for encoding in other.encode_batch_fast(pieces, add_special_tokens=False)]
-        found[name] = sum(a != b for a, b in zip(ids, expected, strict=True)) / len(pieces)
-    best = min(found, key=found.get)
-    return best, found[best]
+        variant.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+        variant.normalizer = None
+        ids = [encoding.ids for encoding in variant.encode_batch_fast(pieces, add_special_tokens=False)]
+        shares[name] = sum(a != b for a, b in zip(ids, expected, strict=True)) / len(pieces)
+    best = min(shares, key=shares.get)
+    return best, shares[best]

@@ -1,14 +1,14 @@
-"""The GPTQ checkpoint formats `gptq` (v1) and `gptq_v2`, as GPTQModel, AutoGPTQ and their readers have them.
+"""The GPTQ checkpoint formats `gptq` (v1) and `gptq_v2`, which GPTQModel, AutoGPTQ and their readers use.
 
 Per linear [O, I] with G groups of inputs and b bits:
 
     qweight  int32 [I * b / 32, O]    codes along the inputs, a little-endian stream of bits
-    qzeros   int32 [G, O * b / 32]    zero points along the outputs, in the same way; v1 stores them less 1
+    qzeros   int32 [G, O * b / 32]    zero points along the outputs, packed the same way; v1 subtracts 1
     scales   float16 [G, O]
     g_idx    int32 [I]                the group of each input
 
-`quantization_config` names the grid of most linears and, under `dynamic`, those of the others by regular expression
-("+:": the first that matches from the start of a module's name counts).
+`quantization_config` gives the grid of most linears. Its `dynamic` gives the grids of the others by regular expression,
+each after "+:"; the first one that matches from the start of a module's name counts.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from torch import Tensor
 from eacmoe_lightning.exports.check import Difference, Reference
 from eacmoe_lightning.exports.checkpoint import write_checkpoint
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.grid import Quantized, pack
-from eacmoe_lightning.store import write_json
+from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.quantization.packing import pack
+from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.targets import Target, WeightGrid
 from eacmoe_lightning.version import __version__
 
@@ -37,7 +38,7 @@ SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def write(source: Source, weights: list[WeightGrid], row: Target, directory: Path) -> None:
-    """Fills the directory.
+    """Fills the directory with shards and config.
 
     Raises:
         ValueError: the original keeps the experts of a block in one tensor.
@@ -54,11 +55,11 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
 
     config = quantization_config(weights, source.linear_names(row.names), is_v2)
     write_checkpoint(source, directory, shards(), config)
-    write_json(directory / "quantize_config.json", config)  # where readers of v1 look
+    write_json(directory / "quantize_config.json", config)  # readers of v1 look here
 
 
 def read_back(source: Source, row: Target, directory: Path) -> Difference:
-    """Every word decoded by the format's rules, and the model that it gives."""
+    """Decodes every word by the format's rules, and compares the model that results."""
     config = json.loads((directory / "quantize_config.json").read_text())
     decoded: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
@@ -71,12 +72,12 @@ def read_back(source: Source, row: Target, directory: Path) -> Difference:
 
 
 def to_tensors(linear: str, quantized: Quantized, is_v2: bool) -> dict[str, Tensor]:
-    """The four tensors of one linear by their names in the checkpoint.
+    """The four tensors of one linear, by name in the checkpoint.
 
     Args:
         linear: module name.
-        quantized: codes [O, I], I and O multiples of 32.
-        is_v2: whether zero points are stored as they are; otherwise none may be 0.
+        quantized: codes [O, I]; I and O are multiples of 32.
+        is_v2: whether zero points are stored unchanged; if not, they are stored less 1 and none may be 0.
     """
     zero_point = quantized.zero_point if is_v2 else quantized.zero_point - 1
     in_features = quantized.codes.shape[-1]
@@ -95,12 +96,12 @@ def to_int32(codes: Tensor, bits: int) -> Tensor:
 
 
 def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]], is_v2: bool) -> dict[str, Any]:
-    """The entry of config.json.
+    """The `quantization_config` of config.json.
 
     Args:
         weights: every quantized weight.
-        linears: the original's module names of each, by parameter name.
-        is_v2: which of the formats.
+        linears: module names of each weight's linears, by parameter name.
+        is_v2: whether the format is gptq_v2.
     """
     counts = Counter()
     for weight in weights:
@@ -128,7 +129,7 @@ def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]]
 
 
 def _pattern(weight: WeightGrid, weights: list[WeightGrid], linears: list[str]) -> str:
-    """A regular expression for one weight's linears, under the names of the checkpoint and those of transformers."""
+    """A regular expression for one weight's linears, under their checkpoint names and those in transformers."""
     if weight.part != "experts":
         return "|".join(f"{re.escape(name)}$" for name in sorted({*linears, weight.name.removesuffix(".weight")}))
     layer = re.escape(weight.name[: re.match(r"\D*\d+\.", weight.name).end()])
@@ -142,11 +143,11 @@ def _pattern(weight: WeightGrid, weights: list[WeightGrid], linears: list[str]) 
     return rf"{layer}.*\bexperts\.{ids}\.({'|'.join(sorted(names))})$"
 
 
-# --- reading, for the check: written from the format alone, in NumPy
+# --- decoding, for the check: written from the format's definition alone, in NumPy
 
 
 def grid_of(linear: str, config: dict[str, Any]) -> tuple[int, int]:
-    """Bits and group size that a reader takes for a module of this name."""
+    """Bits and group size that a reader uses for a module of this name."""
     for pattern, override in config["dynamic"].items():
         if re.match(pattern.removeprefix("+:"), linear):
             return override["bits"], override["group_size"]
@@ -154,12 +155,12 @@ def grid_of(linear: str, config: dict[str, Any]) -> tuple[int, int]:
 
 
 def decode(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights [O, I] float32 that a reader of the format gets, and the other tensors as they are.
+    """The weights [O, I] float32 that a reader of the format gets, and the other tensors unchanged.
 
     Raises:
         ValueError: the shapes do not fit the config.
     """
-    tensors, found = dict(tensors), {}
+    tensors, weights = dict(tensors), {}
     for name in [name for name in tensors if name.endswith(".qweight")]:
         linear = name.removesuffix(".qweight")
         qweight, qzeros, scales, g_idx = (tensors.pop(f"{linear}.{suffix}").numpy() for suffix in SUFFIXES)
@@ -167,17 +168,17 @@ def decode(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tens
         (in_features,), (groups, out_features) = g_idx.shape, scales.shape
         if qweight.shape != (in_features * bits // 32, out_features) or groups != in_features // group_size:
             raise ValueError(
-                f"{linear}: qweight is {qweight.shape} and scales are {scales.shape}, which is not what {bits} bits in "
-                f"groups of {group_size} give for {out_features} x {in_features}"
+                f"{linear}: qweight is {qweight.shape} and scales are {scales.shape}, which does not fit "
+                f"{out_features} x {in_features} at {bits} bits in groups of {group_size}"
             )
         codes = _read_bits(qweight.T, bits)  # [O, I]
         zero_point = _read_bits(qzeros, bits) + (config["checkpoint_format"] == "gptq")  # [G, O]
         steps = codes.T - zero_point[g_idx]  # [I, O]
-        found[f"{linear}.weight"] = torch.from_numpy((steps.astype(np.float32) * scales[g_idx].astype(np.float32)).T)
-    return found | tensors
+        weights[f"{linear}.weight"] = torch.from_numpy((steps.astype(np.float32) * scales[g_idx].astype(np.float32)).T)
+    return weights | tensors
 
 
 def _read_bits(words: np.ndarray, bits: int) -> np.ndarray:
-    """int32 [R, W] -> int32 [R, W * 32 / bits]: from the lowest bit of the first word on."""
+    """int32 [R, W] -> int32 [R, W * 32 / bits], starting at the lowest bit of the first word."""
     stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
     return stream.reshape(len(words), -1, bits).astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))

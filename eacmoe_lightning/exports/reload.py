@@ -1,9 +1,9 @@
-"""Opens an exported directory as a stranger would, in a process that has not imported this package.
+"""Opens an exported directory as any user would, in a process that has not imported this package.
 
     python -P reload.py DIRECTORY TOKENS.safetensors OUT.safetensors DTYPE [MODULE ...]
 
-Loads the directory with transformers, runs the token ids `tokens` [B, T] and writes the logits and a sketch of every
-weight. MODULE are imports that the model type needs. `eacmoe_lightning.exports.check` compares both.
+Loads the directory with transformers, runs the token ids `tokens` [B, T], and writes the logits and a sketch of every
+weight, which `eacmoe_lightning.exports.check` compares. Each MODULE is imported first: a model type may need it.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def sketch(tensor: Tensor) -> Tensor:
-    """One number for each row, float64 [rows]: its product with a fixed vector, which every other order changes."""
+    """One number per row, float64 [rows]: the row's product with a fixed vector, so that reordered values differ."""
     rows = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
     vector = torch.sin(torch.arange(1, rows.shape[-1] + 1, dtype=torch.float64))
     return torch.cat([chunk.double() @ vector for chunk in rows.split(4096)])
@@ -23,8 +23,8 @@ def sketch(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def look(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
-    """`logits` [B, T, V] in float32, and the sketch of each floating-point tensor of the model by name."""
-    logits = model(tokens, use_cache=False).logits.float()  # first: lazily packed linears decode themselves here
+    """`logits` [B, T, V] in float32, and the sketch of each floating-point tensor of the model, by name."""
+    logits = model(tokens, use_cache=False).logits.float()  # runs first: packed linears may decode on first use
     sketches = {name: sketch(t) for name, t in model.state_dict().items() if t.is_floating_point()}
     return {"logits": logits, **sketches}
 

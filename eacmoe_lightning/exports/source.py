@@ -1,11 +1,12 @@
-"""A compressed directory under the names of the original's checkpoint: what every export starts from.
+"""A compressed directory under the names of the original's checkpoint: every export starts from it.
 
-In memory transformers 5 stacks a block's experts (`model.layers.0.mlp.experts.gate_up_proj` [E, 2F, D]); on the hub
-each expert has linears of its own (`model.layers.0.block_sparse_moe.experts.3.w1.weight`). transformers knows the way
-back, as `save_pretrained` takes it. It is walked here with codes, scales and zero points in the place of the weights.
+In memory, transformers 5 stacks a block's experts (`model.layers.0.mlp.experts.gate_up_proj` [E, 2F, D]). In a
+checkpoint on the hub, each expert has its own linears (`model.layers.0.block_sparse_moe.experts.3.w1.weight`).
+`save_pretrained` converts the first into the second. Here the same conversion is applied to codes, scales and zero
+points.
 
-Engines that build transformers' modules and take the stacks apart again (GPTQModel) look for a third kind of names,
-`model.layers.0.mlp.experts.3.gate_proj.weight`; those are called unstacked here.
+Engines that build transformers' modules and then split the stacks (GPTQModel) look for a third kind of name,
+`model.layers.0.mlp.experts.3.gate_proj.weight`. These names are called unstacked.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import Block, MoEModel
-from eacmoe_lightning.grid import Quantized, take_quantized
-from eacmoe_lightning.pruning.surgery import KEPT, has_shapes_of
-from eacmoe_lightning.store import StoreError, read_tensors
+from eacmoe_lightning.compressed.directory import untied
+from eacmoe_lightning.compressed.format import LATTICE, REST, SHARD, read_config
+from eacmoe_lightning.compressed.opening import open_compressed
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.pruned_config import has_shapes_of
+from eacmoe_lightning.models.shrink import KEPT
+from eacmoe_lightning.models.transformers_loader import original_names
+from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.quantization.packing import take_quantized
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
+from eacmoe_lightning.run.files import StoreError, read_tensors
 from eacmoe_lightning.targets import WeightGrid, by_bits
 
 WEIGHT = ".weight"
@@ -35,9 +42,9 @@ class Linear:
     """One quantized linear.
 
     Attributes:
-        original: its module name in the original's checkpoint.
-        unstacked: its module name in transformers' module tree, as if experts were not stacked.
-        parameter: name of the parameter in memory that it is a part of.
+        original: module name in the original's checkpoint.
+        unstacked: module name in transformers' module tree if experts were not stacked.
+        parameter: name of the parameter in memory that contains the linear.
         quantized: codes [O, I].
     """
 
@@ -49,11 +56,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Shard:
-    """Some of a model's tensors.
+    """The tensors of one file of an export.
 
     Attributes:
-        linears: that are quantized.
-        dense: everything else in the export's dtype, under the names in memory.
+        linears: quantized linears.
+        dense: all other tensors in the export's dtype, under their names in memory.
     """
 
     linears: list[Linear]
@@ -61,11 +68,12 @@ class Shard:
 
 
 class Source:
-    """A compressed directory to be exported.
+    """A compressed directory to export.
 
     Args:
         path: a run directory or a compressed directory.
-        dtype: of what is not quantized: `auto` (in which it was calibrated), `float32`, `bfloat16` or `float16`.
+        dtype: dtype of the tensors that are not quantized: `auto` (the one the model was calibrated in), `float32`,
+            `bfloat16` or `float16`.
 
     Raises:
         FileNotFoundError: there is no compressed model.
@@ -73,17 +81,8 @@ class Source:
     """
 
     def __init__(self, path: str | Path, dtype: str = "auto") -> None:
-        path = Path(path)
-        if (path / "run.json").exists() and not compressed.is_compressed(path / "compressed"):
-            raise FileNotFoundError(
-                f"the run in {path} (--source) has no compressed model yet: finish it with `fit --ckpt_path last`"
-            )
-        self.path = path / "compressed" if compressed.is_compressed(path / "compressed") else path
-        if not compressed.is_compressed(self.path):
-            raise FileNotFoundError(
-                f"{path} (--source) is neither a run directory nor a compressed directory of eacmoe-lightning"
-            )
-        self.directory_config = compressed.read_config(self.path)
+        self.path = open_compressed(path, dtype).directory
+        self.directory_config = read_config(self.path)
         self.dtype_name = self.directory_config["dtype"] if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, self.dtype_name)
         original = dict(self.directory_config["original"]["config"])
@@ -97,92 +96,105 @@ class Source:
                 numbers = [block.num_experts for block in self.moe.moe_blocks]
                 raise ValueError(
                     f"{path} (--source) has {min(numbers)} to {max(numbers)} experts in its blocks. No other program "
-                    "loads a number that varies: prune with --pruning.keep, the same number in every block"
+                    "loads different numbers: prune with --pruning.keep, which keeps the same number in every block"
                 )
             delattr(self.config.get_text_config(), KEPT)
-        self.weights: dict[str, Tensor] = {  # [..., O, I] on meta, of everything quantized
+        self.weights: dict[str, Tensor] = {  # every quantized weight, [..., O, I] on meta
             name: weight for block in self.moe.blocks for name, (_, weight) in self.quantized(block).items()
         }
-        self.parameters: dict[str, Tensor] = compressed.untied(self.skeleton)  # on meta, each once
+        self.parameters: dict[str, Tensor] = untied(self.skeleton)  # on meta, tied ones once
 
     @property
     def quantization(self) -> dict[str, Any]:
         return self.directory_config["quantization"]
 
     def quantized(self, block: Block | None) -> dict[str, tuple[str, Tensor]]:
-        """The part and the weight [..., O, I] on meta of everything quantized in a block, by parameter name."""
+        """Part and weight ([..., O, I] on meta) of each quantized weight in a block, by parameter name."""
         weights = block.weights() if block else {}
-        return {name: found for name, found in weights.items() if name in self.quantization["bits"]}
+        return {name: part_and_weight for name, part_and_weight in weights.items() if name in self.quantization["bits"]}
+
+    @property
+    def on_lattice(self) -> list[str]:
+        """Weights quantized on a lattice; all others are on the group-wise grid."""
+        return self.quantization.get(LATTICE, [])
 
     def files(self) -> Iterator[tuple[Block | None, dict[str, Tensor]]]:
-        """Every file's tensors: of each block, then the rest (None).
+        """The tensors of each file: each block with its tensors, then None with all others.
 
         Raises:
-            StoreError: a file or a tensor is missing, or truncated or altered.
+            StoreError: a file or a tensor is missing, or a file is truncated or altered.
         """
         for block in self.moe.blocks:
-            path = self.path / compressed.SHARD.format(block.index)
+            path = self.path / SHARD.format(block.index)
             tensors, _ = read_tensors(path)
-            names = [f"{n}.{kind}" for n in self.quantized(block) for kind in ("codes", "scale", "zero_point")]
+            names = [
+                f"{name}.{kind}"
+                for name in self.quantized(block)
+                for kind in (("stream", "scale") if name in self.on_lattice else ("codes", "scale", "zero_point"))
+            ]
             if missing := [name for name in names if name not in tensors]:
                 raise StoreError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: restore it from a backup")
             yield block, tensors
-        yield None, read_tensors(self.path / compressed.REST)[0]
+        yield None, read_tensors(self.path / REST)[0]
 
     def grids(self) -> list[WeightGrid]:
-        """How each quantized weight is stored, its symmetry as its zero points have it; experts by their bits."""
-        found = []
+        """The grid of each quantized weight, one for each width of its experts; zero points show the symmetry."""
+        grids = []
         for block, tensors in self.files():
             for name, (part, weight) in self.quantized(block).items():
-                bits, zero_point = self.quantization["bits"][name], tensors[f"{name}.zero_point"]
-                group_size = self.quantization["group_sizes"][name]
+                bits, group_size = self.quantization["bits"][name], self.quantization["group_sizes"][name]
+                if name in self.on_lattice:
+                    shape = tuple(weight.shape)
+                    grids.append(WeightGrid(name, block.index, part, shape, bits, group_size, False, on_lattice=True))
+                    continue
+                zero_point = tensors[f"{name}.zero_point"]
                 for width, experts in by_bits(bits):
-                    shape, own = tuple(weight.shape), zero_point
+                    shape, zero_points = tuple(weight.shape), zero_point
                     if experts is not None:
-                        shape, own = (len(experts), *shape[1:]), zero_point[list(experts)]
-                    symmetric = bool((own == 2 ** (width - 1)).all())
-                    found.append(WeightGrid(name, block.index, part, shape, width, group_size, symmetric, experts))
-        return found
+                        shape, zero_points = (len(experts), *shape[1:]), zero_point[list(experts)]
+                    symmetric = bool((zero_points == 2 ** (width - 1)).all())
+                    grids.append(WeightGrid(name, block.index, part, shape, width, group_size, symmetric, experts))
+        return grids
 
-    def blocks(self) -> Iterator[tuple[Block | None, dict[str, Quantized], dict[str, Tensor]]]:
-        """Of each block, then of the rest (None): quantized weights by parameter name, and all other tensors."""
+    def blocks(self) -> Iterator[tuple[Block | None, dict[str, QuantizedWeight], dict[str, Tensor]]]:
+        """Each block, then None: its quantized weights by parameter name, and all its other tensors."""
         for block, tensors in self.files():
             weights, bits = self.quantized(block), self.quantization["bits"]
             quantized = {n: take_quantized(tensors, n, bits[n], w.shape[-1]) for n, (_, w) in weights.items()}
             yield block, quantized, tensors
 
     def narrowed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors that are not quantized, in the export's dtype."""
+        """Tensors that are not quantized, converted to the export's dtype."""
         return {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in tensors.items()}
 
     def shards(self) -> Iterator[Shard]:
-        """The model's tensors, a block at a time.
+        """The model's tensors, one block at a time.
 
         Raises:
-            ValueError: the original keeps the experts of a block in one tensor, so that they have no names.
+            ValueError: the original keeps the experts of a block in one tensor, so single experts have no names.
         """
-        for _, weights, rest in self.blocks():
+        for _, weights, unquantized in self.blocks():
             linears = [linear for name, quantized in weights.items() for linear in self.split(name, quantized)]
-            yield Shard(linears, self.narrowed(rest))
+            yield Shard(linears, self.narrowed(unquantized))
 
     def original_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors in memory as the original's checkpoint has them."""
-        return revert_weight_conversion(self.skeleton, tensors)
+        """Tensors in memory converted to the names and shapes of the original's checkpoint."""
+        return original_names(self.skeleton, tensors)
 
     def linear_names(self, kind: str) -> dict[str, list[str]]:
-        """Module names of the linears that each quantized weight in memory is made of; `kind` as in `Target.names`."""
+        """Module names of the linears in each quantized weight in memory; `kind` is a value of `Target.names`."""
         return {
             name: [unstacked if kind == "unstacked" else original for original, unstacked, _ in self._linears(name)]
             for name in self.weights
         }
 
     def unquantized_modules(self) -> list[str]:
-        """Modules with matrices that are not quantized, under the original's names and those in memory, sorted."""
-        own = {n: t for n, t in self.skeleton.state_dict().items() if t.ndim == 2 and n not in self.weights}
-        return sorted({name.removesuffix(WEIGHT) for name in (*own, *self.original_names(own))})
+        """Modules with matrices that are not quantized, under both the original's names and those in memory, sorted."""
+        matrices = {n: t for n, t in self.skeleton.state_dict().items() if t.ndim == 2 and n not in self.weights}
+        return sorted({name.removesuffix(WEIGHT) for name in (*matrices, *self.original_names(matrices))})
 
     def split(self, name: str, quantized: Quantized) -> list[Linear]:
-        """One weight in memory as the original's linears."""
+        """One weight in memory, split into the original's linears."""
         tensors = quantized.codes, quantized.scale, quantized.zero_point
         parts = [self.original_names({name: tensor}) for tensor in tensors]
         return [
@@ -199,10 +211,10 @@ class Source:
         ]
 
     def _linears(self, name: str) -> list[tuple[str, str, int | None]]:
-        """Original and unstacked module name, and the expert, of each linear that a weight in memory is made of."""
+        """Original module name, unstacked module name and expert of each linear in a weight in memory."""
         shape = self.weights[name].shape[:-1]
-        rows = torch.arange(shape.numel()).view(*shape, 1)  # walks the way back to tell which of them ends up where
-        found = []
+        rows = torch.arange(shape.numel()).view(*shape, 1)  # numbered, to see where the conversion puts each row
+        linears = []
         for original, taken in self.original_names({name: rows}).items():
             if taken.ndim != 2 or not original.endswith(WEIGHT) or (taken.diff(dim=0) != 1).any():
                 raise ValueError(
@@ -216,5 +228,5 @@ class Source:
                 if projection == "gate_up_proj":
                     projection = "up_proj" if row else "gate_proj"
                 unstacked = f"{module}.{expert}.{projection}"
-            found.append((original.removesuffix(WEIGHT), unstacked, expert))
-        return found
+            linears.append((original.removesuffix(WEIGHT), unstacked, expert))
+        return linears

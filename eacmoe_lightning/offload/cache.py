@@ -1,8 +1,9 @@
-"""The cache between the compressed store and the computing: bounded bytes, who stays, who is fetched ahead.
+"""The cache between the compressed store and the computation: it bounds memory, evicts experts and fetches ahead.
 
-A block opens a `Window` on the experts that it is about to run. Those in the cache are kept there, the others begin to
-be fetched, as many as have room; each is waited for when it is asked for, and gives its room back when the next is. All
-bookkeeping happens in the thread that runs the model; workers only fill slots.
+A block opens a `Window` on the experts that it is about to run. The window starts to fetch those that the cache lacks,
+as many as there is room for, and waits for each when the block requests it. Experts of an open window are pinned; where
+they do not all fit, each is unpinned when the block requests the next. All bookkeeping happens in the thread that runs
+the model; workers only fill slots.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class Entry:
     """One expert in the cache."""
 
     slot: int
-    future: Future[float] | None  # None: it is there
-    is_prediction: bool  # prefetched and not asked for yet
-    is_pinned: bool = False  # in use, or about to be
+    future: Future[float] | None  # of its fetch; None: the slot is filled
+    is_prediction: bool  # prefetched and not requested yet
+    is_pinned: bool = False  # in use or about to be, so it cannot be evicted
 
     @property
     def is_ready(self) -> bool:
@@ -38,10 +39,10 @@ class Entry:
 
 
 class ExpertCache:
-    """Experts of the blocks of one layout.
+    """Cached experts of the blocks that share one layout.
 
     Args:
-        slots: where they lie.
+        slots: the memory that holds them.
     """
 
     def __init__(self, slots: Slots, store: ExpertStore, fetcher: Fetcher, policy: Policy, counters: Counters) -> None:
@@ -58,24 +59,27 @@ class ExpertCache:
         return self.slots.capacity
 
     def window(self, block: int, experts: Sequence[int]) -> Window:
-        """What `with` opens on experts that will be asked for in this order."""
+        """A context manager for a block that will request these experts in this order."""
         return Window(self, block, experts)
 
     def prefetch(self, block: int, experts: Sequence[int]) -> None:
-        """Begins to fetch experts that are likely to be asked for, the likeliest first, while there is room."""
+        """Starts to fetch experts that are likely to be requested, the likeliest first, while there is room."""
         predicted = {(block, expert) for expert in experts}
         for expert in experts:
             if (block, expert) not in self.entries and not self.start((block, expert), True, predicted):
                 return
 
-    def start(self, place: Place, is_prediction: bool, spare: Collection[Place] = ()) -> bool:
-        """Begins to fetch an expert; False where no slot can be freed (those of `spare` are not).
+    def start(self, place: Place, is_prediction: bool, protected: Collection[Place] = ()) -> bool:
+        """Starts to fetch an expert, without evicting any of `protected` for it.
+
+        Returns:
+            Whether a slot could be freed.
 
         Raises:
-            StoreError: the store's file was cut off since it was opened.
+            StoreError: the store's file was truncated after it was opened.
         """
         self.store.check_size()
-        slot = self._room(spare)
+        slot = self._take_slot(protected)
         if slot is None:
             return False
         future = self.fetcher.submit(self.slots.loader(slot, self._records(place), self.parts_of(place)))
@@ -85,10 +89,10 @@ class ExpertCache:
         return True
 
     def wait(self, place: Place) -> int:
-        """The slot of an expert whose fetch has begun, when it is filled.
+        """Waits for an expert whose fetch has started; returns its slot.
 
         Raises:
-            RecordError: its record is damaged.
+            RecordError: the expert's record is damaged.
         """
         entry = self.entries[place]
         if entry.future is not None:
@@ -101,7 +105,7 @@ class ExpertCache:
         return entry.slot
 
     def drop_queued(self, wanted: Collection[Place]) -> None:
-        """Takes predictions back that are not wanted and that no worker has begun with."""
+        """Cancels prefetches of experts that are not wanted, unless a worker has started on them."""
         for place, entry in list(self.entries.items()):
             if entry.future is not None and not entry.is_pinned and place not in wanted and entry.future.cancel():
                 self.free.append(self.entries.pop(place).slot)
@@ -109,14 +113,15 @@ class ExpertCache:
                 self._count_bytes(place, -1)
 
     def wait_for_room(self) -> None:
-        """Waits until some prediction is there, which may then leave."""
-        on_their_way = [e.future for e in self.entries.values() if not (e.is_pinned or e.is_ready)]
-        wait(on_their_way, return_when=FIRST_COMPLETED)
+        """Waits until some prefetch ends, so that its expert can be evicted."""
+        in_flight = [e.future for e in self.entries.values() if not (e.is_pinned or e.is_ready)]
+        wait(in_flight, return_when=FIRST_COMPLETED)
 
-    def _room(self, spare: Collection[Place]) -> int | None:
+    def _take_slot(self, protected: Collection[Place]) -> int | None:
+        """A free slot, or that of an expert evicted for it."""
         if self.free:
             return self.free.pop()
-        idle = (p for p, entry in self.entries.items() if not entry.is_pinned and entry.is_ready and p not in spare)
+        idle = (p for p, entry in self.entries.items() if not entry.is_pinned and entry.is_ready and p not in protected)
         victim = self.policy.victim(idle)
         if victim is None:
             return None
@@ -126,7 +131,7 @@ class ExpertCache:
         return entry.slot
 
     def parts_of(self, place: Place) -> tuple[tuple[Part, ...], ...]:
-        """An expert's own tensors, projection by projection."""
+        """An expert's tensors, projection by projection."""
         if place not in self.parts:
             headers = (self.store.header(Key(*place, projection)) for projection in self.projections)
             self.parts[place] = tuple(parts_of(header, self.is_packed) for header in headers)
@@ -146,13 +151,13 @@ class Window:
     """The experts that a block is about to run, in this order.
 
     Attributes:
-        fits: all of them have a slot at once.
+        fits: whether the cache holds all of them at once.
     """
 
     def __init__(self, cache: ExpertCache, block: int, experts: Sequence[int]) -> None:
         self.cache, self.block, self.experts = cache, block, list(experts)
         self.fits = len(self.experts) <= cache.capacity
-        self.next = 0  # the first of them whose fetch may not have begun
+        self.next = 0  # position of the first expert whose fetch may not have started
         self.current: int | None = None
 
     def __enter__(self) -> Window:
@@ -167,7 +172,7 @@ class Window:
             cache.counters.hits += entry.is_ready
             cache.counters.late += not entry.is_ready
             entry.is_prediction, entry.is_pinned = False, self.fits
-        self._go_ahead()
+        self._fetch_ahead()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -175,8 +180,8 @@ class Window:
             if (entry := self.cache.entries.get((self.block, expert))) is not None:
                 entry.is_pinned = False
 
-    def _go_ahead(self) -> None:
-        """Begins to fetch the next experts, in their order, while slots can be freed."""
+    def _fetch_ahead(self) -> None:
+        """Starts to fetch the next experts, in their order, while slots can be freed."""
         start = time.perf_counter()
         while self.next < len(self.experts):
             place = (self.block, self.experts[self.next])
@@ -187,32 +192,32 @@ class Window:
         self.cache.counters.stall_seconds += time.perf_counter() - start
 
     def slot(self, expert: int) -> int:
-        """The slot of an expert, filled; it stays so until another is asked for (or, if all fit, until the end).
+        """The filled slot of an expert, valid until another is requested (or, if all fit, until the window closes).
 
         Raises:
-            RecordError: its record is damaged.
+            RecordError: the expert's record is damaged.
         """
         if expert != self.current:
             if self.current is not None and not self.fits:
                 self.cache.entries[self.block, self.current].is_pinned = False
             self.current = expert
-            self._go_ahead()
+            self._fetch_ahead()
         start = time.perf_counter()
         while (self.block, expert) not in self.cache.entries:
             self.cache.wait_for_room()
-            self._go_ahead()
+            self._fetch_ahead()
         slot = self.cache.wait((self.block, expert))
         self.cache.counters.stall_seconds += time.perf_counter() - start
         return slot
 
     def slots(self) -> list[int]:
-        """Of all experts, where they fit."""
+        """The slots of all experts of a window that fits."""
         assert self.fits
         return [self.slot(expert) for expert in self.experts]
 
 
 class Weights:
-    """Stands for a stacked weight [E, ...] of which each expert is fetched when it is asked for."""
+    """Stands in for a stacked weight [E, ...]; indexing it fetches that expert."""
 
     def __init__(self, window: Window, projection: str) -> None:
         self.window = window
@@ -223,7 +228,7 @@ class Weights:
 
 
 def slot_table(window: Window, num_experts: int, device: torch.device) -> Tensor:
-    """int64 [E + 1]: the slot of each expert of the window; S, which skips, for all others."""
+    """int64 [E + 1]: the slot of each expert in the window; S, an id that is skipped, for all others."""
     table = torch.full((num_experts + 1,), window.cache.capacity, dtype=torch.long)
     table[torch.tensor(window.experts, dtype=torch.long)] = torch.tensor(window.slots(), dtype=torch.long)
     return table.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What offloading did: counts and seconds, as a dict or in TensorBoard."""
+"""What offloading did: counts and times, as a dict or in TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 @dataclass
 class Counters:
-    """Since the start, or since `reset`.
+    """Totals since the start or the last `reset`.
 
     Attributes:
-        hits: experts that were in the cache when a block asked for them.
-        late: experts whose prefetch had begun and was waited for.
-        misses: experts whose fetch began when they were asked for.
+        hits: requested experts that were in the cache.
+        late: requested experts whose prefetch was still running.
+        misses: requested experts that had to be fetched.
         prefetches: experts fetched on a prediction.
-        useless_prefetches: of these, evicted without having been asked for.
-        evictions: experts that gave their slot to another.
+        useless_prefetches: prefetched experts that were evicted before any request.
+        evictions: experts evicted to make room for another.
         bytes_moved: compressed bytes that fetches read.
-        bytes_saved: what the same experts would have been uncompressed, less `bytes_moved`.
-        decode_seconds: summed over workers.
-        stall_seconds: that computing waited for experts.
+        bytes_saved: uncompressed bytes of the same experts, less `bytes_moved`.
+        decode_seconds: time spent decoding, summed over workers.
+        stall_seconds: time that the computation waited for experts.
         dead_workers: worker processes that died or did not answer in time.
-        passes: blocks that ran in several passes, for the cache did not hold their experts at once.
+        passes: times a block needed several passes because the cache could not hold its experts at once.
     """
 
     hits: int = 0

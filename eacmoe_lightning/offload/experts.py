@@ -1,8 +1,9 @@
 """A block's routed experts, fetched when a token needs them: (hidden [N, D], ids [N, K], weights [N, K]) -> [N, D].
 
-They take the place of transformers' experts module, or of `PackedExperts`, and run that module's own computation on
-weights from the cache; so results are those of the model without offloading, to the bit. An id of num_experts skips its
-pair, and what only skipped pairs would need is never fetched.
+They replace transformers' experts module, or `PackedExperts`, and run that module's computation on weights from the
+cache. Dense experts give the same bits as without offloading. Packed experts are summed in the order of their slots,
+which may change the last bits. An id of num_experts skips its pair; experts that only skipped pairs select are never
+fetched.
 """
 
 from __future__ import annotations
@@ -14,25 +15,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from eacmoe_lightning.kernels import loop_over_experts
+from eacmoe_lightning.models.transformers_loader import (
+    eager_experts,
+    experts_implementation,
+    post_expert_norm,
+    run_experts,
+)
 from eacmoe_lightning.offload.cache import ExpertCache, Weights, Window, slot_table
 from eacmoe_lightning.offload.jobs import PACKED_NAMES
-from eacmoe_lightning.packed_modules import PackedExperts
+from eacmoe_lightning.runtime.kernels import loop_over_experts
+from eacmoe_lightning.runtime.packed_modules import PackedExperts
 
-Predict = Callable[[int, Tensor], None]  # prefetches for the block behind this one, given its hidden states
+Predict = Callable[[int, Tensor], None]  # prefetches for the block after this one, given this one's hidden states
 
 
 class OffloadedExperts(nn.Module):
     """Experts of one block in the cache.
 
     Args:
-        experts: the module that is replaced; its stacked weights are removed, biases stay.
-        projections: of its weights.
+        experts: the module to replace; its stacked weights are removed, its biases stay.
+        projections: names of its weights.
         block: index of the decoder block.
-        cache: for experts of these shapes.
-        predict: called with the block's index and hidden states [N, D] once its own experts are on their way.
+        cache: holds experts of these shapes.
+        predict: called with the block's index and hidden states [N, D] once the fetches of its experts have started.
     """
 
     def __init__(
@@ -48,23 +54,23 @@ class OffloadedExperts(nn.Module):
             delattr(experts, projection)
         for name, bias in list(experts.named_parameters(recurse=False)):
             self.register_parameter(name, bias)
-        self.hidden = (experts, cache, predict)  # no submodules: nothing of them is saved or moved
+        self.unregistered = (experts, cache, predict)  # a tuple, so that nn.Module neither saves nor moves them
 
     @property
     def inner(self) -> nn.Module:
-        return self.hidden[0]
+        return self.unregistered[0]
 
     @property
     def cache(self) -> ExpertCache:
-        return self.hidden[1]
+        return self.unregistered[1]
 
     @property
     def down_proj(self) -> Tensor:
-        """Shape and nothing more: what `MoEModel` knows experts by."""
+        """A meta tensor of the stack's shape: `MoEModel` recognizes experts by it."""
         return torch.empty(self.stack_shape, device="meta")
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        _, cache, predict = self.hidden
+        _, cache, predict = self.unregistered
         rows, needed = hidden_states.reshape(-1, hidden_states.shape[-1]), self.needed(top_k_index)
         with cache.window(self.block, needed) as window:
             predict(self.block, rows)
@@ -72,7 +78,7 @@ class OffloadedExperts(nn.Module):
         return out.view(hidden_states.shape)
 
     def needed(self, ids: Tensor) -> list[int]:
-        """The experts that some pair runs, in order."""
+        """The experts that at least one pair runs, by index; warns once if the cache cannot hold them all."""
         needed = [expert for expert in ids.unique().tolist() if 0 <= expert < self.num_experts]
         cache = self.cache
         self.inner._parameters.update(self._parameters)  # biases may have been loaded or moved since
@@ -81,75 +87,75 @@ class OffloadedExperts(nn.Module):
             if not self.has_warned:
                 self.has_warned = True
                 warnings.warn(
-                    f"block {self.block} needs {len(needed)} experts at once, and the cache holds {cache.capacity}: "
-                    "they are run in several passes and decoded anew each time, which is slower. All experts of a "
-                    f"block take {cache.expert_bytes * self.num_experts} bytes (cache_bytes)",
+                    f"block {self.block} needs {len(needed)} experts at once, but the cache holds {cache.capacity}: "
+                    "it runs them in several passes and decodes them again each time, which is slower. All experts of "
+                    f"a block take {cache.expert_bytes * self.num_experts} bytes (cache_bytes)",
                     stacklevel=2,
                 )
         return needed
 
     def compute(self, window: Window, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """With the experts implementation that the config names, or one that gives the same bits as `grouped_mm`.
+        """Runs the experts implementation that the config names, or one that gives the same bits as `grouped_mm`.
 
-        On CPU `grouped_mm` takes time for each slot, whether or not a token needs it.
+        On CPU, `grouped_mm` spends time on every slot, whether or not a token needs it.
         """
         experts, cache = self.inner, window.cache
-        chosen = experts.config._experts_implementation
-        if chosen == "eager" or self.has_bias:
+        implementation = experts_implementation(experts)
+        if implementation == "eager" or self.has_bias:
             for projection in self.projections:
                 self._set(projection, Weights(window, projection))
-            return type(experts).forward.__wrapped__(experts, x, ids, weights)
-        if not window.fits or (chosen == "grouped_mm" and x.device.type == "cpu"):
+            return eager_experts(experts, x, ids, weights)
+        if not window.fits or (implementation == "grouped_mm" and x.device.type == "cpu"):
             return self._one_by_one(window, x, ids, weights)
         table = slot_table(window, self.num_experts, x.device)
         for projection in self.projections:
             self._set(projection, *cache.slots.stack(projection))
-        experts.num_experts, experts._is_expert_parallel = cache.capacity, True  # so that the id S is skipped
+        experts.num_experts = cache.capacity  # the id S is skipped
         try:
-            return ALL_EXPERTS_FUNCTIONS[chosen](experts, x, table[ids], weights)
+            return run_experts(implementation, experts, x, table[ids], weights)
         finally:
-            experts.num_experts, experts._is_expert_parallel = self.num_experts, False
+            experts.num_experts = self.num_experts
 
     def _one_by_one(self, window: Window, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Expert after expert, then the sum over each token's pairs, as in `grouped_mm`."""
+        """Runs one expert after another, then sums over each token's pairs, as `grouped_mm` does."""
         experts = self.inner
-        choices, order = torch.sort(ids.reshape(-1))  # [N * K], tokens of an expert in the order of `grouped_mm`
+        sorted_ids, order = torch.sort(ids.reshape(-1))  # [N * K], an expert's tokens in the order of `grouped_mm`
         up, down = (Weights(window, projection) for projection in self.projections)
-        pairs = x.new_zeros(len(choices), x.shape[-1])  # a skipped pair stays zero
+        pairs = x.new_zeros(len(sorted_ids), x.shape[-1])  # a skipped pair stays zero
         for expert in window.experts:
-            place = order[choices == expert]
-            hidden = x[place // ids.shape[-1]] @ self._as_matrix(up[expert])
+            selected = order[sorted_ids == expert]
+            hidden = x[selected // ids.shape[-1]] @ self._as_matrix(up[expert])
             hidden = experts._apply_gate(hidden) if self.has_gate else experts.act_fn(hidden)
-            pairs[place] = hidden @ self._as_matrix(down[expert])
-        if experts.has_post_expert_norm:
-            pairs = experts.post_expert_norm(pairs)
+            pairs[selected] = hidden @ self._as_matrix(down[expert])
+        if (norm := post_expert_norm(experts)) is not None:
+            pairs = norm(pairs)
         weighted = pairs * weights.reshape(-1, 1)
         return weighted.view(len(x), ids.shape[-1], -1).sum(1).to(x.dtype)
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
-        """[I, O]"""
+        """The weight as [I, O]."""
         return weight if self.is_transposed else weight.t()
 
     def _set(self, projection: str, weight: Any) -> None:
-        self.inner.__dict__[projection] = weight  # not a parameter: it belongs to the cache
+        self.inner.__dict__[projection] = weight  # past nn.Module, which would register it: the cache owns it
 
     def extra_repr(self) -> str:
         return f"block={self.block}, num_experts={self.num_experts}, slots={self.cache.capacity}"
 
 
 class OffloadedPackedExperts(OffloadedExperts):
-    """The same for `PackedExperts`: codes come into the cache as codes, and the kernels run on them there."""
+    """The same for `PackedExperts`: codes stay packed in the cache, and the kernels run on them there."""
 
     def __init__(
         self, experts: PackedExperts, projections: tuple[str, ...], block: int, cache: ExpertCache, predict: Predict
     ) -> None:
         weights = {projection: getattr(experts, projection) for projection in projections}
         super().__init__(experts, projections, block, cache, predict)
-        self.own_bits: dict[str, tuple[int, ...]] = {}  # of projections whose experts differ in them
+        self.expert_bits: dict[str, tuple[int, ...]] = {}  # for projections whose experts differ in bits
         for projection, weight in weights.items():
             tensors = cache.slots.stack(projection)
             if not isinstance(weight.bits, int):
-                self.own_bits[projection] = weight.bits
+                self.expert_bits[projection] = weight.bits
                 self._set(projection, MixedStack(tensors, weight.shape[-1]))
                 continue
             stack = copy.copy(weight)
@@ -159,7 +165,7 @@ class OffloadedPackedExperts(OffloadedExperts):
         experts.num_experts = cache.capacity
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        _, cache, predict = self.hidden
+        _, cache, predict = self.unregistered
         rows, needed = hidden_states.reshape(-1, hidden_states.shape[-1]), self.needed(top_k_index)
         out = None
         for start in range(0, max(len(needed), 1), cache.capacity):
@@ -167,21 +173,21 @@ class OffloadedPackedExperts(OffloadedExperts):
                 if start + cache.capacity >= len(needed):
                     predict(self.block, rows)
                 ids = slot_table(window, self.num_experts, rows.device)[top_k_index]
-                some = self._run(window, rows, ids, top_k_weights)
-            out = some if out is None else out.float() + some.float()
+                part = self._run(window, rows, ids, top_k_weights)
+            out = part if out is None else out.float() + part.float()
         return out.to(rows.dtype).view(hidden_states.shape)
 
     def _run(self, window: Window, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-        if not self.own_bits:
+        if not self.expert_bits:
             return self.inner(x, slots, weights)
-        for projection, bits in self.own_bits.items():
+        for projection, bits in self.expert_bits.items():
             for expert, slot in zip(window.experts, window.slots(), strict=True):
                 getattr(self.inner, projection).bits[slot] = bits[expert]
         return loop_over_experts(x, slots, weights, window.cache.capacity, self.inner._expert)
 
 
 class MixedStack:
-    """Stands for a `PackedWeight` in whose slots experts of different bits lie, each with room for the widest."""
+    """Stands in for a `PackedWeight` whose slots hold experts of different bits; each has room for the widest."""
 
     def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], in_features: int) -> None:
         self.codes, self.scale, self.zero_point = tensors  # [S, bytes], [S, O, G], [S, O, G]

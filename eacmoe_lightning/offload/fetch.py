@@ -1,8 +1,8 @@
-"""Who decodes: nobody beside the model, threads of this process, or worker processes.
+"""Where experts are decoded: in the model's thread, in other threads of this process, or in worker processes.
 
-All take a job and give a future. Threads suit codecs whose libraries release Python's lock (zstd); SZ3 needs processes.
-A worker process that dies or does not answer costs a warning and some time, never the generation: its job is done in
-this process, and another worker is started.
+All three take a task and return a future. Threads suit codecs whose libraries release the GIL (zstd); SZ3 needs
+processes. A worker process that dies or does not answer costs a warning and some time, but does not stop generation:
+this process decodes the expert, and another worker starts.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from eacmoe_lightning.offload.jobs import Job, run
 from eacmoe_lightning.offload.memory import Arena
 from eacmoe_lightning.offload.store import ExpertStore
 
-TIMEOUT = 120.0  # seconds that a worker has for one expert, or for its start
-MAX_DEAD = 3  # workers that one thread starts again; then it decodes by itself
+TIMEOUT = 120.0  # seconds that a worker may take to decode one expert, or to start
+MAX_DEAD = 3  # workers that one thread replaces; after that it decodes experts itself
 
-Decode = Callable[[Job], float]  # the seconds that it took
+Decode = Callable[[Job], float]  # returns the seconds it took
 
 
 class Fetcher:
-    """Decodes in the thread that asks; nothing overlaps."""
+    """Decodes in the thread that submits; nothing overlaps."""
 
     is_parallel = False
 
@@ -39,7 +39,7 @@ class Fetcher:
         self.store, self.arena, self.counters = store, arena, counters
 
     def submit(self, task: Callable[[Decode], float]) -> Future[float]:
-        """Has `task(decode)` run, which calls `decode(job)` and may do more in the same thread (copy to a device)."""
+        """Runs `task(decode)`, which calls `decode(job)` and may do more in the same thread (copy to a device)."""
         future: Future[float] = Future()
         try:
             future.set_result(task(self.decode))
@@ -51,7 +51,7 @@ class Fetcher:
         return run(job, self.store.view, self.arena.bytes)
 
     def close(self) -> None:
-        """Ends threads and processes."""
+        """Stops threads and processes."""
 
 
 class Threads(Fetcher):
@@ -71,18 +71,18 @@ class Threads(Fetcher):
 
 
 class Processes(Threads):
-    """Decodes in processes, one behind each thread.
+    """Decodes in worker processes, one for each thread.
 
     Args:
-        timeout: seconds that a process may take for one job.
+        timeout: seconds that a process may take for one job, or to start.
     """
 
     def __init__(
         self, store: ExpertStore, arena: Arena, counters: Counters, num_workers: int, timeout: float = TIMEOUT
     ) -> None:
         super().__init__(store, arena, counters, num_workers)
-        self.timeout, self.own = timeout, threading.local()
-        self.started: SimpleQueue[Worker] = SimpleQueue()  # not yet taken by a thread
+        self.timeout, self.local = timeout, threading.local()  # `worker` and `dead` of each thread
+        self.started: SimpleQueue[Worker] = SimpleQueue()  # workers that no thread has taken yet
         self.workers: list[Worker] = []
         for _ in range(num_workers):
             self._start()
@@ -93,38 +93,38 @@ class Processes(Threads):
         return self.workers[-1]
 
     def decode(self, job: Job) -> float:
-        """In the thread's process; in this one as long as that is starting, or when it fails."""
+        """Decodes in the thread's worker, or in this process while the worker starts or if it fails."""
         try:
-            own = self._own_worker()
-            if own is None or not own.is_ready(self.timeout):
+            assigned = self._worker_of_thread()
+            if assigned is None or not assigned.is_ready(self.timeout):
                 return super().decode(job)
-            answer = own.ask(job, self.timeout)
+            answer = assigned.ask(job, self.timeout)
         except (OSError, EOFError, TimeoutError) as error:
-            self._bury(error)
+            self._replace_worker(error)
             return super().decode(job)
         if isinstance(answer, str):
             raise RecordError(answer)
         return answer
 
-    def _own_worker(self) -> Worker | None:
-        if not hasattr(self.own, "worker"):
-            self.own.worker, self.own.dead = self.started.get(), 0
-        return self.own.worker
+    def _worker_of_thread(self) -> Worker | None:
+        if not hasattr(self.local, "worker"):
+            self.local.worker, self.local.dead = self.started.get(), 0
+        return self.local.worker
 
-    def _bury(self, error: Exception) -> None:
-        self.own.worker.close()
-        self.own.dead += 1
+    def _replace_worker(self, error: Exception) -> None:
+        self.local.worker.close()
+        self.local.dead += 1
         self.counters.dead_workers += 1
-        self.own.worker = None
-        if self.own.dead <= MAX_DEAD:
+        self.local.worker = None
+        if self.local.dead <= MAX_DEAD:
             try:
                 self._start()
-                self.own.worker = self.started.get()
+                self.local.worker = self.started.get()
             except OSError as failure:
                 error = failure
-        more = "another is started" if self.own.worker else "no other is started: expect it to be slower"
+        outcome = "starts another worker" if self.local.worker else "starts no other worker: decoding will be slower"
         warnings.warn(
-            f"a worker that decodes experts failed ({error}); its expert is decoded in this process, {more}",
+            f"a worker that decodes experts failed ({error}); this process decodes its expert and {outcome}",
             stacklevel=2,
         )
 
@@ -135,7 +135,7 @@ class Processes(Threads):
 
 
 class Worker:
-    """A process of `worker.py` and the two ends of its pipes; it needs some seconds until it is ready."""
+    """A process of `worker.py` and this side of its pipes; it takes some seconds to start."""
 
     def __init__(self, store: ExpertStore, arena: Arena) -> None:
         descriptors = store.file.fileno(), arena.file.fileno()
@@ -146,22 +146,22 @@ class Worker:
             pass_fds=descriptors,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        self.since, self.pid = time.monotonic(), None
+        self.started_at, self.pid = time.monotonic(), None
 
     def is_ready(self, timeout: float) -> bool:
-        """Whether it takes jobs; does not wait.
+        """Whether it takes jobs yet; does not wait.
 
         Raises:
             EOFError, TimeoutError: it died, or has not been ready for `timeout` seconds.
         """
         if self.pid is None and self._has_answered(0):
             self.pid = worker.receive(self.process.stdout)
-        if self.pid is None and time.monotonic() - self.since > timeout:
+        if self.pid is None and time.monotonic() - self.started_at > timeout:
             raise TimeoutError(f"it did not start within {timeout} s")
         return self.pid is not None
 
     def ask(self, job: Job, timeout: float) -> float | str:
-        """Seconds, or the message of an error.
+        """Has a job decoded; returns the seconds it took, or the message of an error.
 
         Raises:
             OSError, EOFError, TimeoutError: the process is gone or takes too long.

@@ -1,4 +1,4 @@
-"""Decoding one expert from the store's bytes into the arena: what threads and worker processes do alike."""
+"""Decodes one expert from the store's bytes into the arena; threads and worker processes share this code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKED_NAMES = ("codes", "scale", "zero_point")
 
 
 class Part(NamedTuple):
-    """One tensor of an expert in memory: a dense weight, or codes, scale or zero point."""
+    """One tensor of a decoded expert: a dense weight, or its codes, scale or zero point."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,11 +30,11 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """One expert.
+    """One expert to decode.
 
     Attributes:
-        records: of each weight: offset and length in the store, and what errors call it.
-        parts: of each weight: its tensors.
+        records: for each weight: offset and length in the store, and its name in errors.
+        parts: for each weight: its tensors.
         offsets: where the tensors begin in the arena, in the order of `parts`.
     """
 
@@ -44,7 +44,7 @@ class Job:
 
 
 def parts_of(header: Header, packed: bool) -> tuple[Part, ...]:
-    """The tensors that a record becomes: the dense weight, or its packed ones."""
+    """The tensors that a record decodes to: the dense weight, or its packed tensors."""
     if not packed:
         return (Part("weight", header.shape, header.torch_dtype),)
     with torch.device("meta"):
@@ -53,7 +53,7 @@ def parts_of(header: Header, packed: bool) -> tuple[Part, ...]:
 
 
 def widest(experts: list[tuple[Part, ...]]) -> tuple[Part, ...]:
-    """What has room for any of a block's experts: their own tensors, or flat ones where those differ (in bits)."""
+    """Parts with room for any expert of a block: the experts' parts, or flat bytes where those differ (in bits)."""
     return tuple(
         same[0] if len(set(same)) == 1 else Part(same[0].name, (max(part.nbytes for part in same),), torch.uint8)
         for same in zip(*experts, strict=True)
@@ -66,7 +66,7 @@ def tensor_at(arena: Tensor, offset: int, part: Part) -> Tensor:
 
 
 def run(job: Job, store: memoryview, arena: Tensor) -> float:
-    """Decodes; the seconds that it took.
+    """Decodes an expert; returns the seconds it took.
 
     Raises:
         RecordError: a record is damaged.

@@ -1,7 +1,7 @@
-"""`load_offloaded`: a model whose experts go from its files into the store, a block at a time, never all in memory.
+"""`load_offloaded`: moves a model's experts from its files into the store one block at a time, never all in memory.
 
-An original's experts are read as `streaming` reads them, a compressed directory's shard by shard. Then the rest is
-loaded with the offloaded experts already in their places.
+The experts of an original are read block by block (`models/streamed.py`), those of a compressed directory shard by
+shard. The rest of the model is loaded afterwards, with the offloaded experts already in place.
 """
 
 from __future__ import annotations
@@ -13,17 +13,23 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from eacmoe_lightning import compressed
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.grid import expert_codes
+from eacmoe_lightning.compressed.directory import CompressedWeights
+from eacmoe_lightning.compressed.format import LATTICE, SHARD, read_config
+from eacmoe_lightning.compressed.opening import open_model
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.models.transformers_loader import ignore_unexpected
 from eacmoe_lightning.offload import store as stores
 from eacmoe_lightning.offload.codecs import Codec
 from eacmoe_lightning.offload.codecs import codec as codec_named
+from eacmoe_lightning.offload.codecs.entropy import Entropy, PackedEntropy
 from eacmoe_lightning.offload.model import STORE, attach, encode, packed_codec, refuse_to_save
 from eacmoe_lightning.offload.store import ExpertStore, Key
-from eacmoe_lightning.originals import local_directory
-from eacmoe_lightning.store import read_tensors
-from eacmoe_lightning.streaming import Checkpoint, StreamedModel
+from eacmoe_lightning.quantization.lattice import Lattice
+from eacmoe_lightning.quantization.packing import expert_codes
+from eacmoe_lightning.run.files import read_tensors
 
 Records = Iterator[tuple[Key, bytes]]
 
@@ -41,50 +47,50 @@ def load_offloaded(
 
     Args:
         name_or_path: a compressed or run directory, `bundled`, or an original's directory or hub id.
-        cache_bytes, codec: as of `offload_experts`.
-        directory: where the store is kept; one that is already there, of this model and codec, is used as it is.
+        cache_bytes, codec: see `offload_experts`. Experts on a lattice are decoded and stored with any codec; with
+            `packed-entropy` their codes stay as they are.
+        directory: where to keep the store; a store of the same model, codec and dtype is reused, any other is
+            overwritten. None: in host memory.
         dtype: of everything that is not quantized.
-        device: where computing takes place.
-        **options: further ones of `offload_experts`.
+        device: where the model runs.
+        **options: further options of `offload_experts`.
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError, StoreError: as `offload_experts`, or a file of the model is damaged.
+        ValueError, StoreError: as in `offload_experts`, or a file of the model or the store is damaged.
     """
-    path, how = Path(name_or_path), codec_named(codec)
-    path = path / "compressed" if compressed.is_compressed(path / "compressed") else path
+    opened, parsed = open_model(name_or_path, dtype, "name_or_path"), codec_named(codec)
     options |= {"cache_bytes": cache_bytes, "device": device}
-    if compressed.is_compressed(path):
-        return _load_packed(path, how, directory, dtype, options)
-    streamed = StreamedModel(Checkpoint(str(name_or_path), dtype), device)
-    about = _about(str(local_directory(str(name_or_path))), how, streamed.weights.dtype)
-    attach(streamed, _store(directory, lambda: _dense_records(streamed, how), about), **options)
+    if opened.is_compressed and LATTICE not in read_config(opened.directory)["quantization"]:
+        return _load_packed(opened.directory, parsed, directory, dtype, options)
+    streamed = opened.streamed(device)
+    about = _about(str(opened.directory), parsed, streamed.weights.dtype)
+    attach(streamed, _store(directory, lambda: _dense_records(streamed, parsed), about), **options)
     streamed.load_all()
     return streamed.model
 
 
 def _load_packed(
-    path: Path, how: Codec, directory: str | Path | None, dtype: str, options: dict[str, Any]
+    path: Path, codec: Codec, directory: str | Path | None, dtype: str, options: dict[str, Any]
 ) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path)
     torch_dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
-    store = _store(directory, lambda: _packed_records(path, config, how), _about(str(path), how, torch_dtype))
+    store = _store(directory, lambda: _packed_records(path, config, codec), _about(str(path), codec, torch_dtype))
 
     def prepare(model: PreTrainedModel) -> None:
         attach(MoEModel(model), store, **options)
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.experts\."}
+        ignore_unexpected(model, r"\.experts\.")
 
     config.quantization_config["prepare"] = [prepare]
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype)
     model.config.quantization_config.prepare = ()
-    model.save_pretrained = refuse_to_save  # in the place of a packed model's own
+    model.save_pretrained = refuse_to_save  # replaces the method that loading gives a packed model
     return model.to(options["device"]).eval()
 
 
-def _about(source: str, how: Codec, dtype: torch.dtype) -> dict[str, str]:
-    """What a store must have been made of to be used again."""
-    return {"codec": how.specification, "model": compressed.fingerprint(source), "dtype": str(dtype)}
+def _about(source: str, codec: Codec, dtype: torch.dtype) -> dict[str, str]:
+    """What a store must have been made from to be reused."""
+    return {"codec": codec.specification, "model": fingerprint(source), "dtype": str(dtype)}
 
 
 def _store(directory: str | Path | None, records: Callable[[], Records], about: dict[str, str]) -> ExpertStore:
@@ -99,29 +105,46 @@ def _store(directory: str | Path | None, records: Callable[[], Records], about: 
     return ExpertStore.open(path)
 
 
-def _packed_records(path: Path, config: PreTrainedConfig, how: Codec) -> Records:
+def _packed_records(path: Path, config: PreTrainedConfig, codec: Codec) -> Records:
     bits = config.quantization_config["bits"]
     with torch.device("meta"):
         moe = MoEModel(AutoModelForCausalLM.from_config(config))
     for block in moe.moe_blocks:
-        tensors, _ = read_tensors(path / compressed.SHARD.format(block.index))
+        tensors, _ = read_tensors(path / SHARD.format(block.index))
         for expert in range(block.num_experts):
             for projection in block.experts.projections:
                 name = f"{block.name}.{block.experts_name}.{projection}"
                 scale, width = tensors[f"{name}.scale"], bits[name]
                 columns = block.experts.weight(projection).shape[-1]
-                own = width if isinstance(width, int) else tuple(width)
-                codes = expert_codes(tensors[f"{name}.codes"], own, expert, columns)
+                stack_bits = width if isinstance(width, int) else tuple(width)
+                codes = expert_codes(tensors[f"{name}.codes"], stack_bits, expert, columns)
                 parts = codes, scale[expert], tensors[f"{name}.zero_point"][expert]
-                kind = packed_codec(how, own if isinstance(own, int) else own[expert], columns // scale.shape[-1])
-                yield Key(block.index, expert, projection), kind.encode_packed(parts)
+                expert_bits = stack_bits if isinstance(stack_bits, int) else stack_bits[expert]
+                encoder = packed_codec(codec, expert_bits, columns // scale.shape[-1])
+                yield Key(block.index, expert, projection), encoder.encode_packed(parts)
 
 
-def _dense_records(streamed: StreamedModel, how: Codec) -> Records:
+def _dense_records(streamed: StreamedModel, codec: Codec) -> Records:
     for block in streamed.moe_blocks:
         names = {p: f"{block.name}.{block.experts_name}.{p}" for p in block.experts.projections}
+        if isinstance(codec, PackedEntropy):
+            yield from _lattice_records(streamed, block, names)
+            continue
         stacks = streamed.weights.read(names.values())  # in host memory
         for expert in range(block.num_experts):
             for projection, name in names.items():
                 key = Key(block.index, expert, projection)
-                yield key, encode(how, stacks[name][expert], key)
+                yield key, encode(codec, stacks[name][expert], key)
+
+
+def _lattice_records(streamed: StreamedModel, block: Block, names: dict[str, str]) -> Records:
+    """The codes of a block's experts on a lattice, at their entropy; they decode to the model's parameters."""
+    if not isinstance(streamed.weights, CompressedWeights):
+        raise ValueError(f"{PackedEntropy.name} stores the codes of a compressed model, and this one has none")
+    quantized, coder = streamed.weights.quantized(block.index), codec_named(f"{Entropy.name}:mean:1")
+    for expert in range(block.num_experts):
+        for projection, name in names.items():
+            stack = quantized[name]
+            codes = block.as_parameter(name, stack.codes[expert]).contiguous()
+            record = coder.encode_lattice(Lattice(codes, stack.scale[expert]), streamed.weights.dtype)
+            yield Key(block.index, expert, projection), record

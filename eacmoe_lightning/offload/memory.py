@@ -1,4 +1,4 @@
-"""Memory that worker processes can map by a file descriptor; there is no file on disk."""
+"""Memory that worker processes can map through a file descriptor."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 def memory_file(name: str) -> BinaryIO:
-    """An open file in memory (where the system has no such thing, an unnamed temporary one)."""
+    """An open file in memory, or an unnamed temporary file where the system has no files in memory."""
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create(name), "w+b")
     return tempfile.TemporaryFile("w+b")
 
 
 class Arena:
-    """Bytes of host memory that processes share.
+    """Host memory that processes share.
 
     Args:
-        nbytes: how many; memory is taken when it is first written to.
+        nbytes: its size; the system allocates pages when they are first written.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -32,5 +32,5 @@ class Arena:
 
 
 def map_bytes(fd: int, nbytes: int) -> Tensor:
-    """uint8 [nbytes], the memory of a file that is open for writing."""
+    """uint8 [nbytes]: the memory of a file that is open for writing."""
     return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)

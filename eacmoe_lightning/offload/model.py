@@ -1,4 +1,4 @@
-"""`offload_experts`: puts a model's experts into a compressed store and lets its blocks fetch them from there."""
+"""`offload_experts`: moves a model's experts into a compressed store, from which its blocks fetch them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eacmoe_lightning.adapter import Block, MoEModel
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.offload import store as stores
 from eacmoe_lightning.offload.cache import ExpertCache
 from eacmoe_lightning.offload.codecs import Codec, codec_of
@@ -26,19 +27,19 @@ from eacmoe_lightning.offload.memory import Arena
 from eacmoe_lightning.offload.policy import policy
 from eacmoe_lightning.offload.slots import Layout, Plan, Slots, nbytes_of, pin
 from eacmoe_lightning.offload.store import ExpertStore, Key
-from eacmoe_lightning.packed_modules import PackedExperts
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.runtime.packed_modules import PackedExperts
 
-STORE = "experts.eacmoe"  # the file's name in its directory
+STORE = "experts.eacmoe"  # file name of a store in its directory
 
 
 @dataclass
 class Offload:
-    """What an offloaded model is made of; `model.offload` after `offload_experts`.
+    """The handle of an offloaded model: `model.offload` after `offload_experts`.
 
     Attributes:
         store: the compressed experts.
-        caches: one for each shape of experts.
+        caches: one for each layout of experts.
         counters: what happened so far.
     """
 
@@ -56,19 +57,19 @@ class Offload:
 
     @property
     def expert_bytes(self) -> int:
-        """Of all experts as they are in the cache, uncompressed (packed ones: packed)."""
+        """Size of all experts as the cache holds them: uncompressed, or packed."""
         return sum(self.cache_of[block.index].expert_bytes * block.num_experts for block in self.blocks)
 
     @property
     def cache_bytes(self) -> int:
-        """That the caches take when they are full."""
+        """Size of all caches when full."""
         return sum(cache.expert_bytes * cache.capacity for cache in self.caches)
 
     def predict(self, block: int, hidden: Tensor) -> None:
-        """Prefetches what the next block is likely to select: what its router says of this block's hidden states.
+        """Prefetches the experts that the next block's router selects for this block's hidden states.
 
-        Hidden states change little from block to block. The router is not called but its weights are used, so that
-        hooks on it (PESF) do not see a prediction.
+        Hidden states change little from block to block, so the next block is likely to select them. The prediction uses
+        the router's weights without calling the router, so hooks on it (PESF) do not see it.
         """
         following = self.successor.get(block)
         if following is None or not self.lookahead or not self.fetcher.is_parallel:
@@ -81,18 +82,18 @@ class Offload:
         self.cache_of[following.index].prefetch(following.index, likely)
 
     def close(self) -> None:
-        """Ends workers; the model cannot fetch any more."""
+        """Stops the workers; the model cannot fetch experts afterwards."""
         self.fetcher.close()
 
 
 def expert_records(
-    blocks: Iterable[Block], how: Codec | None | Mapping[int, Sequence[Codec]]
+    blocks: Iterable[Block], codec: Codec | None | Mapping[int, Sequence[Codec]]
 ) -> Iterator[tuple[Key, bytes]]:
     """Every expert's weights as records, one at a time.
 
     Args:
-        how: for dense experts, one codec or by block index one for each expert; packed ones are stored as their codes,
-            plain or entropy-coded (`packed-zstd`, `packed-entropy`).
+        codec: for dense experts, one codec, or by block index one for each expert. Packed experts are stored as their
+            codes, plain or entropy-coded (`packed-zstd`, `packed-entropy`).
     """
     for block in blocks:
         experts = block.experts.module
@@ -102,42 +103,42 @@ def expert_records(
                 weight = getattr(experts, projection)
                 if isinstance(experts, PackedExperts):
                     *tensors, bits = weight.expert(expert)
-                    yield key, packed_codec(how, bits, weight.group_size).encode_packed(tuple(tensors))
+                    yield key, packed_codec(codec, bits, weight.group_size).encode_packed(tuple(tensors))
                 else:
-                    own = how[block.index][expert] if isinstance(how, Mapping) else how
-                    yield key, encode(own, weight[expert], key)
+                    expert_codec = codec[block.index][expert] if isinstance(codec, Mapping) else codec
+                    yield key, encode(expert_codec, weight[expert], key)
 
 
-def encode(how: Codec, weight: Tensor, key: Key) -> bytes:
-    """An expert's record; errors say whose it is."""
+def encode(codec: Codec, weight: Tensor, key: Key) -> bytes:
+    """The record of an expert's weight; errors name block, expert and projection."""
     try:
-        return how.encode(weight)
+        return codec.encode(weight)
     except ValueError as error:
         raise ValueError(f"block {key.block}, expert {key.expert}, {key.projection}: {error}") from error
 
 
-def packed_codec(how: Codec, bits: int, group_size: int) -> PackedCodes:
-    """That stores codes of these bits: plain, unless `how` is a codec of packed codes that does it otherwise."""
-    return (type(how) if isinstance(how, PackedCodes) else PackedCodes)(bits, group_size)
+def packed_codec(codec: Codec, bits: int, group_size: int) -> PackedCodes:
+    """A codec for packed codes of these bits: of `codec`'s class if that takes packed codes, else `PackedCodes`."""
+    return (type(codec) if isinstance(codec, PackedCodes) else PackedCodes)(bits, group_size)
 
 
 def codec_of_each(blocks: Iterable[Block], codecs: Mapping[int | str, Sequence[str | Codec]]) -> dict[int, list[Codec]]:
     """By block index, a codec for each expert.
 
     Args:
-        codecs: of every block; indices may be strings, as in JSON.
+        codecs: specifications for every block; the block indices may be strings, as in JSON.
 
     Raises:
-        ValueError: a block is missing, or has another number of experts.
+        ValueError: a block has no codecs, or not as many as experts.
     """
-    said = {int(block): own for block, own in codecs.items()}
+    by_block = {int(block): specifications for block, specifications in codecs.items()}
     for block in blocks:
-        if len(said.get(block.index, ())) != block.num_experts:
+        if len(by_block.get(block.index, ())) != block.num_experts:
             raise ValueError(
-                f"codec names {len(said.get(block.index, ()))} codecs for block {block.index}, which has "
+                f"codec has {len(by_block.get(block.index, ()))} codecs for block {block.index}, which has "
                 f"{block.num_experts} experts"
             )
-    return {block: [codec_named(name) for name in own] for block, own in said.items()}
+    return {block: [codec_named(name) for name in names] for block, names in by_block.items()}
 
 
 def offload_experts(
@@ -150,33 +151,34 @@ def offload_experts(
     lookahead: float = 1.0,
     num_workers: int | None = None,
 ) -> Offload:
-    """Compresses the experts of a model in memory, frees them, and lets blocks fetch them when a token needs them.
+    """Compresses the experts of a loaded model, frees them, and lets blocks fetch them when a token needs them.
 
     Args:
-        model: a causal LM of transformers with routed experts, or a packed one that `load` gave. It is changed.
-        cache_bytes: for uncompressed experts; a float up to 1.0 is that share of all of them.
-        codec: how they are stored (`offload/codecs/base.py`), or by block index a list of that for each expert, such
-            as `codecs` of a study's `bounds-*.json`. Packed experts are stored as their codes, whatever is said here,
-            except that `packed-zstd:...` and `packed-entropy:...` store them entropy-coded.
-        directory: where the store is written, to be mapped; None: in host memory.
-        eviction: who leaves a full cache: the most rarely selected (`frequency`) or the least recently used (`lru`).
-        frequencies: selections per expert by block index, such as those of `expert_frequency.json`, to begin with.
-        lookahead: how many experts are prefetched for the next block, in multiples of top_k; 0: none.
-        num_workers: threads or processes that decode; None: one less than there are cores, at least 1; 0: experts are
-            decoded by the thread that runs the model.
+        model: a causal LM of transformers with routed experts, or a packed one from `load`. It is changed in place.
+        cache_bytes: size of the cache of decoded experts; a float up to 1.0 is a share of all experts.
+        codec: how experts are stored (`offload/codecs/base.py`): one specification, or by block index a list with one
+            for each expert, such as `codecs` in a study's `bounds-*.json`. Packed experts are stored as their codes
+            whatever the codec; `packed-zstd:...` and `packed-entropy:...` also entropy-code them.
+        directory: where to write the store, which is then mapped; None: in host memory.
+        eviction: what a full cache evicts: the expert selected least often (`frequency`) or least recently (`lru`).
+        frequencies: selections per expert, by block index, that `frequency` starts from, such as those in
+            `expert_frequency.json`.
+        lookahead: number of experts to prefetch for the next block, in multiples of top_k; 0: none.
+        num_workers: number of threads or processes that decode; None: one less than there are cores, at least 1;
+            0: the thread that runs the model decodes.
 
     Returns:
-        What `model.offload` is from now on; its `counters` say what happens.
+        The handle, also kept as `model.offload`; its `counters` say what happens.
 
     Raises:
-        ValueError: the model has no routed experts, weights are not finite, or the cache holds no expert.
+        ValueError: the model has no routed experts, weights are not finite, or the cache is too small for one expert.
         StoreError: the disk is full.
     """
     moe = MoEModel(model)
-    how = codec_of_each(moe.moe_blocks, codec) if isinstance(codec, Mapping) else codec_named(codec)
-    about = {"codec": "each expert's own" if isinstance(how, Mapping) else how.specification}
+    parsed = codec_of_each(moe.moe_blocks, codec) if isinstance(codec, Mapping) else codec_named(codec)
+    about = {"codec": "each expert's own" if isinstance(parsed, Mapping) else parsed.specification}
     about |= {"model_type": model.config.model_type}
-    records = expert_records(moe.moe_blocks, how)
+    records = expert_records(moe.moe_blocks, parsed)
     if directory is None:
         store = ExpertStore.in_memory(records, about)
     else:
@@ -195,16 +197,16 @@ def attach(
     num_workers: int | None = None,
     device: str | torch.device | None = None,
 ) -> Offload:
-    """Replaces a model's experts (dense, packed, or still without memory) by a store's; see `offload_experts`."""
+    """Replaces a model's experts (dense, packed or on the meta device) with those of a store; see `offload_experts`."""
     counters, blocks = Counters(), moe.moe_blocks
     layouts = {block.index: layout_of(block, store) for block in blocks}
     plans = plan(layouts, {block.index: block.num_experts for block in blocks}, cache_bytes)
     device, count = torch.device(moe.device if device is None else device), _num_workers(num_workers)
     if device.type != "cpu":
-        for each in plans:
-            each.in_arena = max(count, 1)
-    for before, each in zip(plans, plans[1:], strict=False):
-        each.start = before.start + before.nbytes
+        for pool in plans:
+            pool.in_arena = max(count, 1)
+    for previous, pool in zip(plans, plans[1:], strict=False):
+        pool.start = previous.start + previous.nbytes
     arena = Arena(plans[-1].start + plans[-1].nbytes)
     if device.type == "cuda":
         pin(arena)
@@ -213,14 +215,17 @@ def attach(
     else:
         in_threads = all(codec_of(store.header(key)).releases_gil for key in store)
         fetcher = (Threads if in_threads else Processes)(store, arena, counters, count)
-    who = policy(eviction, frequencies)
-    caches = {each.layout: ExpertCache(Slots(each, arena, device), store, fetcher, who, counters) for each in plans}
+    eviction_policy = policy(eviction, frequencies)
+    caches = {
+        pool.layout: ExpertCache(Slots(pool, arena, device), store, fetcher, eviction_policy, counters)
+        for pool in plans
+    }
     handle = Offload(store, list(caches.values()), counters, fetcher, blocks, moe.top_k, lookahead)
     for block in blocks:
         cache = handle.cache_of[block.index] = caches[layouts[block.index]]
         experts = block.experts.module
-        kind = OffloadedPackedExperts if isinstance(experts, PackedExperts) else OffloadedExperts
-        offloaded = kind(experts, block.experts.projections, block.index, cache, handle.predict)
+        module = OffloadedPackedExperts if isinstance(experts, PackedExperts) else OffloadedExperts
+        offloaded = module(experts, block.experts.projections, block.index, cache, handle.predict)
         block.layer.set_submodule(block.experts_name, offloaded)
         block.experts.module = offloaded
     moe.model.offload, moe.model.save_pretrained = handle, refuse_to_save
@@ -228,14 +233,14 @@ def attach(
 
 
 def refuse_to_save(*_: object, **__: object) -> None:
-    raise ValueError("the experts of an offloaded model are in its store: save the model that it was made of instead")
+    raise ValueError("the experts of an offloaded model are in its store: save the model it was made from instead")
 
 
 def layout_of(block: Block, store: ExpertStore) -> Layout:
-    """The tensors of one expert of a block in the cache.
+    """The tensors of one cached expert of a block.
 
     Raises:
-        StoreError: the store's records are not of this model.
+        StoreError: the store's records are of another model.
     """
     packed = isinstance(block.experts.module, PackedExperts)
     experts: dict[str, list[tuple[Part, ...]]] = {projection: [] for projection in block.experts.projections}
@@ -246,15 +251,15 @@ def layout_of(block: Block, store: ExpertStore) -> Layout:
             shape = tuple(getattr(block.experts.module, projection).shape[1:])
             if header.shape != shape:
                 name = store.name_of(Key(block.index, expert, projection))
-                raise StoreError(f"{name} has shape {header.shape}, the model's {shape}: it is of another model")
+                raise StoreError(f"{name} has shape {header.shape}, in the model {shape}: it is from another model")
     return tuple((projection, widest(parts)) for projection, parts in experts.items())
 
 
 def plan(layouts: Mapping[int, Layout], num_experts: Mapping[int, int], cache_bytes: int | float) -> list[Plan]:
-    """Divides the cache among the layouts, in proportion to what their experts take; none gets more than all of them.
+    """Divides the cache among the layouts: each gets slots for the same share of its experts, at most for all.
 
     Raises:
-        ValueError: some layout would get no slot.
+        ValueError: `cache_bytes` is out of range, or some layout would get no slot.
     """
     counts: dict[Layout, int] = {}
     for block, layout in layouts.items():
@@ -262,19 +267,19 @@ def plan(layouts: Mapping[int, Layout], num_experts: Mapping[int, int], cache_by
     total = sum(nbytes_of(layout) * count for layout, count in counts.items())
     share = cache_bytes if isinstance(cache_bytes, float) else cache_bytes / total
     if not 0 < share or (isinstance(cache_bytes, float) and share > 1):
-        raise ValueError(f"cache_bytes={cache_bytes} is neither a number of bytes nor a share, a float up to 1.0")
+        raise ValueError(f"cache_bytes={cache_bytes} must be a positive number of bytes or a share, a float up to 1.0")
     capacities = {layout: min(count, int(share * count + 1e-9)) for layout, count in counts.items()}
     if not all(capacities.values()):
         smallest = max(-(-total // count) for count in counts.values())
         largest = max(nbytes_of(layout) for layout in counts)
         raise ValueError(
-            f"cache_bytes={cache_bytes} holds no expert: one takes {largest} bytes, all of them {total}. Pass "
-            f"at least {smallest}; from {max(num_experts.values()) * largest} on, a block's experts fit at once"
+            f"cache_bytes={cache_bytes} is too small for one expert: one takes {largest} bytes, all of them {total}. "
+            f"Pass at least {smallest}; with {max(num_experts.values()) * largest}, a block's experts fit at once"
         )
     return [Plan(layout, capacity, capacity) for layout, capacity in capacities.items()]
 
 
-def _num_workers(asked: int | None) -> int:
-    if asked is not None and asked < 0:
-        raise ValueError(f"num_workers={asked} must not be negative")
-    return max(1, (os.cpu_count() or 2) - 1) if asked is None else asked
+def _num_workers(requested: int | None) -> int:
+    if requested is not None and requested < 0:
+        raise ValueError(f"num_workers={requested} must not be negative")
+    return max(1, (os.cpu_count() or 2) - 1) if requested is None else requested

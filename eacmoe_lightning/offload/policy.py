@@ -1,7 +1,7 @@
-"""Which expert leaves a full cache.
+"""Which expert a full cache evicts.
 
-A decoder visits its blocks in a circle, and least recently used evicts just what comes round next; selection
-frequencies, as a run collects them (`expert_frequency.json`), know better which experts come round at all.
+A decoder visits its blocks in a cycle, so evicting the least recently used expert evicts just what comes next.
+Selection frequencies, as a run collects them (`expert_frequency.json`), predict better which experts are needed again.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from collections.abc import Iterable, Mapping, Sequence
 
 Place = tuple[int, int]  # block, expert
 
-PRIOR = 32.0  # how many uses of a block its given frequencies are worth
-DECAY = 0.999  # of a use, with every later one
+PRIOR = 32.0  # the given frequencies of a block weigh as much as this many uses
+DECAY = 0.999  # factor on the weight of a use, for every later use
 
 
 class Policy(ABC):
     @abstractmethod
     def used(self, place: Place) -> None:
-        """An expert was asked for."""
+        """Records that an expert was requested."""
 
     @abstractmethod
     def victim(self, candidates: Iterable[Place]) -> Place | None:
-        """The candidate that leaves; None without candidates."""
+        """The candidate to evict; None if there are no candidates."""
 
 
 class LeastRecent(Policy):
-    """The one whose last use lies furthest back."""
+    """Evicts the least recently used expert."""
 
     def __init__(self) -> None:
         self.clock, self.last = 0, {}
@@ -40,15 +40,15 @@ class LeastRecent(Policy):
 
 
 class LeastFrequent(LeastRecent):
-    """The one that is selected most rarely: given frequencies to begin with, then uses, older ones counting less.
+    """Evicts the least frequently used expert; older uses count less.
 
     Args:
-        loads: selections per expert, by block; any scale.
+        loads: selections per expert to start from, by block, on any scale.
     """
 
     def __init__(self, loads: Mapping[int, Sequence[float]] | None = None) -> None:
         super().__init__()
-        self.unit = 1.0  # grows instead of all counts decaying
+        self.unit = 1.0  # weight of the latest use; it grows, so that older counts need not be decayed
         self.counts: dict[Place, float] = {}
         for block, load in (loads or {}).items():
             total = sum(load) or 1
@@ -67,11 +67,11 @@ class LeastFrequent(LeastRecent):
 
 
 def policy(name: str, loads: Mapping[int, Sequence[float]] | None = None) -> Policy:
-    """`frequency` or `lru`.
+    """The policy named `frequency` or `lru`.
 
     Raises:
-        ValueError: neither.
+        ValueError: there is no such policy.
     """
     if name not in ("frequency", "lru"):
-        raise ValueError(f"eviction {name!r} is neither 'frequency' nor 'lru'")
+        raise ValueError(f"eviction={name!r} is neither 'frequency' nor 'lru'")
     return LeastRecent() if name == "lru" else LeastFrequent(loads)

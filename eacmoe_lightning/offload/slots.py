@@ -1,8 +1,9 @@
-"""Where decoded experts lie: a stack with one slot per expert that fits, for experts of the same shapes.
+"""Memory for decoded experts of the same shapes: a stack with one slot for each expert that fits.
 
-A slot's tensors are slices of stacks [S, ...], which is what kernels for all experts of a block take; only the ids have
-to say slots instead of experts. On CPU the stacks lie in the arena and are decoded into; on another device they lie
-there, and an expert passes through a staging buffer of the arena (page-locked on CUDA) on a stream of its own.
+A slot's tensors are slices of stacks [S, ...], the form that kernels for all experts of a block take; only the ids have
+to name slots instead of experts. On CPU the stacks lie in the arena, and experts are decoded straight into them. On
+another device the stacks lie there; an expert is decoded into a staging buffer of the arena (page-locked on CUDA) and
+then copied, on CUDA in a separate stream.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from eacmoe_lightning.offload.memory import Arena
 
 ALIGNMENT = 64  # of every tensor in the arena
 
-Layout = tuple[tuple[str, tuple[Part, ...]], ...]  # of an expert: each projection's name and tensors
+Layout = tuple[tuple[str, tuple[Part, ...]], ...]  # name and tensors of each projection of an expert
 
 
 def nbytes_of(layout: Layout) -> int:
-    """Of one expert."""
+    """Size of one expert."""
     return sum(part.nbytes for _, parts in layout for part in parts)
 
 
@@ -33,12 +34,12 @@ def _aligned(nbytes: int) -> int:
 
 @dataclass
 class Plan:
-    """How much of the arena a pool takes, and from where on."""
+    """The part of the arena that a pool of slots takes."""
 
     layout: Layout
     capacity: int  # slots
-    in_arena: int  # of these: all on CPU, else as many as are staged at once
-    start: int = 0
+    in_arena: int  # slots that lie in the arena: all on CPU, elsewhere as many as are staged at once
+    start: int = 0  # offset of the pool in the arena
 
     @property
     def nbytes(self) -> int:
@@ -49,15 +50,15 @@ class Slots:
     """The stacks of one layout.
 
     Args:
-        plan: where in the arena.
-        device: where computing takes place.
+        plan: their part of the arena.
+        device: where the model runs.
     """
 
     def __init__(self, plan: Plan, arena: Arena, device: torch.device) -> None:
         self.layout, self.capacity, self.device = plan.layout, plan.capacity, device
         self.parts = tuple(parts for _, parts in plan.layout)
-        self.bases: list[int] = []  # of each part's stack in the arena
-        self.host: list[Tensor] = []  # [in_arena, ...] of each part
+        self.bases: list[int] = []  # offset of each part's stack in the arena
+        self.host: list[Tensor] = []  # [in_arena, ...] for each part
         position = plan.start
         for part in (part for parts in self.parts for part in parts):
             self.bases.append(position)
@@ -74,7 +75,7 @@ class Slots:
         self.lock = threading.Lock()
 
     def stack(self, projection: str) -> tuple[Tensor, ...]:
-        """[S, ...] of a projection's tensors."""
+        """The stacks [S, ...] of a projection's tensors."""
         start = 0
         for name, parts in self.layout:
             if name == projection:
@@ -83,7 +84,7 @@ class Slots:
         raise KeyError(projection)
 
     def loader(self, slot: int, records: tuple[tuple[int, int, str], ...], parts: tuple[tuple[Part, ...], ...]):
-        """What a fetcher runs to fill a slot with these records, which become these tensors."""
+        """The task for a fetcher that fills a slot from these records, which decode to these tensors."""
         if not self.is_staged:
             return lambda decode: decode(self._job(slot, records, parts))
         is_cuda = self.device.type == "cuda"
@@ -108,7 +109,7 @@ class Slots:
         return Job(records, parts, tuple(offsets))
 
     def _copy(self, staged: int, slot: int, computed) -> None:
-        """To the device, when what was computed with the slot's old expert is done; waits until it is there."""
+        """Copies to the device once the computation with the slot's previous expert is done; waits for the copy."""
         if computed is None:
             for host, stack in zip(self.host, self.stacks, strict=True):
                 stack[slot].copy_(host[staged])
@@ -122,7 +123,7 @@ class Slots:
 
 
 def pin(arena: Arena) -> None:
-    """Page-locks the arena for copies to CUDA devices that overlap with computing."""
-    failed = torch.cuda.cudart().cudaHostRegister(arena.bytes.data_ptr(), arena.nbytes, 0)
-    if int(failed):
-        raise RuntimeError(f"cudaHostRegister failed with {failed}")
+    """Page-locks the arena, so that copies to CUDA devices overlap with the computation."""
+    status = torch.cuda.cudart().cudaHostRegister(arena.bytes.data_ptr(), arena.nbytes, 0)
+    if int(status):
+        raise RuntimeError(f"cudaHostRegister failed with {status}")

@@ -1,11 +1,11 @@
 """All experts of a model as compressed records in one file, on disk or in host memory, mapped and never read whole.
 
     records    one after another, at multiples of ALIGNMENT (`codecs/record.py`)
-    index      JSON: what is where, and what the model was
+    index      JSON: where each record is, and what the store was made from
     footer     magic, offset, length and CRC-32 of the index
 
-Opening compares the index's checksum and the size; each record's own checksums are compared whenever it is decoded, so
-a damaged expert is an error that names file, block, expert and weight before its weights are used.
+Opening a store checks the index's checksum and the file's size. Decoding a record checks the record's checksums. So a
+damaged expert raises an error that names file, block, expert and weight before its weights are used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from eacmoe_lightning.offload.codecs.record import ALIGNMENT, Header, RecordError, read_header, read_record
 from eacmoe_lightning.offload.memory import memory_file
-from eacmoe_lightning.store import StoreError, write_atomically
+from eacmoe_lightning.run.files import StoreError, write_atomically
 
 FOOTER = struct.Struct("<8sQII")
 MAGIC = b"eacmoe-x"
@@ -41,10 +41,10 @@ class ExpertStore:
 
     Args:
         file: open for reading.
-        name: what errors call it.
+        name: the store's name in errors.
 
     Raises:
-        StoreError: it is truncated, altered or no such file.
+        StoreError: the file is truncated, altered or not a store.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -54,14 +54,14 @@ class ExpertStore:
             raise StoreError(f"{name} is truncated: it has {self.nbytes} bytes. {REMEDY}")
         self.view = memoryview(mmap.mmap(file.fileno(), self.nbytes, access=mmap.ACCESS_READ))
         magic, offset, length, crc = FOOTER.unpack_from(self.view, self.nbytes - FOOTER.size)
-        index = self.view[offset : offset + length]
-        if magic != MAGIC or offset + length + FOOTER.size != self.nbytes or zlib.crc32(index) != crc:
-            raise StoreError(f"{name} is truncated or altered: its index does not hold what was written. {REMEDY}")
-        said = json.loads(bytes(index))
-        if said["format_version"] > FORMAT_VERSION:
-            raise StoreError(f"{name} has format version {said['format_version']}; this version reads {FORMAT_VERSION}")
-        self.about: dict[str, Any] = said["about"]
-        self.places = {Key(*key): (offset, length) for *key, offset, length in said["records"]}
+        text = self.view[offset : offset + length]
+        if magic != MAGIC or offset + length + FOOTER.size != self.nbytes or zlib.crc32(text) != crc:
+            raise StoreError(f"{name} is truncated or altered: its index is not what was written. {REMEDY}")
+        index = json.loads(bytes(text))
+        if (version := index["format_version"]) > FORMAT_VERSION:
+            raise StoreError(f"{name} has format version {version}; this release reads up to {FORMAT_VERSION}")
+        self.about: dict[str, Any] = index["about"]
+        self.places = {Key(*key): (offset, length) for *key, offset, length in index["records"]}
 
     @classmethod
     def open(cls, path: str | Path) -> ExpertStore:
@@ -72,16 +72,16 @@ class ExpertStore:
 
     @classmethod
     def in_memory(cls, records: Iterable[tuple[Key, bytes]], about: dict[str, Any]) -> ExpertStore:
-        """A store that never touches a disk."""
+        """A new store in host memory."""
         file = memory_file("eacmoe-store")
         _write(file, records, about)
-        return cls(file, "the store of experts in memory")
+        return cls(file, "the in-memory store of experts")
 
     def name_of(self, key: Key) -> str:
         return f"{self.name}: block {key.block}, expert {key.expert}, {key.projection}"
 
     def record(self, key: Key) -> memoryview:
-        """A record; its checksums have not been compared yet.
+        """A record, its checksums not checked yet.
 
         Raises:
             StoreError: the store has no such expert.
@@ -95,10 +95,10 @@ class ExpertStore:
         return read_header(self.record(key), self.name_of(key))
 
     def check_size(self) -> None:
-        """Raises StoreError where the file is not as long as when it was mapped: reading on would end the process."""
+        """Raises StoreError if the file is shorter than when it was mapped: reading past its end kills the process."""
         if (size := os.fstat(self.file.fileno()).st_size) < self.nbytes:
             raise StoreError(
-                f"{self.name} was cut off while it was in use: {size} of {self.nbytes} bytes are left. {REMEDY}"
+                f"{self.name} was truncated while it was in use: {size} of {self.nbytes} bytes are left. {REMEDY}"
             )
 
     def __iter__(self) -> Iterator[Key]:
@@ -106,11 +106,11 @@ class ExpertStore:
 
     @property
     def record_bytes(self) -> int:
-        """Of all records."""
+        """Size of all records."""
         return sum(length for _, length in self.places.values())
 
     def verify(self) -> None:
-        """Reads everything once and compares all checksums.
+        """Reads all records and checks their checksums.
 
         Raises:
             RecordError: names the first damaged record.
@@ -123,10 +123,10 @@ class ExpertStore:
 
 
 def write(path: str | Path, records: Iterable[tuple[Key, bytes]], about: dict[str, Any]) -> None:
-    """Writes a store, whole or not at all; records are taken one at a time, so they need not fit into memory.
+    """Writes a store, whole or not at all. It takes records one at a time, so they need not all fit into memory.
 
     Args:
-        about: kept in the index.
+        about: what the store was made from, kept in the index.
 
     Raises:
         StoreError: the disk is full.
@@ -150,4 +150,4 @@ def _write(file: BinaryIO, records: Iterable[tuple[Key, bytes]], about: dict[str
     file.flush()
 
 
-REMEDY = "Delete it and have it written again, or restore it from a backup"
+REMEDY = "Delete it so that it is written again, or restore it from a backup"

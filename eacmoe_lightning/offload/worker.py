@@ -1,7 +1,7 @@
 """A process that decodes experts: jobs come on stdin, answers go to stdout, weights go into shared memory.
 
-SZ3's binding holds Python's lock while it decodes, so that threads of one process would wait for each other and hold up
-the model. `python -c BOOT` starts one of these; it ends when its stdin does.
+SZ3's binding holds the GIL while it decodes, so threads of one process would wait for each other and hold up the model.
+`python -c BOOT` starts a worker; it exits when its stdin closes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 LENGTH = struct.Struct("<I")
 
-# The package itself imports transformers, which would cost every worker seconds and hundreds of MB: empty parents
-# stand in for it.
+# Importing the package imports transformers, which would cost every worker seconds and hundreds of MB. Empty modules
+# stand in for the parent packages instead.
 BOOT = """
 import sys, types
 for name, path in (("eacmoe_lightning", {package!r}), ("eacmoe_lightning.offload", {offload!r})):
@@ -29,7 +29,7 @@ main(*map(int, sys.argv[1:]))
 
 
 def command(*descriptors: int) -> list[str]:
-    """How a worker is started, with the numbers of `main`."""
+    """The command that starts a worker; `descriptors` are the arguments of `main`."""
     here = Path(__file__).resolve().parent
     boot = BOOT.format(package=str(here.parent), offload=str(here))
     return [sys.executable, "-c", boot, *map(str, descriptors)]
@@ -45,7 +45,7 @@ def receive(stream: BinaryIO) -> Any:
     """The next message.
 
     Raises:
-        EOFError: the other side is gone.
+        EOFError: the other side has closed the pipe.
     """
     return pickle.loads(_read(stream, LENGTH.unpack(_read(stream, LENGTH.size))[0]))
 
@@ -58,16 +58,16 @@ def _read(stream: BinaryIO, count: int) -> bytes:
 
 
 def main(store_fd: int, store_bytes: int, arena_fd: int, arena_bytes: int) -> None:
-    """Answers each job with its seconds, or with the message of its error."""
+    """Answers each job with the seconds it took, or with the message of its error."""
     import torch
 
     from eacmoe_lightning.offload.jobs import run
     from eacmoe_lightning.offload.memory import map_bytes
-    from eacmoe_lightning.store import StoreError
+    from eacmoe_lightning.run.files import StoreError
 
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints does not come between the answers
+    os.dup2(2, 1)  # what a library prints goes to stderr, not between the answers
     store = memoryview(mmap.mmap(store_fd, store_bytes, access=mmap.ACCESS_READ))
     arena = map_bytes(arena_fd, arena_bytes)
     try:
@@ -78,5 +78,5 @@ def main(store_fd: int, store_bytes: int, arena_fd: int, arena_bytes: int) -> No
                 send(answers, run(job, store, arena))
             except StoreError as error:
                 send(answers, str(error))
-    except (EOFError, BrokenPipeError):  # whoever gave the jobs is gone
-        os._exit(0)  # the pipe cannot be flushed either
+    except (EOFError, BrokenPipeError):  # the parent process is gone
+        os._exit(0)  # a regular exit would fail to flush the pipe

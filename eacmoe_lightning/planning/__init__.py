@@ -1,5 +1,1 @@
-"""What a run will cost, said before it starts: `python train.py plan`, and the checks that `fit` itself makes."""
-
-from eacmoe_lightning.planning import command
-
-__all__ = ["command"]
+"""The cost of a run, estimated before it starts, and the checks that `fit` makes."""

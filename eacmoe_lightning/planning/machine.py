@@ -1,4 +1,4 @@
-"""How fast this machine is, from a second of timing: products, memory, disk. Estimates are made of these rates."""
+"""Measures in about a second how fast this machine is: matrix products, memory and disk. `plan` estimates from it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import torch
 
 from eacmoe_lightning.planning.sizes import Cost
 
-SECONDS = 0.3  # that one rate is measured
+SECONDS = 0.3  # duration of one measurement
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Per second: operations of a matrix product in the model's dtype and in float32, bytes copied in memory, bytes
-    read from and written to disk."""
+    """Rates per second.
+
+    Attributes:
+        flops, flops32: operations of matrix products in the model's dtype and in float32.
+        memory: bytes read and written in memory.
+        disk: bytes read from or written to disk.
+    """
 
     flops: float
     flops32: float
@@ -26,16 +31,22 @@ class Rates:
     disk: float
 
     def seconds(self, cost: Cost, cached: bool = False) -> float:
-        """Products, other passes over memory and the disk one after another: nothing is assumed to overlap. `cached`:
-        memory has room for the files that are used again."""
+        """The estimated time of a phase, assuming that products, other passes over memory and the disk do not overlap.
+
+        Args:
+            cost: the phase.
+            cached: whether the page cache has room for the files that are used again.
+        """
         computed = cost.flops / self.flops + cost.flops32 / self.flops32 + cost.loop_bytes / self.memory
         again = cost.again_bytes if cached else 0
         return computed + (cost.read_bytes + cost.written_bytes - again) / self.disk + 2 * again / self.memory
 
 
 def measure(device: torch.device, dtype: torch.dtype, folder: Path, width: int = 1024) -> Rates:
-    """Times products of 1024 tokens as wide as the model up to that (on CUDA of 8192), copies of 64 MB, and a file of
-    64 MB in `folder`."""
+    """Times matrix products, copies of 64 MB in memory and a file of 64 MB in `folder`.
+
+    Products are of 1024 tokens and of the model's width, at most 1024; on CUDA both are 8192.
+    """
     rows, width = (8192, 8192) if device.type == "cuda" else (1024, min(width, 1024))
     flops = {d: _product_rate(rows, width, d, device) for d in {dtype, torch.float32}}
     source = torch.ones(16 << 20, device=device)  # 64 MB
@@ -57,16 +68,16 @@ def _per_second(work: Callable[[], object], device: torch.device) -> float:
 
     work()
     finish()
-    start, number = time.perf_counter(), 0
+    start, count = time.perf_counter(), 0
     while time.perf_counter() - start < SECONDS:
         work()
         finish()
-        number += 1
-    return number / (time.perf_counter() - start)
+        count += 1
+    return count / (time.perf_counter() - start)
 
 
 def _disk_rate(folder: Path) -> float:
-    """Bytes per second of a file written to disk and read back from there."""
+    """Bytes per second of writing a file to disk and reading it back."""
     folder.mkdir(parents=True, exist_ok=True)
     path, content = folder / f".plan.{os.getpid()}.partial", bytes(64 << 20)
     try:

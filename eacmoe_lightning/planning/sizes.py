@@ -1,9 +1,10 @@
-"""Arithmetic, memory and disk of a run by phase, from the shapes of a model and the options of `fit` alone.
+"""Computes arithmetic, memory and disk of a run by phase from a model's shapes and the options of `fit` alone.
 
-Counts are of multiplications and additions (2 for each weight that a token meets). They are those of the code as it is:
-the streams go through a block twice, attention is run up to each group of linears that is solved, a Hessian [I, I] is
-made of all tokens that reach it (its upper half), and GPTQ factors it (4/3 I^3), multiplies the weight by it (2 O I^2),
-spreads errors (O I^2), tries scales in its column loop, and refines (`gptq_flops`).
+Operations are multiplications and additions: 2 per weight that a token passes through. They are counted as the code
+performs them. The streams run through each block twice. Attention also runs up to each group of linear layers that is
+solved. A Hessian [I, I] is the sum over all tokens that reach it (its upper half). GPTQ factors the Hessian (4/3 I^3),
+multiplies the weight by it (2 O I^2), spreads errors (O I^2), tries scales in its column loop, and refines
+(`quantization/quantizers.py`).
 Letters: N tokens, D hidden, F expert width, E experts, K top_k, O/I out/in features.
 """
 
@@ -11,41 +12,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from eacmoe_lightning import ridge
-from eacmoe_lightning.adapter import Block, MoEModel
-from eacmoe_lightning.gptq import TURNS, working_bytes
-from eacmoe_lightning.gram import TILE
-from eacmoe_lightning.grid import SCALE_FACTORS, ZERO_OFFSETS
-from eacmoe_lightning.recipe import Recipe, num_quantized
-from eacmoe_lightning.solver import experts_together, stack_bytes
+from eacmoe_lightning.calibration.recipe import Recipe, num_quantized
+from eacmoe_lightning.calibration.solver import experts_together, stack_bytes
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.quantization.gram import TILE
+from eacmoe_lightning.quantization.grid import Grid
+from eacmoe_lightning.routers import ridge
 from eacmoe_lightning.targets import WeightGrid
 
-GENERATIONS = 3  # of both streams on disk while a block is left: before it, behind it, and of the last checkpoint
-LOOP_RATE = 0.73  # of the column loop's search, as a share of a matrix product's
-RANGE_BYTES = 200  # that searching the range of a group moves through caches, for each weight
-LOADED = 20  # bytes of memory that loading a byte touches: copies, conversions, pages touched for the first time
-DECODED_BYTES = 48  # that decoding a weight and the gradient of its scale touch, in a step of the joint stage
-POSITION_BYTES = 16  # of a code while it is trained: its position, that one's gradient and AdamW's two moments
-TRAINED_BYTES = 56  # that rounding a position and AdamW's step touch, beside its decoding
-JOINT_PASSES = 3  # over the activations of such a step, beside products
-LAST = ("o_proj", "out_proj", "down_proj", "dense", "w2")  # linears that share their input with no other
+GENERATIONS = 3  # copies of both streams on disk at the end of a block: before it, after it, the last checkpoint's
+LOADED = 20  # bytes of memory traffic per byte loaded: copies, conversions, pages touched for the first time
+DECODED_BYTES = 48  # memory traffic per weight in a joint step for decoding it and for the gradient of its scale
+POSITION_BYTES = 16  # memory of a trained code: its position, the position's gradient and AdamW's two moments
+TRAINED_BYTES = 56  # further memory traffic per trained code in a joint step: rounding the position, AdamW's step
+JOINT_PASSES = 3  # passes over the activations in a joint step, besides matrix products
+LAST = ("o_proj", "out_proj", "down_proj", "dense", "w2")  # linear layers that share their input with no other
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the cost depends on besides the model and its recipe.
+    """The settings that the cost depends on besides the model and its recipe.
 
     Attributes:
-        num_windows, window_length, batch_size: of the calibration text.
-        heldout_tokens: of the evaluation at the end.
-        router_method, router_epochs, num_targets, joint_epochs, trains_scales, trains_codes: as `fit` has them.
-        stream_bytes: of a number in the hidden streams on disk.
-        processes: that share windows and experts.
-        kept_experts: of each block, where a pruning rule says how many; None: all (a rule by `alpha` is not foreseen).
-        device: where it runs (`cpu` or `cuda`).
+        num_windows, window_length, batch_size: size of the calibration text and of a batch.
+        heldout_tokens: number of tokens of the evaluation at the end.
+        router_method, router_epochs, num_targets, joint_epochs, trains_scales, trains_codes: as in `fit`.
+        stream_bytes: bytes per number of the hidden streams on disk.
+        processes: number of processes that share windows and experts.
+        kept_experts: number of experts that pruning keeps per block; None counts all (also with a rule by `alpha`,
+            whose outcome is unknown).
+        device: the type of device that it runs on, `cpu` or `cuda`.
     """
 
     num_windows: int
@@ -64,7 +65,7 @@ class Job:
     device: str = "cpu"
 
     def share(self, num_experts: int) -> float:
-        """Of a block's experts, those that pruning leaves."""
+        """The share of a block's experts that pruning keeps."""
         return min(num_experts, self.kept_experts or num_experts) / num_experts
 
     @property
@@ -74,16 +75,16 @@ class Job:
 
 @dataclass
 class Cost:
-    """Of one phase over all blocks.
+    """The cost of one phase, summed over all blocks.
 
     Attributes:
-        flops: in the model's dtype.
-        flops32: in float32, whatever the model's dtype.
-        loop_bytes: of memory that what is no matrix product touches.
-        read_bytes, written_bytes: from and to files.
-        again_bytes: of these, what was written or read shortly before or will be read shortly after: where memory has
-            room for that, it waits for no disk.
-        peak_bytes: of one process, at the worst block, without what Python itself takes.
+        flops: operations of matrix products in the model's dtype.
+        flops32: operations of matrix products that are in float32 whatever the model's dtype.
+        loop_bytes: memory traffic of everything but matrix products.
+        read_bytes, written_bytes: bytes read from and written to files.
+        again_bytes: the part of these that was used shortly before or is read again shortly after. If memory has room
+            for it, it does not wait for the disk.
+        peak_bytes: peak memory of one process at the largest block, without Python itself.
     """
 
     flops: float = 0.0
@@ -105,10 +106,10 @@ PHASES = ("check", "read", "observe", "attention", "router", "experts", "replay"
 
 @dataclass
 class Plan:
-    """What `fit` will take."""
+    """The estimated costs of `fit`."""
 
     phases: dict[str, Cost] = field(default_factory=lambda: {name: Cost() for name in PHASES})
-    disk: dict[str, int] = field(default_factory=dict)  # bytes by what they are for
+    disk: dict[str, int] = field(default_factory=dict)  # bytes by purpose
 
     @property
     def peak_bytes(self) -> float:
@@ -120,7 +121,7 @@ class Plan:
 
 
 def packed_bytes(grids: Iterable[WeightGrid], share: float = 1.0) -> int:
-    """Codes, float16 scales and 8-bit zero points; of experts, a share."""
+    """Bytes of codes, float16 scales and 8-bit zero points; `share` is the share of the experts that is counted."""
     total = 0.0
     for grid in grids:
         *stack, rows, columns = grid.shape
@@ -134,9 +135,11 @@ def num_bytes(parameters: Iterable, itemsize: int) -> int:
 
 
 def joint_bytes(moe: MoEModel, job: Job) -> int:
-    """Memory that the joint stage takes for weights: all of them in the model's dtype and, where scales or codes are
-    trained, the codes (a byte each), what is decoded from them and the gradients of that; what training codes takes.
-    Activations come on top."""
+    """Memory of the weights in the joint stage, without activations.
+
+    These are all weights in the model's dtype. If scales or codes are trained, the codes (a byte each), the weights
+    decoded from them and their gradients are added; if codes are trained, also `POSITION_BYTES` each.
+    """
     itemsize = moe.model.dtype.itemsize
     each = 1 + 2 * itemsize if job.trains_scales or job.trains_codes else 0
     each += POSITION_BYTES if job.trains_codes else 0
@@ -144,31 +147,31 @@ def joint_bytes(moe: MoEModel, job: Job) -> int:
 
 
 def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
-    """Bytes that a run directory takes at most, by what they are for."""
+    """The most bytes that a run directory takes, by purpose."""
     hidden = job.tokens * moe.config.hidden_size * job.stream_bytes
     packed, itemsize = packed_bytes(recipe.grids(moe), job.share(moe.num_experts)), moe.model.dtype.itemsize
-    rest = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
+    unquantized = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
     evaluated = 2 * job.heldout_tokens * moe.config.hidden_size * itemsize
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
-    checkpoint = 0  # the last and its successor: positions and AdamW's moments; all else is small beside them
+    checkpoint = 0  # the last one and its successor: positions and AdamW's moments; everything else is small
     if job.joint_epochs and job.trains_codes:
         checkpoint = 2 * 12 * num_quantized(moe)
     return {
-        "hidden streams": (2 * GENERATIONS + 1) * hidden,  # and what reaches the router
+        "hidden streams": (2 * GENERATIONS + 1) * hidden,  # and the router's inputs
         "router logits for the joint stage": teachers,
         "checkpoints": checkpoint,
         "finished blocks": packed,
-        "compressed model": packed + rest,
+        "compressed model": packed + unquantized,
         "hidden states of the evaluation": evaluated,
     }
 
 
 def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
-    """The costs of `fit` for a model of which only the shapes are known (parameters may be on the meta device)."""
+    """The costs of `fit`; only the model's shapes are used, so its parameters may be on the meta device."""
     result = Plan(disk=disk_use(moe, recipe, job))
     phases, itemsize, hidden = result.phases, moe.model.dtype.itemsize, moe.config.hidden_size
     in_blocks = sum(num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks)
-    rest = num_bytes(moe.model.parameters(), itemsize) - in_blocks
+    outside_blocks = num_bytes(moe.model.parameters(), itemsize) - in_blocks
     vocabulary = moe.model.get_output_embeddings().weight.shape[0]
     stream = job.tokens * hidden * job.stream_bytes
     batch = job.batch_size * job.window_length
@@ -177,7 +180,7 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     for block, shapes in zip(moe.blocks, of_blocks, strict=True):
         size = num_bytes(block.layer.parameters(), itemsize)
         largest = max(parameter.numel() for parameter in block.layer.parameters()) * itemsize
-        here = rest + size
+        here = outside_blocks + size
         active = here + batch * itemsize * (8 * hidden + shapes.activations)
         routing = job.tokens * share * (4 * block.num_experts + 24 * moe.top_k)
         phases["check"].add(here + 2 * largest, read_bytes=size, loop_bytes=LOADED * size)
@@ -202,17 +205,17 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
         decoded = DECODED_BYTES if job.trains_scales or job.trains_codes else 0
         decoded = num_quantized(moe) * (decoded + (TRAINED_BYTES if job.trains_codes else 0))
         phases["joint"].add(
-            joint_bytes(moe, job) + rest + activations,
-            flops=job.joint_epochs * job.tokens * share * (3 * forward + 2 * hidden * vocabulary),  # and its teacher
+            joint_bytes(moe, job) + outside_blocks + activations,
+            flops=job.joint_epochs * job.tokens * share * (3 * forward + 2 * hidden * vocabulary),  # + original's head
             loop_bytes=steps * (decoded + JOINT_PASSES * activations),
         )
     block_size = max(num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks)
     codes = result.disk["compressed model"]
-    phases["write"].add(2 * rest + block_size, read_bytes=codes, written_bytes=codes, again_bytes=2 * codes)
+    phases["write"].add(2 * outside_blocks + block_size, read_bytes=codes, written_bytes=codes, again_bytes=2 * codes)
     evaluations = 1 if job.router_method == "none" else 2  # before and after calibration
     read, touched = evaluations * (in_blocks + codes), sum(s.touched for s in of_blocks) + 6 * 4 * vocabulary
     phases["evaluate"].add(
-        2 * (rest + block_size) + batch * 8 * hidden * itemsize + job.window_length * 8 * vocabulary,
+        2 * (outside_blocks + block_size) + batch * 8 * hidden * itemsize + job.window_length * 8 * vocabulary,
         flops=2 * evaluations * job.heldout_tokens * share * forward,
         loop_bytes=2 * evaluations * job.heldout_tokens * share * touched,
         read_bytes=read,
@@ -222,7 +225,7 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
 
 
 class _Shapes:
-    """One block as numbers per token, and its linears as (input group, O, I)."""
+    """Arithmetic and memory of a block per token, and its linear layers as (input group, O, I)."""
 
     def __init__(self, block: Block, top_k: int, hidden: int, job: Job) -> None:
         linears = [
@@ -237,7 +240,7 @@ class _Shapes:
             job.window_length,
             block.router_weight.element_size() if block.is_moe else next(block.layer.parameters()).element_size(),
         )
-        scores = 2 * length * max(heads, default=hidden)  # of queries with keys and of weights with values, causal
+        scores = 2 * length * max(heads, default=hidden)  # queries with keys and attention weights with values, causal
         self.attention_forward = sum(2 * rows * columns for _, rows, columns in self.attention) + scores
         self.forward = self.attention_forward + sum(2 * rows * columns for _, rows, columns in self.shared)
         self.activations = sum(rows for _, rows, _ in self.shared)
@@ -248,54 +251,38 @@ class _Shapes:
             self.forward += top_k * sum(2 * rows * columns for rows, columns in self.experts)
             self.forward += 2 * block.num_experts * hidden
             self.activations += top_k * sum(rows for rows, _ in self.experts)
-        self.touched = itemsize * 4 * (8 * hidden + self.activations)  # bytes of activations, written and read
-
-
-def gptq_flops(rows: int, columns: int, recipe: Recipe) -> float:
-    """The factor; lazy updates, the weight's own loss, gradients and sweeps; the products and loops within groups."""
-    inner = rows * columns * recipe.group_size
-    flops = columns**3 / 3 + (1 + recipe.refine) * 2 * rows * columns**2
-    flops += recipe.refine * ((TURNS + 1) * 2 + TURNS / LOOP_RATE) * inner
-    if recipe.scale_search:
-        candidates = len(SCALE_FACTORS) * (1 if recipe.symmetric else len(ZERO_OFFSETS))
-        flops += candidates * inner / LOOP_RATE
-    return flops
-
-
-def loop_bytes(rows: int, columns: int, recipe: Recipe) -> float:
-    """Each column spreads its error over half a group of 128, read and written; ranges are searched."""
-    return rows * columns * (4 * recipe.group_size + RANGE_BYTES * recipe.clip_search)
+        self.touched = itemsize * 4 * (8 * hidden + self.activations)  # memory traffic of the activations
 
 
 def gram_flops(tokens: float, columns: int) -> float:
-    """The tiles on and above the diagonal."""
+    """Operations of a Hessian: only the tiles on and above the diagonal are computed."""
     return tokens * columns * (columns + min(TILE, columns))
 
 
 def _linears(
     cost: Cost, linears: list[tuple[str, int, int]], recipe: Recipe, job: Job, here: float, share: float
 ) -> None:
-    """A Hessian for each group of linears with the same input, of this process's tokens; every process solves all."""
-    if recipe.quantizer == "none":
+    """Adds a Hessian for each group of layers with the same input, and the solves: every process solves all layers."""
+    if not recipe.quantizes:
         return
     for columns in {group: columns for group, _, columns in linears}.values():
         cost.add(flops32=gram_flops(job.tokens * share, columns))
+    device, grid = torch.device(job.device), recipe.grid(0, 1, "attention")
     for _, rows, columns in linears:
-        _solve(cost, 1, rows, columns, recipe)
-        cost.add(here + 4 * columns**2 + working_bytes(1, rows, columns, torch.device(job.device)))
+        _solve(cost, 1, rows, columns, recipe, grid)
+        cost.add(here + 4 * columns**2 + recipe.solver.working_bytes(1, rows, columns, device))
 
 
-def _solve(cost: Cost, number: float, rows: int, columns: int, recipe: Recipe) -> None:
-    if recipe.quantizer == "gptq":
-        flops, touched = gptq_flops(rows, columns, recipe), loop_bytes(rows, columns, recipe)
-        cost.add(flops32=number * flops, loop_bytes=number * touched)
+def _solve(cost: Cost, number: float, rows: int, columns: int, recipe: Recipe, grid: Grid) -> None:
+    one = recipe.solver.arithmetic(rows, columns, grid)
+    cost.add(flops32=number * one.flops, loop_bytes=number * one.loop_bytes)
 
 
 def _router(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, hidden: int, here: float, share: float) -> None:
     experts, stream = shapes.num_experts, job.tokens * share * hidden * job.stream_bytes
     if job.router_method == "ridge":
         num_targets = min(job.num_targets, experts)
-        shared = num_targets == experts  # one matrix for all experts, where every token teaches all
+        shared = num_targets == experts  # every token is a target of every expert, so all share one matrix
         together = ridge.experts_together(experts, hidden, recipe.solver_gib, shared)
         matrices, taught = (1, 1) if shared else (experts, num_targets)
         passes, batches = -(-experts // together), job.num_windows / job.batch_size * share
@@ -316,15 +303,44 @@ def _router(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, hidden: int, 
 
 
 def _experts(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, here: float) -> None:
-    """Hessians of this process's tokens; solves of its share of the experts."""
-    if recipe.quantizer == "none":
+    """Adds Hessians of this process's tokens and solves of its share of the experts."""
+    if not recipe.quantizes:
         return
     (up_rows, up_columns), (_, down_columns) = shapes.experts
     share = 1 / job.processes
     sent = max(job.tokens * shapes.top_k, recipe.min_expert_tokens * shapes.num_experts) * share
     device, experts = torch.device(job.device), shapes.num_experts
-    together = experts_together(shapes.experts, experts, recipe.solver_gib, job.processes, device)
-    cost.add(here + stack_bytes(shapes.experts, together, job.processes, device), flops=2 * sent * up_rows * up_columns)
+    together = experts_together(recipe.solver, shapes.experts, experts, recipe.solver_gib, job.processes, device)
+    stack_size = stack_bytes(recipe.solver, shapes.experts, together, job.processes, device)
+    cost.add(here + stack_size, flops=2 * sent * up_rows * up_columns)
     for rows, columns in shapes.experts:
         cost.add(flops32=gram_flops(sent, columns))
-        _solve(cost, experts * share, rows, columns, recipe)
+        _solve(cost, experts * share, rows, columns, recipe, recipe.grid(0, 1, "experts"))
+
+
+def job_of(module: Any, data: Any, moe: MoEModel, processes: int, device: str) -> Job:
+    """The `Job` of the options of `fit`. Held-out text counts if its length is set or the text can be read."""
+    if data.num_heldout_windows is not None:
+        heldout = len(data.heldout) * data.num_heldout_windows
+    else:
+        try:
+            heldout = sum(len(windows) for windows in data.heldout_windows.values())
+        except (OSError, ValueError, ConnectionError):
+            heldout = 0
+    dtype = moe.model.dtype if module.stream_dtype == "auto" else getattr(torch, module.stream_dtype)
+    return Job(
+        num_windows=data.num_windows,
+        window_length=data.window_length,
+        batch_size=data.batch_size,
+        heldout_tokens=heldout * data.window_length,
+        router_method=module.router_method,
+        router_epochs=module.router_epochs,
+        num_targets=module.router_loss.num_targets(moe.num_experts, moe.top_k),
+        joint_epochs=module.joint_epochs,
+        trains_scales=bool(module.joint_lr["scale"]),
+        trains_codes=bool(module.joint_lr["code"]),
+        stream_bytes=dtype.itemsize,
+        processes=processes,
+        kept_experts=module.pruning.keep if module.pruning else None,
+        device=device,
+    )

@@ -1,2 +1,1 @@
-"""Removing experts for good: which (`rule.py`, `scores.py`), how a model shrinks (`surgery.py`), and the command for
-finished models (`command.py`); in a run `calibration.Calibration` does it."""
+"""Scores and the rule that decide which experts are removed for good. `calibration/blocks.py` applies the rule."""

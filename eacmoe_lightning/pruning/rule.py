@@ -1,4 +1,4 @@
-"""Which experts of a block stay, given their scores."""
+"""Chooses the experts of a block that stay, given their scores."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.shrink import Groups
 from eacmoe_lightning.pruning.scores import CRITERIA
-from eacmoe_lightning.pruning.surgery import Groups
 
 
 @dataclass(frozen=True)
 class PruningRule:
-    """Keeps the best experts of every block: a fixed number, or all that are good enough.
+    """Keeps the best experts of every block: a fixed number, or all with a high enough score.
 
     Attributes:
         criterion: `frequency` or `reap`; see `scores`.
-        alpha: experts below alpha times the block's mean score go. For `frequency` that is the paper's rule
-            c_i < alpha * l * K / E (EAC-MoE, section 4.3) over the whole calibration text. A block keeps its top_k best
-            at least, since a token selects as many: `below_alpha` says which ones only for that.
-        keep: instead, experts that stay in each block.
+        alpha: experts with a score below alpha times the block's mean are removed. For `frequency` this is the paper's
+            rule c_i < alpha * l * K / E (EAC-MoE, section 4.3) over the whole calibration text. A block keeps at least
+            its top_k best experts, because each token selects that many; `below_alpha` names the ones that only stay
+            for this reason.
+        keep: number of experts that stay in each block, instead of alpha.
 
     Raises:
-        ValueError: an unknown criterion, alpha outside (0, 1], or not exactly one of alpha and keep.
+        ValueError: the criterion is unknown, alpha is outside (0, 1], or not exactly one of alpha and keep is given.
     """
 
     criterion: str = "frequency"
@@ -33,7 +34,7 @@ class PruningRule:
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
-            raise ValueError(f"criterion={self.criterion!r} (--pruning.criterion) is none of {', '.join(CRITERIA)}")
+            raise ValueError(f"criterion={self.criterion!r} (--pruning.criterion) is not one of {', '.join(CRITERIA)}")
         if (self.alpha is None) == (self.keep is None):
             raise ValueError(
                 f"alpha={self.alpha} (--pruning.alpha) and keep={self.keep} (--pruning.keep): pass one of them"
@@ -42,13 +43,13 @@ class PruningRule:
             raise ValueError(f"alpha={self.alpha} (--pruning.alpha) is not in (0, 1]")
 
     def check(self, moe: MoEModel) -> None:
-        """Raises ValueError, before anything is computed, for a model that this rule does not fit."""
+        """Raises ValueError if this rule does not fit the model; called before anything is computed."""
         for block in moe.moe_blocks:
             groups = Groups.of(block)
             if self.alpha is not None:
                 if groups.number > 1:
                     raise ValueError(
-                        f"{block.name} routes by {groups.number} groups of experts, which must stay equally large: "
+                        f"{block.name} routes by {groups.number} groups of experts, which must stay equal in size: "
                         "pass --pruning.keep instead of --pruning.alpha"
                     )
                 continue
@@ -65,27 +66,27 @@ class PruningRule:
             if (least := groups.least(moe.top_k)) > self.keep // groups.number:
                 raise ValueError(
                     f"keep={self.keep} (--pruning.keep) leaves {self.keep // groups.number} experts in each of the "
-                    f"{groups.number} groups by which {block.name} routes; {least} are needed"
+                    f"{groups.number} groups by which {block.name} routes, but {least} are needed"
                 )
 
     def choose(self, scores: Tensor, top_k: int, num_groups: int = 1) -> list[int]:
-        """The experts that stay, in their order. Of equal scores the first stays.
+        """The experts that stay, in ascending order. Among equal scores, the first ones stay.
 
         Args:
             scores: [E].
-            top_k: experts that a token selects.
-            num_groups: consecutive groups of experts that keep equally many.
+            top_k: number of experts that a token selects.
+            num_groups: number of groups of consecutive experts; each group keeps the same number.
         """
         if self.alpha is not None:
             best = scores.argsort(descending=True, stable=True)[:top_k]
-            stays = scores >= self.alpha * scores.mean()
-            stays[best] = True
-            return stays.nonzero().flatten().tolist()
+            is_kept = scores >= self.alpha * scores.mean()
+            is_kept[best] = True
+            return is_kept.nonzero().flatten().tolist()
         order = scores.view(num_groups, -1).argsort(dim=-1, descending=True, stable=True)
         best = order[:, : self.keep // num_groups]
         first = torch.arange(num_groups, device=scores.device)[:, None] * (len(scores) // num_groups)
         return (best + first).flatten().sort().values.tolist()
 
     def below_alpha(self, scores: Tensor, kept: list[int]) -> list[int]:
-        """Those of `choose` that alpha would remove, and that stay because a token selects top_k."""
+        """The experts in `kept` that alpha would remove, and that stay because a token selects top_k."""
         return [] if self.alpha is None else [e for e in kept if scores[e] < self.alpha * scores.mean()]

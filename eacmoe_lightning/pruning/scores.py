@@ -1,8 +1,8 @@
-"""How much each expert of a block is worth, measured while the full-precision block runs over the calibration text.
+"""The score of each expert of a block, measured while the block runs over the calibration text.
 
-- `frequency`: c_i, the tokens that select expert i (EAC-MoE, section 4.3)
-- `reap`: 1/|X_i| * sum over x in X_i of g_i(x) ||f_i(x)||_2 (REAP, arXiv 2510.13999, equation 9): X_i the tokens
-  that select i, g_i the weight that the router gives it, f_i what it returns; 0 where nothing selects it
+- `frequency`: c_i, the number of tokens that select expert i (EAC-MoE, section 4.3)
+- `reap`: 1/|X_i| * sum over x in X_i of g_i(x) ||f_i(x)||_2 (REAP, arXiv 2510.13999, equation 9), where X_i are the
+  tokens that select i, g_i is its router weight and f_i its output; 0 if no token selects it
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import Block
-from eacmoe_lightning.expert_shift import expert_load
-from eacmoe_lightning.ranks import Ranks
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.routers.expert_shift import expert_load
+from eacmoe_lightning.run.ranks import Ranks
 
 CRITERIA = ("frequency", "reap")
 
@@ -24,8 +24,8 @@ class ExpertScores:
     """Sums over the tokens of any number of batches and processes.
 
     Attributes:
-        load: [E] int64, tokens that selected each expert.
-        contribution: [E] float64, sums of weight times norm of the output.
+        load: [E] int64, the number of tokens that selected each expert.
+        contribution: [E] float64, for each expert the sum of router weight times norm of the output.
     """
 
     def __init__(self, block: Block, criterion: str) -> None:
@@ -35,12 +35,12 @@ class ExpertScores:
         self.contribution = torch.zeros(block.num_experts, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
-        """Counts N tokens.
+        """Adds N tokens.
 
         Args:
-            x: [N, D] what the experts read.
-            ids: [N, K] the experts selected.
-            weights: [N, K] their weights.
+            x: [N, D], the experts' input.
+            ids: [N, K], the selected experts.
+            weights: [N, K], their weights.
         """
         self.load += expert_load(ids, self.block.num_experts)
         if self.criterion == "reap":
@@ -59,7 +59,7 @@ class ExpertScores:
 
 @contextmanager
 def measured(block: Block, criterion: str) -> Iterator[ExpertScores]:
-    """While the block runs inside, its experts are scored by what reaches them."""
+    """Scores the block's experts by their inputs while the block runs inside the `with` block."""
     scores = ExpertScores(block, criterion)
 
     def add(module, args) -> None:

@@ -1,8 +1,9 @@
-"""Skipping experts while a model runs: PESF of EAC-MoE in prefill and decode, and rules to measure it against.
+"""Skipping experts while a model runs: EAC-MoE's PESF in prefill and decode, and baselines to compare it with.
 
-selection.py   the paper's rule as pure functions        tokens.py   which token is whose, and which is padding
-rules.py       what a rule is, and PESF                  decode.py   its continuation behind the prompt
-session.py     a rule at work on a model                 report.py   what it skipped
+selection.py   the paper's rule as pure functions        tokens.py      the sequence of each token, and padding
+rules.py       the interface of a rule, and PESF         decode.py      PESF after the prompt
+baselines.py   truncation, EES and ODP                   stored.py      rules in a model's config.json
+session.py     a rule attached to a model                report.py      what a rule skipped
 apply.py       `pesf`, `skipping`, `set_skipping`
 """
 

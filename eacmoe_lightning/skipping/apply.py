@@ -1,4 +1,4 @@
-"""The ways in: `with pesf(model, alpha=0.3): ...`, any rule with `skipping`, and one that stays with `set_skipping`."""
+"""Entry points: `with pesf(model, alpha=0.3): ...`, `skipping` for any rule, `set_skipping` for a rule that stays."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ ATTRIBUTE = "_expert_skipping"  # where a model keeps its session
 
 
 def current_session(model: PreTrainedModel) -> Session | None:
-    """The session at work on a model, if there is one."""
+    """The session attached to a model; None without a rule."""
     return getattr(model, ATTRIBUTE, None)
 
 
 def current_rule(model: PreTrainedModel) -> Rule | None:
-    """The rule at work on a model, if there is one."""
+    """The rule that a model skips experts by; None without one."""
     session = current_session(model)
     return session.rule if session else None
 
 
 def set_skipping(model: PreTrainedModel, rule: Rule | None) -> SkipReport | None:
-    """Puts a rule to work on a model until another one, or None, takes its place.
+    """Attaches a rule to a model, in place of the rule that it had; None removes it.
 
-    A compressed model keeps it: `save_pretrained` writes it into the config, `load` and `from_pretrained` restore it.
+    The rule is saved with a compressed model: `save_pretrained` writes it into the config, `load` and
+    `from_pretrained` restore it.
+
+    Returns:
+        What is skipped, counted as the model runs; None without a rule.
 
     Raises:
         ValueError: the model has no experts, or the rule does not fit it.
@@ -42,31 +46,31 @@ def set_skipping(model: PreTrainedModel, rule: Rule | None) -> SkipReport | None
 
 @contextmanager
 def skipping(model: PreTrainedModel, rule: Rule) -> Iterator[SkipReport]:
-    """Skips experts by a rule while the block runs; a rule that was already at work rests meanwhile.
+    """Skips experts by a rule inside the `with` block; a rule that the model already had is suspended meanwhile.
 
     Yields:
-        What was skipped, counted as the model runs.
+        What is skipped, counted as the model runs.
 
     Raises:
         ValueError: the model has no experts, or the rule does not fit it.
     """
-    before, session = current_session(model), Session(model, rule)
+    previous, session = current_session(model), Session(model, rule)
     _replace(model, session)
     try:
         yield session.report
     finally:
-        _replace(model, before)
+        _replace(model, previous)
 
 
 @contextmanager
 def resting(model: PreTrainedModel) -> Iterator[None]:
-    """No rule is at work on a model while the block runs."""
-    before = current_session(model)
+    """Suspends a model's rule inside the `with` block."""
+    previous = current_session(model)
     _replace(model, None)
     try:
         yield
     finally:
-        _replace(model, before)
+        _replace(model, previous)
 
 
 def pesf(
@@ -76,9 +80,9 @@ def pesf(
     rescue: float | None = None,
     decode: Demand | bool = False,
 ):
-    """Skips each sequence's rarely selected experts while the block runs (EAC-MoE's PESF).
+    """Skips each sequence's rarely selected experts inside the `with` block (EAC-MoE's PESF).
 
-    Works on any model that the adapter knows, compressed or not, in every experts implementation of transformers:
+    Works on every model with routed experts, compressed or not, in every experts implementation of transformers:
 
         with eacmoe_lightning.pesf(model, alpha=0.3) as report:
             model.generate(**inputs)
@@ -87,7 +91,7 @@ def pesf(
     Args:
         model: a causal LM of transformers.
         alpha, survivors, rescue: see `PESF`.
-        decode: True, or a `Demand`, to go on skipping behind the prompt.
+        decode: True, or a `Demand`, to keep skipping after the prompt.
 
     Raises:
         ValueError: alpha is not in (0, 1], or the model has no experts.
@@ -96,15 +100,16 @@ def pesf(
 
 
 def _replace(model: PreTrainedModel, session: Session | None) -> None:
-    before = current_session(model)
-    if before is not None:
-        before.detach()
+    """Attaches a session in place of the model's present one, which comes back if attaching fails."""
+    previous = current_session(model)
+    if previous is not None:
+        previous.detach()
     try:
         if session is not None:
             session.attach()
     except BaseException:
         session.detach()
-        if before is not None:
-            before.attach()
+        if previous is not None:
+            previous.attach()
         raise
     setattr(model, ATTRIBUTE, session)

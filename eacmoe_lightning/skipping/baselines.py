@@ -1,7 +1,7 @@
-"""Rules of others, to measure PESF against: uniform truncation, EES and ODP. They look at one token at a time.
+"""Baselines for PESF from other work: uniform truncation, EES and ODP. Each decides token by token.
 
-All three treat prompt and generated tokens alike, and scale what is left of a token's weights to their sum, as their
-authors' programs do; `survivors="keep"` leaves the weights as they are.
+All three treat prompt and generated tokens alike. They scale a token's surviving weights to the sum of all its weights,
+as their authors' programs do; `survivors="keep"` leaves the weights unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eacmoe_lightning.adapter import MoEModel, Routing
+from eacmoe_lightning.models.block import Routing
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.skipping.rules import Decision, Place, Rule
 from eacmoe_lightning.skipping.selection import drop
 from eacmoe_lightning.skipping.tokens import Tokens
@@ -27,8 +28,8 @@ class Truncation(Rule):
     """Every token runs its `top_k` experts of largest weight.
 
     Args:
-        top_k: how many; None: ceil(2K / 3), the baseline that any rule has to beat.
-        survivors: `renormalize` or `keep`.
+        top_k: number of experts per token; None: ceil(2K / 3), the baseline that any rule has to beat.
+        survivors: what happens to the weights of the remaining experts, `renormalize` or `keep`.
     """
 
     name: ClassVar[str] = "truncation"
@@ -43,19 +44,19 @@ class Truncation(Rule):
             raise ValueError(f"top_k={self.top_k} is not between 1 and the {top_k} experts that a token selects")
 
     def decide(self, place: Place, routing: Routing, tokens: Tokens) -> Decision:
-        left = self.top_k or math.ceil(2 * routing.ids.shape[1] / 3)
-        return _decide(routing, _rank(routing.weights) >= left, self.survivors)
+        num_kept = self.top_k or math.ceil(2 * routing.ids.shape[1] / 3)
+        return _decide(routing, _rank(routing.weights) >= num_kept, self.survivors)
 
 
 @dataclass(frozen=True)
 class EES(Rule):
     """Efficient expert skipping (Lu et al. 2024, "Not All Experts are Equal", section 3.3).
 
-    A token's last expert does not run when its weight is under a block's ratio to the first.
+    A token's last expert is skipped if its weight, divided by the first expert's, is below the block's ratio.
 
     Args:
-        ratios: of each MoE block; `calibrate` measures them.
-        survivors: `renormalize` or `keep`.
+        ratios: one ratio per MoE block; `calibrate` measures them.
+        survivors: what happens to the weights of the remaining experts, `renormalize` or `keep`.
     """
 
     name: ClassVar[str] = "ees"
@@ -64,16 +65,16 @@ class EES(Rule):
 
     def __post_init__(self) -> None:
         _check_survivors(self.survivors)
-        object.__setattr__(self, "ratios", tuple(self.ratios))  # a list, where it comes from JSON
+        object.__setattr__(self, "ratios", tuple(self.ratios))  # JSON gives a list
 
     @classmethod
     def calibrate(cls, model: PreTrainedModel, windows: Tensor, batch_size: int = 8, **options):
-        """The rule with the paper's ratios: per block the median of last weight / first weight over all tokens.
+        """The rule with the paper's ratios: for each block, the median of last weight / first weight over all tokens.
 
         Args:
-            model: the model that will skip.
+            model: the model that will skip experts.
             windows: [S, T] token ids of calibration text.
-            batch_size: windows at a time.
+            batch_size: number of windows in a batch.
             options: the rule's other arguments.
         """
         return cls(median_ratios(model, windows, batch_size), **options)
@@ -81,15 +82,15 @@ class EES(Rule):
     def check(self, num_blocks: int, top_k: int) -> None:
         if len(self.ratios) != num_blocks:
             raise ValueError(
-                f"{self.name} has {len(self.ratios)} ratios and the model {num_blocks} MoE blocks: calibrate it on "
-                f"this model ({type(self).__name__}.calibrate)"
+                f"{self.name} has {len(self.ratios)} ratios and the model {num_blocks} MoE blocks: calibrate the rule "
+                f"on this model ({type(self).__name__}.calibrate)"
             )
 
     def decide(self, place: Place, routing: Routing, tokens: Tokens) -> Decision:
         return _decide(routing, self._weak(place, routing), self.survivors)
 
     def _weak(self, place: Place, routing: Routing) -> Tensor:
-        """[N, K] bool, a token's last choice where its weight is under the ratio to the first."""
+        """[N, K] bool: a token's last choice, if its weight is below the block's ratio times the largest weight."""
         weights = routing.weights
         is_last = _rank(weights) == weights.shape[1] - 1
         return is_last & (weights < self.ratios[place.index] * weights.amax(-1, keepdim=True))
@@ -99,12 +100,13 @@ class EES(Rule):
 class ODP(EES):
     """Online dynamic pruning (Huang et al. 2024, "MC-MoE", section 3.3): EES that protects a prompt's critical tokens.
 
-    A token's importance is the L1 norm of the MoE block's input times the mean attention that it receives from itself
-    and the tokens after it. It needs attention weights, so the model runs with eager attention meanwhile.
+    A token's importance is the L1 norm of its input to the MoE block, times the mean attention that it receives from
+    itself and the tokens after it. This needs attention weights, so the model uses eager attention while the rule is
+    attached.
 
     Args:
-        ratios, survivors: as of `EES`.
-        protected: the share of a prompt's most important tokens that run in full; the paper's is 2 %.
+        ratios, survivors: see `EES`.
+        protected: share of a prompt's tokens, the most important ones, that run all their experts; 2 % in the paper.
     """
 
     name: ClassVar[str] = "odp"
@@ -114,7 +116,7 @@ class ODP(EES):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.protected <= 1:
-            raise ValueError(f"protected={self.protected} is not in [0, 1]: it is a share of tokens")
+            raise ValueError(f"protected={self.protected} is not in [0, 1]: pass the share of a prompt's tokens")
 
     def decide(self, place: Place, routing: Routing, tokens: Tokens) -> Decision:
         dropped = self._weak(place, routing)
@@ -126,28 +128,37 @@ class ODP(EES):
 
 
 def mean_attention_received(attention: Tensor, real: Tensor) -> Tensor:
-    """Attention [B, heads, T, past + T], real tokens [B, T] -> [B, T]: from real tokens, a mean over all that may."""
+    """Mean attention [B, T] that each token receives from itself and the real tokens after it.
+
+    Args:
+        attention: [B, heads, T, past + T].
+        real: [B, T] bool, False for padding.
+    """
     received = (attention.float().mean(1)[..., -real.shape[1] :] * real.unsqueeze(-1)).sum(1)
-    behind = real.flip(1).cumsum(1).flip(1)  # itself and real tokens after it
-    return received / behind.clamp(min=1)
+    num_attending = real.flip(1).cumsum(1).flip(1)  # the token itself and the real tokens after it
+    return received / num_attending.clamp(min=1)
 
 
 def most_important(importance: Tensor, real: Tensor, share: float) -> Tensor:
-    """[B, T] bool: in each sequence the given share of its real tokens, rounded down."""
+    """[B, T] bool: the most important real tokens of each sequence, the given share of them, rounded down."""
     order = importance.masked_fill(~real, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
     return order < (real.sum(1, keepdim=True) * share).floor()
 
 
 @torch.no_grad()
 def median_ratios(model: PreTrainedModel, windows: Tensor, batch_size: int = 8) -> tuple[float, ...]:
-    """Per MoE block the median over all tokens of [S, T] windows of smallest weight / largest weight."""
+    """For each MoE block, the median of smallest weight / largest weight over all tokens of windows [S, T]."""
     if not len(windows):
-        raise ValueError("no calibration window: the ratios are medians over its tokens")
+        raise ValueError("no calibration window: the ratios are medians over tokens, so pass at least one window")
     blocks = MoEModel(model).moe_blocks
     ratios: list[list[Tensor]] = [[] for _ in blocks]
     handles = [
-        block.router.register_forward_hook(lambda m, a, out, own=own: own.append(out[1].amin(-1) / out[1].amax(-1)))
-        for block, own in zip(blocks, ratios, strict=True)
+        block.watch_router(
+            lambda routing, _, collected=block_ratios: collected.append(
+                routing.weights.amin(-1) / routing.weights.amax(-1)
+            )
+        )
+        for block, block_ratios in zip(blocks, ratios, strict=True)
     ]
     try:
         for batch in windows.split(batch_size):
@@ -155,11 +166,11 @@ def median_ratios(model: PreTrainedModel, windows: Tensor, batch_size: int = 8) 
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(float(torch.cat(own).float().median()) for own in ratios)
+    return tuple(float(torch.cat(block_ratios).float().median()) for block_ratios in ratios)
 
 
 def _rank(weights: Tensor) -> Tensor:
-    """[N, K] -> each choice's place in the order of weights, 0 the largest."""
+    """[N, K] weights -> [N, K] rank of each choice by weight, 0 for the largest."""
     return weights.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
@@ -170,4 +181,4 @@ def _decide(routing: Routing, dropped: Tensor, survivors: Weights) -> Decision:
 
 def _check_survivors(survivors: str) -> None:
     if survivors not in get_args(Weights):
-        raise ValueError(f"survivors={survivors!r} is none of {', '.join(get_args(Weights))}")
+        raise ValueError(f"survivors={survivors!r} is not one of {', '.join(get_args(Weights))}")

@@ -1,4 +1,4 @@
-"""Skipping in the decode phase, which the paper leaves open: a prompt's selection counts, carried on as demand."""
+"""Skipping in the decode phase, which the paper does not cover: a prompt's selection counts continue as demand."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 class Demand:
     """PESF-decode (ours).
 
-    Each sequence has, per block, a demand d [E]: how often its tokens *asked* for each expert, whether or not the
-    expert then ran. It begins as the prompt's counts and forgets with a half-life of h tokens, so that it follows the
-    text. With m = sum(d) / K, the tokens that d remembers:
+    Each sequence has a demand d [E] in each block: how often its tokens *selected* each expert, whether or not the
+    expert then ran. It starts as the prompt's counts and decays with a half-life of h tokens, so that it follows the
+    text. Let m = sum(d) / K be the number of tokens that d remembers:
 
-        start   d = counts * min(1, m_h / m),  m_h = 1 / (1 - 2^(-1/h)): a prompt weighs no more than an endless past
+        start   d = counts * min(1, m_h / m),  m_h = 1 / (1 - 2^(-1/h)): a prompt counts at most like an endless past
         step    d = d * 2^(-1/h), plus 1 for each of the token's K choices
-        rare    d_i < alpha * m * K / E, the paper's rule on demand
-        drop    a choice that is rare does not run, unless its weight reaches `rescue` times the token's largest
+        rare    d_i < alpha * m * K / E, the paper's rule applied to demand
+        drop    a rare choice is skipped, unless its weight is at least `rescue` times the token's largest
 
-    So an expert comes back in two ways: at once, for a token that wants it clearly enough, and for good, when it is
-    asked for often enough. A token's first choice always runs.
+    A skipped expert returns in two ways: for one token, if the token weights it highly enough, and for the sequence,
+    once it is selected often enough. A token's first choice always runs.
 
     Args:
         half_life: h, in tokens.
-        rescue: in [0, 1]; 1 protects the first choice alone, at 0 nothing is dropped.
+        rescue: in [0, 1]; 1 protects only the first choice, 0 every choice.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -41,7 +41,7 @@ class Demand:
 
     @property
     def retention(self) -> float:
-        """What is left of a count after one more token."""
+        """The factor by which a count decays with each token."""
         return 2 ** (-1 / self.half_life)
 
     def start(self, counts: Tensor, top_k: int) -> Tensor:
@@ -51,7 +51,7 @@ class Demand:
         return counts.float() * (most / tokens.clamp(min=most))
 
     def step(self, demand: Tensor, ids: Tensor, real: Tensor) -> Tensor:
-        """[B, E] demand after one more token with choices [B, K]; `real` [B] is False where that token is padding."""
+        """[B, E] demand after one more token with choices [B, K]; `real` [B] is False if that token is padding."""
         choices = real.to(demand.dtype).unsqueeze(1).expand(ids.shape)
         return (demand * self.retention).scatter_add_(1, ids, choices)
 
@@ -70,6 +70,6 @@ def check_rescue(rescue: float) -> None:
     """Raises ValueError unless it is in [0, 1]."""
     if not 0 <= rescue <= 1:
         raise ValueError(
-            f"rescue={rescue} is not in [0, 1]: a rare expert runs for a token that gives it this share of its largest "
-            "weight; 1 protects the token's first choice alone"
+            f"rescue={rescue} is not in [0, 1]: a rare expert runs for a token that gives it at least this share of "
+            "its largest weight; 1 protects only the token's first choice"
         )

@@ -1,4 +1,4 @@
-"""What was skipped: counted on the model's device while it runs, read when somebody asks."""
+"""What was skipped: counted on the model's device while it runs, copied to the host only when the report is read."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from eacmoe_lightning.skipping.rules import Decision
 
 PREFILL, DECODE = "prefill", "decode"
-MOST_STEPS = 4096  # decisions of single tokens that wait to be counted
+MOST_STEPS = 4096  # decisions of decoding steps that are collected before they are counted
 
 
 class SkipReport:
-    """Sums over the forward passes since the rule was attached or `clear` was called; padding does not count."""
+    """Sums over all forward passes since the rule was attached or `clear` was called, without padding."""
 
     FIELDS = ("pairs", "dropped", "sequence_experts", "sequence_skipped", "batch_experts", "batch_untouched")
 
     def __init__(self, num_experts: list[int]) -> None:
-        self.num_experts = num_experts  # of each MoE block
+        self.num_experts = num_experts  # per MoE block
         self.clear()
 
     def clear(self) -> None:
         self.sums: dict[str, Tensor] = {}  # by phase: [blocks, fields] float64
-        self.steps: list[tuple[int, Tensor, Tensor, Tensor | None]] = []  # of decoding, not yet counted
+        self.steps: list[tuple[int, Tensor, Tensor, Tensor | None]] = []  # decoding steps, not yet counted
 
     def add(self, block: int, tokens: Tokens, decision: Decision) -> None:
-        """Counts one block's decision: no host sync. Steps of decoding are put aside and counted many at a time."""
+        """Counts one block's decision without a host sync. Decoding steps are collected and counted in batches."""
         ids = decision.ids.view(*tokens.shape, -1)
         if not tokens.is_step:
             kept = decision.kept if decision.kept is None else decision.kept[None]
@@ -40,35 +40,35 @@ class SkipReport:
             self._count_steps()
 
     def _count_steps(self) -> None:
-        alike: dict[tuple, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
+        groups: dict[tuple, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
         for block, ids, real, kept in self.steps:
-            alike.setdefault((block, ids.shape, kept is None), []).append((ids, real, kept))
+            groups.setdefault((block, ids.shape, kept is None), []).append((ids, real, kept))
         self.steps = []
-        for (block, _, is_full), decisions in alike.items():
+        for (block, _, is_full), decisions in groups.items():
             ids, real, kept = zip(*decisions, strict=True)
             self._count(DECODE, block, torch.stack(ids), torch.stack(real), None if is_full else torch.stack(kept))
 
     def _count(self, phase: str, block: int, ids: Tensor, real: Tensor, kept: Tensor | None) -> None:
-        """Adds M decisions: ids [M, B, T, K], real [M, B, T], kept [M, B, E]."""
+        """Adds M decisions of one block: ids [M, B, T, K], real [M, B, T], kept [M, B, E]."""
         num_experts = self.num_experts[block]
         if phase not in self.sums:
             shape = len(self.num_experts), len(self.FIELDS)
             self.sums[phase] = torch.zeros(shape, device=ids.device, dtype=torch.float64)
         pairs = real.sum() * ids.shape[-1]
-        found = [pairs, ((ids == num_experts) & real.unsqueeze(-1)).sum()]
+        counts = [pairs, ((ids == num_experts) & real.unsqueeze(-1)).sum()]
         if kept is not None:
-            filled = real.any(2)  # [M, B]; a sequence of padding alone skips nothing and says nothing
+            filled = real.any(2)  # [M, B]; a sequence of padding alone is not counted
             unused = ~kept | ~filled.unsqueeze(2)
-            found += [filled.sum() * num_experts, (unused & filled.unsqueeze(2)).sum()]
-            found += [filled.any(1).sum() * num_experts, (unused.all(1) & filled.any(1, keepdim=True)).sum()]
-        self.sums[phase][block, : len(found)] += torch.stack(found).to(self.sums[phase].device)
+            counts += [filled.sum() * num_experts, (unused & filled.unsqueeze(2)).sum()]
+            counts += [filled.any(1).sum() * num_experts, (unused.all(1) & filled.any(1, keepdim=True)).sum()]
+        self.sums[phase][block, : len(counts)] += torch.stack(counts).to(self.sums[phase].device)
 
     def summary(self, phase: str = PREFILL) -> dict[str, float]:
-        """Shares over all blocks.
+        """Shares over all blocks, and the counts that they are computed from.
 
-        `pairs_dropped`: of the selected (token, expert) pairs, those not run. `experts_skipped`: of the (sequence,
-        expert) pairs, those skipped: in a batch only these are saved. `experts_untouched`: of the experts, those that
-        no sequence of the batch uses, whose weights are not even read. Plus the absolute numbers behind them.
+        `pairs_dropped`: share of the selected (token, expert) pairs that did not run.
+        `experts_skipped`: share of the (sequence, expert) pairs that were skipped.
+        `experts_untouched`: share of the experts that no sequence of a batch used, so that their weights were not read.
         """
         self._count_steps()
         totals = dict.fromkeys(self.FIELDS, 0.0)
@@ -77,7 +77,7 @@ class SkipReport:
         return _shares(totals)
 
     def blocks(self, phase: str = PREFILL) -> list[dict[str, float]]:
-        """`summary` for each block by itself."""
+        """`summary` of each block."""
         self._count_steps()
         if phase not in self.sums:
             return []
@@ -93,7 +93,7 @@ class SkipReport:
                 f"{s['experts_skipped']:.1%} of (sequence, expert) pairs were skipped, and "
                 f"{s['experts_untouched']:.1%} of the experts by every sequence of their batch"
             )
-        return "\n".join(lines) or "nothing has run"
+        return "\n".join(lines) or "nothing has run yet"
 
 
 def _shares(totals: dict[str, float]) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""What a rule of skipping is, and PESF as one; the baselines are in `baselines.py`.
+"""The interface of a skipping rule, and PESF. The baselines are in `baselines.py`.
 
-A rule sees what one router said of one forward pass and answers with the pairs that run: ids [N, K], E for a pair that
-does not, and their weights. It is a frozen dataclass of numbers, so that it can be stored with a model.
+A rule gets one router's output in one forward pass and returns the pairs that run: ids [N, K], with E for a pair that
+is skipped, and their weights. It is a frozen dataclass of plain values, so that it can be stored with a model.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
 
-from eacmoe_lightning.adapter import Routing
-from eacmoe_lightning.forced_selection import weight_rule
+from eacmoe_lightning.models.block import Routing
+from eacmoe_lightning.routers.router_weights import weight_rule
 from eacmoe_lightning.skipping.decode import Demand, check_rescue, frequent, rescued
 from eacmoe_lightning.skipping.selection import Survivors, drop, dropped_pairs, kept_experts, reroute, skip_counts
 from eacmoe_lightning.skipping.tokens import Tokens
@@ -21,18 +21,18 @@ from eacmoe_lightning.skipping.tokens import Tokens
 
 @dataclass
 class Place:
-    """The router that is asked: what a rule may need beside the routing itself."""
+    """One router, with what a rule may need in addition to its output."""
 
-    index: int  # among the MoE blocks
+    index: int  # of its block among the MoE blocks
     router: nn.Module
-    inputs: Tensor | None = None  # [N, D] or [B, T, D], what the router is given
-    attention: Tensor | None = None  # [B, heads, T, past + T] of this block, for rules that ask for it
-    weigh: Callable[[Tensor, Tensor], Tensor] | None = None  # the router's rule for weights, once it is known
+    inputs: Tensor | None = None  # [N, D] or [B, T, D], the router's input
+    attention: Tensor | None = None  # [B, heads, T, past + T] of this block, for rules that need it
+    weigh: Callable[[Tensor, Tensor], Tensor] | None = None  # how the router computes weights; set on first use
 
 
 @dataclass
 class Decision:
-    """What runs: ids [N, K] with E for a dropped pair, weights [N, K], and per sequence the kept experts [B, E]."""
+    """What runs: ids [N, K] with E for a dropped pair, weights [N, K], and each sequence's kept experts [B, E]."""
 
     ids: Tensor
     weights: Tensor
@@ -41,17 +41,17 @@ class Decision:
 
 @dataclass(frozen=True)
 class Rule:
-    """Base of all rules; by itself it skips nothing."""
+    """Base class of all rules; it skips nothing."""
 
     name: ClassVar[str] = "none"
-    remembers: ClassVar[bool] = False  # whether it keeps something of each sequence between passes
-    needs_attention: ClassVar[bool] = False  # whether it asks for attention weights
+    remembers: ClassVar[bool] = False  # whether it keeps state for each sequence between forward passes
+    needs_attention: ClassVar[bool] = False  # whether it needs attention weights
 
     def decide(self, place: Place, routing: Routing, tokens: Tokens) -> Decision:
         return Decision(routing.ids, routing.weights)
 
     def check(self, num_blocks: int, top_k: int) -> None:
-        """Raises ValueError where the rule does not fit a model."""
+        """Raises ValueError if the rule does not fit a model."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"rule": self.name} | asdict(self)
@@ -59,25 +59,26 @@ class Rule:
 
 @dataclass(frozen=True)
 class PESF(Rule):
-    """Pruning by expert-selection frequency (EAC-MoE, section 3.3), in the prefill and, with `decode`, behind it.
+    """Pruning by expert-selection frequency (EAC-MoE, section 3.3), in prefill and, with `decode`, after it.
 
-    Every forward pass of more than one token a sequence is a prefill of these tokens. Their selections are counted per
-    block and sequence, and the pairs of rarely selected experts do not run (`selection.kept_experts`).
+    A forward pass with more than one token per sequence is a prefill of these tokens. Their selections are counted for
+    each block and sequence, and pairs of rarely selected experts do not run (`selection.kept_experts`).
 
-    The defaults are the paper's rule. Recommended is `rescue=1.0`: on held-out text of the bundled model it loses 0.2 %
-    of perplexity instead of 0.8 % at alpha 0.3, and 1.8 instead of 8.7 % at 0.7, for 4.4 instead of 4.8 % and 12.6
-    instead of 14.8 % of the pairs. Of the ways to treat survivors `keep` was the best, then `reroute`, then
-    `renormalize` (`benchmarks/pesf.py`; LOG.md).
+    The defaults are the paper's rule, but we recommend `rescue=1.0`. On held-out text, the bundled model's perplexity
+    then grows by 0.2 % instead of 0.8 % at alpha 0.3 (4.4 instead of 4.8 % of the pairs skipped), and by 1.8 instead of
+    8.7 % at 0.7 (12.6 instead of 14.8 %). For `survivors`, `keep` was the best, then `reroute`, then `renormalize`
+    (`benchmarks/pesf.py`; docs/findings/pesf.md).
 
     Args:
-        alpha: in (0, 1]; an expert with less than this share of the mean load is skipped. The paper's mild setting is
-            0.3, its aggressive one 0.7.
-        survivors: of a token that loses an expert. `keep`: the others' weights stay as they are (the paper's reading);
-            `renormalize`: they are scaled to the same sum; `reroute`: the next-best kept expert takes the lost one's
-            place, so that hardly a pair is saved, but fewer experts are touched.
-        rescue: None: a rare expert runs for no token (the paper). Otherwise it runs where its weight is at least this
-            share, in [0, 1], of the token's largest; 1 protects the first choice alone (ours).
-        decode: how single tokens behind the prompt are treated; None: they run in full, as in the paper.
+        alpha: in (0, 1]; an expert with less than this share of the mean load is skipped. 0.3 is the paper's mild
+            setting, 0.7 its aggressive one.
+        survivors: what happens to a token that loses an expert. `keep`: the other weights stay unchanged, as we read
+            the paper; `renormalize`: they are scaled to the same sum; `reroute`: the next-best kept expert replaces the
+            lost one, which saves hardly any pairs but touches fewer experts.
+        rescue: None: a rare expert runs for no token, as in the paper. A number in [0, 1]: a rare expert still runs for
+            a token whose weight for it is at least this share of the token's largest (ours); 1 protects only the first
+            choice.
+        decode: how single tokens after the prompt are treated; None: they run all their experts, as in the paper.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -92,11 +93,11 @@ class PESF(Rule):
     def __post_init__(self) -> None:
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha <= 1:
             raise ValueError(
-                f"alpha={self.alpha} is not in (0, 1]: it is the share of the mean load under which an expert is "
+                f"alpha={self.alpha} is not in (0, 1]: an expert with less than this share of the mean load is "
                 "skipped; 0.3 is mild, 0.7 aggressive"
             )
         if self.survivors not in get_args(Survivors):
-            raise ValueError(f"survivors={self.survivors!r} is none of {', '.join(get_args(Survivors))}")
+            raise ValueError(f"survivors={self.survivors!r} is not one of {', '.join(get_args(Survivors))}")
         if self.rescue is not None:
             check_rescue(self.rescue)
 
@@ -108,7 +109,7 @@ class PESF(Rule):
         if tokens.is_step and not (self.decode and tokens.is_continued):
             if self.decode:
                 self._count(place, routing, tokens)
-            return Decision(routing.ids, routing.weights)  # of one token no count is below alpha * K / E
+            return Decision(routing.ids, routing.weights)  # with one token, no selected expert is below alpha * K / E
         batch, length = tokens.shape
         top_k = routing.ids.shape[1]
         ids = routing.ids.view(batch, length, top_k)
@@ -132,7 +133,7 @@ class PESF(Rule):
         return Decision(*chosen, kept)
 
     def _count(self, place: Place, routing: Routing, tokens: Tokens) -> Tensor:
-        """[B, E] counts of this pass and, with `decode`, of earlier pieces of the same prompt."""
+        """[B, E] selection counts of this pass and, with `decode`, of earlier pieces of the same prompt."""
         top_k = routing.ids.shape[1]
         counts = skip_counts(routing.ids.view(*tokens.shape, top_k), tokens.real, routing.logits.shape[1])
         if self.decode:

@@ -1,6 +1,6 @@
-"""PESF as pure functions (EAC-MoE, section 3.3): who is selected how often, who is skipped, what survivors weigh.
+"""PESF as pure functions (EAC-MoE, section 3.3): selection counts, skipped experts, weights of the survivors.
 
-Letters as everywhere; B is sequences here, T tokens per sequence, so N = B*T tokens are the rows of a router's output.
+B is the number of sequences and T the tokens per sequence; the N = B*T tokens are the rows of a router's output.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 Survivors = Literal["keep", "renormalize", "reroute"]
-FINEST = 10**6  # alpha is read as a fraction with at most this denominator
+FINEST = 10**6  # largest denominator of alpha as a fraction
 
 
 def exact(alpha: float) -> Fraction:
-    """Alpha as the fraction that its decimal digits say: 0.3 is 3/10, so that thresholds are compared in integers."""
+    """Alpha as the fraction of its decimal digits: 0.3 is 3/10, so that thresholds are compared in integers."""
     return Fraction(str(alpha)).limit_denominator(FINEST)
 
 
 def skip_counts(ids: Tensor, real: Tensor, num_experts: int) -> Tensor:
-    """How often each sequence's tokens selected each expert.
+    """How often the tokens of each sequence selected each expert.
 
     Args:
         ids: [B, T, K] selected experts.
-        real: [B, T] bool, False for padding, which never counts.
+        real: [B, T] bool, False for padding, which is not counted.
         num_experts: E.
 
     Returns:
@@ -38,11 +38,11 @@ def skip_counts(ids: Tensor, real: Tensor, num_experts: int) -> Tensor:
 
 
 def kept_experts(counts: Tensor, lengths: Tensor, top_k: int, alpha: float) -> Tensor:
-    """EAC-MoE: expert i is skipped for a sequence of l tokens when c_i < alpha * l * K / E; exact for every l.
+    """EAC-MoE: a sequence of l tokens skips expert i if c_i < alpha * l * K / E. The comparison is exact.
 
-    Counts are integers, so while alpha * l * K / E <= 1 (l <= E / (alpha * K): 34 tokens of a model with 20 experts,
-    top-2, at 0.3) only experts that nobody selected are skipped: a short sequence loses nothing. A sequence without
-    real tokens skips no expert.
+    Counts are integers. While alpha * l * K / E <= 1, only experts that no token selected are skipped, so a short
+    sequence loses nothing: up to l = E / (alpha * K), which is 33 tokens for 20 experts, top-2 and alpha = 0.3. A
+    sequence without real tokens skips no expert.
 
     Args:
         counts: [B, E] int64.
@@ -59,26 +59,26 @@ def kept_experts(counts: Tensor, lengths: Tensor, top_k: int, alpha: float) -> T
 
 
 def dropped_pairs(ids: Tensor, kept: Tensor) -> Tensor:
-    """[B, T, K] selections and [B, E] kept experts -> [B, T, K] bool, the pairs that are not run."""
+    """[B, T, K] selections and [B, E] kept experts -> [B, T, K] bool, the pairs that do not run."""
     return ~kept.gather(1, ids.flatten(1)).view(ids.shape)
 
 
 def drop(
     ids: Tensor, weights: Tensor, dropped: Tensor, num_experts: int, renormalize: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Marks pairs as not to be run: id E, weight 0.
+    """Marks dropped pairs with id E and weight 0.
 
     Args:
         ids, weights: [N, K].
         dropped: [N, K] bool.
         num_experts: E.
-        renormalize: whether a token's surviving weights are scaled to what all its weights summed to; otherwise they
-            stay, and the token's routed output shrinks.
+        renormalize: whether a token's surviving weights are scaled to the sum of all its weights. If not, they stay
+            unchanged and the token's routed output shrinks.
     """
     survivors = weights.masked_fill(dropped, 0)
     if renormalize:
-        total, left = weights.sum(-1, keepdim=True), survivors.sum(-1, keepdim=True)
-        scaled = survivors * (total / left.where(left > 0, torch.ones_like(left)))
+        total, surviving = weights.sum(-1, keepdim=True), survivors.sum(-1, keepdim=True)
+        scaled = survivors * (total / surviving.where(surviving > 0, torch.ones_like(surviving)))
         survivors = torch.where(dropped.any(-1, keepdim=True), scaled, survivors)
     return ids.masked_fill(dropped, num_experts), survivors
 
@@ -91,20 +91,21 @@ def reroute(
     kept: Tensor,
     weigh: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Sends tokens with dropped pairs to their next-best kept experts, by logit; other tokens are left as they are.
+    """Sends tokens with dropped pairs to their next-best kept experts, by logit. Other tokens stay unchanged.
 
-    Where fewer than K experts are kept, what is missing stays dropped.
+    If fewer than K experts are kept, the missing pairs stay dropped.
 
     Args:
-        logits: [N, E] of the router.
-        ids, weights: [N, K], its choice.
+        logits: [N, E] router logits.
+        ids, weights: [N, K], the router's choice.
         dropped: [N, K] bool, the pairs that may not run.
         kept: [N, E] bool, the experts that each token may use.
-        weigh: (logits [N, E], ids [N, K]) -> [N, K], the router's rule for weights.
+        weigh: (logits [N, E], ids [N, K]) -> [N, K], the router's computation of weights.
     """
     num_experts, top_k = logits.shape[1], ids.shape[1]
     score = logits.float().masked_fill(~kept, -torch.inf)
-    survivors = torch.zeros_like(kept).scatter(1, ids, ~dropped)  # own choices come first, whatever a bias made of them
+    # The router may have chosen the survivors by a bias and not by logits alone: they come first in any case.
+    survivors = torch.zeros_like(kept).scatter(1, ids, ~dropped)
     score = score.masked_fill(survivors, torch.inf)
     top, chosen = score.topk(top_k, -1)
     changed, missing = dropped.any(-1, keepdim=True), top == -torch.inf

@@ -1,9 +1,10 @@
-"""A rule at work on a model: hooks on the decoder, which tell what the tokens are, and on every router.
+"""A rule attached to a model: hooks on the decoder, to know sequences and padding, and on every router.
 
-A router's hook replaces the ids and weights that it returned; a pair that is not run has id E and weight 0. Packed
-experts skip those. The experts of transformers are shown the surviving pairs alone where that costs no wait for the
-device (on CPUs); elsewhere they are told that such ids occur: `grouped_mm` then leaves the products out, `batched_mm`
-still makes them. What a rule remembers of a sequence hangs on the cache of the pass, so every `generate` begins anew.
+A router's hook replaces the ids and weights that the router returned: a dropped pair has id E and weight 0. Packed
+experts skip such pairs. On CPUs, and where experts run one after another, the experts of transformers get only the
+surviving pairs. Elsewhere, selecting these would wait for the device, so the experts are told instead that such ids
+occur: `grouped_mm` then skips the products, `batched_mm` still computes them. A rule's state for a sequence belongs to
+the cache of the forward pass, so every `generate` starts afresh.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eacmoe_lightning.adapter import Block, MoEModel, Routing
-from eacmoe_lightning.packed_modules import PackedExperts
+from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.transformers_loader import CACHE, SKIPS_PAIRS, cache_of, is_eager
+from eacmoe_lightning.runtime.packed_modules import PackedExperts
 from eacmoe_lightning.skipping.report import SkipReport
 from eacmoe_lightning.skipping.rules import Place, Rule
 from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, real_tokens
 
 Memory = dict[str, Tensor]
-PARALLEL = "_is_expert_parallel"  # by which transformers' experts know that ids of E occur
 
 
 class Session:
-    """One rule on one model; `attach` puts it to work, `detach` leaves the model as it was.
+    """One rule on one model. `attach` installs the hooks, `detach` restores the model.
 
     Raises:
-        ValueError: the model has no experts, the rule does not fit it, or its experts cannot leave a pair out.
+        ValueError: the model has no experts, the rule does not fit it, or (`attach`) its experts cannot skip a pair.
     """
 
     def __init__(self, model: PreTrainedModel, rule: Rule) -> None:
@@ -40,14 +42,14 @@ class Session:
         self.report = SkipReport([block.num_experts for block in self.moe.moe_blocks])
         self.handles: list[Any] = []
         self.tokens: Tokens | None = None
-        self.is_running = False  # whether the decoder is, by whose call `tokens` are known
+        self.is_running = False  # whether the decoder is running: `tokens` are then those of its call
         self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
         self.attention_before: str | None = None
-        self.parallel_before = [getattr(experts, PARALLEL, False) for experts in self.experts]
+        self.parallel_before = [getattr(experts, SKIPS_PAIRS, False) for experts in self.experts]
         rule.check(len(self.places), self.moe.top_k)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of a model take its rule with them, and no sequence."""
+        """Copies and pickles of a model keep its rule, but not the state of sequences."""
         return {name: value for name, value in self.__dict__.items() if name != "memories"} | {"tokens": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -70,7 +72,7 @@ class Session:
         ]
         for block, place in zip(self.moe.moe_blocks, self.places, strict=True):
             self.handles.append(block.layer.register_forward_pre_hook(self._enter))
-            self.handles.append(place.router.register_forward_hook(partial(self._route, place)))
+            self.handles.append(block.watch_router(partial(self._route, place)))
         if self.rule.needs_attention:
             self.attention_before = self.model.config._attn_implementation
             self.model.set_attn_implementation("eager")
@@ -82,7 +84,7 @@ class Session:
         for handle in self.handles:
             handle.remove()
         for experts, before in zip(self.experts, self.parallel_before, strict=True):
-            setattr(experts, PARALLEL, before)
+            setattr(experts, SKIPS_PAIRS, before)
             if (wrapped := experts.__dict__.get("forward")) is not None and wrapped.func is _run_survivors:
                 del experts.forward
                 if wrapped.args[1] is not None:
@@ -94,43 +96,45 @@ class Session:
         self.handles, self.tokens, self.attention_before = [], None, None
         self.memories.clear()
 
-    # --- the hooks, in the order in which they run -------------------------------------------------------
+    # --- hooks, in the order in which they run -----------------------------------------------------------
 
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = named_arguments(decoder, args, kwargs)
-        cache = arguments.get("past_key_values")
+        cache = cache_of(arguments)
         memory = self.memories.get(cache) if self.rule.remembers and cache is not None else None
         if memory is not None and not cache.get_seq_length():
-            memory = None  # a cache that was reset
+            memory = None  # the cache was reset
         self.tokens = Tokens(real_tokens(arguments), {} if memory is None else memory, memory is not None)
         self.is_running = True
 
     def _enter(self, layer: nn.Module, args: tuple) -> None:
-        """A block that is run by itself, as `evaluate` does with one batch after another, none of them padded."""
+        """For a block that runs without the decoder, as in `evaluate`: batches there have no padding."""
         if not self.is_running and args and tuple(args[0].shape[:2]) != self.tokens.shape:
             self.tokens = Tokens(torch.ones(args[0].shape[:2], dtype=torch.bool, device=args[0].device))
 
-    def _route(self, place: Place, router: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> tuple:
-        logits, weights, ids = output
+    def _route(self, place: Place, routing: Routing, inputs: Tensor | None) -> Routing:
+        ids = routing.ids
         batch, length = self.tokens.shape
         if len(ids) != batch * length:
             raise ValueError(
-                f"the router of MoE block {place.index} was given {len(ids)} tokens, and the model {batch} x {length}: "
-                "they cannot be told apart by sequence, so no expert can be skipped"
+                f"the router of MoE block {place.index} got {len(ids)} tokens, and the model {batch} x {length}: the "
+                "sequence of each token is unknown, so no expert can be skipped"
             )
-        self.tokens.real = self.tokens.real.to(ids.device)  # blocks may lie on several
+        self.tokens.real = self.tokens.real.to(ids.device)  # blocks may be on different devices
         if self.rule.needs_attention:
             if place.attention is None:
-                raise ValueError(f"MoE block {place.index} gives no attention weights, and {self.rule.name} needs them")
-            place.inputs = args[0]
-        decision = self.rule.decide(place, Routing(logits, ids, weights), self.tokens)
+                raise ValueError(
+                    f"MoE block {place.index} returns no attention weights, which the rule {self.rule.name} needs"
+                )
+            place.inputs = inputs
+        decision = self.rule.decide(place, routing, self.tokens)
         self.report.add(place.index, self.tokens, decision)
         place.inputs = place.attention = None
-        return logits, decision.weights, decision.ids
+        return Routing(routing.logits, decision.ids, decision.weights)
 
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.is_running = False
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, CACHE, None)
         if not self.rule.remembers or cache is None:
             return
         if cache not in self.memories:
@@ -139,32 +143,45 @@ class Session:
 
 
 def _run_survivors(
-    experts: nn.Module, own: Callable | None, hidden: Tensor, ids: Tensor, weights: Tensor, *args: Any, **kwargs: Any
+    experts: nn.Module,
+    previous_forward: Callable | None,
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
-    """Experts' forward pass (`own` where it had replaced the class's), on the pairs that are left, on CPUs."""
-    forward = own or partial(type(experts).forward, experts)
-    on_cpu = hidden.device.type == "cpu"
-    setattr(experts, PARALLEL, not on_cpu)
-    if not on_cpu:
+    """The experts' forward pass; on CPUs, and of eager experts, on the surviving pairs only.
+
+    Args:
+        experts: the module.
+        previous_forward: a forward that had replaced the class's on this module; None: the class's.
+        hidden, ids, weights: [N, D], [N, K], [N, K].
+        args, kwargs: further arguments of the forward.
+    """
+    forward = previous_forward or partial(type(experts).forward, experts)
+    gets_survivors = hidden.device.type == "cpu" or is_eager(experts)
+    setattr(experts, SKIPS_PAIRS, not gets_survivors)
+    if not gets_survivors:
         return forward(hidden, ids, weights, *args, **kwargs)
     token, choice = torch.where(ids < experts.num_experts)
     if len(token) == ids.numel():
         return forward(hidden, ids, weights, *args, **kwargs)
     out = torch.zeros_like(hidden)
-    if len(token):  # each pair as a token with one expert
+    if len(token):  # each pair becomes a token with one expert
         pairs = ids[token, choice].unsqueeze(1), weights[token, choice].unsqueeze(1)
         out.index_add_(0, token, forward(hidden[token], *pairs, *args, **kwargs))
     return out
 
 
 def _keep_attention(place: Place, module: nn.Module, args: tuple, output: Any) -> None:
-    """Of a layer's parts, attention is the one that returns (hidden, weights [B, heads, T, keys])."""
+    """Attention is the child of a layer that returns (hidden, weights [B, heads, T, keys])."""
     if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
         place.attention = output[1]
 
 
 def _check_can_skip(block: Block, top_k: int) -> None:
-    """Runs one token without a single expert: what experts cannot do that, they say so here."""
+    """Runs one token with all its pairs dropped, so that experts that cannot skip a pair fail here and not later."""
     experts = block.experts.module
     weight = block.router_weight
     if weight.is_meta:
@@ -176,26 +193,26 @@ def _check_can_skip(block: Block, top_k: int) -> None:
             experts(token, ids, token.new_zeros(1, top_k))
     except (RuntimeError, IndexError, KeyError) as error:
         raise ValueError(
-            f"{type(experts).__name__} cannot leave out a (token, expert) pair in its present implementation "
-            f"({error}): try model.set_experts_implementation('grouped_mm')"
+            f"{type(experts).__name__} cannot skip a (token, expert) pair in its present implementation ({error}): "
+            "try model.set_experts_implementation('grouped_mm')"
         ) from error
 
 
 def _follow(cache: Any, memories: weakref.WeakKeyDictionary[Any, Memory]) -> None:
-    """Makes a memory go wherever its cache goes: beams, selected and repeated sequences, a reset."""
+    """Keeps a memory in step with its cache: reordered beams, selected and repeated sequences, a reset."""
     reference = weakref.ref(cache)
 
-    def then(method: str, change: Callable[..., Memory]) -> None:
+    def wrap(method: str, change: Callable[..., Memory]) -> None:
         original = getattr(type(cache), method)
 
         @wraps(original)
-        def moved(*args: Any, **kwargs: Any) -> None:
-            own = reference()
-            original(own, *args, **kwargs)
-            if own in memories:
-                memories[own] = change(memories[own], *args, **kwargs)
+        def wrapper(*args: Any, **kwargs: Any) -> None:
+            followed_cache = reference()
+            original(followed_cache, *args, **kwargs)
+            if followed_cache in memories:
+                memories[followed_cache] = change(memories[followed_cache], *args, **kwargs)
 
-        setattr(cache, method, moved)
+        setattr(cache, method, wrapper)
 
     def select(memory: Memory, indices: Tensor) -> Memory:
         return {name: tensor.index_select(0, indices.to(tensor.device)) for name, tensor in memory.items()}
@@ -205,12 +222,12 @@ def _follow(cache: Any, memories: weakref.WeakKeyDictionary[Any, Memory]) -> Non
 
     def refuse(memory: Memory, *_: Any) -> Memory:
         raise ValueError(
-            "tokens were taken back from the cache, and the expert counts of a rule that works while decoding cannot "
-            "be: leave out `decode`, or the assistant model"
+            "tokens were removed from the cache, but a rule with `decode` cannot remove them from its expert counts: "
+            "leave out `decode`, or the assistant model"
         )
 
-    then("reorder_cache", select)
-    then("batch_select_indices", select)
-    then("batch_repeat_interleave", repeat)
-    then("reset", lambda memory: {})
-    then("crop", refuse)
+    wrap("reorder_cache", select)
+    wrap("batch_select_indices", select)
+    wrap("batch_repeat_interleave", repeat)
+    wrap("reset", lambda memory: {})
+    wrap("crop", refuse)

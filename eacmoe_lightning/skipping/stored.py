@@ -1,4 +1,4 @@
-"""Rules in the config of a compressed model: written by `save_pretrained`, put to work again by whatever loads it."""
+"""Rules in the config of a compressed model: `save_pretrained` writes them, loading the model restores them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (PESF, EES, ODP, Tru
 
 
 def stored_rule(model: PreTrainedModel) -> dict[str, Any]:
-    """What a model's config.json gets: its rule under `expert_skipping`, or nothing."""
+    """A model's rule as the entry `expert_skipping` of config.json; empty without a rule."""
     rule = current_rule(model)
     return {KEY: rule.to_dict()} if rule else {}
 
@@ -25,12 +25,12 @@ def read_rule(stored: dict[str, Any]) -> Rule:
     """The rule that `Rule.to_dict` described.
 
     Raises:
-        ValueError: no such rule is known, or its arguments are not those of the rule.
+        ValueError: the rule is unknown, or the arguments are not those of the rule.
     """
     values = dict(stored)
     name = values.pop("rule", None)
     if name not in RULES:
-        raise ValueError(f"{KEY} in config.json names the rule {name!r}; known are {', '.join(RULES)}")
+        raise ValueError(f"{KEY} in config.json names the rule {name!r}, which is not one of {', '.join(RULES)}")
     if values.get("decode"):
         values["decode"] = Demand(**values["decode"])
     try:
@@ -40,6 +40,6 @@ def read_rule(stored: dict[str, Any]) -> Rule:
 
 
 def restore_rule(model: PreTrainedModel, config: dict[str, Any]) -> None:
-    """Puts the rule of a compressed directory's config to work, if it names one."""
+    """Attaches the rule in a compressed directory's config to the model, if there is one."""
     if config.get(KEY):
         set_skipping(model, read_rule(config[KEY]))

@@ -1,7 +1,7 @@
-"""Which sequence each of a router's N tokens belongs to, and which are padding: read off the decoder's arguments.
+"""The sequence of each of a router's N tokens, and which tokens are padding, from the decoder's arguments.
 
-A router sees [N, D] and knows neither. The decoder is called with [B, T] tokens and an attention mask, in one of the
-forms that transformers gives it: none, [B, past + T], or prepared [B, 1, T, keys] (one, or one per kind of layer).
+A router sees [N, D] and knows neither. The decoder is called with [B, T] tokens and an attention mask in one of the
+forms that transformers uses: none, [B, past + T], or prepared [B, 1, T, keys] (one, or one for each kind of layer).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eacmoe_lightning.models.transformers_loader import cache_of
+
 
 @dataclass
 class Tokens:
@@ -20,8 +22,8 @@ class Tokens:
 
     Attributes:
         real: [B, T] bool, False for padding.
-        memory: what a rule keeps of each sequence from pass to pass of one cache, by a name of its own; [B, ...].
-        is_continued: whether `memory` already holds what earlier passes left.
+        memory: a rule's state for each sequence, [B, ...] by name, kept between forward passes with the same cache.
+        is_continued: whether `memory` already holds the state of earlier passes.
     """
 
     real: Tensor
@@ -40,23 +42,23 @@ class Tokens:
 
 
 def named_arguments(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a decoder's forward pass by their names."""
+    """The arguments of a decoder's forward pass by name."""
     if not args:
         return kwargs
     return kwargs | inspect.signature(decoder.forward).bind_partial(*args).arguments
 
 
 def real_tokens(arguments: dict[str, Any]) -> Tensor:
-    """[B, T] bool: which of the decoder's tokens are no padding.
+    """[B, T] bool: which of the decoder's tokens are not padding.
 
     Raises:
-        ValueError: the attention mask has a form that is not understood.
+        ValueError: the attention mask has an unknown form.
     """
     inputs = arguments.get("input_ids")
     inputs = arguments["inputs_embeds"] if inputs is None else inputs
     batch, length = inputs.shape[:2]
     mask = arguments.get("attention_mask")
-    if isinstance(mask, dict):  # one per kind of layer; padding is the same in all
+    if isinstance(mask, dict):  # one for each kind of layer, with the same padding
         mask = next((m for m in mask.values() if m is not None), None)
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
@@ -64,14 +66,14 @@ def real_tokens(arguments: dict[str, Any]) -> Tensor:
         return mask[:, -length:].bool()
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         raise ValueError(
-            f"an attention mask of type {type(mask).__name__}{_shape(mask)} does not tell padding from tokens, so no "
-            "expert can be skipped: pass a [batch, length] mask, or none"
+            f"an attention mask of type {type(mask).__name__}{_shape(mask)} does not distinguish padding from tokens, "
+            "so no expert can be skipped: pass a mask of [batch, length], or none"
         )
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     past = 0 if cache is None else int(cache.get_seq_length())
-    past = past if past + length <= mask.shape[-1] else mask.shape[-1] - length  # a sliding window keeps fewer
-    itself = mask[:, 0].diagonal(past, -2, -1)  # only padding does not attend to itself
-    return (itself if itself.dtype == torch.bool else itself == 0).expand(batch, length)
+    past = past if past + length <= mask.shape[-1] else mask.shape[-1] - length  # a sliding window has fewer keys
+    diagonal = mask[:, 0].diagonal(past, -2, -1)  # only padding does not attend to itself
+    return (diagonal if diagonal.dtype == torch.bool else diagonal == 0).expand(batch, length)
 
 
 def _shape(mask: Any) -> str:

@@ -1,3 +1,1 @@
-"""Which experts tolerate what: errors of known size in chosen experts, and what they do to the model."""
-
-from eacmoe_lightning.study import command  # noqa: F401
+"""Which experts tolerate which errors: puts errors of known size into chosen experts and measures the model."""

@@ -1,7 +1,7 @@
-"""What a study measures: its cells, one for each choice of blocks, experts, kind of error and bound.
+"""The cells that a study measures, one for each choice of blocks, experts, kind of error and bound.
 
-The same choice has the same key for ever, so a study may be killed, and one with more bounds takes over what an earlier
-one has measured.
+The same choice always has the same key. So a killed study can go on, and a study with more bounds reuses what an
+earlier one measured.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Cell:
         blocks: a name of `block_groups`.
         experts: which experts of each of these blocks, see `choose_experts`.
         kind: a codec with a bound (`sz3`, `uniform`) or a noise (`gaussian-noise`, `uniform-noise`).
-        bound: how far the weights may move; for noises the nominal size.
-        seed: of noise and of random experts; 0 where nothing is random.
+        bound: the largest error of a weight; for a noise its nominal size.
+        seed: for noise and random experts; 0 if nothing is random.
     """
 
     blocks: str
@@ -54,7 +54,7 @@ def block_groups(selections: Iterable[str], moe_blocks: list[int]) -> dict[str, 
     """Groups of blocks by name.
 
     Args:
-        selections: `each` (every block alone), `depth` (shallow, middle and deep by relative depth, as the paper cuts
+        selections: `each` (every block alone), `depth` (shallow, middle and deep by relative depth, as the paper groups
             its 26 blocks), `all`, or blocks of the model by index: `3`, `0-2`, `0,5`.
         moe_blocks: indices of the blocks with experts.
 
@@ -85,23 +85,23 @@ def _listed(selection: str, moe_blocks: list[int]) -> list[int]:
         blocks = []
     if not blocks or not set(blocks) <= set(moe_blocks):
         raise ValueError(
-            f"{selection!r} (--blocks) is none of `each`, `depth`, `all`, and names no blocks with experts such as "
-            f"`0,2-3`; there are {moe_blocks}"
+            f"{selection!r} (--blocks) is not `each`, `depth` or `all`, nor a list of blocks with experts such as "
+            f"`0,2-3`; the blocks with experts are {moe_blocks}"
         )
     return blocks
 
 
 def check_choice(choice: str) -> tuple[str, int]:
-    """The rule and the number of experts of a choice.
+    """Splits a choice of experts into its rule and number.
 
     Raises:
-        ValueError: it is no such choice.
+        ValueError: there is no such choice.
     """
     rule, _, number = choice.partition("-")
     if choice == "all":
         return "all", 0
     if rule not in ("most", "least", "random") or not number.isdigit() or int(number) < 1:
-        raise ValueError(f"{choice!r} (--experts) is none of {CHOICES}, N a positive number")
+        raise ValueError(f"{choice!r} (--experts) is not one of {CHOICES} with N at least 1")
     return rule, int(number)
 
 
@@ -110,7 +110,7 @@ def choose_experts(choice: str, load: Tensor, seed: int, block: int) -> list[int
 
     Args:
         load: int64 [E], tokens routed to each expert; of experts with equal loads the first counts as more selected.
-        seed, block: decide on the random ones.
+        seed, block: seed the random choice.
     """
     rule, number = check_choice(choice)
     num_experts = len(load)
@@ -127,7 +127,7 @@ def choose_experts(choice: str, load: Tensor, seed: int, block: int) -> list[int
 
 
 def stable_seed(*parts: int | str) -> int:
-    """A seed made of numbers and names, the same in every process."""
+    """A seed from numbers and names, the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
 
 
@@ -138,16 +138,16 @@ def plan(
     bounds: Iterable[Bound],
     seeds: Iterable[int],
 ) -> list[Cell]:
-    """Every cell once, those whose first block comes first before the others, so that prefixes are run once.
+    """Every cell once, ordered by its first block, so that the blocks before it run only once.
 
     Raises:
-        ValueError: a kind or a choice of experts is unknown.
+        ValueError: there is no such kind or choice of experts.
     """
     cells: dict[str, Cell] = {}
     bounds, seeds, experts = list(bounds), list(seeds), list(experts)
     for kind in kinds:
         if kind not in NOISES and kind not in CODECS:
-            raise ValueError(f"{kind!r} (--kinds) is none of {', '.join((*NOISES, *CODECS))}")
+            raise ValueError(f"{kind!r} (--kinds) is not one of {', '.join((*NOISES, *CODECS))}")
     for choice in experts:
         check_choice(choice)
     for name in sorted(groups, key=lambda name: (groups[name][0], len(groups[name]))):

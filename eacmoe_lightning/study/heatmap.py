@@ -1,4 +1,4 @@
-"""A study as a picture: blocks down, bounds across, what was lost as colour; one panel for each kind and choice."""
+"""A study as a heat map: blocks down, bounds across, nats lost as colour; a panel for each kind and set of experts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure  # without pyplot: no window, no global state
 from torch.utils.tensorboard import SummaryWriter
 
-from eacmoe_lightning.store import whole_directory, write_atomically
+from eacmoe_lightning.run.files import whole_directory, write_atomically
 from eacmoe_lightning.study.report import over_seeds
 
-LEAST = 1e-4  # nats: the lower end of the colours; what is lost less, or won, is as light as that
+LEAST = 1e-4  # nats at the light end of the colours; smaller losses and gains get the same colour
 PANEL = (3.4, 0.42)  # inches: width of a panel, height of a row
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """The heat map of a study's rows (`report.row_of`); numbers are nats lost, below them the accuracy."""
+    """The heat map of a study's rows (`report.row_of`); each field shows nats lost and, below, the accuracy."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     choices = list(dict.fromkeys(row["experts"] for row in rows))
     largest = max((row["lost"] for row in rows), default=1.0)
@@ -28,21 +28,21 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure((PANEL[0] * len(choices) + 0.8, (PANEL[1] * num_blocks + 0.9) * len(kinds)), layout="constrained")
     panels = figure.subplots(len(kinds), len(choices), squeeze=False)
     image = None
-    for line, kind in zip(panels, kinds, strict=True):
-        for panel, experts in zip(line, choices, strict=True):
-            own = [row for row in rows if row["kind"] == kind and row["experts"] == experts]
-            blocks = list(dict.fromkeys(row["blocks"] for row in own))
-            bounds = list(dict.fromkeys((row["mode"], row["bound"]) for row in own))
-            values = [[_of(own, "lost", b, bound) for bound in bounds] for b in blocks]
+    for panel_row, kind in zip(panels, kinds, strict=True):
+        for panel, experts in zip(panel_row, choices, strict=True):
+            shown = [row for row in rows if row["kind"] == kind and row["experts"] == experts]
+            blocks = list(dict.fromkeys(row["blocks"] for row in shown))
+            bounds = list(dict.fromkeys((row["mode"], row["bound"]) for row in shown))
+            values = [[_value(shown, "lost", b, bound) for bound in bounds] for b in blocks]
             image = panel.imshow(
-                [[max(v, LEAST) if v is not None else float("nan") for v in line_] for line_ in values],
+                [[max(v, LEAST) if v is not None else float("nan") for v in line] for line in values],
                 norm=norm,
                 cmap="viridis_r",
                 aspect="auto",
             )
             for i, name in enumerate(blocks):
                 for j, bound in enumerate(bounds):
-                    _write(panel, i, j, values[i][j], _of(own, "accuracy", name, bound), norm)
+                    _write(panel, i, j, values[i][j], _value(shown, "accuracy", name, bound), norm)
             panel.set_xticks(range(len(bounds)), [f"{value:g}" for _, value in bounds])
             panel.set_yticks(range(len(blocks)), blocks)
             panel.set_title(f"{kind}, {experts} experts", fontsize=9)
@@ -52,25 +52,25 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _of(rows: list[dict[str, Any]], column: str, blocks: str, bound: tuple[str, float]) -> float | None:
+def _value(rows: list[dict[str, Any]], column: str, blocks: str, bound: tuple[str, float]) -> float | None:
     return over_seeds(rows, column, blocks=blocks, mode=bound[0], bound=bound[1])
 
 
-def _write(panel, i: int, j: int, lost: float | None, right: float | None, norm) -> None:
+def _write(panel, i: int, j: int, lost: float | None, accuracy: float | None, norm) -> None:
     if lost is None:
         return
-    text = f"{lost:+.3f}" + (f"\n{right:.2f}" if right is not None else "")
+    text = f"{lost:+.3f}" + (f"\n{accuracy:.2f}" if accuracy is not None else "")
     dark = norm(max(lost, LEAST)) > 0.6
     panel.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
 
 
 def write(figure: Figure, path: Path) -> None:
-    """The picture as PNG."""
+    """Writes the heat map as PNG."""
     write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
 
 
 def log_to_tensorboard(directory: Path, figure: Figure, rows: list[dict[str, Any]]) -> None:
-    """The picture and every row's loss, accuracy and changed selections over its bound; what was there is replaced."""
+    """Logs the heat map, and each row's loss, accuracy and changed selections over the bound; replaces earlier logs."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # [height, width, 3]
@@ -78,8 +78,8 @@ def log_to_tensorboard(directory: Path, figure: Figure, rows: list[dict[str, Any
         writer.add_image("heat map", pixels, dataformats="HWC")
         for row in rows:
             step = round(1000 * row["bound"])  # of the bound: TensorBoard's axis takes whole numbers
-            place = f"{row['kind']}, {row['experts']} experts, blocks {row['blocks']}"
-            place += "" if row["seed"] is None else f", seed {row['seed']}"
+            curve = f"{row['kind']}, {row['experts']} experts, blocks {row['blocks']}"
+            curve += "" if row["seed"] is None else f", seed {row['seed']}"
             for column in ("lost", "accuracy", "changed any"):
                 if row[column] is not None:
-                    writer.add_scalar(f"{column}/{place}", row[column], step)
+                    writer.add_scalar(f"{column}/{curve}", row[column], step)

@@ -1,8 +1,8 @@
-"""What an error does to a model: perplexity, accuracy and changed selections, at the price of the blocks behind it.
+"""What errors do to a model: perplexity, accuracy and changed selections, at the cost of the blocks from them on.
 
-All held-out sequences run through the untouched model once, block by block. Where a cell disturbs block b first, the
-untouched stream before b is at hand, and only the rest of the model runs again. Cells are measured in the order of
-their first block, so one stream is kept.
+Held-out sequences run through the untouched model block by block. If the first disturbed block of a cell is b, the
+hidden states before b are those of the untouched model, and only the blocks from b on run again. Cells are measured in
+the order of their first block, so one set of hidden states is enough.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.adapter import MoEModel
-from eacmoe_lightning.choice_task import Questions, accuracy, choose
-from eacmoe_lightning.expert_shift import change_counts, change_rates, expert_load, mean_rates
+from eacmoe_lightning.evaluation.choice_task import Questions, accuracy, choose
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.routers.expert_shift import change_counts, change_rates, expert_load, mean_rates
 
 
 @dataclass
@@ -28,27 +28,27 @@ class Text:
 
 @dataclass
 class _Batch:
-    """Sequences that run together: windows or questions' choices of one text."""
+    """Sequences of one text that run together: windows, or the choices of questions."""
 
     text: str
     input_ids: Tensor  # [B, T]
-    first: int  # position of the first token that is scored
+    first: int  # position of the first scored token
     is_window: bool
-    kwargs: list[dict] = field(default_factory=list)  # of each block
+    kwargs: list[dict] = field(default_factory=list)  # for each block
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, T, D] before block `Measurement.at`
     ids: list[Tensor] = field(default_factory=list)  # the untouched model's selections, per MoE block [N, K]
 
 
 class Measurement:
-    """Measures a model again and again on the same texts.
+    """Measures a model repeatedly on the same texts.
 
     Args:
-        moe: the model, untouched for now.
-        texts: by name.
+        moe: the model, still untouched.
+        texts: held-out texts by name.
         batch_tokens: tokens per forward pass.
 
     Attributes:
-        baseline: what `measure` gives for the untouched model.
+        baseline: the result of `measure` for the untouched model, without changed selections.
         load: by block index, int64 [E]: tokens that the untouched model routes to each expert, over all windows.
     """
 
@@ -72,7 +72,7 @@ class Measurement:
 
     @torch.no_grad()
     def seek(self, index: int) -> None:
-        """Brings the untouched stream to the block of this index; nothing may be disturbed now."""
+        """Moves the untouched hidden states to the block of this index; no expert may be disturbed at this time."""
         if index < self.at:
             self._embed()
             self.at = 0
@@ -82,11 +82,11 @@ class Measurement:
         self.at = index
 
     def measure(self) -> dict[str, Any]:
-        """The model as it now is behind the block of `seek`.
+        """Measures the model as it is now, from the block of `seek` on.
 
         Returns:
-            `nats.<text>`, mean nats per token; `accuracy.<text>`; `expert_shift.<rate>` over all windows and MoE
-            blocks; `expert_shift_blocks.<index>`, the share of selections changed in each block from `seek` on.
+            `nats.<text>`, mean nats per token; `accuracy.<text>`; `expert_shift.<rate>`, over all windows and MoE
+            blocks; `expert_shift_blocks.<index>`, the share of changed selections in each block from `seek` on.
         """
         return self._run(remember=False)
 
@@ -106,8 +106,8 @@ class Measurement:
                     batch.ids.append(routing.ids)
                     self.load[block.index] += expert_load(routing.ids, block.num_experts)
                 else:
-                    place = moe_index[block.index]
-                    counts[place] += change_counts(batch.ids[place], routing.ids)
+                    position = moe_index[block.index]
+                    counts[position] += change_counts(batch.ids[position], routing.ids)
             nll = self._score(batch, hidden)
             if batch.is_window:
                 nats[batch.text] += nll.double().sum().item()
@@ -128,12 +128,12 @@ class Measurement:
             rates = [change_rates(row, tokens, self.moe.top_k) for row in counts]
             result["expert_shift"] = mean_rates(rates)
             result["expert_shift_blocks"] = {
-                str(block): rates[place]["selections"] for block, place in moe_index.items() if block >= self.at
+                str(block): rates[position]["selections"] for block, position in moe_index.items() if block >= self.at
             }
         return result
 
     def _score(self, batch: _Batch, hidden: Tensor) -> Tensor:
-        """Nats [B, n] of the tokens that count; the head runs for these alone."""
+        """Nats [B, n] of the scored tokens; the head runs for these alone."""
         logits = self.moe.head(hidden[:, batch.first - 1 : -1]).float()  # [B, n, V]
         targets = batch.input_ids[:, batch.first :].to(logits.device)
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

@@ -1,8 +1,8 @@
-"""What MoE-Compression (arXiv 2509.07727, section 4) found, to be set beside a study of ours.
+"""Results of MoE-Compression (arXiv 2509.07727, section 4), to compare a study with.
 
-Moonlight (26 blocks of 64 experts, top-6), all experts of the blocks named, Gaussian noise N(0, alpha mean|w|);
-accuracy on its questions, .86 without noise. The paper's conclusion: middle blocks are the most fragile, deep ones
-robust or even helped.
+Moonlight (26 blocks of 64 experts, top-6), Gaussian noise N(0, alpha mean|w|) in all experts of the given blocks;
+accuracy on the paper's questions, 0.86 without noise. The paper concludes that middle blocks are the most fragile, and
+that deep blocks are robust or even improve.
 """
 
 BASELINE = 0.86
@@ -13,9 +13,9 @@ GROUPS = {  # accuracy by alpha
 }
 SINGLE_BLOCKS = {1: 0.33, 13: 0.38, 20: 0.61, 26: 0.85}  # accuracy at alpha 0.8, of 26 blocks counted from 1
 NUM_BLOCKS = 26
-CLAIM = ["middle", "shallow", "deep"]  # from fragile to robust, at 0.5
+CLAIM = ["middle", "shallow", "deep"]  # from fragile to robust, at alpha 0.5
 
 
 def depth_of(block: int) -> float:
-    """The relative depth of a block counted from 1: 0 before the first, 1 behind the last."""
+    """The relative depth of a block, counted from 1: 0 is before the first block, 1 after the last."""
     return (block - 0.5) / NUM_BLOCKS

@@ -1,6 +1,6 @@
-"""A study as tables: for programs (JSON, CSV) and for people (markdown), the paper's finding beside ours.
+"""A study as tables: for programs (JSON, CSV) and for people (markdown), beside the paper's results.
 
-"Lost" is always nats per token more than the untouched model's, the mean over the texts; perplexities follow by exp.
+"Lost" always means nats per token above the untouched model's, averaged over the texts.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from eacmoe_lightning.expert_shift import RATES
+from eacmoe_lightning.routers.expert_shift import RATES
 from eacmoe_lightning.study import paper
 from eacmoe_lightning.study.cells import DEPTHS, Cell
 
-COLUMNS = ("blocks", "experts", "kind", "mode", "bound", "seed")  # what a row is a measurement of
+COLUMNS = ("blocks", "experts", "kind", "mode", "bound", "seed")  # these identify a row
 
 
 def row_of(cell: Cell, measured: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
-    """One flat row: the cell, and what it did.
+    """One flat row: the cell and its measurement.
 
     Args:
-        measured: `Measurement.measure`, and under `disturbance` what `Disturbance.summary` gave.
+        measured: result of `Measurement.measure`, with that of `Disturbance.summary` under `disturbance`.
         baseline: `Measurement.baseline`.
     """
     seed = cell.seed if cell.is_random else None
@@ -39,7 +39,7 @@ def row_of(cell: Cell, measured: dict[str, Any], baseline: dict[str, Any]) -> di
 
 
 def lost(measured: dict[str, Any], baseline: dict[str, Any]) -> float:
-    """Nats per token more than the untouched model's, the mean over the texts."""
+    """Nats per token above the untouched model's, averaged over the texts."""
     return _mean(measured["nats"][text] - nats for text, nats in baseline["nats"].items())
 
 
@@ -49,9 +49,9 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 def over_seeds(rows: list[dict[str, Any]], column: str, **wanted: Any) -> float | None:
-    """The mean of a column over the rows with the wanted values, None where there are none."""
-    found = [row[column] for row in rows if all(row[name] == value for name, value in wanted.items())]
-    return _mean(value for value in found if value is not None)
+    """The mean of a column over the rows with the wanted values; None if there are none."""
+    values = [row[column] for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return _mean(value for value in values if value is not None)
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:
@@ -66,11 +66,11 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
 
 
 def depth_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each kind and bound with all three depths measured (all experts): what each lost, and their order.
+    """For each kind and bound with errors in all experts of all three depths: the loss at each, and their order.
 
     Returns:
-        Rows with `kind`, `mode`, `bound`, `lost.<depth>`, `accuracy.<depth>`, `order` (from fragile to robust, by what
-        was lost) and `agrees` (whether the middle is the most fragile and the deep the most robust, as in the paper).
+        Rows with `kind`, `mode`, `bound`, `lost.<depth>`, `accuracy.<depth>`, `order` (from fragile to robust, by loss)
+        and `agrees` (whether the middle blocks are the most fragile and the deep the most robust, as in the paper).
     """
     summary = []
     for kind, mode, bound in _ordered((row["kind"], row["mode"], row["bound"]) for row in rows):
@@ -107,12 +107,12 @@ def markdown(
 
     Args:
         notes: lines below the title: command, commit, machine.
-        sections: further parts, ready made, between the summary and the list of all rows.
+        sections: further sections in markdown, to go before the table of all rows.
     """
     texts = list(baseline["nats"])
     parts = [f"# {title}", "  \n".join(notes)]
     parts.append(
-        "## Untouched\n\n"
+        "## Untouched model\n\n"
         + table(["", *texts], [
             ["perplexity", *(f"{math.exp(baseline['nats'][t]):.3f}" for t in texts)],
             *([["accuracy", *(f"{baseline['accuracy'][t]:.3f}" for t in texts)]] if baseline["accuracy"] else []),
@@ -144,15 +144,15 @@ def _depth_markdown(rows: list[dict[str, Any]], baseline: dict[str, Any]) -> str
     ]
     head = ["all experts", *(f"lost, {d}" for d in DEPTHS), *(f"accuracy, {d}" for d in DEPTHS), "fragile > robust"]
     agreeing = sum(s["agrees"] for s in summary)
-    right = _mean(baseline["accuracy"].values())
-    before = f", ours {right:.3f}" if right is not None else ""
+    accuracy = _mean(baseline["accuracy"].values())
+    comparison = f", against {accuracy:.3f} here" if accuracy is not None else ""
     return (
         "## Shallow, middle and deep blocks\n\n"
-        "Nats per token lost and accuracy with errors in all experts of a third of the blocks. The paper (Moonlight, "
-        f"Gaussian noise) has accuracy alone, {paper.BASELINE:.2f} untouched{before}.\n\n"
+        "Nats per token lost and accuracy, with errors in all experts of about a third of the blocks. The paper "
+        f"(Moonlight, Gaussian noise) reports accuracy only: {paper.BASELINE:.2f} without errors{comparison}.\n\n"
         + table(head, ours + theirs)
-        + "\n\nThe paper's claim, that middle blocks are the most fragile and deep ones the most robust, "
-        f"holds here in {agreeing} of {len(summary)} rows."
+        + "\n\nThe paper claims that middle blocks are the most fragile and deep ones the most robust. "
+        f"That holds here in {agreeing} of {len(summary)} rows."
     )
 
 
@@ -160,14 +160,14 @@ def _grids(rows: list[dict[str, Any]]) -> list[str]:
     """One table of losses and accuracies, blocks by bounds, for each kind and choice of experts."""
     parts = []
     for kind, experts, mode in _ordered((row["kind"], row["experts"], row["mode"]) for row in rows):
-        own = [row for row in rows if (row["kind"], row["experts"], row["mode"]) == (kind, experts, mode)]
-        bounds, blocks = _ordered(row["bound"] for row in own), _ordered(row["blocks"] for row in own)
-        bits = [over_seeds(own, "bits", bound=bound) for bound in bounds]
+        shown = [row for row in rows if (row["kind"], row["experts"], row["mode"]) == (kind, experts, mode)]
+        bounds, blocks = _ordered(row["bound"] for row in shown), _ordered(row["blocks"] for row in shown)
+        bits = [over_seeds(shown, "bits", bound=bound) for bound in bounds]
         body = []
         for name in blocks:
-            cells = [over_seeds(own, "lost", blocks=name, bound=bound) for bound in bounds]
-            rights = [over_seeds(own, "accuracy", blocks=name, bound=bound) for bound in bounds]
-            body.append([name, *(_cell(v, "+.4f") for v in cells), *(_cell(v) for v in rights)])
+            losses = [over_seeds(shown, "lost", blocks=name, bound=bound) for bound in bounds]
+            accuracies = [over_seeds(shown, "accuracy", blocks=name, bound=bound) for bound in bounds]
+            body.append([name, *(_cell(v, "+.4f") for v in losses), *(_cell(v) for v in accuracies)])
         if any(value is not None for value in bits):
             body.append(["bits per weight", *(_cell(v, ".2f") for v in bits), *("" for _ in bounds)])
         head = ["blocks", *(f"lost, {b:g}" for b in bounds), *(f"accuracy, {b:g}" for b in bounds)]

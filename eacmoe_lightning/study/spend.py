@@ -1,7 +1,7 @@
-"""Bounds by budget at work: points measured with the codec, bounds chosen, and the model judged on unused text.
+"""Spends a budget of bytes: measures points with the codec, chooses bounds, and evaluates the model on unused text.
 
-Each budget is what one global bound takes, so the two are compared at equal bytes: chosen bounds never take more.
-Beside the choice by block and expert stand those that know blocks alone or experts alone.
+Each budget is the bytes that one global bound takes, so both are compared at equal bytes: chosen bounds never take
+more. Bounds chosen by block and expert are compared also with those chosen by block alone and by expert alone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.adapter import MoEModel
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.offload.codecs import Bound
-from eacmoe_lightning.store import write_json
+from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.study.budget import LADDER, Point, Sensitivity, allocate, frequencies
 from eacmoe_lightning.study.cells import stable_seed
 from eacmoe_lightning.study.disturb import disturb, disturbed
@@ -26,41 +26,49 @@ from eacmoe_lightning.study.report import lost, table
 from eacmoe_lightning.study.results import Results
 
 Place = tuple[int, int]  # block, expert
-CHOICES = {"by block and expert": (True, True), "by block": (True, False), "by expert": (False, True)}
+CHOICES = {"by block and expert": (True, True), "by block": (True, False), "by expert": (False, True)}  # of `damages`
 
 
 def measure_points(moe: MoEModel, kind: str) -> dict[str, list[list[float]]]:
-    """For each `block,expert` and each bound of the ladder: bytes of the records and r^2 that they leave."""
+    """For each `block,expert` and each bound of the ladder: the records' bytes and r^2."""
     points: dict[str, list[list[float]]] = {}
     for block in moe.moe_blocks:
         for expert in range(block.num_experts):
             weights = [block.experts.weight(projection)[expert] for projection in block.experts.projections]
             energy = sum(w.double().square().sum().item() for w in weights)
-            own = points[f"{block.index},{expert}"] = []
+            measured = points[f"{block.index},{expert}"] = []
             for bound in LADDER:
                 results = [disturb(w, kind, Bound("mean", bound), torch.Generator()) for w in weights]
                 error = sum(
                     (w.double() - changed.double()).square().sum().item()
                     for w, (changed, _) in zip(weights, results, strict=True)
                 )
-                own.append([sum(size for _, size in results), error / max(energy, 1e-300)])
+                measured.append([sum(size for _, size in results), error / max(energy, 1e-300)])
     return points
 
 
 def damages(
     points: dict[str, list[list[float]]], load: dict[int, Tensor], nats: dict[int, float], blocks: bool, experts: bool
 ) -> dict[Place, list[Point]]:
-    """Points with the damage of `budget`'s model; without `blocks` every c_b, without `experts` every f is the mean."""
+    """Points with the damage of the model in `budget`.
+
+    Args:
+        points: result of `measure_points`.
+        load: by block index, [E] tokens routed to each expert.
+        nats: c_b by block index.
+        blocks: whether to use each block's c_b, or the mean for all.
+        experts: whether to use each expert's f, or 1 / E for all.
+    """
     mean = sum(nats.values()) / len(nats)
-    found = {}
-    for name, own in points.items():
+    by_place = {}
+    for name, measured in points.items():
         block, expert = (int(part) for part in name.split(","))
         share = float(frequencies(load[block])[expert]) if experts else 1 / len(load[block])
         weight = (nats[block] if blocks else mean) * share
-        found[block, expert] = [
-            Point(bound, int(size), weight * error) for bound, (size, error) in zip(LADDER, own, strict=True)
+        by_place[block, expert] = [
+            Point(bound, int(size), weight * error) for bound, (size, error) in zip(LADDER, measured, strict=True)
         ]
-    return found
+    return by_place
 
 
 def spend(
@@ -73,13 +81,13 @@ def spend(
     results: Results,
     output: Path,
 ) -> list[dict[str, Any]]:
-    """For each global bound: what it loses, and what bounds chosen at the same bytes lose.
+    """For each global bound: the loss with it, and with bounds chosen for the same bytes.
 
     Args:
         measurement: on text that neither the sensitivities nor the loads were measured on.
-        load: by block index, [E], of the study.
-        results: finished measurements are taken from here and kept here.
-        output: gets `bounds-<bound>.json`: the codec of each expert, chosen by block and expert.
+        load: by block index, [E] tokens routed to each expert in the study.
+        results: holds finished measurements, and receives new ones.
+        output: receives `bounds-<bound>.json`: the codec of each expert, chosen by block and expert.
 
     Returns:
         Rows with `mode`, `bound`, `choice`, `bytes`, `bits`, `lost` and `perplexity <text>`.
@@ -87,16 +95,16 @@ def spend(
     key = f"points of {kind}"
     if key not in results:
         results.add(key, measure_points(moe, kind))
-    points, everyone, rows = results[key], {b.index: list(range(b.num_experts)) for b in moe.moe_blocks}, []
+    points, all_experts, rows = results[key], {b.index: list(range(b.num_experts)) for b in moe.moe_blocks}, []
 
-    def judge(choice: str, chosen: dict[Place, Bound], bound: Bound) -> dict[str, Any]:
-        exactly = hashlib.sha256(repr(sorted((*place, b.mode, b.value) for place, b in chosen.items())).encode())
-        name = f"bytes of {kind} {bound.mode} {bound.value:g}, {choice}, {exactly.hexdigest()[:16]}"
+    def evaluate(choice: str, chosen: dict[Place, Bound], bound: Bound) -> dict[str, Any]:
+        digest = hashlib.sha256(repr(sorted((*place, b.mode, b.value) for place, b in chosen.items())).encode())
+        name = f"bytes of {kind} {bound.mode} {bound.value:g}, {choice}, {digest.hexdigest()[:16]}"
         name += f", {next(iter(measurement.texts.values())).windows.shape[0]} windows"
         if name not in results:
-            measurement.seek(min(everyone))
+            measurement.seek(min(all_experts))
             bound_of, seed_of = (lambda block, expert: chosen[block, expert]), partial(stable_seed, 0)
-            with disturbed(moe.blocks, everyone, kind, bound_of, seed_of) as disturbance:
+            with disturbed(moe.blocks, all_experts, kind, bound_of, seed_of) as disturbance:
                 results.add(name, measurement.measure() | {"disturbance": disturbance.summary()})
         measured = results[name]
         disturbance = measured["disturbance"]
@@ -112,22 +120,22 @@ def spend(
         return row
 
     for bound in bounds:
-        one = {(block, expert): bound for block, experts in everyone.items() for expert in experts}
-        budget = judge("one bound", one, bound)["bytes"]
-        for choice, knows in CHOICES.items():
-            best = allocate(damages(points, load, sensitivity.nats, *knows), budget)
-            chosen = {place: Bound("mean", point.bound) for place, point in best.items()}
-            judge(choice, chosen, bound)
-            if all(knows):
+        same_bound = {(block, expert): bound for block, experts in all_experts.items() for expert in experts}
+        budget = evaluate("one bound", same_bound, bound)["bytes"]
+        for choice, (by_block, by_expert) in CHOICES.items():
+            allocation = allocate(damages(points, load, sensitivity.nats, by_block, by_expert), budget)
+            chosen = {place: Bound("mean", point.bound) for place, point in allocation.items()}
+            evaluate(choice, chosen, bound)
+            if by_block and by_expert:
                 codecs = {
-                    b: [f"{kind}:mean:{chosen[b, e].value!r}" for e in experts] for b, experts in everyone.items()
+                    b: [f"{kind}:mean:{chosen[b, e].value!r}" for e in experts] for b, experts in all_experts.items()
                 }
                 write_json(output / f"bounds-{bound.value:g}.json", {"budget_bytes": budget, "codecs": codecs})
     return rows
 
 
 def markdown(rows: list[dict[str, Any]], sensitivity: Sensitivity) -> str:
-    """The section of the report."""
+    """The report's section on budgets."""
     blocks = ", ".join(f"{block}: {c:.3g}" for block, c in sensitivity.nats.items())
     body = [
         [f"{r['bound']:g}", r["choice"], r["bytes"], f"{r['bits']:.3f}", f"{r['lost']:+.5f}"]
@@ -136,8 +144,8 @@ def markdown(rows: list[dict[str, Any]], sensitivity: Sensitivity) -> str:
     ]
     texts = [name for name in rows[0] if name.startswith("perplexity")]
     return (
-        "## Bounds by budget\n\nOne global bound, and bounds chosen at the same bytes (`study/budget.py`), on windows "
-        f"that follow those of the study. Sensitivity by block, nats for a relative error of 1: {blocks}; it explains "
-        f"{sensitivity.explained:.0%} of the variance of what single blocks lost.\n\n"
+        "## Bounds by budget\n\nOne global bound against bounds chosen for the same bytes (`study/budget.py`), on the "
+        f"windows after those of the study. Sensitivity by block, in nats for a relative error of 1: {blocks}. It "
+        f"explains {sensitivity.explained:.0%} of the variance of the losses of single blocks.\n\n"
         + table(["bytes of bound", "chosen", "bytes", "bits per weight", "nats lost", *texts], body)
     )

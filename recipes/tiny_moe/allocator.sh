@@ -1,2 +1,2 @@
-# Source this before training on a CPU: keep freed memory instead of mapping it anew every step.
+# Source this before training on a CPU: it keeps freed memory instead of mapping it again in every step.
 export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_TOP_PAD_=67108864

@@ -1,8 +1,8 @@
 """Causal grouped-query attention whose backward is faster on CPU than PyTorch's.
 
-The forward is PyTorch's flash kernel. Its backward takes a third of a training step; here it goes
-over blocks of 128 queries, recomputes their softmax over the keys before them, and leaves the rest
-to batched bf16 matmuls.
+The forward is PyTorch's flash kernel, whose backward takes a third of a training step. The backward
+here goes over blocks of 128 queries, recomputes their softmax over the keys up to them, and does the
+rest with batched bf16 matmuls.
 """
 
 import torch

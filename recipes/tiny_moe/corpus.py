@@ -1,9 +1,9 @@
 """Build the corpus: read every source, split by document, write training and shipped text.
 
-A document goes to `heldout`, `calibration` or `train` by a hash of its name, before anything else
-is known about it, so that the split never changes when sources are added. Jane Austen's last novel
-is held out as a whole. Shipped excerpts are taken from `heldout` and `calibration` documents of
-sources that are in the public domain or permissively licensed; the rest is trained on only.
+A document goes to `heldout`, `calibration` or `train` by a hash of its name alone, so that the split
+does not change when sources are added. Books of the Bible are assigned by number, and Jane Austen's
+last novel is held out as a whole. Shipped excerpts come from `heldout` and `calibration` documents
+of sources that are in the public domain or permissively licensed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CALIBRATION_DOMAINS = ("prose", "code", "maths", "french")  # German stays out o
 
 @dataclass
 class Source:
-    """Where text comes from, and whether an excerpt may travel with the package."""
+    """Where text comes from, and whether the package may ship an excerpt of it."""
 
     name: str
     domain: str
@@ -70,7 +70,7 @@ def all_sources(maths_seconds: float) -> list[Source]:
 
 
 def split_of(document: str) -> str:
-    """Name the split of a document: 4 % held out, 4 % for calibration, the rest trains."""
+    """The split of a document: by list, or by hash 4 % held out, 4 % for calibration and the rest for training."""
     if document.startswith("scripture") or document.startswith(HELDOUT):
         return "heldout" if document.startswith(HELDOUT) else "calibration" if document in CALIBRATION else "train"
     draw = int(hashlib.sha256(document.encode()).hexdigest()[:8], 16) / 2**32

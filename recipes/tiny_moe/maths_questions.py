@@ -1,8 +1,8 @@
 """Mathematics text from DeepMind's question generator (PyPI `mathematics-dataset`, Apache-2.0).
 
-The generator was written for Python 3.6, sympy 1.4 and an old numpy; `import_modules` gives back
-what has moved since, and imports it from its unpacked wheel. A document is a
-sheet of questions of one kind, so that a held-out sheet is unseen but its kind is known.
+The generator was written for Python 3.6, sympy 1.4 and an old numpy; `import_modules` restores the
+names that have moved since, and imports the generator from its unpacked wheel. A document is a sheet
+of questions of one kind. So a held-out sheet is new, but training has seen questions of its kind.
 """
 
 import collections
@@ -18,7 +18,7 @@ QUESTIONS_PER_SHEET = 12
 
 
 def import_modules(raw: Path) -> dict[str, Callable]:
-    """Return {kind: sampler of one problem} of the generator's training ranges."""
+    """Return {kind: function that samples one problem}, over the generator's training ranges."""
     sys.path[:0] = [str(raw / "mathematics_dataset"), str(raw / "six")]
     import numpy
     import sympy.solvers.diophantine  # noqa: F401  loads the two modules patched below
@@ -50,10 +50,10 @@ def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Callable]]:
 
 
 def sheets(raw: Path, seconds: float, seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (document name, text) for about `seconds`; kinds that fail or crawl are dropped by name.
+    """Yield (document name, text) for about `seconds`; report and drop kinds that fail or are slow.
 
-    The work is bounded by time, not by count, since some kinds are a thousand times slower than
-    others. The same seed gives the same sheets, but how many depends on the machine.
+    The work is bounded by time, not by count, because some kinds are a thousand times slower than
+    others. The same seed gives the same sheets, but their number depends on the machine.
     """
     import numpy
 
@@ -76,7 +76,7 @@ def sheets(raw: Path, seconds: float, seed: int) -> Iterator[tuple[str, str]]:
                 del samplers[kind]
                 continue
             if time.time() - start > 1.0:
-                print(f"dropped {kind}: {time.time() - start:.1f} s a sheet", file=sys.stderr)
+                print(f"dropped {kind}: {time.time() - start:.1f} s per sheet", file=sys.stderr)
                 del samplers[kind]
             yield f"sheet-{seed}-{number:05d}-{kind}", "\n".join(lines)
             number += 1

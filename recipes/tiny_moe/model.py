@@ -2,7 +2,7 @@
 
 Weights are kept in fp32 and multiplied in bf16 (AMX); the router and all norms compute in fp32.
 Experts run over tokens sorted by expert, one matmul per expert, with a hand-written backward; the
-language-model loss never holds more than a chunk of logits. `export` writes the weights into a
+language-model loss never holds more than a chunk of logits. `export` copies the weights into a
 real Qwen3MoeForCausalLM and checks that both give the same loss.
 
 Shapes: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E experts, K top_k.
@@ -16,13 +16,13 @@ from attention import CausalAttention
 from torch import Tensor, nn
 
 LOSS_CHUNK = 2048  # tokens of logits held at once
-SAMPLE = 4  # one token in so many is looked at by the overlap loss
+SAMPLE = 4  # the overlap loss looks at every 4th token
 ROWS = 128  # an expert's tokens are padded to a multiple of this: oneDNN compiles per matrix size
 
 
 @dataclass
 class Shape:
-    """Sizes of the model; the names are those of Qwen3MoeConfig where there is one."""
+    """Sizes of the model, named as in Qwen3MoeConfig where it has them."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -191,9 +191,9 @@ class LanguageModelLoss(torch.autograd.Function):
 
 @torch.compile(dynamic=False)
 def overlap(outputs: Tensor) -> Tensor:
-    """Mean squared cosine between the outputs [M,K,D] of experts that one token selected.
+    """Mean squared cosine between the outputs [M,K,D] of the experts that one token selected.
 
-    Kept low, a token's experts do different things, so that losing one to another costs something
+    If it is low, a token's experts do different things, so that replacing one by another costs something
     (the orthogonality loss of "Advancing Expert Specialization for Better MoE", arXiv 2505.22323).
     """
     unit = F.normalize(outputs.float(), dim=-1)

@@ -1,7 +1,7 @@
 """Muon for the matrices of the blocks, AdamW for embedding, routers and norms.
 
 Muon (Jordan et al., 2024): momentum, then the nearest semi-orthogonal matrix by five
-Newton-Schulz steps. All matrices of one shape, experts above all, are orthogonalised as one batch.
+Newton-Schulz steps. All matrices of one shape, most of them experts, are orthogonalised as one batch.
 """
 
 import torch
@@ -20,7 +20,7 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices may be stacked in a leading dimension; a stacked gate and up count as two matrices."""
+    """Matrices may be stacked in a leading dimension; stacked gate and up matrices are split if 2F = D."""
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.0):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "decay": decay})
@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
                 buffer = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 g = p.grad.lerp(buffer, group["momentum"])
                 g = g.view(-1, *p.shape[-2:]) if p.dim() == 2 else g
-                if p.dim() == 3 and p.shape[1] == p.shape[2]:  # gate over up: two matrices
+                if p.dim() == 3 and p.shape[1] == p.shape[2]:  # gate and up: two matrices
                     g = g.reshape(-1, p.shape[1] // 2, p.shape[2])
                 tall = g.shape[1] > g.shape[2]
                 g = g.mT if tall else g
@@ -51,13 +51,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def build(model: nn.Module, matrix_lr: float, adam_lr: float, router_lr: float) -> list[torch.optim.Optimizer]:
-    """The two optimizers; every group remembers its peak rate under `peak`."""
+    """The two optimizers; every group keeps its peak learning rate as `peak`."""
     matrices = [p for name, p in model.named_parameters() if name.split(".")[-1] in ("qkv", "o", "gate_up", "down")]
     routers = [p for name, p in model.named_parameters() if name.endswith("router")]
     known = {id(p) for p in matrices + routers}
-    rest = [p for p in model.parameters() if id(p) not in known]
+    others = [p for p in model.parameters() if id(p) not in known]
     adam = torch.optim.AdamW(
-        [{"params": rest, "lr": adam_lr}, {"params": routers, "lr": router_lr}],
+        [{"params": others, "lr": adam_lr}, {"params": routers, "lr": router_lr}],
         betas=(0.9, 0.95), weight_decay=0.0, fused=True,
     )  # fmt: skip
     optimizers = [Muon(matrices, lr=matrix_lr), adam]

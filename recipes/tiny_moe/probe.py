@@ -2,12 +2,12 @@
 
 1. Loss per domain on held-out text, and how the experts specialise (cosine similarity of selection
    frequencies between domains, against that between the halves of one domain).
-2. The split of EAC-MoE's Table 1 at 2 and 3 bit experts (4-bit attention): damage S of the
-   quantized model's selections under original weights, damage W of quantized weights under the
-   original's selections, total damage T; and the selections that changed.
+2. The split of EAC-MoE's Table 1 with experts of 2 and 3 bits (attention of 4): damage S of the
+   quantized model's selections with original weights, damage W of quantized weights with the
+   original's selections, total damage T; and the share of selections that changed.
 
-Quantization is plain round-to-nearest per group with a minimum and a maximum: a probe of the model,
-not of a method.
+Quantization is round-to-nearest between each group's minimum and maximum: this probes the model, not
+a method.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def windows(text: Path, tokenizer, count: int) -> Tensor:
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """Asymmetric min/max quantization of groups along the last (input) dimension, dequantized."""
+    """Asymmetric min/max quantization in groups along the last (input) dimension, dequantized."""
     group_size = min(group_size, weight.shape[-1])
     groups = weight.float().unflatten(-1, (-1, group_size))
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
@@ -42,7 +42,7 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 def quantized(model, expert_bits: int, attention_bits: int, group_size: int):
-    """A copy with experts and attention rounded; routers, norms and embedding stay."""
+    """A copy with experts and attention quantized; routers, norms and embedding stay."""
     model = copy.deepcopy(model)  # of a model without hooks
     for name, parameter in model.named_parameters():
         if ".experts." in name:
@@ -87,7 +87,7 @@ def run(model, selections: Selections, tokens: Tensor, forced: list[list[Tensor]
 
 
 def change_rates(original: list[list[Tensor]], changed: list[list[Tensor]]) -> tuple[float, float]:
-    """Share of selections that changed, and of tokens and blocks with at least one change."""
+    """Share of selections that changed, and share of (token, block) pairs with at least one change."""
     a = torch.cat([block for batch in original for block in batch])
     b = torch.cat([block for batch in changed for block in batch])
     lost = ~(a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1)
@@ -95,7 +95,7 @@ def change_rates(original: list[list[Tensor]], changed: list[list[Tensor]]) -> t
 
 
 def frequencies(ids: list[list[Tensor]], num_experts: int) -> Tensor:
-    """Selection frequency of every expert of every block, flattened (method 1.4)."""
+    """Selection frequency of every expert of every block, flattened (EAC-MoE, section 4.3)."""
     blocks = [torch.cat(block).flatten().bincount(minlength=num_experts) for block in zip(*ids, strict=True)]
     return torch.cat([load / load.sum() for load in blocks])
 
@@ -120,21 +120,21 @@ def probe(folder: Path, text: Path, count: int, group_size: int, bits: list[int]
         for number, a in enumerate(DOMAINS)
         for b in DOMAINS[number + 1 :]
     }
-    everything = sum(load.values()) / len(load)
-    report["load_max_over_mean"] = round((everything * num_experts).max().item(), 2)
+    mean_frequency = sum(load.values()) / len(load)
+    report["load_max_over_mean"] = round((mean_frequency * num_experts).max().item(), 2)
     report["rare_share"] = {d: round((f * num_experts < 0.3).float().mean().item(), 3) for d, f in load.items()}
     for expert_bits in bits:
-        small = quantized(untouched, expert_bits, 4, group_size)
-        small_selections = Selections(small)
+        quantized_model = quantized(untouched, expert_bits, 4, group_size)
+        quantized_selections = Selections(quantized_model)
         damage: dict[str, dict[str, float]] = {}
         for domain, tokens in data.items():
             loss, ids = base[domain]
-            total, small_ids = run(small, small_selections, tokens)
-            changed, any_changed = change_rates(ids, small_ids)
+            total, quantized_ids = run(quantized_model, quantized_selections, tokens)
+            changed, any_changed = change_rates(ids, quantized_ids)
             damage[domain] = {
                 "T": total - loss,
-                "S": run(model, selections, tokens, forced=small_ids)[0] - loss,
-                "W": run(small, small_selections, tokens, forced=ids)[0] - loss,
+                "S": run(model, selections, tokens, forced=quantized_ids)[0] - loss,
+                "W": run(quantized_model, quantized_selections, tokens, forced=ids)[0] - loss,
                 "changed": changed,
                 "any_changed": any_changed,
             }
@@ -153,7 +153,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, default=Path("eacmoe_lightning/assets/text"))
-    parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens a domain")
+    parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens per domain")
     parser.add_argument("--group_size", type=int, default=128)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--threads", type=int, default=2)

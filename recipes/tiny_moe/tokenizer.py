@@ -1,8 +1,8 @@
 """Train the tokenizer (byte-level BPE, 4,096 entries, single digits) and encode the corpus.
 
-Digits are split one by one, so that numbers have one spelling. `<|endoftext|>` ends documents and
-begins them (bos = eos); `<|pad|>` pads. The encoded corpus is one uint16 array per split and
-domain, documents in shuffled order, each followed by `<|endoftext|>`.
+Digits are split one by one, so that a number is always encoded the same way. `<|endoftext|>` ends
+documents and begins them (bos = eos); `<|pad|>` pads. The encoded corpus is one uint16 array per
+split and domain: documents in shuffled order, each followed by `<|endoftext|>`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def documents(corpus: Path, split: str, domain: str) -> list[str]:
 
 
 def sample(corpus: Path) -> list[str]:
-    """About the training mix, small enough that merges take a minute."""
+    """Texts in about the training mix, few enough that training the merges takes a minute."""
     chosen = []
     for domain in DOMAINS:
         size = 0
@@ -38,7 +38,7 @@ def sample(corpus: Path) -> list[str]:
 
 
 def train(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Runs of indentation stay whole, so that code is not spelled space by space."""
+    """Train the tokenizer; runs of indentation stay whole, so that code does not cost a token per space."""
     tokenizer = Tokenizer(models.BPE())
     words = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -87,6 +87,6 @@ if __name__ == "__main__":
             np.save(options.out / f"{split}-{domain}.npy", tokens)
             size = sum(len(text.encode()) for text in texts)
             print(
-                f"{split:8s} {domain:10s} {len(tokens) / 1e6:7.3f} M tokens, {size / len(tokens):.2f} bytes each",
+                f"{split:8s} {domain:10s} {len(tokens) / 1e6:7.3f} M tokens, {size / len(tokens):.2f} bytes per token",
                 flush=True,
             )

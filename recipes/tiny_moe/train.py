@@ -1,9 +1,9 @@
 """Train the tiny MoE: `python train.py --name final --minutes 60`.
 
-The schedule runs on wall-clock time, not on steps, because the machine is shared: a short warm-up,
-a constant rate, then a linear decay over the last third, whatever the throughput was. Checkpoints
-let a run go on (`--resume`), with another `--minutes` if need be. Several processes share a run
-when torchrun starts them (see ranks.py); the tool of choice on a busy machine.
+The schedule follows wall-clock time, not steps, because throughput varies on a shared machine: a short
+warm-up, a constant rate, then a linear decay over the last third. `--resume` continues a run from its
+checkpoint, with another `--minutes` if needed. Started by torchrun, several processes share a run
+(see ranks.py), which is faster on a busy machine.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from ranks import average_gradients, start
 
 MIX = {"prose": 0.24, "code": 0.22, "french": 0.15, "german": 0.11, "maths": 0.12, "dictionary": 0.09, "formal": 0.07}
 CONTEXT = 512
-DECAY_SHARE, FLOOR = 0.35, 0.03  # share of the time that decays; last rate over peak rate
+DECAY_SHARE, FLOOR = 0.35, 0.03  # share of the time in which the rate decays; final rate over peak rate
 
 
 class Batches:
-    """Random windows of CONTEXT+1 tokens; each sequence is of one domain, drawn by MIX."""
+    """Random windows of CONTEXT+1 tokens, each of one domain drawn by MIX."""
 
     def __init__(self, tokens: Path, split: str, seed: int | tuple[int, ...]):
         self.arrays = {domain: np.load(tokens / f"{split}-{domain}.npy") for domain in MIX}
@@ -95,7 +95,7 @@ def train(options: argparse.Namespace) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if options.router_norm:  # flat routing weights: no router row longer than this
+        if options.router_norm:  # keeps routing weights flat: no router row is longer than this
             with torch.no_grad():
                 for block in model.blocks:
                     length = block.router.norm(dim=1, keepdim=True)
@@ -138,7 +138,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("work/runs"))
     parser.add_argument("--minutes", type=float, default=70.0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 512 tokens a step")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 512 tokens per step")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4, help="query heads of 64; half as many key/value heads")
     parser.add_argument("--blocks", type=int, default=6)
@@ -148,7 +148,7 @@ if __name__ == "__main__":
     parser.add_argument("--renormalise", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the load-balancing loss")
     parser.add_argument("--diversity", type=float, default=0.0, help="weight of the overlap of a token's experts")
-    parser.add_argument("--router_norm", type=float, default=0.08, help="longest router row; 0 is free")
+    parser.add_argument("--router_norm", type=float, default=0.08, help="largest norm of a router row; 0: no limit")
     parser.add_argument("--matrix_lr", type=float, default=0.02)
     parser.add_argument("--adam_lr", type=float, default=3e-3)
     parser.add_argument("--router_lr", type=float, default=2e-4)

@@ -1,4 +1,4 @@
-"""Tensors as compressed, checksummed records: one interface, whatever made them."""
+"""Tensors as compressed, checksummed records: one interface for all codecs."""
 
 from eacmoe_lightning.offload.codecs import bounded, entropy, lossless, nvcomp, packed  # noqa: F401  (they register themselves)
 from eacmoe_lightning.offload.codecs.base import CODECS, Codec, codec, codec_of, decode

@@ -1,4 +1,4 @@
-"""What a codec is, and the two functions that need no codec at hand: `codec` (by its name) and `decode` (any record).
+"""What a codec is, and the two functions that need no codec object: `codec` (by its name) and `decode` (any record).
 
     record = codec("sz3:mean:0.1").encode(weight)     # bytes
     weight = decode(record)                           # the record knows its codec
@@ -8,11 +8,11 @@
 | `plain` | the bytes as they are |
 | `lossless` | byte planes through zstd |
 | `sz3:MODE:BOUND` | SZ3 without prediction; MODE is `absolute`, `range` or `mean` |
-| `uniform:MODE:BOUND` | codes of one step through zstd |
-| `entropy:MODE:BOUND` | the same at their entropy |
-| `packed:BITS:GROUP`, `packed-zstd:BITS:GROUP` | the codes of QESC (`grid.py`) as they lie on disk, or entropy-coded |
-| `packed-entropy:BITS:GROUP` | the same at their entropy given the zero point |
-| `nvcomp`, `nvcomp:MODE:BOUND` | on CUDA: byte planes, or codes of one step, through nvCOMP |
+| `uniform:MODE:BOUND` | codes of a uniform step through zstd |
+| `entropy:MODE:BOUND` | the same codes at their entropy |
+| `packed:BITS:GROUP`, `packed-zstd:BITS:GROUP` | the codes of QESC, packed as on disk (`packing.py`), or through zstd |
+| `packed-entropy:BITS:GROUP` | the same codes at their entropy given the zero point |
+| `nvcomp`, `nvcomp:MODE:BOUND` | on CUDA: byte planes, or codes of a uniform step, through nvCOMP |
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import Tensor
 
 from eacmoe_lightning.offload.codecs.record import Buffer, Header, RecordError, dtype_name, read_record, write_record
 
-CODECS: dict[str, type[Codec]] = {}  # filled by the classes below this one
+CODECS: dict[str, type[Codec]] = {}  # subclasses of Codec add themselves
 
 
 class Codec(ABC):
-    """Makes a record of a tensor, and a tensor of a record's payload."""
+    """Encodes a tensor as a record, and decodes a record's payload to a tensor."""
 
     name: ClassVar[str]
     is_lossless: ClassVar[bool] = False
-    releases_gil: ClassVar[bool] = True  # while it decodes: threads may decode beside the computing
+    releases_gil: ClassVar[bool] = True  # while it decodes, so that threads can decode beside the model
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
@@ -42,19 +42,19 @@ class Codec(ABC):
     @classmethod
     @abstractmethod
     def parse(cls, *words: str) -> Self:
-        """The codec of a specification's words behind its name."""
+        """The codec of a specification, from the words after its name."""
 
     @property
     @abstractmethod
     def specification(self) -> str:
-        """What `codec` makes this codec of."""
+        """The string from which `codec` makes this codec."""
 
     @abstractmethod
     def encode(self, weight: Tensor) -> bytes:
-        """A tensor of any shape, float32, bfloat16 or float16, on any device, as one record.
+        """Encodes a float32, bfloat16 or float16 tensor of any shape, on any device, as one record.
 
         Raises:
-            ValueError: the tensor's dtype, or NaN or infinite values where the codec is not lossless.
+            ValueError: the tensor has another dtype, or NaN or infinite values and the codec is not lossless.
         """
 
     @classmethod
@@ -78,16 +78,16 @@ class Codec(ABC):
 
 
 def codec(specification: str | Codec) -> Codec:
-    """The codec that a specification names, such as `lossless` or `sz3:mean:0.1`; see this file's head.
+    """The codec of a specification such as `lossless` or `sz3:mean:0.1`; see the top of this file.
 
     Raises:
-        ValueError: there is no such codec, or its words are not those that it takes.
+        ValueError: there is no such codec, or the codec does not take these words.
     """
     if isinstance(specification, Codec):
         return specification
     name, *words = specification.split(":")
     if name not in CODECS:
-        raise ValueError(f"codec {specification!r}: {name!r} is none of {', '.join(CODECS)}")
+        raise ValueError(f"codec {specification!r}: {name!r} is not one of {', '.join(CODECS)}")
     try:
         return CODECS[name].parse(*words)
     except (TypeError, ValueError) as error:
@@ -101,21 +101,21 @@ def codec_of(header: Header, name: str = "record") -> type[Codec]:
         RecordError: this version knows no such codec.
     """
     if header.codec not in CODECS:
-        raise RecordError(f"{name} was written by codec {header.codec!r}; known are {', '.join(CODECS)}")
+        raise RecordError(f"{name} was written by codec {header.codec!r}; this version knows {', '.join(CODECS)}")
     return CODECS[header.codec]
 
 
 def decode(record: Buffer, out: Tensor | None = None, name: str = "record") -> Tensor:
-    """The tensor of a record, its checksums compared.
+    """Checks a record's checksums and decodes its tensor.
 
     Args:
-        record: what `Codec.encode` gave.
-        out: contiguous, of the record's shape and dtype; else a new tensor on CPU is made.
-        name: what errors call it.
+        record: what `Codec.encode` returned.
+        out: the tensor to fill, contiguous, of the record's shape and dtype; None: a new one on CPU.
+        name: the record's name in errors.
 
     Raises:
         RecordError: the record is truncated or altered.
-        ValueError: `out` does not fit.
+        ValueError: `out` does not match the record.
     """
     header, payload = read_record(record, name)
     if out is None:

@@ -1,8 +1,8 @@
 """How far a decoded weight may be from the original: |w - w'| <= bound, for every weight.
 
-A bound is stated absolutely, relative to the tensor's range, or relative to its mean |w| (the alpha of MoE-Compression,
-arXiv 2509.07727, section 3), and always ends as one absolute number per tensor. It is promised for the weight in its
-own dtype. Rounding a decoded float32 to bfloat16 or float16 moves it again, so the compressor is told a smaller bound:
+A bound is absolute, relative to the tensor's range, or relative to its mean |w| (the alpha of MoE-Compression,
+arXiv 2509.07727, section 3); each is turned into one absolute number per tensor. It holds for the weight in its own
+dtype. Rounding a decoded float32 to bfloat16 or float16 adds an error, so the compressor gets a smaller bound:
 `before_cast`.
 """
 
@@ -31,12 +31,12 @@ class Bound:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
-            raise ValueError(f"bound mode {self.mode!r} is none of {', '.join(get_args(Mode))}")
+            raise ValueError(f"bound mode {self.mode!r} is not one of {', '.join(get_args(Mode))}")
         if not 0 < self.value < float("inf"):
             raise ValueError(f"bound {self.value} is not a positive number")
 
     def absolute(self, weight: Tensor) -> float:
-        """In weight units; 0 where a relative bound leaves no room (a constant tensor, all zeros).
+        """The bound in weight units; 0 if a relative bound leaves no room (a constant tensor, all zeros).
 
         Raises:
             ValueError: the tensor holds NaN or infinite values.
@@ -51,21 +51,22 @@ class Bound:
 
 
 def check_finite(weight: Tensor) -> None:
-    """Raises ValueError where a bound could not be kept."""
+    """Raises ValueError if the tensor has values for which no bound can hold."""
     if not torch.isfinite(weight).all():
         raise ValueError(
             "the tensor holds NaN or infinite values, for which no error bound can hold: repair it, load it in float32 "
-            "if it overflowed, or store it with the lossless codec"
+            "if it overflowed, or use the lossless codec"
         )
 
 
 def before_cast(weight: Tensor, absolute: float) -> float:
-    """The largest bound in float32 that still is `absolute` after rounding to the weight's dtype.
+    """The largest bound on the float32 error that keeps the error within `absolute` after rounding to the dtype.
 
     Weights and decoded weights lie on the grid of their dtype, whose step u doubles with every power of two. The error
     after rounding is a multiple n of u, and n u <= absolute holds if the error before was below
-    (floor(absolute / u) + 1/2) u. That is taken over all u among the weights. (A decoded weight may lie one power of
-    two higher, where u is twice as large: what is written is measured as well.)
+    (floor(absolute / u) + 1/2) u. The result is the smallest of these over all u among the weights, at most `absolute`.
+    (A decoded weight may lie one power of two higher, where u is twice as large. So codecs also measure what they
+    write.)
     """
     if weight.dtype == torch.float32 or not weight.numel():
         return absolute
@@ -76,7 +77,7 @@ def before_cast(weight: Tensor, absolute: float) -> float:
 
 
 def max_error(weight: Tensor, decoded: Tensor) -> float:
-    """max |w - w'| in float64; infinite where a decoded weight is not finite."""
+    """max |w - w'| in float64; infinite if a decoded weight is not finite."""
     if not weight.numel():
         return 0.0
     error = (weight.double() - decoded.double()).abs_().max().item()

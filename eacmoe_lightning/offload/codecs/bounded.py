@@ -1,11 +1,11 @@
-"""Error-bounded codecs: SZ3 (through `pysz`), and one uniform step with zstd to compare it with.
+"""Error-bounded codecs: SZ3 (through `pysz`), and a uniform step with zstd to compare it with.
 
-What is promised is checked: every record is decoded again before it is returned, and the largest error of the final
-weights is compared with the bound. Where it does not hold, the compressor is told a smaller one, and after ATTEMPTS the
-tensor is stored losslessly; so it is where that is smaller (a bound below the dtype's own precision).
+The bound is checked: every record is decoded again before it is returned, and the largest error of the final weights is
+compared with the bound. If it does not hold, the compressor gets a smaller one; after all ATTEMPTS the tensor is stored
+losslessly. It is also stored losslessly if that takes fewer bytes, as with a bound below the dtype's own precision.
 
-SZ3 runs without its predictors: neighbouring weights say nothing of each other, so prediction only adds error
-(2.14, 5.40, 8.71 bits per weight against 2.44, 5.69, 9.17 on Gaussian weights). What remains is a uniform quantizer of
+SZ3 runs without its predictors: neighbouring weights are uncorrelated, so prediction only adds error (2.14, 5.40, 8.71
+bits per weight without, against 2.44, 5.69, 9.17 with it, on Gaussian weights). What remains is a uniform quantizer of
 step 2 x bound, Huffman codes and zstd.
 """
 
@@ -24,10 +24,10 @@ from eacmoe_lightning.offload.codecs.bound import Bound, before_cast, max_error
 from eacmoe_lightning.offload.codecs.lossless import Lossless, byte_planes, fill_from_planes, unzstd, zstd
 from eacmoe_lightning.offload.codecs.record import Header
 
-ATTEMPTS = (1.0, 0.999, 0.7, 0.35)  # of the bound that should hold
-SMALL = 0.5  # of the tensor's bytes: a larger record is compared with the lossless one
+ATTEMPTS = (1.0, 0.999, 0.7, 0.35)  # shares of the bound to try, in turn
+SMALL = 0.5  # a record above this share of the tensor's bytes is compared with the lossless one
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by their bytes
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by their size in bytes
 
 
 class Bounded(Codec):
@@ -55,21 +55,21 @@ class Bounded(Codec):
 
     def _encode(self, weight: Tensor, bound: dict[str, Any]) -> bytes | None:
         values, decoded = weight.float().view(-1), torch.empty_like(weight)
-        enough = before_cast(weight, bound["absolute"])
+        target = before_cast(weight, bound["absolute"])
         for share in ATTEMPTS:
-            coded = self.compress(values, enough * share)
+            coded = self.compress(values, target * share)
             if coded is None:
                 return None
             payload, options = coded
             self.decode_into(self.header(weight, options), memoryview(payload), decoded)
             error = max_error(weight, decoded)
             if error <= bound["absolute"]:
-                return self.record(weight, payload, options, bound | {"effective": enough * share, "error": error})
+                return self.record(weight, payload, options, bound | {"effective": target * share, "error": error})
         return None
 
     @abstractmethod
     def compress(self, values: Tensor, bound: float) -> tuple[bytes, dict[str, Any]] | None:
-        """Payload and options for float32 [n] on CPU; None where this codec cannot keep such a bound."""
+        """Payload and options for float32 [n] on CPU; None if this codec cannot keep such a bound."""
 
 
 class SZ3(Bounded):

@@ -1,87 +1,35 @@
 """Codes at their entropy: asymmetric numeral systems (through `constriction`), where Huffman codes round to whole bits.
 
-At 2 bits a Huffman code of single codes loses 0.03 to 0.1 bit; a range coder such as ANS loses nothing that could be
-measured. Two codecs:
+At 2 bits, a Huffman code over single codes loses 0.03 to 0.1 bit; asymmetric numeral systems lose nothing measurable.
+Two codecs:
 
-    entropy:MODE:BOUND          like `uniform`, codes of one step; also `encode_lattice`, what GPTQ on a lattice gives
-    packed-entropy:BITS:GROUP   group-wise codes of QESC, each with the distribution of codes that share its zero point
+    entropy:MODE:BOUND          codes of a uniform step, as in `uniform`; `encode_lattice` takes GPTQ's lattice codes
+    packed-entropy:BITS:GROUP   group-wise codes of QESC, with one distribution for each zero point
 
-The zero point says where a group's codes lie, so knowing it saves another 0.05 (3 bits) to 0.13 bit (2 bits). It is
-decoded first. Every distribution is stored as 16-bit frequencies, so encoder and decoder compute the same model.
+The zero point tells where in their range a group's codes lie; knowing it saves another 0.05 bit (at 3 bits) to 0.13 bit
+(at 2 bits). It is decoded first. Distributions are stored as 16-bit frequencies, so that encoder and decoder compute
+the same model.
 """
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
-import constriction
 import numpy as np
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.grid import pack, unpack
-from eacmoe_lightning.lattice import Lattice
 from eacmoe_lightning.offload.codecs.bounded import Bounded
 from eacmoe_lightning.offload.codecs.lossless import byte_planes, fill_from_planes, unzstd, zstd
 from eacmoe_lightning.offload.codecs.packed import Packed, PackedCodes
 from eacmoe_lightning.offload.codecs.record import Buffer, Header
-
-ALPHABET = 1 << 12  # different codes at most: above, the table of frequencies is no longer small
-TABLE = struct.Struct("<iI")  # the smallest code, the number of different ones
-Model = constriction.stream.model.Categorical
-
-
-def encode_codes(codes: np.ndarray, given: np.ndarray | None = None) -> bytes:
-    """Integers [n] at their entropy, or at that given uint8 [n], which the decoder must know.
-
-    Raises:
-        ValueError: they are spread over more than ALPHABET values.
-    """
-    if not codes.size:
-        return b""
-    low, high = int(codes.min()), int(codes.max())
-    if high - low >= ALPHABET:
-        raise ValueError(f"codes from {low} to {high} are more than {ALPHABET}")
-    symbols, size = (codes - low).astype(np.int32), max(high - low + 1, 2)  # the library knows no single symbol
-    coder, tables = constriction.stream.stack.AnsCoder(), []
-    for own in reversed(_cases(symbols.size, given)):  # a stack: what is decoded first is encoded last
-        counts = np.bincount(symbols[own], minlength=size)
-        table = (-(-counts * 65535 // counts.max())).astype("<u2")  # rounded up: what occurs stays above 0
-        coder.encode_reverse(symbols[own], _model(table))
-        tables.insert(0, table)
-    head = TABLE.pack(low, size)
-    return b"".join([head, *(table.tobytes() for table in tables), coder.get_compressed().astype("<u4").tobytes()])
-
-
-def decode_codes(data: Buffer, count: int, given: np.ndarray | None = None) -> np.ndarray:
-    """The inverse: int32 [count]."""
-    if not count:
-        return np.empty(0, np.int32)
-    low, size = TABLE.unpack_from(data)
-    cases, place = _cases(count, given), TABLE.size
-    tables = np.frombuffer(data, "<u2", len(cases) * size, place).reshape(len(cases), size)
-    words = np.frombuffer(data, "<u4", offset=place + tables.nbytes).astype(np.uint32)
-    coder = constriction.stream.stack.AnsCoder(words)
-    codes = np.empty(count, np.int32)
-    for own, table in zip(cases, tables, strict=True):
-        codes[own] = coder.decode(_model(table), codes[own].size)
-    return codes + low
-
-
-def _cases(count: int, given: np.ndarray | None) -> list[Any]:
-    """Index of the codes that share a distribution, one for each."""
-    if given is None:
-        return [slice(0, count)]
-    return [np.flatnonzero(given == value) for value in np.unique(given)]
-
-
-def _model(table: np.ndarray) -> Model:
-    return Model(table.astype(np.float64), perfect=False)
+from eacmoe_lightning.quantization.entropy_coding import ALPHABET, decode_codes, encode_codes
+from eacmoe_lightning.quantization.lattice import Lattice
+from eacmoe_lightning.quantization.packing import pack, unpack
 
 
 class Entropy(Bounded):
-    """Codes of one step, or of GPTQ on a lattice, at their entropy."""
+    """Codes of a uniform step, or of GPTQ on a lattice, at their entropy."""
 
     name, releases_gil = "entropy", False
 
@@ -93,15 +41,15 @@ class Entropy(Bounded):
         return encode_codes(codes.int().numpy()), {"step": step}
 
     def encode_lattice(self, lattice: Lattice, dtype: torch.dtype) -> bytes:
-        """A record of GPTQ's codes [O, I] and steps [I]; it decodes to `lattice.dequantize(dtype)`.
+        """A record of GPTQ's codes [O, I] and steps; it decodes to `lattice.dequantize(dtype)`.
 
         Raises:
-            ValueError: the codes are spread over more than ALPHABET values.
+            ValueError: the codes span more than ALPHABET values.
         """
         weight = torch.empty(lattice.codes.shape, dtype=dtype, device="meta")
-        steps = zstd(byte_planes(lattice.step.half()))
+        steps = zstd(byte_planes(lattice.scale))
         codes = encode_codes(lattice.codes.cpu().numpy().reshape(-1))
-        return self.record(weight, steps + codes, {"columns": lattice.step.numel(), "step_bytes": len(steps)})
+        return self.record(weight, steps + codes, {"columns": lattice.scale.numel(), "step_bytes": len(steps)})
 
     @classmethod
     def decode_into(cls, header: Header, payload: memoryview, out: Tensor) -> None:
@@ -110,7 +58,8 @@ class Entropy(Bounded):
         if not size:
             out.copy_(codes.float().mul_(header.options["step"]))
             return
-        planes, steps = torch.empty(2, header.options["columns"], dtype=torch.uint8), torch.empty(out.shape[-1]).half()
+        columns = header.options["columns"]  # that have a step of their own; 1: one step for all
+        planes, steps = torch.empty(2, columns, dtype=torch.uint8), torch.empty(columns, dtype=torch.float16)
         unzstd(payload[:size], planes)
         fill_from_planes(steps, planes)
         out.copy_(codes.float().mul_(steps.float()))

@@ -1,7 +1,7 @@
-"""Codecs that give every bit back: `plain`, and `lossless`, which is zstd over byte planes.
+"""Codecs that restore every bit: `plain`, and `lossless`, which is zstd over byte planes.
 
-A bfloat16 is sign, 8 bits of exponent and 7 of mantissa. Trained weights use few exponents, so the upper bytes of a
-tensor, put side by side, compress well; the lower bytes hardly at all.
+A bfloat16 has a sign, 8 bits of exponent and 7 of mantissa. Trained weights use few exponents, so the upper bytes of a
+tensor, put side by side, compress well; the lower bytes hardly compress at all.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 from eacmoe_lightning.offload.codecs.base import Codec
 from eacmoe_lightning.offload.codecs.record import Header
 
-LEVEL = 1  # of zstd: on bytes of weights, higher ones cost time and gain under 1 %
+LEVEL = 1  # of zstd: on weights, higher levels cost time and gain less than 1 %
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The memory of a tensor as flat uint8 on CPU; a view where it is contiguous there."""
+    """A tensor's memory as flat uint8 on CPU; a view if the tensor is contiguous and on CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def byte_planes(tensor: Tensor) -> Tensor:
-    """[itemsize, n] uint8: first all lowest bytes, then the next."""
+    """uint8 [itemsize, n]: the lowest byte of every element, then the next."""
     columns = as_bytes(tensor).view(-1, tensor.dtype.itemsize).numpy()
-    return torch.from_numpy(np.ascontiguousarray(columns.T))  # numpy: torch takes ten times as long
+    return torch.from_numpy(np.ascontiguousarray(columns.T))  # ten times as fast as in torch
 
 
 def fill_from_planes(out: Tensor, planes: Tensor) -> None:
-    """The inverse of `byte_planes`: fills a contiguous tensor on the device of the planes."""
+    """The inverse of `byte_planes`: fills a contiguous tensor on the planes' device."""
     columns = out.view(-1).view(torch.uint8).view(-1, out.dtype.itemsize)
     if out.device.type != "cpu":
         columns.copy_(planes.t())
@@ -41,17 +41,17 @@ def fill_from_planes(out: Tensor, planes: Tensor) -> None:
 
 
 def fill(out: Tensor, data: memoryview) -> None:
-    """Copies bytes into a contiguous tensor on CPU of just their size."""
+    """Copies bytes into a contiguous tensor on CPU of exactly their size."""
     np.copyto(out.view(-1).view(torch.uint8).numpy(), np.frombuffer(data, np.uint8))
 
 
 def zstd(data: Tensor) -> bytes:
-    """uint8 -> one zstd frame."""
+    """Compresses a contiguous uint8 tensor on CPU to one zstd frame."""
     return zstandard.ZstdCompressor(level=LEVEL).compress(data.numpy())
 
 
 def unzstd(payload: memoryview, out: Tensor) -> None:
-    """Fills `out`, contiguous uint8 on CPU, from a zstd frame of just its size."""
+    """Fills `out`, contiguous uint8 on CPU, from a zstd frame of exactly its size."""
     target = memoryview(out.reshape(-1).numpy())
     reader = zstandard.ZstdDecompressor().stream_reader(payload)
     filled = 0

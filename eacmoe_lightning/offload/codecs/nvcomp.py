@@ -1,9 +1,10 @@
 """Codecs that decode on the GPU, through NVIDIA's nvCOMP (`pip install nvidia-nvcomp-cu12`).
 
-Compressed bytes cross to the device and become weights there: without a bound byte planes coded by nvCOMP's ANS, with
-one the codes of one uniform step (as cuSZp has them) coded the same way. Written against nvCOMP 6.0's Python interface.
+Compressed bytes are copied to the device and become weights there. Without a bound they are byte planes coded by
+nvCOMP's ANS; with one, the codes of a uniform step (as in cuSZp), coded the same way. Written against the Python
+interface of nvCOMP 6.0.
 
-It needs a CUDA device, for encoding as well. Without one, and without the package, it says so.
+Encoding and decoding need the package and a CUDA device; without them they raise ValueError.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ALGORITHM = "ANS"
 
 
 def missing() -> str | None:
-    """Why nvCOMP cannot run here; None where it can."""
+    """Why nvCOMP cannot run here; None if it can."""
     if not torch.cuda.is_available():
         return "codec nvcomp needs a CUDA device, and torch sees none"
     try:
@@ -38,7 +39,7 @@ def _coder() -> Any:
     """A codec of nvCOMP on torch's current stream.
 
     Raises:
-        ValueError: there is none here.
+        ValueError: nvCOMP cannot run here.
     """
     if reason := missing():
         raise ValueError(reason)
@@ -49,7 +50,7 @@ def _coder() -> Any:
 
 
 def _compress(data: Tensor) -> bytes:
-    """uint8 on CUDA -> compressed bytes."""
+    """Compresses a uint8 tensor on CUDA."""
     from nvidia import nvcomp
 
     stream = torch.cuda.current_stream().cuda_stream
@@ -58,7 +59,7 @@ def _compress(data: Tensor) -> bytes:
 
 
 def _decompress(payload: memoryview, out: Tensor) -> None:
-    """Fills contiguous uint8 `out` on CUDA."""
+    """Fills `out`, contiguous uint8 on CUDA."""
     from nvidia import nvcomp
 
     coded = torch.empty(len(payload), dtype=torch.uint8, pin_memory=True)
@@ -73,7 +74,7 @@ def _planes(tensor: Tensor) -> Tensor:
 
 
 class NvComp(Codec):
-    """nvCOMP's ANS over byte planes (lossless), or over the codes of one step (with a bound)."""
+    """nvCOMP's ANS over byte planes (lossless), or over the codes of a uniform step (with a bound)."""
 
     name = "nvcomp"
 

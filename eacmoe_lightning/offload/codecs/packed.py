@@ -1,10 +1,10 @@
-"""The codes of QESC (`grid.py`) as a record: as they lie on disk, or entropy-coded.
+"""The codes of QESC as a record: packed as on disk (`quantization/packing.py`), or entropy-coded.
 
-GPTQ's codes have less entropy than their nominal bits, for most weights lie in the middle of their group's range. zstd
-finds that with Huffman codes over bytes; so the bit stream is regrouped to whole codes per byte, as many as fit
-(four of 2 bits, two of 3 or 4, one above).
+GPTQ's codes have less entropy than their nominal bits, because most weights lie in the middle of their group's range.
+zstd exploits that with Huffman codes over bytes, so the bit stream is regrouped first: each byte holds as many whole
+codes as fit (four of 2 bits, two of 3 or 4, one of more).
 
-A record decodes to the dense weight like any other, or with `decode_packed` to what the kernels take.
+A record decodes to the dense weight like any other, or with `decode_packed` to the tensors that the kernels take.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.grid import Grid, Quantized, pack, round_to_nearest, unpack
 from eacmoe_lightning.offload.codecs.base import Codec, codec_of
 from eacmoe_lightning.offload.codecs.bound import check_finite
 from eacmoe_lightning.offload.codecs.lossless import as_bytes, byte_planes, fill, fill_from_planes, unzstd, zstd
 from eacmoe_lightning.offload.codecs.record import Buffer, Header, RecordError, read_record
+from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.quantization.packing import pack, unpack
 
 Packed = tuple[Tensor, Tensor, Tensor]  # codes [..., O, I / 8 * bits] uint8, scale [..., O, G], zero_point [..., O, G]
 
 
 class PackedCodes(Codec):
-    """Group-wise codes as they lie on disk (`grid.packed`).
+    """Group-wise codes, packed as on disk.
 
     Args:
         bits: 2 to 8.
         group_size: inputs that share a scale; a multiple of 8.
 
-    `encode` rounds to nearest; the codes of a calibrated model go through `encode_packed`.
+    `encode` rounds a weight to nearest; `encode_packed` takes the codes of a calibrated model.
     """
 
     name = "packed"
@@ -59,7 +60,7 @@ class PackedCodes(Codec):
         return self.encode_packed((pack(q.codes, self.bits), q.scale, q.zero_point), weight.dtype)
 
     def encode_packed(self, tensors: Packed, dtype: torch.dtype = torch.float32) -> bytes:
-        """A record of packed codes, scales and zero points; `dtype` is what `decode` gives."""
+        """A record of packed codes, scales and zero points; `dtype` is that of the weight that `decode` returns."""
         codes, scale, zero_point = tensors
         parts = self.parts(*(t.detach().cpu().contiguous() for t in tensors))
         weight = torch.empty(*codes.shape[:-1], codes.shape[-1] // self.bits * 8, dtype=dtype, device="meta")
@@ -77,7 +78,7 @@ class PackedCodes(Codec):
 
     @classmethod
     def unpack_into(cls, header: Header, payload: memoryview, out: Packed) -> None:
-        """Fills packed codes, scales and zero points, on CPU."""
+        """Fills packed codes, scales and zero points on CPU."""
         parts, start = [], 0
         for length in header.options["parts"]:
             parts.append(payload[start : start + length])
@@ -94,7 +95,7 @@ class PackedCodes(Codec):
 
 
 class PackedZstd(PackedCodes):
-    """The same, entropy-coded by zstd."""
+    """The same, compressed by zstd."""
 
     name = "packed-zstd"
 
@@ -125,10 +126,10 @@ def empty_packed(header: Header) -> Packed:
 
 
 def decode_packed(record: Buffer, out: Packed | None = None, name: str = "record") -> Packed:
-    """Codes, scales and zero points of a record of `PackedCodes`, its checksums compared.
+    """Checks a record's checksums and decodes its codes, scales and zero points.
 
     Args:
-        out: contiguous tensors on CPU, shaped as those of `empty_packed`; else new ones are made.
+        out: the tensors to fill, contiguous, on CPU, shaped like those of `empty_packed`; None: new ones.
 
     Raises:
         RecordError: the record is truncated, altered or not of packed codes.
@@ -146,14 +147,14 @@ def decode_packed(record: Buffer, out: Packed | None = None, name: str = "record
 
 
 def symbols_of_eight(bits: int) -> int:
-    """Bytes that hold eight codes when each byte holds as many whole ones as fit."""
+    """The number of bytes for eight codes, each byte holding as many whole codes as fit."""
     return 8 // (8 // bits)
 
 
 def whole_codes(packed: Tensor, bits: int) -> Tensor:
-    """uint8 [..., n * bits] (`grid.pack`) -> uint8 [m]: the codes in their order, 8 // bits in a byte."""
+    """uint8 [..., n * bits] (`packing.pack`) -> uint8 [m]: the codes in their order, 8 // bits to a byte."""
     count = symbols_of_eight(bits)
-    if count == bits:  # 2, 4 and 8 bits: that is what the stream is
+    if count == bits:  # 2, 4 and 8 bits: the stream has this form already
         return packed.reshape(-1)
     words = np.zeros((packed.numel() // bits, 8), np.uint8)
     words[:, :bits] = packed.reshape(-1, bits).numpy()

@@ -1,12 +1,12 @@
-"""One compressed tensor as one blob of bytes that says what it is and whether it is whole.
+"""One compressed tensor as one blob of bytes that describes itself and carries checksums.
 
     8 bytes    magic
     4 + 4      length and CRC-32 of the header, little-endian
     header     JSON, padded with spaces so that the payload begins at a multiple of ALIGNMENT
-    payload    what the codec made; its length and CRC-32 stand in the header
+    payload    the codec's bytes; their length and CRC-32 are in the header
 
-A record is decoded only after both checksums were compared, so a truncated or altered one is an error with its name,
-never a wrong weight.
+A record is decoded only after both checksums have been checked. A truncated or altered one raises an error with its
+name, and never gives a wrong weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from eacmoe_lightning.store import StoreError
+from eacmoe_lightning.run.files import StoreError
 
 MAGIC = b"eacmoe1\n"
 PREFIX = struct.Struct("<8sII")
@@ -30,21 +30,21 @@ Buffer = bytes | bytearray | memoryview
 
 
 class RecordError(StoreError):
-    """A record is truncated, altered or of a kind that this version cannot read."""
+    """A record is truncated, altered, or from a codec that this version does not know."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a record says of itself.
+    """The description of a record's tensor.
 
     Attributes:
-        codec: the name of the codec that decodes the payload.
+        codec: name of the codec that decodes the payload.
         dtype: of the tensor: `float32`, `bfloat16` or `float16`.
         shape: of the tensor.
-        options: what the codec needs beside the payload.
-        bound: of a lossy codec: `mode` and `value` as asked for, `absolute` in weight units, `effective` (what the
-            compressor was told, so that the bound holds after the cast to `dtype`; 0: stored losslessly) and `error`
-            (the largest one measured).
+        options: what the codec needs besides the payload.
+        bound: for a lossy codec: `mode` and `value` as requested, `absolute` in weight units, `effective` (the bound
+            given to the compressor, so that `absolute` holds after the cast to `dtype`; 0: stored losslessly) and
+            `error` (the largest error measured).
     """
 
     codec: str
@@ -65,20 +65,20 @@ class Header:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the decoded tensor."""
+        """Size of the decoded tensor."""
         return self.num_weights * self.torch_dtype.itemsize
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the payload."""
+        """Bits of the payload per weight."""
         return 8 * self.payload_bytes / max(self.num_weights, 1)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
-    """The name that headers use.
+    """The dtype's name in headers.
 
     Raises:
-        ValueError: not a dtype of weights.
+        ValueError: codecs do not take tensors of this dtype.
     """
     name = str(tensor.dtype).rpartition(".")[2]
     if name not in DTYPES:
@@ -87,38 +87,38 @@ def dtype_name(tensor: torch.Tensor) -> str:
 
 
 def write_record(header: Header, payload: Buffer) -> bytes:
-    """Header and payload as one blob; lengths and checksums are filled in."""
-    described = asdict(header) | {"payload_bytes": len(payload), "payload_crc32": zlib.crc32(payload)}
-    text = json.dumps(described, sort_keys=True).encode()
+    """Header and payload as one blob; fills in the header's length and checksum of the payload."""
+    fields = asdict(header) | {"payload_bytes": len(payload), "payload_crc32": zlib.crc32(payload)}
+    text = json.dumps(fields, sort_keys=True).encode()
     text += b" " * (-(PREFIX.size + len(text)) % ALIGNMENT)
     return b"".join((PREFIX.pack(MAGIC, len(text), zlib.crc32(text)), text, payload))
 
 
 def read_header(record: Buffer, name: str = "record") -> Header:
-    """The header alone; the payload is not looked at.
+    """The header alone; the payload is not checked.
 
     Raises:
-        RecordError: it is truncated, altered or no record.
+        RecordError: the header is truncated, altered or not that of a record.
     """
     return _parse(record, name)[0]
 
 
 def read_record(record: Buffer, name: str = "record") -> tuple[Header, memoryview]:
-    """Header and payload, both checksums compared.
+    """Header and payload, after both checksums have been checked.
 
     Args:
-        record: may be longer than the record.
-        name: what errors call it.
+        record: a buffer that begins with the record; it may be longer.
+        name: the record's name in errors.
 
     Raises:
-        RecordError: it is truncated, altered or no record.
+        RecordError: the record is truncated or altered, or the buffer holds no record.
     """
     header, start = _parse(record, name)
     payload = memoryview(record)[start : start + header.payload_bytes]
     if len(payload) < header.payload_bytes:
         raise RecordError(f"{name} is truncated: {len(payload)} of {header.payload_bytes} bytes are there")
     if zlib.crc32(payload) != header.payload_crc32:
-        raise RecordError(f"{name} does not hold what was written: the checksum of its content differs")
+        raise RecordError(f"{name} is altered: the checksum of its payload differs")
     return header, payload
 
 
@@ -129,6 +129,6 @@ def _parse(record: Buffer, name: str) -> tuple[Header, int]:
     magic, length, crc = PREFIX.unpack_from(view)
     text = view[PREFIX.size : PREFIX.size + length]
     if magic != MAGIC or len(text) < length or zlib.crc32(text) != crc:
-        raise RecordError(f"{name} is truncated or altered: its header does not hold what was written")
+        raise RecordError(f"{name} is truncated or altered: its header is not what was written")
     fields = json.loads(bytes(text))
     return Header(**fields | {"shape": tuple(fields["shape"])}), PREFIX.size + length

@@ -1,0 +1,296 @@
+"""QESC, block by block (EAC-MoE, section 4): the phases of each block, in the paper's order.
+
+    read       loads the block's weights from disk
+    observe    runs the full-precision block on x and records which experts it selects; then removes the experts that
+               the pruning rule does not keep, so that all later phases see the pruned block
+    attention  quantizes the attention projections on x_hat, the output of the compressed prefix
+    router     calibrates the router, outside this module: a LightningModule trains it, or a closed form solves it
+    experts    quantizes shared and routed experts on the tokens that the calibrated router sends to each
+    replay     runs x_hat through the compressed block
+
+Only the current block's weights need to be in memory. Dequantized weights replace the original ones in place. When a
+block is finished, its codes are on disk and its memory is free.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.calibration.solver import BlockSolver
+from eacmoe_lightning.calibration.streams import Streams, concatenate
+from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.shrink import Groups, keep_experts
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.pruning.scores import ExpertScores, measured
+from eacmoe_lightning.routers import ridge
+from eacmoe_lightning.routers.expert_shift import change_counts, change_rates, expert_load
+from eacmoe_lightning.run.block_file import BlockStats, RemovedExperts, read_block, read_stats, write_block
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.files import REMEDY, StoreError
+from eacmoe_lightning.run.hidden import HiddenFile
+from eacmoe_lightning.run.ranks import Ranks
+
+log = logging.getLogger(__name__)
+PHASES = ("read", "observe", "attention", "router", "experts", "replay")
+
+
+class Calibration:
+    """Takes the blocks of a model through the phases, one at a time.
+
+    Args:
+        moe: the original model; its blocks are loaded, replaced and released one at a time.
+        recipe: bits and quantizer.
+        streams: the hidden streams of this process's calibration windows.
+        run: the directory that finished blocks are written to.
+        ranks: the processes of the run.
+        phase: (block, phase) -> the context manager in which that phase runs, for timing and callbacks.
+        pruning: chooses the experts to keep; None keeps all.
+    """
+
+    def __init__(
+        self,
+        moe: MoEModel,
+        recipe: Recipe,
+        streams: Streams,
+        run: RunDirectory,
+        ranks: Ranks,
+        phase: Callable[[int, str], AbstractContextManager] = lambda block, phase: nullcontext(),
+        pruning: PruningRule | None = None,
+    ) -> None:
+        self.moe, self.recipe, self.streams, self.run, self.ranks = moe, recipe, streams, run, ranks
+        self.phase, self.pruning = phase, pruning
+        self.at: int | None = None  # the block that the streams have reached
+        self.entered = False  # whether that block has been observed and its attention solved
+        self.solver: BlockSolver | None = None
+        self.stats: BlockStats | None = None  # of the current block
+        self._teacher: Routing | None = None  # the original router's output on x, for all tokens of this process
+        self._router_input: HiddenFile | None = None  # [S, T, D] the router's input in the compressed stream
+
+    @property
+    def block(self) -> Block:
+        return self.moe.blocks[self.at]
+
+    # --- the phases of a block ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def enter(self, index: int, routers: dict[int, Tensor]) -> None:
+        """Brings the streams to block `index`, observes it and solves its attention. Idempotent.
+
+        If `index` is the number of blocks, brings both streams to the end of the model.
+
+        Args:
+            routers: calibrated weights [E, D] of earlier blocks, needed where a block's file is missing and the block
+                is computed again.
+        """
+        num_blocks = len(self.moe.blocks)
+        if self.at == index and (self.entered or index == num_blocks):
+            return
+        self._bring_streams(index, routers)
+        if index < num_blocks:
+            self._observe_and_solve_attention()
+
+    def _observe_and_solve_attention(self) -> None:
+        block, streams = self.block, self.streams
+        with self.phase(block.index, "read"):
+            self.moe.load(block.index)
+        self.solver = BlockSolver(block, len(self.moe.blocks), self.recipe, self.ranks)
+        self.stats = BlockStats(block.index, block.name)
+        with self.phase(block.index, "observe"):
+            with self._measured() as scores:
+                self._observe()
+            if scores is not None:
+                self._prune(scores)
+            self._groups = streams.input_groups(block)
+        with self.phase(block.index, "attention"):
+            self._solve_part("attention")
+            if block.is_moe:
+                self._router_input = streams.keep_router_input(block)
+                self._count_shift("before")
+        self.entered = True
+
+    def _observe(self) -> None:
+        """Runs x through the original block and keeps its router's output, also on disk for the joint stage."""
+        self._teacher = self.streams.advance(self.block, "x")
+        if self._teacher is not None:
+            self.streams.write_teacher(self.at, self._teacher.logits)
+
+    def _measured(self) -> AbstractContextManager[ExpertScores | None]:
+        """A context that scores the block's experts, if some of them are to be removed."""
+        prunes = self.pruning is not None and self.block.is_moe
+        return measured(self.block, self.pruning.criterion) if prunes else nullcontext()
+
+    def _prune(self, scores: ExpertScores) -> None:
+        """Removes the experts that the pruning rule does not keep from the current block."""
+        block, values = self.block, scores.finish(self.ranks)
+        kept = self.pruning.choose(values, self.moe.top_k, Groups.of(block).number)
+        removed = sorted(set(range(block.num_experts)) - set(kept))
+        share = float(scores.load[removed].sum() / scores.load.sum())
+        below = self.pruning.below_alpha(values, kept)
+        self.stats.pruning = RemovedExperts(kept, removed, share, values.tolist(), below)
+        if below:
+            log.warning(
+                "block %d: experts %s are below alpha=%g (--pruning.alpha) and stay, because every token selects %d",
+                block.index, below, self.pruning.alpha, self.moe.top_k,
+            )  # fmt: skip
+        keep_experts(block, kept)
+
+    @torch.no_grad()
+    def leave(self, router: Tensor | None) -> BlockStats:
+        """Solves the experts under the calibrated router, replays the block and writes it.
+
+        Args:
+            router: [E, D] with a row for each expert of the original; a pruned block takes the rows of the experts it
+                kept. None for a dense block.
+
+        Returns:
+            The block's statistics.
+        """
+        block, streams = self.block, self.streams
+        with self.phase(block.index, "experts"):
+            if block.is_moe:
+                block.router_weight.copy_(router[block.kept])
+                self._count_shift("after")
+            self._solve_part("shared")
+            if block.is_moe and self.recipe.quantizes:
+                self.solver.solve_experts(self._router_input.flatten(0, 1), self._route())
+            if block.is_moe:
+                self.stats.starved = self.solver.starved
+        with self.phase(block.index, "replay"):
+            streams.advance(block, "x_hat")
+        self.stats.error = self.solver.error
+        self._write()
+        self.moe.release(self.at)
+        self.at, self.entered = self.at + 1, False
+        if self._router_input is not None:
+            self._router_input.delete()
+        self._teacher = self._router_input = None
+        streams.step(self.at)
+        return self.stats
+
+    def _solve_part(self, part: str) -> None:
+        """Quantizes the linears of one part, one group that shares its input at a time, in the order they run."""
+        for names in self._groups if self.recipe.quantizes else ():
+            if self.block.linears[names[0]] == part:
+                inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]), part == "shared")
+                self.solver.solve_linears(names, inputs)
+
+    # --- the router's training rows ---------------------------------------------------------------------
+
+    def router_rows(self, window_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's training rows of the windows with these global indices [b].
+
+        Returns:
+            Inputs [b*T, D] and teacher logits [b*T, E] of the experts that the block still has.
+        """
+        local = self.streams.local(window_ids)
+        teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
+        return self._router_input[local].flatten(0, 1), teacher[local].flatten(0, 1)[:, self.block.kept]
+
+    @torch.no_grad()
+    def ridge_router(self, num_targets: int, strength: float) -> Tensor:
+        """The closed-form router [E, D] of the current block (see `ridge`).
+
+        If the sums of all experts do not fit into `solver_gib`, they are solved in parts, with one pass over the
+        router's inputs for each part.
+        """
+        weight = self.block.router_weight.float()
+        num_experts, width = weight.shape
+        shared, updated = num_targets == num_experts, []
+        together = ridge.experts_together(num_experts, width, self.recipe.solver_gib, shared)
+        for start in range(0, num_experts, together):
+            experts = slice(start, min(start + together, num_experts))
+            sums = ridge.NormalEquations(experts, width, weight.device, shared)
+            for x, target in self._ridge_rows():
+                residual = target - self.block.router_logits(x)
+                sums.add(x.float(), residual, target.topk(num_targets, dim=-1).indices)
+            for total in (sums.gram, sums.cross, sums.squares):
+                self.ranks.sum(total)
+            updated.append(ridge.solve(weight, sums, strength))
+        return torch.cat(updated)
+
+    def _ridge_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches on the model's device: inputs [n, D], teacher logits [n, E] of the experts that the block has."""
+        teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
+        for rows in self.streams.slices:
+            x, target = self._router_input[rows], teacher[rows].flatten(0, 1)[:, self.block.kept]
+            yield self.streams.to_device(x.flatten(0, 1)), self.streams.to_device(target)
+
+    def _count_shift(self, when: str) -> None:
+        """Records change rates and expert loads on the calibration stream under the router's current weights."""
+        routing, sum_ = self._route(), self.ranks.sum
+        student_ids = self.block.original_ids(routing.ids)
+        counts = sum_(change_counts(self._teacher.ids, student_ids))
+        tokens, top_k = sum_(torch.tensor(len(routing.ids))), routing.ids.shape[1]
+        self.stats.expert_shift[when] = change_rates(counts, int(tokens), top_k)
+        name, ids = ("original", self._teacher.ids) if when == "before" else ("compressed", student_ids)
+        load = sum_(expert_load(ids, self._teacher.logits.shape[1]))
+        self.stats.expert_load[name] = load.tolist()
+
+    def _route(self) -> Routing:
+        batches = (self.streams.to_device(self._router_input[rows].flatten(0, 1)) for rows in self.streams.slices)
+        return concatenate([self.block.route(x) for x in batches])
+
+    # --- between blocks -----------------------------------------------------------------------------------
+
+    def _bring_streams(self, index: int, routers: dict[int, Tensor]) -> None:
+        """Brings both streams to the input of block `index`: from memory, from files, or by running earlier blocks."""
+        if self.at == index:
+            return
+        exists = [self.run.block(i).exists() for i in range(index)]
+        start = self.at
+        if start is None:
+            first_missing = exists.index(False) if False in exists else index
+            start = next((i for i in range(first_missing, 0, -1) if self.streams.can_read(i)), 0)
+            self.streams.embed()
+            if start:
+                self.streams.read(start)
+            for i in range(start):
+                self.shrink(i)
+        for i in range(start, index):
+            self.at = i
+            if exists[i]:
+                with self.moe.loaded(i):
+                    self._observe()
+                    self._restore(i)
+                    self.streams.advance(self.block, "x_hat")
+                self.streams.step(i + 1, keep=False)
+            else:
+                log.warning("block %d is not in %s: computing it again", i, self.run.path)
+                self._observe_and_solve_attention()
+                self.leave(routers.get(i))
+        self.at, self.entered = index, False
+
+    def shrink(self, index: int) -> None:
+        """Removes from a block the experts that the run has pruned, whether or not its weights are in memory."""
+        if self.pruning is not None and self.moe.blocks[index].is_moe:
+            keep_experts(self.moe.blocks[index], read_stats(self.run, index).pruning.kept)
+
+    def _restore(self, index: int) -> None:
+        """Loads the weights and router of a finished block into the model."""
+        block = self.moe.blocks[index]
+        quantized, others, _ = read_block(self.run, index)
+        self.shrink(index)
+        weights = block.weights()
+        if self.recipe.quantizes and quantized.keys() != weights.keys():
+            raise StoreError(
+                f"{self.run.block(index)} does not hold the weights of {block.name}: "
+                f"{sorted(quantized.keys() ^ weights.keys())[0]} is in only one of them; {REMEDY}"
+            )
+        for name, q in quantized.items():
+            weights[name][1].copy_(q.dequantize(self.moe.model.dtype))
+        if block.is_moe:
+            block.router_weight.copy_(others[block.router_parameter_name])
+
+    def _write(self) -> None:
+        if not self.ranks.is_first:
+            return
+        block = self.block
+        router = {block.router_parameter_name: block.router_weight} if block.is_moe else {}
+        write_block(self.run, self.stats, self.solver.solved, router)

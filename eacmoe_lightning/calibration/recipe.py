@@ -1,0 +1,255 @@
+"""How many bits each weight gets: one line for each of the paper's settings (EAC-MoE, section 5.1).
+
+The paper quantizes attention to 4 bits and every expert to 2 or 3, and leaves the router in full precision. Its
+averages 2.06, 2.54 and 3.03 are `bits=2`, `bits=[3, 2]` (the first half of the blocks at 3 bits) and `bits=3`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal
+
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.quantization.grid import Grid, Quantized
+from eacmoe_lightning.quantization.quantizers import GPTQ, LatticeGPTQ, Quantizer, RoundToNearest
+from eacmoe_lightning.targets import WeightGrid, by_bits
+
+PARTS = ("attention", "shared", "experts")
+QUANTIZERS: dict[str, Callable[[Recipe], Quantizer | None]] = {  # by the names of `--model.quantizer`
+    "gptq": lambda recipe: GPTQ(recipe.damping, recipe.act_order, recipe.scale_search, recipe.refine),
+    "rtn": lambda recipe: RoundToNearest(),
+    "lattice": lambda recipe: LatticeGPTQ(recipe.damping, recipe.act_order),
+    "none": lambda recipe: None,
+}
+SOME_EXPERTS = re.compile(r"experts(?:\.(0|[1-9]\d*))?(?:\.(gate_up_proj|up_proj|down_proj))?")  # keys of overrides
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Bits, groups and quantizer of every weight, and the statistics they are solved from: command-line options.
+
+    Args:
+        bits: Bits of the routed experts. A list splits the blocks into equal consecutive parts: [3, 2] is the paper's
+            2.54-bit setting.
+        attention_bits: Bits of the attention projections.
+        shared_expert_bits: Bits of shared experts and dense feed-forwards; null uses the bits of the block's experts.
+        overrides: By block index, other bits for attention, shared or experts, or another group_size. Keys may also
+            name one routed expert (experts.3), one projection of all (experts.down_proj, experts.gate_up_proj, or
+            experts.up_proj in experts without gates) or both (experts.3.down_proj); the most specific key wins.
+        group_size: Number of inputs that share a scale and a zero point.
+        symmetric: Fix the zero point to the middle code; null does so only where the target needs it.
+        clip_search: Choose the range of each group that gives the least error instead of its minimum and maximum.
+        quantizer: gptq; rtn (round-to-nearest, the baseline); lattice (one step per matrix, codes stored at their
+            entropy; bits are stored bits and may be fractional, groups do not apply); none (weights stay as they are,
+            for pruning alone); or the class path of a `Quantizer`.
+        damping: Added to the Hessian's diagonal, as a share of its mean.
+        act_order: Let GPTQ visit the groups, and the inputs within each, in order of falling importance.
+        scale_search: Choose each group's scale and zero point by the loss that GPTQ's column loop adds.
+        refine: Number of sweeps after GPTQ that refit scales by least squares and codes by coordinate descent.
+        affinity: Weight an expert's tokens by their router weight (MoEQuant).
+        min_expert_tokens: An expert that fewer calibration tokens reach is starved: it borrows the block's other tokens
+            with the highest router logits for it, up to this number.
+        solver_gib: Memory in GiB that may be used to solve experts of a block together.
+    """
+
+    bits: int | float | list[int | float] = 3
+    attention_bits: int | float = 4
+    shared_expert_bits: int | float | None = None
+    overrides: dict[int, dict[str, int | float]] = field(default_factory=dict)
+    group_size: int = 128
+    symmetric: bool | None = None
+    clip_search: bool = True
+    quantizer: Literal["gptq", "rtn", "lattice", "none"] | Quantizer = "gptq"
+    damping: float = 0.05
+    act_order: bool = True
+    scale_search: bool = True
+    refine: int = 1
+    affinity: bool = False
+    min_expert_tokens: int = 256
+    solver_gib: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("bits=[] (--model.bits) is empty: pass one number, or one for each part of the blocks")
+        if isinstance(self.quantizer, str) and self.quantizer not in QUANTIZERS:
+            raise ValueError(
+                f"quantizer={self.quantizer!r} (--model.quantizer) is neither one of {', '.join(QUANTIZERS)} nor the "
+                "class path of a Quantizer"
+            )
+        for name, bits in [("bits", b) for b in self.parts] + [("attention_bits", self.attention_bits)]:
+            self._check_bits(name, bits)
+        if self.shared_expert_bits is not None:
+            self._check_bits("shared_expert_bits", self.shared_expert_bits)
+        _check_group_size("group_size", self.group_size)
+        if not 0 < self.damping < 1:
+            raise ValueError(f"damping={self.damping} (--model.damping) is not between 0 and 1")
+        if self.refine < 0:
+            raise ValueError(f"refine={self.refine} (--model.refine) is negative")
+        if self.solver_gib <= 0:
+            raise ValueError(f"solver_gib={self.solver_gib} (--model.solver_gib) is not positive")
+        if self.min_expert_tokens < 1:
+            raise ValueError(f"min_expert_tokens={self.min_expert_tokens} (--model.min_expert_tokens) is below 1")
+        if self.affinity and self.solver is not None and self.solver.needs != "hessian":
+            raise ValueError(
+                f"affinity (--model.affinity) weights tokens in Hessians, which {self.quantizer_name} "
+                "(--model.quantizer) does not use: leave it out"
+            )
+        for block, parts in self.overrides.items():
+            for part, bits in parts.items():
+                if part == "group_size":
+                    _check_group_size(f"overrides.{block}.group_size", bits)
+                elif part in PARTS or SOME_EXPERTS.fullmatch(part):
+                    self._check_bits(f"overrides.{block}.{part}", bits)
+                else:
+                    raise ValueError(
+                        f"overrides.{block}.{part} (--model.overrides) is not a key that can be overridden: pass "
+                        f"{', '.join(PARTS)} or group_size, or keys like experts.3, experts.down_proj, "
+                        "experts.3.down_proj"
+                    )
+
+    @property
+    def parts(self) -> tuple[int | float, ...]:
+        """Bits of the routed experts in each of the consecutive parts that the blocks are split into."""
+        return tuple(self.bits) if isinstance(self.bits, list | tuple) else (self.bits,)
+
+    @property
+    def quantizes(self) -> bool:
+        return self.quantizer != "none"
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether weights are quantized on the group-wise grid."""
+        return self.solver is not None and self.solver.result is Quantized
+
+    @cached_property
+    def solver(self) -> Quantizer | None:
+        """The quantizer object; None if nothing is quantized."""
+        return QUANTIZERS[self.quantizer](self) if isinstance(self.quantizer, str) else self.quantizer
+
+    @property
+    def quantizer_name(self) -> str:
+        return self.quantizer if isinstance(self.quantizer, str) else type(self.quantizer).__name__
+
+    def record(self) -> dict[str, Any]:
+        """Everything that the result depends on, as JSON values."""
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "solver_gib"}
+        if not isinstance(self.quantizer, str):
+            options["quantizer"] = self.quantizer.settings()
+        return options | {"bits": list(self.parts)}
+
+    def _check_bits(self, option: str, bits: int | float) -> None:
+        if self.solver is not None and self.solver.any_rate:
+            if not 1 <= bits <= 8:
+                raise ValueError(f"{option}={bits} (--model.{option}) is not from 1 to 8 stored bits per weight")
+        elif not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise ValueError(f"{option}={bits} (--model.{option}) is not a whole number from 2 to 8")
+
+    def grid(self, block: int, num_blocks: int, part: str) -> Grid:
+        """The grid of one part (`attention`, `shared`, `experts`) of one block."""
+        expert_bits = self.parts[block * len(self.parts) // num_blocks]
+        bits = {
+            "experts": expert_bits,
+            "shared": expert_bits if self.shared_expert_bits is None else self.shared_expert_bits,
+            "attention": self.attention_bits,
+        }[part]
+        overrides = self.overrides.get(block, {})
+        group_size, symmetric = overrides.get("group_size", self.group_size), bool(self.symmetric)
+        return Grid(overrides.get(part, bits), group_size, symmetric, self.clip_search)
+
+    def expert_bits(self, block: int, num_blocks: int, projection: str, numbers: Iterable[int]) -> tuple[int, ...]:
+        """Bits of one projection of a block's routed experts, given by their numbers in the original."""
+        bits, overrides = self.grid(block, num_blocks, "experts").bits, self.overrides.get(block, {})
+        bits = overrides.get(f"experts.{projection}", bits)
+        return tuple(overrides.get(f"experts.{e}.{projection}", overrides.get(f"experts.{e}", bits)) for e in numbers)
+
+    def grids(self, moe: MoEModel) -> list[WeightGrid]:
+        """The grid of every weight of a model; one entry for each bit width among a block's experts."""
+        grids = []
+        for block in moe.blocks:
+            for name, (part, weight) in block.weights().items():
+                grid, shape = self.grid(block.index, len(moe.blocks), part), tuple(weight.shape)
+                bits, group_size = grid.bits, grid.group_size if self.has_groups else shape[-1]
+                if part == "experts":
+                    bits = self.expert_bits(block.index, len(moe.blocks), name.rpartition(".")[2], block.expert_numbers)
+                common = dict(group_size=group_size, symmetric=grid.symmetric, on_lattice=not self.has_groups)
+                for width, experts in by_bits(bits):
+                    rows = shape if experts is None else (len(experts), *shape[1:])
+                    grids.append(WeightGrid(name, block.index, part, rows, width, experts=experts, **common))
+        return grids
+
+    def check(self, moe: MoEModel, processes: int = 1) -> None:
+        """Raises ValueError if this recipe does not fit the model or the number of processes; computes nothing."""
+        if self.quantizes and self.solver.needs == "inputs" and processes > 1:
+            raise ValueError(
+                f"{self.quantizer_name} (--model.quantizer) needs the inputs of a weight, which are not shared between "
+                f"the {processes} processes of this run: use one process (--trainer.devices 1)"
+            )
+        unknown = [block for block in self.overrides if not 0 <= block < len(moe.blocks)]
+        if unknown:
+            raise ValueError(
+                f"overrides (--model.overrides) name block {unknown[0]}, but the model has blocks 0 to "
+                f"{len(moe.blocks) - 1}"
+            )
+        if len(self.parts) > len(moe.blocks):
+            raise ValueError(
+                f"bits (--model.bits) lists {len(self.parts)} parts, more than the model's {len(moe.blocks)} blocks"
+            )
+        for block in moe.blocks if self.quantizes else ():
+            self._check_experts(block)
+            for name, (part, weight) in block.weights().items():
+                group_size, in_features = self.grid(block.index, len(moe.blocks), part).group_size, weight.shape[-1]
+                if self.has_groups and in_features % group_size:
+                    fitting = max((g for g in (8, 16, 32, 64, 128, 256) if in_features % g == 0), default=None)
+                    remedy = "No group size fits: it has to be a multiple of 8, so use --model.quantizer lattice"
+                    if fitting is not None:
+                        remedy = (
+                            f"Pass {fitting} for all blocks, or for this one alone: "
+                            f"--model.overrides '{{{block.index}: {{group_size: {fitting}}}}}'"
+                        )
+                    raise ValueError(
+                        f"{name}: in_features={in_features} is not a multiple of group_size={group_size} "
+                        f"(--model.group_size). {remedy}"
+                    )
+
+    def _check_experts(self, block: Block) -> None:
+        """Raises ValueError if overrides name experts or projections that the block does not have."""
+        for key in self.overrides.get(block.index, {}):
+            if not (match := SOME_EXPERTS.fullmatch(key)):
+                continue
+            expert, projection = match.groups()
+            option = f"overrides.{block.index}.{key} (--model.overrides)"
+            if not block.is_moe:
+                raise ValueError(f"{option}: block {block.index} has no routed experts")
+            if expert is not None and int(expert) >= block.num_experts:
+                raise ValueError(f"{option}: block {block.index} has experts 0 to {block.num_experts - 1}")
+            if projection is not None and projection not in block.experts.projections:
+                raise ValueError(f"{option}: the experts' projections are {' and '.join(block.experts.projections)}")
+
+
+def _check_group_size(option: str, group_size: int) -> None:
+    if not isinstance(group_size, int) or group_size < 8 or group_size % 8:
+        raise ValueError(f"{option}={group_size} (--model.{option}) is not a positive multiple of 8")
+
+
+def num_quantized(moe: MoEModel) -> int:
+    """Number of weights that are quantized: all but embeddings, routers, norms and biases."""
+    return sum(weight.numel() for block in moe.blocks for _, weight in block.weights().values())
+
+
+def nominal_bits(moe: MoEModel, recipe: Recipe) -> float:
+    """Average bits over the quantized weights as the paper counts them, without scales and zero points."""
+    if not recipe.quantizes:
+        return 8.0 * moe.model.dtype.itemsize
+    total = weighted = 0
+    for block in moe.blocks:
+        for name, (part, weight) in block.weights().items():
+            total += weight.numel()
+            bits = [recipe.grid(block.index, len(moe.blocks), part).bits]
+            if part == "experts":
+                bits = recipe.expert_bits(block.index, len(moe.blocks), name.rpartition(".")[2], block.expert_numbers)
+            weighted += weight.numel() * sum(bits) / len(bits)
+    return weighted / total

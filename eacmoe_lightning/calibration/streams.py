@@ -1,0 +1,205 @@
+"""Both hidden streams of this process's windows: their way through the blocks and their files between blocks.
+
+x is the output of the full-precision blocks, x_hat that of the compressed ones, each [S, T, D]. They are stored in
+files (`run.hidden`) and moved to the model's device in batches. Two more things are stored in files: the inputs of the
+current block's router and, for the joint stage, the original router's logits of every block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter
+from eacmoe_lightning.run.ranks import Ranks
+
+
+class Streams:
+    """x and x_hat at the input of one block.
+
+    Args:
+        moe: the model whose blocks the streams run through.
+        windows: [S, T] token ids of this process.
+        first_window: global index of the first of these windows.
+        batch_size: windows per forward pass.
+        run: the run directory, which holds the streams' files.
+        ranks: this process among those of the run.
+        dtype: storage dtype; None stores in the model's dtype, which loses nothing.
+        keep_teachers: keep the original router logits of all blocks for the joint stage.
+    """
+
+    def __init__(
+        self,
+        moe: MoEModel,
+        windows: Tensor,
+        first_window: int,
+        batch_size: int,
+        run: RunDirectory,
+        ranks: Ranks,
+        dtype: torch.dtype | None = None,
+        keep_teachers: bool = True,
+    ) -> None:
+        self.moe, self.windows, self.first_window, self.run, self.ranks = moe, windows, first_window, run, ranks
+        self.dtype, self.keep_teachers = dtype or moe.model.dtype, keep_teachers
+        self.slices = [slice(i, i + batch_size) for i in range(0, len(windows), batch_size)]
+        self.x: HiddenFile
+        self.x_hat: HiddenFile
+        self._writers: dict[str, HiddenWriter] = {}  # by stream: the output of the current block
+        self._kwargs: dict[int, list[dict]] = {}  # by batch size: each block's keyword arguments
+        self._teachers: dict[int, HiddenFile] = {}  # by block: the original router's logits [S, T, E]
+
+    def embed(self) -> None:
+        """Sets both streams to the input of block 0, the embedded tokens."""
+        writer = self._new("block_000.x")
+        for rows in self.slices:
+            hidden, kwargs = self.moe.embed(self.windows[rows].to(self.moe.device))
+            self._kwargs.setdefault(len(hidden), kwargs)
+            writer.append(hidden)
+        self.x = self.x_hat = writer.written()
+
+    # --- through a block ----------------------------------------------------------------------------
+
+    def advance(self, block: Block, name: str) -> Routing | None:
+        """Runs stream `x` or `x_hat` through the block with its current weights.
+
+        The block's input is kept until `step`.
+
+        Returns:
+            The router's output for all tokens; None for a dense block.
+        """
+        writer, routings = self._new(f"block_{block.index + 1:03d}.{name}"), []
+        for rows in self.slices:
+            output, routing = block.forward(self._batch(getattr(self, name), rows), self._kwargs_of(block, rows))
+            writer.append(output)
+            routings.append(routing)
+        self._writers[name] = writer
+        return concatenate(routings) if block.is_moe else None
+
+    def step(self, index: int, keep: bool = True) -> None:
+        """Makes the advanced streams the current ones, at the input of block `index`.
+
+        With `keep` they are finished files that survive a kill. The files of the previous block are kept as well,
+        because the last checkpoint may need them; older ones are deleted.
+        """
+        old = {self.x.path: self.x, self.x_hat.path: self.x_hat}.values()
+        self.x, self.x_hat = (
+            writer.finish(self._note) if keep else writer.written()
+            for writer in (self._writers.pop("x"), self._writers.pop("x_hat"))
+        )
+        for file in old:
+            if file.path.name.startswith("."):  # a partial file, never finished
+                file.delete()
+        if keep:
+            self.ranks.barrier()
+            for file in self._directory.glob("block_*"):
+                if int(file.name[6:9]) < index - 1:
+                    file.unlink()
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.moe.device)
+
+    def inputs_of(self, block: Block, module: nn.Module, beside_experts: bool = False) -> Iterator[Tensor]:
+        """The inputs of one of the block's modules in the compressed stream, in pieces [n, I].
+
+        With `beside_experts` the routed experts are skipped if the module's input does not depend on their output, as
+        that of shared experts does not.
+        """
+        for rows in self.slices:
+            batch = self._batch(self.x_hat, rows), self._kwargs_of(block, rows)
+            if rows == self.slices[0]:
+                leave_out = beside_experts and block.is_moe and not block.depends_on_experts(module, *batch)
+            with block.without_experts() if leave_out else nullcontext():
+                x = block.input_of(module, *batch)
+            yield x
+
+    def keep_router_input(self, block: Block) -> HiddenFile:
+        """Writes the router's inputs in the compressed stream [S, T, D] to a file, which the caller deletes."""
+        writer = self._new("router_input")
+        for rows, pieces in zip(self.slices, self.inputs_of(block, block.router), strict=True):
+            writer.append(pieces.view(*self.windows[rows].shape, -1))
+        return writer.written()
+
+    def input_groups(self, block: Block) -> list[list[str]]:
+        first = self.slices[0]
+        return block.input_groups(self._batch(self.x_hat, first), self._kwargs_of(block, first))
+
+    def _kwargs_of(self, block: Block, rows: slice) -> dict:
+        return self._kwargs[len(self.windows[rows])][block.index]
+
+    def _batch(self, stream: HiddenFile, rows: slice) -> Tensor:
+        return stream[rows].to(self.moe.device, self.moe.model.dtype)
+
+    # --- by window, for training -----------------------------------------------------------------------
+
+    def local(self, window_ids: Tensor) -> Tensor:
+        """Turns global window indices [b] into indices of this process's windows, in host memory."""
+        return window_ids.cpu() - self.first_window
+
+    def joint_rows(self, window_ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """The joint stage's targets for the windows with these global indices [b]; only after the last block.
+
+        Returns:
+            The original's last hidden state [b, T, D]; and by MoE block the original router's logits [b*T, E] for the
+            experts that the block still has.
+        """
+        for block in self.moe.moe_blocks if not self._teachers else ():
+            self._teachers[block.index] = HiddenFile.open(self._teacher_path(block.index), self._note)
+        local = self.local(window_ids)
+        kept = {block.index: block.kept for block in self.moe.moe_blocks}
+        teachers = {i: logits[local].flatten(0, 1).float()[:, kept[i]] for i, logits in self._teachers.items()}
+        return self.x[local], teachers
+
+    # --- files ------------------------------------------------------------------------------------------
+
+    @property
+    def _directory(self) -> Path:
+        return self.run.streams(self.ranks.rank, self.ranks.world)
+
+    def _new(self, name: str) -> HiddenWriter:
+        return HiddenWriter(self._directory / name, self.dtype)
+
+    def _paths(self, index: int) -> list[Path]:
+        return [self._directory / f"block_{index:03d}.{name}" for name in ("x", "x_hat")]
+
+    def _teacher_path(self, index: int) -> Path:
+        """The file of the original router's logits of one block, for the joint stage."""
+        return self._directory / f"teacher_{index:03d}"
+
+    @property
+    def _note(self) -> dict:
+        return {"windows": [self.first_window, len(self.windows)]}
+
+    def write_teacher(self, index: int, logits: Tensor) -> None:
+        """Writes the original router's logits [N, E] for the joint stage, if there is one."""
+        if self.keep_teachers:
+            writer = HiddenWriter(self._teacher_path(index), torch.float16)
+            writer.append(logits.view(*self.windows.shape, -1))
+            writer.finish(self._note)
+
+    def can_read(self, index: int) -> bool:
+        """Whether every process has stored its streams for block `index` and all earlier blocks' teacher logits."""
+        files = self._paths(index)
+        if self.keep_teachers:
+            files += [self._teacher_path(block.index) for block in self.moe.moe_blocks if block.index < index]
+        is_complete = all(HiddenFile.is_finished(path) for path in files)
+        return int(self.ranks.sum(torch.tensor(int(is_complete)))) == self.ranks.world
+
+    def read(self, index: int) -> None:
+        """Opens the stored streams at the input of block `index`.
+
+        Raises:
+            StoreError: a file is damaged or holds other windows.
+        """
+        self.x, self.x_hat = (HiddenFile.open(path, self._note) for path in self._paths(index))
+
+
+def concatenate(routings: list[Routing]) -> Routing:
+    """Joins the routings of several batches into one, in host memory."""
+    return Routing(*(torch.cat([getattr(r, f).cpu() for r in routings]) for f in ("logits", "ids", "weights")))

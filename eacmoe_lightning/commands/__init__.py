@@ -1,0 +1,1 @@
+"""The commands of the command line: `fit` and its evaluations (Lightning), `plan`, `analyze`, `study` and `prune`."""

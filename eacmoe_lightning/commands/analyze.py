@@ -1,0 +1,170 @@
+"""`eacmoe analyze` reports which experts a model selects for each text, as JSON, PNG and TensorBoard images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from eacmoe_lightning.analysis.cross import cross_summary, cross_table
+from eacmoe_lightning.analysis.selection import describe, select
+from eacmoe_lightning.analysis.skipping_sweep import summary as skipping_summary
+from eacmoe_lightning.analysis.skipping_sweep import sweep
+from eacmoe_lightning.commands.configs import find_config
+from eacmoe_lightning.commands.cross import fit_rows
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.compressed.opening import open_model
+from eacmoe_lightning.evaluation.choice_task import make_questions
+from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.skipping import PESF
+from eacmoe_lightning.skipping.selection import Survivors
+from eacmoe_lightning.text.sources import name_sources
+from eacmoe_lightning.text.windows import read_windows
+
+
+def analyze(
+    model: str,
+    output: str,
+    texts: dict[str, str] | list[str] | str | None = None,
+    num_windows: int | None = 16,
+    window_length: int = 512,
+    batch_size: int = 8,
+    floor: float = 0.3,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "cpu",
+    alphas: list[float] | None = None,
+    tolerance: float = 0.01,
+    survivors: Survivors = "keep",
+    rescue: float | None = None,
+    num_questions: int = 0,
+    baselines: bool = False,
+    cross: str | None = None,
+    cross_calibration: dict[str, str] | list[str] | str | None = None,
+    cross_windows: int = 24,
+) -> dict[str, Any]:
+    """Reports selection frequencies, the similarity of texts to the routers, coverage and load balance.
+
+    It writes `analysis.json` (`analysis.selection.describe` explains the keys), `similarity.png`, `frequency.png`,
+    `balance.png` and `tensorboard/` to the output directory.
+
+    With `--alphas '[0.1, 0.3, 0.5, 0.7]'` it also measures what skipping rarely selected experts (PESF) costs and
+    saves, and recommends an alpha. A compressed model runs packed for this. The results are in `analysis.json` under
+    `skipping` (see `analysis.skipping_sweep.sweep`), in `skipping.png` and in TensorBoard.
+
+    Args:
+        model: A run directory, a compressed directory or an original model (`bundled`, a directory or a hub id).
+        output: Directory to write to.
+        texts: Sources of the texts, as for --data.heldout: one source, a list, or {name: source}. null takes the
+            bundled held-out texts.
+        num_windows: Number of windows from the start of each text; null takes all.
+        window_length: Tokens per window.
+        batch_size: Windows per batch.
+        floor: Experts below this share of the mean load do not count in `coverage_above_floor`. The alpha of PESF skips
+            experts by the same measure.
+        dtype: Dtype to load the model in.
+        device: Device that the model runs on.
+        alphas: Values in (0, 1] of PESF's alpha to measure; null skips the sweep.
+        tolerance: Largest relative increase of any text's perplexity that the recommended alpha may cause.
+        survivors: What happens to the other experts of a token when one is skipped: keep (their weights), renormalize
+            or reroute.
+        rescue: A share in [0, 1]: a rare expert still runs for a token that gives it at least this share of the token's
+            largest weight. null rescues none, as in the paper.
+        num_questions: Number of continuation questions per text, answered at every alpha.
+        baselines: Also measure truncation to ceil(2K/3) experts, EES and ODP, calibrated on the bundled text.
+        cross: A config of fit (a file, or a name such as tiny-2.06). The model is compressed once for each text, every
+            result is evaluated on all texts, and the tables go to `cross.json` and `cross.png`. The runs are kept in
+            `cross/`, so that an interrupted analysis resumes when it is started again.
+        cross_calibration: Sources of the calibration texts, named after the texts of the same kind. null calibrates on
+            the second half of each text and evaluates on the first.
+        cross_windows: Number of calibration windows for `cross`.
+
+    Raises:
+        FileNotFoundError: there is no such model or text.
+        ValueError: the model has no experts, a text is too short, or an option is out of range.
+    """
+    for option, value in (("batch_size", batch_size), ("window_length", window_length)):
+        if value < 1:
+            raise ValueError(f"{option}={value} (--{option}) is below 1")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor={floor} (--floor) is not in [0, 1]")
+    for alpha in alphas or ():
+        PESF(alpha, survivors, rescue)  # raises before any work starts if an option is wrong
+    if cross is not None:
+        find_config(cross, "--cross")
+    opened = open_model(model, dtype)
+    if cross is not None and opened.is_compressed:
+        raise ValueError(f"{model} (--model) is already compressed, but --cross compresses an original model")
+    directory, subject = opened.directory, opened.in_memory()
+    subject.model.to(device)
+    sources = name_sources(texts, "--texts")
+    if cross is not None and cross_calibration is None:
+        cross_calibration = {name: f"{source}[50%:]" for name, source in sources.items()}
+        sources = {name: f"{source}[:50%]" for name, source in sources.items()}
+    windows = {name: read_windows(source, directory, num_windows, window_length) for name, source in sources.items()}
+    from eacmoe_lightning.analysis import figures  # importing matplotlib takes a second
+
+    selections = {name: select(subject, ids, batch_size) for name, ids in windows.items()}
+    description = describe(selections, [block.index for block in subject.moe_blocks], floor)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings = {
+        "similarity": figures.similarity(description),
+        "frequency": figures.frequency(description),
+        "balance": figures.balance(description, floor),
+    }
+    if alphas:
+        served = subject.model  # a compressed model runs packed, as it is served
+        if opened.is_compressed:
+            served = load(directory, dtype).to(device)
+        count = num_questions and {"num_questions": num_questions, "context_length": window_length * 3 // 4}
+        description["skipping"] = sweep(
+            served,
+            windows,
+            alphas,
+            tolerance,
+            survivors,
+            rescue,
+            batch_size,
+            read_windows("bundled:calibration", directory, 16, window_length) if baselines else None,
+            {name: make_questions(ids, **count) for name, ids in windows.items()} if count else None,
+        )
+        drawings["skipping"] = figures.skipping(description["skipping"])
+    figures.write(folder, drawings)
+    settings = {"model": model, "sources": sources, "window_length": window_length, "floor": floor, "dtype": dtype}
+    write_json(folder / "analysis.json", settings | description)
+    print(summary(description, floor))
+    if alphas:
+        print(skipping_summary(description["skipping"]))
+    if cross is not None:
+        del subject  # fit loads it again
+        options = {"config": cross, "model.name_or_path": model, "data.heldout": sources}
+        options |= {"data.num_heldout_windows": num_windows, "data.num_windows": cross_windows}
+        options |= {"data.window_length": window_length, "trainer.enable_progress_bar": False}
+        rows = fit_rows(folder / "cross", options, name_sources(cross_calibration, "--cross_calibration"))
+        description["cross"] = cross_table(rows)
+        figures.write(folder, {"cross": figures.cross(description["cross"])})
+        write_json(folder / "cross.json", description["cross"])
+        print(cross_summary(description["cross"]))
+    print(f"{folder}: analysis.json, figures, tensorboard --logdir {folder}")
+    return description
+
+
+def summary(description: dict[str, Any], floor: float) -> str:
+    """A few lines for the terminal."""
+    similarity = description["similarity"]
+    names, width = similarity["texts"], max(12, *(len(name) for name in similarity["texts"]))
+    lines = ["cosine of selection frequencies (last column: a text's even windows against its odd windows)"]
+    lines.append(" " * width + "".join(f" {name[:9]:>9s}" for name in [*names, "within"]))
+    for name, row in zip(names, similarity["matrix"], strict=True):
+        within = similarity["within"][name]
+        lines.append(f"{name:{width}s}" + "".join(f" {v:9.3f}" for v in row) + (f" {within:9.3f}" if within else ""))
+    pairs = ", ".join("-".join(pair) for pair in similarity["similar"])
+    lines.append(f"alike (above {similarity['threshold']}): {pairs or 'none'}")
+    head = ("perplexity", "coverage", f">= {floor:g} mean", "entropy", "max/mean")
+    lines.append(" " * width + "".join(f" {name:>11s}" for name in head))
+    for name, values in description["texts"].items():
+        shares = f" {values['coverage']:11.1%} {values['coverage_above_floor']:11.1%}"
+        lines.append(
+            f"{name:{width}s} {values['perplexity']:11.3f}{shares} {values['entropy']:11.3f}"
+            f" {values['max_over_mean']:11.2f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""`fit`, `validate`, `test` and `predict`: the Lightning command line and the defaults of a run directory."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import lightning
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from eacmoe_lightning import callbacks
+from eacmoe_lightning.commands.configs import NamedConfig
+from eacmoe_lightning.commands.launchers import follow_launcher
+from eacmoe_lightning.commands.trainer import DEFAULTS, CalibrationTrainer, default_callbacks
+from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
+from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.job.qesc import QESC
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """The config of `fit` beside its TensorBoard logs; evaluations do not replace it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: the module may still refuse the run directory."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
+class CommandLine(LightningCLI):
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            QESC,
+            TextWindows,
+            trainer_class=CalibrationTrainer,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=dict(DEFAULTS),
+            parser_kwargs={"allow_abbrev": False},
+            auto_configure_optimizers=False,
+            seed_everything_default=False,
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's, with a `--config` that also takes names."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning.__version__}"])
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument("-c", "--config", action=NamedConfig)
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.name_or_path", "data.tokenizer")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(callbacks.ExpertPruning, "pruning")
+        parser.link_arguments("pruning", "model.pruning", lambda callback: callback.rule, apply_on="instantiate")
+        parser.set_defaults(  # one file, replaced by the next: save_top_k=0, save_last=True writes none
+            {
+                "checkpoint.filename": "last",
+                "checkpoint.enable_version_counter": False,
+                "checkpoint.save_on_train_epoch_end": True,
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        trainer = config["trainer"]
+        trainer["default_root_dir"] = str(trainer.get("default_root_dir") or "runs/default")
+        if config["checkpoint"].get("dirpath") is None:
+            config["checkpoint"]["dirpath"] = os.path.join(trainer["default_root_dir"], "checkpoints")
+        if trainer.get("logger") in (None, True):
+            trainer["logger"] = Namespace(
+                class_path=f"{TensorBoardLogger.__module__}.{TensorBoardLogger.__name__}",
+                init_args=Namespace(save_dir=trainer["default_root_dir"], name="", version="tensorboard"),
+            )
+        follow_launcher(trainer)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        has_progress_bar = self.config[self.subcommand]["trainer"].get("enable_progress_bar") is not False
+        self.trainer_defaults["callbacks"] = default_callbacks(has_progress_bar)
+        if self.config_init[self.subcommand]["trainer"].get("plugins") is None:
+            kwargs["plugins"] = [AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+
+class ParsedOnly(CommandLine):
+    """The options of `fit` as a module and a data module, without a trainer and without a run."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def parse_fit(words: list[str]) -> tuple[QESC, TextWindows, str]:
+    """The module, the data module and the run directory that `fit` would have with these options."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args")  # meant for scripts that pass both
+        parsed = ParsedOnly(["fit", *words])
+    return parsed.model, parsed.datamodule, parsed.config["fit"]["trainer"]["default_root_dir"]

@@ -1,0 +1,76 @@
+"""`eacmoe plan` estimates the cost of a `fit` from its options and the model's config.json alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from eacmoe_lightning.commands.fit import parse_fit
+from eacmoe_lightning.planning.machine import Rates, measure
+from eacmoe_lightning.planning.report import report, summary, warnings
+from eacmoe_lightning.planning.shapes import load_shapes
+from eacmoe_lightning.planning.sizes import job_of
+from eacmoe_lightning.planning.sizes import plan as plan_run
+from eacmoe_lightning.run.memory import available_memory
+
+
+def options() -> argparse.ArgumentParser:
+    """The options of `plan` in addition to those of `fit`."""
+    program = f"{Path(sys.argv[0]).name} plan"
+    parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False, add_help=False)
+    parser.add_argument("--json", type=Path, help="file to write the numbers to as JSON")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes that share windows and experts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to time")
+    for rate, unit in (
+        ("flops", "operations in the model's dtype"),
+        ("flops32", "operations in float32"),
+        ("memory", "bytes read and written in memory"),
+        ("disk", "bytes read from or written to disk"),
+    ):
+        parser.add_argument(f"--rate.{rate}", type=float, help=f"{unit} per second on another machine")
+    parser.add_argument("--available.memory", type=float, help="bytes of memory on another machine")
+    parser.add_argument("--available.disk", type=float, help="bytes of free disk space on another machine")
+    return parser
+
+
+def plan(words: list[str]) -> None:
+    """Runs the `plan` command, which takes the options of `fit` and those of `options`.
+
+    Raises:
+        ValueError, FileNotFoundError: as in `fit`, for options that do not suit the model.
+    """
+    parser = options()
+    chosen, words = parser.parse_known_args(words)
+    if "-h" in words or "--help" in words:
+        parser.print_help()  # those of fit follow
+    module, data, folder = parse_fit(words)
+    moe = load_shapes(module.name_or_path, module.dtype_name)
+    module.recipe.check(moe)
+    job = job_of(module, data, moe, chosen.processes, torch.device(chosen.device).type)
+    costs = plan_run(moe, module.recipe, job)
+    device, folder = torch.device(chosen.device), _existing(Path(folder))
+    rates = vars(measure(device, moe.model.dtype, folder, moe.config.hidden_size))
+    rates = Rates(**{name: getattr(chosen, f"rate.{name}") or value for name, value in rates.items()})
+    memory = getattr(chosen, "available.memory") or available_memory(device)
+    free = getattr(chosen, "available.disk") or shutil.disk_usage(folder).free
+    messages = warnings(costs, module.recipe.grids(moe), int(memory), int(free), chosen.processes)
+    if rates.flops < rates.flops32 / 2:
+        messages.insert(
+            0,
+            f"matrix products run at {rates.flops / 1e9:.1f} GFLOP/s in {moe.model.dtype} and at "
+            f"{rates.flops32 / 1e9:.1f} in float32: --model.dtype float32 is faster, at twice the memory per block",
+        )
+    result = report(costs, moe, job, rates, int(memory), messages)
+    print(summary(result, module.name_or_path))
+    if chosen.json:
+        chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists, since planning creates no folders."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())

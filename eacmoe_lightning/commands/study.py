@@ -1,0 +1,211 @@
+"""`eacmoe study` measures every cell once, saves each result immediately, and reports all of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from eacmoe_lightning.compressed.opening import open_model
+from eacmoe_lightning.evaluation.choice_task import make_questions
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.offload.codecs import Bound
+from eacmoe_lightning.run.files import write_atomically, write_json
+from eacmoe_lightning.run.provenance import commit, processor
+from eacmoe_lightning.study import budget, report, spend
+from eacmoe_lightning.study.cells import Cell, block_groups, choose_experts, plan, stable_seed
+from eacmoe_lightning.study.disturb import NOISES, disturbed
+from eacmoe_lightning.study.measure import Measurement, Text
+from eacmoe_lightning.study.results import Results
+from eacmoe_lightning.text.sources import name_sources, read_documents
+from eacmoe_lightning.text.windows import token_windows
+
+QUESTION_WINDOWS = 4  # windows per question: the question's window and others for the wrong continuations
+
+
+def study(
+    output: str,
+    model: str = "bundled",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
+    device: str = "cpu",
+    blocks: list[str] = ["each", "depth"],  # noqa: B006  (read only; jsonargparse shows it)
+    experts: list[str] = ["all"],  # noqa: B006
+    kinds: list[str] = ["sz3", "gaussian-noise"],  # noqa: B006
+    bound_mode: Literal["absolute", "range", "mean"] = "mean",
+    bounds: list[float] = [0.1, 0.3, 0.5, 0.8],  # noqa: B006
+    seeds: list[int] = [0],  # noqa: B006
+    heldout: dict[str, str] | list[str] | str | None = None,
+    num_windows: int = 8,
+    window_length: int = 512,
+    num_questions: int = 32,
+    context_length: int = 32,
+    continuation_length: int = 16,
+    budgets: list[float] = [],  # noqa: B006
+    budget_windows: int = 8,
+    batch_tokens: int = 4096,
+) -> dict[str, Any]:
+    """Measures which errors experts tolerate: puts errors into chosen experts and measures the loss on held-out text.
+
+    A killed study resumes at its current cell when the same command is started again. With more bounds, kinds or
+    experts it measures only the new cells.
+
+    Args:
+        output: Directory for the results: cells.json, study.json, study.csv, study.md, heatmap.png and tensorboard.
+        model: A run directory, a compressed directory or an original model (`bundled`, a directory or a hub id).
+        dtype: Dtype of the model, in which errors are bounded.
+        device: Device that the model runs on.
+        blocks: Blocks to put errors into: `each` (every block with experts by itself), `depth` (shallow, middle and
+            deep blocks, divided as in the paper), `all`, or blocks such as `0,2-3`.
+        experts: Experts of these blocks: `all`, `most-N` or `least-N` (the N most or least selected), or `random-N`.
+        kinds: Kinds of error: the real error of a codec (`sz3`, `uniform`), or noise of the same nominal size
+            (`gaussian-noise` as in the paper, `uniform-noise`).
+        bound_mode: Unit of the bounds: weight units (`absolute`), or relative to a weight matrix's range (`range`) or
+            its mean |w| (`mean`, the paper's alpha).
+        bounds: Error bounds to measure.
+        seeds: Seeds of the noise and of random experts; every seed is measured.
+        heldout: Sources of the texts, as for --data.heldout; null takes the bundled held-out texts.
+        num_windows: Number of windows from the start of each text.
+        window_length: Tokens per window.
+        num_questions: Number of questions per text, each with four continuations to choose from; 0 asks none.
+        context_length: Tokens of a question's context.
+        continuation_length: Tokens of a continuation.
+        budgets: Global bounds whose bytes to redistribute. A bound for each block and expert is chosen from the study's
+            measurements of single blocks and compared with the global bound; the offloaded model takes the resulting
+            bounds-*.json. The first of `kinds` is the codec.
+        budget_windows: Number of windows per text for this comparison; they follow the windows of the study.
+        batch_tokens: Tokens per forward pass.
+
+    Raises:
+        ValueError: an option is wrong, or the output holds a study of another model or other texts.
+        FileNotFoundError: there is no such model or text.
+        StoreError: the output cannot be read or written.
+    """
+    sizes = {"num_windows": num_windows, "window_length": window_length, "num_questions": num_questions}
+    sizes |= {"context_length": context_length, "continuation_length": continuation_length}
+    sources = name_sources(heldout, "--heldout")
+    opened = open_model(model, dtype)
+    directory, moe = opened.directory, opened.in_memory()
+    moe.model.to(device)
+    groups = block_groups(blocks, [block.index for block in moe.moe_blocks])
+    cells = plan(groups, experts, kinds, [Bound(bound_mode, value) for value in bounds], seeds)
+    _check_budgets(budgets, groups, moe, kinds[0])
+    identity = {"model": fingerprint(str(directory)), "dtype": str(moe.model.dtype), "texts": sources, **sizes}
+    results = Results(Path(output) / "cells.json", identity)
+
+    measurement = Measurement(moe, read_texts(sources, directory, **sizes), batch_tokens)
+    for block in moe.moe_blocks:
+        for choice in experts:
+            choose_experts(choice, measurement.load[block.index], 0, block.index)  # raises now, not after an hour
+    measure_cells(moe, measurement, cells, groups, results)
+
+    cells.sort(key=lambda cell: list(groups).index(cell.blocks))  # in the order of --blocks
+    rows = [report.row_of(cell, results[cell.key], measurement.baseline) for cell in cells]
+    sections = []
+    if budgets:
+        sensitivity = budget.fit_sensitivity(_cells_to_fit(groups, measurement.load, rows, kinds[0]))
+        later_texts = read_texts(
+            sources, directory, **sizes | {"num_windows": budget_windows, "num_questions": 0}, skip=num_windows
+        )
+        later, bounds_to_spend = Measurement(moe, later_texts, batch_tokens), [Bound(bound_mode, b) for b in budgets]
+        spent = spend.spend(moe, later, sensitivity, measurement.load, kinds[0], bounds_to_spend, results, Path(output))
+        sections.append(spend.markdown(spent, sensitivity))
+    _write(Path(output), model, measurement, rows, sections)
+    return {"baseline": measurement.baseline, "rows": rows}
+
+
+def read_texts(
+    sources: dict[str, str],
+    tokenizer_of: Path,
+    num_windows: int,
+    window_length: int,
+    num_questions: int,
+    context_length: int,
+    continuation_length: int,
+    skip: int = 0,
+) -> dict[str, Text]:
+    """The windows of every text, after the first `skip`, and its questions.
+
+    Raises:
+        FileNotFoundError, ValueError: a text cannot be read or is too short; the message names the option to change.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    texts, option = {}, "--num_windows" + (" + --budget_windows" if skip else "")
+    for name, source in sources.items():
+        documents = read_documents(source)
+        cut = partial(token_windows, documents, tokenizer, source=source)
+        try:
+            windows, questions = cut(skip + num_windows, window_length, option=option)[skip:], None
+            if num_questions:
+                length, number = context_length + continuation_length, QUESTION_WINDOWS * num_questions
+                pieces = cut(number, length, seed=0, option=f"{QUESTION_WINDOWS} x --num_questions")
+                questions = make_questions(pieces, num_questions, context_length)
+        except ValueError as error:
+            raise ValueError(f"--heldout: {str(error).replace('--data.', '--')}") from error
+        texts[name] = Text(windows, questions)
+    return texts
+
+
+def measure_cells(
+    moe: MoEModel, measurement: Measurement, cells: Iterable[Cell], groups: dict[str, list[int]], results: Results
+) -> None:
+    """Measures every cell that the results lack and adds it to them."""
+    missing = [cell for cell in cells if cell.key not in results]
+    for number, cell in enumerate(missing, 1):
+        chosen = {b: choose_experts(cell.experts, measurement.load[b], cell.seed, b) for b in groups[cell.blocks]}
+        measurement.seek(min(chosen))
+        seed_of = partial(stable_seed, cell.seed)
+        with disturbed(moe.blocks, chosen, cell.kind, lambda block, expert, c=cell: c.bound, seed_of) as disturbance:
+            measured = measurement.measure()
+        results.add(cell.key, measured | {"disturbance": disturbance.summary()})
+        loss = report.lost(measured, measurement.baseline)
+        print(f"[{number}/{len(missing)}] {cell.key}: {loss:+.4f} nats", flush=True)
+
+
+def _check_budgets(budgets: list[float], groups: dict[str, list[int]], moe: MoEModel, kind: str) -> None:
+    """Raises ValueError if the study does not measure what `budgets` needs."""
+    alone = {blocks[0] for blocks in groups.values() if len(blocks) == 1}
+    if budgets and kind in NOISES:
+        raise ValueError(f"{kind!r}, the first of --kinds, is not a codec: --budgets needs one there, such as sz3")
+    if budgets and (left := sorted({block.index for block in moe.moe_blocks} - alone)):
+        raise ValueError(f"blocks {left} are not measured by themselves: --budgets needs `each` in --blocks")
+
+
+def _cells_to_fit(
+    groups: dict[str, list[int]], load: dict[int, Tensor], rows: list[dict[str, Any]], kind: str
+) -> list[tuple[int, float, float]]:
+    """The rows of single blocks as (block, disturbed share, loss), for `budget.fit_sensitivity`."""
+    cells = []
+    for row in rows:
+        if row["kind"] == kind and len(blocks := groups[row["blocks"]]) == 1:
+            chosen = choose_experts(row["experts"], load[blocks[0]], row["seed"] or 0, blocks[0])
+            share = float(budget.frequencies(load[blocks[0]]).cpu()[chosen].sum())
+            cells.append((blocks[0], share * row["relative_error"] ** 2, row["lost"]))
+    return cells
+
+
+def _write(output: Path, model: str, measurement: Measurement, rows: list[dict[str, Any]], sections: list[str]) -> None:
+    """Writes the report as JSON, CSV, Markdown, a heat map and TensorBoard."""
+    from eacmoe_lightning.study import heatmap  # importing matplotlib takes a second
+
+    baseline = measurement.baseline
+    description = {"command": " ".join(sys.argv), "commit": commit(), "processor": processor()}
+    write_json(
+        output / "study.json",
+        {**description, "model": model, "baseline": baseline, "rows": rows, "depths": report.depth_summary(rows)},
+    )
+    notes = [f"Command: `{description['command']}`", f"Commit: {description['commit']}", description["processor"]]
+    shape = next(iter(measurement.texts.values())).windows.shape
+    notes.append(f"{shape[0]} windows of {shape[1]} tokens of each text")
+    text = report.markdown(f"Which experts of {model} tolerate what", notes, baseline, rows, sections)
+    write_atomically(output / "study.md", lambda partial: partial.write_text(text))
+    write_atomically(output / "study.csv", lambda partial: partial.write_text(report.to_csv(rows)))
+    figure = heatmap.draw(rows)
+    heatmap.write(figure, output / "heatmap.png")
+    heatmap.log_to_tensorboard(output / "tensorboard", figure, rows)
+    print(f"{output}: study.md, study.json, study.csv, heatmap.png; tensorboard --logdir {output}")

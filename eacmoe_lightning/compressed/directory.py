@@ -1,0 +1,222 @@
+"""Writes a compressed directory and reads its weights back decoded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from eacmoe_lightning.compressed.format import (
+    INDEX,
+    LATTICE,
+    METHOD,
+    REST,
+    SHARD,
+    is_compressed,
+    original_config,
+    read_config,
+    size_of,
+)
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import resolve_model
+from eacmoe_lightning.models.pruned_config import pruned_config
+from eacmoe_lightning.models.transformers_loader import empty_model
+from eacmoe_lightning.quantization.lattice import Lattice
+from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
+from eacmoe_lightning.run.files import StoreError, read_tensors, whole_directory, write_json, write_tensors
+from eacmoe_lightning.skipping import stored
+
+
+def save_compressed(
+    path: str | Path,
+    moe: MoEModel,
+    name_or_path: str,
+    quantized_blocks: Iterable[dict[str, QuantizedWeight]],
+    description: dict[str, Any],
+) -> None:
+    """Writes a compressed directory, whole or not at all.
+
+    Args:
+        path: the directory; an existing one is replaced.
+        moe: the compressed model (dequantized, calibrated), in memory or streamed.
+        name_or_path: the original, which gives the tokenizer and the dtype; or, for a pruned compressed model, the
+            compressed directory that was pruned, which also gives the original's name and the skipping settings.
+        quantized_blocks: per block, the quantized weights by parameter name.
+        description: stored in the config under `quantization`.
+
+    Raises:
+        StoreError: a weight is not quantized.
+    """
+    source = resolve_model(name_or_path)
+    source_config = read_config(source) if is_compressed(source) else {}
+    config = pruned_config(original_config(source_config) if source_config else AutoConfig.from_pretrained(source), moe)
+    stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
+    tied = _tied_names(moe.model)
+    names = [name for name in moe.model.state_dict() if name not in tied]
+    weights: dict[str, dict[str, Any]] = {}  # bits and group size of each
+
+    def unquantized(names: list[str]) -> dict[str, Tensor]:
+        return {name: _narrowed(tensor, stored_dtype) for name, tensor in moe.read(names).items()}
+
+    def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
+            missing = block.weights().keys() - quantized.keys()
+            if missing and description.get("quantizer") != "none":
+                raise StoreError(f"{sorted(missing)[0]} was not quantized, so no model is written")
+            weights.update({name: _described(weight) for name, weight in quantized.items()})
+            block_names = [name for name in names if name.startswith(f"{block.name}.") and name not in quantized]
+            yield SHARD.format(block.index), packed(quantized) | unquantized(block_names)
+        in_blocks = tuple(f"{block.name}." for block in moe.blocks)
+        yield REST, unquantized([name for name in names if not name.startswith(in_blocks)])
+
+    with whole_directory(path) as partial:
+        _write_weights(partial, shards())
+        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+        if moe.model.can_generate():
+            moe.model.generation_config.save_pretrained(partial)
+        write_json(
+            partial / "config.json",
+            {
+                "model_type": METHOD,
+                "format_version": _format_version(moe, weights),
+                "original": {
+                    "name_or_path": source_config["original"]["name_or_path"] if source_config else name_or_path,
+                    "config": config.to_dict(),
+                },
+                "dtype": str(moe.model.dtype).rpartition(".")[2],
+                "quantization": description
+                | {
+                    "bits": {name: weight["bits"] for name, weight in weights.items()},
+                    "group_sizes": {name: weight["group_size"] for name, weight in weights.items()},
+                }
+                | ({LATTICE: on_lattice} if (on_lattice := [n for n, w in weights.items() if w[LATTICE]]) else {}),
+            }
+            | {key: value for key, value in source_config.items() if key == stored.KEY},
+        )
+
+
+def _described(weight: QuantizedWeight) -> dict[str, Any]:
+    return {"bits": weight.bits, "group_size": weight.group_size, LATTICE: isinstance(weight, Lattice)}
+
+
+def _format_version(moe: MoEModel, weights: dict[str, dict[str, Any]]) -> int:
+    """The lowest format version that can hold these weights: see `format.FORMAT_VERSION`."""
+    if any(weight[LATTICE] for weight in weights.values()):
+        return 3
+    return 2 if moe.is_pruned or any(not isinstance(weight["bits"], int) for weight in weights.values()) else 1
+
+
+def save_packed(path: str | Path, model: PreTrainedModel) -> None:
+    """Writes a packed model that `load` returned, as it is in memory; the tokenizer is not written."""
+    config = {k: v for k, v in model.hf_quantizer.quantization_config.directory_config.items() if k != stored.KEY}
+    shards: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in untied(model).items():
+        layer = re.match(r"[^0-9]*\.(\d+)\.", name)
+        shards.setdefault(SHARD.format(int(layer[1])) if layer else REST, {})[name] = tensor
+    with whole_directory(path) as partial:
+        _write_weights(partial, shards.items())
+        model.generation_config.save_pretrained(partial)
+        dtype = str(model.dtype).rpartition(".")[2]
+        write_json(partial / "config.json", config | {"dtype": dtype} | stored.stored_rule(model))
+
+
+def _write_weights(directory: Path, shards: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
+    """Writes the shards and the index, in which transformers looks up the shard of each tensor."""
+    shard_of: dict[str, str] = {}
+    for file, tensors in shards:
+        write_tensors(directory / file, tensors)
+        shard_of |= dict.fromkeys(tensors, file)
+    write_json(directory / INDEX, {"metadata": {"total_size": size_of(directory)}, "weight_map": shard_of})
+
+
+class CompressedWeights:
+    """A compressed directory's weights, decoded as they are read (a `models.streamed.Weights`).
+
+    Args:
+        path: the compressed directory.
+        dtype: dtype of the decoded weights: `auto` (that of the calibration), `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        FileNotFoundError: `path` is not a compressed directory.
+        StoreError: when a missing, truncated or altered file is read.
+        ValueError: a newer version of this package wrote the directory.
+    """
+
+    def __init__(self, path: str | Path, dtype: str = "auto") -> None:
+        self.path = Path(path)
+        config = self._directory_config = read_config(path)
+        self.dtype: torch.dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
+        self._config = original_config(config)
+        self._config.dtype = self.dtype
+        self._bits = config["quantization"]["bits"]
+        moe = MoEModel(self.skeleton())
+        self._blocks = moe.blocks
+        self._owners = {name: block for block in moe.blocks for name in block.weights()}
+        self._files = {name: SHARD.format(b.index) for b in moe.blocks for name in _names(b)}
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def skeleton(self) -> PreTrainedModel:
+        model = empty_model(self._config, self.dtype)
+        if (self.path / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(self.path)
+        model.config.name_or_path = str(self.path)
+        stored.restore_rule(model, self._directory_config)
+        return model
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        names, weights = set(names), {}
+        for file in sorted({self._files.get(name, REST) for name in names}):
+            tensors, _ = read_tensors(self.path / file)
+            for name in names & quantized_names(tensors):
+                block = self._owners[name]
+                quantized = take_quantized(tensors, name, self._bits[name], block.weights()[name][1].shape[-1])
+                weights[name] = block.as_parameter(name, quantized.dequantize(self.dtype)).contiguous()
+            for name in names & tensors.keys():
+                tensor = tensors[name]
+                weights[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return weights
+
+    def quantized(self, index: int) -> dict[str, QuantizedWeight]:
+        """A block's quantized weights (codes, scales and zero points) by parameter name."""
+        tensors, _ = read_tensors(self.path / SHARD.format(index))
+        weights = {n: weight for n, (_, weight) in self._blocks[index].weights().items() if n in self._bits}
+        return {n: take_quantized(tensors, n, self._bits[n], weight.shape[-1]) for n, weight in weights.items()}
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Does nothing: packed blocks are small, so they are read when they are needed."""
+
+
+def _names(block: Block) -> list[str]:
+    return [f"{block.name}.{name}" for name in block.layer.state_dict()]
+
+
+def untied(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's tensors by name, without the names that only repeat another tensor."""
+    tied = _tied_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    """Names that only repeat another tensor, such as a tied output embedding."""
+    seen: dict[int, str] = {}
+    repeated = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if seen.setdefault(id(tensor), name) != name:
+            repeated.add(name)
+    return repeated
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype` if that loses nothing, otherwise unchanged."""
+    if tensor.is_floating_point() and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+        return tensor.to(dtype)
+    return tensor

@@ -1,0 +1,86 @@
+"""The weights of a compressed model as a run holds them: codes from its block files, and the trained parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.shrink import KEPT
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
+from eacmoe_lightning.run.block_file import read_block, read_stats
+from eacmoe_lightning.run.directory import RunDirectory
+
+
+class FinishedBlocks:
+    """The compressed weights of a run that has finished all blocks (a `models.streamed.Weights`).
+
+    Args:
+        original: gives every weight that is neither quantized nor trained.
+        run: the run whose block files hold the codes.
+        trained: routers and norms by parameter name; all others are the original's.
+        scales, codes: replace the solver's, by parameter name: [..., O, G] and [..., O, I].
+    """
+
+    def __init__(
+        self,
+        original: Checkpoint,
+        run: RunDirectory,
+        trained: Mapping[str, Tensor] | None = None,
+        scales: Mapping[str, Tensor] | None = None,
+        codes: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.original, self.run = original, run
+        self.trained, self.scales, self.codes = trained or {}, scales or {}, codes or {}
+        self._kept = {
+            str(block.index): removed.kept
+            for block in MoEModel(original.skeleton()).blocks
+            if (removed := read_stats(run, block.index).pruning) is not None
+        }
+        self._moe = MoEModel(self.skeleton())
+        self._owners = {name: block for block in self._moe.blocks for name in block.weights()}
+        self._shapes = {name: tensor.shape for name, tensor in self._moe.model.state_dict().items()}
+
+    def __str__(self) -> str:
+        return f"{self.run.path}, with {self.original}"
+
+    def skeleton(self) -> PreTrainedModel:
+        model = self.original.skeleton()
+        if self._kept:  # MoEModel removes the other experts
+            model.config = copy.deepcopy(model.config)
+            setattr(model.config.get_text_config(), KEPT, self._kept)
+        return model
+
+    def quantized(self, index: int) -> dict[str, QuantizedWeight]:
+        """A block's quantized weights by parameter name, with their final scales and codes."""
+        weights = read_block(self.run, index)[0]
+        for name in weights.keys() & self.scales.keys():
+            weights[name].scale = self.scales[name].detach().cpu().half()
+        for name in weights.keys() & self.codes.keys():
+            weights[name].codes = self.codes[name].cpu()
+        return weights
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        names = list(names)
+        weights = {n: self.trained[n].detach().to("cpu", self.original.dtype) for n in names if n in self.trained}
+        for index in sorted({self._owners[n].index for n in names if n in self._owners}):
+            block = self._moe.blocks[index]
+            for name, quantized in self.quantized(index).items():
+                if name in names:
+                    weights[name] = block.as_parameter(name, quantized.dequantize(self.original.dtype)).contiguous()
+        unchanged = self.original.read([n for n in names if n not in weights])
+        return weights | {name: self._kept_part(name, tensor) for name, tensor in unchanged.items()}
+
+    def _kept_part(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the original; if it has an entry per expert, the entries of the kept experts."""
+        if tensor.shape == self._shapes[name]:
+            return tensor
+        block = next(b for b in self._moe.moe_blocks if name.startswith(f"{b.name}."))
+        return tensor[block.kept]
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        self.original.prefetch([name for name in names if name not in self._owners and name not in self.trained])

@@ -1,0 +1,73 @@
+"""The format of a compressed model directory, which `fit` writes and `load` reads.
+
+    config.json        model_type "eacmoe", the original's config, how each weight is stored
+    weights-block-003.safetensors, weights-rest.safetensors, weights.safetensors.index.json
+    tokenizer, generation config
+
+Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
+(uint8), under the model's parameter names; all other tensors are stored unchanged. If the experts of a stack differ in
+bits, the config has a list of bits and `.codes` is flat, one expert after another (format version 2). A pruned model's
+config lists under `kept_experts` the experts that its blocks still have (version 2 as well). Weights on a lattice have
+`.stream`, `.ends`, `.shape` and `.scale` (`quantization/packing.py`), and the config lists their names under `lattice`
+(version 3).
+
+`load` reads such a directory, and so does transformers once this package is imported (`loading.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from eacmoe_lightning.version import __version__
+
+FORMAT_VERSION = 3  # 3: weights on a lattice; 2: experts of a stack differ in bits, or some were removed; 1: all others
+LATTICE = "lattice"  # key of the config's `quantization`
+SHARD, REST = "weights-block-{:03d}.safetensors", "weights-rest.safetensors"
+METHOD = "eacmoe"  # model type and quantization method
+INDEX = "weights.safetensors.index.json"
+
+
+def is_compressed(path: str | Path) -> bool:
+    config = Path(path) / "config.json"
+    return config.exists() and json.loads(config.read_text()).get("model_type") == METHOD
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The config of a compressed directory.
+
+    Raises:
+        FileNotFoundError: `path` is not a compressed directory.
+        ValueError: a newer version of this package wrote it.
+    """
+    if not is_compressed(path):
+        raise FileNotFoundError(
+            f"{path} is not a compressed model directory of eacmoe-lightning: its config.json is missing or of "
+            "another model type than 'eacmoe'"
+        )
+    config = json.loads((Path(path) / "config.json").read_text())
+    check_format(config)
+    return config
+
+
+def original_config(config: dict[str, Any]) -> PreTrainedConfig:
+    """The original model's config, which a compressed directory's config contains."""
+    original = dict(config["original"]["config"])
+    return AutoConfig.for_model(original.pop("model_type"), **original)
+
+
+def check_format(config: dict[str, Any]) -> None:
+    """Raises ValueError for a config.json that a newer version of this package wrote."""
+    if config["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"the compressed model has format version {config['format_version']}, but this eacmoe-lightning "
+            f"({__version__}) reads up to {FORMAT_VERSION}: install a newer one"
+        )
+
+
+def size_of(path: str | Path) -> int:
+    """Total bytes of the weight files in a model directory."""
+    return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))

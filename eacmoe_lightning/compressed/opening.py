@@ -1,0 +1,101 @@
+"""Opens a model from a run directory, a compressed directory or an original. Every command opens models here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from eacmoe_lightning.compressed.directory import CompressedWeights
+from eacmoe_lightning.compressed.format import is_compressed, read_config, size_of
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original, local_directory
+from eacmoe_lightning.models.streamed import StreamedModel
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model whose files exist; its weights are not read yet.
+
+    Attributes:
+        name: the path, `bundled` or the hub id that it was opened by.
+        directory: the directory of its config, tokenizer and weight files.
+        is_compressed: whether that is a compressed directory of this package; otherwise it is an original model.
+        dtype: `auto` (as stored; for a compressed model, that of the calibration), `float32`, `bfloat16` or `float16`.
+    """
+
+    name: str
+    directory: Path
+    is_compressed: bool
+    dtype: str
+
+    @property
+    def original(self) -> str:
+        """Name of the original that a compressed model was made from, or of the model itself if it is an original."""
+        return read_config(self.directory)["original"]["name_or_path"] if self.is_compressed else self.name
+
+    @property
+    def size_bytes(self) -> int:
+        """Total size of the weight files."""
+        return size_of(self.directory)
+
+    @cached_property
+    def weights(self) -> CompressedWeights | Checkpoint:
+        """The weights on disk; compressed weights are decoded as they are read."""
+        return (
+            CompressedWeights(self.directory, self.dtype) if self.is_compressed else Checkpoint(self.name, self.dtype)
+        )
+
+    def streamed(self, device: torch.device | str = "cpu") -> StreamedModel:
+        """The model with one block at a time in memory."""
+        return StreamedModel(self.weights, device)
+
+    def in_memory(self) -> MoEModel:
+        """The whole model, with compressed weights decoded."""
+        if self.is_compressed:
+            return MoEModel(load(self.directory, self.dtype, packed=False))
+        return MoEModel(load_original(self.name, self.dtype))
+
+
+def open_model(name_or_path: str | Path, dtype: str = "auto", option: str = "--model") -> OpenedModel:
+    """Locates a model and checks that this version can read it.
+
+    Args:
+        name_or_path: a run directory, a compressed directory or an original (`bundled`, a directory or a hub id).
+        dtype: dtype to load it in: `auto`, `float32`, `bfloat16` or `float16`.
+        option: the command-line option that errors name.
+
+    Raises:
+        FileNotFoundError: there is no such model, or the run is not finished.
+        ValueError: a newer version of this package wrote the model.
+    """
+    path = Path(name_or_path)
+    if (path / "run.json").exists() and not is_compressed(path / "compressed"):
+        raise FileNotFoundError(
+            f"the run in {path} ({option}) has no compressed model yet: finish it with `fit --ckpt_path last`, or pass "
+            f"another directory with {option}"
+        )
+    directory = next((place for place in (path / "compressed", path) if is_compressed(place)), None)
+    if directory is not None:
+        read_config(directory)  # raises if the format is newer than this package
+        return OpenedModel(str(name_or_path), directory, True, dtype)
+    return OpenedModel(str(name_or_path), local_directory(str(name_or_path)), False, dtype)
+
+
+def open_compressed(path: str | Path, dtype: str = "auto", option: str = "--source") -> OpenedModel:
+    """Opens a model that must be compressed; arguments as in `open_model`.
+
+    Raises:
+        FileNotFoundError: there is no compressed model, or the run is not finished.
+        ValueError: a newer version of this package wrote the model.
+    """
+    root = Path(path)
+    if not any(is_compressed(place) for place in (root / "compressed", root)) and not (root / "run.json").exists():
+        raise FileNotFoundError(
+            f"{path} ({option}) is neither a run directory nor a compressed directory of eacmoe-lightning"
+        )
+    return open_model(path, dtype, option)

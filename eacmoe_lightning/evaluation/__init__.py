@@ -1,0 +1,1 @@
+"""Compares the compressed model with the original: perplexity, expert-shift and the report."""

@@ -1,0 +1,170 @@
+"""The report of a run: `report.json` with stable keys, and the same content to read in `report.md`.
+
+Keys, with dots for nesting:
+
+    command, config, versions, commit, seed, machine
+    model.blocks|experts|top_k
+    bits.nominal        as the paper counts
+    bits.true           with scales and zero points, over the same weights
+    size_bytes.original|compressed
+    perplexity.<text>.original|compressed|before
+                        before: the compressed model with the original's routers
+    expert_shift.mean.before|after.any|half|all|selections
+                        over the held-out texts
+    expert_shift.calibration.before|after, expert_shift.blocks[]
+    router.method
+    experts.starved     number of starved experts
+    experts.starved_by_block
+    cost.<phase>.seconds|peak_bytes|read_bytes|written_bytes|share
+                        read and written: disk traffic
+    cost.total_seconds
+
+If experts were removed:
+
+    pruning.rule|experts|removed
+    pruning.removed_selections
+                        mean over blocks
+    pruning.blocks.<block>.kept|removed|removed_selections|scores|below_alpha
+                        below_alpha: experts that stay although alpha would remove them, since a token selects top_k
+    pruning.below_alpha number of these experts
+
+The original in `perplexity` is then the unpruned model. The report of `prune` has the same keys, with the model that it
+was given in place of the original.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits, num_quantized
+from eacmoe_lightning.compressed.format import size_of
+from eacmoe_lightning.evaluation.report_text import markdown
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import local_directory
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.quantization.packing import STORED
+from eacmoe_lightning.routers.expert_shift import mean_rates
+from eacmoe_lightning.run.block_file import BlockStats
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.files import read_tensors, write_atomically, write_json
+
+
+def build(
+    run: RunDirectory,
+    moe: MoEModel,
+    name_or_path: str,
+    recipe: Recipe,
+    router: dict[str, Any],
+    pruning: PruningRule | None,
+    blocks: list[BlockStats],
+    evaluation: dict[str, dict] | None,
+) -> dict[str, Any]:
+    """The report of a finished run, without the fields of `provenance.origin`.
+
+    Args:
+        run: the run directory.
+        moe, name_or_path: the original model.
+        recipe, pruning: how the model was compressed.
+        router: stored in the report as `router`.
+        blocks: statistics of every block (`Calibration.leave`).
+        evaluation: results of `evaluate` under `before` and `after`; None if there was no evaluation.
+    """
+    moe_stats = [s for s in blocks if s.is_moe]
+    report = {
+        "model": {
+            "name_or_path": name_or_path,
+            "type": moe.config.model_type,
+            "blocks": len(moe.blocks),
+            "moe_blocks": len(moe.moe_blocks),
+            "experts": len(moe_stats[0].expert_load["original"]),
+            "top_k": moe.top_k,
+        },
+        "bits": {"nominal": nominal_bits(moe, recipe), "true": _true_bits(run, moe, recipe)},
+        "size_bytes": {
+            "original": size_of(local_directory(name_or_path)),
+            "compressed": size_of(run.compressed),
+        },
+        "router": router,
+        "experts": {
+            "starved": sum(len(s.starved) for s in moe_stats),
+            "starved_by_block": {s.block: s.starved for s in moe_stats if s.starved},
+        },
+        "quantization_error": {name: value for s in blocks for name, value in s.error.items()},
+        "cost": cost(run),
+    }
+    add_quality(report, blocks, evaluation)
+    if pruning:
+        report["pruning"] = removed_experts(vars(pruning), moe_stats)
+    return report
+
+
+def add_quality(report: dict[str, Any], blocks: list[BlockStats], evaluation: dict[str, dict] | None) -> None:
+    """Adds perplexity and expert-shift to a report; arguments as in `build`."""
+    moe_stats = [s for s in blocks if s.is_moe]
+    calibration = {when: [s.expert_shift[when] for s in moe_stats] for when in ("before", "after")}
+    report["expert_shift"] = {"calibration": {when: mean_rates(rows) for when, rows in calibration.items()}}
+    report["perplexity"] = {}
+    per_block = [{"block": s.block, "calibration": s.expert_shift} for s in moe_stats]
+    if evaluation:
+        before, after = evaluation["before"], evaluation["after"]
+        report["perplexity"] = {
+            text: {**values, "before": before["perplexity"][text]["compressed"]}
+            for text, values in after["perplexity"].items()
+        }
+        report["expert_shift"]["mean"] = {
+            "before": before["expert_shift"]["mean"],
+            "after": after["expert_shift"]["mean"],
+        }
+        report["expert_shift"]["texts"] = {
+            text: {"before": before["expert_shift"]["texts"][text], "after": rates}
+            for text, rates in after["expert_shift"]["texts"].items()
+        }
+        for row, b, a in zip(per_block, before["expert_shift"]["blocks"], after["expert_shift"]["blocks"], strict=True):
+            row["heldout"] = {"before": b, "after": a}
+    else:
+        report["expert_shift"]["mean"] = report["expert_shift"]["calibration"]
+    report["expert_shift"]["blocks"] = per_block
+
+
+def write(run: RunDirectory, report: dict[str, Any]) -> None:
+    write_json(run.path / "report.json", report)
+    write_atomically(run.path / "report.md", lambda partial: partial.write_text(markdown(report)))
+
+
+def removed_experts(rule: dict[str, Any], blocks: list[BlockStats]) -> dict[str, Any]:
+    """The removed experts, and the share of the calibration text's selections that went to them."""
+    removed = {s.block: s.pruning for s in blocks}
+    return {
+        "rule": rule,
+        "experts": sum(len(s.kept) + len(s.removed) for s in removed.values()),
+        "removed": sum(len(s.removed) for s in removed.values()),
+        "removed_selections": sum(s.removed_selections for s in removed.values()) / len(removed),
+        "below_alpha": sum(len(s.below_alpha) for s in removed.values()),
+        "blocks": {block: asdict(s) for block, s in removed.items()},
+    }
+
+
+def _true_bits(run: RunDirectory, moe, recipe: Recipe) -> float:
+    """Stored bits per quantized weight, with scales and zero points."""
+    if not recipe.quantizes:
+        return nominal_bits(moe, recipe)
+    stored = 0
+    for block in moe.blocks:
+        tensors, _ = read_tensors(run.block(block.index))
+        stored += sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith(STORED))
+    return 8 * stored / num_quantized(moe)
+
+
+def cost(run: RunDirectory) -> dict[str, Any]:
+    rows = run.read_costs()
+    total = sum(row["seconds"] for row in rows)
+    phases: dict[str, Any] = {}
+    for row in rows:
+        phase = phases.setdefault(row["phase"], {"seconds": 0.0, "peak_bytes": 0, "read_bytes": 0, "written_bytes": 0})
+        phase["peak_bytes"] = max(phase["peak_bytes"], row["peak_bytes"])
+        for name in ("seconds", "read_bytes", "written_bytes"):
+            phase[name] += row.get(name, 0)  # older runs did not count disk traffic
+    for phase in phases.values():
+        phase["share"] = phase["seconds"] / total if total else 0.0
+    return {**phases, "total_seconds": total}

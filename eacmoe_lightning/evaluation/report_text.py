@@ -1,0 +1,124 @@
+"""The report as text: a few lines for the terminal, and `report.md`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eacmoe_lightning.calibration.blocks import PHASES
+from eacmoe_lightning.routers.expert_shift import RATES
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A few lines for the terminal."""
+    bits, size, shift = report["bits"], report["size_bytes"], report["expert_shift"]["mean"]
+    lines = [
+        "",
+        f"{report['model']['name_or_path']}: {report['model']['blocks']} blocks, {report['model']['experts']} experts, "
+        f"top {report['model']['top_k']}, router {report['router']['method']}",
+        f"bits {bits['nominal']:.2f} nominal, {bits['true']:.2f} with scales and zero points; "
+        f"{size['original'] / 1e6:.1f} MB -> {size['compressed'] / 1e6:.1f} MB",
+    ]
+    if pruning := report.get("pruning"):
+        lines.append(
+            f"{pruning['removed']} of {pruning['experts']} experts removed ({pruning['rule']['criterion']}), to which "
+            f"{pruning['removed_selections']:.2%} of the selections went"
+        )
+        if pruning["below_alpha"]:
+            lines.append(
+                f"{pruning['below_alpha']} experts are below alpha and stay: a token selects {report['model']['top_k']}"
+            )
+    for text, values in report["perplexity"].items():
+        lines.append(f"perplexity {text:10s} {values['original']:8.3f} -> {values['compressed']:8.3f}")
+    for rate in RATES:
+        lines.append(
+            f"tokens with {rate:4s} selections changed: {shift['before'][rate]:.2%} -> {shift['after'][rate]:.2%}"
+        )
+    cost = report["cost"]
+    starved = f"{report['experts']['starved']} starved experts; " if "experts" in report else ""
+    lines.append(f"{starved}{cost['total_seconds']:.0f} s in total")
+    if calibration := sum(cost[phase]["seconds"] for phase in (*PHASES, "joint") if phase in cost):
+        stages = {"router per block": "router", "joint stage": "joint"}
+        shares = [f"{k} {cost[phase]['seconds'] / calibration:.1%}" for k, phase in stages.items() if phase in cost]
+        lines.append(f"share of router calibration in the {calibration:.0f} s of calibration: " + ", ".join(shares))
+    return "\n".join(lines)
+
+
+def evaluation_summary(result: dict[str, Any], size_bytes: dict[str, int]) -> str:
+    """The output of `validate` and `test`: perplexity per text and change rates per block."""
+    streams = list(next(iter(result["perplexity"].values())))
+    lines = ["", "size: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in size_bytes.items())]
+    lines.append(f"{'perplexity':12s} " + " ".join(f"{name:>16s}" for name in streams))
+    lines += [
+        f"{text:12s} " + " ".join(f"{values[name]:16.3f}" for name in streams)
+        for text, values in result["perplexity"].items()
+    ]
+    if shift := result["expert_shift"]:
+        rates = list(shift["mean"])
+        lines.append(f"{'changed':12s} " + " ".join(f"{rate:>16s}" for rate in rates))
+        rows = [(f"block {row['block']}", row) for row in shift["blocks"]] + [("mean", shift["mean"])]
+        lines += [f"{name:12s} " + " ".join(f"{row[rate]:16.2%}" for rate in rates) for name, row in rows]
+    return "\n".join(lines)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    shift, cost = report["expert_shift"], report["cost"]
+    parts = [
+        f"# {report['model']['name_or_path']} at {report['bits']['nominal']:.2f} bits",
+        f"```\n{summary(report).strip()}\n```",
+        f"Command: `{report['command']}`  \nCommit: {report['commit']}  \nSeed: {report['seed']}  \n"
+        + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+        + f"  \n{report['machine']['processor']}, {report['machine']['threads']} threads",
+        "## Perplexity on held-out text\n\n"
+        + "`original`: the original model. `before`: the compressed model with the original's routers.\n\n"
+        + _table(["text", "original", "before", "compressed"], [
+            [t, *(f"{v[c]:.3f}" for c in ("original", "before", "compressed"))] for t, v in report["perplexity"].items()
+        ]),
+        "## Expert-shift per block\n\nShare of tokens with any, at least half, or all selections changed.\n\n"
+        + _table(
+            ["block", "text", *(f"{r} {w}" for r in RATES for w in ("before", "after"))],
+            [
+                [row["block"], text, *(f"{row[text][w][r]:.2%}" for r in RATES for w in ("before", "after"))]
+                for row in shift["blocks"]
+                for text in ("calibration", "heldout")
+                if text in row
+            ],
+        ),
+        *([_starved_list(report["experts"])] if "experts" in report else []),
+        *([_pruning_table(report["pruning"])] if "pruning" in report else []),
+        "## Cost\n\n"
+        + _table(["phase", "seconds", "share", "peak MB", "from disk MB", "to disk MB"], [
+            [p, f"{c['seconds']:.1f}", f"{c['share']:.1%}",
+             *(f"{c[size] / 2**20:.0f}" for size in ("peak_bytes", "read_bytes", "written_bytes"))]
+            for p, c in cost.items() if isinstance(c, dict)
+        ]),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _starved_list(experts: dict[str, Any]) -> str:
+    lines = [f"- block {block}: starved experts {numbers}" for block, numbers in experts["starved_by_block"].items()]
+    return "## Experts\n\n" + ("\n".join(lines) or "No expert was starved of calibration tokens.")
+
+
+def _pruning_table(pruning: dict[str, Any]) -> str:
+    rule = ", ".join(f"{name} {value}" for name, value in pruning["rule"].items() if value is not None)
+    rows = [
+        [
+            block,
+            len(s["kept"]),
+            " ".join(map(str, s["removed"])) or "none",
+            f"{s['removed_selections']:.2%}",
+            " ".join(map(str, s["below_alpha"])) or "none",
+        ]
+        for block, s in pruning["blocks"].items()
+    ]
+    return (
+        f"## Removed experts\n\nRule: {rule}. Selections: the share on the calibration text that went to them. Below "
+        "alpha: experts that stay because a token selects top_k.\n\n"
+        + _table(["block", "stay", "removed", "selections", "below alpha"], rows)
+    )

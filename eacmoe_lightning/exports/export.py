@@ -1,0 +1,75 @@
+"""`eacmoe export`: writes another program's format, reloads it, and keeps it only if it is the same model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from eacmoe_lightning import targets
+from eacmoe_lightning.exports import compressed_tensors, dense, gguf_file, gptq
+from eacmoe_lightning.exports.check import Difference
+from eacmoe_lightning.exports.source import Source
+from eacmoe_lightning.run.files import whole_directory
+from eacmoe_lightning.skipping.stored import KEY as SKIPPING
+
+WRITERS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "gptq_v2": gptq, "dense": dense, "gguf": gguf_file}
+NEED_LIBRARY = ("compressed-tensors", "gguf")
+
+
+def export(
+    source: str,
+    output: str,
+    format: Literal["compressed-tensors", "gptq", "gptq_v2", "gguf", "dense"] | None = None,
+    target: Literal[targets.ENGINES] | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    tensor_parallel: int = 1,
+) -> Difference:
+    """Writes a compressed model in a format that other programs load, reloads it and compares every weight.
+
+    Args:
+        source: A run directory or a compressed directory.
+        output: The directory to write; it must be empty or not exist.
+        format: compressed-tensors (pack-quantized, symmetric), gptq (zero points less 1, symmetric), gptq_v2 (true
+            zero points), gguf (for llama.cpp) or dense (decoded, as large as the original); null: the first of the
+            target's formats that can hold the model.
+        target: The engine that will load the export; null: the first that loads the format. A model that the engine is
+            known not to load, or to load wrongly, is refused.
+        dtype: Dtype of everything that is not quantized; auto: the one the model was calibrated in.
+        tensor_parallel: Number of devices over which the engine will split each linear; group sizes that do not allow
+            the split are refused.
+
+    Raises:
+        FileNotFoundError: the source holds no compressed model.
+        ValueError: the target does not load such a model, or the output is not empty.
+        StoreError: a file of the source is damaged, or the export reloads as another model; nothing is kept then.
+    """
+    rows = targets.find(format, target)
+    place = Path(output)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ValueError(f"{output} (--output) is not empty: pass an empty directory or one that does not exist")
+    opened = Source(source, dtype)
+    weights = opened.grids()
+    row = targets.choose(rows, weights, tensor_parallel)
+    writer = WRITERS[row.format]
+    if row.format in NEED_LIBRARY:
+        writer.require_library()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with whole_directory(place) as partial:
+        try:
+            writer.write(opened, weights, row, partial)
+            difference = writer.read_back(opened, row, partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    print(f"{output}: {row.format} for {row.engine} ({row.version}). Reloaded: {difference}")
+    if SKIPPING in opened.directory_config:
+        print(f"warning: {row.engine} does not know this model's skipping rule and runs every selected expert")
+    if row.trial is None:
+        print(f"warning: {row.engine} was never run on an export of this package: try it before you serve it")
+    elif untried := row.trial.untried(weights):
+        settings = ", ".join(untried)
+        print(f"warning: {row.trial.version} was never run on an export with {settings}: try it before you serve it")
+    else:
+        print(f"{row.trial.version} has run such exports; checked: {row.trial.how}")
+    return difference

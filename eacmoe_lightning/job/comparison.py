@@ -1,0 +1,152 @@
+"""The evaluation half of the LightningModule: `validate`, `test` and `predict`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from eacmoe_lightning.compressed.opening import OpenedModel, open_model
+from eacmoe_lightning.evaluation.evaluate import Evaluation
+from eacmoe_lightning.evaluation.report_text import evaluation_summary
+from eacmoe_lightning.evaluation.streams import run_batches
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.files import write_json
+
+
+@dataclass
+class Compared:
+    """The models of an evaluation and its results so far, kept out of the module tree and of checkpoints.
+
+    Attributes:
+        subject: the model that is evaluated.
+        original: the model it is compared with; None if the subject is itself an original.
+        size_bytes: size on disk, keyed by `original` and `compressed`.
+        evaluation: gathers the batches of `validate` and `test`.
+        nll: results of `predict`: [B, T-1] nats, keyed by data loader index and batch index.
+    """
+
+    subject: StreamedModel
+    original: StreamedModel | None
+    size_bytes: dict[str, int]
+    evaluation: Evaluation | None = None
+    nll: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+class Comparison(LightningModule):
+    """Compares a compressed model with its original on held-out text.
+
+    Args:
+        name_or_path: the original model.
+        dtype: dtype to load the models in.
+        evaluate: the model to evaluate: a run directory, a compressed directory or an original model. None takes the
+            trainer's run directory.
+        split_damage: whether `test` splits the damage into that of the weights and that of the selections.
+    """
+
+    def __init__(self, name_or_path: str, dtype: str, evaluate: str | None, split_damage: bool) -> None:
+        super().__init__()
+        self.name_or_path, self.dtype_name = name_or_path, dtype
+        self.evaluate, self.split_damage = evaluate, split_damage
+        self.compared: Compared | None = None
+
+    @property
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.trainer.default_root_dir)
+
+    def setup(self, stage: str) -> None:
+        if self.compared is None:
+            self.compared = self._open_models()
+            if self.split_damage and self.compared.original is not None and self.compared.subject.is_pruned:
+                raise ValueError(
+                    "--model.split_damage forces the original's selections on the compressed model, but some of the "
+                    "selected experts were removed from it: leave the option out"
+                )
+
+    def _open_models(self) -> Compared:
+        """The model to evaluate and the original to compare it with.
+
+        Raises:
+            FileNotFoundError: there is no model to evaluate, or its original is missing.
+        """
+        if self.evaluate is None and not (self.run.manifest.exists() or self.run.compressed.exists()):
+            raise FileNotFoundError(
+                f"there is no run in {self.run.path} (--trainer.default_root_dir): run `fit` first, or pass a run "
+                "directory, a compressed directory or an original model with --model.evaluate"
+            )
+        device = self.trainer.strategy.root_device
+        subject = open_model(self.evaluate or self.run.path, self.dtype_name, "--model.evaluate")
+        if not subject.is_compressed:
+            return Compared(subject.streamed(device), None, {"original": subject.size_bytes})
+        original = self._original_of(subject)
+        size_bytes = {"original": original.size_bytes, "compressed": subject.size_bytes}
+        return Compared(subject.streamed(device), original.streamed(device), size_bytes)
+
+    def _original_of(self, subject: OpenedModel) -> OpenedModel:
+        """The original named by `--model.name_or_path`, or else by the subject's config, in the subject's dtype."""
+        name = subject.original if self.name_or_path == "bundled" else self.name_or_path
+        return open_model(name, str(subject.weights.dtype).rpartition(".")[2], "--model.name_or_path")
+
+    def _start_evaluation(self, split: bool) -> None:
+        scratch = self.run.scratch(self.global_rank)
+        self.compared.evaluation = Evaluation(self.compared.original, self.compared.subject, split, scratch)
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_evaluation(split=False)
+
+    def on_test_epoch_start(self) -> None:
+        self._start_evaluation(split=self.split_damage)
+
+    def _evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int, names: list[str]) -> None:
+        """Only gathers: at the end all batches of all texts run through each block together."""
+        if len(batch["input_ids"]):
+            self.compared.evaluation.add(names[dataloader_idx], batch["input_ids"])
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluation_step(batch, dataloader_idx, self.trainer.datamodule.heldout_names)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluation_step(batch, dataloader_idx, self.trainer.datamodule.heldout_names)
+
+    def _finish_evaluation(self, stage: str) -> None:
+        """Logs the result, prints it as a table and writes it to `<stage>.json` in the run directory."""
+        result = self.compared.evaluation.compute(self.trainer.datamodule.heldout_names)
+        for text, values in result["perplexity"].items():
+            self.log_dict({f"perplexity/{text}/{stream}": value for stream, value in values.items()})
+        if shift := result["expert_shift"]:
+            self.log_dict({f"expert_shift/{rate}": value for rate, value in shift["mean"].items()})
+        if self.trainer.is_global_zero:
+            write_json(self.run.path / f"{stage}.json", result | {"size_bytes": self.compared.size_bytes})
+            print(evaluation_summary(result, self.compared.size_bytes))
+
+    def on_validation_start(self) -> None:
+        self.trainer.validate_loop.verbose = False  # Lightning's table repeats every value for every text
+
+    def on_test_start(self) -> None:
+        self.trainer.test_loop.verbose = False
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish_evaluation("validate")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish_evaluation("test")
+
+    def on_predict_start(self) -> None:
+        """Scores all windows of this process, block by block; `predict_step` returns the scores."""
+        loaders = self.trainer.predict_dataloaders
+        loaders = loaders if isinstance(loaders, list) else [loaders]
+        all_batches = {(n, j): batch["input_ids"] for n, loader in enumerate(loaders) for j, batch in enumerate(loader)}
+        batches = {key: ids for key, ids in all_batches.items() if len(ids)}
+        nll = run_batches(None, self.compared.subject, list(batches.values()))
+        self.compared.nll = {key: streams["original"] for key, streams in zip(batches, nll, strict=True)}
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Log-likelihoods [B, T-1] in nats of every token but the first, with the windows' global indices."""
+        no_windows = torch.empty(0, batch["input_ids"].shape[1] - 1)  # other processes have one batch more
+        return {
+            "index": batch["index"],
+            "log_likelihood": -self.compared.nll.get((dataloader_idx, batch_idx), no_windows),
+        }

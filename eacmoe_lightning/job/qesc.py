@@ -1,0 +1,386 @@
+"""The LightningModule: router calibration as supervised training, block by block.
+
+Epochs walk through the model: `router_epochs` passes over the calibration windows for block 0, then for block 1, and so
+on. A batch of windows stands for its tokens at the current block: the inputs are the router's inputs in the compressed
+stream, the targets are the original router's logits. After the last block, `joint_epochs` train all routers together
+(with norms, scales and codes) towards the original's output distribution (`routers/joint.py`).
+`callbacks.LayerwiseQuantization` quantizes the weights between epochs.
+
+The language model stays outside the module tree: only the trained parts (`trained.py`) are parameters of the module.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eacmoe_lightning import targets
+from eacmoe_lightning.calibration.blocks import Calibration
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.calibration.streams import Streams
+from eacmoe_lightning.job.block_callback import phase
+from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress
+from eacmoe_lightning.job.comparison import Comparison
+from eacmoe_lightning.job.trained import TrainedParts, router_key
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.planning.checks import check_disk, check_finite, check_memory
+from eacmoe_lightning.planning.sizes import job_of
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.routers.joint import distillation, selection
+from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE
+from eacmoe_lightning.run.block_file import BlockStats, read_stats
+from eacmoe_lightning.run.memory import Watch
+from eacmoe_lightning.run.ranks import Ranks
+from eacmoe_lightning.text.batches import shard
+from eacmoe_lightning.version import __version__
+
+
+@dataclass
+class FitState:
+    """What `fit` works on, kept out of the module tree and of checkpoints.
+
+    Attributes:
+        moe: the original model; its blocks are loaded and compressed one after another.
+        parts: the trained parameters, which are parameters of the module too.
+        calibration: the block loop; set in `on_fit_start`.
+        compressed: the whole compressed model; set during the joint stage.
+    """
+
+    moe: StreamedModel
+    parts: TrainedParts
+    calibration: Calibration | None = None
+    compressed: StreamedModel | None = None
+
+
+class QESC(Comparison):
+    """Quantization with expert-selection calibration (EAC-MoE, section 4) of one MoE language model.
+
+    Args:
+        name_or_path: The original model: `bundled`, a local Hugging Face directory or a hub id.
+        dtype: Dtype in which the model is loaded and calibrated: auto (as stored), float32, bfloat16 or float16.
+        target: Inference engine that will load the exported model. Settings that it cannot load are refused before
+            any work starts (targets.py lists its formats; activation order is no restriction).
+        tensor_parallel: Number of devices that the target will split each linear layer over.
+        router_method: How routers are calibrated: none (plain GPTQ), ridge (closed form per block), sgd (gradient
+            steps per block) or joint (only in the joint stage).
+        router_loss: Loss that sgd minimises; its num_targets is also the k of ridge.
+        router_lr: Learning rate of sgd. All learning rates but joint_code_lr are relative to the root mean square of
+            the tensor that they train, so that one number fits routers of any scale.
+        router_epochs: Passes over the calibration text per block.
+        router_warm_start: Start sgd from the closed-form solution.
+        ridge: Strength of ridge's penalty on drift from the original router, relative to the mean squared router
+            input.
+        joint_epochs: Passes over the calibration text in the joint stage, which trains all routers together on the KL
+            divergence from the original's output distribution; 0 leaves the stage out.
+        joint_selection: Weight of the router loss beside the KL divergence; the loss is a mean over all blocks, in
+            units of the logits' spread.
+        joint_router_lr: Learning rate of the routers in the joint stage.
+        joint_norm_lr: Learning rate of the norms' weights in the joint stage; 0 does not train them.
+        joint_scale_lr: Learning rate of the quantized weights' scales in the joint stage; 0 does not train them.
+        joint_code_lr: Learning rate of the quantized weights' codes in the joint stage, in steps of the grid; 0 does
+            not train them. Training them takes 16 bytes per weight.
+        lr_schedule: Learning-rate schedule of each stage: constant, linear or cosine (both fall to zero).
+        weight_decay: Weight decay of AdamW.
+        stream_dtype: Dtype of the hidden states on disk between blocks. auto is the model's dtype and loses nothing;
+            bfloat16 halves the disk space of a float32 model.
+        evaluate: Model that validate, test and predict evaluate: a run directory, a compressed directory or an original
+            model; null takes the run directory (trainer.default_root_dir).
+        split_damage: Let test split the damage into that of the weights and that of the selections (EAC-MoE, table 1).
+        pruning: Rule for removing experts; on the command line it is set by `--pruning`.
+        **recipe: Options of `Recipe`: bits, groups and quantizer of every weight.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str = "bundled",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        target: Literal[targets.ENGINES] | None = None,
+        tensor_parallel: int = 1,
+        router_method: Literal["none", "ridge", "sgd", "joint"] = "ridge",
+        router_loss: RouterLoss | None = None,
+        router_lr: float = 2e-2,
+        router_epochs: int = 1,
+        router_warm_start: bool = False,
+        ridge: float = 1e-3,
+        joint_epochs: int = 4,
+        joint_selection: float = 0.2,
+        joint_router_lr: float = 3e-3,
+        joint_norm_lr: float = 5e-3,
+        joint_scale_lr: float = 3e-3,
+        joint_code_lr: float = 5e-5,
+        lr_schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        weight_decay: float = 0.0,
+        stream_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        evaluate: str | None = None,
+        split_damage: bool = False,
+        pruning: PruningRule | None = None,
+        **recipe: Any,
+    ) -> None:
+        super().__init__(name_or_path, dtype, evaluate, split_damage)
+        self.targets = targets.for_calibration(target) if target else []
+        self.tensor_parallel = tensor_parallel
+        self.recipe = Recipe(**recipe)
+        if self.recipe.symmetric is None:
+            self.recipe = replace(self.recipe, symmetric=bool(self.targets) and self.targets[0].symmetric)
+        for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge)):
+            if value <= 0:
+                raise ValueError(f"{option}={value} (--model.{option}) is not positive")
+        self.joint_lr = dict(router=joint_router_lr, norm=joint_norm_lr, scale=joint_scale_lr, code=joint_code_lr)
+        for option, value in (("epochs", joint_epochs), *((f"{kind}_lr", lr) for kind, lr in self.joint_lr.items())):
+            if value < 0:
+                raise ValueError(f"joint_{option}={value} (--model.joint_{option}) is negative")
+        self.pruning = pruning
+        self.fit_state: FitState | None = None
+        self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
+        self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
+        self.ridge, self.joint_selection = ridge, joint_selection
+        self.joint_epochs = 0 if router_method == "none" else joint_epochs
+        self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
+        self.stream_dtype = stream_dtype
+        self.block_routers: dict[str, Tensor] = {}  # routers that the blocks were solved with, from the joint stage on
+
+    # --- the models -------------------------------------------------------------------------------------
+
+    @property
+    def moe(self) -> StreamedModel:
+        return self.fit_state.moe
+
+    @property
+    def original(self) -> Checkpoint:
+        """The original's weights on disk."""
+        return self.moe.weights
+
+    @property
+    def parts(self) -> TrainedParts:
+        return self.fit_state.parts
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.fit_state.calibration
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            super().setup(stage)
+            return
+        resumes = getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None)
+        if self.trainer.is_global_zero:
+            self.run.check(self.identity(), resumes)  # before a large model is read
+        weights = Checkpoint(self.name_or_path, self.dtype_name)
+        moe = StreamedModel(weights, self.trainer.strategy.root_device)
+        self.recipe.check(moe, self.trainer.world_size)
+        if self.pruning is not None:
+            self.pruning.check(moe)
+        if self.targets:
+            targets.choose(self.targets, self.recipe.grids(moe), self.tensor_parallel)
+        self.router_loss.num_targets(moe.num_experts, moe.top_k)  # raises now if its k does not fit the model
+        job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size, moe.device.type)
+        check_memory(moe, job)
+        if self.trainer.is_global_zero:
+            if not resumes:
+                print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
+                watch = Watch()
+                check_finite(moe)
+                checked = watch.cost()
+            self.run.start(self.identity(), resumes)
+            if not resumes:
+                self.run.add_cost(None, "check", checked)
+        self.trainer.strategy.barrier()
+        joint = [kind for kind, lr in self.joint_lr.items() if lr] if self.joint_epochs else []
+        parts = TrainedParts(moe, self.run, self.recipe, joint)
+        self.fit_state = FitState(moe, parts)
+        self.routers, self.norms = parts.routers, parts.norms  # submodules, so that Lightning knows their parameters
+        self.scales, self.positions = parts.scales, parts.positions
+        self.trainer.fit_loop.epoch_loop.max_steps = -1
+        if self.trainer.max_epochs in (None, -1):
+            self.trainer.fit_loop.max_epochs = self.num_epochs
+
+    def identity(self) -> dict[str, Any]:
+        """Every setting that the result of `fit` depends on, by option name."""
+        data = self.trainer.datamodule
+        return {
+            "version": __version__,
+            **{
+                f"trainer.{n}": getattr(self.trainer, n)
+                for n in ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
+            },
+            "model.name_or_path": self.name_or_path,
+            "model.fingerprint": fingerprint(self.name_or_path),
+            "model.dtype": self.dtype_name,
+            **{f"model.{name}": value for name, value in self.recipe.record().items()},
+            **{f"pruning.{name}": value for name, value in (vars(self.pruning) if self.pruning else {}).items()},
+            "model.router_method": self.router_method,
+            "model.router_loss": self.router_loss.settings(),
+            **{
+                f"model.{name}": getattr(self, name)
+                for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
+                + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
+            },
+            **{
+                f"data.{name}": getattr(data, name)
+                for name in ("calibration", "num_windows", "window_length", "batch_size", "seed")
+            },
+        }
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = self.parts.optimizer_groups()
+        return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay, fused=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["block_routers"] = self.block_routers
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.block_routers = checkpoint["block_routers"]
+        mend_progress(checkpoint["loops"]["fit_loop"])
+        follow_moved(checkpoint["callbacks"], self.trainer.checkpoint_callbacks, self.trainer.ckpt_path)
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule
+        shard_rows = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
+        windows = data.calibration_windows[shard_rows.start : shard_rows.stop]
+        dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
+        streams = Streams(
+            self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
+        )
+        self.fit_state.calibration = Calibration(
+            self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning
+        )
+
+    # --- epochs: which block, which stage ---------------------------------------------------------------
+
+    @property
+    def num_block_epochs(self) -> int:
+        return len(self.moe.blocks) * self.router_epochs
+
+    @property
+    def num_epochs(self) -> int:
+        return self.num_block_epochs + self.joint_epochs
+
+    @property
+    def is_joint(self) -> bool:
+        return self.current_epoch >= self.num_block_epochs
+
+    @property
+    def block_index(self) -> int:
+        """Index of the current epoch's block; in the joint stage, the number of blocks."""
+        return min(self.current_epoch // self.router_epochs, len(self.moe.blocks))
+
+    @property
+    def is_last_pass(self) -> bool:
+        """Whether the current epoch is the last of its block."""
+        return not self.is_joint and (self.current_epoch + 1) % self.router_epochs == 0
+
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.global_rank, self.trainer.world_size, self.trainer.strategy.root_device)
+
+    def enter_block(self) -> None:
+        """Advances the streams to the current epoch's block, and loads the compressed model for the joint stage.
+
+        A second call changes nothing.
+        """
+        self._advance(self.block_index)
+        if self.is_joint and self.fit_state.compressed is None:
+            self.fit_state.compressed = StreamedModel(self.parts.untrained(), self.device)
+            self.fit_state.compressed.load_all()
+
+    def leave_block(self) -> BlockStats:
+        """Solves the experts of the current epoch's block under its calibrated router, and writes the block."""
+        self.enter_block()
+        block = self.moe.blocks[self.block_index]
+        return self.calibration.leave(self.routers[router_key(block)].detach() if block.is_moe else None)
+
+    def _advance(self, index: int) -> None:
+        routers = self.block_routers or self.routers
+        self.calibration.enter(index, {b.index: routers[router_key(b)].detach() for b in self.moe.moe_blocks})
+
+    def start_stage(self) -> None:
+        """Before an epoch's first batch: solves the block's router in closed form, or starts the joint stage."""
+        if self.current_epoch == self.num_block_epochs:
+            self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
+            self.parts.start_joint(self.optimizers(use_pl_optimizer=False))
+        elif not self.is_joint and self.current_epoch % self.router_epochs == 0:
+            block = self.moe.blocks[self.block_index]
+            closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
+            if block.is_moe and closed_form:
+                k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
+                self.parts.put_router(block, self.calibration.ridge_router(k, self.ridge))
+
+    # --- gradient steps -----------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if not self.is_joint and self.moe.blocks[self.block_index].is_moe:
+            loss = self._router_loss(batch)
+        elif self.is_joint and len(batch["index"]):
+            loss = self._joint_loss(batch)
+        else:  # a dense block has no router, or other processes hold all of this batch's windows
+            loss = sum(weight.sum() for weight in self.parameters()) * 0
+        self.log("loss/joint" if self.is_joint else f"loss/block_{self.block_index:03d}", loss, prog_bar=False)
+        return loss
+
+    def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean over the tokens of the global batch, of which this process may hold only some windows, or none."""
+        block = self.moe.blocks[self.block_index]
+        x, teacher = self.calibration.router_rows(batch["index"])
+        student = block.router_logits(x.to(self.device), self.parts.router(block))
+        losses = self.router_loss(student, teacher.to(self.device), self.moe.top_k)
+        return self._global_mean(losses, batch)
+
+    def _joint_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """KL divergence from the original's next-token distributions plus the weighted router loss of all blocks."""
+        last_hidden, teachers = self.calibration.streams.joint_rows(batch["index"])
+        with torch.no_grad():
+            target = self.moe.head(last_hidden.to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
+        compressed = self.fit_state.compressed
+        with compressed.recorded_logits() as students:
+            weights = self.parts.routers_and_norms() | self.parts.decoded()
+            ids = (batch["input_ids"],)
+            logits = torch.func.functional_call(compressed.model, weights, ids, {"use_cache": False}).logits
+        losses = distillation(logits, target).flatten()
+        teachers = {i: teacher.to(self.device) for i, teacher in teachers.items()}
+        losses += self.joint_selection * selection(students, teachers, self.router_loss, self.moe.top_k)
+        return self._global_mean(losses, batch)
+
+    def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        tokens = int(batch["global_size"]) * self.trainer.datamodule.window_length
+        return losses.sum() / tokens * self.trainer.world_size  # DDP averages gradients over processes
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether the current epoch trains; with ridge or none a block's epochs only measure the loss."""
+        return self.is_joint or (self.router_method == "sgd" and self.moe.blocks[self.block_index].is_moe)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        if not self.takes_steps:
+            optimizer_closure()
+            return
+        factor = self.schedule(epoch, batch_idx)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["rms"] * (self.joint_lr[group["kind"]] if self.is_joint else self.router_lr)
+        optimizer.step(closure=optimizer_closure)
+
+    def schedule(self, epoch: int, batch_idx: int) -> float:
+        """Learning-rate factor at a step. It depends on the position in the stage alone, so it needs no state."""
+        passes, first = (self.joint_epochs, self.num_block_epochs) if self.is_joint else (self.router_epochs, 0)
+        done = ((epoch - first) % passes + batch_idx / self.trainer.num_training_batches) / passes
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
+
+    # --- after the last epoch ---------------------------------------------------------------------------
+
+    def enter_end(self) -> None:
+        """Writes missing blocks, shrinks all blocks to the experts kept, and frees the joint stage's model."""
+        if not all(self.run.block(block.index).exists() for block in self.moe.blocks):
+            self._advance(len(self.moe.blocks))
+        for block in self.moe.blocks:
+            self.calibration.shrink(block.index)
+        self.fit_state.compressed = None
+
+    def block_stats(self) -> list[BlockStats]:
+        """The statistics of every block, read from the block files."""
+        return [read_stats(self.run, block.index) for block in self.moe.blocks]

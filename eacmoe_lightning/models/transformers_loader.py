@@ -1,0 +1,283 @@
+"""All that this package takes from inside transformers, and all that differs between versions of transformers.
+
+transformers documents neither its loader nor its experts, and both change. Their names are used in this file and
+nowhere else, so a new version means work in one file. `docs/findings/versions.md` says which versions were tested.
+
+| transformers | what changed | here |
+| --- | --- | --- |
+| 5.10 | brings the text tower of DeepSeek-OCR-2, of which DeepSeek-MoE is built (`deepseek.py`) | the lowest version |
+| 5.13 | routers select the experts; before, the module around a router did (Jamba's until 5.20) | `select_in_router` |
+| 5.16 | `convert_and_load_state_dict_in_model` loses the argument `tp_plan` | `load_tensors` |
+| 5.18 | eager experts skip pairs with the id E; before, such an id was an error | `eager_experts`, `is_eager` |
+| 5.18 | other experts skip them only if `_is_expert_parallel` is set; before, always | `SKIPS_PAIRS` |
+| 5.19 | the text tower of DeepSeek-OCR-2 returns router logits | `TOWER_RETURNS_ROUTER_LOGITS` |
+| 5.20 | experts may end with a norm | `post_expert_norm` |
+| 5.22 | `tokenizer.json` decides what a tokenizer does; before, the class beside it did | `trust_tokenizer_file` |
+| 5.23 | a stack of matrices with one column is split into such matrices; before, into vectors | `original_names` |
+| 5.24 | `past_key_values` is called `cache` in arguments and outputs | `CACHE`, `cache_of` |
+
+Three undocumented names stay where they are used, because all these versions have them: a quantizer's
+`checkpoint_files` and the config's `transformers_weights` (`compressed/loading.py`), and the config's
+`_attn_implementation` (`skipping/session.py`).
+
+Nothing depends on the version of torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
+from transformers.models.auto import tokenization_auto
+from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
+
+SKIPS_PAIRS = "_is_expert_parallel"  # set on experts: ids of E occur, and their pairs are to be skipped
+CACHE = next(field.name for field in fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+TOWER_RETURNS_ROUTER_LOGITS = "router_logits" in DeepseekOcr2TextModel._can_record_outputs
+
+_TAKES_TP_PLAN = "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters
+_ROUTES = "route_tokens_to_experts"
+_READS_ROUTER_WEIGHT = ("DeepseekV2Moe", "DeepseekOcr2TextMoe")  # until 5.12: they never call their router
+
+# --- reading a checkpoint ------------------------------------------------------------------------------------
+
+
+def checkpoint_files(path: str) -> list[str]:
+    """The weight files of a local directory or a hub id.
+
+    Raises:
+        OSError: there are none.
+    """
+    files, _ = _get_resolved_checkpoint_files(path, None, None, None, None, False)
+    return [str(file) for file in files or []]
+
+
+def source_keys(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Which keys on disk each parameter is made of.
+
+    Args:
+        model: on any device.
+        keys: of its checkpoint.
+
+    Returns:
+        The keys by parameter name, in the order in which they are stacked. Parameters that are made together are
+        listed under the first of them; the second dict leads from each of the others to that one.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known, prefix = model.state_dict(), model.base_model_prefix
+    sources: dict[str, list[str]] = {}
+    made_with: dict[str, str] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        if name not in known and key in known:
+            name, pattern = rename_source_key(key, [], [], prefix, known)
+        sources.setdefault(name, []).append(key)
+        for converter in converters if pattern is not None else ():
+            if pattern in converter.source_patterns:
+                first, *others = converter.target_patterns
+                made_with |= {name.replace(first, other): name for other in others}
+    return sources, made_with
+
+
+def load_tensors(model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.dtype) -> tuple[set[str], list[Any]]:
+    """Puts tensors of a checkpoint into a model, as `from_pretrained` does.
+
+    Args:
+        model: its parameters may be on the meta device.
+        tensors: or lazy slices of them, by their keys on disk.
+        dtype: of the result, except where the model keeps float32.
+
+    Returns:
+        The names of parameters and buffers that got nothing, and what went wrong.
+    """
+    config = LoadStateDictConfig(
+        weight_mapping=get_model_conversion_mapping(model),
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        device_map={"": torch.device("cpu")},
+    )
+    options = {"tp_plan": None} if _TAKES_TP_PLAN else {}
+    info, _ = convert_and_load_state_dict_in_model(model, tensors, config, **options)
+    return set(info.missing_keys), [*_each(info.conversion_errors), *_each(info.mismatched_keys)]
+
+
+def _each(problems: Any) -> list[Any]:
+    return list(problems) if problems else []
+
+
+def original_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names in memory -> the same as the original's checkpoint has them, as for `save_pretrained`."""
+    narrow = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 3 and tensor.shape[-1] == 1}
+    found = revert_weight_conversion(model, {name: tensor for name, tensor in tensors.items() if name not in narrow})
+    for name, tensor in narrow.items():  # two columns, of which one is taken: a single one would not survive the split
+        double = revert_weight_conversion(model, {name: tensor.expand(*tensor.shape[:-1], 2)})
+        found |= {original: part[..., :1] for original, part in double.items()}
+    return found
+
+
+def share_conversion(model_type: str, other: str) -> None:
+    """Checkpoints of `model_type` are read and written as those of `other`."""
+    register_checkpoint_conversion_mapping(model_type, get_checkpoint_conversion_mapping(other), overwrite=True)
+
+
+def trust_tokenizer_file(model_type: str) -> None:
+    """Takes a tokenizer from `tokenizer.json` as it is, whatever class the `tokenizer_config.json` beside it names.
+
+    Until 5.21 `LlamaTokenizerFast`, which DeepSeek-MoE's names, drops the spaces that a byte-level file keeps.
+    """
+    tokenization_auto.TOKENIZER_MAPPING_NAMES.setdefault(model_type, "TokenizersBackend")
+    tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(model_type)
+
+
+# --- a model without weights ---------------------------------------------------------------------------------
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM whose parameters are on the meta device and whose buffers are what `from_pretrained` makes them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    persistent = {name for name in model.state_dict() if name in dict(model.named_buffers())}
+    model._move_missing_keys_from_meta_to_device(persistent, None, None, None)
+    model._initialize_missing_keys(False)
+    return model.eval().requires_grad_(False)
+
+
+def tie(model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Ties weights as `from_pretrained` does, knowing that a checkpoint has none of the `missing` ones."""
+    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+
+
+def ignore_unexpected(model: PreTrainedModel, pattern: str) -> None:
+    """Keys on disk that match are passed over without a warning."""
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), pattern}
+
+
+# --- experts -------------------------------------------------------------------------------------------------
+
+
+def has_default_gate(experts: nn.Module) -> bool:
+    """Whether the experts compute act(gate) * up, rather than something else of their model's."""
+    return type(experts)._apply_gate is _default_apply_gate
+
+
+def experts_implementation(experts: nn.Module) -> str | None:
+    """`eager`, `grouped_mm`, `batched_mm` and so on; None for experts that have no choice of it."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None)
+
+
+def is_eager(experts: nn.Module) -> bool:
+    """Whether experts are run one after another, which makes the host wait for the device in any case."""
+    return experts_implementation(experts) == "eager"
+
+
+def run_experts(implementation: str, experts: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """(x [N, D], ids [N, K], weights [N, K]) -> [N, D] with an implementation other than `eager`; skips ids of E."""
+    weights = weights.masked_fill(ids >= experts.num_experts, 0)  # `batched_mm` computes a skipped pair all the same
+    setattr(experts, SKIPS_PAIRS, True)
+    try:
+        return ALL_EXPERTS_FUNCTIONS[implementation](experts, x, ids, weights)
+    finally:
+        setattr(experts, SKIPS_PAIRS, False)
+
+
+def eager_experts(experts: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The same, one expert after another.
+
+    Pairs with an id of E go to an expert that runs anyway, with weight 0: not every version's loop skips them.
+    """
+    skipped = ids >= experts.num_experts
+    if skipped.any():
+        if skipped.all():
+            return torch.zeros_like(x)
+        ids, weights = torch.where(skipped, ids[~skipped][0], ids), weights.masked_fill(skipped, 0)
+    return type(experts).forward.__wrapped__(experts, x, ids, weights)
+
+
+def post_expert_norm(experts: nn.Module) -> nn.Module | None:
+    """The norm that each expert's output goes through, in models that have one."""
+    return experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
+
+
+# --- routers -------------------------------------------------------------------------------------------------
+
+
+def select_in_router(moe: nn.Module, name: str) -> None:
+    """Makes a router return (logits [N, E], weights [N, K], ids [N, K]), as all routers do from 5.13 on. Idempotent.
+
+    Before, a router returned logits, and the module around it chose the experts. Both take part here as they are: the
+    router calls that module's choice, and the module takes what the router returns, which a hook may have changed.
+
+    Args:
+        moe: the module that holds the router.
+        name: of the router in it.
+    """
+    if not hasattr(moe, _ROUTES) or _ROUTES in vars(moe):
+        return
+    router = moe.get_submodule(name)
+    if type(moe).__name__ in _READS_ROUTER_WEIGHT:
+        router.forward = partial(_select_from_weight, router, moe)
+        moe.forward = partial(_forward_with_router, moe, router)
+    else:
+        router.forward = partial(_select, router, moe)
+    setattr(moe, _ROUTES, _selected)
+
+
+def _select(router: nn.Module, moe: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = hidden.reshape(1, -1, hidden.shape[-1])
+    logits = type(router).forward(router, hidden)
+    logits = logits.reshape(-1, logits.shape[-1])
+    choose = getattr(type(moe), _ROUTES)
+    takes_hidden = len(inspect.signature(choose).parameters) == 3  # Jamba's
+    ids, weights = choose(moe, *((hidden[0], logits) if takes_hidden else (logits,)))
+    return logits, weights, ids
+
+
+def _select_from_weight(router: nn.Module, moe: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]).float(), router.weight.float())
+    ids, weights = getattr(type(moe), _ROUTES)(moe, logits[None])
+    return logits, weights, ids
+
+
+def _selected(*args: Any) -> tuple[Tensor, Tensor]:
+    """In the place of a module's own choice: (ids, weights) that the router has returned already."""
+    _, weights, ids = args[-1]
+    return ids, weights
+
+
+def _forward_with_router(moe: nn.Module, router: nn.Module, hidden: Tensor) -> Tensor:
+    """The forward pass of `_READS_ROUTER_WEIGHT`, by way of the router."""
+    _, weights, ids = router(hidden)
+    routed = moe.experts(hidden.view(-1, hidden.shape[-1]), ids, weights)
+    return routed.view(hidden.shape) + moe.shared_experts(hidden)
+
+
+# --- the cache of keys and values ----------------------------------------------------------------------------
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a decoder's arguments, by its present or its former name; None if there is none."""
+    return arguments.get(CACHE) if arguments.get(CACHE) is not None else arguments.get("past_key_values")

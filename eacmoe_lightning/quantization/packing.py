@@ -1,0 +1,95 @@
+"""How codes are stored on disk and in memory: eight codes in `bits` bytes, or a lattice's codes at their entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.quantization.entropy_coding import decode_codes, encode_codes
+from eacmoe_lightning.quantization.grid import Bits, Quantized
+from eacmoe_lightning.quantization.lattice import Lattice
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
+
+
+def pack(codes: Tensor, bits: Bits) -> Tensor:
+    """uint8 codes [..., n] -> uint8 [..., ceil(n / 8) * bits]: eight codes in `bits` bytes, little-endian.
+
+    Experts [E, O, n] that differ in bits become one flat tensor, one expert after another.
+    """
+    if not isinstance(bits, int):
+        return torch.cat([pack(expert, width).flatten() for expert, width in zip(codes, bits, strict=True)])
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
+    shift = torch.arange(bits, device=codes.device, dtype=torch.uint8)
+    stream = ((codes.unsqueeze(-1) >> shift) & 1).flatten(-2).unflatten(-1, (-1, 8))  # [..., bytes, 8 bits]
+    return _join_bits(stream)
+
+
+def unpack(packed: Tensor, bits: Bits, n: int) -> Tensor:
+    """The inverse of `pack`: uint8 [..., n]."""
+    if not isinstance(bits, int):
+        return torch.stack([unpack(expert_codes(packed, bits, e, n), bits[e], n) for e in range(len(bits))])
+    shift = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    stream = ((packed.unsqueeze(-1) >> shift) & 1).flatten(-2).unflatten(-1, (-1, bits))  # [..., codes, bits]
+    return _join_bits(stream)[..., :n].contiguous()
+
+
+def expert_codes(packed: Tensor, bits: Bits, expert: int, n: int) -> Tensor:
+    """The packed codes [O, n / 8 * bits] of one expert of a stack, as a view."""
+    if isinstance(bits, int):
+        return packed[expert]
+    row = n // 8  # bytes per row and bit
+    rows = packed.numel() // (row * sum(bits))
+    return packed.narrow(0, rows * row * sum(bits[:expert]), rows * row * bits[expert]).view(rows, -1)
+
+
+def _join_bits(stream: Tensor) -> Tensor:
+    shift = torch.arange(stream.shape[-1], device=stream.device, dtype=torch.uint8)
+    return (stream << shift).sum(-1, dtype=torch.uint8)
+
+
+def packed(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+    """The tensors that are stored for quantized weights, by `<weight's name>.<kind>`.
+
+    On the group-wise grid the kinds are `.codes`, `.scale` and `.zero_point`. On a lattice they are `.stream` (the
+    entropy-coded matrices, one after another), `.ends` [S] (where each ends in the stream), `.shape` of the codes, and
+    `.scale`.
+    """
+    tensors = {}
+    for name, weight in quantized.items():
+        tensors[f"{name}.scale"] = weight.scale
+        if isinstance(weight, Lattice):
+            codes = weight.codes.cpu().flatten(0, -3) if weight.codes.ndim > 2 else weight.codes.cpu()[None]
+            streams = [encode_codes(matrix.flatten().numpy()) for matrix in codes]
+            tensors[f"{name}.stream"] = torch.frombuffer(bytearray(b"".join(streams)), dtype=torch.uint8)
+            tensors[f"{name}.ends"] = torch.tensor([len(stream) for stream in streams]).cumsum(0)
+            tensors[f"{name}.shape"] = torch.tensor(weight.codes.shape)
+        else:
+            tensors[f"{name}.codes"], tensors[f"{name}.zero_point"] = pack(weight.codes, weight.bits), weight.zero_point
+    return tensors
+
+
+STORED = (".codes", ".scale", ".zero_point", ".stream", ".ends", ".shape")  # kinds of tensors of a quantized weight
+
+
+def quantized_names(tensors: Iterable[str]) -> set[str]:
+    """The names of the weights that are stored quantized among the tensors of a file."""
+    return {name.rpartition(".")[0] for name in tensors if name.endswith((".codes", ".stream"))}
+
+
+def take_quantized(tensors: dict[str, Tensor], name: str, bits: Bits | list[int], in_features: int) -> QuantizedWeight:
+    """Removes one weight's tensors from those of a file and decodes them; a lattice ignores bits and in_features."""
+    scale = tensors.pop(f"{name}.scale")
+    if f"{name}.stream" in tensors:
+        stream, ends, shape = (tensors.pop(f"{name}.{what}") for what in ("stream", "ends", "shape"))
+        *_, rows, columns = shape = shape.tolist()
+        starts = [0, *ends.tolist()]
+        parts = [stream[a:b].numpy() for a, b in pairwise(starts)]
+        codes = np.stack([decode_codes(part, rows * columns) for part in parts]).astype(np.int16)
+        return Lattice(torch.from_numpy(codes).view(shape), scale)
+    bits = bits if isinstance(bits, int) else tuple(bits)
+    codes = unpack(tensors.pop(f"{name}.codes"), bits, in_features)
+    return Quantized(codes, scale, tensors.pop(f"{name}.zero_point"), bits)

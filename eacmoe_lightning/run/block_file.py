@@ -1,0 +1,89 @@
+"""The file of a compressed block: its quantized weights, its router, and its statistics."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from eacmoe_lightning.quantization.packing import packed, take_quantized
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.files import read_note, read_tensors, write_tensors
+
+
+@dataclass
+class RemovedExperts:
+    """What pruning did to a block.
+
+    Attributes:
+        kept, removed: experts by their numbers in the original.
+        removed_selections: the share of the calibration text's selections that went to the removed experts.
+        scores: [E] the scores of all experts.
+        below_alpha: experts that alpha would remove, kept because a token selects top_k.
+    """
+
+    kept: list[int]
+    removed: list[int]
+    removed_selections: float
+    scores: list[float]
+    below_alpha: list[int]
+
+
+@dataclass
+class BlockStats:
+    """Statistics of a block's calibration, over the tokens of all processes.
+
+    Attributes:
+        block, name: the block's index, and its name in the model.
+        error: relative squared output error by parameter name (experts: the mean).
+        expert_shift: change rates on the calibration text (`routers.expert_shift`), `before` and `after` the router's
+            calibration; empty for a dense block.
+        expert_load: [E] tokens routed to each of the original's experts, by the `original` and the `compressed` router.
+        starved: experts that fewer than `min_expert_tokens` tokens reached; None for a dense block.
+        pruning: the removed experts; None if the run prunes nothing, or for a dense block.
+    """
+
+    block: int
+    name: str
+    error: dict[str, float] = field(default_factory=dict)
+    expert_shift: dict[str, dict[str, float]] = field(default_factory=dict)
+    expert_load: dict[str, list[int]] = field(default_factory=dict)
+    starved: list[int] | None = None
+    pruning: RemovedExperts | None = None
+
+    @property
+    def is_moe(self) -> bool:
+        return bool(self.expert_shift)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; leaves out those that a dense block does not have."""
+        empty = {"expert_shift": {}, "expert_load": {}, "starved": None, "pruning": None}
+        return {name: value for name, value in asdict(self).items() if name not in empty or value != empty[name]}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> BlockStats:
+        pruning = stored.get("pruning")
+        return cls(**stored | {"pruning": None if pruning is None else RemovedExperts(**pruning)})
+
+
+def write_block(
+    run: RunDirectory, stats: BlockStats, quantized: dict[str, QuantizedWeight], others: dict[str, Tensor]
+) -> None:
+    """Writes a finished block; `others` are tensors stored unquantized (the router)."""
+    stored = {name: {"bits": q.bits, "in_features": q.codes.shape[-1]} for name, q in quantized.items()}
+    note = {"quantized": stored, "stats": stats.to_json()}
+    write_tensors(run.block(stats.block), packed(quantized) | others, note)
+
+
+def read_block(run: RunDirectory, index: int) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], BlockStats]:
+    """Reads a finished block: quantized weights and other tensors (the router) by parameter name, and statistics."""
+    tensors, note = read_tensors(run.block(index))
+    quantized = {name: take_quantized(tensors, name, **spec) for name, spec in note["quantized"].items()}
+    return quantized, tensors, BlockStats.from_json(note["stats"])
+
+
+def read_stats(run: RunDirectory, index: int) -> BlockStats:
+    """Reads only the statistics; does not read the tensors or check their checksum."""
+    return BlockStats.from_json(read_note(run.block(index))["stats"])

@@ -1,0 +1,141 @@
+"""The run directory: everything that a killed job needs to continue. Each file is complete or absent.
+
+    run.json               what this run is (options and the original model's fingerprint)
+    blocks/block_003.safetensors   the compressed block 3: codes, scales, zero points, router, statistics
+    costs.jsonl            seconds, peak memory and disk traffic of each phase
+    streams/rank_0_of_1/block_003.x, .x_hat   both hidden streams as block 3 receives them
+    checkpoints/  tensorboard/  compressed/  report.json  report.md
+
+A file is written under a temporary name, flushed to disk and renamed. Tensor files carry a checksum, so that a damaged
+one is reported and never used.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from eacmoe_lightning.run.files import StoreError, write_json
+
+
+def refuse_other_settings(holder: str, held: dict[str, Any], identity: dict[str, Any], remedy: str) -> None:
+    """Raises ValueError if the settings `held` by something existing differ from those of this run, `identity`.
+
+    Args:
+        holder: begins the message: what holds the settings, such as "out (--output) holds a model".
+        remedy: completes "pass ..." in the message.
+    """
+    different = sorted(key for key in held.keys() | identity.keys() if held.get(key) != identity.get(key))
+    if different:
+        key, more = different[0], len(different) - 1
+        raise ValueError(
+            f"{holder} with other settings: {key} was {held.get(key)!r} and is now {identity.get(key)!r}"
+            f"{f', and {more} more differ' if more else ''}. Nothing was changed: pass {remedy}"
+        )
+
+
+class RunDirectory:
+    """Paths and files of one run.
+
+    Args:
+        path: `--trainer.default_root_dir`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def compressed(self) -> Path:
+        return self.path / "compressed"
+
+    @property
+    def dense(self) -> Path:
+        """The result if nothing is quantized: an ordinary model directory."""
+        return self.path / "dense"
+
+    def block(self, index: int) -> Path:
+        return self.path / "blocks" / f"block_{index:03d}.safetensors"
+
+    def streams(self, rank: int, world: int) -> Path:
+        """The directory of one process's hidden states (`run.hidden`)."""
+        return self.path / "streams" / f"rank_{rank}_of_{world}"
+
+    def scratch(self, rank: int) -> Path:
+        """A directory where an evaluation stores tensors instead of in memory; `start` removes it after a kill."""
+        return self.path / f".evaluation_{rank}.partial"
+
+    @property
+    def costs(self) -> Path:
+        return self.path / "costs.jsonl"
+
+    def add_cost(self, block: int | None, phase: str, cost: dict[str, float]) -> None:
+        """Appends a phase's cost (`memory.Watch.cost`); work repeated after an interruption is counted again."""
+        row = {"block": block, "phase": phase, **cost}
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.costs, "ab+") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":  # a kill has truncated the last line
+                    file.write(b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
+
+    def read_costs(self) -> list[dict[str, Any]]:
+        """All rows of `add_cost`, without lines truncated by a kill."""
+        rows = []
+        for line in self.costs.read_text().splitlines() if self.costs.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def drop_streams(self) -> None:
+        """Deletes the hidden states of a finished run."""
+        shutil.rmtree(self.path / "streams", ignore_errors=True)
+
+    def check(self, identity: dict[str, Any], resume: bool) -> None:
+        """Raises if the run cannot start or continue in this directory; writes nothing.
+
+        Args:
+            identity: everything the result depends on, by option.
+            resume: whether `--ckpt_path` was given.
+
+        Raises:
+            ValueError: the directory holds a run with other settings; or this run, without `resume`; or no run, with
+                `resume`; or files that are not of a run.
+            StoreError: `run.json` cannot be read.
+        """
+        where = f"{self.path} (--trainer.default_root_dir)"
+        if not self.manifest.exists():
+            if resume:
+                raise ValueError(f"there is no run to continue in {where}: leave out --ckpt_path to start a new one")
+            known = ("checkpoints", "tensorboard", "config.yaml", "validate.json", "test.json", "scores_", ".")
+            names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
+            if strangers := [name for name in names if not name.startswith(known)]:
+                raise ValueError(f"{where} is not empty and holds no run: {strangers[:3]}. Pass an empty directory")
+            return
+        try:
+            held = json.loads(self.manifest.read_text())
+        except ValueError as error:
+            raise StoreError(
+                f"{self.manifest} is corrupt ({error}); pass another --trainer.default_root_dir"
+            ) from error
+        identity = json.loads(json.dumps(identity))
+        remedy = "another --trainer.default_root_dir, or the settings of that run"
+        refuse_other_settings(f"{where} holds a run", held, identity, remedy)
+        if not resume:
+            raise ValueError(f"{where} already holds this run: add --ckpt_path last to continue it")
+
+    def start(self, identity: dict[str, Any], resume: bool) -> None:
+        """Claims an empty directory for the run, or checks that it holds the same run (see `check`)."""
+        self.check(identity, resume)
+        if not self.manifest.exists():
+            write_json(self.manifest, identity)
+        for partial in self.path.rglob(".*.partial"):  # left by killed attempts
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The compressed model at work: packed modules and their kernels."""

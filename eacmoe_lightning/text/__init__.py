@@ -1,0 +1,1 @@
+"""Text sources, token windows, and batches of them."""
