@@ -150,6 +150,17 @@ def test_choosing(chosen, names, monkeypatch):
         kernels.cuda_kernels.__wrapped__()
 
 
+def test_a_library_that_cannot_be_loaded_leaves_the_next_kernel(monkeypatch):
+    def load(name):
+        if "humming" in name:
+            raise OSError("libnvrtc.so: cannot open shared object file")
+        return name
+
+    monkeypatch.setenv("EACMOE_CUDA", "humming")
+    monkeypatch.setattr(kernels, "import_module", load)
+    assert kernels.cuda_kernels.__wrapped__() == ["eacmoe_lightning.runtime.triton_kernels"]
+
+
 UNPACK = """
 #include <stddef.h>
 #include <stdint.h>

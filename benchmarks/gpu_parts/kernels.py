@@ -31,7 +31,7 @@ HUMMING = 2  # in bfloat16 Humming rounds scales too
 CHANGED = 0.01  # rows of the column loop whose codes may differ from float64's: a tie decides them
 ALL = tuple(range(2, 9))  # bits
 FEW = tuple(range(1, 34))  # tokens
-RESULT_OF = {
+MODULES = {
     "triton": "runtime.triton_kernels",
     "humming": "runtime.humming_kernels",
     "columns": "quantization.triton_column_loop",
@@ -236,7 +236,7 @@ def _experts(case: Case, generator: torch.Generator) -> Iterator[tuple[int, tupl
 
 
 def _module(case: Case):
-    return import_module(f"eacmoe_lightning.{RESULT_OF[case.kernel]}")
+    return import_module(f"eacmoe_lightning.{MODULES[case.kernel]}")
 
 
 def _demand(kernel, x: Tensor, *weights: tuple) -> None:

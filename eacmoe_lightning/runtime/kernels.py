@@ -202,7 +202,7 @@ def cuda_kernels() -> list[ModuleType]:
     for name in CUDA[CUDA.index(chosen) : -1]:
         try:
             found.append(import_module(f"eacmoe_lightning.runtime.{name}_kernels"))
-        except ImportError as error:
+        except (ImportError, OSError, RuntimeError) as error:  # Humming loads libraries of CUDA when it is imported
             missing.append(str(error))
     if not found and missing:
         warnings.warn(f"packed models will run slowly on this GPU ({'; '.join(missing)})", stacklevel=2)
