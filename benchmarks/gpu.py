@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ import subprocess
 import sys
 import time
 import traceback
+from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -106,7 +108,7 @@ def end_group(process: subprocess.Popen) -> None:
 def run(part: str, options: argparse.Namespace) -> bool:
     """A part in this process: prints and writes its rows. Whether it ran to its end and all that it checks holds."""
     device = open_device(options.miniature)
-    common = {"part": part, "device": device.name, "miniature": options.miniature}
+    common = {"part": part, "device": device.name, "miniature": options.miniature, "versions": versions()}
     passed = True
     try:
         module = importlib.import_module(f"gpu_parts.{part}")
@@ -119,6 +121,12 @@ def run(part: str, options: argparse.Namespace) -> bool:
         write(options.output, common | {"error": traceback.format_exc(limit=-3), "passed": False})
         return False
     return passed
+
+
+def versions() -> dict[str, str]:
+    """Of what runs on the GPU."""
+    names = ("torch", "triton", "transformers", "lightning", "humming-kernels")
+    return {name: metadata.version(name) for name in names if importlib.util.find_spec(name.partition("-")[0])}
 
 
 def write(path: Path | None, row: dict) -> None:

@@ -96,7 +96,7 @@ def bf16_model(config: Any, device: torch.device | str = "cpu") -> PreTrainedMod
             torch.nn.init.ones_(parameter)
         else:
             one = torch.empty(parameter.shape[-2:]).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-            parameter.data.copy_(one.expand(parameter.shape))
+            parameter.data.copy_(one.to(device).expand(parameter.shape))
     gate = model.model.layers[0].mlp.gate.weight
     gate.data.copy_(torch.empty(gate.shape).normal_(std=0.02, generator=torch.Generator().manual_seed(1)))
     return model
