@@ -19,9 +19,9 @@ Parts:
     fit       `fit` of the bundled model on the GPU beside the same on the CPU: perplexities and seconds
     memory    what models loaded at 3 bit and in bf16 take on the GPU, beside the size of the files
 
-Rows are printed as they come and appended to --output, a JSON object a line. Every part runs in a process of its own:
-what breaks one (an illegal access breaks its process for good) does not reach the next. The exit code is 0 where all
-parts ran and every check held.
+Rows are printed as they come and appended to --output, a JSON object a line. Every part runs in a process of its own
+(in miniature in one): what breaks it, as an illegal access does for good, does not reach the next. The exit code is 0
+where all parts ran and every check held.
 """
 
 from __future__ import annotations
@@ -70,12 +70,14 @@ def main() -> int:
     if unknown := set(options.parts) - set(PARTS):
         parser().error(f"{', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
     parts = options.parts or PARTS
-    if len(parts) == 1:
-        return int(not run(parts[0], options))
-    words = sys.argv[1:]
-    for part in options.parts:
-        words.remove(part)
-    passed = {part: run_alone(part, words, options.limit) for part in parts}
+    if len(parts) == 1 or options.miniature:
+        device = open_device(options.miniature)
+        passed = {part: run(part, options, device) for part in parts}
+    else:
+        words = sys.argv[1:]
+        for part in options.parts:
+            words.remove(part)
+        passed = {part: run_alone(part, words, options.limit) for part in parts}
     print("\n" + "\n".join(f"{part:8s} {'passed' if ok else 'FAILED'}" for part, ok in passed.items()), flush=True)
     return int(not all(passed.values()))
 
@@ -105,9 +107,8 @@ def end_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run(part: str, options: argparse.Namespace) -> bool:
+def run(part: str, options: argparse.Namespace, device) -> bool:
     """A part in this process: prints and writes its rows. Whether it ran to its end and all that it checks holds."""
-    device = open_device(options.miniature)
     common = {"part": part, "device": device.name, "miniature": options.miniature, "versions": versions()}
     passed = True
     try:

@@ -120,9 +120,8 @@ def gpu(monkeypatch):
 
 def test_a_part_that_fails_is_written_and_told(gpu, monkeypatch, tmp_path, capfd):
     options = gpu.parser().parse_args(["--miniature", "--output", str(tmp_path / "rows")])
-    monkeypatch.setattr(gpu, "open_device", lambda _: gpu_device())
     monkeypatch.setattr(gpu.importlib, "import_module", lambda name: failing)
-    assert not gpu.run("fit", options)
+    assert not gpu.run("fit", options, gpu_device())
     first, second = map(json.loads, (tmp_path / "rows").read_text().splitlines())
     assert first["value"] == 1 and "no luck" in second["error"] and not second["passed"]
     assert "no luck" in capfd.readouterr().err
@@ -155,6 +154,9 @@ def test_a_part_is_ended_at_its_limit_with_all_that_it_started(gpu, monkeypatch,
     )
     monkeypatch.setattr(gpu, "__file__", str(script))
     assert not gpu.run_alone("fit", [], 3.0)
+    for code in (0, 3):
+        script.write_text(f"raise SystemExit({code})")
+        assert gpu.run_alone("fit", [], 60.0) == (code == 0)
     state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
