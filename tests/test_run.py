@@ -224,7 +224,8 @@ def test_other_options_run(tiny_model_dir, tmp_path, capsys):
     expected = sum(attention * a + experts * e + shared * 6 for a, e in ((4, 3), (8, 3), (4, 2)))
     assert report["bits"]["nominal"] == pytest.approx(expected / 3 / (attention + experts + shared))
     assert report["experts"]["starved"] == 24 and report["experts"]["starved_by_block"]["0"] == list(range(8))
-    assert report["config"]["model.router_loss"][0] == "SelectionHinge"
+    loss = report["config"]["model.router_loss"]
+    assert loss["class_path"].endswith(".SelectionHinge") and loss["init_args"] == {"margin": 0.2}
     with pytest.raises(SystemExit):  # the saved config is that of this run
         main(["fit", "--config", str(run / "tensorboard" / "config.yaml")])
     assert "already holds this run: add --ckpt_path last" in capsys.readouterr().err
