@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -80,9 +81,13 @@ class TrainedParts(nn.Module):
 
     @cached_property
     def codes(self) -> dict[str, QuantizedWeight]:
-        """All quantized weights by parameter name, read from the block files."""
+        """All quantized weights by parameter name, read from the block files, on the model's device."""
         blocks = (read_block(self.run, block.index)[0] for block in self.moe.blocks)
-        return {name: quantized for block in blocks for name, quantized in block.items()}
+        return {
+            name: replace(weight, **{field: getattr(weight, field).to(self.moe.device) for field in weight.FIELDS})
+            for block in blocks
+            for name, weight in block.items()
+        }
 
     @property
     def kept_rows(self) -> dict[str, slice | Tensor]:
@@ -99,7 +104,7 @@ class TrainedParts(nn.Module):
         for key, scale in self.scales.items():
             scale.data[kept[_name(key)]] = self.codes[_name(key)].scale.to(scale)
         for block in self.moe.blocks if self.positions else ():
-            for name, weight in self.moe.weights.read(block.weights()).items():
+            for name, weight in self.moe.read(block.weights()).items():
                 weight = block.as_parameter(name, weight)[kept[name]]
                 position = self.positions[_key(name)]
                 position.data[kept[name]] = start_positions(weight, self.codes[name]).to(position)
