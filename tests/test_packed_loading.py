@@ -14,12 +14,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    GenerationMixin,
+    pipeline,
+)
 
 from eacmoe_lightning import load
 from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.models.originals import BUNDLED, load_original
 from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
 from eacmoe_lightning.run.files import StoreError, digest
 from eacmoe_lightning.runtime.packed_modules import PackedExperts, PackedLinear, packed_weights, set_activations
@@ -99,6 +106,26 @@ def test_a_packed_model_gives_the_logits_of_the_decoded_one(family, folder_of, t
     torch.testing.assert_close(packed(tokens).logits, decoded(tokens).logits, rtol=1e-4, atol=1e-4)
     same = AutoModelForCausalLM.from_pretrained(folder)
     assert type(same) is type(decoded) and torch.equal(same(tokens).logits, packed(tokens).logits)
+
+
+def test_both_ways_keep_what_the_model_keeps_in_float32(tmp_path):
+    """DeepSeek-V3's correction of its selection stays in float32 in a bfloat16 model."""
+    config = DeepseekV3Config(
+        vocab_size=tiny_models.VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
+        num_key_value_heads=4, intermediate_size=64, moe_intermediate_size=32, n_routed_experts=8, n_group=2,
+        topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    original = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    original.get_buffer(name).copy_(torch.linspace(-0.1, 0.1, 8))
+    original.save_pretrained(tmp_path / "original")
+    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(tmp_path / "original")
+    folder = compress(tmp_path / "original", tmp_path / "compressed")
+    packed, decoded = load(folder, "bfloat16").state_dict(), load(folder, "bfloat16", packed=False).state_dict()
+    assert torch.equal(packed[name], torch.linspace(-0.1, 0.1, 8))
+    for dense in packed.keys() & decoded.keys():
+        assert packed[dense].dtype == decoded[dense].dtype and torch.equal(packed[dense], decoded[dense]), dense
 
 
 @families

@@ -26,7 +26,7 @@ from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.models.pruned_config import pruned_config
-from eacmoe_lightning.models.transformers_loader import empty_model
+from eacmoe_lightning.models.transformers_loader import empty_model, loaded_dtypes
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
@@ -160,6 +160,7 @@ class CompressedWeights:
         self._blocks = moe.blocks
         self._owners = {name: block for block in moe.blocks for name in block.weights()}
         self._files = {name: SHARD.format(b.index) for b in moe.blocks for name in _names(b)}
+        self._dtypes = loaded_dtypes(moe.model, self.dtype)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -182,7 +183,7 @@ class CompressedWeights:
                 weights[name] = block.as_parameter(name, quantized.dequantize(self.dtype)).contiguous()
             for name in names & tensors.keys():
                 tensor = tensors[name]
-                weights[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+                weights[name] = tensor.to(self._dtypes[name]) if tensor.is_floating_point() else tensor
         return weights
 
     def quantized(self, index: int) -> dict[str, QuantizedWeight]:

@@ -42,6 +42,7 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     convert_and_load_state_dict_in_model,
     dot_natural_key,
     rename_source_key,
@@ -123,6 +124,16 @@ def load_tensors(model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.d
     options = {"tp_plan": None} if _TAKES_TP_PLAN else {}
     info, _ = convert_and_load_state_dict_in_model(model, tensors, config, **options)
     return set(info.missing_keys), [*_each(info.conversion_errors), *_each(info.mismatched_keys)]
+
+
+def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of each parameter and buffer after `from_pretrained(dtype=dtype)`: models keep some in float32."""
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    if plan := model._get_dtype_plan(dtype):
+        pattern, kinds, _ = build_glob_alternation(list(plan))
+        kept = {name: match for name in dtypes if (match := pattern.search(name))}
+        dtypes |= {name: plan[kinds[match.lastgroup]] for name, match in kept.items()}
+    return dtypes
 
 
 def _each(problems: Any) -> list[Any]:
