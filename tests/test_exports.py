@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from test_packed_loading import compress, damage, tokens  # noqa: F401  (tokens is a fixture)
 from torch import Tensor
@@ -102,6 +104,8 @@ def test_the_compressed_tensors_library_decodes_our_words(bits):
 @torch.no_grad()
 def test_transformers_opens_compressed_tensors(family, bits, folder_of, tokens, tmp_path):  # noqa: F811
     pytest.importorskip("compressed_tensors")
+    if Version(transformers.__version__).release < (5, 13):
+        pytest.skip(f"transformers {transformers.__version__} does not unpack experts of compressed-tensors, 5.13 does")
     folder = folder_of(family, (bits, True))
     difference = export(str(folder), str(tmp_path / "out"), "compressed-tensors")
     assert difference.weights == 0
