@@ -21,8 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from eacmoe_lightning.compressed.directory import CompressedWeights
-from eacmoe_lightning.compressed.format import INDEX, LATTICE, METHOD, is_compressed, read_config
+from eacmoe_lightning.compressed.directory import CompressedWeights, save_packed
+from eacmoe_lightning.compressed.format import INDEX, LATTICE, METHOD, check_format, is_compressed, read_config
 from eacmoe_lightning.models.find import find_blocks
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
@@ -97,8 +97,6 @@ class CompressedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        from eacmoe_lightning.compressed.format import check_format
-
         check_format(config_dict)
         original = dict(config_dict["original"]["config"])
         kwargs.pop("_commit_hash", None)
@@ -170,6 +168,4 @@ class _Saver:
         self.model = model
 
     def __call__(self, save_directory: str | Path, **_: Any) -> None:
-        from eacmoe_lightning.compressed.directory import save_packed
-
         save_packed(save_directory, self.model)

@@ -8,6 +8,7 @@ import lightning as L
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.sources import name_sources, read_documents
 from eacmoe_lightning.text.windows import token_windows
@@ -131,8 +132,6 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def _tokenizer(self):
-        from eacmoe_lightning.models.originals import resolve_model
-
         try:
             return AutoTokenizer.from_pretrained(resolve_model(self.tokenizer))
         except (OSError, ValueError) as error:
