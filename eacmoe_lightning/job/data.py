@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import lightning as L
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.files import check_fetched, read_text
 from eacmoe_lightning.text.sources import documents, name_sources
 from eacmoe_lightning.text.windows import Windows, cut_windows, digest
+
+log = logging.getLogger(__name__)
 
 
 class TextWindows(L.LightningDataModule):
@@ -25,7 +29,7 @@ class TextWindows(L.LightningDataModule):
     Args:
         calibration: Source of the calibration text.
         heldout: Sources of the held-out texts: one source, a list, or {name: source}. None takes every held-out text
-            that is bundled with the package.
+            that is bundled with the package; [] takes none, and the report of fit is then without an evaluation.
         predict: Source of the text that `predict` scores; None takes the held-out texts.
         num_windows: Number of calibration windows, drawn at random (128 in the EAC-MoE paper).
         window_length: Tokens per window (2048 in the paper).
@@ -132,12 +136,44 @@ class TextWindows(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Reads the texts of the stage, so that a bad source is reported before any work starts."""
+        if stage != "fit" and not self.heldout and (stage != "predict" or self.predict is None):
+            raise ValueError(f"--data.heldout is empty, so {stage} has no text: pass one or more sources")
         if stage == "fit":
             _ = self.calibration_windows
         if stage == "predict" and self.predict is not None:
             _ = self.predict_windows
         else:
             _ = self.heldout_windows
+
+    def check_model(self, moe: MoEModel, stage: str) -> None:
+        """Checks that the windows of a stage fit the model, before any work starts.
+
+        Warns of windows that are longer than what the model was trained on.
+
+        Raises:
+            ValueError: a text holds a token that the model's embedding has no row for.
+        """
+        texts = {("calibration", self.calibration): self.calibration_windows} if stage == "fit" else {}
+        if stage == "predict" and self.predict is not None:
+            texts["predict", self.predict] = self.predict_windows
+        else:
+            texts |= {("heldout", self.heldout[name]): windows for name, windows in self.heldout_windows.items()}
+        num_rows = len(moe.model.get_input_embeddings().weight)
+        for (option, source), windows in texts.items():
+            if (token := int(windows.max())) >= num_rows:
+                name = self._tokenizer.convert_ids_to_tokens(token)
+                raise ValueError(
+                    f"--data.{option}: {source} holds the token {name!r} with id {token}, but the model's embedding "
+                    f"has only {num_rows} rows (ids 0 to {num_rows - 1}): pass the tokenizer that the model was trained "
+                    "with (--data.tokenizer), a text without this token, or a model whose embedding has a row for it (resize_token_embeddings)"
+                )
+        positions = getattr(moe.config, "max_position_embeddings", None)
+        if positions and self.window_length > positions:
+            log.warning(
+                "windows of %d tokens (--data.window_length) are longer than the %d positions that the model was made "
+                "for (max_position_embeddings in its config.json); pass --data.window_length %d or less",
+                *(self.window_length, positions, positions),
+            )
 
     def train_dataloader(self) -> WindowLoader:
         return WindowLoader(

@@ -174,6 +174,7 @@ class QESC(Comparison):
             self.run.check(self.identity(), resumes)  # before a large model is read
         weights = Checkpoint(self.name_or_path, self.dtype_name)
         moe = StreamedModel(weights, self.trainer.strategy.root_device)
+        self.trainer.datamodule.check_model(moe, stage)
         self.recipe.check(moe, self.trainer.world_size)
         if self.pruning is not None:
             self.pruning.check(moe)
