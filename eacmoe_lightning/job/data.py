@@ -164,8 +164,8 @@ class TextWindows(L.LightningDataModule):
                 name = self._tokenizer.convert_ids_to_tokens(token)
                 raise ValueError(
                     f"--data.{option}: {source} holds the token {name!r} with id {token}, but the model's embedding "
-                    f"has only {num_rows} rows (ids 0 to {num_rows - 1}): pass the tokenizer that the model was trained "
-                    "with (--data.tokenizer), a text without this token, or a model whose embedding has a row for it (resize_token_embeddings)"
+                    f"has only {num_rows} rows (ids 0 to {num_rows - 1}): pass the tokenizer that belongs to the "
+                    "model (--data.tokenizer), a text without this token, or a model with resized embeddings"
                 )
         positions = getattr(moe.config, "max_position_embeddings", None)
         if positions and self.window_length > positions:
