@@ -67,7 +67,7 @@ def save_compressed(
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
-            missing = block.weights().keys() - quantized.keys()
+            missing = block.weights().keys() - quantized.keys() - description.get("unquantized", {}).keys()
             if missing and description.get("quantizer") != "none":
                 raise StoreError(f"{sorted(missing)[0]} was not quantized, so no model is written")
             weights.update({name: _described(weight) for name, weight in quantized.items()})
@@ -156,6 +156,7 @@ class CompressedWeights:
         self._config = original_config(config)
         self._config.dtype = self.dtype
         self._bits = config["quantization"]["bits"]
+        self.unquantized: dict[str, str] = config["quantization"].get("unquantized", {})
         moe = MoEModel(self.skeleton())
         self._blocks = moe.blocks
         self._owners = {name: block for block in moe.blocks for name in block.weights()}

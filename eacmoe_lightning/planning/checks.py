@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.self_check import check_parts
 from eacmoe_lightning.planning.sizes import Job, disk_use, joint_bytes
 from eacmoe_lightning.run.memory import available_memory
 
@@ -50,15 +52,26 @@ def check_disk(moe: MoEModel, recipe: Recipe, job: Job, folder: Path) -> str:
     return summary
 
 
-def check_finite(moe: MoEModel) -> None:
-    """Raises ValueError naming the first tensor with NaN or infinite values. Reads every weight once."""
-    for block in moe.blocks:
-        with moe.loaded(block.index):
-            for name, parameter in block.layer.named_parameters(prefix=block.name):
-                _check_finite(name, parameter)
+def check_original(moe: MoEModel, window: Tensor) -> None:
+    """Checks that the weights are finite, and that the model as parts is the model. Reads every weight once.
+
+    Args:
+        moe: the original model.
+        window: token ids [1, T] to run.
+
+    Raises:
+        ValueError: a tensor has NaN or infinite values, or a part differs from the model's own forward pass
+            (`models.self_check.check_parts`).
+    """
     for name, parameter in moe.model.named_parameters():
         if not parameter.is_meta:
             _check_finite(name, parameter)
+
+    def check_block(block: Block) -> None:
+        for name, parameter in block.layer.named_parameters(prefix=block.name):
+            _check_finite(name, parameter)
+
+    check_parts(moe, window.to(moe.device), check_block)
 
 
 def _check_finite(name: str, parameter: Tensor) -> None:
