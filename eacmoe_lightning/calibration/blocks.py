@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -127,7 +128,10 @@ class Calibration:
     def _measured(self) -> AbstractContextManager[ExpertScores | None]:
         """A context that scores the block's experts, if some of them are to be removed."""
         prunes = self.pruning is not None and self.block.is_moe
-        return measured(self.block, self.pruning.criterion) if prunes else nullcontext()
+        if not prunes:
+            return nullcontext()
+        streams = self.streams
+        return measured(self.block, self.pruning.criterion, [partial(streams.counted, rows=r) for r in streams.slices])
 
     def _prune(self, scores: ExpertScores) -> None:
         """Removes the experts that the pruning rule does not keep from the current block."""
@@ -185,7 +189,7 @@ class Calibration:
         differs = not torch.equal(block.input_of(block.experts.module, call), block.router_input(call))
         if differs:
             inputs = streams.keep_expert_input(block)
-        self.solver.solve_experts(inputs.flatten(0, 1), self._route())
+        self.solver.solve_experts(inputs.flatten(0, 1), self._without_others(self._route()))
         if differs:
             inputs.delete()
 
@@ -194,7 +198,8 @@ class Calibration:
         for names in self._groups if self.recipe.quantizes else ():
             if self.block.linears[names[0]] == part:
                 inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]), part == "shared")
-                self.solver.solve_linears(names, inputs)
+                counted = (self.streams.counted(x, r) for r, x in zip(self.streams.slices, inputs, strict=True))
+                self.solver.solve_linears(names, counted)
 
     # --- the router's training rows ---------------------------------------------------------------------
 
@@ -234,19 +239,32 @@ class Calibration:
         """Batches on the model's device: inputs [n, D], teacher logits [n, E] of the experts that the block has."""
         teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
         for rows in self.streams.slices:
-            x, target = self._router_input[rows], teacher[rows].flatten(0, 1)[:, self.block.kept]
-            yield self.streams.to_device(x.flatten(0, 1)), self.streams.to_device(target)
+            x, target = self._router_input[rows].flatten(0, 1), teacher[rows].flatten(0, 1)[:, self.block.kept]
+            yield tuple(self.streams.to_device(self.streams.counted(part, rows)) for part in (x, target))
 
     def _count_shift(self, when: str) -> None:
         """Records change rates and expert loads on the calibration stream under the router's current weights."""
-        routing, sum_ = self._route(), self.ranks.sum
+        routing, teacher, sum_ = self._counted(self._route()), self._counted(self._teacher), self.ranks.sum
         student_ids = self.block.original_ids(routing.ids)
-        counts = sum_(change_counts(self._teacher.ids, student_ids))
+        counts = sum_(change_counts(teacher.ids, student_ids))
         tokens, top_k = sum_(torch.tensor(len(routing.ids))), routing.ids.shape[1]
         self.stats.expert_shift[when] = change_rates(counts, int(tokens), top_k)
-        name, ids = ("original", self._teacher.ids) if when == "before" else ("compressed", student_ids)
+        name, ids = ("original", teacher.ids) if when == "before" else ("compressed", student_ids)
         load = sum_(expert_load(ids, self._teacher.logits.shape[1]))
         self.stats.expert_load[name] = load.tolist()
+
+    def _counted(self, routing: Routing) -> Routing:
+        """The routing of the tokens that count."""
+        return Routing(*(self.streams.counted(part) for part in (routing.logits, routing.ids, routing.weights)))
+
+    def _without_others(self, routing: Routing) -> Routing:
+        """The routing with tokens that do not count selecting no expert: an id beyond them, and logits of -inf."""
+        counts = self.streams.counts
+        if counts is None:
+            return routing
+        others = ~counts.flatten().unsqueeze(1)
+        ids = routing.ids.masked_fill(others, self.block.num_experts)
+        return Routing(routing.logits.masked_fill(others, -torch.inf), ids, routing.weights)
 
     def _route(self) -> Routing:
         block, streams = self.block, self.streams

@@ -34,6 +34,7 @@ class Streams:
         ranks: this process among those of the run.
         dtype: storage dtype of hidden states; None stores them in theirs, which loses nothing.
         keep_teachers: keep the original router logits of all blocks for the joint stage.
+        counts: bool [S, T], the tokens that count in what is measured and solved; None: all of them.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class Streams:
         ranks: Ranks,
         dtype: torch.dtype | None = None,
         keep_teachers: bool = True,
+        counts: Tensor | None = None,
     ) -> None:
         self.moe, self.windows, self.first_window, self.run, self.ranks = moe, windows, first_window, run, ranks
-        self.dtype, self.keep_teachers = dtype, keep_teachers
+        self.dtype, self.keep_teachers, self.counts = dtype, keep_teachers, counts
         self.slices = [slice(i, i + batch_size) for i in range(0, len(windows), batch_size)]
         self.x: StateFile
         self.x_hat: StateFile
@@ -116,6 +118,16 @@ class Streams:
             with block.without_experts() if leave_out else nullcontext():
                 x = block.input_of(module, call)
             yield x
+
+    def counted(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Of values [n, ...] for the n tokens of the windows `rows`, those of tokens that count.
+
+        Values that are not one per token all count.
+        """
+        if self.counts is None:
+            return x
+        mask = self.counts[rows].flatten()
+        return x[mask.to(x.device)] if len(x) == len(mask) else x
 
     def keep_router_input(self, block: Block) -> HiddenFile:
         """Writes what the router reads in the compressed stream [S, T, R] to a file, which the caller deletes."""

@@ -251,9 +251,11 @@ class QESC(Comparison):
         shard_rows = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
         windows = data.calibration_windows[shard_rows.start : shard_rows.stop]
         dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
+        counts = data.calibration_weights
         streams = Streams(
-            self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
-        )
+            self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0,
+            None if counts is None else counts[shard_rows.start : shard_rows.stop],
+        )  # fmt: skip
         self.fit_state.calibration = Calibration(
             self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning
         )
@@ -331,7 +333,7 @@ class QESC(Comparison):
         return loss
 
     def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean over the tokens of the global batch, of which this process may hold only some windows, or none."""
+        """Mean over the counted tokens of the global batch; this process may hold only some of its windows, or none."""
         block = self.moe.blocks[self.block_index]
         x, teacher = self.calibration.router_rows(batch["index"])
         student = block.router_logits(x.to(self.device), self.parts.router(block))
@@ -358,6 +360,8 @@ class QESC(Comparison):
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
         tokens = int(batch["global_size"]) * self.trainer.datamodule.window_length
+        if "weights" in batch:
+            losses, tokens = losses * batch["weights"].flatten(), int(batch["global_tokens"])
         return losses.sum() / tokens * self.trainer.world_size  # DDP averages gradients over processes
 
     @property
