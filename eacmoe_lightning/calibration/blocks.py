@@ -185,7 +185,8 @@ class Calibration:
         differs = not torch.equal(block.input_of(block.experts.module, call), block.router_input(call))
         if differs:
             inputs = streams.keep_expert_input(block)
-        self.solver.solve_experts(inputs.flatten(0, 1), self._route())
+        rows, routing = inputs.flatten(0, 1), self._route()
+        self.solver.solve_experts(rows, routing if len(rows) == len(routing.ids) else routing.by_pair())
         if differs:
             inputs.delete()
 

@@ -122,14 +122,17 @@ class Streams:
         return self._keep("router_input", (block.router_input(call) for call in self.calls(block)))
 
     def keep_expert_input(self, block: Block) -> HiddenFile:
-        """Writes what the experts read in the compressed stream [S, T, D] to a file, which the caller deletes."""
+        """Writes what the experts read in the compressed stream to a file, which the caller deletes.
+
+        It is [S, T, D], or [S, T * K, D] in a model whose experts get a row for each pair of a token and an expert.
+        """
         experts = block.experts.module
         return self._keep("expert_input", (block.input_of(experts, call) for call in self.calls(block)))
 
     def _keep(self, name: str, pieces: Iterator[Tensor]) -> HiddenFile:
         writer = HiddenWriter(self._directory / name, self.dtype or self.moe.model.dtype)
         for rows, piece in zip(self.slices, pieces, strict=True):
-            writer.append(piece.view(*self.windows[rows].shape, -1))
+            writer.append(piece.view(len(self.windows[rows]), -1, piece.shape[-1]))
         return writer.written()
 
     def first_call(self, block: Block) -> Call:

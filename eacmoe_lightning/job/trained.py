@@ -49,6 +49,8 @@ class TrainedParts(nn.Module):
         for block in moe.calibrated_blocks:
             router = routers[block.router_parameter_name].float().clone()
             self.routers[router_key(block)] = nn.Parameter(router)
+        if not self.routers:  # an optimizer needs a parameter, though none of these routers can be calibrated
+            self.routers["none"] = nn.Parameter(torch.zeros(1))
         if "norm" in joint:
             for name, weight in moe.read(name for name, _ in moe.norms()).items():
                 self.norms[_key(name)] = nn.Parameter(weight.float().clone())

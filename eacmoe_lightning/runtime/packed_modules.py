@@ -34,17 +34,24 @@ class PackedWeight(nn.Module):
         bits: 2 to 8; or the bits of each expert of a stack [E, O, I], whose codes are then flat, one expert after
             another.
         group_size: number of input features that share a scale.
+        dtype: of the weight that is packed, which some models ask their layers for.
 
-    The buffers keep their dtypes under `.to(dtype)`, `.half()` and the like.
+    The buffers keep their dtypes under `.to(dtype)`, `.half()` and the like; `dtype` follows.
     """
 
     codes: Tensor  # [..., O, I / 8 * bits] or [sum over experts of O * I / 8 * bits], uint8
     scale: Tensor  # [..., O, I / group_size] float16
     zero_point: Tensor  # [..., O, I / group_size] uint8
 
-    def __init__(self, shape: torch.Size | tuple[int, ...], bits: Bits, group_size: int) -> None:
+    def __init__(
+        self,
+        shape: torch.Size | tuple[int, ...],
+        bits: Bits,
+        group_size: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.shape, self.bits, self.group_size = torch.Size(shape), bits, group_size
+        self.shape, self.bits, self.group_size, self.dtype = torch.Size(shape), bits, group_size, dtype
         *rows, in_features = shape
         groups = in_features // group_size
         row = in_features // 8  # bytes of a row per bit of width
@@ -74,12 +81,17 @@ class PackedWeight(nn.Module):
         codes = expert_codes(self.codes, self.bits, e, self.shape[-1])
         return codes, self.scale[e], self.zero_point[e], self.bits if isinstance(self.bits, int) else self.bits[e]
 
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
     def _apply(self, fn, recurse=True):
         def keep_dtype(
             tensor: Tensor,
         ) -> Tensor:  # fn may convert floats; as int16 the scale keeps its bits
             return fn(tensor.view(torch.int16)).view(torch.float16) if tensor.dtype == torch.float16 else fn(tensor)
 
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return super()._apply(keep_dtype, recurse)
 
     def extra_repr(self) -> str:
@@ -96,7 +108,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
         super().__init__()
         self.in_features, self.out_features, self.int8 = linear.in_features, linear.out_features, False
-        self.weight = PackedWeight(linear.weight.shape, bits, group_size)
+        self.weight = PackedWeight(linear.weight.shape, bits, group_size, linear.weight.dtype)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
