@@ -28,7 +28,12 @@ NUM_TOKENS = 8  # for which experts are run one by one
 
 
 @torch.no_grad()
-def check_parts(moe: MoEModel, input_ids: Tensor, on_block: Callable[[Block], None] = lambda block: None) -> None:
+def check_parts(
+    moe: MoEModel,
+    input_ids: Tensor,
+    before: Callable[[Block], None] = lambda block: None,
+    after: Callable[[Block, Call], None] = lambda block, call: None,
+) -> None:
     """Compares every block, router and expert as a part with the model's own forward pass; reads each block once.
 
     Linears that do not run are moved to `Block.unquantized`.
@@ -36,7 +41,8 @@ def check_parts(moe: MoEModel, input_ids: Tensor, on_block: Callable[[Block], No
     Args:
         moe: the original model.
         input_ids: [B, T].
-        on_block: called with each block while its weights are in memory.
+        before, after: called with each block while its weights are in memory, before it is checked, and with its call
+            afterwards.
 
     Raises:
         ValueError: a part differs from the model; names the first block and what differs.
@@ -49,12 +55,13 @@ def check_parts(moe: MoEModel, input_ids: Tensor, on_block: Callable[[Block], No
 
     def run(block: Block, *args, **kwargs) -> Any:
         with moe.loaded(block.index), moe.blocks_replaced(of_class):
-            on_block(block)
+            before(block)
             with _in_its_own_form(block.layer):
                 expected = of_class(block.index)(*args, **kwargs)
             call = moe.call(block.index, input_ids, states[-1] if states else None)
             _compare(f"{block.name}: its input", call.hidden, Call(args, kwargs).hidden)
             states[:] = [_check_block(block, call, expected)]
+            after(block, call)
         return expected
 
     with moe.blocks_replaced(lambda index: partial(run, moe.blocks[index])):

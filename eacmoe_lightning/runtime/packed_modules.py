@@ -7,6 +7,7 @@ They replace a model's modules under the same names: `q_proj.weight` becomes a `
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from transformers.activations import ACT2CLS
 
 from eacmoe_lightning.models.transformers_loader import has_default_gate
 from eacmoe_lightning.quantization.grid import Bits, Quantized
-from eacmoe_lightning.quantization.packing import expert_codes, unpack
+from eacmoe_lightning.quantization.packing import expert_codes, packed, unpack
 from eacmoe_lightning.runtime.kernels import loop_over_experts
 
 ACTIVATION_NAMES = {  # the kernels' names -> those of transformers
@@ -218,6 +219,27 @@ def pack_modules(model: nn.Module, bits: dict[str, int | list[int]], group_sizes
         experts = model.get_submodule(owner)
         with experts.down_proj.device:
             model.set_submodule(owner, PackedExperts(experts, grids))
+
+
+@contextmanager
+def packed_in_place(model: nn.Module, quantized: dict[str, Quantized]) -> Iterator[None]:
+    """Packs the modules of these weights, by parameter name, inside the `with` block."""
+    bits = {name: weight.bits if isinstance(weight.bits, int) else list(weight.bits) for name, weight in quantized.items()}
+    owners = {name.rpartition(".")[0] for name in quantized}
+    before = {owner: model.get_submodule(owner) for owner in owners}
+    parameters = {owner: dict(module.named_parameters(recurse=False)) for owner, module in before.items()}
+    try:
+        pack_modules(model, bits, {name: weight.group_size for name, weight in quantized.items()})
+        for name, weight in quantized.items():
+            module = model.get_submodule(name)
+            for kind, tensor in packed({name: weight}).items():
+                getattr(module, kind.rpartition(".")[2]).copy_(tensor)
+        yield
+    finally:
+        for owner, module in before.items():
+            model.set_submodule(owner, module)
+            for name, parameter in parameters[owner].items():  # packed experts take them out
+                module.register_parameter(name, parameter)
 
 
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
