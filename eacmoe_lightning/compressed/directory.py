@@ -26,7 +26,7 @@ from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.models.pruned_config import pruned_config
-from eacmoe_lightning.models.transformers_loader import empty_model, loaded_dtypes
+from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
@@ -160,7 +160,7 @@ class CompressedWeights:
         self._blocks = moe.blocks
         self._owners = {name: block for block in moe.blocks for name in block.weights()}
         self._files = {name: SHARD.format(b.index) for b in moe.blocks for name in _names(b)}
-        self._dtypes = loaded_dtypes(moe.model, self.dtype)
+        self._dtypes = {name: tensor.dtype for name, tensor in moe.model.state_dict().items()}
 
     def __str__(self) -> str:
         return str(self.path)
@@ -180,7 +180,7 @@ class CompressedWeights:
             for name in names & quantized_names(tensors):
                 block = self._owners[name]
                 quantized = take_quantized(tensors, name, self._bits[name], block.weights()[name][1].shape[-1])
-                weights[name] = block.as_parameter(name, quantized.dequantize(self.dtype)).contiguous()
+                weights[name] = block.as_parameter(name, quantized.dequantize(self._dtypes[name])).contiguous()
             for name in names & tensors.keys():
                 tensor = tensors[name]
                 weights[name] = tensor.to(self._dtypes[name]) if tensor.is_floating_point() else tensor

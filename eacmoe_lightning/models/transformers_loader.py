@@ -126,16 +126,6 @@ def load_tensors(model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.d
     return set(info.missing_keys), [*_each(info.conversion_errors), *_each(info.mismatched_keys)]
 
 
-def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype of each parameter and buffer after `from_pretrained(dtype=dtype)`: models keep some in float32."""
-    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    if plan := model._get_dtype_plan(dtype):
-        pattern, kinds, _ = build_glob_alternation(list(plan))
-        kept = {name: match for name in dtypes if (match := pattern.search(name))}
-        dtypes |= {name: plan[kinds[match.lastgroup]] for name, match in kept.items()}
-    return dtypes
-
-
 def _each(problems: Any) -> list[Any]:
     return list(problems) if problems else []
 
@@ -168,13 +158,26 @@ def trust_tokenizer_file(model_type: str) -> None:
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM whose parameters are on the meta device and whose buffers are what `from_pretrained` makes them."""
+    """A causal LM whose parameters are on the meta device and whose buffers are what `from_pretrained` makes them.
+
+    Both have the dtypes of `from_pretrained(dtype=dtype)`, which keeps some in float32.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     persistent = {name for name in model.state_dict() if name in dict(model.named_buffers())}
     model._move_missing_keys_from_meta_to_device(persistent, None, None, None)
     model._initialize_missing_keys(False)
+    _keep_pinned_dtypes(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _keep_pinned_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Converts the parameters and persistent buffers that the model's classes keep in float32 by their names."""
+    if plan := model._get_dtype_plan(dtype):
+        pattern, kinds, _ = build_glob_alternation(list(plan))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if match := pattern.search(name):
+                tensor.data = tensor.data.to(plan[kinds[match.lastgroup]])
 
 
 def tie(model: PreTrainedModel, missing: Iterable[str]) -> None:
