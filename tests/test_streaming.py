@@ -1,7 +1,6 @@
 """With one block in memory at a time, the model stays the same to the last bit, for every family and file layout."""
 
 import gc
-import json
 from pathlib import Path
 
 import jobs
@@ -198,7 +197,7 @@ def test_the_next_block_is_prefetched(tiny_model_dir, monkeypatch):
     streamed.load(1)
     checkpoint._prefetching.join()
     assert touched[0] and all(key.startswith("model.layers.2.") for key in touched[0])
-    keys = [key for key in checkpoint._keys if key.startswith("model.layers.2.")]
+    keys = [key for key in checkpoint.files.keys if key.startswith("model.layers.2.")]
     assert sorted(touched[0]) == sorted(keys)
     Checkpoint._touch(checkpoint, keys)  # reads without an error
     streamed.load(2)
@@ -216,15 +215,6 @@ def test_a_missing_tensor_is_named(tiny_model_dir, tmp_path):
     streamed.load(0)
     with pytest.raises(StoreError, match=name):
         streamed.load(1)
-
-
-def test_a_quantized_original_is_refused(tiny_model_dir, tmp_path):
-    folder = tiny_model_dir("mixtral")
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="is itself quantized"):
-        Checkpoint(str(tmp_path))
 
 
 # --- evaluation

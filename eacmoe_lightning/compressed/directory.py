@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.format import (
     INDEX,
@@ -24,6 +24,7 @@ from eacmoe_lightning.compressed.format import (
 )
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.models.pruned_config import pruned_config
 from eacmoe_lightning.models.transformers_loader import empty_model
@@ -56,7 +57,7 @@ def save_compressed(
     """
     source = resolve_model(name_or_path)
     source_config = read_config(source) if is_compressed(source) else {}
-    config = pruned_config(original_config(source_config) if source_config else AutoConfig.from_pretrained(source), moe)
+    config = pruned_config(original_config(source_config) if source_config else read_original_config(source)[0], moe)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
     tied = _tied_names(moe.model)
     names = [name for name in moe.model.state_dict() if name not in tied]

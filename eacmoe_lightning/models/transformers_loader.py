@@ -26,6 +26,7 @@ Nothing depends on the version of torch.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import partial
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
@@ -48,10 +49,12 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
 from transformers.models.auto import tokenization_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
 
 SKIPS_PAIRS = "_is_expert_parallel"  # set on experts: ids of E occur, and their pairs are to be skipped
@@ -140,6 +143,32 @@ def original_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[s
     return found
 
 
+def knows_config(model_type: str | None) -> bool:
+    """Whether transformers has a config class for a model type, its own or a registered one."""
+    return model_type in CONFIG_MAPPING
+
+
+def register_remote_code(path: str, model_type: str, auto_map: Mapping[str, str]) -> None:
+    """Registers the classes that come as Python code with a model, which runs that code.
+
+    Args:
+        path: a local directory or a hub id.
+        model_type: as in its config.json.
+        auto_map: class references by auto class, as in its config.json.
+
+    Raises:
+        OSError: the code is missing.
+        ValueError: it has no causal language model.
+    """
+    if AutoModelForCausalLM.__name__ not in auto_map:
+        raise ValueError("its code (`auto_map` in config.json) has no AutoModelForCausalLM")
+    config = get_class_from_dynamic_module(auto_map["AutoConfig"], path)
+    model = get_class_from_dynamic_module(auto_map[AutoModelForCausalLM.__name__], path)
+    config.model_type, model.config_class = model_type, config  # as `from_pretrained` pairs them
+    AutoConfig.register(model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
 def share_conversion(model_type: str, other: str) -> None:
     """Checkpoints of `model_type` are read and written as those of `other`."""
     register_checkpoint_conversion_mapping(model_type, get_checkpoint_conversion_mapping(other), overwrite=True)
@@ -183,6 +212,11 @@ def _keep_pinned_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def tie(model: PreTrainedModel, missing: Iterable[str]) -> None:
     """Ties weights as `from_pretrained` does, knowing that a checkpoint has none of the `missing` ones."""
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+
+
+def is_ignored(model: PreTrainedModel, key: str) -> bool:
+    """Whether transformers passes over a key on disk that the model does not have."""
+    return any(re.search(pattern, key) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
 def ignore_unexpected(model: PreTrainedModel, pattern: str) -> None:
