@@ -302,7 +302,7 @@ class Calibration:
                 f"{sorted(quantized.keys() ^ weights.keys())[0]} is in only one of them; {REMEDY}"
             )
         for name, q in quantized.items():
-            weights[name][1].copy_(q.dequantize(self.moe.model.dtype))
+            weights[name][1].copy_(q.dequantize(weights[name][1].dtype))
         if block.calibrates:
             block.router_weight.copy_(others[block.router_parameter_name])
 

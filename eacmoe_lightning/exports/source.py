@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.directory import untied
 from eacmoe_lightning.compressed.format import LATTICE, REST, SHARD, read_config
@@ -27,7 +27,7 @@ from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.pruned_config import has_shapes_of
 from eacmoe_lightning.models.shrink import KEPT
-from eacmoe_lightning.models.transformers_loader import original_names
+from eacmoe_lightning.models.transformers_loader import empty_model, original_names
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.packing import take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
@@ -60,7 +60,7 @@ class Shard:
 
     Attributes:
         linears: quantized linears.
-        dense: all other tensors in the export's dtype, under their names in memory.
+        dense: all other tensors in the dtypes that the model has in the export's dtype, under their names in memory.
     """
 
     linears: list[Linear]
@@ -88,8 +88,7 @@ class Source:
         original = dict(self.directory_config["original"]["config"])
         self.config: PreTrainedConfig = AutoConfig.for_model(original.pop("model_type"), **original)
         self.config.dtype = self.dtype
-        with torch.device("meta"):
-            self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+        self.skeleton: PreTrainedModel = empty_model(self.config, self.dtype)
         self.moe = MoEModel(self.skeleton)
         if self.moe.is_pruned:
             if not has_shapes_of(self.config, self.moe):
@@ -171,8 +170,8 @@ class Source:
             yield block, quantized, tensors
 
     def narrowed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors that are not quantized, converted to the export's dtype."""
-        return {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        """Tensors that are not quantized, by name in memory, in the export's dtype where the model keeps no other."""
+        return {n: t.to(self.parameters[n].dtype) if t.is_floating_point() else t for n, t in tensors.items()}
 
     def shards(self) -> Iterator[Shard]:
         """The model's tensors, one block at a time.
