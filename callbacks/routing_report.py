@@ -41,7 +41,7 @@ class RoutingReport(BlockCallback):
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch < module.num_epochs:
             if trainer.is_global_zero:
-                print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; resume with --ckpt_path last")
+                print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; resume with --ckpt_path auto")
             return
         result = None
         if self.evaluate:
