@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -21,6 +22,7 @@ from eacmoe_lightning.commands.prune import prune
 from eacmoe_lightning.commands.study import study
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.run.files import StoreError, is_disk_full
+from eacmoe_lightning.run.stopping import Stopping
 from eacmoe_lightning.version import __version__
 
 FUNCTIONS = {"analyze": analyze, "export": export, "prune": prune, "study": study}  # their arguments are the options
@@ -33,8 +35,16 @@ COMMANDS = {
 } | {name: inspect.getdoc(function).splitlines()[0] for name, function in FUNCTIONS.items()}
 
 
+RESTART = {  # what a message says when a signal ends the command
+    "fit": ": the same command with --ckpt_path auto goes on, and all finished work is kept",
+    **dict.fromkeys(("prune", "study"), ": the same command goes on, and all finished work is kept"),
+}
+
+
 def main(args: ArgsType = None) -> None:
     """Runs the command line; errors of the user's making end in one message and exit code 1.
+
+    SIGTERM and SIGINT end it with exit codes 143 and 130.
 
     With EACMOE_DEBUG=1 in the environment they come with their traceback.
     """
@@ -44,27 +54,30 @@ def main(args: ArgsType = None) -> None:
     command = words[0] if words else None
     threading.excepthook = _quiet_if_disk_is_full
     try:
-        if command in FUNCTIONS:
-            program = f"{Path(sys.argv[0]).name} {command}"
-            auto_cli(
-                FUNCTIONS[command], args=words[1:], prog=program, as_positional=False, parser_class=NamedConfigParser
-            )
-        elif command == "plan":
-            plan(words[1:])
-        elif command in (None, "-h", "--help"):
-            print(overview())
-        elif command == "--version":
-            print(__version__)
-        elif command in COMMANDS or command.startswith("-"):  # options before the command are Lightning's
-            CommandLine(args)
-        else:
-            raise ValueError(f"there is no command {command}: {', '.join(COMMANDS)}")
+        with Stopping(lambda: RESTART.get(command, "")):
+            _run(command, words, args)
     except (ValueError, FileNotFoundError, StoreError, MisconfigurationException) as error:
         _report(error, str(error))
     except OSError as error:
         if not is_disk_full(error):
             raise
         _report(error, _full_disk(error))
+
+
+def _run(command: str | None, words: Sequence[str], args: ArgsType) -> None:
+    if command in FUNCTIONS:
+        program = f"{Path(sys.argv[0]).name} {command}"
+        auto_cli(FUNCTIONS[command], args=words[1:], prog=program, as_positional=False, parser_class=NamedConfigParser)
+    elif command == "plan":
+        plan(words[1:])
+    elif command in (None, "-h", "--help"):
+        print(overview())
+    elif command == "--version":
+        print(__version__)
+    elif command in COMMANDS or command.startswith("-"):  # options before the command are Lightning's
+        CommandLine(args)
+    else:
+        raise ValueError(f"there is no command {command}: {', '.join(COMMANDS)}")
 
 
 def _report(error: BaseException, message: str) -> None:

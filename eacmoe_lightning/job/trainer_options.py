@@ -22,6 +22,7 @@ def refuse_unsuitable(trainer: Trainer, stage: str) -> None:
         trainer: the trainer that runs the job.
         stage: `fit`, `validate`, `test` or `predict`.
     """
+    stage = str(getattr(stage, "value", stage))  # Lightning passes an enum
     refusals = _of_fit(trainer) if stage == "fit" else _of_evaluation(trainer, stage)
     common = {
         "fast_dev_run": (
