@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.calibration.overflow import overflow_in
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.solver import BlockSolver
 from eacmoe_lightning.calibration.streams import Streams, concatenate
@@ -108,7 +109,7 @@ class Calibration:
             if scores is not None:
                 self._prune(scores)
             self._groups = streams.input_groups(block)
-        with self.phase(block.index, "attention"):
+        with self.phase(block.index, "attention"), self._overflow_named():
             self._solve_part("attention")
             if block.is_moe:
                 self._router_input = streams.keep_router_input(block)
@@ -153,7 +154,7 @@ class Calibration:
             The block's statistics.
         """
         block, streams = self.block, self.streams
-        with self.phase(block.index, "experts"):
+        with self.phase(block.index, "experts"), self._overflow_named():
             if block.is_moe:
                 block.router_weight.copy_(router[block.kept])
                 self._count_shift("after")
@@ -173,6 +174,9 @@ class Calibration:
         self._teacher = self._router_input = None
         streams.step(self.at)
         return self.stats
+
+    def _overflow_named(self) -> AbstractContextManager:
+        return overflow_in(f"{self.block.name} (block {self.at}), with the compressed weights", self.moe.model.dtype)
 
     def _solve_part(self, part: str) -> None:
         """Quantizes the linears of one part, one group that shares its input at a time, in the order they run."""

@@ -14,11 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from eacmoe_lightning.calibration.overflow import refuse_overflow
 from eacmoe_lightning.models.block import Block, Routing
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter
 from eacmoe_lightning.run.ranks import Ranks
+
+WITH = {"x": "with the original's weights", "x_hat": "with the compressed weights"}
 
 
 class Streams:
@@ -60,6 +63,7 @@ class Streams:
         writer = self._new("block_000.x")
         for rows in self.slices:
             hidden, kwargs = self.moe.embed(self.windows[rows].to(self.moe.device))
+            refuse_overflow("the embedding's output", hidden, self.dtype)
             self._kwargs.setdefault(len(hidden), kwargs)
             writer.append(hidden)
         self.x = self.x_hat = writer.written()
@@ -73,10 +77,14 @@ class Streams:
 
         Returns:
             The router's output for all tokens; None for a dense block.
+
+        Raises:
+            ValueError: the block's output is not finite.
         """
         writer, routings = self._new(f"block_{block.index + 1:03d}.{name}"), []
         for rows in self.slices:
             output, routing = block.forward(self._batch(getattr(self, name), rows), self._kwargs_of(block, rows))
+            refuse_overflow(f"{block.name} (block {block.index}): its output {WITH[name]}", output, self.dtype)
             writer.append(output)
             routings.append(routing)
         self._writers[name] = writer

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.calibration.overflow import refuse_overflow
 from eacmoe_lightning.compressed.directory import CompressedWeights, save_compressed
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.models.moe import MoEModel
@@ -42,10 +43,12 @@ def write_result(
 
     Raises:
         StoreError: a weight is not quantized, or the reloaded logits are not identical.
+        ValueError: the logits are not finite.
     """
     save_compressed(run.compressed, moe, name_or_path, quantized_blocks, description, fingerprint)
     tokens = tokens.to(moe.device)
     logits = moe.logits(tokens)
+    refuse_overflow("the logits of the compressed model (its final norm or its head)", logits)
     reloaded = StreamedModel(CompressedWeights(run.compressed), moe.device)
     with resting(reloaded.model):  # without the skipping rule that the directory may hold
         reloaded_logits = reloaded.logits(tokens)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from eacmoe_lightning import targets
 from eacmoe_lightning.calibration.blocks import Calibration
+from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.job.block_callback import phase
@@ -349,8 +350,22 @@ class QESC(Comparison):
             loss = self._joint_loss(batch)
         else:  # a dense block has no router, or other processes hold all of this batch's windows
             loss = sum(weight.sum() for weight in self.parameters()) * 0
+        if not torch.isfinite(loss):
+            self._refuse_loss(loss)
         self.log("loss/joint" if self.is_joint else f"loss/block_{self.block_index:03d}", loss, prog_bar=False)
         return loss
+
+    def _refuse_loss(self, loss: Tensor) -> None:
+        """Raises ValueError for a loss that is NaN or infinite, before it changes a parameter."""
+        stage, rates = (
+            ("the joint stage", "joint_*_lr") if self.is_joint else (f"block {self.block_index}", "router_lr")
+        )
+        if self.moe.model.dtype == torch.float16:
+            raise overflow(f"the loss of {stage} is {loss.item()}: a logit (final norm, head or router)", torch.float16)
+        raise ValueError(
+            f"the loss of {stage} is {loss.item()}: the steps have diverged. Pass smaller learning rates "
+            f"(--model.{rates}), which is another run (--trainer.default_root_dir)"
+        )
 
     def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean over the tokens of the global batch, of which this process may hold only some windows, or none."""

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.sizes import Job, disk_use, joint_bytes
 from eacmoe_lightning.run.memory import available_memory
 
@@ -50,20 +52,31 @@ def check_disk(moe: MoEModel, recipe: Recipe, job: Job, folder: Path) -> str:
     return summary
 
 
-def check_finite(moe: MoEModel) -> None:
-    """Raises ValueError naming the first tensor with NaN or infinite values. Reads every weight once."""
+def check_finite(moe: StreamedModel) -> None:
+    """Reads every weight of an original once.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinite values, in the checkpoint or only in the dtype of the run.
+    """
     for block in moe.blocks:
         with moe.loaded(block.index):
             for name, parameter in block.layer.named_parameters(prefix=block.name):
-                _check_finite(name, parameter)
+                _check_finite(moe, name, parameter)
     for name, parameter in moe.model.named_parameters():
         if not parameter.is_meta:
-            _check_finite(name, parameter)
+            _check_finite(moe, name, parameter)
 
 
-def _check_finite(name: str, parameter: Tensor) -> None:
-    if not torch.isfinite(parameter).all():
+def _check_finite(moe: StreamedModel, name: str, parameter: Tensor) -> None:
+    if torch.isfinite(parameter).all():
+        return
+    stored = Checkpoint(moe.weights.name_or_path, "float32").read([name])[name]
+    if torch.isfinite(stored).all():
+        dtype = str(parameter.dtype).rpartition(".")[2]
         raise ValueError(
-            f"{name} of the original model holds NaN or infinite values: the checkpoint is damaged, or it "
-            "overflows in --model.dtype. Repair it or load it in float32"
+            f"{name} of the original model holds values up to {stored.abs().max():.3g}, but {dtype} ends at "
+            f"{torch.finfo(parameter.dtype).max:g} (--model.dtype): pass --model.dtype bfloat16 or float32"
         )
+    raise ValueError(
+        f"{name} of {moe.weights} holds NaN or infinite values: the checkpoint is damaged. Download or repair it"
+    )
