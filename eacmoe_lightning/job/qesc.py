@@ -363,8 +363,8 @@ class QESC(Comparison):
         if self.moe.model.dtype == torch.float16:
             raise overflow(f"the loss of {stage} is {loss.item()}: a logit (final norm, head or router)", torch.float16)
         raise ValueError(
-            f"the loss of {stage} is {loss.item()}: the steps have diverged. Pass smaller learning rates "
-            f"(--model.{rates}), which is another run (--trainer.default_root_dir)"
+            f"the loss of {stage} is {loss.item()}: the steps have diverged. Another run (--trainer.default_root_dir) "
+            f"with smaller learning rates (--model.{'joint_*_lr' if self.is_joint else 'router_lr'}) may not"
         )
 
     def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
