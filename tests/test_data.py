@@ -205,6 +205,20 @@ def test_the_seed_determines_the_windows(text_data):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_the_digest_follows_the_content_of_the_text_not_its_path(text_data, tmp_path):
+    text = "".join(f"Sentence {i} of a text of my own.\n" for i in range(100))
+
+    def digest(name: str, content: str, **options) -> str:
+        (tmp_path / name).write_text(content)
+        return text_data(calibration=str(tmp_path / name), **options).calibration_digest
+
+    first = digest("a.txt", text)
+    assert len(first) == 64 and digest("b.txt", text) == first
+    assert digest("a.txt", text.replace("own", "new")) != first
+    assert digest("a.txt", text, seed=1) != first
+    assert digest("a.txt", text, num_windows=5, window_length=32) != digest("a.txt", text, num_windows=10)
+
+
 def test_predict_reads_the_whole_of_its_source(text_data, tmp_path):
     (tmp_path / "mine.txt").write_text("One line of text that is my own, and no one else's. " * 50)
     data = text_data(predict=str(tmp_path / "mine.txt"))

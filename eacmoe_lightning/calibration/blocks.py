@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.calibration.overflow import overflow_in
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.solver import BlockSolver
 from eacmoe_lightning.calibration.streams import Streams, concatenate
@@ -109,7 +110,7 @@ class Calibration:
             if scores is not None:
                 self._prune(scores)
             self._groups = block.input_groups(streams.first_call(block))
-        with self.phase(block.index, "attention"):
+        with self.phase(block.index, "attention"), self._overflow_named():
             self._solve_part("attention")
             if block.is_moe:
                 self._router_input = streams.keep_router_input(block)
@@ -155,7 +156,7 @@ class Calibration:
             The block's statistics.
         """
         block, streams = self.block, self.streams
-        with self.phase(block.index, "experts"):
+        with self.phase(block.index, "experts"), self._overflow_named():
             if block.calibrates:
                 block.router_weight.copy_(router[block.kept])
             if block.is_moe:
@@ -188,6 +189,9 @@ class Calibration:
         self.solver.solve_experts(rows, routing if len(rows) == len(routing.ids) else routing.by_pair())
         if differs:
             inputs.delete()
+
+    def _overflow_named(self) -> AbstractContextManager:
+        return overflow_in(f"{self.block.name} (block {self.at}), with the compressed weights", self.moe.model.dtype)
 
     def _solve_part(self, part: str) -> None:
         """Quantizes the linears of one part, one group that shares its input at a time, in the order they run."""

@@ -14,12 +14,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from eacmoe_lightning.calibration.overflow import refuse_overflow
 from eacmoe_lightning.models.block import Block, Call, Routing
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter, State, StateFile, StateWriter, moved
 from eacmoe_lightning.run.ranks import Ranks
+
+WITH = {"x": "with the original's weights", "x_hat": "with the compressed weights"}
 
 
 class Streams:
@@ -59,7 +63,9 @@ class Streams:
         """Sets both streams to the input of block 0, the embedded tokens."""
         writer = self._new("block_000.x")
         for rows in self.slices:
-            writer.append(self.moe.embed(self._ids(rows)))
+            hidden = self.moe.embed(self._ids(rows))
+            refuse_overflow("the embedding's output", hidden, self.dtype)
+            writer.append(hidden)
         self.x = self.x_hat = writer.written()
 
     # --- through a block ----------------------------------------------------------------------------
@@ -71,10 +77,15 @@ class Streams:
 
         Returns:
             The router's output for all tokens; None for a dense block.
+
+        Raises:
+            ValueError: the block's output is not finite.
         """
         writer, routings = self._new(f"block_{block.index + 1:03d}.{name}"), []
         for rows in self.slices:
             output, routing = block.forward(self._call(block, getattr(self, name), rows))
+            where = f"{block.name} (block {block.index}): its output {WITH[name]}"
+            refuse_overflow(where, tree_leaves(output)[0], self.dtype)
             writer.append(output)
             routings.append(routing)
         self._writers[name] = writer

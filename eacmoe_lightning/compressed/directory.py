@@ -41,6 +41,7 @@ def save_compressed(
     name_or_path: str,
     quantized_blocks: Iterable[dict[str, QuantizedWeight]],
     description: dict[str, Any],
+    fingerprint: str | None = None,
 ) -> None:
     """Writes a compressed directory, whole or not at all.
 
@@ -51,6 +52,8 @@ def save_compressed(
             compressed directory that was pruned, which also gives the original's name and the skipping settings.
         quantized_blocks: per block, the quantized weights by parameter name.
         description: stored in the config under `quantization`.
+        fingerprint: of the original (`originals.fingerprint`), by which evaluations recognize it; a pruned compressed
+            model takes that of the directory that was pruned.
 
     Raises:
         StoreError: a weight is not quantized.
@@ -88,7 +91,9 @@ def save_compressed(
                 "model_type": METHOD,
                 "format_version": _format_version(moe, weights),
                 "original": {
-                    "name_or_path": source_config["original"]["name_or_path"] if source_config else name_or_path,
+                    "name_or_path": name_or_path,
+                    "fingerprint": fingerprint,
+                    **{key: value for key, value in source_config.get("original", {}).items() if key != "config"},
                     "config": config.to_dict(),
                 },
                 "dtype": str(moe.model.dtype).rpartition(".")[2],

@@ -66,7 +66,8 @@ def export(
             shutil.rmtree(partial, ignore_errors=True)
             raise
     if left:
-        print(f"{len(left)} linears that {row.format} cannot pack are decoded: {left[0].name}{' ...' * (len(left) > 1)}")
+        names = left[0].name + (" ..." if len(left) > 1 else "")
+        print(f"{len(left)} linears that {row.format} cannot pack are decoded: {names}")
     print(f"{output}: {row.format} for {row.engine} ({row.version}). Reloaded: {difference}")
     if SKIPPING in opened.directory_config:
         print(f"warning: {row.engine} does not know this model's skipping rule and runs every selected expert")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from eacmoe_lightning.calibration.overflow import refuse_overflow
 from eacmoe_lightning.compressed.directory import CompressedWeights, save_compressed
 from eacmoe_lightning.compressed.format import LATTICE, read_config
 from eacmoe_lightning.exports.export import export
@@ -33,6 +34,7 @@ def write_result(
     quantized_blocks: Iterable[dict[str, Quantized]],
     description: dict[str, Any],
     tokens: Tensor,
+    fingerprint: str | None,
 ) -> None:
     """Writes `compressed/` (see `save_compressed`) and compares its logits with those of the model in memory.
 
@@ -46,13 +48,16 @@ def write_result(
         run: the run directory.
         moe, name_or_path, quantized_blocks, description: see `save_compressed`.
         tokens: [B, T] to compare the logits on.
+        fingerprint: of the original, see `save_compressed`.
 
     Raises:
         StoreError: a weight is not quantized, or what is reloaded differs.
+        ValueError: the logits are not finite.
     """
-    save_compressed(run.compressed, moe, name_or_path, quantized_blocks, description)
+    save_compressed(run.compressed, moe, name_or_path, quantized_blocks, description, fingerprint)
     tokens = tokens.to(moe.device)
     logits = moe.logits(tokens)
+    refuse_overflow("the logits of the compressed model (its final norm or its head)", logits)
     reloaded = StreamedModel(CompressedWeights(run.compressed), moe.device)
     with resting(reloaded.model):  # without the skipping rule that the directory may hold
         reloaded_logits = reloaded.logits(tokens)
@@ -88,15 +93,15 @@ def _check_packed(directory: Path, device: torch.device, tokens: Tensor) -> None
                         got = block.layer(*call.args, **call.kwargs)
                 except (AttributeError, TypeError, RuntimeError) as error:
                     raise StoreError(
-                        f"{directory} was written, but {block.name} does not run with packed weights ({error}): load it "
-                        "with packed=False"
+                        f"{directory} was written, but {block.name} does not run with packed weights ({error}): "
+                        "load it with packed=False"
                     ) from error
                 own, packed = (tree_leaves(state)[0].float() for state in (expected, got))
                 # the median over tokens: rounding may send a few of them to other experts
                 difference = float(((packed - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-30)).median())
                 if difference > PACKED_LIMIT:
                     raise StoreError(
-                        f"{directory} was written, but {block.name} with packed weights differs from the same decoded by "
-                        f"{difference:.2g} of its output: load it with packed=False"
+                        f"{directory} was written, but {block.name} with packed weights differs from the same decoded "
+                        f"by {difference:.2g} of its output: load it with packed=False"
                     )
             state = expected

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.sources import name_sources, read_documents
-from eacmoe_lightning.text.windows import token_windows
+from eacmoe_lightning.text.windows import digest, token_windows
 
 
 class TextWindows(L.LightningDataModule):
@@ -77,6 +77,11 @@ class TextWindows(L.LightningDataModule):
     def calibration_windows(self) -> Tensor:
         """Token ids [S, T] of the calibration text, the same on every rank."""
         return self._windows("calibration", self.calibration, "num_windows", self.num_windows, self.seed)
+
+    @cached_property
+    def calibration_digest(self) -> str:
+        """SHA-256 over the token ids of the calibration windows: the same text, tokenizer and seed give the same."""
+        return digest(self.calibration_windows)
 
     @cached_property
     def heldout_windows(self) -> dict[str, Tensor]:

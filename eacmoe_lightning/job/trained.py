@@ -145,9 +145,7 @@ class TrainedParts(nn.Module):
         for name, position in ((_name(key), position.detach()) for key, position in self.positions.items()):
             solved = self.codes[name]
             codes[name] = solved.nearest(position[kept[name]]).to(solved.codes.dtype)
-        return FinishedBlocks(
-            self.moe.weights, self.run, self.routers_and_norms(), scales, codes, self.moe.unquantized
-        )
+        return FinishedBlocks(self.moe.weights, self.run, self.routers_and_norms(), scales, codes, self.moe.unquantized)
 
     def untrained(self) -> FinishedBlocks:
         """The compressed model without calibration: the solver's codes and scales, the original's routers and norms."""

@@ -78,8 +78,8 @@ def _refuse(config: PreTrainedConfig, num_layers: int) -> NoReturn:
             "eacmoe_lightning/models/forms.py says how to describe another form from outside the package"
         )
     raise ValueError(
-        f"{config.model_type!r} has no routed experts in any of its {num_layers} blocks: it is a dense model, and there "
-        "is no router to calibrate. Pass a Mixture-of-Experts model (--model.name_or_path), for example `bundled`"
+        f"{config.model_type!r} has no routed experts in any of its {num_layers} blocks: it is a dense model, and "
+        "there is no router to calibrate. Pass a Mixture-of-Experts model (--model.name_or_path), for example `bundled`"
     )
 
 
@@ -94,7 +94,9 @@ def _find_parts(index: int, name: str, layer: nn.Module) -> Block:
     if block.is_moe:
         up, down = (getattr(block.experts.module, projection) for projection in block.experts.projections)
         if len(up.shape) != 3 or up.shape[0] != down.shape[0]:
-            raise ValueError(f"{name}: {block.experts.up_name} has {up.shape[0]} experts, and down_proj {down.shape[0]}")
+            raise ValueError(
+                f"{name}: {block.experts.up_name} has {up.shape[0]} experts, and down_proj {down.shape[0]}"
+            )
         moe = layer.get_submodule(moe_name)
         router = _router_among(moe, block)
         select_in_router(moe, router)

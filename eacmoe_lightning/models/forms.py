@@ -59,10 +59,10 @@ def bring_into_form(layer: nn.Module) -> None:
 
 @register_form("Llama4TextMoe")
 def _llama4(moe: nn.Module) -> None:
-    """Llama 4 multiplies the experts' input by the router's score, and runs every expert on every token.
+    """Llama 4 multiplies the experts' input by the router's score and runs every expert on every token.
 
-    Here only the selected experts run, on the scaled input and with weight 1; the others add exact zeros. As each expert
-    of a token has an input of its own, the experts get a row for each pair of a token and one of its experts.
+    Here only the selected experts run, on the scaled input and with weight 1; the others add exact zeros. Each expert
+    of a token has an input of its own, so the experts get a row for each pair of a token and one of its experts.
     """
     experts, router = moe.experts, moe.router
     experts.has_gate, experts.has_bias, experts.is_transposed, experts.has_standard_gate = True, False, True, True

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.models.block import Block, Call
+from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.self_check import check_parts
+from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.sizes import Job, disk_use, joint_bytes
 from eacmoe_lightning.run.memory import available_memory
 from eacmoe_lightning.runtime.packed_modules import PackedLinear
@@ -53,7 +55,7 @@ def check_disk(moe: MoEModel, recipe: Recipe, job: Job, folder: Path) -> str:
     return summary
 
 
-def check_original(moe: MoEModel, window: Tensor) -> None:
+def check_original(moe: StreamedModel, window: Tensor) -> None:
     """Checks that the weights are finite, and that the model as parts is the model. Reads every weight once.
 
     Args:
@@ -61,16 +63,16 @@ def check_original(moe: MoEModel, window: Tensor) -> None:
         window: token ids [1, T] to run.
 
     Raises:
-        ValueError: a tensor has NaN or infinite values, or a part differs from the model's own forward pass
-            (`models.self_check.check_parts`).
+        ValueError: a tensor holds NaN or infinite values, in the checkpoint or only in the dtype of the run; or a part
+            differs from the model's own forward pass (`models.self_check.check_parts`).
     """
     for name, parameter in moe.model.named_parameters():
         if not parameter.is_meta:
-            _check_finite(name, parameter)
+            _check_finite(moe, name, parameter)
 
     def check_block(block: Block) -> None:
         for name, parameter in block.layer.named_parameters(prefix=block.name):
-            _check_finite(name, parameter)
+            _check_finite(moe, name, parameter)
 
     check_parts(moe, window.to(moe.device), check_block, leave_unpackable)
 
@@ -105,9 +107,16 @@ def _runs_packed(block: Block, call: Call, names: list[str]) -> bool:
     return True
 
 
-def _check_finite(name: str, parameter: Tensor) -> None:
-    if not torch.isfinite(parameter).all():
+def _check_finite(moe: StreamedModel, name: str, parameter: Tensor) -> None:
+    if torch.isfinite(parameter).all():
+        return
+    stored = Checkpoint(moe.weights.name_or_path, "float32").read([name])[name]
+    if torch.isfinite(stored).all():
+        dtype = str(parameter.dtype).rpartition(".")[2]
         raise ValueError(
-            f"{name} of the original model holds NaN or infinite values: the checkpoint is damaged, or it "
-            "overflows in --model.dtype. Repair it or load it in float32"
+            f"{name} of the original model holds values up to {stored.abs().max():.3g}, but {dtype} ends at "
+            f"{torch.finfo(parameter.dtype).max:g} (--model.dtype): pass --model.dtype bfloat16 or float32"
         )
+    raise ValueError(
+        f"{name} of {moe.weights} holds NaN or infinite values: the checkpoint is damaged. Download or repair it"
+    )

@@ -224,7 +224,9 @@ def pack_modules(model: nn.Module, bits: dict[str, int | list[int]], group_sizes
 @contextmanager
 def packed_in_place(model: nn.Module, quantized: dict[str, Quantized]) -> Iterator[None]:
     """Packs the modules of these weights, by parameter name, inside the `with` block."""
-    bits = {name: weight.bits if isinstance(weight.bits, int) else list(weight.bits) for name, weight in quantized.items()}
+    bits = {
+        name: weight.bits if isinstance(weight.bits, int) else list(weight.bits) for name, weight in quantized.items()
+    }
     owners = {name.rpartition(".")[0] for name in quantized}
     before = {owner: model.get_submodule(owner) for owner in owners}
     parameters = {owner: dict(module.named_parameters(recurse=False)) for owner, module in before.items()}

@@ -123,8 +123,7 @@ class Measurement:
         if not remember:
             tokens = sum(text.windows.numel() for text in self.texts.values())
             rates = [
-                change_rates(row, tokens, block.top_k)
-                for row, block in zip(counts, self.moe.moe_blocks, strict=True)
+                change_rates(row, tokens, block.top_k) for row, block in zip(counts, self.moe.moe_blocks, strict=True)
             ]
             result["expert_shift"] = mean_rates(rates)
             result["expert_shift_blocks"] = {

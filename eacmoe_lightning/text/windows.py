@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def _token_pieces(documents: Iterable[str], tokenizer, limit: int | None) -> Ite
         for start in range(0, len(document), max_characters or max(len(document), 1)):
             text = document[start : start + max_characters] if max_characters else document
             yield tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256, in hexadecimal, of the tensors' shapes and values as int64 or float64."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        wide = tensor.double() if tensor.is_floating_point() else tensor.long()
+        sha.update(f"{wide.dtype} {list(wide.shape)}".encode())
+        sha.update(wide.contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def read_windows(
