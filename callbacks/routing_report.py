@@ -24,7 +24,8 @@ class RoutingReport(BlockCallback):
     """Evaluates the written model on the held-out texts and writes the report.
 
     Args:
-        evaluate: False skips the held-out evaluation; the report then has no perplexities and no held-out change rates.
+        evaluate: False skips the held-out evaluation, as does an empty `--data.heldout`; the report then has no
+            perplexities and no held-out change rates.
     """
 
     def __init__(self, evaluate: bool = True) -> None:
@@ -46,7 +47,7 @@ class RoutingReport(BlockCallback):
                 print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; resume with --ckpt_path auto")
             return
         result = None
-        if self.evaluate:
+        if self.evaluate and trainer.datamodule.heldout:
             with phase(trainer, None, "evaluate"):
                 result = self._evaluate(trainer, module)
         if trainer.is_global_zero:

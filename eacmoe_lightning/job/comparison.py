@@ -63,6 +63,7 @@ class Comparison(LightningModule):
         refuse_unsuitable(self.trainer, stage)
         if self.compared is None:
             self.compared = self._open_models()
+            self.trainer.datamodule.check_model(self.compared.subject, stage)
             if self.split_damage and self.compared.original is not None and self.compared.subject.is_pruned:
                 raise ValueError(
                     "--model.split_damage forces the original's selections on the compressed model, but some of the "

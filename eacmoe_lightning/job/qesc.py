@@ -184,6 +184,7 @@ class QESC(Comparison):
             self.run.check(self.settings(), resumes)  # before a large model is read
         weights = Checkpoint(self.name_or_path, self.dtype_name)
         moe = StreamedModel(weights, self.trainer.strategy.root_device)
+        self.trainer.datamodule.check_model(moe, stage)
         self.recipe.check(moe, self.trainer.world_size)
         if self.pruning is not None:
             self.pruning.check(moe)
@@ -203,10 +204,10 @@ class QESC(Comparison):
             if not resumes:
                 check_original(moe, self.trainer.datamodule.calibration_windows[:1])
                 checked = watch.cost()
+                write_json(self.run.unquantized, moe.unquantized)
             self.run.start(identity, resumes)
             if not resumes:
                 self.run.add_cost(None, "check", checked)
-                write_json(self.run.unquantized, moe.unquantized)
         self.trainer.strategy.barrier()
         moe.leave(json.loads(self.run.unquantized.read_text()))
         joint = [kind for kind, lr in self.joint_lr.items() if lr] if self.joint_epochs else []

@@ -148,6 +148,7 @@ class RunDirectory:
                     "--ckpt_path auto, which starts or continues"
                 )
             known = ("checkpoints", "tensorboard", "config.yaml", "validate.json", "test.json", "scores_", ".", LOCK)
+            known += (self.unquantized.name,)
             names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
             if strangers := [name for name in names if not name.startswith(known)]:
                 raise ValueError(f"{where} is not empty and holds no run: {strangers[:3]}. Pass an empty directory")
