@@ -24,9 +24,17 @@ PROJECT = tomllib.loads((jobs.ROOT / "pyproject.toml").read_text())["project"]
 STUDY = "study-"  # how the names of configs of `study` begin
 NAMES = [
     "deepseek-moe-16b",
+    "deepseek-v2-lite",
+    "glm-4.5-air",
+    "gpt-oss-20b",
+    "granite-4.0-h-small",
+    "minimax-m2",
     "mixtral-8x7b",
+    "olmoe-1b-7b",
     "phi-3.5-moe",
     "qwen1.5-moe",
+    "qwen3-30b-a3b",
+    "qwen3.6-35b-a3b",
     "study-tiny",
     "tiny",
     "tiny-2.06",
