@@ -32,6 +32,7 @@ class CompressedModel(Callback):
             "method": "qesc" if module.router_method != "none" else module.recipe.quantizer_name,
             "router_method": module.router_method,
             **{name: value for name, value in module.recipe.record().items() if name != "bits"},
+            **({"unquantized": moe.unquantized} if moe.unquantized else {}),
             **({"pruning": vars(module.pruning)} if module.pruning else {}),
         }
         blocks = (finished.quantized(block.index) for block in moe.blocks)

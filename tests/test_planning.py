@@ -84,10 +84,10 @@ def test_arithmetic_of_a_forward_pass_is_what_torch_counts(family):
     """Attention scores are left out: on the CPU the counter does not see them."""
     moe = MoEModel(tiny_models.build(family))
     tokens = torch.zeros(1, 32, dtype=torch.int64)
-    hidden, kwargs = moe.embed(tokens)
+    call = moe.call(0, tokens)
     moe.model.set_experts_implementation("eager")
     with FlopCounterMode(display=False) as counter:
-        moe.blocks[0].forward(hidden, kwargs[0])
+        moe.blocks[0].forward(call)
     job = Job(1, 32, 1, 0, "none", 1, 2, 0, False, 4)
     planned = plan(moe, Recipe(group_size=32), job).phases["observe"].flops / len(moe.blocks)
     scores = 32 * 2 * 32 * 64  # tokens x (2 products, causal) x tokens x width of all heads

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.format import (
     INDEX,
@@ -24,9 +24,10 @@ from eacmoe_lightning.compressed.format import (
 )
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.models.pruned_config import pruned_config
-from eacmoe_lightning.models.transformers_loader import empty_model, loaded_dtypes
+from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
@@ -56,7 +57,7 @@ def save_compressed(
     """
     source = resolve_model(name_or_path)
     source_config = read_config(source) if is_compressed(source) else {}
-    config = pruned_config(original_config(source_config) if source_config else AutoConfig.from_pretrained(source), moe)
+    config = pruned_config(original_config(source_config) if source_config else read_original_config(source)[0], moe)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
     tied = _tied_names(moe.model)
     names = [name for name in moe.model.state_dict() if name not in tied]
@@ -67,7 +68,7 @@ def save_compressed(
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
-            missing = block.weights().keys() - quantized.keys()
+            missing = block.weights().keys() - quantized.keys() - description.get("unquantized", {}).keys()
             if missing and description.get("quantizer") != "none":
                 raise StoreError(f"{sorted(missing)[0]} was not quantized, so no model is written")
             weights.update({name: _described(weight) for name, weight in quantized.items()})
@@ -156,11 +157,12 @@ class CompressedWeights:
         self._config = original_config(config)
         self._config.dtype = self.dtype
         self._bits = config["quantization"]["bits"]
+        self.unquantized: dict[str, str] = config["quantization"].get("unquantized", {})
         moe = MoEModel(self.skeleton())
         self._blocks = moe.blocks
         self._owners = {name: block for block in moe.blocks for name in block.weights()}
         self._files = {name: SHARD.format(b.index) for b in moe.blocks for name in _names(b)}
-        self._dtypes = loaded_dtypes(moe.model, self.dtype)
+        self._dtypes = {name: tensor.dtype for name, tensor in moe.model.state_dict().items()}
 
     def __str__(self) -> str:
         return str(self.path)
@@ -180,7 +182,7 @@ class CompressedWeights:
             for name in names & quantized_names(tensors):
                 block = self._owners[name]
                 quantized = take_quantized(tensors, name, self._bits[name], block.weights()[name][1].shape[-1])
-                weights[name] = block.as_parameter(name, quantized.dequantize(self.dtype)).contiguous()
+                weights[name] = block.as_parameter(name, quantized.dequantize(self._dtypes[name])).contiguous()
             for name in names & tensors.keys():
                 tensor = tensors[name]
                 weights[name] = tensor.to(self._dtypes[name]) if tensor.is_floating_point() else tensor

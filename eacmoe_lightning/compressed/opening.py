@@ -41,7 +41,7 @@ class OpenedModel:
     @property
     def size_bytes(self) -> int:
         """Total size of the weight files."""
-        return size_of(self.directory)
+        return size_of(self.directory) if self.is_compressed else self.weights.files.size_bytes
 
     @cached_property
     def weights(self) -> CompressedWeights | Checkpoint:
@@ -55,10 +55,14 @@ class OpenedModel:
         return StreamedModel(self.weights, device)
 
     def in_memory(self) -> MoEModel:
-        """The whole model, with compressed weights decoded."""
+        """The whole model, with compressed or quantized weights decoded."""
         if self.is_compressed:
             return MoEModel(load(self.directory, self.dtype, packed=False))
-        return MoEModel(load_original(self.name, self.dtype))
+        if self.weights.files.scheme is None:
+            return MoEModel(load_original(self.name, self.dtype))
+        moe = self.streamed()
+        moe.load_all()
+        return MoEModel(moe.model)
 
 
 def open_model(name_or_path: str | Path, dtype: str = "auto", option: str = "--model") -> OpenedModel:

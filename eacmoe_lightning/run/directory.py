@@ -59,6 +59,11 @@ class RunDirectory:
         """The result if nothing is quantized: an ordinary model directory."""
         return self.path / "dense"
 
+    @property
+    def unquantized(self) -> Path:
+        """The linears that the run leaves as they are, with reasons."""
+        return self.path / "unquantized.json"
+
     def block(self, index: int) -> Path:
         return self.path / "blocks" / f"block_{index:03d}.safetensors"
 
