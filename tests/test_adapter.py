@@ -8,8 +8,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.checks import check_original
 from eacmoe_lightning.routers.router_weights import forced_weights
 
@@ -270,13 +272,15 @@ def test_a_dense_model_is_refused():
 
 
 @families
-def test_a_damaged_weight_is_named(family, ids):
+def test_a_damaged_weight_is_named(family, ids, tmp_path):
     model = tiny_models.build(family)
-    check_original(MoEModel(model), ids)
+    model.save_pretrained(tmp_path)
+    check_original(StreamedModel(Checkpoint(str(tmp_path))), ids)
     name, parameter = list(model.named_parameters())[4]
     parameter.data.view(-1)[7] = float("nan")
+    model.save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
-        check_original(MoEModel(model), ids)
+        check_original(StreamedModel(Checkpoint(str(tmp_path))), ids)
     assert name in str(error.value) and "NaN" in str(error.value)
 
 

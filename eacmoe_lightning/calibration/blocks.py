@@ -22,12 +22,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.calibration.overflow import overflow_in
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.solver import BlockSolver
 from eacmoe_lightning.calibration.streams import Streams, concatenate
-from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.block import Block, Groups, Routing
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.block import Groups
 from eacmoe_lightning.models.shrink import keep_experts
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.pruning.scores import ExpertScores, measured
@@ -111,7 +111,7 @@ class Calibration:
             if scores is not None:
                 self._prune(scores)
             self._groups = block.input_groups(streams.first_call(block))
-        with self.phase(block.index, "attention"):
+        with self.phase(block.index, "attention"), self._overflow_named():
             self._solve_part("attention")
             if block.is_moe:
                 self._router_input = streams.keep_router_input(block)
@@ -160,7 +160,7 @@ class Calibration:
             The block's statistics.
         """
         block, streams = self.block, self.streams
-        with self.phase(block.index, "experts"):
+        with self.phase(block.index, "experts"), self._overflow_named():
             if block.calibrates:
                 block.router_weight.copy_(router[block.kept])
             if block.is_moe:
@@ -189,9 +189,13 @@ class Calibration:
         differs = not torch.equal(block.input_of(block.experts.module, call), block.router_input(call))
         if differs:
             inputs = streams.keep_expert_input(block)
-        self.solver.solve_experts(inputs.flatten(0, 1), self._without_others(self._route()))
+        rows, routing = inputs.flatten(0, 1), self._without_others(self._route())
+        self.solver.solve_experts(rows, routing if len(rows) == len(routing.ids) else routing.by_pair())
         if differs:
             inputs.delete()
+
+    def _overflow_named(self) -> AbstractContextManager:
+        return overflow_in(f"{self.block.name} (block {self.at}), with the compressed weights", self.moe.model.dtype)
 
     def _solve_part(self, part: str) -> None:
         """Quantizes the linears of one part, one group that shares its input at a time, in the order they run."""
@@ -320,7 +324,7 @@ class Calibration:
                 f"{sorted(quantized.keys() ^ weights.keys())[0]} is in only one of them; {REMEDY}"
             )
         for name, q in quantized.items():
-            weights[name][1].copy_(q.dequantize(self.moe.model.dtype))
+            weights[name][1].copy_(q.dequantize(weights[name][1].dtype))
         if block.calibrates:
             block.router_weight.copy_(others[block.router_parameter_name])
 

@@ -185,7 +185,7 @@ class Recipe:
     def check(self, moe: MoEModel, processes: int = 1) -> None:
         """Raises ValueError if this recipe does not fit the model or the number of processes; computes nothing.
 
-        Linears whose inputs are no multiple of the group size stay unquantized, if they are a small part of their block.
+        Linears whose inputs are no multiple of the group size stay unquantized if they are a small part of their block.
         """
         if self.quantizes and self.solver.needs == "inputs" and processes > 1:
             raise ValueError(

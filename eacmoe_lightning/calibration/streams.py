@@ -14,12 +14,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from eacmoe_lightning.calibration.overflow import refuse_overflow
 from eacmoe_lightning.models.block import Block, Call, Routing
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter, State, StateFile, StateWriter, moved
 from eacmoe_lightning.run.ranks import Ranks
+
+WITH = {"x": "with the original's weights", "x_hat": "with the compressed weights"}
 
 
 class Streams:
@@ -61,7 +65,9 @@ class Streams:
         """Sets both streams to the input of block 0, the embedded tokens."""
         writer = self._new("block_000.x")
         for rows in self.slices:
-            writer.append(self.moe.embed(self._ids(rows)))
+            hidden = self.moe.embed(self._ids(rows))
+            refuse_overflow("the embedding's output", hidden, self.dtype)
+            writer.append(hidden)
         self.x = self.x_hat = writer.written()
 
     # --- through a block ----------------------------------------------------------------------------
@@ -73,10 +79,15 @@ class Streams:
 
         Returns:
             The router's output for all tokens; None for a dense block.
+
+        Raises:
+            ValueError: the block's output is not finite.
         """
         writer, routings = self._new(f"block_{block.index + 1:03d}.{name}"), []
         for rows in self.slices:
             output, routing = block.forward(self._call(block, getattr(self, name), rows))
+            where = f"{block.name} (block {block.index}): its output {WITH[name]}"
+            refuse_overflow(where, tree_leaves(output)[0], self.dtype)
             writer.append(output)
             routings.append(routing)
         self._writers[name] = writer
@@ -120,28 +131,28 @@ class Streams:
             yield x
 
     def counted(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Of values [n, ...] for the n tokens of the windows `rows`, those of tokens that count.
-
-        Values that are not one per token all count.
-        """
+        """Of values [n, ...] for the tokens of the windows `rows`, one or several for each token, those that count."""
         if self.counts is None:
             return x
         mask = self.counts[rows].flatten()
-        return x[mask.to(x.device)] if len(x) == len(mask) else x
+        return x[mask.repeat_interleave(len(x) // len(mask)).to(x.device)]
 
     def keep_router_input(self, block: Block) -> HiddenFile:
         """Writes what the router reads in the compressed stream [S, T, R] to a file, which the caller deletes."""
         return self._keep("router_input", (block.router_input(call) for call in self.calls(block)))
 
     def keep_expert_input(self, block: Block) -> HiddenFile:
-        """Writes what the experts read in the compressed stream [S, T, D] to a file, which the caller deletes."""
+        """Writes what the experts read in the compressed stream to a file, which the caller deletes.
+
+        It is [S, T, D], or [S, T * K, D] in a model whose experts get a row for each pair of a token and an expert.
+        """
         experts = block.experts.module
         return self._keep("expert_input", (block.input_of(experts, call) for call in self.calls(block)))
 
     def _keep(self, name: str, pieces: Iterator[Tensor]) -> HiddenFile:
         writer = HiddenWriter(self._directory / name, self.dtype or self.moe.model.dtype)
         for rows, piece in zip(self.slices, pieces, strict=True):
-            writer.append(piece.view(*self.windows[rows].shape, -1))
+            writer.append(piece.view(len(self.windows[rows]), -1, piece.shape[-1]))
         return writer.written()
 
     def first_call(self, block: Block) -> Call:

@@ -135,7 +135,7 @@ def prune(
         codes = (cut_out(given, block) for block in pruned.blocks)
         description = describe(given) | {"pruning": asdict(pruning) | {"routers": routers}}
         source = str(given.directory) if given.is_compressed else model
-        write_result(run, pruned, source, codes, description, windows[:1])
+        write_result(run, pruned, source, codes, description, windows[:1], identity["fingerprint"])
     with costed(run, None, "evaluate"):
         reference, scratch = whole(given.streamed(device)), run.scratch(0)
         after = before = evaluate(reference, pruned, heldout, batch_size, scratch=scratch)

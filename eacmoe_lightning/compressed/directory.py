@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.format import (
     INDEX,
@@ -24,9 +24,10 @@ from eacmoe_lightning.compressed.format import (
 )
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.models.pruned_config import pruned_config
-from eacmoe_lightning.models.transformers_loader import empty_model, loaded_dtypes
+from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
@@ -40,6 +41,7 @@ def save_compressed(
     name_or_path: str,
     quantized_blocks: Iterable[dict[str, QuantizedWeight]],
     description: dict[str, Any],
+    fingerprint: str | None = None,
 ) -> None:
     """Writes a compressed directory, whole or not at all.
 
@@ -50,13 +52,15 @@ def save_compressed(
             compressed directory that was pruned, which also gives the original's name and the skipping settings.
         quantized_blocks: per block, the quantized weights by parameter name.
         description: stored in the config under `quantization`.
+        fingerprint: of the original (`originals.fingerprint`), by which evaluations recognize it; a pruned compressed
+            model takes that of the directory that was pruned.
 
     Raises:
         StoreError: a weight is not quantized.
     """
     source = resolve_model(name_or_path)
     source_config = read_config(source) if is_compressed(source) else {}
-    config = pruned_config(original_config(source_config) if source_config else AutoConfig.from_pretrained(source), moe)
+    config = pruned_config(original_config(source_config) if source_config else read_original_config(source)[0], moe)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
     tied = _tied_names(moe.model)
     names = [name for name in moe.model.state_dict() if name not in tied]
@@ -87,7 +91,9 @@ def save_compressed(
                 "model_type": METHOD,
                 "format_version": _format_version(moe, weights),
                 "original": {
-                    "name_or_path": source_config["original"]["name_or_path"] if source_config else name_or_path,
+                    "name_or_path": name_or_path,
+                    "fingerprint": fingerprint,
+                    **{key: value for key, value in source_config.get("original", {}).items() if key != "config"},
                     "config": config.to_dict(),
                 },
                 "dtype": str(moe.model.dtype).rpartition(".")[2],
@@ -161,7 +167,7 @@ class CompressedWeights:
         self._blocks = moe.blocks
         self._owners = {name: block for block in moe.blocks for name in block.weights()}
         self._files = {name: SHARD.format(b.index) for b in moe.blocks for name in _names(b)}
-        self._dtypes = loaded_dtypes(moe.model, self.dtype)
+        self._dtypes = {name: tensor.dtype for name, tensor in moe.model.state_dict().items()}
 
     def __str__(self) -> str:
         return str(self.path)
@@ -181,7 +187,7 @@ class CompressedWeights:
             for name in names & quantized_names(tensors):
                 block = self._owners[name]
                 quantized = take_quantized(tensors, name, self._bits[name], block.weights()[name][1].shape[-1])
-                weights[name] = block.as_parameter(name, quantized.dequantize(self.dtype)).contiguous()
+                weights[name] = block.as_parameter(name, quantized.dequantize(self._dtypes[name])).contiguous()
             for name in names & tensors.keys():
                 tensor = tensors[name]
                 weights[name] = tensor.to(self._dtypes[name]) if tensor.is_floating_point() else tensor

@@ -11,12 +11,13 @@ from eacmoe_lightning.routers.expert_shift import RATES
 def summary(report: dict[str, Any]) -> str:
     """A few lines for the terminal."""
     bits, size, shift = report["bits"], report["size_bytes"], report["expert_shift"]["mean"]
+    stored = f" in {report['model']['stored']}" if "stored" in report["model"] else ""
     lines = [
         "",
         f"{report['model']['name_or_path']}: {report['model']['blocks']} blocks, {report['model']['experts']} experts, "
         f"top {report['model']['top_k']}, router {report['router']['method']}",
         f"bits {bits['nominal']:.2f} nominal, {bits['true']:.2f} with scales and zero points; "
-        f"{size['original'] / 1e6:.1f} MB -> {size['compressed'] / 1e6:.1f} MB",
+        f"{size['original'] / 1e6:.1f} MB{stored} -> {size['compressed'] / 1e6:.1f} MB",
     ]
     if pruning := report.get("pruning"):
         lines.append(

@@ -166,7 +166,7 @@ def plan(source: Source, weights: list[WeightGrid], architecture: Architecture) 
             kind = types[parameter]
         else:
             is_small = tensor.ndim == 1 or tensor.shape[0] == 1 or parameter in routers
-            kind = "F32" if is_small else DENSE[source.dtype]
+            kind = "F32" if is_small else DENSE[tensor.dtype]
         module, suffix = parameter, "weight"
         if tensor.ndim < 3:
             module, _, suffix = parameter.rpartition(".")

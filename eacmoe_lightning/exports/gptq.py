@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
                 tensors |= to_tensors(name, linear.quantized, is_v2)
             yield tensors
 
-    config = quantization_config(weights, source.linear_names(row.names), is_v2)
+    config = quantization_config(weights, source.linear_names(row.names), is_v2, source.decoded)
     write_checkpoint(source, directory, shards(), config)
     write_json(directory / "quantize_config.json", config)  # readers of v1 look here
 
@@ -95,19 +95,22 @@ def to_int32(codes: Tensor, bits: int) -> Tensor:
     return pack(codes, bits).view(torch.int32)
 
 
-def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]], is_v2: bool) -> dict[str, Any]:
+def quantization_config(
+    weights: list[WeightGrid], linears: dict[str, list[str]], is_v2: bool, decoded: Sequence[str] = ()
+) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     Args:
         weights: every quantized weight.
         linears: module names of each weight's linears, by parameter name.
         is_v2: whether the format is gptq_v2.
+        decoded: parameter names of linears that are written as ordinary weights; readers pass over their modules.
     """
     counts = Counter()
     for weight in weights:
         counts[weight.bits, weight.group_size] += weight.shape[0] if len(weight.shape) == 3 else 1
     (bits, group_size), _ = counts.most_common(1)[0]
-    dynamic = {}
+    dynamic = {f"-:{re.escape(name.removesuffix('.weight'))}$": {} for name in decoded}
     for weight in weights:
         if (weight.bits, weight.group_size) != (bits, group_size):
             pattern = f"+:{_pattern(weight, weights, linears[weight.name])}"
@@ -149,7 +152,7 @@ def _pattern(weight: WeightGrid, weights: list[WeightGrid], linears: list[str]) 
 def grid_of(linear: str, config: dict[str, Any]) -> tuple[int, int]:
     """Bits and group size that a reader uses for a module of this name."""
     for pattern, override in config["dynamic"].items():
-        if re.match(pattern.removeprefix("+:"), linear):
+        if pattern.startswith("+:") and re.match(pattern.removeprefix("+:"), linear):
             return override["bits"], override["group_size"]
     return config["bits"], config["group_size"]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -22,12 +22,14 @@ from torch import Tensor
 
 from eacmoe_lightning import targets
 from eacmoe_lightning.calibration.blocks import Calibration
+from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.job.block_callback import phase
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress
 from eacmoe_lightning.job.comparison import Comparison
 from eacmoe_lightning.job.trained import TrainedParts, router_key
+from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
@@ -38,9 +40,11 @@ from eacmoe_lightning.routers.joint import distillation, selection
 from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE
 from eacmoe_lightning.run.block_file import BlockStats, read_stats
 from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.memory import Watch
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
+from eacmoe_lightning.text.sources import stored_source
 from eacmoe_lightning.version import __version__
 
 
@@ -140,6 +144,7 @@ class QESC(Comparison):
                 raise ValueError(f"joint_{option}={value} (--model.joint_{option}) is negative")
         self.pruning = pruning
         self.fit_state: FitState | None = None
+        self.lock: RunLock | None = None  # on the run directory, held by the first process
         self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
         self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
         self.ridge, self.joint_selection = ridge, joint_selection
@@ -171,9 +176,12 @@ class QESC(Comparison):
         if stage != "fit":
             super().setup(stage)
             return
+        refuse_unsuitable(self.trainer, stage)
         resumes = getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None)
         if self.trainer.is_global_zero:
-            self.run.check(self.identity(), resumes)  # before a large model is read
+            self.lock = RunLock(self.run.path)
+            self.lock.refuse_if_taken()
+            self.run.check(self.settings(), resumes)  # before a large model is read
         weights = Checkpoint(self.name_or_path, self.dtype_name)
         moe = StreamedModel(weights, self.trainer.strategy.root_device)
         self.trainer.datamodule.check_model(moe, stage)
@@ -189,13 +197,17 @@ class QESC(Comparison):
         if self.trainer.is_global_zero:
             if not resumes:
                 print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
-                watch = Watch()
+            self.lock.take()
+            self.run.check(self.settings(), resumes)  # another job may have ended in between
+            watch = Watch()
+            identity = self.identity()
+            if not resumes:
                 check_original(moe, self.trainer.datamodule.calibration_windows[:1])
                 checked = watch.cost()
-            self.run.start(self.identity(), resumes)
+                write_json(self.run.unquantized, moe.unquantized)
+            self.run.start(identity, resumes)
             if not resumes:
                 self.run.add_cost(None, "check", checked)
-                write_json(self.run.unquantized, moe.unquantized)
         self.trainer.strategy.barrier()
         moe.leave(json.loads(self.run.unquantized.read_text()))
         joint = [kind for kind, lr in self.joint_lr.items() if lr] if self.joint_epochs else []
@@ -204,11 +216,31 @@ class QESC(Comparison):
         self.routers, self.norms = parts.routers, parts.norms  # submodules, so that Lightning knows their parameters
         self.scales, self.positions = parts.scales, parts.positions
         self.trainer.fit_loop.epoch_loop.max_steps = -1
-        if self.trainer.max_epochs in (None, -1):
+        if self.trainer.max_epochs in (None, -1) or self.trainer.max_epochs > self.num_epochs:
             self.trainer.fit_loop.max_epochs = self.num_epochs
 
+    def teardown(self, stage: str) -> None:
+        self.free_run()
+
+    def free_run(self) -> None:
+        """Lets other jobs work in the run directory."""
+        if self.lock is not None:
+            self.lock.release()
+
     def identity(self) -> dict[str, Any]:
-        """Every setting that the result of `fit` depends on, by option name."""
+        """Everything that the result of `fit` depends on: `settings`, and digests of the original and of the text."""
+        return self.settings() | {
+            "model.fingerprint": self.fingerprint,
+            "data.calibration_digest": self.trainer.datamodule.calibration_digest,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the original as it was when the job began."""
+        return fingerprint(self.name_or_path)
+
+    def settings(self) -> dict[str, Any]:
+        """Every option that the result of `fit` depends on, by name; local paths are absolute."""
         data = self.trainer.datamodule
         return {
             "version": __version__,
@@ -217,7 +249,6 @@ class QESC(Comparison):
                 for n in ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
             },
             "model.name_or_path": self.name_or_path,
-            "model.fingerprint": fingerprint(self.name_or_path),
             "model.dtype": self.dtype_name,
             **{f"model.{name}": value for name, value in self.recipe.record().items()},
             **{f"pruning.{name}": value for name, value in (vars(self.pruning) if self.pruning else {}).items()},
@@ -228,10 +259,8 @@ class QESC(Comparison):
                 for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
                 + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
             },
-            **{
-                f"data.{name}": getattr(data, name)
-                for name in ("calibration", "num_windows", "window_length", "batch_size", "seed")
-            },
+            "data.calibration": stored_source(data.calibration),
+            **{f"data.{name}": getattr(data, name) for name in ("num_windows", "window_length", "batch_size", "seed")},
         }
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -329,8 +358,22 @@ class QESC(Comparison):
             loss = self._joint_loss(batch)
         else:  # this block has no router to calibrate, or other processes hold all of this batch's windows
             loss = sum(weight.sum() for weight in self.parameters()) * 0
+        if not torch.isfinite(loss):
+            self._refuse_loss(loss)
         self.log("loss/joint" if self.is_joint else f"loss/block_{self.block_index:03d}", loss, prog_bar=False)
         return loss
+
+    def _refuse_loss(self, loss: Tensor) -> None:
+        """Raises ValueError for a loss that is NaN or infinite, before it changes a parameter."""
+        stage, rates = (
+            ("the joint stage", "joint_*_lr") if self.is_joint else (f"block {self.block_index}", "router_lr")
+        )
+        if self.moe.model.dtype == torch.float16:
+            raise overflow(f"the loss of {stage} is {loss.item()}: a logit (final norm, head or router)", torch.float16)
+        raise ValueError(
+            f"the loss of {stage} is {loss.item()}: the steps have diverged. Another run (--trainer.default_root_dir) "
+            f"with smaller learning rates (--model.{'joint_*_lr' if self.is_joint else 'router_lr'}) may not"
+        )
 
     def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean over the counted tokens of the global batch; this process may hold only some of its windows, or none."""

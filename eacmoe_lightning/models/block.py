@@ -5,9 +5,9 @@ Letters: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E expert
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,11 @@ class Routing:
     logits: Tensor  # [N, E] float32, before any softmax
     ids: Tensor  # [N, K] int64, the experts that ran
     weights: Tensor  # [N, K], their weights
+
+    def by_pair(self) -> Routing:
+        """The same with a row for each pair of a token and one of its experts, [N * K, ...]."""
+        logits = self.logits.repeat_interleave(self.ids.shape[1], 0)
+        return Routing(logits, self.ids.reshape(-1, 1), self.weights.reshape(-1, 1))
 
 
 # Gets a routing and, if it is known, the router's input. A routing that it returns runs instead.
@@ -64,10 +69,19 @@ class _Handles(list):
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments with which the model's own loop calls a layer for one batch (`MoEModel.call`)."""
+    """The arguments with which the model's own loop calls a layer for one batch (`MoEModel.call`).
+
+    Attributes:
+        args, kwargs: the arguments.
+        shared: what earlier blocks put into dicts that all blocks share (Gemma 4's keys and values): by name of the
+            argument, what each holds.
+        history: outputs of earlier blocks that the model's loop keeps for later ones, by number of the block.
+    """
 
     args: tuple
     kwargs: dict[str, Any]
+    shared: dict[str, dict[str, Any]] = field(default_factory=dict)
+    history: dict[str, Any] = field(default_factory=dict)
 
     @property
     def hidden(self) -> Tensor:
@@ -77,8 +91,12 @@ class Call:
     def with_hidden(self, hidden: Tensor) -> Call:
         """The same call for other hidden states."""
         if self.args:
-            return Call((hidden, *self.args[1:]), self.kwargs)
-        return Call((), self.kwargs | {"hidden_states": hidden})
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs=self.kwargs | {"hidden_states": hidden})
+
+    def shared_dicts(self) -> dict[str, MutableMapping]:
+        """The arguments that are dicts, by name."""
+        return {name: value for name, value in self.kwargs.items() if isinstance(value, MutableMapping)}
 
 
 class Reached(BaseException):
@@ -136,6 +154,7 @@ class Block:
     experts_name: str = ""
     linears: dict[str, str] = field(default_factory=dict)  # name in the layer -> attention | shared
     top_k: int = 0  # experts that a token selects
+    is_remembered: bool = False  # whether the model's loop needs this block's output again after the next block
     # linears that stay as they are, with the reason: name in the layer -> why
     unquantized: dict[str, str] = field(default_factory=dict)
     # in a pruned block, the original numbers of its experts [E]
@@ -236,6 +255,9 @@ class Block:
     def forward(self, call: Call, force_ids: Tensor | None = None) -> tuple[State, Routing | None]:
         """Runs the block: its call -> what it hands to the next block, and its routing.
 
+        That is the layer's output as it is: hidden states, or a tuple of them and of more. If more than the output goes
+        on to later blocks, it is a dict of the `output` and of `shared` and `history`, as in `Call`.
+
         With `force_ids` [N, K] the given experts run instead of the router's choice, with the weights
         that the router's scores give them (EAC-MoE, table 1).
         """
@@ -250,13 +272,24 @@ class Block:
             routings.append(routing)
             return forced
 
+        before = {name: dict(values) for name, values in call.shared_dicts().items()}
         handle = self.watch_router(record) if self.is_moe else None
         try:
             output = self.layer(*call.args, **call.kwargs)
         finally:
             if handle is not None:
                 handle.remove()
-        return output, routings[0] if routings else None
+        return self._handed_over(call, before, output), routings[0] if routings else None
+
+    def _handed_over(self, call: Call, before: dict[str, dict], output: Any) -> State:
+        """The block's state from its output, and from what its run changed in the dicts among its arguments."""
+        shared = dict(call.shared)
+        for name, values in call.shared_dicts().items():
+            added = {key: value for key, value in values.items() if before[name].get(key) is not value}
+            if added:
+                shared[name] = shared.get(name, {}) | added
+        history = call.history | ({str(self.index): output} if self.is_remembered else {})
+        return {"output": output, "shared": shared, "history": history} if shared or history else output
 
     def watch_router(self, watcher: Watcher) -> RemovableHandle | _Handles:
         """Calls `watcher` with each pass's routing and the router's input; a routing that it returns runs instead.

@@ -11,6 +11,7 @@ Letters: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E expert
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NoReturn
 
 from torch import nn
@@ -42,6 +43,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, list[Block]]:
         raise ValueError(f"{config.model_type}: the model has no list of {num_layers} decoder layers")
     if not any(block.is_moe for block in blocks):
         _refuse(config, num_layers)
+    for block, following in pairwise(blocks):
+        block.is_remembered = getattr(following.layer, "is_block_boundary", False)  # Inkling 2
     moe_names = {block.experts_name.rpartition(".")[0] for block in blocks if block.is_moe}
     for block in blocks:
         block.top_k = _top_k(block, config) if block.is_moe else 0
@@ -59,17 +62,24 @@ def _is_of_another_part(model: PreTrainedModel, name: str) -> bool:
 
 def _refuse(config: PreTrainedConfig, num_layers: int) -> NoReturn:
     """Raises the ValueError of a model in which no experts were found."""
-    counts = sorted(n for n, v in config.to_dict().items() if counts_experts(n) and isinstance(v, int) and v > 1)
+    options = config.to_dict()
+    nested = [inner for inner in options.values() if isinstance(inner, dict)]
+    counts = sorted(
+        f"{name}={value}"
+        for values in (options, *nested)
+        for name, value in values.items()
+        if isinstance(name, str) and counts_experts(name) and isinstance(value, int) and value > 1
+    )
     if counts:
         raise ValueError(
-            f"{config.model_type!r}: its config has experts ({counts[0]}={getattr(config, counts[0], '?')}), but none of "
+            f"{config.model_type!r}: its config has experts ({counts[0]}), but none of "
             f"its {num_layers} blocks has them in a form that is recognized: a module with the stacked weights "
             "`gate_up_proj` or `up_proj`, and `down_proj`, next to a router that returns (logits, weights, ids). "
             "eacmoe_lightning/models/forms.py says how to describe another form from outside the package"
         )
     raise ValueError(
-        f"{config.model_type!r} has no routed experts in any of its {num_layers} blocks: it is a dense model, and there "
-        "is no router to calibrate. Pass a Mixture-of-Experts model (--model.name_or_path), for example `bundled`"
+        f"{config.model_type!r} has no routed experts in any of its {num_layers} blocks: it is a dense model, and "
+        "there is no router to calibrate. Pass a Mixture-of-Experts model (--model.name_or_path), for example `bundled`"
     )
 
 
@@ -84,7 +94,9 @@ def _find_parts(index: int, name: str, layer: nn.Module) -> Block:
     if block.is_moe:
         up, down = (getattr(block.experts.module, projection) for projection in block.experts.projections)
         if len(up.shape) != 3 or up.shape[0] != down.shape[0]:
-            raise ValueError(f"{name}: {block.experts.up_name} has {up.shape[0]} experts, and down_proj {down.shape[0]}")
+            raise ValueError(
+                f"{name}: {block.experts.up_name} has {up.shape[0]} experts, and down_proj {down.shape[0]}"
+            )
         moe = layer.get_submodule(moe_name)
         router = _router_among(moe, block)
         select_in_router(moe, router)
@@ -93,6 +105,9 @@ def _find_parts(index: int, name: str, layer: nn.Module) -> Block:
     for path, module in layer.named_modules():
         if not isinstance(module, nn.Linear) or module.out_features == 1:
             continue  # a linear with one row is a shared expert's gate, which is not quantized
+        if type(module).forward is not nn.Linear.forward:
+            block.unquantized[path] = f"{type(module).__name__} is no plain product with a matrix"
+            continue
         if block.is_moe and (path == block.router_name or path.startswith(f"{block.router_name}.")):
             continue
         block.linears[path] = "shared" if block.is_moe and _is_beside_experts(path, moe_name) else "attention"

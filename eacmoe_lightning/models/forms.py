@@ -59,15 +59,11 @@ def bring_into_form(layer: nn.Module) -> None:
 
 @register_form("Llama4TextMoe")
 def _llama4(moe: nn.Module) -> None:
-    """Llama 4 multiplies the experts' input by the router's score, and runs every expert on every token.
+    """Llama 4 multiplies the experts' input by the router's score and runs every expert on every token.
 
-    Here only the selected expert runs, on the scaled input and with weight 1. The others add exact zeros.
-
-    Raises:
-        ValueError: tokens select more than one expert, which no published Llama 4 does.
+    Here only the selected experts run, on the scaled input and with weight 1; the others add exact zeros. Each expert
+    of a token has an input of its own, so the experts get a row for each pair of a token and one of its experts.
     """
-    if moe.top_k != 1:
-        raise ValueError(f"llama4_text with num_experts_per_tok={moe.top_k}: only 1 is supported, as published")
     experts, router = moe.experts, moe.router
     experts.has_gate, experts.has_bias, experts.is_transposed, experts.has_standard_gate = True, False, True, True
     experts._apply_gate = partial(_llama4_gate, experts)
@@ -100,5 +96,6 @@ def _llama4_router(router: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor, T
 def _llama4_moe(moe: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     hidden = hidden.reshape(-1, moe.hidden_dim)
     logits, scores, ids = moe.router(hidden)
-    routed = moe.experts(hidden * scores, ids, torch.ones_like(scores))
-    return moe.shared_expert(hidden) + routed, logits
+    scaled = (hidden[:, None] * scores[..., None]).flatten(0, 1)  # [N * K, D]
+    routed = moe.experts(scaled, ids.view(-1, 1), scaled.new_ones(len(scaled), 1))
+    return moe.shared_expert(hidden) + routed.view(len(hidden), -1, routed.shape[-1]).sum(1), logits

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -113,11 +113,16 @@ class MoEModel:
         """
         calls: list[Call] = []
 
+        shared, history = (state["shared"], state["history"]) if isinstance(state, dict) else ({}, {})
+
         def record(*args, **kwargs) -> NoReturn:
-            calls.append(Call(args, kwargs))
+            call = Call(args, kwargs, shared, history)
+            for name, values in shared.items():
+                call.kwargs[name].update(values)
+            calls.append(call)
             raise Reached
 
-        with self.blocks_replaced(lambda i: record if i == index else partial(_handed_over, state)):
+        with self.blocks_replaced(lambda i: record if i == index else partial(_handed_over, state, i)):
             try:
                 self.decoder_of_text(input_ids=input_ids, use_cache=False)
             except Reached:
@@ -130,7 +135,7 @@ class MoEModel:
 
     def head(self, state: State, input_ids: Tensor) -> Tensor:
         """What the last block hands over, and its batch [B, T] -> logits [B, T, V], by the model's own code."""
-        with self.blocks_replaced(lambda _: partial(_handed_over, state)):
+        with self.blocks_replaced(lambda i: partial(_handed_over, state, i)):
             return self.model(input_ids=input_ids, use_cache=False).logits
 
     @contextmanager
@@ -192,9 +197,9 @@ class MoEModel:
             parameters[name].copy_(tensor)
 
 
-def _handed_over(state: State, *args, **kwargs) -> State:
-    """In the place of a block's forward pass."""
-    return state
+def _handed_over(state: State, index: int, *args, **kwargs) -> Any:
+    """In the place of a block's forward pass: its output."""
+    return state["history"].get(str(index), state["output"]) if isinstance(state, dict) else state
 
 
 def _keep_float32(block: Block) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,12 @@ NUM_TOKENS = 8  # for which experts are run one by one
 
 
 @torch.no_grad()
-def check_parts(moe: MoEModel, input_ids: Tensor, on_block: Callable[[Block], None] = lambda block: None) -> None:
+def check_parts(
+    moe: MoEModel,
+    input_ids: Tensor,
+    before: Callable[[Block], None] = lambda block: None,
+    after: Callable[[Block, Call], None] = lambda block, call: None,
+) -> None:
     """Compares every block, router and expert as a part with the model's own forward pass; reads each block once.
 
     Linears that do not run are moved to `Block.unquantized`.
@@ -35,7 +41,8 @@ def check_parts(moe: MoEModel, input_ids: Tensor, on_block: Callable[[Block], No
     Args:
         moe: the original model.
         input_ids: [B, T].
-        on_block: called with each block while its weights are in memory.
+        before, after: called with each block while its weights are in memory, before it is checked, and with its call
+            afterwards.
 
     Raises:
         ValueError: a part differs from the model; names the first block and what differs.
@@ -46,15 +53,15 @@ def check_parts(moe: MoEModel, input_ids: Tensor, on_block: Callable[[Block], No
         layer = moe.blocks[index].layer
         return partial(type(layer).forward, layer)
 
-    def run(block: Block, *args, **kwargs) -> State:
+    def run(block: Block, *args, **kwargs) -> Any:
         with moe.loaded(block.index), moe.blocks_replaced(of_class):
-            on_block(block)
+            before(block)
             with _in_its_own_form(block.layer):
                 expected = of_class(block.index)(*args, **kwargs)
             call = moe.call(block.index, input_ids, states[-1] if states else None)
             _compare(f"{block.name}: its input", call.hidden, Call(args, kwargs).hidden)
-            _check_block(block, call, expected)
-        states[:] = [expected]
+            states[:] = [_check_block(block, call, expected)]
+            after(block, call)
         return expected
 
     with moe.blocks_replaced(lambda index: partial(run, moe.blocks[index])):
@@ -64,17 +71,18 @@ def check_parts(moe: MoEModel, input_ids: Tensor, on_block: Callable[[Block], No
     _compare(f"{moe.config.model_type}: its head", moe.head(states[-1], input_ids), logits)
 
 
-def _check_block(block: Block, call: Call, expected: State) -> None:
+def _check_block(block: Block, call: Call, expected: Any) -> State:
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     handle = None
     if block.is_moe:
         module = block.experts.module
         handle = module.register_forward_hook(lambda _, args, output: seen.append((*args[:3], output)))
     try:
-        output, routing = block.forward(call)
+        state, routing = block.forward(call)
     finally:
         if handle is not None:
             handle.remove()
+    output = state["output"] if isinstance(state, dict) else state
     parts = output if isinstance(output, tuple) else (output,)
     wanted = expected if isinstance(expected, tuple) else (expected,)
     for part, own in zip(parts, wanted, strict=True):
@@ -84,6 +92,7 @@ def _check_block(block: Block, call: Call, expected: State) -> None:
     if block.is_moe:
         _check_router(block, call, routing)
         _check_experts(block, *seen[0])
+    return state
 
 
 def _check_router(block: Block, call: Call, routing: Routing) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.block import Groups
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.pruning.scores import CRITERIA
 
 
@@ -47,7 +47,9 @@ class PruningRule:
         for block in moe.moe_blocks:
             groups = Groups.of(block)
             if not block.calibrates:
-                raise ValueError(f"{block.name}: its router has no matrix with one row per expert, so none can be removed")
+                raise ValueError(
+                    f"{block.name}: its router has no matrix with one row per expert, so no expert can be removed"
+                )
             if self.alpha is not None:
                 if groups.number > 1:
                     raise ValueError(

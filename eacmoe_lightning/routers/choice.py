@@ -1,4 +1,4 @@
-"""What a router selects by: its scores plus a correction, where it has one (DeepSeek-V3, arXiv 2412.19437, section 2.1).
+"""What a router selects by: its scores plus a correction, if it has one (DeepSeek-V3, arXiv 2412.19437, section 2.1).
 
 Such a router turns logits into scores, adds a bias to them that balances the load, and takes the largest sums; the
 weights are made of the scores alone. So the largest logits are not the selected experts.

@@ -58,7 +58,9 @@ def distillation(logits: Tensor, target: Tensor) -> Tensor:
     return nn.functional.kl_div(log_probabilities, target, reduction="none", log_target=True).sum(-1)
 
 
-def selection(students: Mapping[int, Tensor], teachers: Mapping[int, Tensor], loss: RouterLoss, top_k: Mapping[int, int]) -> Tensor:
+def selection(
+    students: Mapping[int, Tensor], teachers: Mapping[int, Tensor], loss: RouterLoss, top_k: Mapping[int, int]
+) -> Tensor:
     """The mean router loss over blocks: logits [N, E] and experts per token by block -> [N].
 
     Each block's logits are divided by the standard deviation of the original's, because their size differs between

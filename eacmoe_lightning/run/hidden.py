@@ -18,17 +18,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import (
+    TreeSpec,
+    tree_flatten,
+    tree_map_only,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
 
 from eacmoe_lightning.run.files import REMEDY, StoreError, full_disk_named, partial_name, settle, write_json
 
 HASHED_AT_ONCE = 1 << 26  # bytes read at a time to compute a checksum
 
 
-def rows_of(state: State, rows: slice) -> State:
-    """The state of some rows of the batch."""
-    if isinstance(state, tuple):
-        return tuple(None if tensor is None else tensor[rows] for tensor in state)
-    return state[rows]
+# What a block hands to the next: hidden states [B, T, D]; in some models a tuple of them and of more, or a dict around
+# them (`models.block.Block.forward`). The first tensor is the hidden states.
+State = Any
+
+
+def moved(state: State, device: torch.device) -> State:
+    """The state on another device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), state)
+
+
+def rows_of(state: State, rows: Any) -> State:
+    """Some rows of a state, or whatever else can be cut from all of its tensors: `rows` is their index."""
+    return tree_map_only(Tensor, lambda tensor: tensor[rows], state)
 
 
 class HiddenFile:
@@ -138,29 +154,17 @@ class HiddenWriter:
         return HiddenFile(self.path, file.shape, self.dtype)
 
 
-# What a block hands to the next: hidden states [B, T, D]; in some models a tuple of them and of more, as the layer
-# returns it (GLM-5's indices of attended tokens, ZAYA's router states).
-State = Tensor | tuple[Tensor | None, ...]
-
-
-def moved(state: State, device: torch.device) -> State:
-    """The state on another device."""
-    if isinstance(state, tuple):
-        return tuple(None if tensor is None else tensor.to(device) for tensor in state)
-    return state.to(device)
-
-
 class StateFile:
-    """States [S, ...] on disk: hidden states, or a tuple of tensors. Indexing by rows gives the states of these rows.
+    """States [S, ...] on disk. Indexing by rows gives the states of these rows.
 
     Args:
-        files: one per tensor, in the order of the tuple; None where the state has None.
-        is_tuple: whether a state is a tuple.
+        files: one per tensor, in their order in the state; None where the state has None.
+        spec: the state's structure.
         dtype: dtype of the hidden states that are returned; None returns them as stored.
     """
 
-    def __init__(self, files: list[HiddenFile | None], is_tuple: bool, dtype: torch.dtype | None) -> None:
-        self.files, self.is_tuple, self.dtype = files, is_tuple, dtype
+    def __init__(self, files: list[HiddenFile | None], spec: TreeSpec, dtype: torch.dtype | None) -> None:
+        self.files, self.spec, self.dtype = files, spec, dtype
 
     @property
     def path(self) -> Path:
@@ -170,7 +174,7 @@ class StateFile:
         tensors = [None if file is None else file[rows] for file in self.files]
         if self.dtype is not None:
             tensors[0] = tensors[0].to(self.dtype)
-        return tuple(tensors) if self.is_tuple else tensors[0]
+        return tree_unflatten(tensors, self.spec)
 
     def delete(self) -> None:
         for file in self.files:
@@ -188,7 +192,7 @@ class StateFile:
         parts = written["parts"]
         others = [HiddenFile.open(_part(path, i), note) if parts[i] else None for i in range(1, len(parts))]
         dtype = written["returned_dtype"]
-        return cls([first, *others], written["is_tuple"], dtype and getattr(torch, dtype))
+        return cls([first, *others], treespec_loads(written["spec"]), dtype and getattr(torch, dtype))
 
 
 class StateWriter:
@@ -202,7 +206,7 @@ class StateWriter:
     def __init__(self, path: Path, dtype: torch.dtype | None) -> None:
         self.path, self.dtype = path, dtype
         self._writers: list[HiddenWriter | None] = []
-        self._is_tuple = False
+        self._spec: TreeSpec = tree_flatten(torch.empty(0))[1]
         self._returned: torch.dtype | None = None  # the hidden states' dtype, if another one is stored
 
     def append(self, state: State) -> None:
@@ -211,9 +215,9 @@ class StateWriter:
         Raises:
             StoreError: the disk is full.
         """
-        tensors = state if isinstance(state, tuple) else (state,)
+        tensors, self._spec = tree_flatten(state)
         if not self._writers:
-            self._is_tuple, hidden = isinstance(state, tuple), tensors[0]
+            hidden = tensors[0]
             dtypes = [self.dtype or hidden.dtype, *(None if tensor is None else tensor.dtype for tensor in tensors[1:])]
             self._returned = hidden.dtype if self.dtype not in (None, hidden.dtype) else None
             self._writers = [dtype and HiddenWriter(_part(self.path, i), dtype) for i, dtype in enumerate(dtypes)]
@@ -235,7 +239,7 @@ class StateWriter:
         others = [writer and writer.finish(note) for writer in self._writers[1:]]
         content = {
             "parts": [writer is not None for writer in self._writers],
-            "is_tuple": self._is_tuple,
+            "spec": treespec_dumps(self._spec),
             "returned_dtype": self._returned and str(self._returned).rpartition(".")[2],
         }
         return self._as_file([self._writers[0].finish(note, content), *others])
@@ -245,11 +249,11 @@ class StateWriter:
             self._writers = [HiddenWriter(self.path, self.dtype or torch.float32)]
 
     def _as_file(self, files: list[HiddenFile | None]) -> StateFile:
-        return StateFile(files, self._is_tuple, self._returned)
+        return StateFile(files, self._spec, self._returned)
 
 
 def _part(path: Path, number: int) -> Path:
-    """The file of a state's tensor with this number in the tuple."""
+    """The file of a state's tensor with this number."""
     return path.with_name(f"{path.name}.{number}") if number else path
 
 

@@ -17,7 +17,7 @@ from eacmoe_lightning.evaluation.choice_task import Questions, accuracy, choose
 from eacmoe_lightning.models.block import Block, Routing
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.routers.expert_shift import change_counts, change_rates, expert_load, mean_rates
-from eacmoe_lightning.run.hidden import State
+from eacmoe_lightning.run.hidden import State, rows_of
 
 
 @dataclass
@@ -123,8 +123,7 @@ class Measurement:
         if not remember:
             tokens = sum(text.windows.numel() for text in self.texts.values())
             rates = [
-                change_rates(row, tokens, block.top_k)
-                for row, block in zip(counts, self.moe.moe_blocks, strict=True)
+                change_rates(row, tokens, block.top_k) for row, block in zip(counts, self.moe.moe_blocks, strict=True)
             ]
             result["expert_shift"] = mean_rates(rates)
             result["expert_shift_blocks"] = {
@@ -135,9 +134,9 @@ class Measurement:
     def _score(self, batch: _Batch, state: State) -> Tensor:
         """Nats [B, n] of the scored tokens; the head runs for these alone."""
         scored, ids = slice(batch.first - 1, -1), batch.input_ids.to(self.moe.device)
-        hidden = state[0] if isinstance(state, tuple) else state
-        last = hidden[:, scored]
-        logits = self.moe.head((last, *state[1:]) if isinstance(state, tuple) else last, ids[:, scored]).float()
+        if isinstance(state, dict):
+            state = state | {"shared": {}}  # which the head does not read
+        logits = self.moe.head(rows_of(state, (slice(None), scored)), ids[:, scored]).float()
         targets = ids[:, batch.first :]
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 

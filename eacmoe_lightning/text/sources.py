@@ -32,6 +32,7 @@ This module uses neither Lightning nor global random state.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -272,3 +273,15 @@ def _join_lines(rows: Iterable[Document]) -> Iterator[Document]:
     else:
         yield from first
         yield from rows
+
+
+def stored_source(source: str) -> str:
+    """A source as runs store it: with the absolute path of a file or a directory of this machine, else unchanged."""
+    whole = _take_column(_take_part(source)[0], None)[0]
+    match = None if _is_path(whole) else SPLIT.search(whole)
+    name = whole[: match.start()] if match else whole
+    path = Path(name).expanduser()
+    is_local = path.exists() or (match is not None and path.parent.is_dir() and path.parent != Path())
+    if source.startswith("bundled:") or not is_local:
+        return source
+    return os.path.abspath(path) + source[len(name) :]

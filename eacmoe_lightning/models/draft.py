@@ -1,0 +1,65 @@
+"""Draft layers: layers after the last block that engines use to guess several tokens ahead (MTP, next-n prediction).
+
+transformers runs without them, so they are no part of the model that is compressed. They are carried along unchanged
+where the result has the shapes that they were trained for, or left out, and then the config no longer promises them.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+NUMBER = re.compile(r"(nextn|mtp)")  # options like num_nextn_predict_layers, mtp_num_hidden_layers, num_mtp_modules
+COUNTS = ("num", "layers", "modules")
+LAYER = re.compile(r"^((?:\w+\.)*?layers)\.(\d+)\.")
+NAMED = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?\.")
+ELSEWHERE = re.compile(r"vis|audio|image|encoder|tower|talker")
+
+
+def draft_keys(config: PreTrainedConfig, keys: Iterable[str]) -> list[str]:
+    """The tensors of the draft layers among the keys of a checkpoint.
+
+    These are layers numbered from `num_hidden_layers` on, as many as the config promises, and everything that is named
+    after the method.
+    """
+    text = config.get_text_config()
+    first, promised = text.num_hidden_layers, promised_layers(config)
+    found = []
+    for key in keys:
+        layer = LAYER.match(key)
+        beyond = layer and first <= int(layer[2]) < first + promised and not ELSEWHERE.search(layer[1])
+        if beyond or NAMED.search(key):
+            found.append(key)
+    return found
+
+
+def promised_layers(config: PreTrainedConfig) -> int:
+    """The number of draft layers that a config promises."""
+    return max((value for _, _, value in _options(config)), default=0)
+
+
+def without_draft(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with a promise of 0 draft layers; the same object if it promises none."""
+    if not promised_layers(config):
+        return config
+    config = copy.deepcopy(config)
+    for owner, name, _ in _options(config):
+        if isinstance(owner, dict):
+            owner[name] = 0
+        else:
+            setattr(owner, name, 0)
+    return config
+
+
+def _options(config: PreTrainedConfig) -> Iterator[tuple[Any, str, int]]:
+    """Every option that promises draft layers: who holds it, its name and its value, which is positive."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        holders = [part, *(v for n, v in vars(part).items() if isinstance(v, dict) and NUMBER.search(n))]
+        for holder in holders:
+            for name, value in list((holder if isinstance(holder, dict) else vars(holder)).items()):
+                if type(value) is int and value > 0 and NUMBER.search(name) and any(word in name for word in COUNTS):
+                    yield holder, name, value
