@@ -117,6 +117,7 @@ class Calibration:
                 self._router_input = streams.keep_router_input(block)
                 self._routes_alone = block.routes_alone(streams.first_call(block))
                 self._count_shift("before")
+                self._count_sources()
         self.entered = True
 
     def _observe(self) -> None:
@@ -256,6 +257,22 @@ class Calibration:
         name, ids = ("original", teacher.ids) if when == "before" else ("compressed", student_ids)
         load = sum_(expert_load(ids, self._teacher.logits.shape[1]))
         self.stats.expert_load[name] = load.tolist()
+
+    def _count_sources(self) -> None:
+        """Records the original router's loads by calibration text, and warns if the first router starves experts."""
+        teacher, streams, num_experts = self._teacher, self.streams, self._teacher.logits.shape[1]
+        for windows in streams.sources if streams.sources is not None else ():
+            tokens = streams.counted(windows.repeat_interleave(len(teacher.ids) // len(windows)))
+            load = self.ranks.sum(expert_load(streams.counted(teacher.ids)[tokens], num_experts))
+            self.stats.source_load.append(load.tolist())
+        fewest = self.recipe.min_expert_tokens
+        starved = [e for e, load in enumerate(self.stats.expert_load["original"]) if load < fewest]
+        if starved and self.at == self.moe.moe_blocks[0].index and self.ranks.is_first:
+            log.warning(
+                "block %d: fewer than %d tokens (--model.min_expert_tokens) select each of %d of the %d experts: %s. "
+                "More windows (--data.num_windows) or other texts (--data.calibration) reach more of them",
+                *(self.at, fewest, len(starved), num_experts, ", ".join(map(str, starved[:16]))),
+            )
 
     def _counted(self, routing: Routing) -> Routing:
         """The routing of the tokens that count."""

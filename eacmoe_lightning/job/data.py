@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import lightning as L
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -15,7 +16,7 @@ from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.files import check_fetched, read_text
 from eacmoe_lightning.text.sources import documents, name_sources
-from eacmoe_lightning.text.windows import Windows, cut_windows, digest
+from eacmoe_lightning.text.windows import Windows, cut_windows, digest, join_windows, split_windows
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ class TextWindows(L.LightningDataModule):
     `wikitext/wikitext-2-raw-v1:train` (text/sources.py has the grammar). `SOURCE#COLUMN` names a column of it.
 
     Args:
-        calibration: Source of the calibration text.
+        calibration: Source of the calibration text; or several, as a list or {name: source}, each of which gives its
+            share of the windows.
         heldout: Sources of the held-out texts: one source, a list, or {name: source}. None takes every held-out text
             that is bundled with the package; [] takes none, and the report of fit is then without an evaluation.
         predict: Source of the text that `predict` scores; None takes the held-out texts.
@@ -43,6 +45,7 @@ class TextWindows(L.LightningDataModule):
         chat_template: File with the Jinja template that renders conversations; None takes the tokenizer's.
         answers_only: Let only the tokens of the assistant's turns count in the calibration; the others are their
             context.
+        shares: By name of a calibration text, its share of the windows, in any unit; None gives all the same.
         separate: Begin a window with every document of the calibration text, so that no token attends to another
             document; what a short document leaves of its window does not count.
 
@@ -52,7 +55,7 @@ class TextWindows(L.LightningDataModule):
 
     def __init__(
         self,
-        calibration: str = "bundled:calibration",
+        calibration: dict[str, str] | list[str] | str = "bundled:calibration",
         heldout: dict[str, str] | list[str] | str | None = None,
         predict: str | None = None,
         num_windows: int = 128,
@@ -65,6 +68,7 @@ class TextWindows(L.LightningDataModule):
         column: str | None = None,
         chat_template: str | None = None,
         answers_only: bool = False,
+        shares: dict[str, float] | None = None,
         separate: bool = False,
     ):
         super().__init__()
@@ -88,6 +92,10 @@ class TextWindows(L.LightningDataModule):
         self.chat_template = chat_template
         self.answers_only = answers_only
         self.separate = separate
+        self.calibration_texts = name_sources(calibration, "--data.calibration")
+        if not self.calibration_texts:
+            raise ValueError("--data.calibration is empty: pass one or more sources")
+        self.windows_by_text = split_windows(num_windows, list(self.calibration_texts), shares)
 
     @property
     def heldout_names(self) -> list[str]:
@@ -96,10 +104,21 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def _calibration(self) -> Windows:
-        return self._windows(
-            "calibration", self.calibration, "num_windows", self.num_windows, self.seed,
-            answers_only=self.answers_only, separate=self.separate,
-        )  # fmt: skip
+        texts = [
+            self._windows(
+                "calibration", source, "num_windows", self.windows_by_text[name], self.seed,
+                answers_only=self.answers_only, separate=self.separate,
+            )
+            for name, source in self.calibration_texts.items()
+        ]  # fmt: skip
+        return join_windows(texts)
+
+    @property
+    def calibration_sources(self) -> Tensor:
+        """bool [C, S]: the calibration windows of each calibration text, in the order of `calibration_texts`."""
+        numbers = torch.tensor(list(self.windows_by_text.values()))
+        text = torch.arange(len(numbers)).repeat_interleave(numbers)
+        return text == torch.arange(len(numbers)).unsqueeze(1)
 
     @property
     def calibration_windows(self) -> Tensor:
@@ -153,7 +172,7 @@ class TextWindows(L.LightningDataModule):
         Raises:
             ValueError: a text holds a token that the model's embedding has no row for.
         """
-        texts = {("calibration", self.calibration): self.calibration_windows} if stage == "fit" else {}
+        texts = {("calibration", str(self.calibration)): self.calibration_windows} if stage == "fit" else {}
         if stage == "predict" and self.predict is not None:
             texts["predict", self.predict] = self.predict_windows
         else:
@@ -167,12 +186,22 @@ class TextWindows(L.LightningDataModule):
                     f"has only {num_rows} rows (ids 0 to {num_rows - 1}): pass the tokenizer that belongs to the "
                     "model (--data.tokenizer), a text without this token, or a model with resized embeddings"
                 )
+        if stage == "fit":
+            self._warn_of_repeated_windows()
         positions = getattr(moe.config, "max_position_embeddings", None)
         if positions and self.window_length > positions:
             log.warning(
                 "windows of %d tokens (--data.window_length) are longer than the %d positions that the model was made "
                 "for (max_position_embeddings in its config.json); pass --data.window_length %d or less",
                 *(self.window_length, positions, positions),
+            )
+
+    def _warn_of_repeated_windows(self) -> None:
+        num_windows, num_different = len(self.calibration_windows), len(self.calibration_windows.unique(dim=0))
+        if num_different < num_windows:
+            log.warning(
+                "%d of the %d calibration windows repeat others: the text (--data.calibration) repeats itself",
+                *(num_windows - num_different, num_windows),
             )
 
     def train_dataloader(self) -> WindowLoader:

@@ -44,7 +44,7 @@ from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.memory import Watch
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
-from eacmoe_lightning.text.sources import stored_source
+from eacmoe_lightning.text.sources import stored_sources
 from eacmoe_lightning.version import __version__
 
 
@@ -259,7 +259,7 @@ class QESC(Comparison):
                 for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
                 + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
             },
-            "data.calibration": stored_source(data.calibration),
+            "data.calibration": stored_sources(data.calibration),
             **{f"data.{name}": getattr(data, name) for name in ("num_windows", "window_length", "batch_size", "seed")},
         }
 
@@ -280,10 +280,10 @@ class QESC(Comparison):
         shard_rows = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
         windows = data.calibration_windows[shard_rows.start : shard_rows.stop]
         dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
-        counts = data.calibration_weights
+        counts, rows = data.calibration_weights, slice(shard_rows.start, shard_rows.stop)
         streams = Streams(
             self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0,
-            None if counts is None else counts[shard_rows.start : shard_rows.stop],
+            None if counts is None else counts[rows], data.calibration_sources[:, rows],
         )  # fmt: skip
         self.fit_state.calibration = Calibration(
             self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning

@@ -109,6 +109,31 @@ def cut_windows(
     return Windows(windows[chosen].clone(), marked)
 
 
+def split_windows(num_windows: int, texts: list[str], shares: dict[str, float] | None) -> dict[str, int]:
+    """The number of windows of each text, in proportion to its share; rounded so that the sum is `num_windows`.
+
+    Raises:
+        ValueError: the shares are not positive or not those of the texts, or a text would get no window.
+    """
+    shares = dict.fromkeys(texts, 1.0) if shares is None else shares
+    if set(shares) != set(texts) or any(share <= 0 for share in shares.values()):
+        raise ValueError(f"--data.shares={shares} must give each of {', '.join(texts)} a share above 0")
+    exact = {text: num_windows * shares[text] / sum(shares.values()) for text in texts}
+    numbers = {text: int(number) for text, number in exact.items()}
+    for text in sorted(texts, key=lambda text: numbers[text] - exact[text])[: num_windows - sum(numbers.values())]:
+        numbers[text] += 1
+    if num_windows >= 1 and 0 in numbers.values():
+        none = ", ".join(text for text, number in numbers.items() if not number)
+        raise ValueError(f"--data.num_windows={num_windows} leaves no window for {none}: pass more windows")
+    return numbers
+
+
+def join_windows(texts: list[Windows]) -> Windows:
+    """The windows of several texts, one after another."""
+    counts = [text.counts for text in texts]
+    return Windows(torch.cat([text.input_ids for text in texts]), None if counts[0] is None else torch.cat(counts))
+
+
 def _check_enough(
     available: int,
     num_windows: int | None,
