@@ -93,6 +93,7 @@ def answers(tokenizer, messages: list[dict], **row) -> list[str]:
         {"conversations": TALK},
         {"conversations": [{"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in TALK]},
         {"conversation": TALK},
+        {"messages": [{**m, "role": {"user": "Human"}.get(m["role"], "Assistant")} for m in TALK]},
         {"prompt": TALK[:3], "completion": TALK[3:]},
         {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in TALK]},
         {"messages": [{**m, "name": None, "tool_calls": None} for m in TALK], "prompt": "What is two and two?"},
@@ -141,6 +142,12 @@ def test_a_system_prompt_and_tools_beside_the_turns(tmp_path):
     assert second.messages == TALK and second.tools is None
 
 
+def test_roles_that_only_the_template_knows_are_left_to_it(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "ipython", "content": "b"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": turns}))
+    assert read_documents(str(tmp_path / "x.jsonl"))[0].messages == turns
+
+
 def test_turns_as_json_in_a_csv(tmp_path):
     datasets.Dataset.from_list([{"messages": json.dumps(TALK)}]).to_csv(tmp_path / "x.csv")
     (conversation,) = read_documents(str(tmp_path / "x.csv"))
@@ -165,7 +172,8 @@ def test_parts_of_conversations_are_whole_conversations(tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"messages": [{"role": "narrator", "content": "x"}]}, "line 1, turn 1 of `messages`: its role is 'narrator'"),
+        ({"messages": [{"from": "narrator", "value": "x"}]}, "line 1, turn 1 of `messages` needs a string in `role`"),
+        ({"messages": [{"role": None, "text": "x"}]}, "but `from` is None and the fields are ['text']"),
         ({"messages": ["hello"]}, "line 1, turn 1 of `messages` is str, not a dict"),
         ({"messages": [{"role": "user", "content": 3}]}, "its content is int, not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has parts of type image: only text"),

@@ -16,7 +16,15 @@ from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.files import check_fetched, read_text
 from eacmoe_lightning.text.sources import documents, name_sources
-from eacmoe_lightning.text.windows import Windows, cut_windows, digest, join_windows, split_windows
+from eacmoe_lightning.text.windows import (
+    Windows,
+    check_length,
+    check_tokens,
+    cut_windows,
+    digest,
+    join_windows,
+    split_windows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -178,23 +186,12 @@ class TextWindows(L.LightningDataModule):
         else:
             texts |= {("heldout", self.heldout[name]): windows for name, windows in self.heldout_windows.items()}
         num_rows = len(moe.model.get_input_embeddings().weight)
+        remedy = "the tokenizer that belongs to the model (--data.tokenizer), "
         for (option, source), windows in texts.items():
-            if (token := int(windows.max())) >= num_rows:
-                name = self._tokenizer.convert_ids_to_tokens(token)
-                raise ValueError(
-                    f"--data.{option}: {source} holds the token {name!r} with id {token}, but the model's embedding "
-                    f"has only {num_rows} rows (ids 0 to {num_rows - 1}): pass the tokenizer that belongs to the "
-                    "model (--data.tokenizer), a text without this token, or a model with resized embeddings"
-                )
+            check_tokens(windows, num_rows, self._tokenizer, f"--data.{option}: {source}", remedy)
         if stage == "fit":
             self._warn_of_repeated_windows()
-        positions = getattr(moe.config, "max_position_embeddings", None)
-        if positions and self.window_length > positions:
-            log.warning(
-                "windows of %d tokens (--data.window_length) are longer than the %d positions that the model was made "
-                "for (max_position_embeddings in its config.json); pass --data.window_length %d or less",
-                *(self.window_length, positions, positions),
-            )
+        check_length(self.window_length, getattr(moe.config, "max_position_embeddings", None), "--data.window_length")
 
     def _warn_of_repeated_windows(self) -> None:
         num_windows, num_different = len(self.calibration_windows), len(self.calibration_windows.unique(dim=0))
@@ -236,8 +233,11 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def _tokenizer(self):
+        path = resolve_model(self.tokenizer)
+        for file in Path(path).glob("*token*"):
+            check_fetched(file)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(resolve_model(self.tokenizer))
+            tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"no tokenizer can be loaded from {self.tokenizer!r} (--data.tokenizer, by default "
