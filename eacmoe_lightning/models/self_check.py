@@ -89,6 +89,8 @@ def _check_block(block: Block, call: Call, expected: Any) -> State:
         if own is not None:
             _compare(f"{block.name}: its output", part, own)
     block.input_groups(call)
+    if block.is_moe and (routing is None or not seen):
+        raise ValueError(f"{block.name}: the block does not call its {'experts' if routing else 'router'}. {REMEDY}")
     if block.is_moe:
         _check_router(block, call, routing)
         _check_experts(block, *seen[0])
