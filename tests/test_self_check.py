@@ -129,5 +129,5 @@ def test_a_form_from_outside_brings_a_model_in(plugin):
 
 def test_a_form_that_changes_the_model_is_refused(plugin):
     plugin(form_of(1.1))
-    with pytest.raises(ValueError, match=r"model\.layers\.0: its output differs .*forms\.py says how"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0: its output differs .*CONTRIBUTING.md says how"):
         check_parts(MoEModel(other_model()), IDS)
