@@ -21,7 +21,7 @@ from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.models.block import Block, Routing
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.transformers_loader import empty_model, loaded_dtypes
+from eacmoe_lightning.models.transformers_loader import empty_model
 
 STEPS = ("fit", "load", "generate", "pesf", "dense", "gptq_v2")
 ALPHA = 0.7
@@ -86,7 +86,7 @@ class Trial:
     def has_float32_parts(self) -> bool:
         """Whether transformers keeps some parameters or buffers of a bfloat16 model in float32."""
         model = empty_model(architectures.config_of(self.name), torch.bfloat16)
-        return torch.float32 in loaded_dtypes(model, torch.bfloat16).values()
+        return any(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
 
     # --- the steps
 
@@ -168,7 +168,7 @@ class Trial:
 
     def left(self) -> dict[str, str]:
         """The matrices of blocks that are neither quantized nor routers nor biases: name in the block -> why."""
-        quantized = json.loads((self.run / "compressed" / "config.json").read_text())["quantization"]["bits"]
+        quantization = json.loads((self.run / "compressed" / "config.json").read_text())["quantization"]
         moe = MoEModel(empty_model(architectures.config_of(self.name), torch.float32))
         left: dict[str, str] = {}
         for block in moe.blocks:
@@ -176,24 +176,22 @@ class Trial:
             for module_name, module in block.layer.named_modules():
                 for parameter_name, parameter in module.named_parameters(recurse=False):
                     name = f"{module_name}.{parameter_name}".lstrip(".")
-                    is_known = f"{block.name}.{name}" in (*quantized, router)
+                    full_name = f"{block.name}.{name}"
+                    is_known = full_name in (*quantization["bits"], router)
                     if parameter.ndim > 1 and not is_known and not name.endswith("bias"):
-                        left[name] = reason(block, module_name, module)
+                        stated = quantization.get("unquantized", {}).get(full_name)
+                        left[name] = stated or reason(block, module_name, module)
         return left
 
 
 def reason(block: Block, module_name: str, module: nn.Module) -> str:
-    """Why a matrix of a block is not quantized."""
-    stated = getattr(block, "unquantized", {}).get(module_name)
-    if stated:
-        return stated
-    if isinstance(module, nn.Linear):
-        if block.is_moe and module_name.startswith(f"{block.router_name}."):
-            return "part of the router"
-        return "one output" if module.out_features == 1 else "not found"
-    if isinstance(module, nn.Conv1d | nn.Embedding):
-        return {nn.Conv1d: "convolution", nn.Embedding: "embedding"}[type(module)]
-    return "no linear layer"
+    """Why a matrix of a block is not quantized, if the run does not say so itself."""
+    if block.is_moe and module_name.startswith(block.router_name):
+        return "part of the router"
+    if isinstance(module, nn.Linear) and module.out_features == 1:
+        return "one output"
+    kinds = {nn.Conv1d: "convolution", nn.Embedding: "embedding"}
+    return next((name for kind, name in kinds.items() if isinstance(module, kind)), "no linear layer")
 
 
 def fit(original: Path, run: Path, dtype: str = "auto", **options) -> dict:

@@ -75,7 +75,7 @@ def _refuse(config: PreTrainedConfig, num_layers: int) -> NoReturn:
             f"{config.model_type!r}: its config has experts ({counts[0]}), but none of "
             f"its {num_layers} blocks has them in a form that is recognized: a module with the stacked weights "
             "`gate_up_proj` or `up_proj`, and `down_proj`, next to a router that returns (logits, weights, ids). "
-            "eacmoe_lightning/models/forms.py says how to describe another form from outside the package"
+            "CONTRIBUTING.md says how to describe another form from outside the package"
         )
     raise ValueError(
         f"{config.model_type!r} has no routed experts in any of its {num_layers} blocks: it is a dense model, and "

@@ -19,10 +19,7 @@ from eacmoe_lightning.models.block import Block, Call, Routing
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.hidden import State
 
-REMEDY = (
-    "eacmoe_lightning/models/forms.py says how to describe a model from outside the package; please report the model "
-    "type as well"
-)
+REMEDY = "CONTRIBUTING.md says how to describe a model from outside the package (a form); please report the model type as well"
 REPLACED = ("forward", "route_tokens_to_experts")  # attributes by which modules are brought into the common form
 NUM_TOKENS = 8  # for which experts are run one by one
 
@@ -89,6 +86,8 @@ def _check_block(block: Block, call: Call, expected: Any) -> State:
         if own is not None:
             _compare(f"{block.name}: its output", part, own)
     block.input_groups(call)
+    if block.is_moe and (routing is None or not seen):
+        raise ValueError(f"{block.name}: the block does not call its {'experts' if routing else 'router'}. {REMEDY}")
     if block.is_moe:
         _check_router(block, call, routing)
         _check_experts(block, *seen[0])
