@@ -19,7 +19,9 @@ from eacmoe_lightning.models.block import Block, Call, Routing
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.hidden import State
 
-REMEDY = "CONTRIBUTING.md says how to describe a model from outside the package (a form); please report the model type as well"
+REMEDY = (
+    "CONTRIBUTING.md says how to describe a model from outside the package (a form); please report the model type too"
+)
 REPLACED = ("forward", "route_tokens_to_experts")  # attributes by which modules are brought into the common form
 NUM_TOKENS = 8  # for which experts are run one by one
 
