@@ -2,6 +2,7 @@
 
     config.json        model_type "eacmoe", the original's config, how each weight is stored
     weights-block-003.safetensors, weights-rest.safetensors, weights.safetensors.index.json
+    weights-draft.safetensors     the original's draft layers (`models/draft.py`), if it has any; not in the index
     tokenizer, generation config
 
 Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
@@ -27,6 +28,7 @@ from eacmoe_lightning.version import __version__
 FORMAT_VERSION = 3  # 3: weights on a lattice; 2: experts of a stack differ in bits, or some were removed; 1: all others
 LATTICE = "lattice"  # key of the config's `quantization`
 SHARD, REST = "weights-block-{:03d}.safetensors", "weights-rest.safetensors"
+DRAFT = "weights-draft.safetensors"
 METHOD = "eacmoe"  # model type and quantization method
 INDEX = "weights.safetensors.index.json"
 

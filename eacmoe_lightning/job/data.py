@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from eacmoe_lightning.models.originals import resolve_model
+from eacmoe_lightning.models.weight_files import check_fetched
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.sources import name_sources, read_documents
 from eacmoe_lightning.text.windows import token_windows
@@ -132,6 +133,7 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def _tokenizer(self):
+        check_fetched(resolve_model(self.tokenizer))
         try:
             return AutoTokenizer.from_pretrained(resolve_model(self.tokenizer))
         except (OSError, ValueError) as error:

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from eacmoe_lightning.models.decoding import ACTIVATIONS, Scheme, scheme_of
 from eacmoe_lightning.models.transformers_loader import knows_config, register_remote_code
-from eacmoe_lightning.models.weight_files import OpenFile, Stored, check_fetched, opened, stored_tensors
+from eacmoe_lightning.models.weight_files import DamagedFile, OpenFile, Stored, check_fetched, opened, stored_tensors
 
 NO_MODEL = (
     "no causal language model can be loaded from {!r} (--model.name_or_path): pass `bundled`, a local Hugging Face "
@@ -72,7 +72,7 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
                 )
             register_remote_code(path, stored["model_type"], stored["auto_map"])
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except UntrustedCode:
+    except (DamagedFile, UntrustedCode):
         raise
     except (OSError, ValueError) as error:
         raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
@@ -111,6 +111,8 @@ class OriginalFiles:
         self.config, quantization = read_config(name_or_path, trust_remote_code)
         try:
             self.stored: dict[str, Stored] = stored_tensors(self.path)
+        except DamagedFile:
+            raise
         except OSError as error:
             raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
         self.scheme: Scheme | None = None
