@@ -36,4 +36,4 @@ class CompressedModel(Callback):
         }
         blocks = (finished.quantized(block.index) for block in moe.blocks)
         tokens = trainer.datamodule.calibration_windows[:1, :128]
-        write_result(module.run, moe, module.name_or_path, blocks, description, tokens)
+        write_result(module.run, moe, module.name_or_path, blocks, description, tokens, module.trust_remote_code)

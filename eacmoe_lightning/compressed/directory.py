@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.format import (
     DRAFT,
@@ -28,7 +28,7 @@ from eacmoe_lightning.compressed.format import (
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.draft import read_draft, without_draft
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import OriginalFiles, resolve_model
+from eacmoe_lightning.models.originals import OriginalFiles, load_tokenizer, resolve_model
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.pruned_config import pruned_config
 from eacmoe_lightning.models.transformers_loader import empty_model
@@ -45,6 +45,7 @@ def save_compressed(
     name_or_path: str,
     quantized_blocks: Iterable[dict[str, QuantizedWeight]],
     description: dict[str, Any],
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes a compressed directory, whole or not at all.
 
@@ -55,6 +56,7 @@ def save_compressed(
             compressed directory that was pruned, which also gives the original's name and the skipping settings.
         quantized_blocks: per block, the quantized weights by parameter name.
         description: stored in the config under `quantization`.
+        trust_remote_code: whether Python code beside the original's tokenizer may run.
 
     Raises:
         StoreError: a weight is not quantized.
@@ -87,7 +89,7 @@ def save_compressed(
         _write_weights(partial, shards())
         if draft:
             write_tensors(partial / DRAFT, draft)
-        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+        load_tokenizer(source, trust_remote_code).save_pretrained(partial)
         if moe.model.can_generate():
             moe.model.generation_config.save_pretrained(partial)
         write_json(

@@ -23,6 +23,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from eacmoe_lightning.models.transformers_loader import knows_config
 from eacmoe_lightning.version import __version__
 
 FORMAT_VERSION = 3  # 3: weights on a lattice; 2: experts of a stack differ in bits, or some were removed; 1: all others
@@ -56,9 +57,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def original_config(config: dict[str, Any]) -> PreTrainedConfig:
-    """The original model's config, which a compressed directory's config contains."""
+    """The original model's config, which a compressed directory's config contains.
+
+    Raises:
+        ValueError: its model type is unknown.
+    """
     original = dict(config["original"]["config"])
-    return AutoConfig.for_model(original.pop("model_type"), **original)
+    model_type = original.pop("model_type")
+    if not knows_config(model_type):
+        raise ValueError(
+            f"the compressed model is of type {model_type!r}, which transformers does not know: register its classes, "
+            "or let the code that came with the original run (`load(..., trust_remote_code=True)`, "
+            "--model.trust_remote_code true)"
+        )
+    return AutoConfig.for_model(model_type, **original)
 
 
 def check_format(config: dict[str, Any]) -> None:

@@ -22,8 +22,17 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eacmoe_lightning.compressed.directory import CompressedWeights, save_packed
-from eacmoe_lightning.compressed.format import INDEX, LATTICE, METHOD, check_format, is_compressed, read_config
+from eacmoe_lightning.compressed.format import (
+    INDEX,
+    LATTICE,
+    METHOD,
+    check_format,
+    is_compressed,
+    original_config,
+    read_config,
+)
 from eacmoe_lightning.models.find import find_blocks
+from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.run.files import StoreError, read_tensors
@@ -31,7 +40,13 @@ from eacmoe_lightning.runtime.packed_modules import pack_modules, set_activation
 from eacmoe_lightning.skipping.stored import restore_rule
 
 
-def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations: str = "exact") -> PreTrainedModel:
+def load(
+    path: str | Path,
+    dtype: str = "auto",
+    packed: bool = True,
+    activations: str = "exact",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """The compressed model as a transformers causal LM in eval mode.
 
     Args:
@@ -41,6 +56,7 @@ def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations
             Weights on a lattice (`--model.quantizer lattice`) are always decoded.
         activations: `exact`, or `int8` for faster products with rounded activations, at the loss in quality that
             docs/findings/int8-activations.md reports.
+        trust_remote_code: whether Python code beside the original, by its name in the config, may run.
 
     Raises:
         FileNotFoundError: `path` holds no compressed model.
@@ -50,6 +66,9 @@ def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations
     path = Path(path)
     path = path / "compressed" if is_compressed(path / "compressed") else path
     config = read_config(path)
+    if trust_remote_code:
+        read_original_config(config["original"]["name_or_path"], True)  # registers the classes
+    original_config(config)  # raises if there are none
     torch_dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
     if packed and LATTICE not in config["quantization"]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)

@@ -27,6 +27,7 @@ def write_result(
     quantized_blocks: Iterable[dict[str, Quantized]],
     description: dict[str, Any],
     tokens: Tensor,
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes `compressed/` (see `save_compressed`) and compares its logits with those of the model in memory.
 
@@ -35,13 +36,13 @@ def write_result(
 
     Args:
         run: the run directory.
-        moe, name_or_path, quantized_blocks, description: see `save_compressed`.
+        moe, name_or_path, quantized_blocks, description, trust_remote_code: see `save_compressed`.
         tokens: [B, T] to compare the logits on.
 
     Raises:
         StoreError: a weight is not quantized, or the reloaded logits are not identical.
     """
-    save_compressed(run.compressed, moe, name_or_path, quantized_blocks, description)
+    save_compressed(run.compressed, moe, name_or_path, quantized_blocks, description, trust_remote_code)
     tokens = tokens.to(moe.device)
     logits = moe.logits(tokens)
     reloaded = StreamedModel(CompressedWeights(run.compressed), moe.device)

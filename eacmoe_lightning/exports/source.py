@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.directory import untied
-from eacmoe_lightning.compressed.format import DRAFT, LATTICE, REST, SHARD, read_config
+from eacmoe_lightning.compressed.format import DRAFT, LATTICE, REST, SHARD, original_config, read_config
 from eacmoe_lightning.compressed.opening import open_compressed
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.draft import without_draft
@@ -89,8 +89,7 @@ class Source:
         self.directory_config = read_config(self.path)
         self.dtype_name = self.directory_config["dtype"] if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, self.dtype_name)
-        original = dict(self.directory_config["original"]["config"])
-        self.config: PreTrainedConfig = AutoConfig.for_model(original.pop("model_type"), **original)
+        self.config: PreTrainedConfig = original_config(self.directory_config)
         self.config.dtype = self.dtype
         file = self.path / DRAFT
         self.draft: dict[str, Tensor] = read_tensors(file)[0] if file.exists() else {}

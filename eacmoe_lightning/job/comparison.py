@@ -45,10 +45,14 @@ class Comparison(LightningModule):
         evaluate: the model to evaluate: a run directory, a compressed directory or an original model. None takes the
             trainer's run directory.
         split_damage: whether `test` splits the damage into that of the weights and that of the selections.
+        trust_remote_code: whether Python code beside the original may run.
     """
 
-    def __init__(self, name_or_path: str, dtype: str, evaluate: str | None, split_damage: bool) -> None:
+    def __init__(
+        self, name_or_path: str, dtype: str, evaluate: str | None, split_damage: bool, trust_remote_code: bool = False
+    ) -> None:
         super().__init__()
+        self.trust_remote_code = trust_remote_code
         self.name_or_path, self.dtype_name = name_or_path, dtype
         self.evaluate, self.split_damage = evaluate, split_damage
         self.compared: Compared | None = None
@@ -78,7 +82,9 @@ class Comparison(LightningModule):
                 "directory, a compressed directory or an original model with --model.evaluate"
             )
         device = self.trainer.strategy.root_device
-        subject = open_model(self.evaluate or self.run.path, self.dtype_name, "--model.evaluate")
+        subject = open_model(
+            self.evaluate or self.run.path, self.dtype_name, "--model.evaluate", self.trust_remote_code
+        )
         if not subject.is_compressed:
             return Compared(subject.streamed(device), None, {"original": subject.size_bytes})
         original = self._original_of(subject)
@@ -88,7 +94,8 @@ class Comparison(LightningModule):
     def _original_of(self, subject: OpenedModel) -> OpenedModel:
         """The original named by `--model.name_or_path`, or else by the subject's config, in the subject's dtype."""
         name = subject.original if self.name_or_path == "bundled" else self.name_or_path
-        return open_model(name, str(subject.weights.dtype).rpartition(".")[2], "--model.name_or_path")
+        dtype = str(subject.weights.dtype).rpartition(".")[2]
+        return open_model(name, dtype, "--model.name_or_path", self.trust_remote_code)
 
     def _start_evaluation(self, split: bool) -> None:
         scratch = self.run.scratch(self.global_rank)

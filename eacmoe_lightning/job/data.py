@@ -6,10 +6,9 @@ from functools import cached_property
 
 import lightning as L
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from eacmoe_lightning.models.originals import resolve_model
-from eacmoe_lightning.models.weight_files import check_fetched
+from eacmoe_lightning.models.originals import UntrustedCode, load_tokenizer
+from eacmoe_lightning.models.weight_files import DamagedFile
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.sources import name_sources, read_documents
 from eacmoe_lightning.text.windows import token_windows
@@ -33,6 +32,7 @@ class TextWindows(L.LightningDataModule):
         heldout_batch_size: Held-out windows per step and process.
         tokenizer: Name or path of the tokenizer; `bundled` is that of the bundled model.
         seed: Seed for the choice of the calibration windows and their order.
+        trust_remote_code: Whether Python code beside the tokenizer may run; set by `--model.trust_remote_code`.
 
     Raises:
         ValueError, FileNotFoundError: in `setup`, naming the option: see `read_documents` and `token_windows`.
@@ -50,6 +50,7 @@ class TextWindows(L.LightningDataModule):
         heldout_batch_size: int = 8,
         tokenizer: str = "bundled",
         seed: int = 0,
+        trust_remote_code: bool = False,
     ):
         super().__init__()
         for option, value in (
@@ -68,6 +69,7 @@ class TextWindows(L.LightningDataModule):
         self.heldout_batch_size = heldout_batch_size
         self.tokenizer = tokenizer
         self.seed = seed
+        self.trust_remote_code = trust_remote_code
 
     @property
     def heldout_names(self) -> list[str]:
@@ -133,9 +135,10 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def _tokenizer(self):
-        check_fetched(resolve_model(self.tokenizer))
         try:
-            return AutoTokenizer.from_pretrained(resolve_model(self.tokenizer))
+            return load_tokenizer(self.tokenizer, self.trust_remote_code)
+        except (DamagedFile, UntrustedCode):
+            raise
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"no tokenizer can be loaded from {self.tokenizer!r} (--data.tokenizer, by default "

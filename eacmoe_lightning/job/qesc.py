@@ -93,6 +93,7 @@ class QESC(Comparison):
         evaluate: Model that validate, test and predict evaluate: a run directory, a compressed directory or an original
             model; null takes the run directory (trainer.default_root_dir).
         split_damage: Let test split the damage into that of the weights and that of the selections (EAC-MoE, table 1).
+        trust_remote_code: Whether Python code that came with the model may run, where transformers has no class for it.
         pruning: Rule for removing experts; on the command line it is set by `--pruning`.
         **recipe: Options of `Recipe`: bits, groups and quantizer of every weight.
     """
@@ -120,10 +121,11 @@ class QESC(Comparison):
         stream_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         evaluate: str | None = None,
         split_damage: bool = False,
+        trust_remote_code: bool = False,
         pruning: PruningRule | None = None,
         **recipe: Any,
     ) -> None:
-        super().__init__(name_or_path, dtype, evaluate, split_damage)
+        super().__init__(name_or_path, dtype, evaluate, split_damage, trust_remote_code)
         self.targets = targets.for_calibration(target) if target else []
         self.tensor_parallel = tensor_parallel
         self.recipe = Recipe(**recipe)
@@ -172,7 +174,7 @@ class QESC(Comparison):
         resumes = getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None)
         if self.trainer.is_global_zero:
             self.run.check(self.identity(), resumes)  # before a large model is read
-        weights = Checkpoint(self.name_or_path, self.dtype_name)
+        weights = Checkpoint(self.name_or_path, self.dtype_name, self.trust_remote_code)
         moe = StreamedModel(weights, self.trainer.strategy.root_device)
         self.recipe.check(moe, self.trainer.world_size)
         if self.pruning is not None:
