@@ -214,9 +214,10 @@ def tie(model: PreTrainedModel, missing: Iterable[str]) -> None:
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
 
 
-def is_ignored(model: PreTrainedModel, key: str) -> bool:
-    """Whether transformers passes over a key on disk that the model does not have."""
-    return any(re.search(pattern, key) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+def is_ignored(model: PreTrainedModel, *names: str) -> bool:
+    """Whether transformers passes over a tensor that the model does not have, by its key on disk or its new name."""
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    return any(re.search(pattern, name) for pattern in patterns for name in names)
 
 
 def ignore_unexpected(model: PreTrainedModel, pattern: str) -> None:
