@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -35,6 +35,7 @@ from eacmoe_lightning.models.find import find_blocks
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.models.transformers_loader import auto_class
 from eacmoe_lightning.run.files import StoreError, read_tensors
 from eacmoe_lightning.runtime.packed_modules import pack_modules, set_activations
 from eacmoe_lightning.skipping.stored import restore_rule
@@ -68,10 +69,10 @@ def load(
     config = read_config(path)
     if trust_remote_code:
         read_original_config(config["original"]["name_or_path"], True)  # registers the classes
-    original_config(config)  # raises if there are none
+    original = original_config(config)
     torch_dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
     if packed and LATTICE not in config["quantization"]:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+        model = auto_class(original).from_pretrained(path, dtype=torch_dtype)
         set_activations(model, activations)
         return model
     moe = StreamedModel(CompressedWeights(path, dtype))

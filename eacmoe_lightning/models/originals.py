@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,7 +22,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from eacmoe_lightning.models.decoding import ACTIVATIONS, Scheme, scheme_of
-from eacmoe_lightning.models.transformers_loader import knows_config, register_remote_code
+from eacmoe_lightning.models.transformers_loader import auto_class, knows_config, register_remote_code
 from eacmoe_lightning.models.weight_files import DamagedFile, OpenFile, Stored, check_fetched, opened, stored_tensors
 
 NO_MODEL = (
@@ -236,7 +235,7 @@ def load_original(name_or_path: str, dtype: str = "auto", trust_remote_code: boo
     if quantization is not None:
         raise ValueError(f"{name_or_path!r} is quantized: open it as StreamedModel(Checkpoint(...))")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        model = auto_class(config).from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
     return model.eval()
