@@ -22,6 +22,12 @@ class LayerwiseQuantization(Callback):
             module.start_stage()
 
     def on_train_epoch_end(self, trainer: Trainer, module: QESC) -> None:
+        done, all_batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed, trainer.num_training_batches
+        if done < all_batches:
+            raise ValueError(
+                f"a callback or signal has stopped the epoch after {done} of {all_batches} batches (should_stop), and "
+                "half an epoch would leave another model. Nothing is lost: --ckpt_path auto goes on"
+            )
         tell(trainer, "on_phase_end", *self._training_phase(module))
         if module.is_last_pass:
             tell(trainer, "on_block_end", module.leave_block())

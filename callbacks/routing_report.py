@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from lightning.pytorch import Trainer
 
+from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.compressed.directory import CompressedWeights
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.evaluation.report import build, write
@@ -14,7 +17,6 @@ from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.models.streamed import StreamedModel, Weights
 from eacmoe_lightning.routers.expert_shift import RATES
 from eacmoe_lightning.run.block_file import BlockStats
-from eacmoe_lightning.run.files import StoreError
 from eacmoe_lightning.run.provenance import origin
 
 
@@ -22,7 +24,8 @@ class RoutingReport(BlockCallback):
     """Evaluates the written model on the held-out texts and writes the report.
 
     Args:
-        evaluate: False skips the held-out evaluation; the report then has no perplexities and no held-out change rates.
+        evaluate: False skips the held-out evaluation, as does an empty `--data.heldout`; the report then has no
+            perplexities and no held-out change rates.
     """
 
     def __init__(self, evaluate: bool = True) -> None:
@@ -41,10 +44,10 @@ class RoutingReport(BlockCallback):
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch < module.num_epochs:
             if trainer.is_global_zero:
-                print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; resume with --ckpt_path last")
+                print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; resume with --ckpt_path auto")
             return
         result = None
-        if self.evaluate:
+        if self.evaluate and trainer.datamodule.heldout:
             with phase(trainer, None, "evaluate"):
                 result = self._evaluate(trainer, module)
         if trainer.is_global_zero:
@@ -74,6 +77,11 @@ class RoutingReport(BlockCallback):
 
         after = evaluated(CompressedWeights(module.run.compressed))
         before = after if module.router_method == "none" else evaluated(module.parts.untrained())
-        if not all(torch.isfinite(torch.tensor([*v.values()])).all() for v in after["perplexity"].values()):
-            raise StoreError("the compressed model's perplexity is not finite: check its blocks' quantization errors")
+        for text, values in after["perplexity"].items():
+            for stream, value in values.items():
+                if not math.isfinite(value):
+                    raise overflow(
+                        f"{module.run.compressed} is written, but the perplexity of the {stream} model on {text}",
+                        original.model.dtype,
+                    )
         return {"before": before, "after": after}

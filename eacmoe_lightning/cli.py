@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import threading
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from eacmoe_lightning.commands.analyze import analyze
 from eacmoe_lightning.commands.configs import NamedConfigParser
@@ -18,7 +21,8 @@ from eacmoe_lightning.commands.plan import plan
 from eacmoe_lightning.commands.prune import prune
 from eacmoe_lightning.commands.study import study
 from eacmoe_lightning.exports.export import export
-from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.run.files import StoreError, is_disk_full
+from eacmoe_lightning.run.stopping import Stopping
 from eacmoe_lightning.version import __version__
 
 FUNCTIONS = {"analyze": analyze, "export": export, "prune": prune, "study": study}  # their arguments are the options
@@ -31,8 +35,16 @@ COMMANDS = {
 } | {name: inspect.getdoc(function).splitlines()[0] for name, function in FUNCTIONS.items()}
 
 
+RESTART = {  # what a message says when a signal ends the command
+    "fit": ": the same command with --ckpt_path auto goes on, and all finished work is kept",
+    **dict.fromkeys(("prune", "study"), ": the same command goes on, and all finished work is kept"),
+}
+
+
 def main(args: ArgsType = None) -> None:
     """Runs the command line; errors of the user's making end in one message and exit code 1.
+
+    SIGTERM and SIGINT end it with exit codes 143 and 130.
 
     With EACMOE_DEBUG=1 in the environment they come with their traceback.
     """
@@ -40,31 +52,71 @@ def main(args: ArgsType = None) -> None:
         sys.path.append(os.getcwd())  # for class paths of the user's own modules, as `python train.py` finds them
     words = sys.argv[1:] if args is None else args
     command = words[0] if words else None
+    threading.excepthook = _quiet_if_disk_is_full
     try:
-        if command in FUNCTIONS:
-            program = f"{Path(sys.argv[0]).name} {command}"
-            auto_cli(
-                FUNCTIONS[command], args=words[1:], prog=program, as_positional=False, parser_class=NamedConfigParser
-            )
-        elif command == "plan":
-            plan(words[1:])
-        elif command in (None, "-h", "--help"):
-            print(overview())
-        elif command == "--version":
-            print(__version__)
-        elif command in COMMANDS or command.startswith("-"):  # options before the command are Lightning's
-            CommandLine(args)
-        else:
-            raise ValueError(f"there is no command {command}: {', '.join(COMMANDS)}")
-    except (ValueError, FileNotFoundError, StoreError) as error:
-        if os.environ.get("EACMOE_DEBUG") == "1":
+        with Stopping(lambda: RESTART.get(command, "")):
+            _run(command, words, args)
+    except (ValueError, FileNotFoundError, StoreError, MisconfigurationException) as error:
+        _report(error, str(error))
+    except OSError as error:
+        if not is_disk_full(error):
             raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"error: {error}\n({frame.name} in {os.path.basename(frame.filename)}; EACMOE_DEBUG=1 shows more)",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        _report(error, _full_disk(error))
+
+
+def _run(command: str | None, words: Sequence[str], args: ArgsType) -> None:
+    if command in FUNCTIONS:
+        program = f"{Path(sys.argv[0]).name} {command}"
+        auto_cli(FUNCTIONS[command], args=words[1:], prog=program, as_positional=False, parser_class=NamedConfigParser)
+    elif command == "plan":
+        plan(words[1:])
+    elif command in (None, "-h", "--help"):
+        print(overview())
+    elif command == "--version":
+        print(__version__)
+    elif command in COMMANDS or command.startswith("-"):  # options before the command are Lightning's
+        CommandLine(args)
+    else:
+        raise ValueError(f"there is no command {command}: {', '.join(COMMANDS)}")
+
+
+def _report(error: BaseException, message: str) -> None:
+    """Prints a message for people and exits with 1.
+
+    Raises:
+        BaseException: the error itself, if EACMOE_DEBUG=1 asks for its traceback.
+    """
+    if os.environ.get("EACMOE_DEBUG") == "1":
+        raise error
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    print(
+        f"error: {message}\n({frame.name} in {os.path.basename(frame.filename)}; EACMOE_DEBUG=1 shows more)",
+        file=sys.stderr,
+    )
+    sys.exit(1)
+
+
+def _full_disk(error: OSError) -> str:
+    """A message for a full disk that somebody else's code has met: TensorBoard's, Lightning's or a logger's.
+
+    While Lightning ends a job, its loggers meet the full disk as well. A message of this package names the file, so it
+    goes first.
+    """
+    while error is not None:
+        if isinstance(error, StoreError):
+            return str(error)
+        ours, error = error, error.__context__
+    where = f" for {ours.filename}" if isinstance(ours, OSError) and ours.filename else ""
+    return (
+        f"no room{where}: the disk or quota was full ({ours}). Free some space and continue this run with "
+        "--ckpt_path auto: all finished work is kept"
+    )
+
+
+def _quiet_if_disk_is_full(failure: threading.ExceptHookArgs) -> None:
+    """The hook for exceptions in threads: TensorBoard's thread raises a full disk again where `main` reports it."""
+    if failure.exc_value is None or not is_disk_full(failure.exc_value):
+        threading.__excepthook__(failure)
 
 
 def overview() -> str:

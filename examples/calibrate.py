@@ -6,7 +6,7 @@ It compresses the bundled model to 3 bit with few windows, so the figures are wo
 Killed at any moment, the same command goes on. `python examples/chat.py runs/example` talks to the result.
 """
 
-from eacmoe_lightning.commands.trainer import calibration_trainer, last_checkpoint
+from eacmoe_lightning.commands.trainer import calibration_trainer
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
 
@@ -28,5 +28,5 @@ data = TextWindows(
     tokenizer="bundled",  # the model's own
 )
 trainer = calibration_trainer(RUN, accelerator="cpu")  # further options of Lightning's Trainer go here
-trainer.fit(module, data, ckpt_path=last_checkpoint(RUN))
+trainer.fit(module, data, ckpt_path="auto")  # starts, or goes on after a kill
 print(f"the model is in {RUN}/compressed, the report in {RUN}/report.md")

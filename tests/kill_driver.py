@@ -8,8 +8,8 @@ is killed when an event happens for the n-th time:
     replace  a written file is about to be renamed to its final path; it is first cut in half, as if the disk had not
              kept up; what: a part of the final path
 
-The first attempt starts the run. The others, and a last one that is not killed, continue it with --ckpt_path last. Each
-attempt is forked from this process, which has imported everything and run nothing.
+All attempts, and a last one that is not killed, are the same command with --ckpt_path auto. Each is forked from this
+process, which has imported everything and run nothing.
 """
 
 import json
@@ -98,6 +98,5 @@ def attempt(place: list | None, words: list[str]) -> int:
 
 if __name__ == "__main__":
     places, words = json.loads(sys.argv[1]), sys.argv[3:]
-    for number, place in enumerate([*places, None]):
-        resume = ["--ckpt_path", "last"] if number else []
-        print("STATUS", json.dumps([place, attempt(place, [*words, *resume])]), flush=True)
+    for place in [*places, None]:
+        print("STATUS", json.dumps([place, attempt(place, [*words, "--ckpt_path", "auto"])]), flush=True)

@@ -122,7 +122,7 @@ def test_resuming_without_a_run(refused, tiny_model_dir, tmp_path):
 
 def test_a_run_that_exists_already(refused, tiny_model_dir, copied):
     before = jobs.contents(copied)
-    assert "already holds this run: add --ckpt_path last" in refused(
+    assert "already holds this run: add --ckpt_path auto" in refused(
         *jobs.options(tiny_model_dir("deepseek"), copied, **DEEPSEEK)
     )
     assert before.items() <= jobs.contents(copied).items()
@@ -150,7 +150,7 @@ def test_evaluating_a_run_that_is_missing_or_unfinished(stage, refused, tiny_mod
     assert "there is no run in" in refused(*words, stage=stage)
     shutil.rmtree(copied / "compressed")
     words = jobs.options(tiny_model_dir("deepseek"), copied)
-    assert "no compressed model yet: finish it with `fit --ckpt_path last`" in refused(*words, stage=stage)
+    assert "no compressed model yet: finish it with `fit --ckpt_path auto`" in refused(*words, stage=stage)
 
 
 # --- damaged files
@@ -188,7 +188,7 @@ def test_damage_is_named_and_computed_again_once_deleted(
     damage(path, kind)
     words = [*jobs.options(tiny_model_dir("deepseek"), run, **DEEPSEEK), "--ckpt_path", "last"]
     error = refused(*words)
-    assert str(path) in error and "delete this file and continue with --ckpt_path last" in error
+    assert str(path) in error and "delete this file and continue with --ckpt_path auto" in error
     path.unlink()
     main(["fit", *words])
     for part in ("blocks", "compressed"):

@@ -1,13 +1,20 @@
 """The data module: the windows of each rank, the batches of a resumed run, and errors for bad options."""
 
+import json
+import re
+
+import jobs
 import lightning as L
 import pytest
+import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoTokenizer
 
 from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.text.batches import WindowLoader, calibration_batches, heldout_batches, shard
 from eacmoe_lightning.text.sources import heldout_names, name_sources, read_documents
 
@@ -205,6 +212,20 @@ def test_the_seed_determines_the_windows(text_data):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_the_digest_follows_the_content_of_the_text_not_its_path(text_data, tmp_path):
+    text = "".join(f"Sentence {i} of a text of my own.\n" for i in range(100))
+
+    def digest(name: str, content: str, **options) -> str:
+        (tmp_path / name).write_text(content)
+        return text_data(calibration=str(tmp_path / name), **options).calibration_digest
+
+    first = digest("a.txt", text)
+    assert len(first) == 64 and digest("b.txt", text) == first
+    assert digest("a.txt", text.replace("own", "new")) != first
+    assert digest("a.txt", text, seed=1) != first
+    assert digest("a.txt", text, num_windows=5, window_length=32) != digest("a.txt", text, num_windows=10)
+
+
 def test_predict_reads_the_whole_of_its_source(text_data, tmp_path):
     (tmp_path / "mine.txt").write_text("One line of text that is my own, and no one else's. " * 50)
     data = text_data(predict=str(tmp_path / "mine.txt"))
@@ -239,6 +260,58 @@ def test_bad_options_are_reported_on_setup_by_name(text_data, options, kind, mes
     with pytest.raises(kind) as error:
         text_data(**options).setup("fit")
     assert message in str(error.value)
+
+
+# --- the texts and the model
+
+
+@pytest.fixture
+def moe() -> MoEModel:
+    """A model with 4096 rows in its embedding, made for 4096 positions."""
+    return MoEModel(tiny_models.build("mixtral"))
+
+
+def test_a_token_beyond_the_embedding_is_named_before_the_start(text_data, moe, tiny_model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("mixtral"))
+    tokenizer.add_tokens(["<|tool|>"])
+    tokenizer.save_pretrained(tmp_path)
+    for name, content in (("tool", "call <|tool|> now. " * 40), ("plain", "call it now. " * 80)):
+        (tmp_path / f"{name}.txt").write_text(content)
+    tool, plain = (str(tmp_path / f"{name}.txt") for name in ("tool", "plain"))
+    options = {"tokenizer": str(tmp_path), "num_windows": 2, "num_heldout_windows": 2}
+    text_data(calibration=plain, heldout=[plain], **options).check_model(moe, "fit")
+    message = f"{tool} holds the token '<|tool|>' with id 4096, but the model's embedding has only 4096 rows"
+    for option, texts, stage in (
+        ("calibration", {"calibration": tool, "heldout": [plain]}, "fit"),
+        ("heldout", {"calibration": plain, "heldout": [tool]}, "fit"),
+        ("heldout", {"heldout": [plain, tool]}, "validate"),
+        ("predict", {"heldout": [plain], "predict": tool}, "predict"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"--data.{option}: {message}")):
+            text_data(**texts, **options).check_model(moe, stage)
+
+
+def test_windows_longer_than_the_model_was_made_for(text_data, moe, caplog):
+    text_data().check_model(moe, "fit")
+    assert not caplog.text
+    moe.config.max_position_embeddings = 12
+    text_data().check_model(moe, "fit")
+    assert "windows of 16 tokens (--data.window_length) are longer than the 12 positions" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_without_held_out_text_has_a_report_without_evaluation(tiny_model_dir, tmp_path):
+    few = {"data__num_windows": 2, "data__heldout": "[]", "model__router_method": "none"}
+    run = jobs.fit(tiny_model_dir("mixtral"), tmp_path / "run", **few)
+    report = json.loads((run / "report.json").read_text())
+    assert report["perplexity"] == {} and report["expert_shift"]["calibration"]["after"]["any"] > 0
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_an_evaluation_without_text_is_refused(text_data, stage):
+    with pytest.raises(ValueError, match=f"--data.heldout is empty, so {stage} has no text"):
+        text_data(heldout=[]).setup(stage)
+    text_data(heldout=[]).setup("fit")
 
 
 @pytest.mark.parametrize("option", ["batch_size", "heldout_batch_size"])

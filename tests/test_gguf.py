@@ -118,6 +118,26 @@ def test_transformers_reads_the_same_tokenizer(folder_of, tmp_path):  # noqa: F8
 
 
 @pytest.mark.parametrize(
+    ("ends", "written", "left"),
+    [
+        (7, {"eos": 0, "eot": 7}, []),  # 0 is the tokenizer's
+        ([0, 7], {"eos": 0, "eot": 7}, []),
+        ([7, 9, 0, 11], {"eos": 0, "eot": 7, "eom": 9}, [11]),
+        ([5000, 3], {"eos": 0, "eot": 3}, [5000]),  # beyond the embedding
+    ],
+)
+def test_every_token_that_ends_a_generation_is_in_the_file_or_named(ends, written, left, folder_of, tmp_path, capsys):  # noqa: F811
+    folder = shutil.copytree(folder_of("qwen3_moe", ASYMMETRIC), tmp_path / "in")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    export(str(folder), str(tmp_path / "out"), "gguf")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    keys = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    assert {name: field.contents() for name, field in keys.items() if field is not None} == written
+    output = capsys.readouterr().out
+    assert ("left out" in output) == bool(left) and all(f"{number} (" in output for number in left)
+
+
+@pytest.mark.parametrize(
     ("expression", "words"),
     [(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+", None), (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+", "qwen2")],
 )

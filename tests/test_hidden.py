@@ -65,7 +65,7 @@ def test_damage_is_reported(damage, tmp_path):
         (tmp_path / "x.json").write_text(json.dumps(json.loads((tmp_path / "x.json").read_text()) | {"note": {}}))
     else:
         (tmp_path / "x.json").write_text("{")
-    with pytest.raises(StoreError, match="--ckpt_path last"):
+    with pytest.raises(StoreError, match="--ckpt_path auto"):
         HiddenFile.open(path, NOTE)
 
 

@@ -228,7 +228,7 @@ def test_other_options_run(tiny_model_dir, tmp_path, capsys):
     assert loss["class_path"].endswith(".SelectionHinge") and loss["init_args"] == {"margin": 0.2}
     with pytest.raises(SystemExit):  # the saved config is that of this run
         main(["fit", "--config", str(run / "tensorboard" / "config.yaml")])
-    assert "already holds this run: add --ckpt_path last" in capsys.readouterr().err
+    assert "already holds this run: add --ckpt_path auto" in capsys.readouterr().err
 
 
 # --- validate, test, predict

@@ -72,7 +72,7 @@ def test_a_truncated_file_is_named(tmp_path, size):
     os.truncate(path, size if size >= 0 else path.stat().st_size - 1)
     with pytest.raises(StoreError) as error:
         read_tensors(path)
-    assert str(path) in str(error.value) and "--ckpt_path last" in str(error.value)
+    assert str(path) in str(error.value) and "--ckpt_path auto" in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -142,7 +142,7 @@ def test_a_full_disk_is_reported_and_keeps_existing_files(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "tensors", "text"]
     messages = result.stdout.splitlines()
     for kind, line in zip(("tensors", "text", "checkpoint"), messages, strict=True):
-        assert line.startswith(f"StoreError no room for {tmp_path / kind}") and "--ckpt_path last" in line
+        assert line.startswith(f"StoreError no room for {tmp_path / kind}") and "--ckpt_path auto" in line
 
 
 # --- claiming a directory
@@ -157,7 +157,7 @@ def test_an_empty_or_missing_directory_is_claimed(tmp_path):
 def test_the_same_run_continues_only_with_resume(tmp_path):
     RunDirectory(tmp_path).start({"bits": (3, 2), "seed": 0}, resume=False)
     RunDirectory(tmp_path).start({"seed": 0, "bits": (3, 2)}, resume=True)
-    with pytest.raises(ValueError, match="already holds this run: add --ckpt_path last"):
+    with pytest.raises(ValueError, match="already holds this run: add --ckpt_path auto"):
         RunDirectory(tmp_path).start({"bits": (3, 2), "seed": 0}, resume=False)
 
 

@@ -21,12 +21,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.calibration.overflow import overflow_in
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.solver import BlockSolver
 from eacmoe_lightning.calibration.streams import Streams, concatenate
-from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.block import Block, Groups, Routing
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.shrink import Groups, keep_experts
+from eacmoe_lightning.models.shrink import keep_experts
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.pruning.scores import ExpertScores, measured
 from eacmoe_lightning.routers import ridge
@@ -71,7 +72,8 @@ class Calibration:
         self.solver: BlockSolver | None = None
         self.stats: BlockStats | None = None  # of the current block
         self._teacher: Routing | None = None  # the original router's output on x, for all tokens of this process
-        self._router_input: HiddenFile | None = None  # [S, T, D] the router's input in the compressed stream
+        self._router_input: HiddenFile | None = None  # [S, T, R] what the router reads in the compressed stream
+        self._routes_alone = True  # whether the router needs nothing else to select experts
 
     @property
     def block(self) -> Block:
@@ -107,11 +109,12 @@ class Calibration:
                 self._observe()
             if scores is not None:
                 self._prune(scores)
-            self._groups = streams.input_groups(block)
-        with self.phase(block.index, "attention"):
+            self._groups = block.input_groups(streams.first_call(block))
+        with self.phase(block.index, "attention"), self._overflow_named():
             self._solve_part("attention")
             if block.is_moe:
                 self._router_input = streams.keep_router_input(block)
+                self._routes_alone = block.routes_alone(streams.first_call(block))
                 self._count_shift("before")
         self.entered = True
 
@@ -129,7 +132,7 @@ class Calibration:
     def _prune(self, scores: ExpertScores) -> None:
         """Removes the experts that the pruning rule does not keep from the current block."""
         block, values = self.block, scores.finish(self.ranks)
-        kept = self.pruning.choose(values, self.moe.top_k, Groups.of(block).number)
+        kept = self.pruning.choose(values, block.top_k, Groups.of(block).number)
         removed = sorted(set(range(block.num_experts)) - set(kept))
         share = float(scores.load[removed].sum() / scores.load.sum())
         below = self.pruning.below_alpha(values, kept)
@@ -137,7 +140,7 @@ class Calibration:
         if below:
             log.warning(
                 "block %d: experts %s are below alpha=%g (--pruning.alpha) and stay, because every token selects %d",
-                block.index, below, self.pruning.alpha, self.moe.top_k,
+                block.index, below, self.pruning.alpha, block.top_k,
             )  # fmt: skip
         keep_experts(block, kept)
 
@@ -147,19 +150,20 @@ class Calibration:
 
         Args:
             router: [E, D] with a row for each expert of the original; a pruned block takes the rows of the experts it
-                kept. None for a dense block.
+                kept. None if the block has no router to calibrate.
 
         Returns:
             The block's statistics.
         """
         block, streams = self.block, self.streams
-        with self.phase(block.index, "experts"):
-            if block.is_moe:
+        with self.phase(block.index, "experts"), self._overflow_named():
+            if block.calibrates:
                 block.router_weight.copy_(router[block.kept])
+            if block.is_moe:
                 self._count_shift("after")
             self._solve_part("shared")
             if block.is_moe and self.recipe.quantizes:
-                self.solver.solve_experts(self._router_input.flatten(0, 1), self._route())
+                self._solve_experts()
             if block.is_moe:
                 self.stats.starved = self.solver.starved
         with self.phase(block.index, "replay"):
@@ -173,6 +177,21 @@ class Calibration:
         self._teacher = self._router_input = None
         streams.step(self.at)
         return self.stats
+
+    def _solve_experts(self) -> None:
+        """Quantizes the experts on their inputs, which are the router's in most models."""
+        block, streams, inputs = self.block, self.streams, self._router_input
+        call = streams.first_call(block)
+        differs = not torch.equal(block.input_of(block.experts.module, call), block.router_input(call))
+        if differs:
+            inputs = streams.keep_expert_input(block)
+        rows, routing = inputs.flatten(0, 1), self._route()
+        self.solver.solve_experts(rows, routing if len(rows) == len(routing.ids) else routing.by_pair())
+        if differs:
+            inputs.delete()
+
+    def _overflow_named(self) -> AbstractContextManager:
+        return overflow_in(f"{self.block.name} (block {self.at}), with the compressed weights", self.moe.model.dtype)
 
     def _solve_part(self, part: str) -> None:
         """Quantizes the linears of one part, one group that shares its input at a time, in the order they run."""
@@ -209,7 +228,7 @@ class Calibration:
             sums = ridge.NormalEquations(experts, width, weight.device, shared)
             for x, target in self._ridge_rows():
                 residual = target - self.block.router_logits(x)
-                sums.add(x.float(), residual, target.topk(num_targets, dim=-1).indices)
+                sums.add(x.float(), residual, self.block.choice(target).topk(num_targets, dim=-1).indices)
             for total in (sums.gram, sums.cross, sums.squares):
                 self.ranks.sum(total)
             updated.append(ridge.solve(weight, sums, strength))
@@ -234,8 +253,11 @@ class Calibration:
         self.stats.expert_load[name] = load.tolist()
 
     def _route(self) -> Routing:
-        batches = (self.streams.to_device(self._router_input[rows].flatten(0, 1)) for rows in self.streams.slices)
-        return concatenate([self.block.route(x) for x in batches])
+        block, streams = self.block, self.streams
+        if not self._routes_alone:
+            return concatenate([block.routing(call) for call in streams.calls(block)])
+        batches = (streams.to_device(self._router_input[rows].flatten(0, 1)) for rows in streams.slices)
+        return concatenate([block.route(x) for x in batches])
 
     # --- between blocks -----------------------------------------------------------------------------------
 
@@ -285,12 +307,12 @@ class Calibration:
             )
         for name, q in quantized.items():
             weights[name][1].copy_(q.dequantize(weights[name][1].dtype))
-        if block.is_moe:
+        if block.calibrates:
             block.router_weight.copy_(others[block.router_parameter_name])
 
     def _write(self) -> None:
         if not self.ranks.is_first:
             return
         block = self.block
-        router = {block.router_parameter_name: block.router_weight} if block.is_moe else {}
+        router = {block.router_parameter_name: block.router_weight} if block.calibrates else {}
         write_block(self.run, self.stats, self.solver.solved, router)

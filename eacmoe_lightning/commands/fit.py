@@ -20,6 +20,8 @@ from eacmoe_lightning.commands.trainer import DEFAULTS, CalibrationTrainer, defa
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.models.originals import stored_name
+from eacmoe_lightning.text.sources import stored_source
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -72,6 +74,7 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         trainer = config["trainer"]
         trainer["default_root_dir"] = str(trainer.get("default_root_dir") or "runs/default")
+        _store_absolute_paths(config)
         if config["checkpoint"].get("dirpath") is None:
             config["checkpoint"]["dirpath"] = os.path.join(trainer["default_root_dir"], "checkpoints")
         if trainer.get("logger") in (None, True):
@@ -87,6 +90,24 @@ class CommandLine(LightningCLI):
         if self.config_init[self.subcommand]["trainer"].get("plugins") is None:
             kwargs["plugins"] = [AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
+
+
+def _store_absolute_paths(config: Namespace) -> None:
+    """Makes local paths absolute, so that the config that the run keeps is good in every working directory."""
+    trainer, model, data = config["trainer"], config["model"], config["data"]
+    if "://" not in trainer["default_root_dir"]:
+        trainer["default_root_dir"] = os.path.abspath(os.path.expanduser(trainer["default_root_dir"]))
+    for section, option in ((model, "name_or_path"), (model, "evaluate"), (data, "tokenizer")):
+        if section.get(option) is not None:
+            section[option] = stored_name(section[option])
+    for option in ("calibration", "heldout", "predict"):
+        sources = data.get(option)
+        if isinstance(sources, str):
+            data[option] = stored_source(sources)
+        elif isinstance(sources, list):
+            data[option] = [stored_source(source) for source in sources]
+        elif isinstance(sources, dict):
+            data[option] = {name: stored_source(source) for name, source in sources.items()}
 
 
 class ParsedOnly(CommandLine):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,16 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
 from eacmoe_lightning import callbacks
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
+from eacmoe_lightning.job.trainer_options import NEVER
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.stopping import Stopping
 
-NEVER = 10**9  # epochs between validations inside fit: nothing can be validated before the last block
+log = logging.getLogger(__name__)
 DEFAULTS = {
     "max_epochs": -1,  # the module knows how many epochs its blocks take
     "num_sanity_val_steps": 0,
@@ -25,16 +33,52 @@ DEFAULTS = {
 
 
 class CalibrationTrainer(Trainer):
-    """Lightning's Trainer, which also knows whether `fit` continues a run."""
+    """Lightning's Trainer, which knows whether `fit` continues a run and ends at once on SIGTERM and SIGINT."""
 
     resumes = False
 
     def fit(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> None:
+        """Lightning's `fit` with one more value of `ckpt_path`.
+
+        Args:
+            ckpt_path: `auto` continues the run in the run directory and starts one where there is none; `last`
+                continues; None starts. A job that SLURM has requeued takes None for `auto`.
+        """
+        if ckpt_path == "auto" or (ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0)):
+            ckpt_path = "last" if RunDirectory(self.default_root_dir).manifest.exists() else None
         self.resumes = ckpt_path is not None
-        super().fit(*args, ckpt_path=ckpt_path, **kwargs)
+        with warnings.catch_warnings():  # a run that was killed before its first checkpoint starts from its beginning
+            warnings.filterwarnings("ignore", ".*there is no last checkpoint available")
+            super().fit(*args, ckpt_path=ckpt_path, **kwargs)
+
+    def validate(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> Any:
+        return super().validate(*args, ckpt_path=_no_checkpoint("validate", ckpt_path), **kwargs)
+
+    def test(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> Any:
+        return super().test(*args, ckpt_path=_no_checkpoint("test", ckpt_path), **kwargs)
+
+    def predict(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> Any:
+        return super().predict(*args, ckpt_path=_no_checkpoint("predict", ckpt_path), **kwargs)
+
+    def save_checkpoint(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, without the checkpoint that its handler of SLURM's signal writes before it requeues the job.
+
+        That one may be taken in the middle of a step. The requeued job continues from the last whole one.
+        """
+        if not Path(filepath).name.startswith("hpc_ckpt_"):
+            super().save_checkpoint(filepath, *args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        with Stopping(self._farewell, self._pass_on) as self._stopping:
+            try:
+                return super()._run(*args, **kwargs)
+            finally:
+                self.lightning_module.free_run()
 
     def _run_stage(self) -> Any:
         """Lightning leaves its loop at once if a resumed run has no epoch left; the hooks that end a run still run."""
+        # Lightning's handler waits for the end of the batch, and broadcasts to processes that may wait for another call
+        self._stopping.install()
         progress = self.fit_loop.epoch_progress.current
         is_after_last_epoch = self.training and progress.processed >= self.fit_loop.max_epochs
         results = super()._run_stage()
@@ -44,6 +88,25 @@ class CalibrationTrainer(Trainer):
                 _call_callback_hooks(self, hook)
                 _call_lightning_module_hook(self, hook)
         return results
+
+    def _farewell(self) -> str | None:
+        if rank_zero_only.rank != 0:
+            return None
+        is_fit = self.state.fn == TrainerFn.FITTING
+        return ": the same command with --ckpt_path auto goes on, and all finished work is kept" if is_fit else ""
+
+    def _pass_on(self, signum: int) -> None:
+        self._signal_connector.received_sigterm = True  # Lightning's loops end as well if somebody swallows `Stopped`
+        if self.strategy.launcher is not None:
+            self.strategy.launcher.kill(signum)
+
+
+def _no_checkpoint(command: str, ckpt_path: Any) -> None:
+    if ckpt_path is not None:
+        raise ValueError(
+            f"{command} has no use for --ckpt_path {ckpt_path}: it evaluates the finished model of the run directory "
+            "(--trainer.default_root_dir) or another (--model.evaluate), never a checkpoint. Leave the option out"
+        )
 
 
 def default_callbacks(progress_bar: bool = True) -> list[Callback]:
@@ -84,9 +147,3 @@ def calibration_trainer(
         callbacks=[*default_callbacks(progress_bar), *extra_callbacks, checkpoint],
         **DEFAULTS | defaults | options,
     )
-
-
-def last_checkpoint(run: str | Path) -> Path | None:
-    """What `fit` continues from (`ckpt_path`); None where no run has begun."""
-    path = Path(run) / "checkpoints" / "last.ckpt"
-    return path if path.exists() else None

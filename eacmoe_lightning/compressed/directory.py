@@ -45,6 +45,7 @@ def save_compressed(
     name_or_path: str,
     quantized_blocks: Iterable[dict[str, QuantizedWeight]],
     description: dict[str, Any],
+    fingerprint: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Writes a compressed directory, whole or not at all.
@@ -56,6 +57,8 @@ def save_compressed(
             compressed directory that was pruned, which also gives the original's name and the skipping settings.
         quantized_blocks: per block, the quantized weights by parameter name.
         description: stored in the config under `quantization`.
+        fingerprint: of the original (`originals.fingerprint`), by which evaluations recognize it; a pruned compressed
+            model takes that of the directory that was pruned.
         trust_remote_code: whether Python code beside the original's tokenizer may run.
 
     Raises:
@@ -76,7 +79,7 @@ def save_compressed(
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
-            missing = block.weights().keys() - quantized.keys()
+            missing = block.weights().keys() - quantized.keys() - description.get("unquantized", {}).keys()
             if missing and description.get("quantizer") != "none":
                 raise StoreError(f"{sorted(missing)[0]} was not quantized, so no model is written")
             weights.update({name: _described(weight) for name, weight in quantized.items()})
@@ -98,7 +101,9 @@ def save_compressed(
                 "model_type": METHOD,
                 "format_version": _format_version(moe, weights),
                 "original": {
-                    "name_or_path": source_config["original"]["name_or_path"] if source_config else name_or_path,
+                    "name_or_path": name_or_path,
+                    "fingerprint": fingerprint,
+                    **{key: value for key, value in source_config.get("original", {}).items() if key != "config"},
                     "config": config.to_dict(),
                 },
                 "dtype": str(moe.model.dtype).rpartition(".")[2],
@@ -199,6 +204,7 @@ class CompressedWeights:
         self._config = original_config(config)
         self._config.dtype = self.dtype
         self._bits = config["quantization"]["bits"]
+        self.unquantized: dict[str, str] = config["quantization"].get("unquantized", {})
         moe = MoEModel(self.skeleton())
         self._blocks = moe.blocks
         self._owners = {name: block for block in moe.blocks for name in block.weights()}

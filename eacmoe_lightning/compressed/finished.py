@@ -24,6 +24,7 @@ class FinishedBlocks:
         run: the run whose block files hold the codes.
         trained: routers and norms by parameter name; all others are the original's.
         scales, codes: replace the solver's, by parameter name: [..., O, G] and [..., O, I].
+        unquantized: the linears that stay as they are, as in `MoEModel.unquantized`.
     """
 
     def __init__(
@@ -33,7 +34,9 @@ class FinishedBlocks:
         trained: Mapping[str, Tensor] | None = None,
         scales: Mapping[str, Tensor] | None = None,
         codes: Mapping[str, Tensor] | None = None,
+        unquantized: dict[str, str] | None = None,
     ) -> None:
+        self.unquantized = unquantized or {}
         self.original, self.run = original, run
         self.trained, self.scales, self.codes = trained or {}, scales or {}, codes or {}
         self._kept = {

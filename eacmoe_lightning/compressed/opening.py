@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,11 @@ from eacmoe_lightning.compressed.format import is_compressed, read_config, size_
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import load_original, local_directory
+from eacmoe_lightning.models.originals import fingerprint, load_original, local_directory
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.streamed import StreamedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,20 @@ class OpenedModel:
     def original(self) -> str:
         """Name of the original that a compressed model was made from, or of the model itself if it is an original."""
         return read_config(self.directory)["original"]["name_or_path"] if self.is_compressed else self.name
+
+    def refuse_other_original(self, original: OpenedModel) -> None:
+        """Raises ValueError if this compressed model was made from other weights than those of `original`."""
+        made_from = read_config(self.directory)["original"].get("fingerprint")
+        if made_from is None:
+            log.warning("%s does not say from which weights it was made, so %s may be others", self, original)
+        elif fingerprint(str(original.directory)) != made_from:
+            raise ValueError(
+                f"{original} is not the original that {self} was made from: its weights or its config.json are others. "
+                "Pass a directory that holds the original with --model.name_or_path"
+            )
+
+    def __str__(self) -> str:
+        return self.name if self.name in ("bundled", str(self.directory)) else f"{self.name} ({self.directory})"
 
     @property
     def size_bytes(self) -> int:
@@ -86,7 +103,7 @@ def open_model(
     path = Path(name_or_path)
     if (path / "run.json").exists() and not is_compressed(path / "compressed"):
         raise FileNotFoundError(
-            f"the run in {path} ({option}) has no compressed model yet: finish it with `fit --ckpt_path last`, or pass "
+            f"the run in {path} ({option}) has no compressed model yet: finish it with `fit --ckpt_path auto`, or pass "
             f"another directory with {option}"
         )
     directory = next((place for place in (path / "compressed", path) if is_compressed(place)), None)

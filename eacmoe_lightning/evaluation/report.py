@@ -87,7 +87,8 @@ def build(
             "original": files.size_bytes,
             "compressed": size_of(run.compressed),
         },
-        "router": router,
+        "router": router | {"uncalibrated": [b.index for b in moe.moe_blocks if not b.calibrates]},
+        "unquantized": moe.unquantized,
         "experts": {
             "starved": sum(len(s.starved) for s in moe_stats),
             "starved_by_block": {s.block: s.starved for s in moe_stats if s.starved},

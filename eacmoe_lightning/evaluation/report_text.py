@@ -19,6 +19,10 @@ def summary(report: dict[str, Any]) -> str:
         f"bits {bits['nominal']:.2f} nominal, {bits['true']:.2f} with scales and zero points; "
         f"{size['original'] / 1e6:.1f} MB{stored} -> {size['compressed'] / 1e6:.1f} MB",
     ]
+    if unquantized := report.get("unquantized"):
+        lines.append(f"{len(unquantized)} linears stay unquantized: {next(iter(unquantized))} and others in report.md")
+    if uncalibrated := report["router"].get("uncalibrated"):
+        lines.append(f"the routers of {len(uncalibrated)} blocks stay as they are: they are no single product")
     if pruning := report.get("pruning"):
         lines.append(
             f"{pruning['removed']} of {pruning['experts']} experts removed ({pruning['rule']['criterion']}), to which "
@@ -84,6 +88,7 @@ def markdown(report: dict[str, Any]) -> str:
                 if text in row
             ],
         ),
+        *([_unquantized_list(report["unquantized"])] if report.get("unquantized") else []),
         *([_starved_list(report["experts"])] if "experts" in report else []),
         *([_pruning_table(report["pruning"])] if "pruning" in report else []),
         "## Cost\n\n"
@@ -99,6 +104,10 @@ def markdown(report: dict[str, Any]) -> str:
 def _table(head: list[str], rows: list[list]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _unquantized_list(unquantized: dict[str, str]) -> str:
+    return "## Linears that stay unquantized\n\n" + "\n".join(f"- {n}: {reason}" for n, reason in unquantized.items())
 
 
 def _starved_list(experts: dict[str, Any]) -> str:

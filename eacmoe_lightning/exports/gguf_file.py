@@ -161,7 +161,7 @@ def plan(source: Source, weights: list[WeightGrid], architecture: Architecture) 
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = gguf.get_tensor_name_map(number, len(blocks))
     types = {name: ggml_blocks.exact_type([w for w in weights if w.name == name]) for name in source.weights}
-    routers = {block.router_parameter_name for block in source.moe.moe_blocks}
+    routers = {block.router_parameter_name for block in source.moe.calibrated_blocks}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     entries = []
     for parameter, tensor in source.parameters.items():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eacmoe_lightning.text.sources import bundled_names, read_documents
 
@@ -83,12 +83,35 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> 
         writer.add_tokenizer_pre(words)
         writer.add_token_merges([" ".join(merge) for merge in merges])
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    for name in ("bos", "eos", "pad", "unk"):
+    _add_ends(writer, tokenizer, directory, vocab_size)
+    for name in ("bos", "pad", "unk"):
         if (number := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(number)
     writer.add_add_bos_token(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _add_ends(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, directory: Path, vocab_size: int) -> None:
+    """Writes the tokens that end a generation: the tokenizer's, then those of `generation_config.json`.
+
+    A file has a key for each of three (end of sequence, of turn and of message), and llama.cpp stops at any of them. A
+    warning names those that are left out.
+    """
+    path = directory / "generation_config.json"
+    ends = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    ends = ends if isinstance(ends, list) else [ends]
+    numbers = [number for number in dict.fromkeys([tokenizer.eos_token_id, *ends]) if number is not None]
+    keys = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    written = [number for number in numbers if number < vocab_size][: len(keys)]
+    for add, number in zip(keys, written, strict=False):
+        add(number)
+    if left := [number for number in numbers if number not in written]:
+        names = ", ".join(f"{number} ({tokenizer.convert_ids_to_tokens(number)})" for number in left)
+        print(
+            f"warning: a GGUF file names {len(keys)} tokens that end a generation, each below {vocab_size}. "
+            f"{len(left)} are left out: {names}. Pass them to llama.cpp as stop strings"
+        )
 
 
 def _type(text: str | None, added: dict | None, is_sentencepiece: bool) -> gguf.TokenType:

@@ -55,7 +55,9 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
                 tensors |= to_tensors(name, linear.quantized, is_v2)
             yield tensors
 
-    config = quantization_config(weights, source.linear_names(row.names), is_v2, draft_prefixes(source.draft))
+    modules = [f"{re.escape(name.removesuffix('.weight'))}$" for name in source.decoded]
+    modules += [re.escape(prefix) for prefix in draft_prefixes(source.draft)]
+    config = quantization_config(weights, source.linear_names(row.names), is_v2, modules)
     write_checkpoint(source, directory, shards(), config)
     write_json(directory / "quantize_config.json", config)  # readers of v1 look here
 
@@ -108,13 +110,14 @@ def quantization_config(
         weights: every quantized weight.
         linears: module names of each weight's linears, by parameter name.
         is_v2: whether the format is gptq_v2.
-        unquantized: what the names of other modules begin with that no reader may take for quantized ones.
+        unquantized: regular expressions for modules that no reader may take for quantized ones: linears that are
+            written as ordinary weights, and draft layers.
     """
     counts = Counter()
     for weight in weights:
         counts[weight.bits, weight.group_size] += weight.shape[0] if len(weight.shape) == 3 else 1
     (bits, group_size), _ = counts.most_common(1)[0]
-    dynamic = {f"-:{re.escape(prefix)}": {} for prefix in unquantized}
+    dynamic = {f"-:{pattern}": {} for pattern in unquantized}
     for weight in weights:
         if (weight.bits, weight.group_size) != (bits, group_size):
             pattern = f"+:{_pattern(weight, weights, linears[weight.name])}"

@@ -11,7 +11,7 @@ Engines that build transformers' modules and then split the stacks (GPTQModel) l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,7 @@ class Source:
         self.weights: dict[str, Tensor] = {  # every quantized weight, [..., O, I] on meta
             name: weight for block in self.moe.blocks for name, (_, weight) in self.quantized(block).items()
         }
+        self.decoded: list[str] = []  # quantized weights that are written decoded
         self.parameters: dict[str, Tensor] = untied(self.skeleton)  # on meta, tied ones once
 
     @property
@@ -123,6 +124,12 @@ class Source:
     def on_lattice(self) -> list[str]:
         """Weights quantized on a lattice; all others are on the group-wise grid."""
         return self.quantization.get(LATTICE, [])
+
+    def decode(self, names: Iterable[str]) -> None:
+        """Has these weights written decoded, as if they were not quantized."""
+        for name in names:
+            self.decoded.append(name)
+            del self.weights[name]
 
     def files(self) -> Iterator[tuple[Block | None, dict[str, Tensor]]]:
         """The tensors of each file: each block with its tensors, then None with all others.
@@ -180,6 +187,8 @@ class Source:
             ValueError: the original keeps the experts of a block in one tensor, so single experts have no names.
         """
         for _, weights, unquantized in self.blocks():
+            for name in weights.keys() & set(self.decoded):
+                unquantized[name] = weights.pop(name).dequantize(self.dtype)
             linears = [linear for name, quantized in weights.items() for linear in self.split(name, quantized)]
             yield Shard(linears, self.narrowed(unquantized))
 

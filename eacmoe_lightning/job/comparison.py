@@ -12,6 +12,8 @@ from eacmoe_lightning.compressed.opening import OpenedModel, open_model
 from eacmoe_lightning.evaluation.evaluate import Evaluation
 from eacmoe_lightning.evaluation.report_text import evaluation_summary
 from eacmoe_lightning.evaluation.streams import run_batches
+from eacmoe_lightning.job.trainer_options import refuse_unsuitable
+from eacmoe_lightning.models.originals import stored_name
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import write_json
@@ -53,7 +55,7 @@ class Comparison(LightningModule):
     ) -> None:
         super().__init__()
         self.trust_remote_code = trust_remote_code
-        self.name_or_path, self.dtype_name = name_or_path, dtype
+        self.name_or_path, self.dtype_name = stored_name(name_or_path), dtype
         self.evaluate, self.split_damage = evaluate, split_damage
         self.compared: Compared | None = None
 
@@ -62,8 +64,10 @@ class Comparison(LightningModule):
         return RunDirectory(self.trainer.default_root_dir)
 
     def setup(self, stage: str) -> None:
+        refuse_unsuitable(self.trainer, stage)
         if self.compared is None:
             self.compared = self._open_models()
+            self.trainer.datamodule.check_model(self.compared.subject, stage)
             if self.split_damage and self.compared.original is not None and self.compared.subject.is_pruned:
                 raise ValueError(
                     "--model.split_damage forces the original's selections on the compressed model, but some of the "
@@ -92,10 +96,18 @@ class Comparison(LightningModule):
         return Compared(subject.streamed(device), original.streamed(device), size_bytes)
 
     def _original_of(self, subject: OpenedModel) -> OpenedModel:
-        """The original named by `--model.name_or_path`, or else by the subject's config, in the subject's dtype."""
+        """The original named by `--model.name_or_path`, or else by the subject's config, in the subject's dtype.
+
+        Raises:
+            FileNotFoundError: there is no such model.
+            ValueError: the subject was made from other weights.
+        """
         name = subject.original if self.name_or_path == "bundled" else self.name_or_path
         dtype = str(subject.weights.dtype).rpartition(".")[2]
-        return open_model(name, dtype, "--model.name_or_path", self.trust_remote_code)
+        original = open_model(name, dtype, "--model.name_or_path", self.trust_remote_code)
+        if self.trainer.is_global_zero:
+            subject.refuse_other_original(original)
+        return original
 
     def _start_evaluation(self, split: bool) -> None:
         scratch = self.run.scratch(self.global_rank)

@@ -11,9 +11,10 @@ The language model stays outside the module tree: only the trained parts (`train
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -21,24 +22,29 @@ from torch import Tensor
 
 from eacmoe_lightning import targets
 from eacmoe_lightning.calibration.blocks import Calibration
+from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.job.block_callback import phase
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress
 from eacmoe_lightning.job.comparison import Comparison
 from eacmoe_lightning.job.trained import TrainedParts, router_key
+from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.planning.checks import check_disk, check_finite, check_memory
+from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original
 from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.routers.joint import distillation, selection
 from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE
 from eacmoe_lightning.run.block_file import BlockStats, read_stats
+from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.memory import Watch
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
+from eacmoe_lightning.text.sources import stored_source
 from eacmoe_lightning.version import __version__
 
 
@@ -140,6 +146,7 @@ class QESC(Comparison):
                 raise ValueError(f"joint_{option}={value} (--model.joint_{option}) is negative")
         self.pruning = pruning
         self.fit_state: FitState | None = None
+        self.lock: RunLock | None = None  # on the run directory, held by the first process
         self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
         self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
         self.ridge, self.joint_selection = ridge, joint_selection
@@ -171,40 +178,71 @@ class QESC(Comparison):
         if stage != "fit":
             super().setup(stage)
             return
+        refuse_unsuitable(self.trainer, stage)
         resumes = getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None)
         if self.trainer.is_global_zero:
-            self.run.check(self.identity(), resumes)  # before a large model is read
+            self.lock = RunLock(self.run.path)
+            self.lock.refuse_if_taken()
+            self.run.check(self.settings(), resumes)  # before a large model is read
         weights = Checkpoint(self.name_or_path, self.dtype_name, self.trust_remote_code)
         moe = StreamedModel(weights, self.trainer.strategy.root_device)
+        self.trainer.datamodule.check_model(moe, stage)
         self.recipe.check(moe, self.trainer.world_size)
         if self.pruning is not None:
             self.pruning.check(moe)
         if self.targets:
             targets.choose(self.targets, self.recipe.grids(moe), self.tensor_parallel)
-        self.router_loss.num_targets(moe.num_experts, moe.top_k)  # raises now if its k does not fit the model
+        for block in moe.moe_blocks:
+            self.router_loss.num_targets(block.num_experts, block.top_k)  # raises now if its k does not fit the model
         job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size, moe.device.type)
         check_memory(moe, job)
         if self.trainer.is_global_zero:
             if not resumes:
                 print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
-                watch = Watch()
-                check_finite(moe)
+            self.lock.take()
+            self.run.check(self.settings(), resumes)  # another job may have ended in between
+            watch = Watch()
+            identity = self.identity()
+            if not resumes:
+                check_original(moe, self.trainer.datamodule.calibration_windows[:1])
                 checked = watch.cost()
-            self.run.start(self.identity(), resumes)
+                write_json(self.run.unquantized, moe.unquantized)
+            self.run.start(identity, resumes)
             if not resumes:
                 self.run.add_cost(None, "check", checked)
         self.trainer.strategy.barrier()
+        moe.leave(json.loads(self.run.unquantized.read_text()))
         joint = [kind for kind, lr in self.joint_lr.items() if lr] if self.joint_epochs else []
         parts = TrainedParts(moe, self.run, self.recipe, joint)
         self.fit_state = FitState(moe, parts)
         self.routers, self.norms = parts.routers, parts.norms  # submodules, so that Lightning knows their parameters
         self.scales, self.positions = parts.scales, parts.positions
         self.trainer.fit_loop.epoch_loop.max_steps = -1
-        if self.trainer.max_epochs in (None, -1):
+        if self.trainer.max_epochs in (None, -1) or self.trainer.max_epochs > self.num_epochs:
             self.trainer.fit_loop.max_epochs = self.num_epochs
 
+    def teardown(self, stage: str) -> None:
+        self.free_run()
+
+    def free_run(self) -> None:
+        """Lets other jobs work in the run directory."""
+        if self.lock is not None:
+            self.lock.release()
+
     def identity(self) -> dict[str, Any]:
-        """Every setting that the result of `fit` depends on, by option name."""
+        """Everything that the result of `fit` depends on: `settings`, and digests of the original and of the text."""
+        return self.settings() | {
+            "model.fingerprint": self.fingerprint,
+            "data.calibration_digest": self.trainer.datamodule.calibration_digest,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the original as it was when the job began."""
+        return fingerprint(self.name_or_path)
+
+    def settings(self) -> dict[str, Any]:
+        """Every option that the result of `fit` depends on, by name; local paths are absolute."""
         data = self.trainer.datamodule
         return {
             "version": __version__,
@@ -213,7 +251,6 @@ class QESC(Comparison):
                 for n in ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
             },
             "model.name_or_path": self.name_or_path,
-            "model.fingerprint": fingerprint(self.name_or_path),
             "model.dtype": self.dtype_name,
             **{f"model.{name}": value for name, value in self.recipe.record().items()},
             **{f"pruning.{name}": value for name, value in (vars(self.pruning) if self.pruning else {}).items()},
@@ -224,10 +261,8 @@ class QESC(Comparison):
                 for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
                 + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
             },
-            **{
-                f"data.{name}": getattr(data, name)
-                for name in ("calibration", "num_windows", "window_length", "batch_size", "seed")
-            },
+            "data.calibration": stored_source(data.calibration),
+            **{f"data.{name}": getattr(data, name) for name in ("num_windows", "window_length", "batch_size", "seed")},
         }
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -296,11 +331,11 @@ class QESC(Comparison):
         """Solves the experts of the current epoch's block under its calibrated router, and writes the block."""
         self.enter_block()
         block = self.moe.blocks[self.block_index]
-        return self.calibration.leave(self.routers[router_key(block)].detach() if block.is_moe else None)
+        return self.calibration.leave(self.routers[router_key(block)].detach() if block.calibrates else None)
 
     def _advance(self, index: int) -> None:
         routers = self.block_routers or self.routers
-        self.calibration.enter(index, {b.index: routers[router_key(b)].detach() for b in self.moe.moe_blocks})
+        self.calibration.enter(index, {b.index: routers[router_key(b)].detach() for b in self.moe.calibrated_blocks})
 
     def start_stage(self) -> None:
         """Before an epoch's first batch: solves the block's router in closed form, or starts the joint stage."""
@@ -310,43 +345,60 @@ class QESC(Comparison):
         elif not self.is_joint and self.current_epoch % self.router_epochs == 0:
             block = self.moe.blocks[self.block_index]
             closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
-            if block.is_moe and closed_form:
-                k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
+            if block.calibrates and closed_form:
+                k = self.router_loss.num_targets(block.num_experts, block.top_k)
                 self.parts.put_router(block, self.calibration.ridge_router(k, self.ridge))
 
     # --- gradient steps -----------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        if not self.is_joint and self.moe.blocks[self.block_index].is_moe:
+        if not self.is_joint and self.moe.blocks[self.block_index].calibrates:
             loss = self._router_loss(batch)
         elif self.is_joint and len(batch["index"]):
             loss = self._joint_loss(batch)
-        else:  # a dense block has no router, or other processes hold all of this batch's windows
+        else:  # this block has no router to calibrate, or other processes hold all of this batch's windows
             loss = sum(weight.sum() for weight in self.parameters()) * 0
+        if not torch.isfinite(loss):
+            self._refuse_loss(loss)
         self.log("loss/joint" if self.is_joint else f"loss/block_{self.block_index:03d}", loss, prog_bar=False)
         return loss
+
+    def _refuse_loss(self, loss: Tensor) -> None:
+        """Raises ValueError for a loss that is NaN or infinite, before it changes a parameter."""
+        stage, rates = (
+            ("the joint stage", "joint_*_lr") if self.is_joint else (f"block {self.block_index}", "router_lr")
+        )
+        if self.moe.model.dtype == torch.float16:
+            raise overflow(f"the loss of {stage} is {loss.item()}: a logit (final norm, head or router)", torch.float16)
+        raise ValueError(
+            f"the loss of {stage} is {loss.item()}: the steps have diverged. Another run (--trainer.default_root_dir) "
+            f"with smaller learning rates (--model.{'joint_*_lr' if self.is_joint else 'router_lr'}) may not"
+        )
 
     def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean over the tokens of the global batch, of which this process may hold only some windows, or none."""
         block = self.moe.blocks[self.block_index]
         x, teacher = self.calibration.router_rows(batch["index"])
         student = block.router_logits(x.to(self.device), self.parts.router(block))
-        losses = self.router_loss(student, teacher.to(self.device), self.moe.top_k)
+        losses = self.router_loss(block.choice(student), block.choice(teacher.to(self.device)), block.top_k)
         return self._global_mean(losses, batch)
 
     def _joint_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """KL divergence from the original's next-token distributions plus the weighted router loss of all blocks."""
-        last_hidden, teachers = self.calibration.streams.joint_rows(batch["index"])
+        last_state, teachers = self.calibration.streams.joint_rows(batch["index"])
         with torch.no_grad():
-            target = self.moe.head(last_hidden.to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
+            target = self.moe.head(last_state, batch["input_ids"]).float().log_softmax(-1)
         compressed = self.fit_state.compressed
         with compressed.recorded_logits() as students:
             weights = self.parts.routers_and_norms() | self.parts.decoded()
             ids = (batch["input_ids"],)
             logits = torch.func.functional_call(compressed.model, weights, ids, {"use_cache": False}).logits
         losses = distillation(logits, target).flatten()
-        teachers = {i: teacher.to(self.device) for i, teacher in teachers.items()}
-        losses += self.joint_selection * selection(students, teachers, self.router_loss, self.moe.top_k)
+        choice = {block.index: block.choice for block in compressed.moe_blocks}
+        top_k = {block.index: block.top_k for block in compressed.moe_blocks}
+        teachers = {i: choice[i](teacher.to(self.device)) for i, teacher in teachers.items()}
+        students = {i: choice[i](student) for i, student in students.items()}
+        losses += self.joint_selection * selection(students, teachers, self.router_loss, top_k)
         return self._global_mean(losses, batch)
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -356,7 +408,7 @@ class QESC(Comparison):
     @property
     def takes_steps(self) -> bool:
         """Whether the current epoch trains; with ridge or none a block's epochs only measure the loss."""
-        return self.is_joint or (self.router_method == "sgd" and self.moe.blocks[self.block_index].is_moe)
+        return self.is_joint or (self.router_method == "sgd" and self.moe.blocks[self.block_index].calibrates)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         if not self.takes_steps:

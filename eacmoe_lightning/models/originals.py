@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -24,11 +29,14 @@ from transformers.utils import cached_file
 from eacmoe_lightning.models.decoding import ACTIVATIONS, Scheme, scheme_of
 from eacmoe_lightning.models.transformers_loader import auto_class, knows_config, register_remote_code
 from eacmoe_lightning.models.weight_files import DamagedFile, OpenFile, Stored, check_fetched, opened, stored_tensors
+from eacmoe_lightning.run.files import StoreError, write_json
 
 NO_MODEL = (
     "no causal language model can be loaded from {!r} (--model.name_or_path): pass `bundled`, a local Hugging Face "
     "directory or the id of a hub model that this machine can reach. {}"
 )
+RANGE, CHUNK = 1 << 28, 1 << 22  # bytes of a file that one thread hashes, and that it reads at a time
+SETTLED = 2.0  # seconds: the times of a file that has changed less long ago may not show the next change
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny-moe"
 QUANTIZATION = "quantization_config"
 
@@ -241,15 +249,76 @@ def load_original(name_or_path: str, dtype: str = "auto", trust_remote_code: boo
     return model.eval()
 
 
+def stored_name(name_or_path: str) -> str:
+    """A model's name as runs and compressed directories store it: of a local directory, the absolute path."""
+    path = Path(name_or_path).expanduser()
+    return os.path.abspath(path) if name_or_path != "bundled" and path.is_dir() else str(name_or_path)
+
+
 def fingerprint(name_or_path: str) -> str:
-    """SHA-256 of the original's config and of the headers, ends and sizes of its weight files."""
-    path = local_directory(name_or_path)
-    sha = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            header = stream.read(8)
-            sha.update(header + stream.read(min(int.from_bytes(header, "little"), 1 << 26)))
-            stream.seek(-min(file.stat().st_size, 1 << 20), 2)
-            sha.update(stream.read())
-        sha.update(f"{file.name} {file.stat().st_size}".encode())
+    """SHA-256 over every byte of a model's weight files, its config.json and its own Python files.
+
+    All cores read, so a model of 90 GB takes about as long as its disk needs. The result is kept in the hub's cache
+    (HF_HOME) and taken from there while no file's size, inode or times change.
+
+    Args:
+        name_or_path: `bundled`, a local directory or a hub id.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+    """
+    directory = local_directory(name_or_path)
+    files = [directory / "config.json", *sorted(directory.glob("*.py")), *_weight_files(directory)]
+    status = {file.name: file.stat() for file in files}
+    stamps = {name: [s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for name, s in status.items()}
+    kept = Path(constants.HF_HOME, "eacmoe-lightning", "fingerprints", _sha(os.path.realpath(directory)) + ".json")
+    try:
+        stored = json.loads(kept.read_text())
+        if stored["stamps"] == stamps:
+            return stored["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not computed before, or not readable
+    started = time.time()
+    ranges = [(file, at) for file in files for at in range(0, max(status[file.name].st_size, 1), RANGE)]
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as threads:
+        parts = zip(ranges, threads.map(_sha_of_range, ranges), strict=True)
+        sha256 = _sha("".join(f"{file.name} {at} {sha}\n" for (file, at), sha in parts))
+    last_change = max(max(s.st_mtime, s.st_ctime) for s in status.values())
+    if last_change < started - SETTLED:  # a later change would show in the times
+        try:
+            write_json(kept, {"stamps": stamps, "sha256": sha256})
+        except (OSError, StoreError):
+            pass  # no such cache: compute it again next time
+    return sha256
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The weight files that a checkpoint's index names, with `model.safetensors`; without an index, all."""
+    for suffix in ("safetensors", "bin"):
+        names = {name for index in directory.glob(f"*.{suffix}.index.json") for name in _indexed(index)}
+        names |= {path.name for path in directory.glob(f"*.{suffix}") if not names or path.stem == "model"}
+        if files := [directory / name for name in sorted(names) if (directory / name).is_file()]:
+            return files
+    return []
+
+
+def _indexed(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FileNotFoundError(f"{index} is not an index of weight files ({error!r})") from error
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha_of_range(part: tuple[Path, int]) -> str:
+    file, start = part
+    sha, left = hashlib.sha256(), RANGE
+    with open(file, "rb", buffering=0) as stream:
+        stream.seek(start)
+        while left and (chunk := stream.read(min(left, CHUNK))):
+            sha.update(chunk)
+            left -= len(chunk)
     return sha.hexdigest()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedConfig
 
-from eacmoe_lightning.models.shrink import KEPT, _counts_experts
+from eacmoe_lightning.models.block import counts_experts
+from eacmoe_lightning.models.shrink import KEPT
 from eacmoe_lightning.models.transformers_loader import auto_class
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def pruned_config(config: PreTrainedConfig, moe: MoEModel) -> PreTrainedConfig:
 
 def _numbers_of_experts(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
     for name, value in config.to_dict().items():
-        if type(value) is int and _counts_experts(name):
+        if type(value) is int and counts_experts(name):
             yield name, value
 
 

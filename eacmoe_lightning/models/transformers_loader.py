@@ -258,8 +258,12 @@ def ignore_unexpected(model: PreTrainedModel, pattern: str) -> None:
 
 
 def has_default_gate(experts: nn.Module) -> bool:
-    """Whether the experts compute act(gate) * up, rather than something else of their model's."""
-    return type(experts)._apply_gate is _default_apply_gate
+    """Whether the experts compute act(gate) * up, rather than something else of their model's.
+
+    Experts that were brought into the common form say so themselves (`has_standard_gate`).
+    """
+    apply_gate = getattr(type(experts), "_apply_gate", None)
+    return apply_gate is _default_apply_gate or getattr(experts, "has_standard_gate", False)
 
 
 def experts_implementation(experts: nn.Module) -> str | None:

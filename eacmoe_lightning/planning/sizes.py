@@ -178,7 +178,7 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     stream = job.tokens * hidden * job.stream_bytes
     batch = job.batch_size * job.window_length
     share = 1 / job.processes
-    of_blocks = [_Shapes(block, moe.top_k, hidden, job) for block in moe.blocks]
+    of_blocks = [_Shapes(block, block.top_k, hidden, job) for block in moe.blocks]
     for block, shapes in zip(moe.blocks, of_blocks, strict=True):
         size = num_bytes(block.layer.parameters(), itemsize)
         stored = size * job.stored_share
@@ -242,10 +242,7 @@ class _Shapes:
         self.attention = [(group, rows, columns) for part, group, rows, columns in linears if part == "attention"]
         self.shared = [(group, rows, columns) for part, group, rows, columns in linears if part == "shared"]
         heads = [columns for group, _, columns in self.attention if group.rpartition(".")[2] in LAST]
-        length, itemsize = (
-            job.window_length,
-            block.router_weight.element_size() if block.is_moe else next(block.layer.parameters()).element_size(),
-        )
+        length, itemsize = job.window_length, next(block.layer.parameters()).element_size()
         scores = 2 * length * max(heads, default=hidden)  # queries with keys and attention weights with values, causal
         self.attention_forward = sum(2 * rows * columns for _, rows, columns in self.attention) + scores
         self.forward = self.attention_forward + sum(2 * rows * columns for _, rows, columns in self.shared)

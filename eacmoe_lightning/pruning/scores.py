@@ -30,7 +30,7 @@ class ExpertScores:
 
     def __init__(self, block: Block, criterion: str) -> None:
         self.block, self.criterion = block, criterion
-        device = block.router_weight.device
+        device = block.experts.weight("down_proj").device
         self.load = torch.zeros(block.num_experts, dtype=torch.int64, device=device)
         self.contribution = torch.zeros(block.num_experts, dtype=torch.float64, device=device)
 

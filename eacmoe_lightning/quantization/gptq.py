@@ -33,7 +33,12 @@ TOGETHER = 256 << 20  # the same for a GPU
 TURNS = 2  # times that codes and scales of a group alternate in a sweep
 TILE = 256  # columns of a tile in products with a triangular matrix
 
-NOT_FINITE = "a weight or Hessian holds NaN or infinite values: check this block in the original checkpoint"
+
+class NotFinite(ValueError):
+    """A weight or a Hessian holds NaN or infinite values."""
+
+    def __init__(self) -> None:
+        super().__init__("a weight or Hessian holds NaN or infinite values")
 
 
 def solve(
@@ -60,8 +65,9 @@ def solve(
         without inputs that are always zero, computed from the losses that the solver has already.
 
     Raises:
-        ValueError: in_features is not a multiple of group_size; a Hessian or weight is not finite; or a Hessian
-            cannot be factored even with 10^4 times the damping.
+        NotFinite: a Hessian or weight is not finite.
+        ValueError: in_features is not a multiple of group_size, or a Hessian cannot be factored even with 10^4 times
+            the damping.
     """
     lead, (rows, columns) = weight.shape[:-2], weight.shape[-2:]
     if columns % grid.group_size:
@@ -71,7 +77,7 @@ def solve(
     flat = weight.detach().reshape(-1, rows, columns)  # [S, O, I]
     h = hessian.float().reshape(-1, columns, columns)  # [S, I, I]
     if not torch.isfinite(h).all():
-        raise ValueError(NOT_FINITE)
+        raise NotFinite
     diagonal = h.diagonal(dim1=-2, dim2=-1)  # [S, I]
     dead = diagonal <= 0
     live = (diagonal * ~dead).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)  # [S, 1]
@@ -92,7 +98,7 @@ def solve(
     for part in (slice(start, start + together) for start in range(0, rows, together)):
         w = flat[:, part].float()
         if not torch.isfinite(w).all():
-            raise ValueError(NOT_FINITE)
+            raise NotFinite
         w = w.masked_fill(dead.unsqueeze(1), 0)  # inputs that are always zero: no output depends on their weights
         w = in_order(w, order, 1) if act_order else w
         solved, part_loss, part_zero_loss = _solve_rows(w, h, factor, pivot, added, grid, search, refine)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.quantization.entropy_coding import TABLE
-from eacmoe_lightning.quantization.gptq import NOT_FINITE, damped_factor, in_order, output_error
+from eacmoe_lightning.quantization.gptq import NotFinite, damped_factor, in_order, output_error
 from eacmoe_lightning.quantization.grid import Grid
 
 CHUNK = 128  # columns whose errors are passed on together
@@ -153,11 +153,12 @@ def solve(
         The quantized weights, and their relative squared output error [S].
 
     Raises:
-        ValueError: a weight or Hessian is not finite, or a Hessian cannot be factored.
+        NotFinite: a weight or Hessian is not finite.
+        ValueError: a Hessian cannot be factored.
     """
     weight, hessian = weight.detach().float(), hessian.float()
     if not (torch.isfinite(hessian).all() and torch.isfinite(weight).all()):
-        raise ValueError(NOT_FINITE)
+        raise NotFinite
     order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)  # [S, I]
     w, h = weight, hessian
     if act_order:

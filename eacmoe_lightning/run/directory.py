@@ -18,6 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from eacmoe_lightning.run.files import StoreError, write_json
+from eacmoe_lightning.run.lock import LOCK
+
+# What a path led to: by option, the key of the content's digest. Only the content decides whether it is the same run.
+CONTENTS = {"model.name_or_path": "model.fingerprint", "data.calibration": "data.calibration_digest"}
+CHANGED = {
+    "model.name_or_path": "the weights or the config.json in {} (--model.name_or_path) have changed since it began",
+    "data.calibration": "the text of {} (--data.calibration) or its tokens (--data.tokenizer) have changed since it "
+    "began",
+}
 
 
 def refuse_other_settings(holder: str, held: dict[str, Any], identity: dict[str, Any], remedy: str) -> None:
@@ -28,11 +37,25 @@ def refuse_other_settings(holder: str, held: dict[str, Any], identity: dict[str,
         remedy: completes "pass ..." in the message.
     """
     different = sorted(key for key in held.keys() | identity.keys() if held.get(key) != identity.get(key))
+    contents = [path for path, content in CONTENTS.items() if content in different]
+    different = [key for key in different if key not in CONTENTS and key not in CONTENTS.values()]
     if different:
         key, more = different[0], len(different) - 1
         raise ValueError(
             f"{holder} with other settings: {key} was {held.get(key)!r} and is now {identity.get(key)!r}"
             f"{f', and {more} more differ' if more else ''}. Nothing was changed: pass {remedy}"
+        )
+    if contents:
+        path = contents[0]
+        was, now = held.get(path), identity.get(path)
+        if was == now:
+            raise ValueError(
+                f"{holder}, but {CHANGED[path].format(now)}. Nothing was changed: put back what it began with, or pass "
+                f"{remedy}"
+            )
+        raise ValueError(
+            f"{holder} with other settings: {path} was {was!r} and is now {now!r}, which holds something else. "
+            f"Nothing was changed: pass {remedy}"
         )
 
 
@@ -58,6 +81,11 @@ class RunDirectory:
     def dense(self) -> Path:
         """The result if nothing is quantized: an ordinary model directory."""
         return self.path / "dense"
+
+    @property
+    def unquantized(self) -> Path:
+        """The linears that the run leaves as they are, with reasons."""
+        return self.path / "unquantized.json"
 
     def block(self, index: int) -> Path:
         return self.path / "blocks" / f"block_{index:03d}.safetensors"
@@ -103,8 +131,9 @@ class RunDirectory:
         """Raises if the run cannot start or continue in this directory; writes nothing.
 
         Args:
-            identity: everything the result depends on, by option.
-            resume: whether `--ckpt_path` was given.
+            identity: everything the result depends on, by option. Digests of contents (`CONTENTS`) may be left out;
+                `start` compares them.
+            resume: whether the job continues a run.
 
         Raises:
             ValueError: the directory holds a run with other settings; or this run, without `resume`; or no run, with
@@ -114,8 +143,12 @@ class RunDirectory:
         where = f"{self.path} (--trainer.default_root_dir)"
         if not self.manifest.exists():
             if resume:
-                raise ValueError(f"there is no run to continue in {where}: leave out --ckpt_path to start a new one")
-            known = ("checkpoints", "tensorboard", "config.yaml", "validate.json", "test.json", "scores_", ".")
+                raise ValueError(
+                    f"there is no run to continue in {where}: leave out --ckpt_path to start one, or pass "
+                    "--ckpt_path auto, which starts or continues"
+                )
+            known = ("checkpoints", "tensorboard", "config.yaml", "validate.json", "test.json", "scores_", ".", LOCK)
+            known += (self.unquantized.name,)
             names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
             if strangers := [name for name in names if not name.startswith(known)]:
                 raise ValueError(f"{where} is not empty and holds no run: {strangers[:3]}. Pass an empty directory")
@@ -127,10 +160,11 @@ class RunDirectory:
                 f"{self.manifest} is corrupt ({error}); pass another --trainer.default_root_dir"
             ) from error
         identity = json.loads(json.dumps(identity))
+        identity |= {key: held[key] for key in CONTENTS.values() if key in held and key not in identity}
         remedy = "another --trainer.default_root_dir, or the settings of that run"
         refuse_other_settings(f"{where} holds a run", held, identity, remedy)
         if not resume:
-            raise ValueError(f"{where} already holds this run: add --ckpt_path last to continue it")
+            raise ValueError(f"{where} already holds this run: add --ckpt_path auto to continue it")
 
     def start(self, identity: dict[str, Any], resume: bool) -> None:
         """Claims an empty directory for the run, or checks that it holds the same run (see `check`)."""

@@ -74,7 +74,7 @@ def full_disk_named(path: Path, partial: Path) -> Iterator[None]:
             free = shutil.disk_usage(path.parent).free
             raise StoreError(
                 f"no room for {path}: {size} bytes were written before the disk or quota was full, {free} bytes are "
-                "free. Free some space and continue this run with --ckpt_path last: all finished work is kept"
+                "free. Free some space and continue this run with --ckpt_path auto: all finished work is kept"
             ) from error
         raise
 
@@ -156,4 +156,4 @@ def read_note(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path} is missing, truncated or corrupt ({error}); {REMEDY}") from error
 
 
-REMEDY = "delete this file and continue with --ckpt_path last to compute it again, or restore it from a backup"
+REMEDY = "delete this file and continue with --ckpt_path auto to compute it again, or restore it from a backup"

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.chat import conversation_tokens
+from eacmoe_lightning.text.rows import Conversation, Document
+from eacmoe_lightning.text.sources import documents
 
 POOL = 16  # N random windows are drawn from the first POOL * N
 MAX_CHARACTERS_PER_TOKEN = 16  # of ordinary text; with more, a long document is tokenized in more than one piece
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Windows of tokens, and which of the tokens count.
+
+    Attributes:
+        input_ids: int64 [S, T].
+        counts: bool [S, T]; False for tokens that are only context of others, or fill up a window. None: all count.
+    """
+
+    input_ids: Tensor
+    counts: Tensor | None = None
+
+
 def token_windows(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     tokenizer,
     num_windows: int | None,
     window_length: int,
@@ -25,65 +43,196 @@ def token_windows(
     source: str = "the text",
     option: str = "--data.num_windows",
 ) -> Tensor:
-    """Cuts documents into non-overlapping windows of token ids, int64 [S, T].
+    """The token ids of `cut_windows`, int64 [S, T], with all documents joined."""
+    return cut_windows(documents, tokenizer, num_windows, window_length, seed, source=source, option=option).input_ids
 
-    Documents are concatenated with the tokenizer's end-of-sequence token between them; no other
-    special token is added. Tokens left over at the end are dropped.
+
+def cut_windows(
+    documents: Iterable[Document],
+    tokenizer,
+    num_windows: int | None,
+    window_length: int,
+    seed: int | None = None,
+    *,
+    answers_only: bool = False,
+    separate: bool = False,
+    source: str = "the text",
+    option: str = "--data.num_windows",
+) -> Windows:
+    """Cuts documents into windows of T tokens that do not overlap.
+
+    Documents are concatenated with the tokenizer's end-of-sequence token between them, and cut every T tokens; tokens
+    left over at the end are dropped. A document begins with the tokens that the tokenizer itself puts before a text
+    (BOS, if it adds one), as the samples of AutoRound and llm-compressor and the one long text of GPTQ do; a window
+    that begins inside a document has none. A conversation is what the chat template makes of it, with nothing added.
 
     Args:
-        documents: texts, in the order of concatenation.
+        documents: texts and conversations, in the order of concatenation.
         tokenizer: a transformers tokenizer.
         num_windows: S; None takes all windows.
         window_length: T, tokens per window.
         seed: draws S windows at random without replacement and in random order, independently of the
             global random state; None takes the first S. Only the first 16 S windows of a text are
             tokenized and drawn from.
+        answers_only: only tokens of the assistant's turns count, and windows without any are left out.
+        separate: every document begins a window of its own, so that no token attends to another document. The rest of
+            its last window is filled with tokens that do not count; attention is causal, so they change nothing.
         source, option: names of the text and of the number of windows in error messages.
 
     Raises:
-        ValueError: there are fewer than S windows, or none.
+        ValueError: there are fewer than S windows, or none; or a document is not what `answers_only` or the tokenizer's
+            chat template needs.
     """
     for name, number in ((option, num_windows), ("--data.window_length", window_length)):
         if number is not None and number < 1:
             raise ValueError(f"{name}={number} must be at least 1")
-    limit = None  # number of tokens that suffice
-    if num_windows is not None:
-        limit = num_windows * window_length * (1 if seed is None else POOL)
-    ids: list[int] = []
-    for piece in _token_pieces(documents, tokenizer, limit):
-        ids += piece
-        if limit is not None and len(ids) >= limit:
-            del ids[limit:]
-            break
-    available = len(ids) // window_length
+    pool = None if num_windows is None else num_windows * (1 if seed is None else POOL)  # windows that suffice
+    tokens = _Tokens(tokenizer, answers_only, None if separate else tokenizer.eos_token_id, source)
+    cut = _separate if separate else _joined
+    rows, counts = [], []  # of S or more windows
+    num_tokens = 0
+    pieces = tokens.pieces(documents, None if pool is None else pool * window_length)
+    for ids, marks in cut(pieces, window_length, tokenizer):
+        num_tokens += len(ids)
+        if len(ids) == window_length and (not answers_only or any(marks)):
+            rows.append(ids)
+            counts.append(marks)
+            if len(rows) == pool:
+                break
+    _check_enough(len(rows), num_windows, num_tokens, window_length, source, option, answers_only)
+    windows = torch.tensor(rows)  # [all, T]
+    chosen = slice(num_windows)
+    if seed is not None:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        chosen = order[:num_windows]
+    marked = torch.tensor(counts)[chosen].clone() if answers_only or separate else None
+    return Windows(windows[chosen].clone(), marked)
+
+
+def _check_enough(
+    available: int,
+    num_windows: int | None,
+    num_tokens: int,
+    window_length: int,
+    source: str,
+    option: str,
+    answers_only: bool,
+) -> None:
+    if available == 0 and answers_only and num_tokens >= window_length:
+        raise ValueError(
+            f"{source} holds {num_tokens} tokens, but no window of {window_length} with a token of an answer "
+            "(--data.answers_only)"
+        )
     if available == 0:
         raise ValueError(
-            f"{source} holds {len(ids)} tokens, but one window needs {window_length} "
+            f"{source} holds {num_tokens} tokens, but one window needs {window_length} "
             "(--data.window_length); pass a longer text or a smaller --data.window_length"
         )
     if num_windows is not None and available < num_windows:
         raise ValueError(
-            f"{source} holds {len(ids)} tokens, which make {available} windows of {window_length} "
-            f"(--data.window_length), not {num_windows} ({option}); pass a longer text, "
-            f"{option}={available} or a smaller --data.window_length"
+            f"{source} holds {num_tokens} tokens, which make {available} windows of {window_length} "
+            f"(--data.window_length){' with answers' if answers_only else ''}, not {num_windows} ({option}); pass a "
+            f"longer text, {option}={available} or a smaller --data.window_length"
         )
-    windows = torch.tensor(ids[: available * window_length]).view(available, window_length)  # [all, T]
-    if seed is not None:
-        order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-        windows = windows[order[:num_windows]]
-    return windows[:num_windows].clone()
 
 
-def _token_pieces(documents: Iterable[str], tokenizer, limit: int | None) -> Iterator[list[int]]:
-    """Token ids, document by document; a document too long for `limit` comes in pieces."""
-    # Other documents are tokenized whole, because splitting changes the tokens at the split.
-    max_characters = None if limit is None else max(limit * MAX_CHARACTERS_PER_TOKEN, 1_000_000)
-    for number, document in enumerate(documents):
-        if number and tokenizer.eos_token_id is not None:
-            yield [tokenizer.eos_token_id]
-        for start in range(0, len(document), max_characters or max(len(document), 1)):
-            text = document[start : start + max_characters] if max_characters else document
-            yield tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+# The tokens of a piece of a document, which of them count, and whether the piece begins a document.
+Piece = tuple[list[int], list[bool], bool]
+
+
+def _joined(pieces: Iterator[Piece], length: int, tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
+    """All documents in windows of `length` tokens, and at last what is left over."""
+    ids: list[int] = []
+    marks: list[bool] = []
+    for piece, counts, _ in pieces:
+        ids += piece
+        marks += counts
+        whole = len(ids) // length * length
+        for start in range(0, whole, length):
+            yield ids[start : start + length], marks[start : start + length]
+        del ids[:whole], marks[:whole]
+    yield ids, marks
+
+
+def _separate(pieces: Iterator[Piece], length: int, tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
+    """Each document in windows of `length` tokens, the last one filled up."""
+    filling = tokenizer.eos_token_id or 0
+    ids: list[int] = []
+    marks: list[bool] = []
+    for piece, counts, is_first in chain(pieces, [([], [], True)]):
+        if is_first and ids:
+            missing = length - len(ids)
+            yield ids + [filling] * missing, marks + [False] * missing
+            ids, marks = [], []
+        for ids_, marks_ in _joined(iter([(ids + piece, marks + counts, is_first)]), length, tokenizer):
+            if len(ids_) == length:
+                yield ids_, marks_
+            else:
+                ids, marks = ids_, marks_
+
+
+class _Tokens:
+    """Documents become tokens.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        answers_only: only tokens of the assistant's turns count.
+        end: the token between a text and the next document; None puts none there.
+        source: name of the text in error messages.
+    """
+
+    def __init__(self, tokenizer, answers_only: bool, end: int | None, source: str) -> None:
+        self.tokenizer, self.answers_only, self.end, self.source = tokenizer, answers_only, end, source
+        self.beginning = beginning_tokens(tokenizer)
+
+    def pieces(self, documents: Iterable[Document], limit: int | None) -> Iterator[Piece]:
+        """Document by document; a text too long for `limit` tokens comes in pieces."""
+        needs_end = False
+        for document in documents:
+            if needs_end:
+                yield [self.end], [True], False
+            needs_end = self.end is not None and isinstance(document, str)
+            if isinstance(document, Conversation):
+                yield *conversation_tokens(document, self.tokenizer, self.answers_only), True
+                continue
+            if self.answers_only:
+                raise ValueError(
+                    f"{self.source} holds plain text, in which no token belongs to an answer (--data.answers_only): "
+                    "name the column of the turns with --data.column, or leave the option out"
+                )
+            yield from self._of_text(document, limit)
+
+    def _of_text(self, document: str, limit: int | None) -> Iterator[Piece]:
+        # Only texts that are too long are cut, because a cut changes the tokens beside it.
+        step = max(len(document), 1) if limit is None else max(limit * MAX_CHARACTERS_PER_TOKEN, 1_000_000)
+        for start in range(0, len(document), step):
+            text = document[start : start + step]
+            ids = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            ids = (self.beginning if start == 0 else []) + ids["input_ids"]
+            yield ids, [True] * len(ids), start == 0
+
+
+def beginning_tokens(tokenizer) -> list[int]:
+    """The special tokens that a tokenizer puts before every text: BOS, several, or none."""
+    if not getattr(tokenizer, "num_special_tokens_to_add", int)():
+        return []
+    options = {"return_attention_mask": False, "verbose": False}
+    whole = tokenizer("a", **options)["input_ids"]
+    alone = tokenizer("a", add_special_tokens=False, **options)["input_ids"]
+    for start in range(len(whole) - len(alone) + 1):
+        if whole[start : start + len(alone)] == alone:
+            return list(whole[:start])
+    return []
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256, in hexadecimal, of the tensors' shapes and values as int64 or float64."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        wide = tensor.double() if tensor.is_floating_point() else tensor.long()
+        sha.update(f"{wide.dtype} {list(wide.shape)}".encode())
+        sha.update(wide.contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def read_windows(
@@ -103,7 +252,7 @@ def read_windows(
     if not any(tokenizer.glob("tokenizer*")):  # transformers would make an empty one
         raise FileNotFoundError(f"{tokenizer} (--model) has no tokenizer: save the original's tokenizer there")
     return token_windows(
-        read_documents(source),
+        documents(source),
         AutoTokenizer.from_pretrained(tokenizer),
         num_windows,
         window_length,

@@ -1,0 +1,97 @@
+"""Options of Lightning's Trainer that do not suit a job that goes through a model block by block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint, Timer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+NEVER = 10**9  # epochs between validations inside fit: nothing can be validated before the last block
+STOPS = (
+    "a block needs all its epochs. To stop early, send SIGTERM (`timeout 8h ...` does) or set --trainer.max_epochs; "
+    "--ckpt_path auto goes on"
+)
+
+
+def refuse_unsuitable(trainer: Trainer, stage: str) -> None:
+    """Raises ValueError for an option of the trainer with which the job would fail or compute something else.
+
+    Args:
+        trainer: the trainer that runs the job.
+        stage: `fit`, `validate`, `test` or `predict`.
+    """
+    stage = str(getattr(stage, "value", stage))  # Lightning passes an enum
+    refusals = _of_fit(trainer) if stage == "fit" else _of_evaluation(trainer, stage)
+    common = {
+        "fast_dev_run": (
+            trainer.fast_dev_run,
+            "it runs single batches, which neither calibrate nor evaluate a model. For a quick try, take few windows: "
+            "--data.num_windows 8 --data.num_heldout_windows 2 --model.joint_epochs 0",
+        ),
+        "overfit_batches": (trainer.overfit_batches, "take fewer windows instead: --data.num_windows"),
+        "default_root_dir": (
+            "://" in str(trainer.default_root_dir) and trainer.default_root_dir,
+            "a run directory is a directory of this machine",
+        ),
+    }
+    for option, (value, reason) in (common | refusals).items():
+        if value:
+            raise ValueError(f"--trainer.{option} {value} does not suit {stage}: {reason}")
+    if stage == "fit":
+        _check_callbacks(trainer)
+
+
+def _of_fit(trainer: Trainer) -> dict[str, tuple[Any, str]]:
+    """By option: its value if it is unsuitable, and why."""
+    validates = "there is no model to validate before the last block is done; `fit` evaluates at its end"
+    every = trainer.check_val_every_n_epoch
+    is_known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    return {
+        "max_epochs": (trainer.max_epochs == 0 and "0", "nothing would be computed: leave it out, or pass 1 or more"),
+        "max_steps": (
+            trainer.max_steps not in (-1, None) and trainer.max_steps,
+            "the number of steps follows from windows and blocks. --trainer.max_epochs stops between blocks",
+        ),
+        "limit_train_batches": (trainer.limit_train_batches == 0 and "0", "nothing would be computed: leave it out"),
+        "num_sanity_val_steps": (trainer.num_sanity_val_steps, f"{validates} (0 is the default of this package)"),
+        "check_val_every_n_epoch": (every is not None and every < NEVER and every, validates),
+        "val_check_interval": (trainer.val_check_interval != 1.0 and trainer.val_check_interval, validates),
+        "strategy": (
+            not is_known and type(trainer.strategy).__name__,
+            "blocks are not divided: leave it out, or pass ddp_find_unused_parameters_true for several processes",
+        ),
+    }
+
+
+def _of_evaluation(trainer: Trainer, stage: str) -> dict[str, tuple[Any, str]]:
+    limit = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}[stage]
+    return {limit: (getattr(trainer, limit) == 0 and "0", "nothing would be evaluated: leave it out")}
+
+
+def _check_callbacks(trainer: Trainer) -> None:
+    for callback in trainer.callbacks:
+        if isinstance(callback, Timer):
+            raise ValueError(f"--trainer.max_time (the callback Timer) does not suit fit: {STOPS}")
+        if isinstance(callback, EarlyStopping):
+            raise ValueError(f"the callback {type(callback).__name__} does not suit fit: {STOPS}")
+        if isinstance(callback, OnExceptionCheckpoint) or (
+            isinstance(callback, ModelCheckpoint) and callback.save_on_exception
+        ):
+            raise ValueError(
+                f"{type(callback).__name__} saves when an exception is raised (--checkpoint.save_on_exception), in the "
+                "middle of a step. A job that continues from there ends with another result: leave it out"
+            )
+    checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+    if not any(_writes_last(callback) for callback in checkpoints):
+        raise ValueError(
+            "no ModelCheckpoint of the trainer writes a last.ckpt that a killed job could continue from: leave out "
+            "--trainer.enable_checkpointing, --checkpoint.filename, --checkpoint.save_top_k and "
+            "--checkpoint.save_weights_only, or build the trainer with `commands.trainer.calibration_trainer`"
+        )
+
+
+def _writes_last(callback: ModelCheckpoint) -> bool:
+    is_named = callback.save_last or (callback.save_top_k != 0 and str(callback.filename or "").startswith("last"))
+    return bool(is_named) and not callback.save_weights_only

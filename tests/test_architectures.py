@@ -1,0 +1,244 @@
+"""Every causal MoE type of transformers, tiny: fitted, loaded, run, skipped, exported and resumed.
+
+`docs/models.py` makes the table in `docs/models.md` of the same steps.
+"""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+
+import architectures
+import jobs
+import pytest
+import tiny_models
+import torch
+import transformers
+from architecture_trial import STEPS, Trial, assert_perplexity, fit
+from test_resume import attempts
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from eacmoe_lightning import load
+
+QUICK = (
+    "deepseek_v3", "gemma4_text", "glm_moe_dsa", "gpt_oss", "granitemoehybrid", "lfm2_moe", "longcat_flash",
+    "minimax_m2", "nemotron_h", "qwen3_5_moe_text",
+)  # fmt: skip
+
+# What transformers itself does not do: a model that is generated from without a cache gives other tokens.
+UNEQUAL_WITHOUT_CACHE = {
+    "deepseek_v32": "scores of its indexer tie",
+    "doge": "its routing mixes the tokens of a sequence",
+}
+
+# What fails for now: by step, or `ALL` where no step passes because `fit` ends early.
+ALL = "all"
+ONE_TENSOR = {"gptq_v2": "the original keeps the experts of a block in one tensor"}
+FEW_ROWS = {"gptq_v2": "a linear has a number of rows that is no multiple of 32"}
+HEAD = {"fit": "what the model does after its head is left out of the report"}
+READS_WEIGHTS = dict.fromkeys(("load", "generate", "pesf"), "the model reads a weight that is packed")
+EXPECTED: dict[str, dict[str, str]] = {
+    "afmoe": {ALL: "the router takes a correction bias as an argument"},
+    "aria_text": ONE_TENSOR,
+    "axk2": {ALL: "a linear of 16 inputs, which the group size does not divide"},
+    "bailing_hybrid": FEW_ROWS | {"bfloat16": "parts that transformers keeps in float32"},
+    "beam": HEAD,
+    "cohere2_moe": HEAD,
+    "dbrx": {ALL: "the experts are not recognised"},
+    "deepseek_v32": READS_WEIGHTS | FEW_ROWS,
+    "deepseek_v4": {ALL: "the router takes token ids as an argument"},
+    "doge": {ALL: "the experts are rows of embeddings"},
+    "dots3_note_text": READS_WEIGHTS | FEW_ROWS,
+    "gemma4_text": {ALL: "the number of selected experts is not recognised"},
+    "glm_moe_dsa": {ALL: "a layer takes and returns more than hidden states"},
+    "gpt_oss": ONE_TENSOR,
+    "granitemoe": HEAD | ONE_TENSOR,
+    "granitemoe_swa": HEAD | ONE_TENSOR,
+    "granitemoehybrid": HEAD | ONE_TENSOR,
+    "granitemoeshared": HEAD | ONE_TENSOR,
+    "hy_v3": {ALL: "the router takes a correction bias as an argument"},
+    "hy_v4": {ALL: "a layer takes and returns more than hidden states"},
+    "inkling2_text": {ALL: "a layer takes and returns more than hidden states"},
+    "inkling_text": {ALL: "the router has rows for shared experts"},
+    "jamba": {ALL: "the model reads the weight of `mamba.dt_proj` without calling it"},
+    "jetmoe": {ALL: "the experts are not recognised"},
+    "kimi_linear": {ALL: "a linear of 16 inputs, which the group size does not divide"},
+    "laguna": FEW_ROWS,
+    "lfm2_moe": {ALL: "the router takes a correction bias as an argument"},
+    "llama4_text": {ALL: "the experts have another structure"},
+    "longcat_flash": {ALL: "a layer holds two blocks, and some experts compute nothing"},
+    "minimax_m2": {ALL: "the router takes a correction bias as an argument"},
+    "minimax_m3_vl_text": ONE_TENSOR,
+    "nemotron_h": FEW_ROWS,
+    "nemotron_h-latent": {ALL: "experts read a projection of what the router reads"},
+    "qwen3_5_moe_text": FEW_ROWS,
+    "qwen3_next": FEW_ROWS,
+    "qwen4_exp_text": FEW_ROWS | {"fit": "the final norm is not recognised"},
+    "zaya": {ALL: "the router is not recognised"},
+}
+
+# Architectures that are refused before anything is computed, and a word of the message.
+REFUSED: dict[str, str] = {}
+
+SUPPORTED = [name for name in architectures.ARCHITECTURES if name not in REFUSED]
+
+
+def each(*steps: str, quick: bool = True) -> pytest.MarkDecorator:
+    """Parametrises by supported architecture and step; all but the quick ones are slow."""
+    rows = []
+    for name in SUPPORTED:
+        failing = EXPECTED.get(name, {})
+        for step in steps:
+            marks = [] if quick and name in QUICK else [pytest.mark.slow]
+            if reason := failing.get(ALL, failing.get(step)):
+                marks.append(pytest.mark.xfail(strict=True, reason=reason))
+            rows.append(pytest.param(name, step, marks=marks, id=f"{name}-{step}"))
+    return pytest.mark.parametrize("name, step", rows)
+
+
+def slow_unless_quick(names) -> pytest.MarkDecorator:
+    rows = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", rows)
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory, tokenizer) -> Callable[[str], Trial]:
+    trials: dict[str, Trial] = {}
+
+    def of(name: str) -> Trial:
+        if name not in trials:
+            trials[name] = Trial(name, tmp_path_factory.mktemp(name), tokenizer)
+        return trials[name]
+
+    return of
+
+
+# --- the models themselves, in plain transformers
+
+
+@slow_unless_quick(architectures.ARCHITECTURES)
+@torch.no_grad()
+def test_transformers_saves_loads_and_runs_it(name, tmp_path):
+    model = architectures.build(name)
+    ids = torch.randint(1, tiny_models.VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
+    logits = model(ids, use_cache=False).logits
+    assert logits.isfinite().all()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(loaded(ids, use_cache=False).logits, logits)
+    options = {"attention_mask": torch.ones(2, 24, dtype=torch.long), "max_new_tokens": 8, "do_sample": False}
+    words, same = (model.generate(ids[:, :24], use_cache=c, pad_token_id=0, **options) for c in (True, False))
+    assert words.shape == (2, 32)
+    assert torch.equal(words, same) == (name not in UNEQUAL_WITHOUT_CACHE)
+
+
+@slow_unless_quick(architectures.ARCHITECTURES)
+@torch.no_grad()
+def test_routing_is_neither_uniform_nor_that_of_the_scores_alone(name):
+    """Scaled router weights and correction biases both change what the model computes."""
+    ids = torch.randint(1, tiny_models.VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
+    model = architectures.build(name)
+    logits = model(ids, use_cache=False).logits
+    changed = [
+        (tiny_models.CORRECTION, architectures.build(name)),
+        (tiny_models.ROUTER, architectures.build(name)),
+    ]
+    for pattern, other in changed:
+        tensors = [t for key, t in other.state_dict().items() if pattern.search(key)]
+        for tensor in tensors:
+            tensor.zero_()
+        assert not tensors or not torch.allclose(other(ids, use_cache=False).logits, logits, atol=1e-3)
+
+
+# --- fit, load, use, export
+
+
+@each(*STEPS)
+def test_step(name, step, trial):
+    error = trial(name).passes(step)
+    if error is not None:
+        raise error
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_refused_before_anything_is_computed(name, trial):
+    with pytest.raises(ValueError, match=REFUSED[name]) as error:
+        fit(trial(name).original, trial(name).run)
+    assert name in str(error.value) and "--model.name_or_path" in str(error.value)
+    assert not (trial(name).run / "blocks").exists()
+
+
+@each("bfloat16", quick=False)
+def test_perplexity_in_bfloat16(name, step, trial, tmp_path):
+    """With the parts in float32 that transformers keeps so."""
+    if not trial(name).has_float32_parts:
+        pytest.skip("transformers keeps nothing of it in float32")
+    original = trial(name).stored_in(torch.bfloat16)
+    report = fit(original, tmp_path / "run", "bfloat16", bits=4)
+    assert_perplexity(report["perplexity"]["prose"]["original"], original, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "granitemoe", "qwen3_next"])
+def test_the_joint_stage_does_not_worsen_what_the_model_itself_computes(name, trial, tmp_path):
+    original = AutoModelForCausalLM.from_pretrained(trial(name).original, dtype=torch.float32).eval()
+    runs = {epochs: tmp_path / str(epochs) for epochs in (0, 2)}
+    for epochs, run in runs.items():
+        fit(trial(name).original, run, bits=3, joint_epochs=epochs)
+    without, joint = (divergence(original, load(run, packed=False), trial(name).tokens) for run in runs.values())
+    assert joint < without
+
+
+@torch.no_grad()
+def divergence(original: PreTrainedModel, other: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Mean KL divergence of a model's predictions from the original's, in nats per token."""
+    expected, got = (model(ids, use_cache=False).logits.log_softmax(-1).flatten(0, 1) for model in (original, other))
+    return float(F.kl_div(got, expected, log_target=True, reduction="batchmean"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bailing_hybrid", "gpt_oss", "granitemoehybrid"])
+def test_a_killed_job_ends_like_an_undisturbed_one(name, trial, tmp_path):
+    places = [["phase", "1 attention", 1], ["phase", "1 replay", 1], ["phase", "2 router", 1]]
+    options = {"model__router_method": "ridge", "model__joint_epochs": 1}
+    attempts(trial(name).original, tmp_path / "killed", places, options)
+    attempts(trial(name).original, tmp_path / "undisturbed", [], options)
+    for part in ("blocks", "compressed"):
+        assert jobs.contents(tmp_path / "killed" / part) == jobs.contents(tmp_path / "undisturbed" / part)
+
+
+# --- the page
+
+
+def models_page():
+    spec = importlib.util.spec_from_file_location("models_page", jobs.ROOT / "docs" / "models.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # for its dataclasses
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.slow
+def test_the_page_has_these_results(trial):
+    script, kept = models_page(), (jobs.ROOT / "docs" / "models.md").read_text()
+    version = re.search(r"transformers (5\.\d+\.\d+)", kept)[1]
+    if version != transformers.__version__:
+        pytest.skip(f"docs/models.md is of transformers {version}, this is {transformers.__version__}")
+    made = script.page([script.row(trial(name)) for name in architectures.ARCHITECTURES], version)
+    assert made == kept, "docs/models.md is older than the code: run `python docs/models.py`"
+
+
+def test_the_page_has_every_architecture():
+    rows = re.findall(r"^\| (\w\S*) \| (?:yes|no)", (jobs.ROOT / "docs" / "models.md").read_text(), re.MULTILINE)
+    assert rows == list(architectures.ARCHITECTURES)
+
+
+def test_a_row_of_the_page():
+    script = models_page()
+    passed = script.Row("good", dict.fromkeys(script.COLUMNS, ""), True, {"conv.weight": "convolution"})
+    failed = script.Row("bad", {"fit": "ValueError: a|b in /some/where/file.py"}, False, {})
+    lines = script.page([passed, failed], "5.0.0").splitlines()
+    assert "| good | yes | yes | yes | yes | yes | yes | yes | `conv` (convolution) |" in lines
+    assert "| bad | no |  |  |  |  |  |  |  |" in lines
+    assert lines[-1] == r"- `bad`, fit: ValueError: a\|b in file.py"
