@@ -21,7 +21,7 @@ from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.models.originals import stored_name
-from eacmoe_lightning.text.sources import stored_source
+from eacmoe_lightning.text.sources import stored_sources
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -100,14 +100,10 @@ def _store_absolute_paths(config: Namespace) -> None:
     for section, option in ((model, "name_or_path"), (model, "evaluate"), (data, "tokenizer")):
         if section.get(option) is not None:
             section[option] = stored_name(section[option])
+    if data.get("chat_template") is not None:
+        data["chat_template"] = os.path.abspath(os.path.expanduser(data["chat_template"]))
     for option in ("calibration", "heldout", "predict"):
-        sources = data.get(option)
-        if isinstance(sources, str):
-            data[option] = stored_source(sources)
-        elif isinstance(sources, list):
-            data[option] = [stored_source(source) for source in sources]
-        elif isinstance(sources, dict):
-            data[option] = {name: stored_source(source) for name, source in sources.items()}
+        data[option] = stored_sources(data.get(option))
 
 
 class ParsedOnly(CommandLine):

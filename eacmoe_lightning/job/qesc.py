@@ -44,7 +44,7 @@ from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.memory import Watch
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
-from eacmoe_lightning.text.sources import stored_source
+from eacmoe_lightning.text.sources import stored_sources
 from eacmoe_lightning.version import __version__
 
 
@@ -261,7 +261,7 @@ class QESC(Comparison):
                 for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
                 + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
             },
-            "data.calibration": stored_source(data.calibration),
+            "data.calibration": stored_sources(data.calibration),
             **{f"data.{name}": getattr(data, name) for name in ("num_windows", "window_length", "batch_size", "seed")},
         }
 
@@ -282,9 +282,11 @@ class QESC(Comparison):
         shard_rows = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
         windows = data.calibration_windows[shard_rows.start : shard_rows.stop]
         dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
+        counts, rows = data.calibration_weights, slice(shard_rows.start, shard_rows.stop)
         streams = Streams(
-            self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
-        )
+            self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0,
+            None if counts is None else counts[rows], data.calibration_sources[:, rows],
+        )  # fmt: skip
         self.fit_state.calibration = Calibration(
             self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning
         )
@@ -376,7 +378,7 @@ class QESC(Comparison):
         )
 
     def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean over the tokens of the global batch, of which this process may hold only some windows, or none."""
+        """Mean over the counted tokens of the global batch; this process may hold only some of its windows, or none."""
         block = self.moe.blocks[self.block_index]
         x, teacher = self.calibration.router_rows(batch["index"])
         student = block.router_logits(x.to(self.device), self.parts.router(block))
@@ -403,6 +405,8 @@ class QESC(Comparison):
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
         tokens = int(batch["global_size"]) * self.trainer.datamodule.window_length
+        if "weights" in batch:
+            losses, tokens = losses * batch["weights"].flatten(), int(batch["global_tokens"])
         return losses.sum() / tokens * self.trainer.world_size  # DDP averages gradients over processes
 
     @property
