@@ -15,9 +15,11 @@ process, which has imported everything and run nothing.
 import json
 import os
 import pydoc
+import shutil
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -46,6 +48,18 @@ class KillInPhase(BlockCallback):
     def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None:
         if f"{block} {phase}" == self.what:
             self.tick()
+
+
+class FillDisk(BlockCallback):
+    """Fills the file system of the run directory when a phase begins, except for some bytes."""
+
+    def __init__(self, what: str, leave: int = 0) -> None:
+        self.what, self.leave = what, leave
+
+    def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None:
+        if f"{block} {phase}" == self.what:
+            free = shutil.disk_usage(trainer.default_root_dir).free - self.leave
+            (Path(trainer.default_root_dir).parent / "filler").write_bytes(bytes(free))
 
 
 def arm(kind: str, what: str, n: int) -> list[str]:
