@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 
@@ -358,6 +359,32 @@ def test_damage_is_named_and_computed_again_once_deleted(
     main(["fit", *words])
     for part in ("blocks", "compressed"):
         assert jobs.contents(run / part) == jobs.contents(finished / part)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped"])
+def test_a_damaged_checkpoint(kind, refused, tiny_model_dir, stopped, finished, tmp_path):
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    path = run / "checkpoints" / "last.ckpt"
+    words = [*jobs.options(tiny_model_dir("deepseek"), run, **DEEPSEEK), "--ckpt_path", "auto"]
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if kind == "truncated" else b"\0" * 64 + content[64:])
+    error = refused(*words)
+    assert f"{path} is truncated or corrupt" in error and "delete this file and continue with --ckpt_path auto" in error
+    path.unlink()
+    main(["fit", *words])
+    assert jobs.contents(run / "compressed") == jobs.contents(finished / "compressed")
+
+
+def test_a_checkpoint_of_another_job(refused, tiny_model_dir, stopped, tmp_path):
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    words = jobs.options(tiny_model_dir("deepseek"), run, **DEEPSEEK)
+    torch.save({"state_dict": {"layer.weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
+    other = {**torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)}
+    other["state_dict"] = {name: torch.zeros(2) for name in other["state_dict"]}
+    torch.save(other, tmp_path / "shapes.ckpt")
+    for path in (tmp_path / "other.ckpt", tmp_path / "shapes.ckpt"):
+        assert f"{path} (--ckpt_path) is not a checkpoint of this run" in refused(*words, "--ckpt_path", str(path))
+    assert "none.ckpt" in refused(*words, "--ckpt_path", str(tmp_path / "none.ckpt"))
 
 
 def test_a_damaged_block_of_a_finished_run(refused, tiny_model_dir, copied):
