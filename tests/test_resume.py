@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from eacmoe_lightning.job.block_callback import BlockCallback
@@ -162,7 +163,8 @@ def test_a_job_that_slurm_requeues_goes_on(small, tiny_model_dir, tmp_path):
     scontrol.chmod(0o755)
     slurm = {"JOB_ID": "7", "JOB_NAME": "fit", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
     environment = {f"SLURM_{name}": value for name, value in slurm.items()} | {
-        "PATH": f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
+        "PATH": f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as in this process, which has made `small`
     }
     run = tmp_path / "run"
     words = ["train.py", "fit", *jobs.options(tiny_model_dir("deepseek"), run, **SMALL)]
