@@ -26,7 +26,7 @@ from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.job.block_callback import phase
-from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress
+from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
 from eacmoe_lightning.job.comparison import Comparison
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
@@ -273,6 +273,8 @@ class QESC(Comparison):
         checkpoint["block_routers"] = self.block_routers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        refuse_other_job(checkpoint, shapes, self.trainer.ckpt_path)
         self.block_routers = checkpoint["block_routers"]
         mend_progress(checkpoint["loops"]["fit_loop"])
         follow_moved(checkpoint["callbacks"], self.trainer.checkpoint_callbacks, self.trainer.ckpt_path)
