@@ -42,7 +42,7 @@ DELTA_NET = {
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 24}
 HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 32}
+MAMBA = {"mamba_n_heads": 32, "mamba_d_head": 4, "mamba_d_state": 16, "mamba_chunk_size": 32}
 NEMOTRON = {
     **N_ROUTED,
     **GROUPS,
@@ -51,8 +51,8 @@ NEMOTRON = {
     "num_hidden_layers": 4,
     "moe_shared_expert_intermediate_size": 128,
     "ssm_state_size": 16,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 16,
+    "mamba_num_heads": 32,
+    "mamba_head_dim": 4,
     "n_groups": 2,
     "chunk_size": 32,
     "use_mamba_kernels": False,
