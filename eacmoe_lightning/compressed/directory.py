@@ -28,7 +28,7 @@ from eacmoe_lightning.compressed.format import (
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.draft import read_draft, without_draft
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import OriginalFiles, load_tokenizer, resolve_model
+from eacmoe_lightning.models.originals import OriginalFiles, load_tokenizer, processor_files, resolve_model
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.pruned_config import pruned_config
 from eacmoe_lightning.models.transformers_loader import empty_model
@@ -93,6 +93,8 @@ def save_compressed(
         if draft:
             write_tensors(partial / DRAFT, draft)
         load_tokenizer(source, trust_remote_code).save_pretrained(partial)
+        for file in processor_files(source):
+            shutil.copyfile(file, partial / file.name)
         if moe.model.can_generate():
             moe.model.generation_config.save_pretrained(partial)
         write_json(

@@ -169,6 +169,10 @@ class PackedQuantizer(HfQuantizer):
         restore_rule(model, self.quantization_config.directory_config)
         model.save_pretrained = _Saver(model)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """None: the tensors have their names and shapes in memory, not those of the original's checkpoint."""
+        return []
+
     def is_serializable(self) -> bool:
         return True
 

@@ -39,6 +39,12 @@ RANGE, CHUNK = 1 << 28, 1 << 22  # bytes of a file that one thread hashes, and t
 SETTLED = 2.0  # seconds: the times of a file that has changed less long ago may not show the next change
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny-moe"
 QUANTIZATION = "quantization_config"
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -103,6 +109,17 @@ class UntrustedCode(ValueError):
             f"{name_or_path!r} (--model.name_or_path) needs Python code that came with it ({what}): read that code and "
             "pass --model.trust_remote_code true to run it, or register its classes with transformers before you start"
         )
+
+
+def processor_files(name_or_path: str) -> list[Path]:
+    """The files by which a model's images, sound and chats are prepared, as far as it has any."""
+    found = []
+    for name in PROCESSOR_FILES:
+        try:
+            found.append(Path(cached_file(resolve_model(name_or_path), name)))
+        except OSError:
+            continue  # the model has no such file
+    return found
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
