@@ -5,6 +5,7 @@ of attention shorter than the text, groups of experts, correction biases and sca
 this version of transformers does not have are left out.
 """
 
+import re
 from typing import Any
 
 import tiny_models
@@ -204,8 +205,14 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
         for key, tensor in model.state_dict().items():
             if key.endswith("tid2eid"):  # DeepSeek-V4's experts by token id
                 tensor.copy_(torch.rand(len(tensor), 8).topk(tensor.shape[1]).indices)
-            elif tensor.is_floating_point() and tensor.ndim == 1 and (tensor == tensor[0]).all():
+            if tensor.is_floating_point() and tensor.ndim == 1 and (tensor == tensor[0]).all():
                 tensor += 0.1 * torch.randn(len(tensor))
+            if key.endswith("router.scale"):
+                tensor *= 8  # Gemma 4's router divides by the square root of the hidden size
+            elif re.search(r"gate\.(down_proj|router_mlp\.fc\d)\.bias|(hidden_states|residual)_bias", key):
+                tensor *= 0.1  # or ZAYA would send all tokens to one expert
+            elif key.endswith("router_mlp.out_proj.weight"):
+                tensor *= 20
             elif key.endswith("balancing_biases"):
                 tensor[-1] = -1.0  # ZAYA's skip expert: `from_pretrained` sets it to this, whatever was saved
     return model

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eacmoe_lightning import load
+from eacmoe_lightning.models.moe import MoEModel
 
 QUICK = (
     "deepseek_v3", "gemma4_text", "glm_moe_dsa", "gpt_oss", "granitemoehybrid", "jamba", "lfm2_moe", "llama4_text",
@@ -50,6 +51,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     "lfm2_moe": LOGITS,
     "llama4_text": ONE_TENSOR,
     "minimax_m3_vl_text": ONE_TENSOR,
+    "zaya": ONE_TENSOR,
 }
 
 # Architectures that are refused before anything is computed, and a part of the message.
@@ -109,6 +111,20 @@ def test_transformers_saves_loads_and_runs_it(name, tmp_path):
     words, same = (model.generate(ids[:, :24], use_cache=c, pad_token_id=0, **options) for c in (True, False))
     assert words.shape == (2, 32)
     assert torch.equal(words, same) == (name not in UNEQUAL_WITHOUT_CACHE)
+
+
+@slow_unless_quick(SUPPORTED)
+@torch.no_grad()
+def test_tokens_differ_in_their_experts(name):
+    """In every block at least four experts are selected, and none has three quarters of the selections."""
+    model, loads = architectures.build(name), []
+    ids = torch.randint(1, tiny_models.VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
+    moe = MoEModel(model)
+    for block in moe.moe_blocks:
+        block.watch_router(lambda routing, _: loads.append(torch.bincount(routing.ids.flatten(), minlength=8)))
+    model(ids)
+    assert len(loads) == len(moe.moe_blocks)
+    assert all((load > 0).sum() >= 4 and load.max() < 0.75 * load.sum() for load in loads), loads
 
 
 @slow_unless_quick(architectures.ARCHITECTURES)
