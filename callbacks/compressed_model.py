@@ -37,4 +37,7 @@ class CompressedModel(Callback):
         }
         blocks = (finished.quantized(block.index) for block in moe.blocks)
         tokens = trainer.datamodule.calibration_windows[:1, :128]
-        write_result(module.run, moe, module.name_or_path, blocks, description, tokens, module.fingerprint)
+        write_result(
+            module.run, moe, module.name_or_path, blocks, description, tokens, module.fingerprint,
+            module.trust_remote_code,
+        )  # fmt: skip

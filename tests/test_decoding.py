@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, Mxfp4Config
 from transformers.quantizers import quantizer_finegrained_fp8
 
+from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.models import decoding
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.planning.shapes import load_shapes, stored_share
 
 Change = Callable[[str, Tensor], dict[str, Tensor]]
 
@@ -286,7 +288,37 @@ def test_awq_is_decoded_by_the_formats_definition(bits, order, tiny_model_dir, t
     assert_decoded(folder, expected)
 
 
+def test_words_that_need_no_decoding_are_read_as_they_are(tiny_model_dir, tmp_path):
+    """A dequantized copy whose config still says that it is quantized."""
+    plain = quantized(tiny_model_dir("mixtral"), tmp_path / "x", {"quant_method": "fp8"}, lambda key, t: {key: t})
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model_dir("mixtral"))
+    with pytest.warns(UserWarning, match="none of its tensors is quantized: they are read as they are"):
+        assert_decoded(plain, whole.state_dict())
+
+
 # --- whole jobs
+
+
+@pytest.mark.parametrize(
+    ("config", "bits"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, 8),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64}, 4 + 20 / 64),
+        ({"quant_method": "compressed-tensors",
+          "config_groups": {"a": {"weights": {"num_bits": 4, "type": "int", "group_size": 32}}}}, 4.5),
+    ],
+)  # fmt: skip
+def test_plan_counts_the_bytes_of_a_quantized_original(config, bits, tiny_model_dir, tmp_path):
+    """From its files, and without them from its config."""
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "model", config, float8((64, 64)))
+    moe = load_shapes(str(folder), "bfloat16")
+    parameters, linears = sum(p.numel() for p in moe.model.parameters()), num_quantized(moe)
+    if bits == 8:
+        expected = (folder / "model.safetensors").stat().st_size
+        assert stored_share(str(folder), moe) == expected / (2 * parameters)
+    (folder / "model.safetensors").unlink()
+    expected = linears * bits / 8 + 4 * (parameters - linears)  # the rest is float32
+    assert stored_share(str(folder), moe) == pytest.approx(expected / (2 * parameters))
 
 
 def test_only_one_block_of_a_quantized_original_is_in_memory(tiny_model_dir, tmp_path, monkeypatch, tokens):

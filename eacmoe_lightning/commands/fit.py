@@ -17,6 +17,7 @@ from eacmoe_lightning import callbacks
 from eacmoe_lightning.commands.configs import NamedConfig
 from eacmoe_lightning.commands.launchers import follow_launcher
 from eacmoe_lightning.commands.trainer import DEFAULTS, CalibrationTrainer, default_callbacks
+from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
@@ -58,6 +59,7 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.name_or_path", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(callbacks.ExpertPruning, "pruning")
         parser.link_arguments("pruning", "model.pruning", lambda callback: callback.rule, apply_on="instantiate")
@@ -73,6 +75,8 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         trainer = config["trainer"]
         trainer["default_root_dir"] = str(trainer.get("default_root_dir") or "runs/default")
+        if self.subcommand != "fit" and config["model"]["name_or_path"] == "bundled":
+            _take_tokenizer_of_subject(config)
         _store_absolute_paths(config)
         if config["checkpoint"].get("dirpath") is None:
             config["checkpoint"]["dirpath"] = os.path.join(trainer["default_root_dir"], "checkpoints")
@@ -89,6 +93,15 @@ class CommandLine(LightningCLI):
         if self.config_init[self.subcommand]["trainer"].get("plugins") is None:
             kwargs["plugins"] = [AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
+
+
+def _take_tokenizer_of_subject(config: Namespace) -> None:
+    """Without `--model.name_or_path`, an evaluation tokenizes with the tokenizer beside the model that it evaluates."""
+    try:
+        subject = open_model(config["model"].get("evaluate") or config["trainer"]["default_root_dir"])
+    except (FileNotFoundError, ValueError):
+        return  # `setup` says what is wrong
+    config["data"]["tokenizer"] = str(subject.directory)
 
 
 def _store_absolute_paths(config: Namespace) -> None:

@@ -49,7 +49,7 @@ def plan(words: list[str]) -> None:
     if "-h" in words or "--help" in words:
         parser.print_help()  # those of fit follow
     module, data, folder = parse_fit(words)
-    moe = load_shapes(module.name_or_path, module.dtype_name)
+    moe = load_shapes(module.name_or_path, module.dtype_name, module.trust_remote_code)
     module.recipe.check(moe)
     share = stored_share(module.name_or_path, moe)
     job = job_of(module, data, moe, chosen.processes, torch.device(chosen.device).type, share)

@@ -100,7 +100,7 @@ class Reference:
         return difference
 
     def compare_loaded(self, directory: Path) -> Difference:
-        """Compares the model that `AutoModelForCausalLM.from_pretrained` loads in a fresh process.
+        """Compares the model that transformers loads in a fresh process, as the class that its config names.
 
         Raises:
             StoreError: the model cannot be loaded, or it differs.

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from eacmoe_lightning.exports.check import Difference, Reference
-from eacmoe_lightning.exports.checkpoint import write_checkpoint
+from eacmoe_lightning.exports.checkpoint import check_draft, write_checkpoint
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.targets import Target, WeightGrid
 
@@ -20,6 +20,7 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
 
 def read_back(source: Source, row: Target, directory: Path) -> Difference:
     """Reloads the export with transformers in a fresh process."""
+    check_draft(source, directory)
     return Reference(source).compare_loaded(directory)
 
 

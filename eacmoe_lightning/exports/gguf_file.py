@@ -8,6 +8,7 @@ llama.cpp has a fixed computation for each architecture. `_check` refuses models
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,8 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
 
     architecture = _check(source)
     entries = plan(source, weights, architecture)
+    if source.draft:
+        warnings.warn(f"the file has no place for the {len(source.draft)} tensors of the draft layers", stacklevel=2)
     writer = gguf.GGUFWriter(directory / FILE, architecture.name)
     _add_keys(writer, source, architecture)
     add_tokenizer(writer, source.path, source.moe.config.vocab_size)

@@ -35,6 +35,7 @@ def write_result(
     description: dict[str, Any],
     tokens: Tensor,
     fingerprint: str | None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes `compressed/` (see `save_compressed`) and compares its logits with those of the model in memory.
 
@@ -46,7 +47,7 @@ def write_result(
 
     Args:
         run: the run directory.
-        moe, name_or_path, quantized_blocks, description: see `save_compressed`.
+        moe, name_or_path, quantized_blocks, description, trust_remote_code: see `save_compressed`.
         tokens: [B, T] to compare the logits on.
         fingerprint: of the original, see `save_compressed`.
 
@@ -54,7 +55,7 @@ def write_result(
         StoreError: a weight is not quantized, or what is reloaded differs.
         ValueError: the logits are not finite.
     """
-    save_compressed(run.compressed, moe, name_or_path, quantized_blocks, description, fingerprint)
+    save_compressed(run.compressed, moe, name_or_path, quantized_blocks, description, fingerprint, trust_remote_code)
     tokens = tokens.to(moe.device)
     logits = moe.logits(tokens)
     refuse_overflow("the logits of the compressed model (its final norm or its head)", logits)

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.directory import untied
-from eacmoe_lightning.compressed.format import LATTICE, REST, SHARD, read_config
+from eacmoe_lightning.compressed.format import DRAFT, LATTICE, REST, SHARD, original_config, read_config
 from eacmoe_lightning.compressed.opening import open_compressed
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.draft import without_draft
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.pruned_config import has_shapes_of
 from eacmoe_lightning.models.shrink import KEPT
@@ -78,6 +79,9 @@ class Source:
     Raises:
         FileNotFoundError: there is no compressed model.
         ValueError: a newer version of this package wrote it, or its blocks have different numbers of experts.
+
+    Attributes:
+        draft: tensors of the draft layers under the original's names, written unchanged.
     """
 
     def __init__(self, path: str | Path, dtype: str = "auto") -> None:
@@ -85,9 +89,12 @@ class Source:
         self.directory_config = read_config(self.path)
         self.dtype_name = self.directory_config["dtype"] if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, self.dtype_name)
-        original = dict(self.directory_config["original"]["config"])
-        self.config: PreTrainedConfig = AutoConfig.for_model(original.pop("model_type"), **original)
+        self.config: PreTrainedConfig = original_config(self.directory_config)
         self.config.dtype = self.dtype
+        file = self.path / DRAFT
+        self.draft: dict[str, Tensor] = read_tensors(file)[0] if file.exists() else {}
+        if not self.draft:
+            self.config = without_draft(self.config)
         self.skeleton: PreTrainedModel = empty_model(self.config, self.dtype)
         self.moe = MoEModel(self.skeleton)
         if self.moe.is_pruned:

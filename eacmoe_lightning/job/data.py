@@ -9,10 +9,10 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import resolve_model
+from eacmoe_lightning.models.originals import UntrustedCode, load_tokenizer, resolve_model
+from eacmoe_lightning.models.weight_files import DamagedFile
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.files import check_fetched, read_text
 from eacmoe_lightning.text.sources import documents, name_sources
@@ -48,6 +48,7 @@ class TextWindows(L.LightningDataModule):
         heldout_batch_size: Held-out windows per step and process.
         tokenizer: Name or path of the tokenizer; `bundled` is that of the bundled model.
         seed: Seed for the choice of the calibration windows and their order.
+        trust_remote_code: Whether Python code beside the tokenizer may run; set by `--model.trust_remote_code`.
         column: Column of the rows of a table that holds the text or the turns of a chat, or two as QUESTION,ANSWER.
             None takes `text`, or else `messages`, `conversations` or a pair such as `prompt` and `response`.
         chat_template: File with the Jinja template that renders conversations; None takes the tokenizer's.
@@ -73,6 +74,7 @@ class TextWindows(L.LightningDataModule):
         heldout_batch_size: int = 8,
         tokenizer: str = "bundled",
         seed: int = 0,
+        trust_remote_code: bool = False,
         column: str | None = None,
         chat_template: str | None = None,
         answers_only: bool = False,
@@ -96,6 +98,7 @@ class TextWindows(L.LightningDataModule):
         self.heldout_batch_size = heldout_batch_size
         self.tokenizer = tokenizer
         self.seed = seed
+        self.trust_remote_code = trust_remote_code
         self.column = column
         self.chat_template = chat_template
         self.answers_only = answers_only
@@ -233,11 +236,12 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def _tokenizer(self):
-        path = resolve_model(self.tokenizer)
-        for file in Path(path).glob("*token*"):
+        for file in Path(resolve_model(self.tokenizer)).glob("*token*"):
             check_fetched(file)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = load_tokenizer(self.tokenizer, self.trust_remote_code)
+        except (DamagedFile, UntrustedCode):
+            raise
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"no tokenizer can be loaded from {self.tokenizer!r} (--data.tokenizer, by default "

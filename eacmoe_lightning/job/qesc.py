@@ -26,7 +26,7 @@ from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.job.block_callback import phase
-from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress
+from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
 from eacmoe_lightning.job.comparison import Comparison
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
@@ -99,6 +99,7 @@ class QESC(Comparison):
         evaluate: Model that validate, test and predict evaluate: a run directory, a compressed directory or an original
             model; null takes the run directory (trainer.default_root_dir).
         split_damage: Let test split the damage into that of the weights and that of the selections (EAC-MoE, table 1).
+        trust_remote_code: Whether Python code that came with the model may run, where transformers has no class for it.
         pruning: Rule for removing experts; on the command line it is set by `--pruning`.
         **recipe: Options of `Recipe`: bits, groups and quantizer of every weight.
     """
@@ -126,10 +127,11 @@ class QESC(Comparison):
         stream_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         evaluate: str | None = None,
         split_damage: bool = False,
+        trust_remote_code: bool = False,
         pruning: PruningRule | None = None,
         **recipe: Any,
     ) -> None:
-        super().__init__(name_or_path, dtype, evaluate, split_damage)
+        super().__init__(name_or_path, dtype, evaluate, split_damage, trust_remote_code)
         self.targets = targets.for_calibration(target) if target else []
         self.tensor_parallel = tensor_parallel
         self.recipe = Recipe(**recipe)
@@ -182,7 +184,7 @@ class QESC(Comparison):
             self.lock = RunLock(self.run.path)
             self.lock.refuse_if_taken()
             self.run.check(self.settings(), resumes)  # before a large model is read
-        weights = Checkpoint(self.name_or_path, self.dtype_name)
+        weights = Checkpoint(self.name_or_path, self.dtype_name, self.trust_remote_code)
         moe = StreamedModel(weights, self.trainer.strategy.root_device)
         self.trainer.datamodule.check_model(moe, stage)
         self.recipe.check(moe, self.trainer.world_size)
@@ -271,6 +273,8 @@ class QESC(Comparison):
         checkpoint["block_routers"] = self.block_routers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        refuse_other_job(checkpoint, shapes, self.trainer.ckpt_path)
         self.block_routers = checkpoint["block_routers"]
         mend_progress(checkpoint["loops"]["fit_loop"])
         follow_moved(checkpoint["callbacks"], self.trainer.checkpoint_callbacks, self.trainer.ckpt_path)

@@ -34,9 +34,9 @@ ACTIVATIONS = re.compile(
     r"(^|[._])(activation_scale|input_scale|input_scale_inv|input_zero_point|input_global_scale|output_scale"
     r"|qscale_act|[qkv]_scale|kv_scale|prob_scale)$"
 )
-# names that only a quantized checkpoint has
+# what is left of a quantized checkpoint whose config is lost
 QUANTIZED = re.compile(
-    r"(_scale_inv|weight_scale|_scales|\.scales|\.scale|qscale_weight|_blocks|\.qweight|\.qzeros|\.g_idx|weight_packed"
+    r"(_scale_inv|weight_scale|_scales|\.scales|qscale_weight|_blocks|\.qweight|\.qzeros|\.g_idx|weight_packed"
     r"|weight_zero_point|weight_g_idx|weight_global_scale|weight_scale_2|\.absmax|\.quant_map|\.nested_absmax"
     r"|\.nested_quant_map|quant_state\.\w+|\.SCB|\.weight_format)$"
 )
@@ -215,7 +215,7 @@ class GPTQ(Scheme):
         in_features = codes.shape[-1]
         zero_point = unpack_words(qzeros, bits) + (not self._is_v2)  # [G, O]
         group = parts.get("g_idx")
-        if group is None:
+        if group is None or not group.numel():
             group = torch.arange(in_features) // -(-in_features // groups)
         group = group.long()
         return (codes - zero_point.T[:, group]).float() * scales.float().T[:, group]

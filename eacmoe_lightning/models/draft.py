@@ -11,7 +11,10 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig
+
+from eacmoe_lightning.models.originals import OriginalFiles
 
 NUMBER = re.compile(r"(nextn|mtp)")  # options like num_nextn_predict_layers, mtp_num_hidden_layers, num_mtp_modules
 COUNTS = ("num", "layers", "modules")
@@ -35,6 +38,26 @@ def draft_keys(config: PreTrainedConfig, keys: Iterable[str]) -> list[str]:
         if beyond or NAMED.search(key):
             found.append(key)
     return found
+
+
+def draft_prefixes(keys: Iterable[str]) -> list[str]:
+    """What the names of draft layers begin with, such as `model.layers.61.` or `mtp.`, sorted."""
+    found = set()
+    for key in keys:
+        named = NAMED.search(key)
+        found.add(key[: named.end()] if named else LAYER.match(key)[0])
+    return sorted(found)
+
+
+def read_draft(files: OriginalFiles) -> dict[str, Tensor]:
+    """The tensors of an original's draft layers by key, as they are stored; quantized ones in the config's dtype."""
+    dtype, tensors = files.config.get_text_config().dtype, {}
+    with files.reading() as reader:
+        for key in draft_keys(files.config, files.keys):
+            tensor = reader.lazy(key)[...]
+            is_decoded = files.scheme is not None and key in files.scheme.parts
+            tensors[key] = tensor.to(dtype) if is_decoded and dtype is not None else tensor
+    return tensors
 
 
 def promised_layers(config: PreTrainedConfig) -> int:

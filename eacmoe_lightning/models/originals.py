@@ -17,12 +17,18 @@ from typing import Any
 
 from huggingface_hub import constants
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from eacmoe_lightning.models.decoding import ACTIVATIONS, Scheme, scheme_of
-from eacmoe_lightning.models.transformers_loader import knows_config, register_remote_code
-from eacmoe_lightning.models.weight_files import OpenFile, Stored, check_fetched, opened, stored_tensors
+from eacmoe_lightning.models.transformers_loader import auto_class, knows_config, register_remote_code
+from eacmoe_lightning.models.weight_files import DamagedFile, OpenFile, Stored, check_fetched, opened, stored_tensors
 from eacmoe_lightning.run.files import StoreError, write_json
 
 NO_MODEL = (
@@ -33,6 +39,12 @@ RANGE, CHUNK = 1 << 28, 1 << 22  # bytes of a file that one thread hashes, and t
 SETTLED = 2.0  # seconds: the times of a file that has changed less long ago may not show the next change
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny-moe"
 QUANTIZATION = "quantization_config"
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -73,14 +85,10 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
         stored, _ = PreTrainedConfig.get_config_dict(path)
         if "AutoConfig" in stored.get("auto_map", {}) and not knows_config(stored.get("model_type")):
             if not trust_remote_code:
-                raise UntrustedCode(
-                    f"{name_or_path!r} (--model.name_or_path) needs Python code that came with it (`auto_map` in its "
-                    "config.json): read that code, and pass --model.trust_remote_code true to run it, or register its "
-                    "classes with transformers before you start"
-                )
+                raise UntrustedCode(name_or_path, "`auto_map` in its config.json")
             register_remote_code(path, stored["model_type"], stored["auto_map"])
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except UntrustedCode:
+    except (DamagedFile, UntrustedCode):
         raise
     except (OSError, ValueError) as error:
         raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
@@ -95,6 +103,43 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
 
 class UntrustedCode(ValueError):
     """A model needs Python code that came with it, and the user has not said that it may run."""
+
+    def __init__(self, name_or_path: str, what: str) -> None:
+        super().__init__(
+            f"{name_or_path!r} (--model.name_or_path) needs Python code that came with it ({what}): read that code and "
+            "pass --model.trust_remote_code true to run it, or register its classes with transformers before you start"
+        )
+
+
+def processor_files(name_or_path: str) -> list[Path]:
+    """The files by which a model's images, sound and chats are prepared, as far as it has any."""
+    found = []
+    for name in PROCESSOR_FILES:
+        try:
+            found.append(Path(cached_file(resolve_model(name_or_path), name)))
+        except OSError:
+            continue  # the model has no such file
+    return found
+
+
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A model's tokenizer.
+
+    Args:
+        name_or_path, trust_remote_code: see `read_config`.
+
+    Raises:
+        OSError: there is none, or one of its files is damaged.
+        ValueError: it needs code that came with it, and that is not trusted.
+    """
+    path = resolve_model(name_or_path)
+    check_fetched(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise UntrustedCode(name_or_path, "`auto_map` in its tokenizer_config.json or config.json") from error
 
 
 class OriginalFiles:
@@ -119,6 +164,8 @@ class OriginalFiles:
         self.config, quantization = read_config(name_or_path, trust_remote_code)
         try:
             self.stored: dict[str, Stored] = stored_tensors(self.path)
+        except DamagedFile:
+            raise
         except OSError as error:
             raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
         self.scheme: Scheme | None = None
@@ -213,7 +260,7 @@ def load_original(name_or_path: str, dtype: str = "auto", trust_remote_code: boo
     if quantization is not None:
         raise ValueError(f"{name_or_path!r} is quantized: open it as StreamedModel(Checkpoint(...))")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        model = auto_class(config).from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
     return model.eval()
@@ -263,11 +310,11 @@ def fingerprint(name_or_path: str) -> str:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The weight files that a checkpoint's index names, with `model.safetensors`; without an index, all."""
-    for suffix in ("safetensors", "bin"):
-        names = {name for index in directory.glob(f"*.{suffix}.index.json") for name in _indexed(index)}
-        names |= {path.name for path in directory.glob(f"*.{suffix}") if not names or path.stem == "model"}
-        if files := [directory / name for name in sorted(names) if (directory / name).is_file()]:
+    """The files that a checkpoint is read from: those of an index, and the only one; with neither, all."""
+    for suffix, only in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
+        names = {name for index in directory.glob(f"*.{suffix}.index.json") for name in _indexed(index)} | {only}
+        files = [directory / name for name in sorted(names) if (directory / name).is_file()]
+        if files := files or sorted(directory.glob(f"*.{suffix}")):
             return files
     return []
 

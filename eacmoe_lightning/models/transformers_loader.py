@@ -34,7 +34,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
@@ -61,6 +67,7 @@ SKIPS_PAIRS = "_is_expert_parallel"  # set on experts: ids of E occur, and their
 CACHE = next(field.name for field in fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 TOWER_RETURNS_ROUTER_LOGITS = "router_logits" in DeepseekOcr2TextModel._can_record_outputs
 
+_TEXT_HEADS = (AutoModelForImageTextToText, AutoModelForCausalLM)
 _TAKES_TP_PLAN = "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters
 _ROUTES = "route_tokens_to_experts"
 _READS_ROUTER_WEIGHT = ("DeepseekV2Moe", "DeepseekOcr2TextMoe")  # until 5.12: they never call their router
@@ -186,13 +193,35 @@ def trust_tokenizer_file(model_type: str) -> None:
 # --- a model without weights ---------------------------------------------------------------------------------
 
 
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The auto class that builds a model with its head for text: a causal LM, or a wrapper with a causal LM inside.
+
+    A config that fits both builds what its `architectures` names, or else the wrapper.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    classes = {auto: auto._model_mapping[type(config)] for auto in _TEXT_HEADS if type(config) in auto._model_mapping}
+    if not classes:
+        raise ValueError(
+            f"transformers has no language model for the type {config.model_type!r}, neither a causal one nor one with "
+            "images"
+        )
+    named = (config.architectures or [None])[0]
+    for auto, classes_of in classes.items():
+        if named in [cls.__name__ for cls in (classes_of if isinstance(classes_of, tuple) else (classes_of,))]:
+            return auto
+    is_wrapper = config.get_text_config() is not config
+    return (list(classes) if is_wrapper else list(classes)[::-1])[0]
+
+
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM whose parameters are on the meta device and whose buffers are what `from_pretrained` makes them.
+    """A model with a head for text, its parameters on the meta device, its buffers as `from_pretrained` makes them.
 
     Both have the dtypes of `from_pretrained(dtype=dtype)`, which keeps some in float32.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = auto_class(config).from_config(config, dtype=dtype)
     persistent = {name for name in model.state_dict() if name in dict(model.named_buffers())}
     model._move_missing_keys_from_meta_to_device(persistent, None, None, None)
     model._initialize_missing_keys(False)
@@ -214,9 +243,10 @@ def tie(model: PreTrainedModel, missing: Iterable[str]) -> None:
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
 
 
-def is_ignored(model: PreTrainedModel, key: str) -> bool:
-    """Whether transformers passes over a key on disk that the model does not have."""
-    return any(re.search(pattern, key) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+def is_ignored(model: PreTrainedModel, *names: str) -> bool:
+    """Whether transformers passes over a tensor that the model does not have, by its key on disk or its new name."""
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    return any(re.search(pattern, name) for pattern in patterns for name in names)
 
 
 def ignore_unexpected(model: PreTrainedModel, pattern: str) -> None:

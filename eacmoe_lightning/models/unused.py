@@ -40,6 +40,7 @@ def check_used(files: OriginalFiles, model: PreTrainedModel, sources: Mapping[st
     unused = {key: name for name, keys in sources.items() if name not in known for key in keys}
     for key in draft_keys(files.config, unused):
         del unused[key]
+    unused = {k: n for k, n in unused.items() if not (HARMLESS.search(k) or is_ignored(model, k, n))}
     scales = [key for key in unused if QUANTIZED.search(key)]
     if codes or scales:
         dtypes = ", ".join(sorted({str(files.stored[key].dtype).rpartition(".")[2] for key in codes}))
@@ -55,7 +56,12 @@ def check_used(files: OriginalFiles, model: PreTrainedModel, sources: Mapping[st
             f"{files.name_or_path!r} (--model.name_or_path) is quantized: it holds {' and '.join(what)}. They must be "
             f"decoded, and {remedy}. Otherwise codes would be taken for weights"
         )
-    unused = [k for k, n in unused.items() if not (HARMLESS.search(k) or is_ignored(model, k) or is_ignored(model, n))]
+    if files.scheme is not None and not decoded:
+        warnings.warn(
+            f"the config.json of {files.name_or_path!r} (--model.name_or_path) has a `quantization_config`, but none "
+            "of its tensors is quantized: they are read as they are",
+            stacklevel=2,
+        )
     if unused:
         names = ", ".join(sorted(unused)[:3])
         warnings.warn(

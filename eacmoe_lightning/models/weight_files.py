@@ -28,6 +28,10 @@ DTYPES = {
 }  # fmt: skip
 
 
+class DamagedFile(FileNotFoundError):
+    """A file of a model is missing, truncated, damaged or not fetched; the message names it."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a file.
@@ -56,13 +60,14 @@ def stored_tensors(path: str) -> dict[str, Stored]:
         path: a local directory or a hub id.
 
     Raises:
-        OSError: there are no weight files, or one is missing, truncated, damaged or not fetched by git-lfs.
+        OSError: there are no weight files.
+        DamagedFile: one is missing, truncated, damaged or not fetched by git-lfs.
         ValueError: a pickle holds Python objects besides tensors.
     """
     check_fetched(path)
     files = weight_files(path)
     if missing := [file for file in files if not Path(file).exists()]:
-        raise FileNotFoundError(
+        raise DamagedFile(
             f"{missing[0]} is missing, and {len(missing) - 1} more of the {len(files)} files that the index beside it "
             "names: download the model again"
         )
@@ -73,31 +78,32 @@ def weight_files(path: str) -> list[str]:
     """The weight files of a local directory or a hub id.
 
     Raises:
-        OSError: there are none, or their index is missing or damaged.
+        OSError: there are none.
+        DamagedFile: their index is missing or damaged.
     """
     try:
         return checkpoint_files(path)
     except (KeyError, ValueError) as error:  # JSONDecodeError is a ValueError
-        raise OSError(f"the index of the weight files in {path} is damaged ({error!r}): download it again") from error
+        raise DamagedFile(
+            f"the index of the weight files in {path} is damaged ({error!r}): download it again"
+        ) from error
     except OSError as error:
         shards = sorted(Path(path).glob("model-*-of-*.safetensors"))
         if not shards:
             raise
-        raise OSError(
+        raise DamagedFile(
             f"{path} holds {shards[0].name} and {len(shards) - 1} more shards, but no model.safetensors.index.json "
             "that lists them: download it"
         ) from error
 
 
 def check_fetched(path: str) -> None:
-    """Raises FileNotFoundError if a file of a local directory is only a pointer of git-lfs."""
+    """Raises DamagedFile if a file of a local directory is only a pointer of git-lfs."""
     if not Path(path).is_dir():
         return
     for file in sorted(Path(path).iterdir()):
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
-            raise FileNotFoundError(
-                f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in {path}"
-            )
+            raise DamagedFile(f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in {path}")
 
 
 def _read_header(file: str) -> dict[str, Stored]:
@@ -123,10 +129,10 @@ def _read_header(file: str) -> dict[str, Stored]:
                 for key, entry in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OSError(f"{file} is damaged, its header cannot be read ({error}): download it again") from error
+            raise DamagedFile(f"{file} is damaged, its header cannot be read ({error}): download it again") from error
     end = max((tensor.span[1] for tensor in tensors.values()), default=8 + length)
     if end > size:
-        raise OSError(f"{file} is truncated: it has {size} bytes, and its header promises {end}. Download it again")
+        raise DamagedFile(f"{file} is truncated: it has {size} bytes, and its header promises {end}. Download it again")
     return tensors
 
 
@@ -145,7 +151,7 @@ def _load_pickle(file: str, only_shapes: bool = False) -> dict[str, torch.Tensor
             f"to safetensors. {str(error).splitlines()[0]}"
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:
-        raise OSError(f"{file} is truncated or damaged ({error}): download it again") from error
+        raise DamagedFile(f"{file} is truncated or damaged ({error}): download it again") from error
 
 
 class OpenFile:

@@ -11,14 +11,14 @@ from eacmoe_lightning.models.originals import OriginalFiles, read_config
 from eacmoe_lightning.models.transformers_loader import empty_model
 
 
-def load_shapes(name_or_path: str, dtype: str) -> MoEModel:
+def load_shapes(name_or_path: str, dtype: str, trust_remote_code: bool = False) -> MoEModel:
     """The model without its weights, from its config.json alone.
 
     Raises:
         FileNotFoundError: there is no config.json, or it is not that of a causal language model.
     """
     try:
-        config, _ = read_config(name_or_path)
+        config, _ = read_config(name_or_path, trust_remote_code)
         stored = config.get_text_config().dtype or torch.bfloat16
     except FileNotFoundError as error:
         raise FileNotFoundError(
