@@ -263,11 +263,13 @@ class Calibration:
     def _count_sources(self) -> None:
         """Records the original router's loads by calibration text, and warns if the first router starves experts."""
         teacher, streams, num_experts = self._teacher, self.streams, self._teacher.logits.shape[1]
-        for windows in streams.sources if streams.sources is not None else ():
+        if streams.sources is None:
+            return
+        for windows in streams.sources:
             tokens = streams.counted(windows.repeat_interleave(len(teacher.ids) // len(windows)))
             load = self.ranks.sum(expert_load(streams.counted(teacher.ids)[tokens], num_experts))
             self.stats.source_load.append(load.tolist())
-        fewest = self.recipe.min_expert_tokens
+        fewest = self.recipe.min_expert_tokens if self.recipe.quantizes else 0
         starved = [e for e, load in enumerate(self.stats.expert_load["original"]) if load < fewest]
         if starved and self.at == self.moe.moe_blocks[0].index and self.ranks.is_first:
             log.warning(

@@ -79,7 +79,7 @@ def cut_windows(
             tokenized and drawn from.
         answers_only: only tokens of the assistant's turns count, and windows without any are left out.
         separate: every document begins a window of its own, so that no token attends to another document. The rest of
-            its last window is filled with tokens that do not count; attention is causal, so they change nothing.
+            its last window is filled with tokens that do not count; where attention is causal they change nothing.
         source, option: names of the text and of the number of windows in error messages.
 
     Raises:
