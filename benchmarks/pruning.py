@@ -74,7 +74,8 @@ def fit(run: Path, keep: int, criterion: str, router: str, args: argparse.Namesp
         command += [
             *args.options,
             *ROUTERS[router],
-            *(["--ckpt_path", "last"] if (run / "run.json").exists() else []),
+            "--ckpt_path",
+            "auto",
         ]
         subprocess.run([sys.executable, TRAIN, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     return json.loads((run / "report.json").read_text())

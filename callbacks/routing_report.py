@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.compressed.directory import CompressedWeights
+from eacmoe_lightning.evaluation.coverage import coverage
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.evaluation.report import build, write
 from eacmoe_lightning.evaluation.report_text import summary
@@ -56,6 +57,8 @@ class RoutingReport(BlockCallback):
                 module.run, module.moe, module.name_or_path, module.recipe, router, module.pruning,
                 module.block_stats(), result,
             )  # fmt: skip
+            moe_stats = [stats for stats in module.block_stats() if stats.is_moe]
+            report["coverage"] = coverage(moe_stats, trainer.datamodule.windows_by_text)
             write(module.run, report)
             module.run.drop_streams()
             print(summary(report))

@@ -29,6 +29,8 @@ transformers {version}, from a run of a tiny random model of each (`python docs/
 `tests/test_architectures.py` checks it). The models have 3 or 4 blocks, 8 experts and every kind of layer of their
 type, but real ones can have settings that these do not have: `eacmoe plan` and the first seconds of `eacmoe fit` tell.
 
+"refused" says that `fit` ends with one message before it computes anything.
+
 | column | "yes" says |
 |---|---|
 | fit | the job ran to its end at 8 bit, and both perplexities of its report are those of transformers' forward pass |
@@ -53,12 +55,14 @@ class Row:
     Attributes:
         name: of the architecture.
         errors: what a step raised, by step; empty where it passed. A step that was not reached is missing.
+        is_refused: whether `fit` refused it before it computed anything.
         gguf: whether the export to GGUF works.
         left: why a matrix of a block is not quantized, by its name in the block.
     """
 
     name: str
     errors: dict[str, str]
+    is_refused: bool
     gguf: bool
     left: dict[str, str]
 
@@ -70,8 +74,8 @@ def row(trial: Trial) -> Row:
         error = trial.passes(step)
         errors[step] = "" if error is None else f"{type(error).__name__}: {error}"
         if step == "fit" and not trial.is_compressed:
-            return Row(trial.name, errors, False, {})
-    return Row(trial.name, errors, trial.passes("gguf") is None, trial.left())
+            return Row(trial.name, errors, trial.is_refused, False, {})
+    return Row(trial.name, errors, False, trial.passes("gguf") is None, trial.left())
 
 
 def page(rows: list[Row], version: str) -> str:
@@ -79,7 +83,8 @@ def page(rows: list[Row], version: str) -> str:
     lines = [HEADER.format(version=version) + f"| type | {' | '.join(COLUMNS.values())} | GGUF | left unquantized |"]
     lines.append("|---" * (len(COLUMNS) + 3) + "|")
     for r in rows:
-        cells = [{None: "", "": "yes"}.get(r.errors.get(step), "no") for step in COLUMNS]
+        no = "refused" if r.is_refused else "no"
+        cells = [{None: "", "": "yes"}.get(r.errors.get(step), no) for step in COLUMNS]
         lines.append(f"| {r.name} | {' | '.join(cells)} | {'yes' if r.gguf else ''} | {left(r)} |")
     failed = [(r.name, COLUMNS[step], error) for r in rows for step, error in r.errors.items() if error]
     if failed:
@@ -112,7 +117,7 @@ def run_all() -> list[Row]:
 
     tokenizer, rows = AutoTokenizer.from_pretrained(BUNDLED), []
     for name in ARCHITECTURES:
-        print(name, flush=True)
+        print(name, file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             with contextlib.redirect_stderr(io.StringIO()):
                 rows.append(row(Trial(name, Path(folder), tokenizer)))

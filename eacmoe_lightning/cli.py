@@ -56,12 +56,12 @@ def main(args: ArgsType = None) -> None:
     try:
         with Stopping(lambda: RESTART.get(command, "")):
             _run(command, words, args)
-    except (ValueError, FileNotFoundError, StoreError, MisconfigurationException) as error:
-        _report(error, str(error))
-    except OSError as error:
-        if not is_disk_full(error):
+    except Exception as error:
+        if (message := _full_disk(error)) is not None:
+            _report(error, message)
+        if not isinstance(error, (ValueError, FileNotFoundError, StoreError, MisconfigurationException)):
             raise
-        _report(error, _full_disk(error))
+        _report(error, str(error))
 
 
 def _run(command: str | None, words: Sequence[str], args: ArgsType) -> None:
@@ -96,20 +96,24 @@ def _report(error: BaseException, message: str) -> None:
     sys.exit(1)
 
 
-def _full_disk(error: OSError) -> str:
-    """A message for a full disk that somebody else's code has met: TensorBoard's, Lightning's or a logger's.
+def _full_disk(error: BaseException) -> str | None:
+    """The message for a full disk; None for other errors.
 
-    While Lightning ends a job, its loggers meet the full disk as well. A message of this package names the file, so it
-    goes first.
+    TensorBoard, Lightning and loggers meet a full disk too, turn it into other errors, and raise it again while
+    Lightning ends the job. A message of this package names the file, so it goes first.
     """
-    while error is not None:
-        if isinstance(error, StoreError):
-            return str(error)
-        ours, error = error, error.__context__
-    where = f" for {ours.filename}" if isinstance(ours, OSError) and ours.filename else ""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    full = [link for link in chain if is_disk_full(link)]
+    if not full:
+        return None
+    for link in chain:
+        if isinstance(link, StoreError):
+            return str(link)
     return (
-        f"no room{where}: the disk or quota was full ({ours}). Free some space and continue this run with "
-        "--ckpt_path auto: all finished work is kept"
+        f"the disk or quota is full ({full[-1]}). Free some space and continue this run with --ckpt_path auto: all "
+        "finished work is kept"
     )
 
 

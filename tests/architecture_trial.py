@@ -19,12 +19,13 @@ from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
-from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.models.transformers_loader import empty_model
 
 STEPS = ("fit", "load", "generate", "pesf", "dense", "gptq_v2")
-ALPHA = 0.7
+ALPHA = 0.95  # so large that an expert is rare in nearly every sequence
 
 
 @cache
@@ -112,6 +113,11 @@ class Trial:
         """Whether `fit` wrote a compressed model, be it right or wrong."""
         return (self.run / "compressed").is_dir()
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether `fit` raised a ValueError before it computed anything."""
+        return isinstance(self.passes("fit"), ValueError) and not (self.run / "blocks").exists()
+
     @cached_property
     def decoded(self) -> PreTrainedModel:
         return eacmoe_lightning.load(self.run, packed=False)
@@ -172,22 +178,20 @@ class Trial:
         moe = MoEModel(empty_model(architectures.config_of(self.name), torch.float32))
         left: dict[str, str] = {}
         for block in moe.blocks:
-            router = block.router_parameter_name if block.is_moe else ""
             for module_name, module in block.layer.named_modules():
+                if block.is_moe and f"{module_name}.".startswith(f"{block.router_name}."):
+                    continue
                 for parameter_name, parameter in module.named_parameters(recurse=False):
                     name = f"{module_name}.{parameter_name}".lstrip(".")
                     full_name = f"{block.name}.{name}"
-                    is_known = full_name in (*quantization["bits"], router)
-                    if parameter.ndim > 1 and not is_known and not name.endswith("bias"):
+                    if parameter.ndim > 1 and full_name not in quantization["bits"] and not name.endswith("bias"):
                         stated = quantization.get("unquantized", {}).get(full_name)
-                        left[name] = stated or reason(block, module_name, module)
+                        left[name] = stated or reason(module)
         return left
 
 
-def reason(block: Block, module_name: str, module: nn.Module) -> str:
-    """Why a matrix of a block is not quantized, if the run does not say so itself."""
-    if block.is_moe and module_name.startswith(block.router_name):
-        return "part of the router"
+def reason(module: nn.Module) -> str:
+    """Why the matrix of a module is not quantized, if the run does not say so itself."""
     if isinstance(module, nn.Linear) and module.out_features == 1:
         return "one output"
     kinds = {nn.Conv1d: "convolution", nn.Embedding: "embedding"}

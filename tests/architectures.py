@@ -5,6 +5,7 @@ of attention shorter than the text, groups of experts, correction biases and sca
 this version of transformers does not have are left out.
 """
 
+import re
 from typing import Any
 
 import tiny_models
@@ -42,7 +43,7 @@ DELTA_NET = {
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 24}
 HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 32}
+MAMBA = {"mamba_n_heads": 32, "mamba_d_head": 4, "mamba_d_state": 16, "mamba_chunk_size": 32}
 NEMOTRON = {
     **N_ROUTED,
     **GROUPS,
@@ -51,8 +52,8 @@ NEMOTRON = {
     "num_hidden_layers": 4,
     "moe_shared_expert_intermediate_size": 128,
     "ssm_state_size": 16,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 16,
+    "mamba_num_heads": 32,
+    "mamba_head_dim": 4,
     "n_groups": 2,
     "chunk_size": 32,
     "use_mamba_kernels": False,
@@ -204,8 +205,14 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
         for key, tensor in model.state_dict().items():
             if key.endswith("tid2eid"):  # DeepSeek-V4's experts by token id
                 tensor.copy_(torch.rand(len(tensor), 8).topk(tensor.shape[1]).indices)
-            elif tensor.is_floating_point() and tensor.ndim == 1 and (tensor == tensor[0]).all():
+            if tensor.is_floating_point() and tensor.ndim == 1 and (tensor == tensor[0]).all():
                 tensor += 0.1 * torch.randn(len(tensor))
+            if key.endswith("router.scale"):
+                tensor *= 8  # Gemma 4's router divides by the square root of the hidden size
+            elif re.search(r"gate\.(down_proj|router_mlp\.fc\d)\.bias|(hidden_states|residual)_bias", key):
+                tensor *= 0.1  # or ZAYA would send all tokens to one expert
+            elif key.endswith("router_mlp.out_proj.weight"):
+                tensor *= 20
             elif key.endswith("balancing_biases"):
                 tensor[-1] = -1.0  # ZAYA's skip expert: `from_pretrained` sets it to this, whatever was saved
     return model

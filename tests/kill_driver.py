@@ -1,7 +1,8 @@
-"""Runs one job repeatedly, killing each attempt with SIGKILL at an exact place, and then once more to the end.
+"""Runs one job repeatedly, ending each attempt at an exact place, and then once more to the end.
 
-`python kill_driver.py PLACES -- OPTIONS OF FIT`. PLACES is a JSON list of [kind, what, n], one for each attempt, which
-is killed when an event happens for the n-th time:
+`python kill_driver.py PLACES -- OPTIONS OF FIT`. PLACES is a JSON list of [kind, what, n] or [kind, what, n, how], one
+for each attempt, which ends when an event happens for the n-th time. `how` is a signal (SIGKILL without it), or `full`:
+from then on the system lets this process write no byte to any file, as on a full disk. Events:
 
     phase    a phase begins; what: "BLOCK PHASE", for example "0 experts" or "None joint"
     call     a function is called; what: its dotted name
@@ -15,6 +16,7 @@ process, which has imported everything and run nothing.
 import json
 import os
 import pydoc
+import resource
 import signal
 import sys
 from functools import partial
@@ -26,33 +28,35 @@ from eacmoe_lightning.job.block_callback import BlockCallback
 
 
 class Countdown:
-    """Kills this process at the n-th call."""
+    """Ends this process at the n-th call."""
 
-    def __init__(self, n: int) -> None:
-        self.left = n
+    def __init__(self, n: int, how: str) -> None:
+        self.left, self.how = n, how
 
     def __call__(self) -> None:
         self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.left == 0 and self.how == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        elif self.left == 0:
+            os.kill(os.getpid(), getattr(signal, self.how))
 
 
 class KillInPhase(BlockCallback):
     """A callback that is passed on the command line, like a user's."""
 
-    def __init__(self, what: str, n: int) -> None:
-        self.what, self.tick = what, Countdown(n)
+    def __init__(self, what: str, n: int, how: str) -> None:
+        self.what, self.tick = what, Countdown(n, how)
 
     def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None:
         if f"{block} {phase}" == self.what:
             self.tick()
 
 
-def arm(kind: str, what: str, n: int) -> list[str]:
-    """Prepares the kill; returns options to add to the command line."""
-    tick = Countdown(n)
+def arm(kind: str, what: str, n: int, how: str = "SIGKILL") -> list[str]:
+    """Prepares the end; returns options to add to the command line."""
+    tick = Countdown(n, how)
     if kind == "phase":
-        killer = {"class_path": "kill_driver.KillInPhase", "init_args": {"what": what, "n": n}}
+        killer = {"class_path": "kill_driver.KillInPhase", "init_args": {"what": what, "n": n, "how": how}}
         return ["--trainer.callbacks", json.dumps([killer])]
     if kind == "call":
         owner, _, name = what.rpartition(".")

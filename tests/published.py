@@ -28,6 +28,11 @@ CONFIGS = {
         model_type="gpt_oss", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
         num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4,
         sliding_window=128, attention_bias=True, max_position_embeddings=131072,
+        quantization_config=dict(
+            quant_method="mxfp4",
+            modules_to_not_convert=["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+                                    "lm_head"],
+        ),
     ),
     "glm-4.5-air": dict(
         model_type="glm4_moe", vocab_size=151552, hidden_size=4096, num_hidden_layers=46, num_attention_heads=96,
@@ -62,6 +67,10 @@ CONFIGS = {
         model_type="minimax_m2", vocab_size=200064, hidden_size=3072, num_hidden_layers=62, num_attention_heads=48,
         num_key_value_heads=8, head_dim=128, intermediate_size=1536, num_local_experts=256, num_experts_per_tok=8,
         max_position_embeddings=196608,
+        quantization_config=dict(
+            quant_method="fp8", fmt="float8_e4m3fn", activation_scheme="dynamic", weight_block_size=[128, 128],
+            modules_to_not_convert=["gate", "e_score_correction_bias", "lm_head"],
+        ),
     ),
     "mixtral-8x7b": dict(
         model_type="mixtral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,

@@ -1,14 +1,19 @@
 """Bad input ends with exit code 1 or 2 and one message that names the option, and existing files stay as they are."""
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import jobs
 import pytest
+import torch
+from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 
 from eacmoe_lightning.cli import main
+from eacmoe_lightning.run.lock import RunLock
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
 DEEPSEEK = {"model__router_method": "ridge", "model__joint_epochs": 1}
@@ -66,6 +71,27 @@ def copied(finished, tmp_path) -> Path:
         ("data.heldout", "[/no/such/text.txt]", ["/no/such/text.txt", "--data.heldout"]),
         ("data.num_windows", "1000000", ["1000000", "--data.num_windows"]),
         ("data.batch_size", "0", ["--data.batch_size"]),
+        ("trainer.fast_dev_run", "true", ["--trainer.fast_dev_run", "--data.num_windows 8"]),
+        ("trainer.overfit_batches", "1", ["--trainer.overfit_batches", "--data.num_windows"]),
+        ("trainer.max_epochs", "0", ["--trainer.max_epochs 0", "leave it out"]),
+        ("trainer.max_steps", "10", ["--trainer.max_steps 10", "--trainer.max_epochs"]),
+        ("trainer.max_time", "00:00:10:00", ["--trainer.max_time", "SIGTERM", "--ckpt_path auto"]),
+        ("trainer.limit_train_batches", "0", ["--trainer.limit_train_batches 0"]),
+        ("trainer.num_sanity_val_steps", "2", ["--trainer.num_sanity_val_steps 2", "validate"]),
+        ("trainer.check_val_every_n_epoch", "1", ["--trainer.check_val_every_n_epoch 1", "validate"]),
+        ("trainer.val_check_interval", "0.5", ["--trainer.val_check_interval 0.5", "validate"]),
+        ("trainer.enable_checkpointing", "false", ["enable_checkpointing=False"]),
+        ("trainer.barebones", "true", ["barebones=True"]),
+        ("trainer.default_root_dir", "s3://bucket/run", ["--trainer.default_root_dir s3://bucket/run"]),
+        ("checkpoint.save_weights_only", "true", ["--checkpoint.save_weights_only", "last.ckpt"]),
+        ("checkpoint.save_top_k", "0", ["--checkpoint.save_top_k", "last.ckpt"]),
+        ("checkpoint.filename", "best", ["--checkpoint.filename", "last.ckpt"]),
+        ("checkpoint.save_on_exception", "true", ["--checkpoint.save_on_exception"]),
+        (
+            "trainer.callbacks",
+            '[{"class_path": "EarlyStopping", "init_args": {"monitor": "loss/joint"}}]',
+            ["EarlyStopping", "--trainer.max_epochs"],
+        ),
     ],
 )
 def test_bad_options(option, value, messages, refused, tiny_model_dir, tmp_path):
@@ -75,6 +101,32 @@ def test_bad_options(option, value, messages, refused, tiny_model_dir, tmp_path)
     assert not (tmp_path / "run" / "run.json").exists() and not (tmp_path / "run" / "blocks").exists()
     # the corrected command may use the same directory
     assert {p.name for p in (tmp_path / "run").glob("*")} <= {"tensorboard", "checkpoints"}
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_an_evaluation_takes_no_checkpoint_and_no_partial_batches(stage, refused, tiny_model_dir, copied):
+    words = jobs.options(tiny_model_dir("deepseek"), copied)
+    for checkpoint in ("last", "best", str(copied / "checkpoints" / "last.ckpt")):
+        error = refused(*words, "--ckpt_path", checkpoint, stage=stage)
+        assert f"{stage} has no use for --ckpt_path {checkpoint}" in error and "--model.evaluate" in error
+    assert "--trainer.fast_dev_run" in refused(*words, "--trainer.fast_dev_run", "true", stage=stage)
+    limit = {"validate": "val"}.get(stage, stage)
+    assert "nothing would be evaluated" in refused(*words, f"--trainer.limit_{limit}_batches", "0", stage=stage)
+
+
+class StopInEpoch(Callback):
+    """A user's callback that ends the training in the middle of an epoch."""
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        trainer.should_stop = True
+
+
+def test_half_an_epoch_is_not_taken_for_a_whole_one(refused, tiny_model_dir, finished, tmp_path):
+    words = jobs.options(tiny_model_dir("deepseek"), tmp_path / "run", **DEEPSEEK)
+    callback = ["--trainer.callbacks", '[{"class_path": "test_bad_input.StopInEpoch"}]']
+    assert "after 1 of 4 batches" in refused(*words, *callback)
+    main(["fit", *words, "--ckpt_path", "auto", "--trainer.max_epochs", "1000"])  # more than there are
+    assert jobs.contents(tmp_path / "run" / "compressed") == jobs.contents(finished / "compressed")
 
 
 def test_a_router_loss_with_too_large_a_k(refused, tiny_model_dir, tmp_path):
@@ -106,6 +158,50 @@ def test_a_model_with_nan_weights(name, refused, tiny_model_dir, tmp_path):
     assert "holds NaN or infinite values" in error and ".".join(name.split(".")[:3]) in error
 
 
+def scaled(model: Path, copy: Path, block: int, factors: dict[str, float]) -> Path:
+    """A copy of a model, stored in bfloat16, with tensors of one block multiplied by factors, by the ends of names."""
+    shutil.copytree(model, copy)
+    weights = load_file(copy / "model.safetensors")
+    for name, tensor in weights.items():
+        factor = next((f for end, f in factors.items() if f"layers.{block}." in name and name.endswith(end)), 1)
+        weights[name] = (tensor * factor).bfloat16()
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    return copy
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_activations_beyond_float16_are_named_with_the_block_and_the_option(block, refused, tiny_model_dir, tmp_path):
+    factors = {"w1.weight": 12, "w2.weight": 10000, "w3.weight": 12}
+    model = scaled(tiny_model_dir("mixtral"), tmp_path / "model", block, factors)
+    error = refused(*jobs.options(model, tmp_path / "run", model__dtype="float16", model__joint_epochs=0))
+    assert f"model.layers.{block} (block {block}): its output with the original's weights is beyond float16" in error
+    assert "--model.dtype bfloat16" in error
+
+
+def test_an_overflow_before_a_solver_and_one_after_the_last_block_are_named(refused, tiny_model_dir, tmp_path):
+    """The head of a model, and a linear that reads what only borrowed tokens bring."""
+    options = {"model__dtype": "float16", "model__joint_epochs": 0}
+    for name, factor in (("lm_head.weight", 3e4), ("model.norm.weight", 3e4)):
+        model = Path(shutil.copytree(tiny_model_dir("mixtral"), tmp_path / name))
+        weights = load_file(model / "model.safetensors")
+        weights[name] = weights[name] * factor
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+        error = refused(*jobs.options(model, tmp_path / f"{name}-run", **options))
+        assert "final norm" in error and "head" in error and "--model.dtype bfloat16" in error and "bug" not in error
+        error = refused(*jobs.options(model, tmp_path / f"{name}-joint", **options | {"model__joint_epochs": 1}))
+        assert "--model.dtype bfloat16" in error and "bug" not in error
+
+
+def test_a_weight_beyond_float16_is_not_taken_for_a_damaged_checkpoint(refused, tiny_model_dir, tmp_path):
+    model = scaled(tiny_model_dir("mixtral"), tmp_path / "model", 1, {"experts.3.w2.weight": 1e7})
+    error = refused(*jobs.options(model, tmp_path / "run", model__dtype="float16"))
+    assert (
+        "model.layers.1." in error and "but float16 ends at 65504 (--model.dtype)" in error and "damaged" not in error
+    )
+
+
 # --- the run directory
 
 
@@ -134,6 +230,76 @@ def test_a_run_of_other_settings(resume, refused, tiny_model_dir, copied):
     error = refused(*jobs.options(tiny_model_dir("deepseek"), copied, **DEEPSEEK, model__bits=2), *resume)
     assert "model.bits was [3] and is now [2]" in error and "--trainer.default_root_dir" in error
     assert before.items() <= jobs.contents(copied).items()  # "Nothing was changed"
+
+
+@pytest.mark.parametrize("resume", [[], ["--ckpt_path", "last"], ["--ckpt_path", "auto"]])
+def test_a_second_start_beside_a_job_at_work(resume, refused, tiny_model_dir, copied):
+    before = jobs.contents(copied)
+    with RunLock(copied):
+        error = refused(*jobs.options(tiny_model_dir("deepseek"), copied, **DEEPSEEK), *resume)
+    assert f"process {os.getpid()} on " in error and "is at work in" in error and "default_root_dir" in error
+    assert before.items() <= jobs.contents(copied).items()
+
+
+@pytest.mark.parametrize("resume", ["last", "auto"])
+def test_a_text_that_was_edited_since(resume, refused, tiny_model_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    words = "\n".join(f"{i} {i * i}" for i in range(3000))
+    text.write_text(words)
+    options = {**DEEPSEEK, "data__calibration": text}
+    run = jobs.fit(tiny_model_dir("deepseek"), tmp_path / "run", **options, trainer__max_epochs=1)
+    before = jobs.contents(run / "blocks")
+    text.write_text(words.replace("1", "2"))
+    resumed = [*jobs.options(tiny_model_dir("deepseek"), run, **options), "--ckpt_path", resume]
+    error = refused(*resumed)
+    assert f"the text of {text} (--data.calibration) or its tokens (--data.tokenizer) have changed" in error
+    assert jobs.contents(run / "blocks") == before
+    moved = text.rename(tmp_path / "moved.txt")
+    moved.write_text(words)  # the same text elsewhere
+    main(["fit", *resumed, "--data.calibration", str(moved)])
+    assert (run / "report.md").exists()
+
+
+def test_a_tokenizer_that_was_changed_since(refused, tiny_model_dir, tmp_path):
+    model = Path(shutil.copytree(tiny_model_dir("deepseek"), tmp_path / "model"))
+    run = jobs.fit(model, tmp_path / "run", **DEEPSEEK, trainer__max_epochs=1)
+    stored = json.loads((model / "tokenizer.json").read_text())
+    stored["model"]["merges"] = stored["model"]["merges"][:-1500]
+    (model / "tokenizer.json").write_text(json.dumps(stored))
+    error = refused(*jobs.options(model, run, **DEEPSEEK), "--ckpt_path", "auto")
+    assert "its tokens (--data.tokenizer) have changed" in error
+
+
+def rounded(model: Path, name: str) -> None:
+    """Changes one tensor of a model a little, under the same path."""
+    weights = load_file(model / "model.safetensors")
+    weights[name] = weights[name].bfloat16().float()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+def test_an_original_whose_weights_were_replaced(refused, tiny_model_dir, tmp_path, monkeypatch):
+    """Named by each command that would use it; the right one elsewhere is accepted, also by a relative path."""
+    model = Path(shutil.copytree(tiny_model_dir("deepseek"), tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / jobs.fit("model", "run", **DEEPSEEK, trainer__max_epochs=2)
+    rounded(model, "model.layers.1.mlp.experts.4.up_proj.weight")
+    error = refused(*jobs.options("model", "run", **DEEPSEEK), "--ckpt_path", "auto")
+    assert f"the weights or the config.json in {model} (--model.name_or_path) have changed" in error
+    shutil.rmtree(model)
+    shutil.copytree(tiny_model_dir("deepseek"), model)
+    monkeypatch.chdir(tmp_path / "run")  # as resumed from another working directory
+    config = ["--config", "tensorboard/config.yaml", "--trainer.max_epochs", "-1"]
+    main(["fit", *config, "--ckpt_path", "auto"])
+    main(["validate", "--config", "tensorboard/config.yaml"])
+    main(["validate", *jobs.options(None, run)])  # the original that the run names
+    rounded(model, "model.embed_tokens.weight")
+    for words in (jobs.options(None, run), jobs.options(model, run)):
+        for stage in ("validate", "test"):
+            error = refused(*words, stage=stage)
+            assert f"{model} is not the original that {run} " in error, error
+            assert "--model.name_or_path" in error
+    other = tiny_model_dir("deepseek")
+    main(["validate", *jobs.options(other, run)])
 
 
 @pytest.mark.filterwarnings("error:The dirpath has changed")  # a moved run must not cause this warning
@@ -193,6 +359,32 @@ def test_damage_is_named_and_computed_again_once_deleted(
     main(["fit", *words])
     for part in ("blocks", "compressed"):
         assert jobs.contents(run / part) == jobs.contents(finished / part)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped"])
+def test_a_damaged_checkpoint(kind, refused, tiny_model_dir, stopped, finished, tmp_path):
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    path = run / "checkpoints" / "last.ckpt"
+    words = [*jobs.options(tiny_model_dir("deepseek"), run, **DEEPSEEK), "--ckpt_path", "auto"]
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if kind == "truncated" else b"\0" * 64 + content[64:])
+    error = refused(*words)
+    assert f"{path} is truncated or corrupt" in error and "delete this file and continue with --ckpt_path auto" in error
+    path.unlink()
+    main(["fit", *words])
+    assert jobs.contents(run / "compressed") == jobs.contents(finished / "compressed")
+
+
+def test_a_checkpoint_of_another_job(refused, tiny_model_dir, stopped, tmp_path):
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    words = jobs.options(tiny_model_dir("deepseek"), run, **DEEPSEEK)
+    torch.save({"state_dict": {"layer.weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
+    other = {**torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)}
+    other["state_dict"] = {name: torch.zeros(2) for name in other["state_dict"]}
+    torch.save(other, tmp_path / "shapes.ckpt")
+    for path in (tmp_path / "other.ckpt", tmp_path / "shapes.ckpt"):
+        assert f"{path} (--ckpt_path) is not a checkpoint of this run" in refused(*words, "--ckpt_path", str(path))
+    assert "none.ckpt" in refused(*words, "--ckpt_path", str(tmp_path / "none.ckpt"))
 
 
 def test_a_damaged_block_of_a_finished_run(refused, tiny_model_dir, copied):

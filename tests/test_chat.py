@@ -7,13 +7,26 @@ import re
 import datasets
 import pytest
 import torch
+from jobs import contents
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from eacmoe_lightning.calibration.blocks import Calibration
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.calibration.solver import BlockSolver
+from eacmoe_lightning.calibration.streams import Streams
+from eacmoe_lightning.commands.trainer import calibration_trainer
 from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.rows import Conversation
 from eacmoe_lightning.text.sources import read_documents
-from eacmoe_lightning.text.windows import cut_windows, token_windows
+from eacmoe_lightning.text.windows import Windows, cut_windows, token_windows
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
@@ -80,6 +93,7 @@ def answers(tokenizer, messages: list[dict], **row) -> list[str]:
         {"conversations": TALK},
         {"conversations": [{"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in TALK]},
         {"conversation": TALK},
+        {"messages": [{**m, "role": {"user": "Human"}.get(m["role"], "Assistant")} for m in TALK]},
         {"prompt": TALK[:3], "completion": TALK[3:]},
         {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in TALK]},
         {"messages": [{**m, "name": None, "tool_calls": None} for m in TALK], "prompt": "What is two and two?"},
@@ -128,6 +142,12 @@ def test_a_system_prompt_and_tools_beside_the_turns(tmp_path):
     assert second.messages == TALK and second.tools is None
 
 
+def test_roles_that_only_the_template_knows_are_left_to_it(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "ipython", "content": "b"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": turns}))
+    assert read_documents(str(tmp_path / "x.jsonl"))[0].messages == turns
+
+
 def test_turns_as_json_in_a_csv(tmp_path):
     datasets.Dataset.from_list([{"messages": json.dumps(TALK)}]).to_csv(tmp_path / "x.csv")
     (conversation,) = read_documents(str(tmp_path / "x.csv"))
@@ -152,7 +172,8 @@ def test_parts_of_conversations_are_whole_conversations(tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"messages": [{"role": "narrator", "content": "x"}]}, "line 1, turn 1 of `messages`: its role is 'narrator'"),
+        ({"messages": [{"from": "narrator", "value": "x"}]}, "line 1, turn 1 of `messages` needs a string in `role`"),
+        ({"messages": [{"role": None, "text": "x"}]}, "but `from` is None and the fields are ['text']"),
         ({"messages": ["hello"]}, "line 1, turn 1 of `messages` is str, not a dict"),
         ({"messages": [{"role": "user", "content": 3}]}, "its content is int, not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has parts of type image: only text"),
@@ -364,3 +385,85 @@ def test_a_file_that_is_no_template(chat_data, tmp_path):
     (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
     with pytest.raises(ValueError, match="--data.calibration: .*line 1: the chat template does not render"):
         chat_data(chat_template=str(tmp_path / "broken.jinja")).setup("fit")
+
+
+# --- what counts, in a run
+
+
+def compress(run, data: TextWindows, model, **options) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of every block of a small run, by file."""
+    trainer = calibration_trainer(run, progress_bar=False, accelerator="cpu", log_every_n_steps=1)
+    settings = {"group_size": 32, "min_expert_tokens": 8} | options
+    trainer.fit(QESC(str(model), **settings), data)
+    return {path.name: load_file(path) for path in sorted((run / "blocks").iterdir())}
+
+
+def is_same(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]) -> bool:
+    return all(torch.equal(tensor, other[file][name]) for file in one for name, tensor in one[file].items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["ridge", "sgd"])
+def test_what_counts_makes_another_model_and_counting_all_makes_the_same(method, chat_data, tiny_model_dir, tmp_path):
+    model = tiny_model_dir("mixtral")
+    answers = chat_data(heldout=[])
+
+    def run(name: str, counts: torch.Tensor | None) -> dict[str, dict[str, torch.Tensor]]:
+        data = chat_data(heldout=[])
+        data._calibration = Windows(answers.calibration_windows, counts)
+        return compress(tmp_path / name, data, model, router_method=method, joint_epochs=int(method == "sgd"))
+
+    whole = run("whole", None)
+    assert is_same(whole, run("ones", torch.ones_like(answers.calibration_windows, dtype=torch.bool)))
+    assert contents(tmp_path / "whole" / "compressed") == contents(tmp_path / "ones" / "compressed")
+    masked = run("answers", answers.calibration_weights)
+    assert not is_same(whole, masked)
+    report = json.loads((tmp_path / "answers" / "expert_frequency.json").read_text())
+    num_counted = int(answers.calibration_weights.sum())
+    assert all(sum(load) == 2 * num_counted for block in report.values() for load in block.values())
+
+
+@torch.no_grad()
+def test_the_filling_of_separate_documents_changes_nothing(chat_data, tiny_model_dir, tmp_path):
+    moe, data = MoEModel(load_original(str(tiny_model_dir("qwen2_moe")))), chat_data(answers_only=False, separate=True)
+    counts, selected = data.calibration_weights, []
+    assert 0.2 < counts.float().mean() < 0.95
+    for token in (0, 77):
+        windows = data.calibration_windows.masked_fill(~counts, token)
+        streams = Streams(moe, windows, 0, 4, RunDirectory(tmp_path / str(token)), Ranks(), counts=counts)
+        streams.embed()
+        for block in moe.blocks:
+            routing = streams.advance(block, "x")
+            streams.advance(block, "x_hat")
+            streams.step(block.index + 1, keep=False)
+            selected.append(streams.counted(routing.ids))
+    for one, other in zip(selected[:3], selected[3:], strict=True):
+        assert torch.equal(one, other) and one.shape == (int(counts.sum()), 2)
+
+
+def test_hessians_are_sums_over_the_tokens_that_count(chat_data, tiny_model_dir, tmp_path):
+    moe, data = MoEModel(load_original(str(tiny_model_dir("mixtral")))), chat_data()
+    windows, counts = data.calibration_windows, data.calibration_weights
+    streams = Streams(moe, windows, 0, 4, RunDirectory(tmp_path), Ranks(), counts=counts)
+    streams.embed()
+    block, x = moe.blocks[0], []
+    handle = block.linear("self_attn.q_proj").register_forward_pre_hook(lambda _, args: x.append(args[0]))
+    moe.model(windows)
+    handle.remove()
+    rows = x[0][counts].double()
+    inputs = zip(streams.slices, streams.inputs_of(block, block.linear("self_attn.q_proj")), strict=True)
+    solver = BlockSolver(block, len(moe.blocks), Recipe(group_size=32), Ranks())
+    hessian = solver._hessian(streams.counted(x, part) for part, x in inputs)
+    torch.testing.assert_close(hessian.double(), 2 / len(rows) * rows.T @ rows, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_are_scored_by_the_tokens_that_count(chat_data, tiny_model_dir, tmp_path):
+    moe, data = MoEModel(load_original(str(tiny_model_dir("mixtral")))), chat_data()
+    counts, block = data.calibration_weights, moe.blocks[0]
+    streams = Streams(moe, data.calibration_windows, 0, 4, RunDirectory(tmp_path), Ranks(), counts=counts)
+    streams.embed()
+    calibration = Calibration(moe, Recipe(), streams, RunDirectory(tmp_path), Ranks(), pruning=PruningRule(keep=4))
+    calibration.at = 0
+    with calibration._measured() as scores, torch.no_grad():
+        routing = streams.advance(block, "x")
+    assert torch.equal(scores.load, torch.bincount(routing.ids[counts.flatten()].flatten(), minlength=8))

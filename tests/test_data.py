@@ -307,6 +307,71 @@ def test_a_run_without_held_out_text_has_a_report_without_evaluation(tiny_model_
     assert report["perplexity"] == {} and report["expert_shift"]["calibration"]["after"]["any"] > 0
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_report_says_what_each_calibration_text_reaches(tiny_model_dir, tmp_path, capsys, caplog):
+    texts = {
+        "data__calibration": "{code: 'bundled:code', words: 'bundled:french'}",
+        "data__shares": "{code: 3, words: 1}",
+    }
+    few = {
+        "data__num_windows": 8,
+        "data__heldout": "[]",
+        "model__router_method": "none",
+        "model__min_expert_tokens": 130,
+    }
+    run = jobs.fit(tiny_model_dir("mixtral"), tmp_path / "run", **texts, **few)
+    report = json.loads((run / "report.json").read_text())
+    code, words = report["coverage"]["code"], report["coverage"]["words"]
+    assert (code["windows"], words["windows"]) == (6, 2)
+    assert (code["selections"], words["selections"]) == (3 * 6 * 64 * 2, 3 * 2 * 64 * 2)
+    loads = json.loads((run / "expert_frequency.json").read_text())
+    for block, load in loads.items():
+        together = [a + b for a, b in zip(code["blocks"][block], words["blocks"][block], strict=True)]
+        assert together == load["original"]
+    assert words["experts"] == 24 and words["reached"] == sum(n > 0 for row in words["blocks"].values() for n in row)
+    assert f"calibrated on words: 2 windows, which reach {words['reached']} of 24 experts" in capsys.readouterr().out
+    starved = [str(e) for e, n in enumerate(loads["0"]["original"]) if n < 130]
+    assert f"select each of {len(starved)} of the 8 experts: {', '.join(starved)}" in caplog.text
+
+
+def test_several_texts_share_the_windows(text_data):
+    alone = {name: text_data(calibration=f"bundled:{name}", num_windows=n) for name, n in (("prose", 7), ("code", 3))}
+    windows = torch.cat([data.calibration_windows for data in alone.values()])
+    both = text_data(calibration=["bundled:prose", "bundled:code"], shares={"prose": 2, "code": 1})
+    assert torch.equal(both.calibration_windows, windows) and both.windows_by_text == {"prose": 7, "code": 3}
+    assert both.calibration_sources.tolist() == [[True] * 7 + [False] * 3, [False] * 7 + [True] * 3]
+    assert text_data(calibration={"a": "bundled:prose", "b": "bundled:code"}).windows_by_text == {"a": 5, "b": 5}
+    one = text_data(calibration=["bundled:prose"], num_windows=7)
+    assert torch.equal(one.calibration_windows, alone["prose"].calibration_windows)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"calibration": []}, "--data.calibration is empty"),
+        (
+            {"calibration": ["bundled:prose", "bundled:prose"]},
+            "--data.calibration: bundled:prose and bundled:prose would",
+        ),
+        ({"calibration": ["bundled:prose", "bundled:code"], "num_windows": 1}, "leaves no window for code"),
+        (
+            {"calibration": ["bundled:prose"], "shares": {"code": 1}},
+            "--data.shares={'code': 1} must give each of prose",
+        ),
+        ({"calibration": ["bundled:prose"], "shares": {"prose": 0}}, "a share above 0"),
+    ],
+)
+def test_bad_shares(text_data, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        text_data(**options)
+
+
+def test_windows_that_repeat_are_counted(text_data, moe, tmp_path, caplog):
+    (tmp_path / "again.txt").write_text("All work and no play makes Jack a dull boy. " * 200)
+    text_data(calibration=str(tmp_path / "again.txt"), num_windows=100).check_model(moe, "fit")
+    assert re.search(r"\d+ of the 100 calibration windows repeat others", caplog.text)
+
+
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_an_evaluation_without_text_is_refused(text_data, stage):
     with pytest.raises(ValueError, match=f"--data.heldout is empty, so {stage} has no text"):

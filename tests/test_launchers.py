@@ -1,18 +1,23 @@
 """Two CPU processes, started by torchrun or `fabric run`, share one run directory and give the result of one."""
 
 import json
+import os
+import signal
 import socket
 from pathlib import Path
 
 import jobs
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.job.block_callback import BlockCallback
 from eacmoe_lightning.quantization.packing import unpack
 from eacmoe_lightning.run.files import read_tensors
+from eacmoe_lightning.run.lock import RunLock
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
 OPTIONS = {  # AdamW divides by the gradient's size: small rates limit the effect of the order of summation
@@ -123,6 +128,41 @@ def test_two_processes_give_the_model_of_one(launcher, alone, tiny_model_dir, tm
     assert tested["tokens"] == {"prose": 3 * 63, "code": 3 * 63}
     for text, values in report["perplexity"].items():
         assert tested["perplexity"][text]["compressed"] == pytest.approx(values["compressed"], rel=1e-5)
+
+
+def test_a_signal_ends_all_processes_and_one_command_goes_on(alone, tiny_model_dir, tmp_path):
+    run = tmp_path / "run"
+    words = [*jobs.options(tiny_model_dir("qwen2_moe"), run, **OPTIONS), "--ckpt_path", "auto"]
+    place = {"class_path": "test_launchers.EndAll", "init_args": {"what": "1 experts"}}
+    status, output = launch("torchrun", "fit", *words, "--trainer.callbacks", json.dumps([place]))
+    assert status != 0 and output.count("stopped by SIGTERM: the same command with --ckpt_path auto") == 1, output[
+        -4000:
+    ]
+    assert output.count("exitcode  : 143") >= 1 and "exitcode  : 0" not in output, output[-4000:]
+    assert not (run / "blocks" / "block_001.safetensors").exists()
+    status, output = launch("torchrun", "fit", *words)
+    assert status == 0, output[-4000:]
+    assert_same(run, alone)
+
+
+class EndAll(BlockCallback):
+    """Sends SIGTERM to all processes of the job when a phase begins in the second, as a scheduler does."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None:
+        pids = [int(pid) for pid in module.ranks.gather(torch.tensor([os.getpid()]))] if phase == "experts" else []
+        if f"{block} {phase}" == self.what and trainer.global_rank == 1:
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+
+
+def test_a_second_start_of_several_processes_is_refused(tiny_model_dir, tmp_path):
+    run = tmp_path / "run"
+    with RunLock(run):
+        status, output = launch("torchrun", "fit", *jobs.options(tiny_model_dir("qwen2_moe"), run, **OPTIONS))
+    assert status != 0 and output.count(f"error: process {os.getpid()} on ") == 1, output[-4000:]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,23 @@
 """A job that is killed again and again leaves the same bytes as one that runs undisturbed."""
 
+import collections
 import json
+import os
 import re
+import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jobs
 import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
 
-pytestmark = pytest.mark.slow
+from eacmoe_lightning.job.block_callback import BlockCallback
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
 OPTIONS = {
     "model__router_method": "sgd",
     "model__router_warm_start": "true",
@@ -40,6 +49,22 @@ EPOCHS = [
     ["replace", "report.json", 1],
 ]
 
+
+# signals that a process may answer, and a disk that is full for whoever writes next
+ENDS = {"SIGTERM": 143, "SIGINT": 130, "full": 1}
+ANSWERED = [
+    ["call", "eacmoe_lightning.job.qesc.check_finite", 1, "SIGTERM"],  # the run directory does not exist
+    ["phase", "0 attention", 1, "SIGTERM"],  # the run has begun and has no checkpoint
+    ["phase", "1 router", 1, "full"],  # TensorBoard writes next
+    ["call", "eacmoe_lightning.quantization.gptq.fit_range", 4, "SIGINT"],
+    ["replace", "blocks/block_001", 1, "SIGTERM"],
+    ["phase", "None joint", 1, "full"],
+    ["call", "eacmoe_lightning.job.qesc.QESC._joint_loss", 3, "SIGTERM"],
+    ["phase", "None write", 1, "full"],
+    ["replace", ".compressed.partial/weights-rest", 1, "SIGINT"],
+    ["phase", "None evaluate", 1, "full"],
+    ["replace", "report.json", 1, "SIGTERM"],
+]
 
 # with pruning by the outputs of the original's experts, which removes different numbers of experts from blocks
 PRUNING = {"pruning__criterion": "reap", "pruning__alpha": 0.9}
@@ -76,8 +101,105 @@ def attempts(model: Path, run: Path, places: list, more: dict) -> str:
     words = jobs.options(model, run, **OPTIONS, **more)
     output = jobs.finish(jobs.start("tests/kill_driver.py", json.dumps(places), "--", *words))
     status = [json.loads(line) for line in re.findall(r"^STATUS (.*)$", output, re.MULTILINE)]
-    assert status == [[place, -9] for place in places] + [[None, 0]], output[-4000:]
+    assert status == [[place, ENDS[place[3]] if place[3:] else -9] for place in places] + [[None, 0]], output[-4000:]
     return output
+
+
+def test_a_job_that_a_signal_or_a_full_disk_ends_says_how_to_go_on(undisturbed, tiny_model_dir, tmp_path):
+    """With exit codes that a scheduler takes for failures, one message each, and the same end."""
+    output = attempts(tiny_model_dir("qwen3_moe"), tmp_path / "run", ANSWERED, EVERY_STEP)
+    for how, number in collections.Counter(place[3] for place in ANSWERED).items():
+        message = "error: " if how == "full" else f"stopped by {how}: the same command with --ckpt_path auto goes on"
+        assert output.count(message) == number, output
+    assert output.count("full") == 4 and "Traceback" not in output and "Exception in thread" not in output
+    reference = undisturbed("qwen3_moe", {})
+    for part in ("blocks", "compressed"):
+        assert jobs.contents(tmp_path / "run" / part) == jobs.contents(reference / part)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, tiny_model_dir) -> Path:
+    """A finished run with SMALL options."""
+    return jobs.fit(tiny_model_dir("deepseek"), tmp_path_factory.mktemp("small") / "run", **SMALL)
+
+
+SMALL = {"model__joint_epochs": 1, "data__num_windows": 4, "data__num_heldout_windows": 2}
+STATES = {  # what a killed job has left behind: parts of a finished run that are there, or are not
+    "nothing": [],
+    "an empty directory": [""],
+    "logs only": ["tensorboard"],
+    "a lock": ["run.lock"],
+    "a run without a checkpoint": ["run.json", "tensorboard"],
+    "blocks without a checkpoint": ["run.json", "blocks"],
+    "no model after the last epoch": ["run.json", "blocks", "checkpoints"],
+    "no report": ["run.json", "blocks", "checkpoints", "compressed"],
+    "all": ["run.json", "blocks", "checkpoints", "compressed", "report.json", "report.md"],
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_one_command_starts_or_goes_on(state, small, tiny_model_dir, tmp_path):
+    run = tmp_path / "run"
+    for name in STATES[state]:
+        if name == "run.lock":
+            run.mkdir()
+            (run / name).write_text('{"process": 1, "machine": "gone"}')
+        elif name and (small / name).is_file():
+            run.mkdir(exist_ok=True)
+            shutil.copy(small / name, run / name)
+        else:
+            shutil.copytree(small / name, run / name) if name else run.mkdir()
+    jobs.fit(tiny_model_dir("deepseek"), run, "--ckpt_path", "auto", **SMALL)
+    for part in ("blocks", "compressed"):
+        assert jobs.contents(run / part) == jobs.contents(small / part)
+    assert (run / "report.md").exists() and not (run / "run.lock").exists()
+
+
+def test_a_job_that_slurm_requeues_goes_on(small, tiny_model_dir, tmp_path):
+    """SIGUSR1 announces the end, Lightning's handler requeues the job, SIGTERM ends it, and SLURM starts it again."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/requeued\n")
+    scontrol.chmod(0o755)
+    slurm = {"JOB_ID": "7", "JOB_NAME": "fit", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    environment = {f"SLURM_{name}": value for name, value in slurm.items()} | {
+        "PATH": f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as in this process, which has made `small`
+    }
+    run = tmp_path / "run"
+    words = ["train.py", "fit", *jobs.options(tiny_model_dir("deepseek"), run, **SMALL)]
+    waiting = {"class_path": "test_resume.WaitForSignals", "init_args": {"requeued": str(tmp_path / "requeued")}}
+    process = jobs.start(*words, "--trainer.callbacks", json.dumps([waiting]), **environment)
+    output = jobs.finish(process)
+    assert process.returncode == 143 and "stopped by SIGTERM" in output, output[-3000:]
+    assert (tmp_path / "requeued").read_text().split() == ["requeue", "7"]
+    assert not list(run.glob("hpc_ckpt*"))  # it would be of the middle of a step
+    process = jobs.start(*words, **environment, SLURM_RESTART_COUNT="1")  # the very same command
+    output = jobs.finish(process)
+    assert process.returncode == 0, output[-3000:]
+    for part in ("blocks", "compressed"):
+        assert jobs.contents(run / part) == jobs.contents(small / part)
+
+
+class WaitForSignals(BlockCallback):
+    """Sends this process SIGUSR1, and SIGTERM after the handler of the first has run."""
+
+    def __init__(self, requeued: str) -> None:
+        self.requeued = Path(requeued)
+
+    def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None:
+        if (block, phase) == (2, "router"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            while not self.requeued.exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_random_kills():
+    """A few of those that `scripts/random_kills.py` makes by the hundred."""
+    process = jobs.start("scripts/random_kills.py", "--kills", "5", "--families", "mixtral", "deepseek")
+    output = jobs.finish(process)
+    assert process.returncode == 0 and re.search(r"^5 kills in \d+ runs, 0 faults", output, re.MULTILINE), output
 
 
 @pytest.mark.parametrize(

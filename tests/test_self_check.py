@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from eacmoe_lightning.models import forms
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.self_check import check_parts
+from eacmoe_lightning.planning.checks import leave_unpackable
 
 IDS = torch.randint(0, tiny_models.VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
@@ -131,3 +132,21 @@ def test_a_form_that_changes_the_model_is_refused(plugin):
     plugin(form_of(1.1))
     with pytest.raises(ValueError, match=r"model\.layers\.0: its output differs .*CONTRIBUTING.md says how"):
         check_parts(MoEModel(other_model()), IDS)
+
+
+def test_a_layer_whose_weight_is_read_stays_unquantized():
+    """The attention of block 1 computes with the weight of a layer outside of that layer."""
+    model = tiny_models.build("mixtral")
+    attention = model.model.layers[1].self_attn
+
+    def reads(*args, **kwargs):
+        out, weights = type(attention).forward(attention, *args, **kwargs)
+        return out + 0 * attention.q_proj.weight.square().sum(), weights
+
+    attention.forward = reads
+    moe = MoEModel(model)
+    check_parts(moe, IDS, after=leave_unpackable)
+    reason = "the model's code reads its weight, which a packed layer does not have"
+    assert moe.unquantized == {"model.layers.1.self_attn.q_proj.weight": reason}
+    assert "self_attn.q_proj" not in moe.blocks[1].linears and "self_attn.q_proj" in moe.blocks[0].linears
+    assert type(attention.q_proj) is nn.Linear  # nothing stays packed

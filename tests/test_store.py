@@ -2,14 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from eacmoe_lightning.models import originals
+from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import StoreError, read_tensors, write_atomically, write_json, write_tensors
+from eacmoe_lightning.run.lock import RunLock
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -145,6 +150,103 @@ def test_a_full_disk_is_reported_and_keeps_existing_files(tmp_path):
         assert line.startswith(f"StoreError no room for {tmp_path / kind}") and "--ckpt_path auto" in line
 
 
+# --- what an original is recognized by
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    """A directory that looks like a model's, with 3 ranges of bytes that are hashed apart."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 12)
+    return folder
+
+
+@pytest.mark.parametrize("position", [0, 1023, 1024, 1500, 3071])
+def test_a_changed_byte_anywhere_in_the_weights_gives_another_fingerprint(position, weights, monkeypatch):
+    monkeypatch.setattr(originals, "RANGE", 1024)
+    before, path = fingerprint(str(weights)), weights / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    changed = fingerprint(str(weights))
+    content[position] ^= 1
+    path.write_bytes(content)
+    assert changed != before == fingerprint(str(weights))
+
+
+def test_the_fingerprint_is_of_all_that_a_model_is_loaded_from(weights, tmp_path):
+    seen = {fingerprint(str(weights))}
+    index = b'{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'
+    for name, content in (
+        ("config.json", b'{"a": 1}'),
+        ("modeling_own.py", b"x = 1"),
+        ("model.safetensors", None),  # removed
+        ("pytorch_model.bin", b"1"),
+        ("pytorch_model.bin", b"2"),
+        ("part.safetensors", b"1"),  # taken before .bin
+        ("model-00001-of-00001.safetensors", b"1"),
+        ("model.safetensors.index.json", index),
+        ("model-00001-of-00001.safetensors", b"2"),
+    ):
+        (weights / name).unlink() if content is None else (weights / name).write_bytes(content)
+        new = fingerprint(str(weights))
+        assert new not in seen, name
+        seen.add(new)
+    for name in ("part.safetensors", "training_args.bin", "README.md"):
+        (weights / name).write_bytes(b"not of the model")
+    assert fingerprint(str(weights)) == new == fingerprint(str(shutil.copytree(weights, tmp_path / "copy")))
+
+
+def test_a_fingerprint_is_computed_again_only_if_a_file_may_have_changed(weights, monkeypatch):
+    computed = []
+    ranges = originals._sha_of_range
+    monkeypatch.setattr(originals, "_sha_of_range", lambda part: computed.append(part) or ranges(part))
+    first = fingerprint(str(weights))
+    fingerprint(str(weights))
+    assert len(computed) == 4  # the files are too new to trust their times
+    monkeypatch.setattr(originals, "SETTLED", -1e9)
+    assert fingerprint(str(weights)) == first and len(computed) == 6
+    assert fingerprint(str(weights)) == first and len(computed) == 6
+    path = weights / "model.safetensors"
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a copy that keeps times does
+    assert fingerprint(str(weights)) != first and len(computed) == 8
+
+
+# --- one job in a directory
+
+
+def test_a_second_job_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
+    code = "import sys, time; from pathlib import Path; from eacmoe_lightning.run.lock import RunLock\n"
+    code += "RunLock(Path(sys.argv[1])).take(); print('taken', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "taken\n"
+        refusal = rf"process {holder.pid} on .* is at work in .*\(--output\): wait"
+        with pytest.raises(ValueError, match=refusal):
+            RunLock(tmp_path, "--output").take()
+        with pytest.raises(ValueError, match=refusal):
+            RunLock(tmp_path, "--output").refuse_if_taken()
+    finally:
+        holder.kill()
+        holder.wait()
+    RunLock(tmp_path).refuse_if_taken()
+    with RunLock(tmp_path) as lock, pytest.raises(ValueError, match=f"process {os.getpid()} on"):
+        lock.take()  # changes nothing
+        RunLock(tmp_path).take()
+    assert not list(tmp_path.iterdir())
+    with RunLock(tmp_path):
+        pass
+
+
+def test_looking_for_a_lock_creates_nothing(tmp_path):
+    RunLock(tmp_path / "none").refuse_if_taken()
+    assert not (tmp_path / "none").exists()
+
+
 # --- claiming a directory
 
 
@@ -171,6 +273,29 @@ def test_another_run_is_refused_with_both_values(tmp_path, resume):
     with pytest.raises(ValueError, match="data.seed was 0 and is now None"):
         RunDirectory(tmp_path).start({"model.bits": [3]}, resume)
     assert (tmp_path / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_content_decides_not_its_path(resume, tmp_path):
+    """A moved original or text is the same; another content under the same path is not."""
+    run = {
+        "model.name_or_path": "/a",
+        "model.fingerprint": "1",
+        "data.calibration": "/t",
+        "data.calibration_digest": "2",
+    }
+    RunDirectory(tmp_path).start(run, resume=False)
+    moved = run | {"model.name_or_path": "/b", "data.calibration": "/u"}
+    RunDirectory(tmp_path).start(moved, resume=True)
+    for change, message in (
+        ({"model.fingerprint": "3"}, r"holds a run, but the weights or the config.json in /a \(--model.name_or_path\)"),
+        ({"data.calibration_digest": "3"}, r"the text of /t \(--data.calibration\) or its tokens \(--data.tokenizer\)"),
+        (moved | {"model.fingerprint": "3"}, "model.name_or_path was '/a' and is now '/b', which holds something else"),
+        (moved | {"data.calibration_digest": "3"}, "data.calibration was '/t' and is now '/u'"),
+        ({"data.calibration_digest": "3", "seed": 1}, "seed was None and is now 1"),  # which explains the digest
+    ):
+        with pytest.raises(ValueError, match=message):
+            RunDirectory(tmp_path).start(run | change, resume)
 
 
 def test_resuming_without_a_run_is_refused(tmp_path):

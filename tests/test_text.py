@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from eacmoe_lightning.text.sources import bundled_names, documents, heldout_names, read_documents
-from eacmoe_lightning.text.windows import token_windows
+from eacmoe_lightning.text.windows import read_windows, token_windows
 
 
 class Letters:
@@ -213,6 +215,7 @@ def test_csv_cells_with_line_ends_quotes_and_the_length_of_a_book(tmp_path):
         ("x.jsonl", b'{"text": "one"}\n{"text": null}\nnull\n{"text": "two"}\n'),
         ("x.json", b'[{"text": "one"}, null, {"text": null}, {"text": "two"}]'),
         ("x.csv", b"id,text\n1,one\n2,\n3\n4,two\n"),
+        ("x.tsv", b"id\ttext\n1\tone\n2\tNA\n3\tnull\n4\ttwo\n"),
         ("x.parquet", pyarrow.table({"text": ["one", None, None, "two"], "id": [1, 2, 3, 4]})),
     ],
 )
@@ -235,6 +238,8 @@ def test_null_rows_are_skipped_and_counted(tmp_path, caplog, name, content):
         ("x.csv", b"text,id\na,1\nb,2,3\n", "line 3: 3 cells, but the header has 2"),
         ("x.csv", b'text\n"a\nb', "not CSV"),
         ("x.csv", b"text\n\n", "is empty"),
+        ("x.jsonl.zst", b"(\xb5/\xfd", "an archive of a kind that is not read (.zst): unpack it"),
+        ("x.tar.gz", gzip.compress(b"text"), "an archive of a kind that is not read (.tar)"),
         ("x.txt.gz", b"plain text", "x.txt.gz is not a whole gzip file"),
         ("x.jsonl.gz", gzip.compress(b'{"text": "a"}' * 1000)[:40], "x.jsonl.gz is not a whole gzip file"),
         ("x.parquet", b"PAR0", "x.parquet is not a parquet file"),
@@ -257,6 +262,12 @@ def test_what_git_lfs_has_not_fetched_is_named(tmp_path, name):
     for source in sources:
         with pytest.raises(FileNotFoundError, match=f"/a/{name} is a pointer of Git LFS.*run `git lfs pull`"):
             read_documents(str(source))
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path, tokenizer):
+    (tmp_path / "x.jsonl").write_text('{"text": "a\\ud83d b \\ud83d\\ude00"}')
+    assert read_documents(str(tmp_path / "x.jsonl")) == ["a\ufffd b \U0001f600"]
+    assert len(token_windows(documents(str(tmp_path / "x.jsonl")), tokenizer, None, 2)) > 1
 
 
 def test_columns_by_name(tmp_path):
@@ -329,6 +340,14 @@ def test_the_card_of_a_data_set_is_not_text(tmp_path, card):
     assert read_documents(str(tmp_path)) == read_documents(f"{tmp_path}:train") == ["one", "two"]
 
 
+@pytest.mark.parametrize("card", CARDS[1:])
+def test_the_card_beside_texts_is_not_text(tmp_path, card, caplog):
+    (tmp_path / "README.md").write_text(card)
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    assert read_documents(str(tmp_path)) == ["one\n\ntwo"]
+    assert f"{tmp_path}/README.md describes the files beside it and is not read as text" in caplog.text
+
+
 def test_a_data_set_with_several_splits_says_how_to_name_them(tmp_path):
     (tmp_path / "README.md").write_text(CARDS[1])
     write_split(tmp_path / "data", "train", ["one"])
@@ -349,7 +368,8 @@ def test_a_data_set_with_several_splits_says_how_to_name_them(tmp_path):
 
 def test_a_readme_among_texts_is_text_and_hidden_files_are_not(tmp_path):
     (tmp_path / "README.md").write_text("---\ntitle: mine\n---\nnotes")
-    (tmp_path / "a.txt").write_text("one")
+    assert read_documents(str(tmp_path)) == ["---\ntitle: mine\n---\nnotes"]
+    (tmp_path / "a.md").write_text("one")
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "b.txt").write_text("two")
     (tmp_path / ".c.txt").write_text("three")
@@ -369,7 +389,8 @@ def test_folders_of_save_to_disk(tmp_path):
     assert read_documents(f"{tmp_path}/dict:train[:25%]") == ["one"]
     with pytest.raises(ValueError, match=f"it has the splits train, test: pass {tmp_path}/dict:train"):
         read_documents(str(tmp_path / "dict"))
-    with pytest.raises(ValueError, match="it has no split dev, only train, test"):
+    assert read_documents(f"{tmp_path}/dict:test+train[3:]") == ["two", "three"]
+    with pytest.raises(ValueError, match="dict:dev .*Unknown split \"dev\". Should be one of .'train', 'test'."):
         read_documents(f"{tmp_path}/dict:dev")
 
 
@@ -442,3 +463,20 @@ def test_parts_of_a_bundled_text_make_the_whole(percent):
 def test_impossible_parts_are_refused(part):
     with pytest.raises(ValueError, match="is not a part of a text"):
         read_documents(f"bundled:prose{part}")
+
+
+# --- the commands' own windows
+
+
+def test_windows_for_a_model_have_rows_in_its_embedding(tmp_path, tiny_model_dir, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("mixtral"), folder)
+    (tmp_path / "x.txt").write_text("call <|tool|> now. " * 40)
+    assert read_windows(str(tmp_path / "x.txt"), folder, 2, 16).shape == (2, 16) and not caplog.text
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|tool|>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"x.txt holds the token '<\|tool\|>' with id 4096, but .* only 4096 rows"):
+        read_windows(str(tmp_path / "x.txt"), folder, 2, 16)
+    read_windows("bundled:prose", folder, 1, 4097)
+    assert "windows of 4097 tokens (--window_length) are longer than the 4096 positions" in caplog.text

@@ -30,7 +30,9 @@ from eacmoe_lightning.models.transformers_loader import TOWER_RETURNS_ROUTER_LOG
 
 VOCABULARY = 4096  # size of the bundled tokenizer's vocabulary
 ROUTER_SCALE = 6.0  # relative to the other weights; gives logits a standard deviation of about 4
-ROUTER = re.compile(r"\.(gate|router|router_gate|router_mlp)\.(\w+\.)?weight$")
+ROUTER = re.compile(
+    r"\.(gate|router|router_gate)(\.gate|\.wg|\.proj|\.layer|\.classifier|\.router_mlp\.out_proj)?\.weight$"
+)
 BIAS = re.compile(r"(?<!dt_)bias$|correction_bias")  # a state-space layer's time steps stay as they are initialised
 CORRECTION = re.compile(r"correction_bias|expert_bias|balancing_bias")
 
@@ -118,6 +120,8 @@ def build_random(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if ROUTER.search(name) and parameter.ndim == 2:
+                    if not parameter.any():  # as AFMoE initialises it
+                        parameter.normal_(std=config.initializer_range)
                     parameter *= ROUTER_SCALE
                 elif BIAS.search(name):
                     parameter.normal_(std=0.1)  # initialised to zero, so a lost bias would go unnoticed

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from eacmoe_lightning.calibration.overflow import refuse_overflow
-from eacmoe_lightning.models.block import Block, Call, Routing
+from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter, State, StateFile, StateWriter, moved
 from eacmoe_lightning.run.ranks import Ranks
@@ -38,6 +39,8 @@ class Streams:
         ranks: this process among those of the run.
         dtype: storage dtype of hidden states; None stores them in theirs, which loses nothing.
         keep_teachers: keep the original router logits of all blocks for the joint stage.
+        counts: bool [S, T], the tokens that count in what is measured and solved; None: all of them.
+        sources: bool [C, S], the windows of each calibration text; None does not tell them apart.
     """
 
     def __init__(
@@ -50,9 +53,11 @@ class Streams:
         ranks: Ranks,
         dtype: torch.dtype | None = None,
         keep_teachers: bool = True,
+        counts: Tensor | None = None,
+        sources: Tensor | None = None,
     ) -> None:
         self.moe, self.windows, self.first_window, self.run, self.ranks = moe, windows, first_window, run, ranks
-        self.dtype, self.keep_teachers = dtype, keep_teachers
+        self.dtype, self.keep_teachers, self.counts, self.sources = dtype, keep_teachers, counts, sources
         self.slices = [slice(i, i + batch_size) for i in range(0, len(windows), batch_size)]
         self.x: StateFile
         self.x_hat: StateFile
@@ -127,6 +132,17 @@ class Streams:
             with block.without_experts() if leave_out else nullcontext():
                 x = block.input_of(module, call)
             yield x
+
+    def counted(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Of values [n, ...] for the tokens of the windows `rows`, one or several for each token, those that count.
+
+        Values that are not of single tokens all count.
+        """
+        if self.counts is None:
+            return x
+        mask = self.counts[rows].flatten()
+        repeats, rest = divmod(len(x), len(mask))
+        return x[mask.repeat_interleave(repeats).to(x.device)] if repeats and not rest else x
 
     def keep_router_input(self, block: Block) -> HiddenFile:
         """Writes what the router reads in the compressed stream [S, T, R] to a file, which the caller deletes."""

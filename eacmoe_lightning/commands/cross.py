@@ -40,9 +40,8 @@ def _row(place: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
             )
         return row
     words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
-    resume = ["--ckpt_path=last"] if (run / "run.json").exists() else []
     print(f"calibrating on {name}: {run}", flush=True)
-    CommandLine(["fit", *words, f"--trainer.default_root_dir={run}", *resume])
+    CommandLine(["fit", *words, f"--trainer.default_root_dir={run}", "--ckpt_path=auto"])
     report = json.loads((run / "report.json").read_text())
     row = {
         "options": options,

@@ -17,11 +17,12 @@ from eacmoe_lightning import callbacks
 from eacmoe_lightning.commands.configs import NamedConfig
 from eacmoe_lightning.commands.launchers import follow_launcher
 from eacmoe_lightning.commands.trainer import DEFAULTS, CalibrationTrainer, default_callbacks
+from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.models.originals import stored_name
-from eacmoe_lightning.text.sources import stored_source
+from eacmoe_lightning.text.sources import stored_sources
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -74,6 +75,8 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         trainer = config["trainer"]
         trainer["default_root_dir"] = str(trainer.get("default_root_dir") or "runs/default")
+        if self.subcommand != "fit" and config["model"]["name_or_path"] == "bundled":
+            _take_tokenizer_of_subject(config)
         _store_absolute_paths(config)
         if config["checkpoint"].get("dirpath") is None:
             config["checkpoint"]["dirpath"] = os.path.join(trainer["default_root_dir"], "checkpoints")
@@ -92,6 +95,15 @@ class CommandLine(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+def _take_tokenizer_of_subject(config: Namespace) -> None:
+    """Without `--model.name_or_path`, an evaluation tokenizes with the tokenizer beside the model that it evaluates."""
+    try:
+        subject = open_model(config["model"].get("evaluate") or config["trainer"]["default_root_dir"])
+    except (FileNotFoundError, ValueError):
+        return  # `setup` says what is wrong
+    config["data"]["tokenizer"] = str(subject.directory)
+
+
 def _store_absolute_paths(config: Namespace) -> None:
     """Makes local paths absolute, so that the config that the run keeps is good in every working directory."""
     trainer, model, data = config["trainer"], config["model"], config["data"]
@@ -100,14 +112,10 @@ def _store_absolute_paths(config: Namespace) -> None:
     for section, option in ((model, "name_or_path"), (model, "evaluate"), (data, "tokenizer")):
         if section.get(option) is not None:
             section[option] = stored_name(section[option])
+    if data.get("chat_template") is not None:
+        data["chat_template"] = os.path.abspath(os.path.expanduser(data["chat_template"]))
     for option in ("calibration", "heldout", "predict"):
-        sources = data.get(option)
-        if isinstance(sources, str):
-            data[option] = stored_source(sources)
-        elif isinstance(sources, list):
-            data[option] = [stored_source(source) for source in sources]
-        elif isinstance(sources, dict):
-            data[option] = {name: stored_source(source) for name, source in sources.items()}
+        data[option] = stored_sources(data.get(option))
 
 
 class ParsedOnly(CommandLine):

@@ -29,19 +29,20 @@ from eacmoe_lightning.evaluation.report_text import summary
 from eacmoe_lightning.exports.run_result import write_result
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.models.originals import fingerprint, stored_name
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.routers.losses import TopKMSE
 from eacmoe_lightning.run.block_file import read_block
 from eacmoe_lightning.run.directory import RunDirectory, refuse_other_settings
+from eacmoe_lightning.run.lock import LOCK, RunLock
 from eacmoe_lightning.run.memory import Watch
 from eacmoe_lightning.run.provenance import origin
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.skipping.apply import set_skipping
-from eacmoe_lightning.text.sources import name_sources
-from eacmoe_lightning.text.windows import read_windows
+from eacmoe_lightning.text.sources import name_sources, stored_source
+from eacmoe_lightning.text.windows import digest, read_windows
 from eacmoe_lightning.version import __version__
 
 NOTHING = Recipe(quantizer="none")  # the block loop quantizes nothing
@@ -103,63 +104,67 @@ def prune(
         raise ValueError(f"{model} (--model) was pruned before: prune the model that it was made from")
     pruning.check(moe)
     sources = name_sources(texts, "--texts")
+    windows = read_windows(calibration, given.directory, num_windows, window_length, seed)
+    heldout = {
+        name: read_windows(source, given.directory, num_heldout_windows, window_length, option="--num_heldout_windows")
+        for name, source in sources.items()
+    }
     identity = {
         "version": __version__,
-        "model": model,
+        "model": stored_name(model),
         "fingerprint": fingerprint(str(given.directory)),
         "pruning": asdict(pruning),
         "routers": [routers, ridge],
-        "calibration": [calibration, num_windows, window_length, batch_size, seed],
-        "texts": [sources, num_heldout_windows],
+        "calibration": stored_source(calibration),
+        "calibration_digest": digest(windows),
+        "windows": [num_windows, window_length, batch_size, seed],
+        "texts": {name: stored_source(source) for name, source in sources.items()},
+        "texts_digest": digest(*heldout.values()),
+        "num_heldout_windows": num_heldout_windows,
         "dtype": dtype,
     }
     run = RunDirectory(output)
     if report := finished_report(run, identity):
         print(f"{output} is already finished{summary(report)}")
         return report
-    windows = read_windows(calibration, given.directory, num_windows, window_length, seed)
-    heldout = {
-        name: read_windows(source, given.directory, num_heldout_windows, window_length, option="--num_heldout_windows")
-        for name, source in sources.items()
-    }
-    run.start(identity, resume=run.manifest.exists())
-
-    prune_blocks(moe, windows, batch_size, run, pruning, ridge if routers == "ridge" else None)
-    stats, trained = [], {}
-    for block in moe.blocks:
-        _, router, block_stats = read_block(run, block.index)
-        stats.append(block_stats)
-        trained |= router
-    pruned = whole(StreamedModel(FinishedBlocks(given.weights, run, trained), device))
-    with costed(run, None, "write"):
-        codes = (cut_out(given, block) for block in pruned.blocks)
-        description = describe(given) | {"pruning": asdict(pruning) | {"routers": routers}}
-        source = str(given.directory) if given.is_compressed else model
-        write_result(run, pruned, source, codes, description, windows[:1], identity["fingerprint"])
-    with costed(run, None, "evaluate"):
-        reference, scratch = whole(given.streamed(device)), run.scratch(0)
-        after = before = evaluate(reference, pruned, heldout, batch_size, scratch=scratch)
-        if routers != "none":
-            untrained = whole(StreamedModel(FinishedBlocks(given.weights, run), device))
-            before = evaluate(reference, untrained, heldout, batch_size, scratch=scratch)
-    report = origin(identity, seed) | {
-        "model": {
-            "name_or_path": model,
-            "type": reference.config.model_type,
-            "blocks": len(reference.blocks),
-            "moe_blocks": len(reference.moe_blocks),
-            "experts": reference.num_experts,
-            "top_k": reference.top_k,
-        },
-        "bits": bits(pruned, run.compressed),
-        "size_bytes": {"original": given.size_bytes, "compressed": size_of(run.compressed)},
-        "router": {"method": routers},
-        "pruning": removed_experts(asdict(pruning), [s for s in stats if s.pruning is not None]),
-        "cost": cost(run),
-    }
-    add_quality(report, stats, {"before": before, "after": after})
-    write(run, report)
-    run.drop_streams()
+    with RunLock(run.path, "--output"):
+        run.start(identity, resume=run.manifest.exists())
+        prune_blocks(moe, windows, batch_size, run, pruning, ridge if routers == "ridge" else None)
+        stats, trained = [], {}
+        for block in moe.blocks:
+            _, router, block_stats = read_block(run, block.index)
+            stats.append(block_stats)
+            trained |= router
+        pruned = whole(StreamedModel(FinishedBlocks(given.weights, run, trained), device))
+        with costed(run, None, "write"):
+            codes = (cut_out(given, block) for block in pruned.blocks)
+            description = describe(given) | {"pruning": asdict(pruning) | {"routers": routers}}
+            source = str(given.directory) if given.is_compressed else stored_name(model)
+            write_result(run, pruned, source, codes, description, windows[:1], identity["fingerprint"])
+        with costed(run, None, "evaluate"):
+            reference, scratch = whole(given.streamed(device)), run.scratch(0)
+            after = before = evaluate(reference, pruned, heldout, batch_size, scratch=scratch)
+            if routers != "none":
+                untrained = whole(StreamedModel(FinishedBlocks(given.weights, run), device))
+                before = evaluate(reference, untrained, heldout, batch_size, scratch=scratch)
+        report = origin(identity, seed) | {
+            "model": {
+                "name_or_path": model,
+                "type": reference.config.model_type,
+                "blocks": len(reference.blocks),
+                "moe_blocks": len(reference.moe_blocks),
+                "experts": reference.num_experts,
+                "top_k": reference.top_k,
+            },
+            "bits": bits(pruned, run.compressed),
+            "size_bytes": {"original": given.size_bytes, "compressed": size_of(run.compressed)},
+            "router": {"method": routers},
+            "pruning": removed_experts(asdict(pruning), [s for s in stats if s.pruning is not None]),
+            "cost": cost(run),
+        }
+        add_quality(report, stats, {"before": before, "after": after})
+        write(run, report)
+        run.drop_streams()
     print(summary(report))
     return report
 
@@ -183,7 +188,7 @@ def finished_report(run: RunDirectory, identity: dict[str, Any]) -> dict[str, An
         refuse_other_settings(f"{where} holds a result", earlier, given, "another --output, or the earlier settings")
         is_finished = (run.path / "report.md").exists()  # the last file to be written
         return json.loads((run.path / "report.json").read_text()) if is_finished else None
-    if run.path.exists() and any(run.path.iterdir()):
+    if run.path.exists() and any(path.name != LOCK for path in run.path.iterdir()):
         raise ValueError(f"{where} is not empty: pass an empty or a new directory")
     return None
 

@@ -14,17 +14,18 @@ from transformers import AutoTokenizer
 from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.evaluation.choice_task import make_questions
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.models.originals import fingerprint, stored_name
 from eacmoe_lightning.offload.codecs import Bound
 from eacmoe_lightning.run.files import write_atomically, write_json
+from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.provenance import commit, processor
 from eacmoe_lightning.study import budget, report, spend
 from eacmoe_lightning.study.cells import Cell, block_groups, choose_experts, plan, stable_seed
 from eacmoe_lightning.study.disturb import NOISES, disturbed
 from eacmoe_lightning.study.measure import Measurement, Text
 from eacmoe_lightning.study.results import Results
-from eacmoe_lightning.text.sources import name_sources, read_documents
-from eacmoe_lightning.text.windows import token_windows
+from eacmoe_lightning.text.sources import name_sources, read_documents, stored_source
+from eacmoe_lightning.text.windows import check_length, check_tokens, digest, read_sizes, token_windows
 
 QUESTION_WINDOWS = 4  # windows per question: the question's window and others for the wrong continuations
 
@@ -95,28 +96,42 @@ def study(
     groups = block_groups(blocks, [block.index for block in moe.moe_blocks])
     cells = plan(groups, experts, kinds, [Bound(bound_mode, value) for value in bounds], seeds)
     _check_budgets(budgets, groups, moe, kinds[0])
-    identity = {"model": fingerprint(str(directory)), "dtype": str(moe.model.dtype), "texts": sources, **sizes}
-    results = Results(Path(output) / "cells.json", identity)
+    heldout_texts = read_texts(sources, directory, **sizes)
+    questions = [text.questions.input_ids for text in heldout_texts.values() if text.questions is not None]
+    identity = {
+        "model": stored_name(model),
+        "fingerprint": fingerprint(str(directory)),
+        "dtype": str(moe.model.dtype),
+        "texts": {name: stored_source(source) for name, source in sources.items()},
+        "texts_digest": digest(*(text.windows for text in heldout_texts.values()), *questions),
+        **sizes,
+    }
+    with RunLock(Path(output), "--output"):
+        results = Results(Path(output) / "cells.json", identity)
+        measurement = Measurement(moe, heldout_texts, batch_tokens)
+        for block in moe.moe_blocks:
+            for choice in experts:
+                choose_experts(choice, measurement.load[block.index], 0, block.index)  # raises now, not after an hour
+        measure_cells(moe, measurement, cells, groups, results)
 
-    measurement = Measurement(moe, read_texts(sources, directory, **sizes), batch_tokens)
-    for block in moe.moe_blocks:
-        for choice in experts:
-            choose_experts(choice, measurement.load[block.index], 0, block.index)  # raises now, not after an hour
-    measure_cells(moe, measurement, cells, groups, results)
-
-    cells.sort(key=lambda cell: list(groups).index(cell.blocks))  # in the order of --blocks
-    rows = [report.row_of(cell, results[cell.key], measurement.baseline) for cell in cells]
-    sections = []
-    if budgets:
-        sensitivity = budget.fit_sensitivity(_cells_to_fit(groups, measurement.load, rows, kinds[0]))
-        later_texts = read_texts(
-            sources, directory, **sizes | {"num_windows": budget_windows, "num_questions": 0}, skip=num_windows
-        )
-        later, bounds_to_spend = Measurement(moe, later_texts, batch_tokens), [Bound(bound_mode, b) for b in budgets]
-        spent = spend.spend(moe, later, sensitivity, measurement.load, kinds[0], bounds_to_spend, results, Path(output))
-        sections.append(spend.markdown(spent, sensitivity))
-    _write(Path(output), model, measurement, rows, sections)
-    return {"baseline": measurement.baseline, "rows": rows}
+        cells.sort(key=lambda cell: list(groups).index(cell.blocks))  # in the order of --blocks
+        rows = [report.row_of(cell, results[cell.key], measurement.baseline) for cell in cells]
+        sections = []
+        if budgets:
+            sensitivity = budget.fit_sensitivity(_cells_to_fit(groups, measurement.load, rows, kinds[0]))
+            later_texts = read_texts(
+                sources, directory, **sizes | {"num_windows": budget_windows, "num_questions": 0}, skip=num_windows
+            )
+            later, bounds_to_spend = (
+                Measurement(moe, later_texts, batch_tokens),
+                [Bound(bound_mode, b) for b in budgets],
+            )
+            spent = spend.spend(
+                moe, later, sensitivity, measurement.load, kinds[0], bounds_to_spend, results, Path(output)
+            )
+            sections.append(spend.markdown(spent, sensitivity))
+        _write(Path(output), model, measurement, rows, sections)
+        return {"baseline": measurement.baseline, "rows": rows}
 
 
 def read_texts(
@@ -135,12 +150,16 @@ def read_texts(
         FileNotFoundError, ValueError: a text cannot be read or is too short; the message names the option to change.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    num_rows, positions = read_sizes(Path(tokenizer_of))
+    check_length(window_length, positions, "--window_length")
     texts, option = {}, "--num_windows" + (" + --budget_windows" if skip else "")
     for name, source in sources.items():
         documents = read_documents(source)
         cut = partial(token_windows, documents, tokenizer, source=source)
         try:
             windows, questions = cut(skip + num_windows, window_length, option=option)[skip:], None
+            if num_rows is not None:
+                check_tokens(windows, num_rows, tokenizer, source)
             if num_questions:
                 length, number = context_length + continuation_length, QUESTION_WINDOWS * num_questions
                 pieces = cut(number, length, seed=0, option=f"{QUESTION_WINDOWS} x --num_questions")

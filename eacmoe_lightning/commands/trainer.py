@@ -102,10 +102,12 @@ class CalibrationTrainer(Trainer):
 
 
 def _no_checkpoint(command: str, ckpt_path: Any) -> None:
-    if ckpt_path is not None:
+    """Raises ValueError for the checkpoint of an evaluation; `auto`, which the config of a run may hold, is none."""
+    if ckpt_path not in (None, "auto"):
         raise ValueError(
             f"{command} has no use for --ckpt_path {ckpt_path}: it evaluates the finished model of the run directory "
-            "(--trainer.default_root_dir) or another (--model.evaluate), never a checkpoint. Leave the option out"
+            "(--trainer.default_root_dir) or another (--model.evaluate), never a checkpoint. Leave the option out, or "
+            "pass --ckpt_path null where a config sets it"
         )
 
 

@@ -103,9 +103,7 @@ def save_compressed(
                 "model_type": METHOD,
                 "format_version": _format_version(moe, weights),
                 "original": {
-                    "name_or_path": name_or_path,
-                    "fingerprint": fingerprint,
-                    **{key: value for key, value in source_config.get("original", {}).items() if key != "config"},
+                    **source_config.get("original", {"name_or_path": name_or_path, "fingerprint": fingerprint}),
                     "config": config.to_dict(),
                 },
                 "dtype": str(moe.model.dtype).rpartition(".")[2],

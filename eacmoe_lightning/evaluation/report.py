@@ -14,6 +14,8 @@ Keys, with dots for nesting:
                         over the held-out texts
     expert_shift.calibration.before|after, expert_shift.blocks[]
     router.method
+    coverage.<text>.windows|selections|experts|reached|only|blocks.<block>
+                        what each calibration text's tokens reach by the original's routers (evaluation/coverage.py)
     experts.starved     number of starved experts
     experts.starved_by_block
     cost.<phase>.seconds|peak_bytes|read_bytes|written_bytes|share

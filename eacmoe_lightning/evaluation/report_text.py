@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from eacmoe_lightning.calibration.blocks import PHASES
+from eacmoe_lightning.evaluation.coverage import coverage_lines
 from eacmoe_lightning.routers.expert_shift import RATES
 
 
@@ -38,6 +39,7 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(
             f"tokens with {rate:4s} selections changed: {shift['before'][rate]:.2%} -> {shift['after'][rate]:.2%}"
         )
+    lines += coverage_lines(report)
     cost = report["cost"]
     starved = f"{report['experts']['starved']} starved experts; " if "experts" in report else ""
     lines.append(f"{starved}{cost['total_seconds']:.0f} s in total")

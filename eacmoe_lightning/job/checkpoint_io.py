@@ -9,13 +9,16 @@ import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from eacmoe_lightning.run.files import write_atomically
+from eacmoe_lightning.run.files import REMEDY, StoreError, write_atomically
+
+OTHER_JOB = "{} (--ckpt_path) is not a checkpoint of this run: pass --ckpt_path auto, which takes the run's own"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -27,6 +30,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         content = io.BytesIO()  # on a full disk torch.save raises an error that does not say so
         torch.save(checkpoint, content)
         write_atomically(Path(path), lambda partial: partial.write_bytes(content.getbuffer()))
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            checkpoint = super().load_checkpoint(path, *args, **kwargs)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise StoreError(f"{path} is truncated or corrupt ({reason}); {REMEDY}") from error
+        if not isinstance(checkpoint, dict) or not {"pytorch-lightning_version", "loops"} <= checkpoint.keys():
+            raise ValueError(OTHER_JOB.format(path))
+        return checkpoint
+
+
+def refuse_other_job(checkpoint: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: str | Path) -> None:
+    """Raises ValueError if a checkpoint is not one of a job that trains tensors of these shapes."""
+    stored = {name: tuple(tensor.shape) for name, tensor in checkpoint.get("state_dict", {}).items()}
+    if "block_routers" not in checkpoint or stored != shapes:
+        raise ValueError(OTHER_JOB.format(path))
 
 
 def mend_progress(fit_loop: dict[str, Any]) -> None:

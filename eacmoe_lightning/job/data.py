@@ -7,15 +7,24 @@ from functools import cached_property
 from pathlib import Path
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import UntrustedCode, load_tokenizer
+from eacmoe_lightning.models.originals import UntrustedCode, load_tokenizer, resolve_model
 from eacmoe_lightning.models.weight_files import DamagedFile
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.files import check_fetched, read_text
 from eacmoe_lightning.text.sources import documents, name_sources
-from eacmoe_lightning.text.windows import Windows, cut_windows, digest
+from eacmoe_lightning.text.windows import (
+    Windows,
+    check_length,
+    check_tokens,
+    cut_windows,
+    digest,
+    join_windows,
+    split_windows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +36,8 @@ class TextWindows(L.LightningDataModule):
     `wikitext/wikitext-2-raw-v1:train` (text/sources.py has the grammar). `SOURCE#COLUMN` names a column of it.
 
     Args:
-        calibration: Source of the calibration text.
+        calibration: Source of the calibration text; or several, as a list or {name: source}, each of which gives its
+            share of the windows.
         heldout: Sources of the held-out texts: one source, a list, or {name: source}. None takes every held-out text
             that is bundled with the package; [] takes none, and the report of fit is then without an evaluation.
         predict: Source of the text that `predict` scores; None takes the held-out texts.
@@ -44,6 +54,7 @@ class TextWindows(L.LightningDataModule):
         chat_template: File with the Jinja template that renders conversations; None takes the tokenizer's.
         answers_only: Let only the tokens of the assistant's turns count in the calibration; the others are their
             context.
+        shares: By name of a calibration text, its share of the windows, in any unit; None gives all the same.
         separate: Begin a window with every document of the calibration text, so that no token attends to another
             document; what a short document leaves of its window does not count.
 
@@ -53,7 +64,7 @@ class TextWindows(L.LightningDataModule):
 
     def __init__(
         self,
-        calibration: str = "bundled:calibration",
+        calibration: dict[str, str] | list[str] | str = "bundled:calibration",
         heldout: dict[str, str] | list[str] | str | None = None,
         predict: str | None = None,
         num_windows: int = 128,
@@ -67,6 +78,7 @@ class TextWindows(L.LightningDataModule):
         column: str | None = None,
         chat_template: str | None = None,
         answers_only: bool = False,
+        shares: dict[str, float] | None = None,
         separate: bool = False,
     ):
         super().__init__()
@@ -91,6 +103,10 @@ class TextWindows(L.LightningDataModule):
         self.chat_template = chat_template
         self.answers_only = answers_only
         self.separate = separate
+        self.calibration_texts = name_sources(calibration, "--data.calibration")
+        if not self.calibration_texts:
+            raise ValueError("--data.calibration is empty: pass one or more sources")
+        self.windows_by_text = split_windows(num_windows, list(self.calibration_texts), shares)
 
     @property
     def heldout_names(self) -> list[str]:
@@ -99,10 +115,21 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def _calibration(self) -> Windows:
-        return self._windows(
-            "calibration", self.calibration, "num_windows", self.num_windows, self.seed,
-            answers_only=self.answers_only, separate=self.separate,
-        )  # fmt: skip
+        texts = [
+            self._windows(
+                "calibration", source, "num_windows", self.windows_by_text[name], self.seed,
+                answers_only=self.answers_only, separate=self.separate,
+            )
+            for name, source in self.calibration_texts.items()
+        ]  # fmt: skip
+        return join_windows(texts)
+
+    @property
+    def calibration_sources(self) -> Tensor:
+        """bool [C, S]: the calibration windows of each calibration text, in the order of `calibration_texts`."""
+        numbers = torch.tensor(list(self.windows_by_text.values()))
+        text = torch.arange(len(numbers)).repeat_interleave(numbers)
+        return text == torch.arange(len(numbers)).unsqueeze(1)
 
     @property
     def calibration_windows(self) -> Tensor:
@@ -156,26 +183,25 @@ class TextWindows(L.LightningDataModule):
         Raises:
             ValueError: a text holds a token that the model's embedding has no row for.
         """
-        texts = {("calibration", self.calibration): self.calibration_windows} if stage == "fit" else {}
+        texts = {("calibration", str(self.calibration)): self.calibration_windows} if stage == "fit" else {}
         if stage == "predict" and self.predict is not None:
             texts["predict", self.predict] = self.predict_windows
         else:
             texts |= {("heldout", self.heldout[name]): windows for name, windows in self.heldout_windows.items()}
         num_rows = len(moe.model.get_input_embeddings().weight)
+        remedy = "the tokenizer that belongs to the model (--data.tokenizer), "
         for (option, source), windows in texts.items():
-            if (token := int(windows.max())) >= num_rows:
-                name = self._tokenizer.convert_ids_to_tokens(token)
-                raise ValueError(
-                    f"--data.{option}: {source} holds the token {name!r} with id {token}, but the model's embedding "
-                    f"has only {num_rows} rows (ids 0 to {num_rows - 1}): pass the tokenizer that belongs to the "
-                    "model (--data.tokenizer), a text without this token, or a model with resized embeddings"
-                )
-        positions = getattr(moe.config, "max_position_embeddings", None)
-        if positions and self.window_length > positions:
+            check_tokens(windows, num_rows, self._tokenizer, f"--data.{option}: {source}", remedy)
+        if stage == "fit":
+            self._warn_of_repeated_windows()
+        check_length(self.window_length, getattr(moe.config, "max_position_embeddings", None), "--data.window_length")
+
+    def _warn_of_repeated_windows(self) -> None:
+        num_windows, num_different = len(self.calibration_windows), len(self.calibration_windows.unique(dim=0))
+        if num_different < num_windows:
             log.warning(
-                "windows of %d tokens (--data.window_length) are longer than the %d positions that the model was made "
-                "for (max_position_embeddings in its config.json); pass --data.window_length %d or less",
-                *(self.window_length, positions, positions),
+                "%d of the %d calibration windows repeat others: the text (--data.calibration) repeats itself",
+                *(num_windows - num_different, num_windows),
             )
 
     def train_dataloader(self) -> WindowLoader:
@@ -210,6 +236,8 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def _tokenizer(self):
+        for file in Path(resolve_model(self.tokenizer)).glob("*token*"):
+            check_fetched(file)
         try:
             tokenizer = load_tokenizer(self.tokenizer, self.trust_remote_code)
         except (DamagedFile, UntrustedCode):

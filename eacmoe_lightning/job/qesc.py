@@ -26,7 +26,7 @@ from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.job.block_callback import phase
-from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress
+from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
 from eacmoe_lightning.job.comparison import Comparison
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
@@ -44,7 +44,7 @@ from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.memory import Watch
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
-from eacmoe_lightning.text.sources import stored_source
+from eacmoe_lightning.text.sources import stored_sources
 from eacmoe_lightning.version import __version__
 
 
@@ -261,7 +261,7 @@ class QESC(Comparison):
                 for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
                 + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
             },
-            "data.calibration": stored_source(data.calibration),
+            "data.calibration": stored_sources(data.calibration),
             **{f"data.{name}": getattr(data, name) for name in ("num_windows", "window_length", "batch_size", "seed")},
         }
 
@@ -273,6 +273,8 @@ class QESC(Comparison):
         checkpoint["block_routers"] = self.block_routers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        refuse_other_job(checkpoint, shapes, self.trainer.ckpt_path)
         self.block_routers = checkpoint["block_routers"]
         mend_progress(checkpoint["loops"]["fit_loop"])
         follow_moved(checkpoint["callbacks"], self.trainer.checkpoint_callbacks, self.trainer.ckpt_path)
@@ -282,9 +284,11 @@ class QESC(Comparison):
         shard_rows = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
         windows = data.calibration_windows[shard_rows.start : shard_rows.stop]
         dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
+        counts, rows = data.calibration_weights, slice(shard_rows.start, shard_rows.stop)
         streams = Streams(
-            self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
-        )
+            self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0,
+            None if counts is None else counts[rows], data.calibration_sources[:, rows],
+        )  # fmt: skip
         self.fit_state.calibration = Calibration(
             self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning
         )
@@ -376,7 +380,7 @@ class QESC(Comparison):
         )
 
     def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean over the tokens of the global batch, of which this process may hold only some windows, or none."""
+        """Mean over the counted tokens of the global batch; this process may hold only some of its windows, or none."""
         block = self.moe.blocks[self.block_index]
         x, teacher = self.calibration.router_rows(batch["index"])
         student = block.router_logits(x.to(self.device), self.parts.router(block))
@@ -403,6 +407,8 @@ class QESC(Comparison):
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
         tokens = int(batch["global_size"]) * self.trainer.datamodule.window_length
+        if "weights" in batch:
+            losses, tokens = losses * batch["weights"].flatten(), int(batch["global_tokens"])
         return losses.sum() / tokens * self.trainer.world_size  # DDP averages gradients over processes
 
     @property

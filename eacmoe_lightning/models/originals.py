@@ -310,11 +310,11 @@ def fingerprint(name_or_path: str) -> str:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The weight files that a checkpoint's index names, with `model.safetensors`; without an index, all."""
-    for suffix in ("safetensors", "bin"):
-        names = {name for index in directory.glob(f"*.{suffix}.index.json") for name in _indexed(index)}
-        names |= {path.name for path in directory.glob(f"*.{suffix}") if not names or path.stem == "model"}
-        if files := [directory / name for name in sorted(names) if (directory / name).is_file()]:
+    """The files that a checkpoint is read from: those of an index, and the only one; with neither, all."""
+    for suffix, only in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
+        names = {name for index in directory.glob(f"*.{suffix}.index.json") for name in _indexed(index)} | {only}
+        files = [directory / name for name in sorted(names) if (directory / name).is_file()]
+        if files := files or sorted(directory.glob(f"*.{suffix}")):
             return files
     return []
 

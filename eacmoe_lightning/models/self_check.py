@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.models.block import Block, Call, Routing
+from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.run.hidden import State
 
-REMEDY = "CONTRIBUTING.md says how to describe a model from outside the package (a form); please report the model type as well"
+REMEDY = (
+    "CONTRIBUTING.md says how to describe a model from outside the package (a form); please report the model type too"
+)
 REPLACED = ("forward", "route_tokens_to_experts")  # attributes by which modules are brought into the common form
 NUM_TOKENS = 8  # for which experts are run one by one
 
@@ -103,7 +106,8 @@ def _check_router(block: Block, call: Call, routing: Routing) -> None:
         )
     if block.calibrates:
         logits = block.router_logits(block.router_input(call))
-        _compare(f"{block.name}: the router's logits as a product of its input and its matrix", logits, routing.logits)
+        what = f"{block.name}: the router's logits as a product of its input and its matrix"
+        _compare(what, logits, routing.logits, call.hidden.dtype)
 
 
 def _check_experts(block: Block, x: Tensor, ids: Tensor, weights: Tensor, output: Tensor) -> None:
@@ -113,18 +117,18 @@ def _check_experts(block: Block, x: Tensor, ids: Tensor, weights: Tensor, output
         for expert, share in zip(chosen, shares, strict=True):
             if expert < block.num_experts:
                 total[token] += share.float() * block.experts.output(x[token : token + 1], expert)[0].float()
-    _compare(f"{block.name}: its experts, one by one", total, output)
+    _compare(f"{block.name}: its experts, one by one", total, output, x.dtype)
 
 
-def _compare(what: str, part: Tensor, own: Tensor) -> None:
-    """Raises ValueError if a part's tensor is not the model's own, but for the rounding of its dtype."""
+def _compare(what: str, part: Tensor, own: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError if a part's tensor is not the model's own, but for the rounding of `dtype` (or of its own)."""
     if part.shape != own.shape:
         raise ValueError(f"{what} has the shape {tuple(part.shape)}, in the model itself {tuple(own.shape)}. {REMEDY}")
     if not own.is_floating_point():
         equal, difference = torch.equal(part, own), 1.0
     else:
         difference = float((part.double() - own.double()).norm() / own.double().norm().clamp(min=1e-30))
-        equal = difference <= 64 * torch.finfo(own.dtype).eps or not own.isfinite().all()
+        equal = difference <= max(8 * torch.finfo(dtype or own.dtype).eps, 1e-5) or not own.isfinite().all()
     if not equal:
         raise ValueError(
             f"{what} differs from the model's own forward pass by {difference:.2g} of its norm, so what is calibrated "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from eacmoe_lightning.run.memory import available_memory
 from eacmoe_lightning.runtime.packed_modules import PackedLinear
 
 GB = 1e9
+log = logging.getLogger(__name__)
 
 
 def check_memory(moe: MoEModel, job: Job) -> None:
@@ -99,8 +101,10 @@ def _runs_packed(block: Block, call: Call, names: list[str]) -> bool:
                 tensor.zero_()
             block.layer.set_submodule(name, packed)
         block.forward(call)
-    except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+    except (AttributeError, TypeError):
         return False
+    except RuntimeError as error:  # of a kernel, which says nothing about the model's code
+        log.warning("%s: packed linears could not be tried: %s", block.name, error)
     finally:
         for name, linear in before.items():
             block.layer.set_submodule(name, linear)

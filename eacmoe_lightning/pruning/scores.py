@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -58,13 +58,20 @@ class ExpertScores:
 
 
 @contextmanager
-def measured(block: Block, criterion: str) -> Iterator[ExpertScores]:
-    """Scores the block's experts by their inputs while the block runs inside the `with` block."""
-    scores = ExpertScores(block, criterion)
+def measured(
+    block: Block, criterion: str, counted: Sequence[Callable[[Tensor], Tensor]] = ()
+) -> Iterator[ExpertScores]:
+    """Scores the block's experts by their inputs while the block runs inside the `with` block.
+
+    Args:
+        counted: for each pass of the block, what takes from values [n, ...] those of tokens that count; empty: all do.
+    """
+    scores, passes = ExpertScores(block, criterion), iter(counted)
 
     def add(module, args) -> None:
         hidden, ids, weights = args
-        scores.add(hidden.reshape(-1, hidden.shape[-1]), ids, weights)
+        tokens = hidden.reshape(-1, hidden.shape[-1]), ids, weights
+        scores.add(*map(next(passes), tokens) if counted else tokens)
 
     handle = block.experts.module.register_forward_pre_hook(add)
     try:

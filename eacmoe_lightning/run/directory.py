@@ -20,12 +20,20 @@ from typing import Any
 from eacmoe_lightning.run.files import StoreError, write_json
 from eacmoe_lightning.run.lock import LOCK
 
-# What a path led to: by option, the key of the content's digest. Only the content decides whether it is the same run.
-CONTENTS = {"model.name_or_path": "model.fingerprint", "data.calibration": "data.calibration_digest"}
-CHANGED = {
-    "model.name_or_path": "the weights or the config.json in {} (--model.name_or_path) have changed since it began",
-    "data.calibration": "the text of {} (--data.calibration) or its tokens (--data.tokenizer) have changed since it "
-    "began",
+# By the key of a path, the key of the digest of what it leads to. The content decides whether it is the same run.
+CONTENTS = {
+    "model.name_or_path": "model.fingerprint",
+    "data.calibration": "data.calibration_digest",
+    "model": "fingerprint",  # from here on of `prune` and `study`
+    "calibration": "calibration_digest",
+    "texts": "texts_digest",
+}
+CHANGED = {  # what to say if another content is under the same path
+    "model.name_or_path": "the weights or the config.json in {} (--model.name_or_path) have changed",
+    "data.calibration": "the text of {} (--data.calibration) or its tokens (--data.tokenizer) have changed",
+    "model": "the weights or the config.json of {} (--model) have changed",
+    "calibration": "the text of {} (--calibration) or its tokens have changed",
+    "texts": "one of the texts {} or its tokens have changed",
 }
 
 
@@ -50,8 +58,8 @@ def refuse_other_settings(holder: str, held: dict[str, Any], identity: dict[str,
         was, now = held.get(path), identity.get(path)
         if was == now:
             raise ValueError(
-                f"{holder}, but {CHANGED[path].format(now)}. Nothing was changed: put back what it began with, or pass "
-                f"{remedy}"
+                f"{holder}, but {CHANGED[path].format(now)} since it began. Nothing was changed: put back what it "
+                f"began with, or pass {remedy}"
             )
         raise ValueError(
             f"{holder} with other settings: {path} was {was!r} and is now {now!r}, which holds something else. "

@@ -22,6 +22,20 @@ TEXT_FILES = (".txt", ".md")  # one document each
 JSON_FILES = (".jsonl", ".ndjson", ".json")
 ROW_FILES = (*JSON_FILES, ".csv", ".tsv", ".parquet")  # a document per row
 READ_FILES = TEXT_FILES + ROW_FILES
+OTHER_ARCHIVES = (".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z", ".lz4", ".rar")
+NULLS = (
+    "",
+    "#N/A",
+    "<NA>",
+    "N/A",
+    "NA",
+    "NULL",
+    "NaN",
+    "None",
+    "n/a",
+    "nan",
+    "null",
+)  # cells that `datasets` calls null
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MARK = "\ufeff"  # the byte order mark, decoded
 CARD_KEYS = re.compile(  # in the YAML at the head of a data set's README.md
@@ -61,15 +75,20 @@ def is_text_file(name: str) -> bool:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The files of text below a folder, sorted by path, without hidden ones and without the README.md of a data set."""
+    """The files of text below a folder, sorted by path, without hidden ones and without the README.md of a data set.
+
+    A README.md is text if it is one of several Markdown files, or the only file.
+    """
     files = [
         path
         for path in sorted(folder.rglob("*"))
         if is_text_file(path.name) and path.is_file() and not _is_hidden(path.relative_to(folder))
     ]
-    has_rows = any(kind_of(path) in ROW_FILES for path in files)
-    cards = [path for path in files if path.name.lower() == "readme.md" and (has_rows or is_dataset_card(path))]
-    for path in cards:
+    described = any(kind_of(path) != ".md" for path in files)
+    pages = {path for path in files if kind_of(path) == ".md"}
+    readmes = {path for path in pages if path.name.lower() == "readme.md"}
+    cards = {path for path in readmes if is_dataset_card(path)} | (readmes if described and readmes == pages else set())
+    for path in sorted(cards):
         log.warning("%s describes the files beside it and is not read as text", path)
     return [path for path in files if path not in cards]
 
@@ -108,6 +127,8 @@ def read_file(path: Path) -> str | Table:
     """
     check_fetched(path)
     kind = kind_of(path)
+    if kind in OTHER_ARCHIVES:
+        raise ValueError(f"{path} is an archive of a kind that is not read ({kind}): unpack it, or compress with gzip")
     if kind == ".parquet":
         return _parquet(path)
     if kind in JSON_FILES:
@@ -199,7 +220,7 @@ def _json_value(path: Path) -> Any:
 
 
 def _csv_rows(path: Path, delimiter: str) -> Rows:
-    """Rows of a table with a header. An empty cell is null, as in `datasets`."""
+    """Rows of a table with a header. Empty cells and those of `NULLS` are null, as in `datasets`."""
     csv.field_size_limit(1 << 30)  # the default, 128 KB, is less than a book
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     try:
@@ -211,7 +232,10 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
                 )
             if cells:
                 cells += [""] * (len(header) - len(cells))
-                yield reader.line_num, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+                yield (
+                    reader.line_num,
+                    {name: None if cell in NULLS else cell for name, cell in zip(header, cells, strict=True)},
+                )
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 

@@ -110,15 +110,15 @@ def _saved(folder: Path, split: str | None, source: str) -> Table:
         held = datasets.load_from_disk(str(folder))
         if isinstance(held, datasets.Dataset):
             held = {str(held.split or "train"): held}
-        split = split or _choose(list(held), source)
-        name = split.partition("[")[0]
-        if name not in held:
-            raise ValueError(f"it has no split {name}, only {', '.join(held)}")
-        (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(held[name])})
-        dataset = held[name]
-        if (part.from_, part.to) != (None, None):
-            dataset = dataset.select(range(part.from_ or 0, len(dataset) if part.to is None else part.to))
-        return _table(dataset, str(folder), source)
+        lengths = {name: len(dataset) for name, dataset in held.items()}
+        parts = datasets.ReadInstruction.from_spec(split or _choose(list(held), source)).to_absolute(lengths)
+        chosen = [held[part.splitname].select(range(*_bounds(part, lengths))) for part in parts]
+        return _table(datasets.concatenate_datasets(chosen), str(folder), source)
+
+
+def _bounds(part: Any, lengths: dict[str, int]) -> tuple[int, int]:
+    """The first and the last row, exclusive, of a part of a split."""
+    return part.from_ or 0, lengths[part.splitname] if part.to is None else part.to
 
 
 def _streamed(name: str, config: str | None, split: str, source: str) -> Table:
@@ -131,7 +131,8 @@ def _streamed(name: str, config: str | None, split: str, source: str) -> Table:
             f"{source}: no such file or directory, and no data set {name!r} in the cache; the "
             f"Hugging Face hub cannot be reached from this machine: {INSTEAD}"
         )
-    streams = "[" not in split and (is_local or not is_cached)
+    is_plain = re.fullmatch(r"[\w.-]+", split) is not None and split != "all"  # one whole split
+    streams = is_plain and (is_local or not is_cached)
     with _errors_of(name, source):
         return _table(datasets.load_dataset(name, config, split=split, streaming=streams), name, source)
 

@@ -29,12 +29,15 @@ PAIRS = (
     ("input", "output"),
 )
 BESIDE = ("input", "context")  # what an instruction speaks about, in a column of its own
-ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "claude", "model", "assistant", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
+ROLES = {  # by other words for them
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "bot", "model"), "assistant"),
     "system": "system",
-    "developer": "developer",
+}
+SHAREGPT = {  # further ones in `from`
+    **ROLES,
+    "function_call": "assistant",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
 
 
@@ -90,7 +93,7 @@ def document_of(row: Mapping[str, Any], columns: tuple[str, ...], where: str) ->
     """
     values = [_parsed(row[name], name) for name in columns]
     if len(values) == 1 and isinstance(values[0], str):
-        return values[0]
+        return whole_characters(values[0])
     if any(value is None or value == [] for value in values):
         return None
     for name, value in zip(columns, values, strict=True):
@@ -101,7 +104,7 @@ def document_of(row: Mapping[str, Any], columns: tuple[str, ...], where: str) ->
     if len(values) == 1:
         messages = _messages(values[0], columns[0], where)
     else:
-        question, answer = values
+        question, answer = (whole_characters(value) if isinstance(value, str) else value for value in values)
         if isinstance(question, str):
             beside = next((row[name] for name in BESIDE if row.get(name) and name not in columns), None)
             question = [{"role": "user", "content": f"{question}\n\n{beside}" if beside else question}]
@@ -134,12 +137,17 @@ def _messages(turns: list, column: str, where: str) -> list[dict[str, Any]]:
         if not isinstance(turn, Mapping):
             raise ValueError(f"{place} is {type(turn).__name__}, not a dict with `role` and `content`")
         turn = {key: value for key, value in turn.items() if value is not None}
-        role, content = turn.pop("role", turn.pop("from", None)), turn.pop("content", turn.pop("value", ""))
-        if role not in ROLES:
+        content, fields = turn.pop("content", turn.pop("value", "")), sorted(turn)
+        if isinstance(role := turn.pop("role", None), str):
+            role = ROLES.get(role.lower(), role)  # others are the template's business
+        elif isinstance(speaker := turn.pop("from", None), str) and speaker.lower() in SHAREGPT:
+            role = SHAREGPT[speaker.lower()]
+        else:
             raise ValueError(
-                f"{place}: its role is {role!r}, none of {', '.join(sorted(ROLES))}, in fields {sorted(turns[0])}"
+                f"{place} needs a string in `role`, or one of {', '.join(SHAREGPT)} in `from`, but `from` is "
+                f"{speaker!r} and the fields are {fields}"
             )
-        messages.append({"role": ROLES[role], "content": _text(content, place), **turn})
+        messages.append({"role": role, "content": _text(content, place), **turn})
     return messages
 
 
@@ -149,7 +157,16 @@ def _text(content: Any, place: str) -> str:
         kinds = [part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__ for part in content]
         if any(kind != "text" for kind in kinds):
             raise ValueError(f"{place} has parts of type {', '.join(sorted(set(kinds)))}: only text calibrates")
-        return "".join(part.get("text") or "" for part in content)
+        content = "".join(part.get("text") or "" for part in content)
     if not isinstance(content, str):
         raise ValueError(f"{place}: its content is {type(content).__name__}, not text")
-    return content
+    return whole_characters(content)
+
+
+def whole_characters(text: str) -> str:
+    """A text with halves of surrogate pairs, which JSON can hold and tokenizers refuse, replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

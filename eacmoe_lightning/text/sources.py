@@ -275,9 +275,18 @@ def _join_lines(rows: Iterable[Document]) -> Iterator[Document]:
         yield from rows
 
 
+def stored_sources(sources: dict[str, str] | list[str] | str | None) -> dict[str, str] | list[str] | str | None:
+    """Sources as runs store them: see `stored_source`."""
+    if isinstance(sources, list):
+        return [stored_source(source) for source in sources]
+    if isinstance(sources, dict):
+        return {name: stored_source(source) for name, source in sources.items()}
+    return None if sources is None else stored_source(sources)
+
+
 def stored_source(source: str) -> str:
     """A source as runs store it: with the absolute path of a file or a directory of this machine, else unchanged."""
-    whole = _take_part(_take_column(source, None)[0])[0]
+    whole = _take_column(_take_part(source)[0], None)[0]
     match = None if _is_path(whole) else SPLIT.search(whole)
     name = whole[: match.start()] if match else whole
     path = Path(name).expanduser()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -17,6 +19,7 @@ from eacmoe_lightning.text.rows import Conversation, Document
 from eacmoe_lightning.text.sources import documents
 
 POOL = 16  # N random windows are drawn from the first POOL * N
+log = logging.getLogger(__name__)
 MAX_CHARACTERS_PER_TOKEN = 16  # of ordinary text; with more, a long document is tokenized in more than one piece
 
 
@@ -76,7 +79,7 @@ def cut_windows(
             tokenized and drawn from.
         answers_only: only tokens of the assistant's turns count, and windows without any are left out.
         separate: every document begins a window of its own, so that no token attends to another document. The rest of
-            its last window is filled with tokens that do not count; attention is causal, so they change nothing.
+            its last window is filled with tokens that do not count; where attention is causal they change nothing.
         source, option: names of the text and of the number of windows in error messages.
 
     Raises:
@@ -107,6 +110,31 @@ def cut_windows(
         chosen = order[:num_windows]
     marked = torch.tensor(counts)[chosen].clone() if answers_only or separate else None
     return Windows(windows[chosen].clone(), marked)
+
+
+def split_windows(num_windows: int, texts: list[str], shares: dict[str, float] | None) -> dict[str, int]:
+    """The number of windows of each text, in proportion to its share; rounded so that the sum is `num_windows`.
+
+    Raises:
+        ValueError: the shares are not positive or not those of the texts, or a text would get no window.
+    """
+    shares = dict.fromkeys(texts, 1.0) if shares is None else shares
+    if set(shares) != set(texts) or any(share <= 0 for share in shares.values()):
+        raise ValueError(f"--data.shares={shares} must give each of {', '.join(texts)} a share above 0")
+    exact = {text: num_windows * shares[text] / sum(shares.values()) for text in texts}
+    numbers = {text: int(number) for text, number in exact.items()}
+    for text in sorted(texts, key=lambda text: numbers[text] - exact[text])[: num_windows - sum(numbers.values())]:
+        numbers[text] += 1
+    if num_windows >= 1 and 0 in numbers.values():
+        none = ", ".join(text for text, number in numbers.items() if not number)
+        raise ValueError(f"--data.num_windows={num_windows} leaves no window for {none}: pass more windows")
+    return numbers
+
+
+def join_windows(texts: list[Windows]) -> Windows:
+    """The windows of several texts, one after another."""
+    counts = [text.counts for text in texts]
+    return Windows(torch.cat([text.input_ids for text in texts]), None if counts[0] is None else torch.cat(counts))
 
 
 def _check_enough(
@@ -225,6 +253,45 @@ def beginning_tokens(tokenizer) -> list[int]:
     return []
 
 
+def check_tokens(windows: Tensor, num_rows: int, tokenizer, source: str, remedy: str = "") -> None:
+    """Checks that the model's embedding has a row for every token.
+
+    Args:
+        windows: token ids [S, T].
+        num_rows: rows of the embedding.
+        tokenizer: names the token in the message.
+        source: the text.
+        remedy: begins what the message tells to do.
+
+    Raises:
+        ValueError: there is a token without a row.
+    """
+    if (token := int(windows.max())) >= num_rows:
+        name = tokenizer.convert_ids_to_tokens(token)
+        raise ValueError(
+            f"{source} holds the token {name!r} with id {token}, but the model's embedding has only {num_rows} rows "
+            f"(ids 0 to {num_rows - 1}): pass {remedy}a text without this token, or a model with resized embeddings"
+        )
+
+
+def check_length(window_length: int, positions: int | None, option: str) -> None:
+    """Warns of windows of more tokens than the positions that the model was made for, if its config names them."""
+    if positions and window_length > positions:
+        log.warning(
+            "windows of %d tokens (%s) are longer than the %d positions that the model was made for "
+            "(max_position_embeddings in its config.json); pass %s %d or less",
+            *(window_length, option, positions, option, positions),
+        )
+
+
+def read_sizes(model: Path) -> tuple[int | None, int | None]:
+    """Rows of the embedding and `max_position_embeddings` of a model directory, where its config.json has them."""
+    path = model / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    config |= config.get("text_config") or {}
+    return config.get("vocab_size"), config.get("max_position_embeddings")
+
+
 def digest(*tensors: Tensor) -> str:
     """SHA-256, in hexadecimal, of the tensors' shapes and values as int64 or float64."""
     sha = hashlib.sha256()
@@ -245,18 +312,19 @@ def read_windows(
 ) -> Tensor:
     """Token ids [S, T] of a source's first windows or, with a seed, of random ones (see `token_windows`).
 
+    Args:
+        tokenizer: a model directory, with its tokenizer and its config.json.
+
     Raises:
         FileNotFoundError: there is no such text, or no tokenizer.
-        ValueError: the text is too short.
+        ValueError: the text is too short, or holds a token that the model has no embedding for.
     """
     if not any(tokenizer.glob("tokenizer*")):  # transformers would make an empty one
         raise FileNotFoundError(f"{tokenizer} (--model) has no tokenizer: save the original's tokenizer there")
-    return token_windows(
-        documents(source),
-        AutoTokenizer.from_pretrained(tokenizer),
-        num_windows,
-        window_length,
-        seed,
-        source=source,
-        option=option,
-    )
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    windows = token_windows(documents(source), loaded, num_windows, window_length, seed, source=source, option=option)
+    num_rows, positions = read_sizes(tokenizer)
+    if num_rows is not None:
+        check_tokens(windows, num_rows, loaded, source)
+    check_length(window_length, positions, "--window_length")
+    return windows
