@@ -19,8 +19,9 @@ from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
-from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.models.transformers_loader import empty_model
 
 STEPS = ("fit", "load", "generate", "pesf", "dense", "gptq_v2")

@@ -4,7 +4,7 @@ import architectures
 import pytest
 import torch
 
-from eacmoe_lightning.models.block import Groups
+from eacmoe_lightning.models.experts import Groups
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.routers.choice import SCORINGS, find_scoring
 from eacmoe_lightning.routers.losses import TopKMSE

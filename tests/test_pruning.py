@@ -14,7 +14,7 @@ from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.exports.export import export
-from eacmoe_lightning.models.block import Groups
+from eacmoe_lightning.models.experts import Groups
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.pruned_config import pruned_config
 from eacmoe_lightning.models.shrink import keep_experts

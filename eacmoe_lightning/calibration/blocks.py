@@ -26,8 +26,10 @@ from eacmoe_lightning.calibration.overflow import overflow_in
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.solver import BlockSolver
 from eacmoe_lightning.calibration.streams import Streams, concatenate
-from eacmoe_lightning.models.block import Block, Groups, Routing
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.experts import Groups
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.models.shrink import keep_experts
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.pruning.scores import ExpertScores, measured

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from eacmoe_lightning.calibration.overflow import refuse_overflow
-from eacmoe_lightning.models.block import Block, Call, Routing
+from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter, State, StateFile, StateWriter, moved
 from eacmoe_lightning.run.ranks import Ranks

@@ -5,7 +5,7 @@ Letters: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E expert
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,56 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from eacmoe_lightning.models.experts import Experts, Groups
+from eacmoe_lightning.models.routing import Handles, Reached, Routing, Watcher, keep_logits, show_routing
 from eacmoe_lightning.routers.choice import Scoring, find_scoring
 from eacmoe_lightning.routers.router_weights import forced_weights
 from eacmoe_lightning.run.hidden import State
-
-
-@dataclass
-class Routing:
-    """One router's output for N tokens."""
-
-    logits: Tensor  # [N, E] float32, before any softmax
-    ids: Tensor  # [N, K] int64, the experts that ran
-    weights: Tensor  # [N, K], their weights
-
-    def by_pair(self) -> Routing:
-        """The same with a row for each pair of a token and one of its experts, [N * K, ...]."""
-        logits = self.logits.repeat_interleave(self.ids.shape[1], 0)
-        return Routing(logits, self.ids.reshape(-1, 1), self.weights.reshape(-1, 1))
-
-
-# Gets a routing and, if it is known, the router's input. A routing that it returns runs instead.
-Watcher = Callable[[Routing, Tensor | None], Routing | None]
-
-
-def _keep_logits(logits: list[Tensor], linear: nn.Module, args: tuple, output: Tensor) -> None:
-    """The forward hook of a router's matrix that is a layer of its own."""
-    logits[:] = [output]
-
-
-def _show_routing(
-    watcher: Watcher, logits: list[Tensor], router: nn.Module, args: tuple, kwargs: dict, output: tuple
-) -> tuple | None:
-    """A router's forward hook, bound to a watcher by `partial` so that a model with it can be copied and pickled."""
-    routing = _routing_of(output, logits.pop() if logits else None)
-    changed = watcher(routing, args[0] if args else kwargs.get("hidden_states"))
-    return None if changed is None else (output[0], changed.weights, changed.ids, *output[3:])
-
-
-def _routing_of(output: tuple[Tensor, ...], logits: Tensor | None = None) -> Routing:
-    """A router's output as a `Routing`; `logits` take the place of the first item, which may be probabilities."""
-    first, weights, ids, *_ = output
-    logits = first if logits is None else logits
-    return Routing(logits.reshape(-1, logits.shape[-1]).float(), ids, weights)
-
-
-class _Handles(list):
-    """The handles of several hooks, removed together."""
-
-    def remove(self) -> None:
-        for handle in self:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -97,48 +52,6 @@ class Call:
     def shared_dicts(self) -> dict[str, MutableMapping]:
         """The arguments that are dicts, by name."""
         return {name: value for name, value in self.kwargs.items() if isinstance(value, MutableMapping)}
-
-
-class Reached(BaseException):
-    """Ends a forward pass at the module whose input is recorded."""
-
-
-@dataclass
-class Experts:
-    """The routed experts of one block as 2-D problems: views that write through to the model."""
-
-    module: nn.Module
-
-    @property
-    def num_experts(self) -> int:
-        return self.module.down_proj.shape[0]
-
-    @property
-    def up_name(self) -> str:
-        return "gate_up_proj" if self.module.has_gate else "up_proj"
-
-    @property
-    def projections(self) -> tuple[str, str]:
-        """The two weights in the order in which they are applied."""
-        return self.up_name, "down_proj"
-
-    def weight(self, projection: str) -> Tensor:
-        """[E, O, I] view of `gate_up_proj`, `up_proj` or `down_proj`."""
-        weight = getattr(self.module, projection)
-        return weight.transpose(1, 2) if self.module.is_transposed else weight
-
-    def bias(self, projection: str, expert: int) -> Tensor | None:
-        return getattr(self.module, f"{projection}_bias")[expert] if self.module.has_bias else None
-
-    def intermediate(self, x: Tensor, expert: int) -> Tensor:
-        """The input of `down_proj`: [n, D] -> [n, F] (gate, up and activation of one expert)."""
-        h = nn.functional.linear(x, self.weight(self.up_name)[expert], self.bias(self.up_name, expert))
-        return self.module._apply_gate(h) if self.module.has_gate else self.module.act_fn(h)
-
-    def output(self, x: Tensor, expert: int) -> Tensor:
-        """One expert: [n, D] -> [n, D]."""
-        h = self.intermediate(x, expert)
-        return nn.functional.linear(h, self.weight("down_proj")[expert], self.bias("down_proj", expert))
 
 
 @dataclass
@@ -291,15 +204,15 @@ class Block:
         history = call.history | ({str(self.index): output} if self.is_remembered else {})
         return {"output": output, "shared": shared, "history": history} if shared or history else output
 
-    def watch_router(self, watcher: Watcher) -> RemovableHandle | _Handles:
+    def watch_router(self, watcher: Watcher) -> RemovableHandle | Handles:
         """Calls `watcher` with each pass's routing and the router's input; a routing that it returns runs instead.
 
         Together with `route`, this is the only place that knows how a router returns its decision.
         """
-        logits, handles = [], _Handles()
+        logits, handles = [], Handles()
         if self._router_matrix is not self.router:
-            handles.append(self._router_matrix.register_forward_hook(partial(_keep_logits, logits)))
-        hook = partial(_show_routing, watcher, logits)
+            handles.append(self._router_matrix.register_forward_hook(partial(keep_logits, logits)))
+        hook = partial(show_routing, watcher, logits)
         handles.append(self.router.register_forward_hook(hook, with_kwargs=True))
         return handles
 
@@ -354,7 +267,7 @@ class Block:
         def stop(*_) -> None:
             raise Reached
 
-        handles = _Handles(
+        handles = Handles(
             module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
             for name, module in (("router", self.router), ("matrix", self._router_matrix))
         )
@@ -431,7 +344,7 @@ class Block:
         A linear that does not run is moved to `unquantized`, because its inputs are unknown.
         """
         seen: list[tuple[Tensor, list[str]]] = []
-        handles = _Handles()
+        handles = Handles()
         for name in self.linears:
 
             def note(module, args, name=name):
@@ -456,36 +369,3 @@ class Block:
         """Excludes a linear from quantization."""
         del self.linears[name]
         self.unquantized[name] = reason
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Groups of experts; a token may use only some of them (DeepSeek-V2 and V3).
-
-    Attributes:
-        number: number of groups; 1 if the router has no groups.
-        chosen: number of groups that a token may use.
-    """
-
-    number: int = 1
-    chosen: int = 1
-
-    @classmethod
-    def of(cls, block: Block) -> Groups:
-        options = [
-            (name, value)
-            for module in block.counting_modules()
-            for name, value in vars(module).items()
-            if "group" in name and type(value) is int
-        ]
-        number = max((value for name, value in options if "top" not in name), default=1)
-        return cls(number, max((value for name, value in options if "top" in name), default=1))
-
-    def least(self, top_k: int) -> int:
-        """Experts that each group needs: together, the chosen groups need top_k; each needs 2, which rank the group."""
-        return 1 if self.number == 1 else max(2, -(-top_k // self.chosen))
-
-
-def counts_experts(name: str) -> bool:
-    """Whether an attribute or option with this name is a number of routed experts."""
-    return "experts" in name and not any(word in name for word in ("shared", "per_tok", "top", "_k"))

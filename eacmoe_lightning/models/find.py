@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import eacmoe_lightning.models.deepseek  # noqa: F401  (registers model_type "deepseek")
-from eacmoe_lightning.models.block import Block, Experts, counts_experts
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.experts import Experts, counts_experts
 from eacmoe_lightning.models.forms import bring_into_form
 from eacmoe_lightning.models.transformers_loader import select_in_router
 

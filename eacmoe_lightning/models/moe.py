@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eacmoe_lightning.models.block import Block, Call, Reached, Routing
+from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.find import find_blocks
+from eacmoe_lightning.models.routing import Reached, Routing
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.run.hidden import State
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedConfig
 
-from eacmoe_lightning.models.block import counts_experts
+from eacmoe_lightning.models.experts import counts_experts
 from eacmoe_lightning.models.shrink import KEPT
 from eacmoe_lightning.models.transformers_loader import auto_class
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.models.block import Block, Call, Routing
+from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.run.hidden import State
 
 REMEDY = (

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from eacmoe_lightning.models.block import Block, counts_experts
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.experts import counts_experts
 
 KEPT = "kept_experts"  # option of a pruned model's config: by block, the original numbers of its experts
 

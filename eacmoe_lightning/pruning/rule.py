@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.models.block import Groups
+from eacmoe_lightning.models.experts import Groups
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.pruning.scores import CRITERIA
 

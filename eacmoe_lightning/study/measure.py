@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from eacmoe_lightning.evaluation.choice_task import Questions, accuracy, choose
-from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.routers.expert_shift import change_counts, change_rates, expert_load, mean_rates
 from eacmoe_lightning.run.hidden import State, rows_of
 
