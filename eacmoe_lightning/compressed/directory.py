@@ -66,7 +66,7 @@ def save_compressed(
     """
     source = resolve_model(name_or_path)
     source_config = read_config(source) if is_compressed(source) else {}
-    draft = _draft(source, bool(source_config))
+    draft = _draft(source, bool(source_config), moe.model)
     config = original_config(source_config) if source_config else read_original_config(source)[0]
     config, draft = _with_draft(pruned_config(config, moe), draft, moe)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
@@ -118,10 +118,10 @@ def save_compressed(
         )
 
 
-def _draft(source: str, is_compressed: bool) -> dict[str, Tensor]:
+def _draft(source: str, is_compressed: bool, model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of the draft layers of an original or of a compressed directory."""
     if not is_compressed:
-        return read_draft(OriginalFiles(source))
+        return read_draft(OriginalFiles(source), model)
     file = Path(source) / DRAFT
     return read_tensors(file)[0] if file.exists() else {}
 

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.models.originals import OriginalFiles
+from eacmoe_lightning.models.transformers_loader import source_keys
 
 NUMBER = re.compile(r"(nextn|mtp)")  # options like num_nextn_predict_layers, mtp_num_hidden_layers, num_mtp_modules
 COUNTS = ("num", "layers", "modules")
@@ -49,11 +50,15 @@ def draft_prefixes(keys: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def read_draft(files: OriginalFiles) -> dict[str, Tensor]:
-    """The tensors of an original's draft layers by key, as they are stored; quantized ones in the config's dtype."""
-    dtype, tensors = files.config.get_text_config().dtype, {}
+def read_draft(files: OriginalFiles, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of an original's draft layers by key, as they are stored; quantized ones in the config's dtype.
+
+    Those that the model itself has are not among them.
+    """
+    dtype, tensors, known = files.config.get_text_config().dtype, {}, model.state_dict()
+    sources, _ = source_keys(model, draft_keys(files.config, files.keys))
     with files.reading() as reader:
-        for key in draft_keys(files.config, files.keys):
+        for key in (key for name, keys in sources.items() if name not in known for key in keys):
             tensor = reader.lazy(key)[...]
             is_decoded = files.scheme is not None and key in files.scheme.parts
             tensors[key] = tensor.to(dtype) if is_decoded and dtype is not None else tensor
