@@ -36,7 +36,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, list[Block]]:
     config = model.config.get_text_config()
     num_layers = config.num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not _is_of_another_part(model, name):
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not _is_of_another_part(name):
             decoder = model.get_submodule(name.rpartition(".")[0])
             blocks = [_find_parts(i, f"{name}.{i}", layer) for i, layer in enumerate(module)]
             break
@@ -56,8 +56,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, list[Block]]:
     return decoder, blocks
 
 
-def _is_of_another_part(model: PreTrainedModel, name: str) -> bool:
-    """Whether a list of layers belongs to a vision or audio tower of a wrapper."""
+def _is_of_another_part(name: str) -> bool:
+    """Whether a module belongs to the vision or audio half of a wrapper."""
     return any(word in name for word in ("vision", "visual", "audio", "encoder"))
 
 
@@ -89,12 +89,14 @@ def _find_parts(index: int, name: str, layer: nn.Module) -> Block:
     block = Block(index, name, layer)
     for path, module in layer.named_modules():
         down = getattr(module, "down_proj", None)  # a stack, be it dense, packed or offloaded
-        if len(getattr(down, "shape", ())) == 3 and hasattr(module, "has_gate"):
+        is_stack = len(getattr(down, "shape", ())) == 3 and hasattr(module, "has_gate")
+        if is_stack and not _is_of_another_part(path):  # ERNIE-VL has experts for images beside those for text
             block.experts, block.experts_name = Experts(module), path
     moe_name = block.experts_name.rpartition(".")[0]
     if block.is_moe:
-        up, down = (getattr(block.experts.module, projection) for projection in block.experts.projections)
-        if len(up.shape) != 3 or up.shape[0] != down.shape[0]:
+        up = getattr(block.experts.module, block.experts.up_name, None)  # offloaded experts have none
+        down = block.experts.module.down_proj
+        if up is not None and (len(up.shape) != 3 or up.shape[0] != down.shape[0]):
             raise ValueError(
                 f"{name}: {block.experts.up_name} has {up.shape[0]} experts, and down_proj {down.shape[0]}"
             )

@@ -169,9 +169,14 @@ class MoEModel:
         return self.head(state, input_ids)
 
     def norms(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every one-dimensional weight of a normalization, by name in the model."""
+        """Every one-dimensional weight of a normalization of the decoder, by name in the model."""
+        of_decoder = {id(parameter) for parameter in self.decoder.parameters()}
         for name, parameter in self.model.named_parameters():
-            if parameter.ndim == 1 and "norm" in name.rpartition(".")[0].rpartition(".")[2]:
+            if (
+                id(parameter) in of_decoder
+                and parameter.ndim == 1
+                and "norm" in name.rpartition(".")[0].rpartition(".")[2]
+            ):
                 yield name, parameter
 
     @contextmanager
