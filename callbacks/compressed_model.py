@@ -32,8 +32,12 @@ class CompressedModel(Callback):
             "method": "qesc" if module.router_method != "none" else module.recipe.quantizer_name,
             "router_method": module.router_method,
             **{name: value for name, value in module.recipe.record().items() if name != "bits"},
+            **({"unquantized": moe.unquantized} if moe.unquantized else {}),
             **({"pruning": vars(module.pruning)} if module.pruning else {}),
         }
         blocks = (finished.quantized(block.index) for block in moe.blocks)
         tokens = trainer.datamodule.calibration_windows[:1, :128]
-        write_result(module.run, moe, module.name_or_path, blocks, description, tokens, module.fingerprint)
+        write_result(
+            module.run, moe, module.name_or_path, blocks, description, tokens, module.fingerprint,
+            module.trust_remote_code,
+        )  # fmt: skip

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.compressed.directory import CompressedWeights
+from eacmoe_lightning.evaluation.coverage import coverage
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.evaluation.report import build, write
 from eacmoe_lightning.evaluation.report_text import summary
@@ -24,7 +25,8 @@ class RoutingReport(BlockCallback):
     """Evaluates the written model on the held-out texts and writes the report.
 
     Args:
-        evaluate: False skips the held-out evaluation; the report then has no perplexities and no held-out change rates.
+        evaluate: False skips the held-out evaluation, as does an empty `--data.heldout`; the report then has no
+            perplexities and no held-out change rates.
     """
 
     def __init__(self, evaluate: bool = True) -> None:
@@ -46,7 +48,7 @@ class RoutingReport(BlockCallback):
                 print(f"{module.block_index} of {len(module.moe.blocks)} blocks are done; resume with --ckpt_path auto")
             return
         result = None
-        if self.evaluate:
+        if self.evaluate and trainer.datamodule.heldout:
             with phase(trainer, None, "evaluate"):
                 result = self._evaluate(trainer, module)
         if trainer.is_global_zero:
@@ -55,6 +57,8 @@ class RoutingReport(BlockCallback):
                 module.run, module.moe, module.name_or_path, module.recipe, router, module.pruning,
                 module.block_stats(), result,
             )  # fmt: skip
+            moe_stats = [stats for stats in module.block_stats() if stats.is_moe]
+            report["coverage"] = coverage(moe_stats, trainer.datamodule.windows_by_text)
             write(module.run, report)
             module.run.drop_streams()
             print(summary(report))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "gguf", "dense")
@@ -127,7 +128,8 @@ class Target:
         on_lattice = [w for w in weights if w.on_lattice]
         if on_lattice and self.format != "dense":
             return [_counted(on_lattice, self._lattice)]
-        weights = [w for w in weights if not w.on_lattice]
+        left = self.left_decoded(weights)
+        weights = [w for w in weights if not w.on_lattice and w not in left]
         problems = [_counted([w for w in weights if w.bits not in self.bits], self._bits)]
         problems += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
         groups = [w for w in weights if self.group_sizes is not None and w.group_size not in self.group_sizes]
@@ -137,6 +139,16 @@ class Target:
         cut = [w for w in weights if not _divides(w, tensor_parallel)]
         problems += [_counted(cut, lambda w: self._tensor_parallel(w, tensor_parallel))]
         return [problem for problem in problems if problem]
+
+    def left_decoded(self, weights: Iterable[WeightGrid]) -> list[WeightGrid]:
+        """Linears that the format cannot pack and that an export therefore writes decoded: a small part of the model.
+
+        Empty if they are more than `MAX_DECODED` of all weights; `problems` then names them.
+        """
+        weights = list(weights)
+        unfit = [w for w in weights if w.part != "experts" and any(n % self.multiple for n in w.shape[-2:])]
+        few = sum(prod(w.shape) for w in unfit) <= MAX_DECODED * sum(prod(w.shape) for w in weights)
+        return unfit if few else []
 
     def _lattice(self, weight: WeightGrid) -> str:
         return (
@@ -199,6 +211,7 @@ class Target:
         )
 
 
+MAX_DECODED = 0.05  # largest share of the weights that an export writes decoded because a format cannot pack them
 READ = "sources of September 2026, read but not run"
 LOGITS = "logits, perplexity and the most likely tokens on the bundled held-out texts (benchmarks/export_check.py)"
 REOPENED = "every weight, and logits on random tokens, by `export` itself"

@@ -8,9 +8,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import load_original
-from eacmoe_lightning.planning.checks import check_finite
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.planning.checks import check_original
 from eacmoe_lightning.routers.router_weights import forced_weights
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -41,11 +43,11 @@ def other_experts(selected: Tensor, num_experts: int) -> Tensor:
 def test_block_by_block_gives_the_logits_of_the_model(family, ids):
     model = tiny_models.build(family)
     moe = MoEModel(model)
-    hidden, kwargs = moe.embed(ids)
-    for block, block_kwargs in zip(moe.blocks, kwargs, strict=True):
-        hidden, routing = block.forward(hidden, block_kwargs)
+    state = None
+    for block in moe.blocks:
+        state, routing = block.forward(moe.call(block.index, ids, state))
         assert (routing is None) == (not block.is_moe)
-    assert torch.equal(moe.head(hidden), model(ids, use_cache=False).logits)
+    assert torch.equal(moe.head(state, ids), model(ids, use_cache=False).logits)
     assert torch.equal(model(ids, use_cache=False).logits, tiny_models.build(family)(ids).logits)  # no hook stays
 
 
@@ -55,12 +57,13 @@ def test_routing_is_what_the_model_reports(family, ids):
     tiny_models.skip_without_router_logits(family)
     model = tiny_models.build(family)
     moe = MoEModel(model)
-    hidden, kwargs = moe.embed(ids)
+    state = None
     reported = list(model(ids, output_router_logits=True, use_cache=False).router_logits)
-    for block, block_kwargs in zip(moe.blocks, kwargs, strict=True):
-        output, routing = block.forward(hidden, block_kwargs)
+    for block in moe.blocks:
+        call = moe.call(block.index, ids, state)
+        output, routing = block.forward(call)
         if block.is_moe:
-            x = block.input_of(block.router, hidden, block_kwargs)
+            x = block.router_input(call)
             assert x.shape == (48, 64) and routing.logits.dtype == torch.float32
             logits = reported.pop(0)
             torch.testing.assert_close(routing.logits, logits.float(), rtol=1e-5, atol=1e-5)
@@ -69,7 +72,7 @@ def test_routing_is_what_the_model_reports(family, ids):
             assert torch.equal(repeated.ids, routing.ids) and torch.equal(repeated.weights, routing.weights)
             expected = logits.topk(TOP_K.get(family, 2)).indices
             assert torch.equal(routing.ids.sort().values, expected.sort().values)
-        hidden = output
+        state = output
     assert not reported
 
 
@@ -85,14 +88,15 @@ def test_router_logits_take_another_weight(family, ids):
 @torch.no_grad()
 def test_forcing_the_choice_of_the_router_changes_nothing(family, ids):
     moe = MoEModel(tiny_models.build(family))
-    hidden, kwargs = moe.embed(ids)
-    for block, block_kwargs in zip(moe.blocks, kwargs, strict=True):
-        output, routing = block.forward(hidden, block_kwargs)
+    state = None
+    for block in moe.blocks:
+        call = moe.call(block.index, ids, state)
+        output, routing = block.forward(call)
         if block.is_moe:
-            forced, same = block.forward(hidden, block_kwargs, routing.ids)
+            forced, same = block.forward(call, routing.ids)
             torch.testing.assert_close(forced, output, rtol=0, atol=1e-5)
             torch.testing.assert_close(same.weights, routing.weights, rtol=0, atol=1e-5)
-        hidden = output
+        state = output
 
 
 def by_hand(block: Block, x: Tensor, forced: Tensor, weights: Tensor) -> Tensor:
@@ -112,19 +116,19 @@ def by_hand(block: Block, x: Tensor, forced: Tensor, weights: Tensor) -> Tensor:
 @torch.no_grad()
 def test_forced_experts_are_run_with_the_weights_that_the_router_s_scores_give_them(family, normalised, ids):
     moe = MoEModel(tiny_models.build(family))
-    hidden, kwargs = moe.embed(ids)
     block = moe.blocks[1]
+    call = moe.call(1, ids, moe.embed(ids))
     if family == "qwen3_moe":
         block.router.norm_topk_prob = normalised
-    plain, routing = block.forward(hidden, kwargs[1])
+    plain, routing = block.forward(call)
     forced = other_experts(routing.ids, 8)
-    x = block.input_of(block.router, hidden, kwargs[1])
+    x = block.router_input(call)
     scores = (x @ block.router_weight.T).softmax(-1)
     before, after = scores.gather(1, routing.ids), scores.gather(1, forced)
     if normalised:
         before, after = before / before.sum(-1, keepdim=True), after / after.sum(-1, keepdim=True)
     torch.testing.assert_close(routing.weights, before, rtol=1e-4, atol=1e-6)
-    output, forced_routing = block.forward(hidden, kwargs[1], forced)
+    output, forced_routing = block.forward(call, forced)
     assert torch.equal(forced_routing.ids, forced)
     torch.testing.assert_close(forced_routing.weights, after, rtol=1e-4, atol=1e-6)
     # all other parts of the block are equal
@@ -190,9 +194,10 @@ def test_all_that_is_not_quantized_is_embedding_router_norm_or_bias(family):
 @torch.no_grad()
 def test_linears_that_share_their_input_are_grouped_in_the_order_of_the_run(family, ids):
     moe = MoEModel(tiny_models.build(family))
-    hidden, kwargs = moe.embed(ids)
-    for block, block_kwargs in zip(moe.blocks, kwargs, strict=True):
-        groups = block.input_groups(hidden, block_kwargs)
+    state = None
+    for block in moe.blocks:
+        call = moe.call(block.index, ids, state)
+        groups = block.input_groups(call)
         assert [sorted(group) for group in groups[:2]] == [
             sorted(ATTENTION - {"self_attn.o_proj"}),
             ["self_attn.o_proj"],
@@ -201,7 +206,7 @@ def test_linears_that_share_their_input_are_grouped_in_the_order_of_the_run(fami
         shared_groups = [sorted(name for name in group) for group in groups[2:]]
         down = {name for name in shared if "down" in name}
         assert shared_groups == ([sorted(shared - down), sorted(down)] if shared else [])
-        hidden = block.forward(hidden, block_kwargs)[0]
+        state = block.forward(call)[0]
 
 
 @pytest.mark.parametrize("family", SHARED)
@@ -209,28 +214,28 @@ def test_linears_that_share_their_input_are_grouped_in_the_order_of_the_run(fami
 def test_inputs_of_shared_experts_do_not_depend_on_routed_ones(family, ids):
     moe = MoEModel(tiny_models.build(family))
     block = moe.blocks[-1]
-    hidden, kwargs = moe.embed(ids)
+    call = moe.call(block.index, ids, moe.embed(ids))
     for name in SHARED[family][-1]:
-        assert not block.depends_on_experts(block.linear(name), hidden, kwargs[-1])
+        assert not block.depends_on_experts(block.linear(name), call)
     ran = []
     handle = block.experts.module.register_forward_hook(lambda *_: ran.append(1))
-    expected = block.input_of(block.linear(name), hidden, kwargs[-1])
+    expected = block.input_of(block.linear(name), call)
     assert len(ran) == (family == "deepseek")  # its routed experts run first
     with block.without_experts():
-        assert torch.equal(block.input_of(block.linear(name), hidden, kwargs[-1]), expected)
+        assert torch.equal(block.input_of(block.linear(name), call), expected)
     handle.remove()
-    assert block.forward(hidden, kwargs[-1])[0].isfinite().all() and "forward" not in vars(block.experts.module)
+    assert block.forward(call)[0].isfinite().all() and "forward" not in vars(block.experts.module)
 
 
 @torch.no_grad()
 def test_a_shared_expert_after_the_routed_ones_is_noticed(ids):
     moe, outputs = MoEModel(tiny_models.build("deepseek")), []
     block = moe.blocks[-1]
-    hidden, kwargs = moe.embed(ids)
+    call = moe.call(block.index, ids, moe.embed(ids))
     block.experts.module.register_forward_hook(lambda module, args, output: outputs.append(output))
     shared = block.layer.mlp.shared_experts
     shared.register_forward_pre_hook(lambda module, args: (args[0] + outputs[-1].view_as(args[0]),))
-    assert block.depends_on_experts(shared.up_proj, hidden, kwargs[-1])
+    assert block.depends_on_experts(shared.up_proj, call)
 
 
 @pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, "gpt_oss"])
@@ -267,13 +272,15 @@ def test_a_dense_model_is_refused():
 
 
 @families
-def test_a_damaged_weight_is_named(family):
+def test_a_damaged_weight_is_named(family, ids, tmp_path):
     model = tiny_models.build(family)
-    check_finite(MoEModel(model))
+    model.save_pretrained(tmp_path)
+    check_original(StreamedModel(Checkpoint(str(tmp_path))), ids)
     name, parameter = list(model.named_parameters())[4]
     parameter.data.view(-1)[7] = float("nan")
+    model.save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
-        check_finite(MoEModel(model))
+        check_original(StreamedModel(Checkpoint(str(tmp_path))), ids)
     assert name in str(error.value) and "NaN" in str(error.value)
 
 

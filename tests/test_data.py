@@ -1,13 +1,20 @@
 """The data module: the windows of each rank, the batches of a resumed run, and errors for bad options."""
 
+import json
+import re
+
+import jobs
 import lightning as L
 import pytest
+import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoTokenizer
 
 from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.text.batches import WindowLoader, calibration_batches, heldout_batches, shard
 from eacmoe_lightning.text.sources import heldout_names, name_sources, read_documents
 
@@ -253,6 +260,123 @@ def test_bad_options_are_reported_on_setup_by_name(text_data, options, kind, mes
     with pytest.raises(kind) as error:
         text_data(**options).setup("fit")
     assert message in str(error.value)
+
+
+# --- the texts and the model
+
+
+@pytest.fixture
+def moe() -> MoEModel:
+    """A model with 4096 rows in its embedding, made for 4096 positions."""
+    return MoEModel(tiny_models.build("mixtral"))
+
+
+def test_a_token_beyond_the_embedding_is_named_before_the_start(text_data, moe, tiny_model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("mixtral"))
+    tokenizer.add_tokens(["<|tool|>"])
+    tokenizer.save_pretrained(tmp_path)
+    for name, content in (("tool", "call <|tool|> now. " * 40), ("plain", "call it now. " * 80)):
+        (tmp_path / f"{name}.txt").write_text(content)
+    tool, plain = (str(tmp_path / f"{name}.txt") for name in ("tool", "plain"))
+    options = {"tokenizer": str(tmp_path), "num_windows": 2, "num_heldout_windows": 2}
+    text_data(calibration=plain, heldout=[plain], **options).check_model(moe, "fit")
+    message = f"{tool} holds the token '<|tool|>' with id 4096, but the model's embedding has only 4096 rows"
+    for option, texts, stage in (
+        ("calibration", {"calibration": tool, "heldout": [plain]}, "fit"),
+        ("heldout", {"calibration": plain, "heldout": [tool]}, "fit"),
+        ("heldout", {"heldout": [plain, tool]}, "validate"),
+        ("predict", {"heldout": [plain], "predict": tool}, "predict"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"--data.{option}: {message}")):
+            text_data(**texts, **options).check_model(moe, stage)
+
+
+def test_windows_longer_than_the_model_was_made_for(text_data, moe, caplog):
+    text_data().check_model(moe, "fit")
+    assert not caplog.text
+    moe.config.max_position_embeddings = 12
+    text_data().check_model(moe, "fit")
+    assert "windows of 16 tokens (--data.window_length) are longer than the 12 positions" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_without_held_out_text_has_a_report_without_evaluation(tiny_model_dir, tmp_path):
+    few = {"data__num_windows": 2, "data__heldout": "[]", "model__router_method": "none"}
+    run = jobs.fit(tiny_model_dir("mixtral"), tmp_path / "run", **few)
+    report = json.loads((run / "report.json").read_text())
+    assert report["perplexity"] == {} and report["expert_shift"]["calibration"]["after"]["any"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_report_says_what_each_calibration_text_reaches(tiny_model_dir, tmp_path, capsys, caplog):
+    texts = {
+        "data__calibration": "{code: 'bundled:code', words: 'bundled:french'}",
+        "data__shares": "{code: 3, words: 1}",
+    }
+    few = {
+        "data__num_windows": 8,
+        "data__heldout": "[]",
+        "model__router_method": "none",
+        "model__min_expert_tokens": 130,
+    }
+    run = jobs.fit(tiny_model_dir("mixtral"), tmp_path / "run", **texts, **few)
+    report = json.loads((run / "report.json").read_text())
+    code, words = report["coverage"]["code"], report["coverage"]["words"]
+    assert (code["windows"], words["windows"]) == (6, 2)
+    assert (code["selections"], words["selections"]) == (3 * 6 * 64 * 2, 3 * 2 * 64 * 2)
+    loads = json.loads((run / "expert_frequency.json").read_text())
+    for block, load in loads.items():
+        together = [a + b for a, b in zip(code["blocks"][block], words["blocks"][block], strict=True)]
+        assert together == load["original"]
+    assert words["experts"] == 24 and words["reached"] == sum(n > 0 for row in words["blocks"].values() for n in row)
+    assert f"calibrated on words: 2 windows, which reach {words['reached']} of 24 experts" in capsys.readouterr().out
+    starved = [str(e) for e, n in enumerate(loads["0"]["original"]) if n < 130]
+    assert f"select each of {len(starved)} of the 8 experts: {', '.join(starved)}" in caplog.text
+
+
+def test_several_texts_share_the_windows(text_data):
+    alone = {name: text_data(calibration=f"bundled:{name}", num_windows=n) for name, n in (("prose", 7), ("code", 3))}
+    windows = torch.cat([data.calibration_windows for data in alone.values()])
+    both = text_data(calibration=["bundled:prose", "bundled:code"], shares={"prose": 2, "code": 1})
+    assert torch.equal(both.calibration_windows, windows) and both.windows_by_text == {"prose": 7, "code": 3}
+    assert both.calibration_sources.tolist() == [[True] * 7 + [False] * 3, [False] * 7 + [True] * 3]
+    assert text_data(calibration={"a": "bundled:prose", "b": "bundled:code"}).windows_by_text == {"a": 5, "b": 5}
+    one = text_data(calibration=["bundled:prose"], num_windows=7)
+    assert torch.equal(one.calibration_windows, alone["prose"].calibration_windows)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"calibration": []}, "--data.calibration is empty"),
+        (
+            {"calibration": ["bundled:prose", "bundled:prose"]},
+            "--data.calibration: bundled:prose and bundled:prose would",
+        ),
+        ({"calibration": ["bundled:prose", "bundled:code"], "num_windows": 1}, "leaves no window for code"),
+        (
+            {"calibration": ["bundled:prose"], "shares": {"code": 1}},
+            "--data.shares={'code': 1} must give each of prose",
+        ),
+        ({"calibration": ["bundled:prose"], "shares": {"prose": 0}}, "a share above 0"),
+    ],
+)
+def test_bad_shares(text_data, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        text_data(**options)
+
+
+def test_windows_that_repeat_are_counted(text_data, moe, tmp_path, caplog):
+    (tmp_path / "again.txt").write_text("All work and no play makes Jack a dull boy. " * 200)
+    text_data(calibration=str(tmp_path / "again.txt"), num_windows=100).check_model(moe, "fit")
+    assert re.search(r"\d+ of the 100 calibration windows repeat others", caplog.text)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_an_evaluation_without_text_is_refused(text_data, stage):
+    with pytest.raises(ValueError, match=f"--data.heldout is empty, so {stage} has no text"):
+        text_data(heldout=[]).setup(stage)
+    text_data(heldout=[]).setup("fit")
 
 
 @pytest.mark.parametrize("option", ["batch_size", "heldout_batch_size"])

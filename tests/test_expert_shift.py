@@ -62,7 +62,7 @@ def test_expert_load_by_hand():
 def test_metric_accumulates_over_batches_of_different_size():
     generator = torch.Generator().manual_seed(0)
     original, ids = ([torch.rand(70, 8, generator=generator).topk(3).indices for _ in range(2)] for _ in range(2))
-    metric = ExpertShift(num_blocks=2, top_k=3)
+    metric = ExpertShift([3, 3])
     for rows in (slice(0, 10), slice(10, 11), slice(11, 70)):
         metric.update([block[rows] for block in original], [block[rows] for block in ids])
     for block, rates in enumerate(metric.compute()):
@@ -74,13 +74,13 @@ def test_metric_accumulates_over_batches_of_different_size():
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_a_metric_without_updates_is_zero():
-    assert ExpertShift(1, 2).compute() == [{"any": 0.0, "half": 0.0, "all": 0.0, "selections": 0.0}]
+    assert ExpertShift([2]).compute() == [{"any": 0.0, "half": 0.0, "all": 0.0, "selections": 0.0}]
 
 
 def test_blocks_must_match():
     ids = torch.zeros(4, 2, dtype=torch.int64)
     with pytest.raises(ValueError):
-        ExpertShift(2, 2).update([ids, ids], [ids])
+        ExpertShift([2, 2]).update([ids, ids], [ids])
 
 
 def test_mean_over_blocks():

@@ -1,10 +1,12 @@
 """`plan` from a config.json alone, against the models' cards, counts by hand and torch's operation counter."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import jobs
+import published
 import pytest
 import tiny_models
 import torch
@@ -13,14 +15,17 @@ from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
+from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.planning.checks import check_disk
 from eacmoe_lightning.planning.machine import Rates
 from eacmoe_lightning.planning.report import warnings
+from eacmoe_lightning.planning.shapes import load_shapes
 from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, packed_bytes, plan
 from eacmoe_lightning.quantization.grid import Grid
 from eacmoe_lightning.quantization.quantizers import GPTQ
+from eacmoe_lightning.targets import choose
 
 REAL = {
     "mixtral": MixtralConfig(),
@@ -79,10 +84,10 @@ def test_arithmetic_of_a_forward_pass_is_what_torch_counts(family):
     """Attention scores are left out: on the CPU the counter does not see them."""
     moe = MoEModel(tiny_models.build(family))
     tokens = torch.zeros(1, 32, dtype=torch.int64)
-    hidden, kwargs = moe.embed(tokens)
+    call = moe.call(0, tokens)
     moe.model.set_experts_implementation("eager")
     with FlopCounterMode(display=False) as counter:
-        moe.blocks[0].forward(hidden, kwargs[0])
+        moe.blocks[0].forward(call)
     job = Job(1, 32, 1, 0, "none", 1, 2, 0, False, 4)
     planned = plan(moe, Recipe(group_size=32), job).phases["observe"].flops / len(moe.blocks)
     scores = 32 * 2 * 32 * 64  # tokens x (2 products, causal) x tokens x width of all heads
@@ -160,6 +165,32 @@ def test_warnings_name_what_will_fail():
     assert any("--target vllm will be refused" in line and "3 bits" in line for line in messages)
     assert any("GB of memory, but 1.0 GB are available" in line for line in messages)
     assert any("GB of disk, but 0.0 GB are free" in line for line in messages)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("gpt-oss-20b", "olmoe-1b-7b") else pytest.param(name, marks=pytest.mark.slow)
+        for name in published.CONFIGS
+        if name != "mixtral-8x7b"  # below
+    ],
+)
+def test_configs_of_published_models_are_planned(name, tmp_path, capsys):
+    """Groups divide every width, the engine loads the settings, and one block at a time fits a card of 24 GB."""
+    folder = published.save_config(name, tmp_path / "model")
+    options = ["--config", name, "--model.name_or_path", str(folder), "--trainer.default_root_dir", str(tmp_path)]
+    rates = ["--rate.flops", "4e14", "--rate.flops32", "4e13", "--rate.memory", "2e12", "--rate.disk", "2e9"]
+    free = ["--available.memory", "2.4e10", "--available.disk", "1e13"]
+    main(["plan", *options, *rates, *free, "--json", str(tmp_path / "plan.json")])
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert f"{published.BILLIONS[name]} billion parameters" in printed and "GB of memory, but" not in printed
+    module, _, _ = parse_fit(options)
+    if module.targets:
+        choose(module.targets, module.recipe.grids(load_shapes(str(folder), module.dtype_name)))
+    header = " ".join(line[2:] for line in (jobs.ROOT / "configs" / f"{name}.yaml").read_text().splitlines())
+    memory, disk = result["peak_bytes"] / 1e9, sum(result["disk"].values()) / 1e9
+    assert float(re.search(r"about (\d+) GB of memory", header)[1]) == pytest.approx(memory, abs=1)
+    assert float(re.search(r"at most (\d+) GB beside", header)[1]) == pytest.approx(disk, abs=1)
 
 
 @pytest.mark.parametrize("name, config", [("mixtral", "mixtral-8x7b"), ("qwen1.5", "qwen1.5-moe")])

@@ -81,3 +81,35 @@ def test_two_processes_remove_the_same_experts_as_one(tiny_model_dir, tmp_path):
     assert_same(run, alone, chooses=True)
     config = read_config(run / "compressed")["original"]["config"]
     assert config["kept_experts"] == {block: row["kept"] for block, row in one.items()}
+
+
+def test_two_processes_count_the_same_answers_as_one(tiny_model_dir, tmp_path):
+    """Only the answers of chats of two texts count; sgd and the joint stage take means over them."""
+    talk = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    (tmp_path / "talk.jinja").write_text(talk)
+    for name in ("sums", "products"):
+        rows = [
+            {"prompt": f"What are the {name} of {i}?", "response": f"They are {i + i}, {i * i}."} for i in range(99)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = OPTIONS | {
+        "data__calibration": f"[{tmp_path}/sums.jsonl, {tmp_path}/products.jsonl]",
+        "data__chat_template": tmp_path / "talk.jinja",
+        "data__answers_only": "true",
+        "model__router_method": "sgd",
+        "model__joint_epochs": 1,
+        "model__joint_router_lr": 3e-4,
+    }
+    alone, run, model = tmp_path / "alone", tmp_path / "run", tiny_model_dir("qwen2_moe")
+    jobs.fit(model, alone, **options)
+    status, output = launch(2, *jobs.options(model, run, **options))
+    assert status == 0, output[-3000:]
+    assert_same(run, alone, chooses=True)
+    two, one = (json.loads((folder / "report.json").read_text())["coverage"] for folder in (run, alone))
+    assert two["sums"]["blocks"]["0"] == one["sums"]["blocks"]["0"]
+    assert {name: (text["windows"], text["selections"]) for name, text in one.items()} == {
+        name: (text["windows"], text["selections"]) for name, text in two.items()
+    }
+    assert one["sums"]["selections"] < 3 * 4 * 64 * 2  # fewer than all tokens of four windows in three blocks

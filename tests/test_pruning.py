@@ -14,9 +14,10 @@ from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models.experts import Groups
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.pruned_config import pruned_config
-from eacmoe_lightning.models.shrink import Groups, keep_experts
+from eacmoe_lightning.models.shrink import keep_experts
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.pruning.scores import ExpertScores, measured
 from eacmoe_lightning.run.ranks import Ranks
@@ -111,11 +112,12 @@ def test_scores_of_a_running_model(family):
     """Compared with the experts' module, run with one expert at a time."""
     moe = MoEModel(tiny_models.build(family))
     block = moe.moe_blocks[1]
-    hidden, kwargs = moe.embed(torch.arange(40).view(2, 20))
+    ids = torch.arange(40).view(2, 20)
+    call = moe.call(block.index, ids, moe.embed(ids))
     seen = []
     handle = block.experts.module.register_forward_pre_hook(lambda module, args: seen.append(args))
     with measured(block, "reap") as scores:
-        _, routing = block.forward(hidden, kwargs[block.index])
+        _, routing = block.forward(call)
     handle.remove()
     x, ids, weights = seen[0]
     values = scores.finish(Ranks())

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import eacmoe_lightning
-from eacmoe_lightning.models.block import Routing
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.skipping import EES, ODP, PESF, Demand, Truncation, current_rule, set_skipping, skipping
 from eacmoe_lightning.skipping.baselines import mean_attention_received, median_ratios, most_important
 from eacmoe_lightning.skipping.rules import Place

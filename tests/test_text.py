@@ -1,9 +1,13 @@
 """Text sources and token windows: which text is read, how it is split, and what the errors say."""
 
+import gzip
 import json
+import logging
+import shutil
 import time
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
@@ -11,9 +15,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from eacmoe_lightning.text.sources import bundled_names, heldout_names, read_documents
-from eacmoe_lightning.text.windows import token_windows
+from eacmoe_lightning.text.sources import bundled_names, documents, heldout_names, read_documents
+from eacmoe_lightning.text.windows import read_windows, token_windows
 
 
 class Letters:
@@ -163,6 +168,131 @@ def test_missing_path(source):
         read_documents(source)
 
 
+MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
+KINDS = {  # a file's name -> its content; every one holds the documents `one` and `two é`
+    "x.jsonl": b'{"text": "one"}\n\n{"text": "two \xc3\xa9", "id": 2}\n',
+    "x.ndjson": b'{"text": "one"}\r\n{"text": "two \\u00e9"}',
+    "lines.json": b'{"text": "one"}\n{"text": "two \xc3\xa9"}\n',
+    "list.json": b'[{"text": "one"},\n {"text": "two \xc3\xa9"}]',
+    "list.jsonl": b'[\n  {"text": "one"},\n  {"text": "two \xc3\xa9"}\n]\n',
+    "x.csv": b'id,text\n1,one\n2,"two \xc3\xa9"\n',
+    "x.tsv": b"text\tid\none\t1\ntwo \xc3\xa9\t2\n",
+    "X.CSV": b"text\none\ntwo \xc3\xa9",
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("mark", [b"", MARK])
+@pytest.mark.parametrize("name", KINDS)
+def test_files_of_rows_with_and_without_a_byte_order_mark_and_compressed(tmp_path, name, mark, compressed):
+    content = mark + KINDS[name]
+    path = tmp_path / (name + ".gz" * compressed)
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    assert read_documents(str(path)) == read_documents(str(tmp_path)) == ["one", "two é"]
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.md", "x.txt.gz", "x.log"])
+def test_a_byte_order_mark_is_not_text(tmp_path, name):
+    content = MARK + "one é\r\ntwo".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert read_documents(str(tmp_path / name)) == ["one é\ntwo"]
+
+
+def test_files_joined_with_their_byte_order_marks(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(MARK + b'{"text": "one"}\n' + MARK + b'{"text": "two"}\n')
+    assert read_documents(str(tmp_path / "x.jsonl")) == ["one", "two"]
+
+
+def test_csv_cells_with_line_ends_quotes_and_the_length_of_a_book(tmp_path):
+    book = "word " * 100_000
+    (tmp_path / "x.csv").write_text(f'text,note\n"a\nb ""c"", d",x\n{book},y\n')
+    assert read_documents(str(tmp_path / "x.csv")) == ['a\nb "c", d', book]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("x.jsonl", b'{"text": "one"}\n{"text": null}\nnull\n{"text": "two"}\n'),
+        ("x.json", b'[{"text": "one"}, null, {"text": null}, {"text": "two"}]'),
+        ("x.csv", b"id,text\n1,one\n2,\n3\n4,two\n"),
+        ("x.tsv", b"id\ttext\n1\tone\n2\tNA\n3\tnull\n4\ttwo\n"),
+        ("x.parquet", pyarrow.table({"text": ["one", None, None, "two"], "id": [1, 2, 3, 4]})),
+    ],
+)
+def test_null_rows_are_skipped_and_counted(tmp_path, caplog, name, content):
+    path = tmp_path / name
+    pyarrow.parquet.write_table(content, path) if name == "x.parquet" else path.write_bytes(content)
+    with caplog.at_level(logging.WARNING, "eacmoe_lightning"):
+        assert read_documents(str(path)) == ["one", "two"]
+    assert f"{path}: 2 of 4 rows are null and were skipped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.jsonl", b'{"text": "a"}\n\xff\n', "line 2: not UTF-8 text (byte 0 of the line is 0xff)"),
+        ("x.json", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ("x.json", b'[{"text": "a"},\n {"text": }]', "line 2: not JSON"),
+        ("x.jsonl", b'{"text": "a"}\n[1, 2]', "line 2: a row needs a string in field `text`, but has int"),
+        ("x.csv", b"title;text\na;b\n", "a row needs a string in field `text`, but has ['title;text']"),
+        ("x.csv", b"text,id\na,1\nb,2,3\n", "line 3: 3 cells, but the header has 2"),
+        ("x.csv", b'text\n"a\nb', "not CSV"),
+        ("x.csv", b"text\n\n", "is empty"),
+        ("x.jsonl.zst", b"(\xb5/\xfd", "an archive of a kind that is not read (.zst): unpack it"),
+        ("x.tar.gz", gzip.compress(b"text"), "an archive of a kind that is not read (.tar)"),
+        ("x.txt.gz", b"plain text", "x.txt.gz is not a whole gzip file"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}' * 1000)[:40], "x.jsonl.gz is not a whole gzip file"),
+        ("x.parquet", b"PAR0", "x.parquet is not a parquet file"),
+        ("x.jsonl", b'{"body": "a"}', "name the column with --data.column NAME"),
+    ],
+)
+def test_bad_rows(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read_documents(str(tmp_path / name))
+    assert message in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.md", "x.jsonl", "x.json", "x.csv", "x.parquet", "x.txt.gz"])
+def test_what_git_lfs_has_not_fetched_is_named(tmp_path, name):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 480000\n"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(pointer)
+    sources = [tmp_path / "a" / name, tmp_path] + [f"{tmp_path}/a:train"] * (not name.endswith((".txt.gz", ".md")))
+    for source in sources:
+        with pytest.raises(FileNotFoundError, match=f"/a/{name} is a pointer of Git LFS.*run `git lfs pull`"):
+            read_documents(str(source))
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path, tokenizer):
+    (tmp_path / "x.jsonl").write_text('{"text": "a\\ud83d b \\ud83d\\ude00"}')
+    assert read_documents(str(tmp_path / "x.jsonl")) == ["a\ufffd b \U0001f600"]
+    assert len(token_windows(documents(str(tmp_path / "x.jsonl")), tokenizer, None, 2)) > 1
+
+
+def test_columns_by_name(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "body": "one"}\n{"text": "b", "body": "two"}\n')
+    source = str(tmp_path / "x.jsonl")
+    assert read_documents(source) == ["a", "b"]
+    assert read_documents(source, "body") == read_documents(f"{source}#body") == ["one", "two"]
+    assert read_documents(f"{source}#body", "text") == ["one", "two"]  # the source's own word is the nearer one
+    assert read_documents(f"{source}#body[:50%]") == ["one"]
+    (pair, _) = read_documents(f"{source}#text,body")
+    assert pair.messages == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"}]
+    with pytest.raises(ValueError, match=r"line 1: a row needs a string in field `title`, but has \['body', 'text'\]"):
+        read_documents(f"{source}#title")
+    (tmp_path / "a#b.txt").write_text("a file of that name")
+    assert read_documents(str(tmp_path / "a#b.txt")) == ["a file of that name"]
+
+
+def test_files_are_read_only_as_far_as_documents_are_taken(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n' * 2000 + "not JSON")
+    read = documents(str(tmp_path / "x.jsonl"))
+    assert [next(read) for _ in range(1500)] == ["one"] * 1500
+    with pytest.raises(ValueError, match="line 2001: not JSON"):
+        list(read)
+
+
 # --- data sets
 
 
@@ -198,6 +328,89 @@ def test_data_set_without_the_text_column(tmp_path):
     write_split(tmp_path / "set", "train", ["one"], column="body")
     with pytest.raises(ValueError, match="no column `text`, only body"):
         read_documents(f"{tmp_path}/set:train")
+
+
+CARDS = ["---\nconfigs:\n- config_name: default\n---\n# A data set\n", "---\nlicense: mit\n---\n", "# A data set\n"]
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_card_of_a_data_set_is_not_text(tmp_path, card):
+    (tmp_path / "README.md").write_text(card)
+    write_split(tmp_path / "data", "train", ["one", "two"])
+    assert read_documents(str(tmp_path)) == read_documents(f"{tmp_path}:train") == ["one", "two"]
+
+
+@pytest.mark.parametrize("card", CARDS[1:])
+def test_the_card_beside_texts_is_not_text(tmp_path, card, caplog):
+    (tmp_path / "README.md").write_text(card)
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    assert read_documents(str(tmp_path)) == ["one\n\ntwo"]
+    assert f"{tmp_path}/README.md describes the files beside it and is not read as text" in caplog.text
+
+
+def test_a_data_set_with_several_splits_says_how_to_name_them(tmp_path):
+    (tmp_path / "README.md").write_text(CARDS[1])
+    write_split(tmp_path / "data", "train", ["one"])
+    write_split(tmp_path / "data", "test", ["two"])
+    with pytest.raises(ValueError, match=f"it has the splits train, test: pass {tmp_path}:train"):
+        read_documents(str(tmp_path))
+    assert read_documents(f"{tmp_path}:test") == ["two"]
+    configs = [{"config_name": n, "data_files": f"{n}/*"} for n in ("plain", "other")]
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for name in ("plain", "other"):
+        write_split(tmp_path / name, "train", [name])
+    with pytest.raises(ValueError, match=f"it has the configs plain, other: pass {tmp_path}/plain:SPLIT"):
+        read_documents(str(tmp_path))
+    (tmp_path / "plain").rename(tmp_path / "elsewhere")  # a config is not a folder
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text().replace("plain/", "elsewhere/"))
+    assert read_documents(f"{tmp_path}/plain:train") == ["plain"]
+
+
+def test_a_readme_among_texts_is_text_and_hidden_files_are_not(tmp_path):
+    (tmp_path / "README.md").write_text("---\ntitle: mine\n---\nnotes")
+    assert read_documents(str(tmp_path)) == ["---\ntitle: mine\n---\nnotes"]
+    (tmp_path / "a.md").write_text("one")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "b.txt").write_text("two")
+    (tmp_path / ".c.txt").write_text("three")
+    assert read_documents(str(tmp_path)) == ["---\ntitle: mine\n---\nnotes", "one"]
+
+
+def test_folders_of_save_to_disk(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["one", "two", None, "three"], "body": list("abcd")})
+    rows.save_to_disk(tmp_path / "alone")
+    assert read_documents(str(tmp_path / "alone")) == ["one", "two", "three"]
+    assert read_documents(str(tmp_path / "alone"), "body") == list("abcd")
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "dict")
+    assert read_documents(str(tmp_path / "dict")) == ["one", "two", "three"]
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "dict")
+    assert read_documents(f"{tmp_path}/dict:test") == ["two"]
+    assert read_documents(f"{tmp_path}/dict:train[1:]") == ["two", "three"]
+    assert read_documents(f"{tmp_path}/dict:train[:25%]") == ["one"]
+    with pytest.raises(ValueError, match=f"it has the splits train, test: pass {tmp_path}/dict:train"):
+        read_documents(str(tmp_path / "dict"))
+    assert read_documents(f"{tmp_path}/dict:test+train[3:]") == ["two", "three"]
+    with pytest.raises(ValueError, match="dict:dev .*Unknown split \"dev\". Should be one of .'train', 'test'."):
+        read_documents(f"{tmp_path}/dict:dev")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_a_data_set_is_read_by_rows_without_a_copy_in_the_cache(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = [f"document {i}" for i in range(3000)]
+    for part in range(3):
+        name = tmp_path / "set" / f"train-0000{part}-of-00003.{kind}"
+        name.parent.mkdir(exist_ok=True)
+        rows = datasets.Dataset.from_dict({"text": texts[part * 1000 : part * 1000 + 1000], "id": range(1000)})
+        {"parquet": rows.to_parquet, "jsonl": rows.to_json, "csv": rows.to_csv}[kind](name)
+    source = f"{tmp_path}/set:train"
+    assert read_documents(source) == texts
+    name.write_bytes(b"\xff\xff not a file of this kind")  # the last part, which is not reached
+    read = documents(source)
+    assert [next(read) for _ in range(1500)] == texts[:1500]
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    with pytest.raises(ValueError, match="/set:train"):
+        list(read)
 
 
 @pytest.mark.parametrize(
@@ -250,3 +463,20 @@ def test_parts_of_a_bundled_text_make_the_whole(percent):
 def test_impossible_parts_are_refused(part):
     with pytest.raises(ValueError, match="is not a part of a text"):
         read_documents(f"bundled:prose{part}")
+
+
+# --- the commands' own windows
+
+
+def test_windows_for_a_model_have_rows_in_its_embedding(tmp_path, tiny_model_dir, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("mixtral"), folder)
+    (tmp_path / "x.txt").write_text("call <|tool|> now. " * 40)
+    assert read_windows(str(tmp_path / "x.txt"), folder, 2, 16).shape == (2, 16) and not caplog.text
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|tool|>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"x.txt holds the token '<\|tool\|>' with id 4096, but .* only 4096 rows"):
+        read_windows(str(tmp_path / "x.txt"), folder, 2, 16)
+    read_windows("bundled:prose", folder, 1, 4097)
+    assert "windows of 4097 tokens (--window_length) are longer than the 4096 positions" in caplog.text

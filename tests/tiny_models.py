@@ -8,6 +8,7 @@ larger one.
 The caller's random state stays unchanged.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,11 @@ from eacmoe_lightning.models.transformers_loader import TOWER_RETURNS_ROUTER_LOG
 
 VOCABULARY = 4096  # size of the bundled tokenizer's vocabulary
 ROUTER_SCALE = 6.0  # relative to the other weights; gives logits a standard deviation of about 4
-ROUTERS = ("mlp.gate.weight", "mlp.router.weight")
+ROUTER = re.compile(
+    r"\.(gate|router|router_gate)(\.gate|\.wg|\.proj|\.layer|\.classifier|\.router_mlp\.out_proj)?\.weight$"
+)
+BIAS = re.compile(r"(?<!dt_)bias$|correction_bias")  # a state-space layer's time steps stay as they are initialised
+CORRECTION = re.compile(r"correction_bias|expert_bias|balancing_bias")
 
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -104,15 +109,25 @@ def config_of(family: str) -> PreTrainedConfig:
 
 def build(family: str, seed: int = 0) -> PreTrainedModel:
     """A random float32 model in eval mode, determined by the seed."""
+    return build_random(config_of(family), seed)
+
+
+def build_random(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The same of any config. Biases, also those that correct a selection, differ from zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config_of(family), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name.endswith(ROUTERS):
+                if ROUTER.search(name) and parameter.ndim == 2:
+                    if not parameter.any():  # as AFMoE initialises it
+                        parameter.normal_(std=config.initializer_range)
                     parameter *= ROUTER_SCALE
-                elif name.endswith("bias"):
+                elif BIAS.search(name):
                     parameter.normal_(std=0.1)  # initialised to zero, so a lost bias would go unnoticed
+            for name, buffer in model.named_buffers():
+                if CORRECTION.search(name):
+                    buffer.normal_(std=0.1)
     return model.eval()
 
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from eacmoe_lightning.evaluation.choice_task import Questions, accuracy, answer
 from eacmoe_lightning.evaluation.streams import next_token_nll
-from eacmoe_lightning.models.block import Routing
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.skipping.apply import resting, skipping
 from eacmoe_lightning.skipping.baselines import EES, ODP, Truncation, median_ratios
 from eacmoe_lightning.skipping.rules import PESF, Rule

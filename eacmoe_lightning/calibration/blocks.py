@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,9 +26,11 @@ from eacmoe_lightning.calibration.overflow import overflow_in
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.solver import BlockSolver
 from eacmoe_lightning.calibration.streams import Streams, concatenate
-from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.experts import Groups
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.shrink import Groups, keep_experts
+from eacmoe_lightning.models.routing import Routing
+from eacmoe_lightning.models.shrink import keep_experts
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.pruning.scores import ExpertScores, measured
 from eacmoe_lightning.routers import ridge
@@ -72,7 +75,8 @@ class Calibration:
         self.solver: BlockSolver | None = None
         self.stats: BlockStats | None = None  # of the current block
         self._teacher: Routing | None = None  # the original router's output on x, for all tokens of this process
-        self._router_input: HiddenFile | None = None  # [S, T, D] the router's input in the compressed stream
+        self._router_input: HiddenFile | None = None  # [S, T, R] what the router reads in the compressed stream
+        self._routes_alone = True  # whether the router needs nothing else to select experts
 
     @property
     def block(self) -> Block:
@@ -108,12 +112,14 @@ class Calibration:
                 self._observe()
             if scores is not None:
                 self._prune(scores)
-            self._groups = streams.input_groups(block)
+            self._groups = block.input_groups(streams.first_call(block))
         with self.phase(block.index, "attention"), self._overflow_named():
             self._solve_part("attention")
             if block.is_moe:
                 self._router_input = streams.keep_router_input(block)
+                self._routes_alone = block.routes_alone(streams.first_call(block))
                 self._count_shift("before")
+                self._count_sources()
         self.entered = True
 
     def _observe(self) -> None:
@@ -125,12 +131,15 @@ class Calibration:
     def _measured(self) -> AbstractContextManager[ExpertScores | None]:
         """A context that scores the block's experts, if some of them are to be removed."""
         prunes = self.pruning is not None and self.block.is_moe
-        return measured(self.block, self.pruning.criterion) if prunes else nullcontext()
+        if not prunes:
+            return nullcontext()
+        streams = self.streams
+        return measured(self.block, self.pruning.criterion, [partial(streams.counted, rows=r) for r in streams.slices])
 
     def _prune(self, scores: ExpertScores) -> None:
         """Removes the experts that the pruning rule does not keep from the current block."""
         block, values = self.block, scores.finish(self.ranks)
-        kept = self.pruning.choose(values, self.moe.top_k, Groups.of(block).number)
+        kept = self.pruning.choose(values, block.top_k, Groups.of(block).number)
         removed = sorted(set(range(block.num_experts)) - set(kept))
         share = float(scores.load[removed].sum() / scores.load.sum())
         below = self.pruning.below_alpha(values, kept)
@@ -138,7 +147,7 @@ class Calibration:
         if below:
             log.warning(
                 "block %d: experts %s are below alpha=%g (--pruning.alpha) and stay, because every token selects %d",
-                block.index, below, self.pruning.alpha, self.moe.top_k,
+                block.index, below, self.pruning.alpha, block.top_k,
             )  # fmt: skip
         keep_experts(block, kept)
 
@@ -148,19 +157,20 @@ class Calibration:
 
         Args:
             router: [E, D] with a row for each expert of the original; a pruned block takes the rows of the experts it
-                kept. None for a dense block.
+                kept. None if the block has no router to calibrate.
 
         Returns:
             The block's statistics.
         """
         block, streams = self.block, self.streams
         with self.phase(block.index, "experts"), self._overflow_named():
-            if block.is_moe:
+            if block.calibrates:
                 block.router_weight.copy_(router[block.kept])
+            if block.is_moe:
                 self._count_shift("after")
             self._solve_part("shared")
             if block.is_moe and self.recipe.quantizes:
-                self.solver.solve_experts(self._router_input.flatten(0, 1), self._route())
+                self._solve_experts()
             if block.is_moe:
                 self.stats.starved = self.solver.starved
         with self.phase(block.index, "replay"):
@@ -175,6 +185,18 @@ class Calibration:
         streams.step(self.at)
         return self.stats
 
+    def _solve_experts(self) -> None:
+        """Quantizes the experts on their inputs, which are the router's in most models."""
+        block, streams, inputs = self.block, self.streams, self._router_input
+        call = streams.first_call(block)
+        differs = not torch.equal(block.input_of(block.experts.module, call), block.router_input(call))
+        if differs:
+            inputs = streams.keep_expert_input(block)
+        rows, routing = inputs.flatten(0, 1), self._without_others(self._route())
+        self.solver.solve_experts(rows, routing if len(rows) == len(routing.ids) else routing.by_pair())
+        if differs:
+            inputs.delete()
+
     def _overflow_named(self) -> AbstractContextManager:
         return overflow_in(f"{self.block.name} (block {self.at}), with the compressed weights", self.moe.model.dtype)
 
@@ -183,7 +205,8 @@ class Calibration:
         for names in self._groups if self.recipe.quantizes else ():
             if self.block.linears[names[0]] == part:
                 inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]), part == "shared")
-                self.solver.solve_linears(names, inputs)
+                counted = (self.streams.counted(x, r) for r, x in zip(self.streams.slices, inputs, strict=True))
+                self.solver.solve_linears(names, counted)
 
     # --- the router's training rows ---------------------------------------------------------------------
 
@@ -213,7 +236,7 @@ class Calibration:
             sums = ridge.NormalEquations(experts, width, weight.device, shared)
             for x, target in self._ridge_rows():
                 residual = target - self.block.router_logits(x)
-                sums.add(x.float(), residual, target.topk(num_targets, dim=-1).indices)
+                sums.add(x.float(), residual, self.block.choice(target).topk(num_targets, dim=-1).indices)
             for total in (sums.gram, sums.cross, sums.squares):
                 self.ranks.sum(total)
             updated.append(ridge.solve(weight, sums, strength))
@@ -223,23 +246,57 @@ class Calibration:
         """Batches on the model's device: inputs [n, D], teacher logits [n, E] of the experts that the block has."""
         teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
         for rows in self.streams.slices:
-            x, target = self._router_input[rows], teacher[rows].flatten(0, 1)[:, self.block.kept]
-            yield self.streams.to_device(x.flatten(0, 1)), self.streams.to_device(target)
+            x, target = self._router_input[rows].flatten(0, 1), teacher[rows].flatten(0, 1)[:, self.block.kept]
+            yield tuple(self.streams.to_device(self.streams.counted(part, rows)) for part in (x, target))
 
     def _count_shift(self, when: str) -> None:
         """Records change rates and expert loads on the calibration stream under the router's current weights."""
-        routing, sum_ = self._route(), self.ranks.sum
+        routing, teacher, sum_ = self._counted(self._route()), self._counted(self._teacher), self.ranks.sum
         student_ids = self.block.original_ids(routing.ids)
-        counts = sum_(change_counts(self._teacher.ids, student_ids))
+        counts = sum_(change_counts(teacher.ids, student_ids))
         tokens, top_k = sum_(torch.tensor(len(routing.ids))), routing.ids.shape[1]
         self.stats.expert_shift[when] = change_rates(counts, int(tokens), top_k)
-        name, ids = ("original", self._teacher.ids) if when == "before" else ("compressed", student_ids)
+        name, ids = ("original", teacher.ids) if when == "before" else ("compressed", student_ids)
         load = sum_(expert_load(ids, self._teacher.logits.shape[1]))
         self.stats.expert_load[name] = load.tolist()
 
+    def _count_sources(self) -> None:
+        """Records the original router's loads by calibration text, and warns if the first router starves experts."""
+        teacher, streams, num_experts = self._teacher, self.streams, self._teacher.logits.shape[1]
+        if streams.sources is None:
+            return
+        for windows in streams.sources:
+            tokens = streams.counted(windows.repeat_interleave(len(teacher.ids) // len(windows)))
+            load = self.ranks.sum(expert_load(streams.counted(teacher.ids)[tokens], num_experts))
+            self.stats.source_load.append(load.tolist())
+        fewest = self.recipe.min_expert_tokens if self.recipe.quantizes else 0
+        starved = [e for e, load in enumerate(self.stats.expert_load["original"]) if load < fewest]
+        if starved and self.at == self.moe.moe_blocks[0].index and self.ranks.is_first:
+            log.warning(
+                "block %d: fewer than %d tokens (--model.min_expert_tokens) select each of %d of the %d experts: %s. "
+                "More windows (--data.num_windows) or other texts (--data.calibration) reach more of them",
+                *(self.at, fewest, len(starved), num_experts, ", ".join(map(str, starved[:16]))),
+            )
+
+    def _counted(self, routing: Routing) -> Routing:
+        """The routing of the tokens that count."""
+        return Routing(*(self.streams.counted(part) for part in (routing.logits, routing.ids, routing.weights)))
+
+    def _without_others(self, routing: Routing) -> Routing:
+        """The routing with tokens that do not count selecting no expert: an id beyond them, and logits of -inf."""
+        counts = self.streams.counts
+        if counts is None:
+            return routing
+        others = ~counts.flatten().unsqueeze(1)
+        ids = routing.ids.masked_fill(others, self.block.num_experts)
+        return Routing(routing.logits.masked_fill(others, -torch.inf), ids, routing.weights)
+
     def _route(self) -> Routing:
-        batches = (self.streams.to_device(self._router_input[rows].flatten(0, 1)) for rows in self.streams.slices)
-        return concatenate([self.block.route(x) for x in batches])
+        block, streams = self.block, self.streams
+        if not self._routes_alone:
+            return concatenate([block.routing(call) for call in streams.calls(block)])
+        batches = (streams.to_device(self._router_input[rows].flatten(0, 1)) for rows in streams.slices)
+        return concatenate([block.route(x) for x in batches])
 
     # --- between blocks -----------------------------------------------------------------------------------
 
@@ -288,13 +345,13 @@ class Calibration:
                 f"{sorted(quantized.keys() ^ weights.keys())[0]} is in only one of them; {REMEDY}"
             )
         for name, q in quantized.items():
-            weights[name][1].copy_(q.dequantize(self.moe.model.dtype))
-        if block.is_moe:
+            weights[name][1].copy_(q.dequantize(weights[name][1].dtype))
+        if block.calibrates:
             block.router_weight.copy_(others[block.router_parameter_name])
 
     def _write(self) -> None:
         if not self.ranks.is_first:
             return
         block = self.block
-        router = {block.router_parameter_name: block.router_weight} if block.is_moe else {}
+        router = {block.router_parameter_name: block.router_weight} if block.calibrates else {}
         write_block(self.run, self.stats, self.solver.solved, router)

@@ -18,6 +18,7 @@ from eacmoe_lightning.quantization.grid import Grid, Quantized
 from eacmoe_lightning.quantization.quantizers import GPTQ, LatticeGPTQ, Quantizer, RoundToNearest
 from eacmoe_lightning.targets import WeightGrid, by_bits
 
+MAX_UNFIT = 0.05  # largest share of a block's weights that stays unquantized because no group fits
 PARTS = ("attention", "shared", "experts")
 QUANTIZERS: dict[str, Callable[[Recipe], Quantizer | None]] = {  # by the names of `--model.quantizer`
     "gptq": lambda recipe: GPTQ(recipe.damping, recipe.act_order, recipe.scale_search, recipe.refine),
@@ -182,7 +183,10 @@ class Recipe:
         return grids
 
     def check(self, moe: MoEModel, processes: int = 1) -> None:
-        """Raises ValueError if this recipe does not fit the model or the number of processes; computes nothing."""
+        """Raises ValueError if this recipe does not fit the model or the number of processes; computes nothing.
+
+        Linears whose inputs are no multiple of the group size stay unquantized if they are a small part of their block.
+        """
         if self.quantizes and self.solver.needs == "inputs" and processes > 1:
             raise ValueError(
                 f"{self.quantizer_name} (--model.quantizer) needs the inputs of a weight, which are not shared between "
@@ -198,6 +202,7 @@ class Recipe:
             raise ValueError(
                 f"bits (--model.bits) lists {len(self.parts)} parts, more than the model's {len(moe.blocks)} blocks"
             )
+        self._leave_unfit(moe)
         for block in moe.blocks if self.quantizes else ():
             self._check_experts(block)
             for name, (part, weight) in block.weights().items():
@@ -214,6 +219,17 @@ class Recipe:
                         f"{name}: in_features={in_features} is not a multiple of group_size={group_size} "
                         f"(--model.group_size). {remedy}"
                     )
+
+    def _leave_unfit(self, moe: MoEModel) -> None:
+        """Excludes the linears of small weight that no group size of the recipe fits (`MAX_UNFIT`)."""
+        for block in moe.blocks if self.quantizes and self.has_groups else ():
+            grids = {name: self.grid(block.index, len(moe.blocks), part) for name, part in block.linears.items()}
+            unfit = [name for name, grid in grids.items() if block.linear(name).in_features % grid.group_size]
+            total = sum(weight.numel() for _, weight in block.weights().values())
+            if sum(block.linear(name).weight.numel() for name in unfit) <= MAX_UNFIT * total:
+                for name in unfit:
+                    width, group_size = block.linear(name).in_features, grids[name].group_size
+                    block.leave(name, f"its {width} inputs are no multiple of the group size {group_size}")
 
     def _check_experts(self, block: Block) -> None:
         """Raises ValueError if overrides name experts or projections that the block does not have."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.calibration.recipe import Recipe
-from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.quantization.gptq import CACHED
 from eacmoe_lightning.quantization.gram import add_gram, gram, mirror, tokens_by_expert
 from eacmoe_lightning.quantization.grid import Bits, Grid, Quantized, one_or_each

@@ -1,8 +1,9 @@
 """Both hidden streams of this process's windows: their way through the blocks and their files between blocks.
 
 x is the output of the full-precision blocks, x_hat that of the compressed ones, each [S, T, D]. They are stored in
-files (`run.hidden`) and moved to the model's device in batches. Two more things are stored in files: the inputs of the
-current block's router and, for the joint stage, the original router's logits of every block.
+files (`run.hidden`) and moved to the model's device in batches. More is stored in files: the inputs of the current
+block's router, those of its experts if they differ, and, for the joint stage, the original router's logits of every
+block.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from eacmoe_lightning.calibration.overflow import refuse_overflow
-from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.run.directory import RunDirectory
-from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter
+from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter, State, StateFile, StateWriter, moved
 from eacmoe_lightning.run.ranks import Ranks
 
 WITH = {"x": "with the original's weights", "x_hat": "with the compressed weights"}
@@ -34,8 +37,10 @@ class Streams:
         batch_size: windows per forward pass.
         run: the run directory, which holds the streams' files.
         ranks: this process among those of the run.
-        dtype: storage dtype; None stores in the model's dtype, which loses nothing.
+        dtype: storage dtype of hidden states; None stores them in theirs, which loses nothing.
         keep_teachers: keep the original router logits of all blocks for the joint stage.
+        counts: bool [S, T], the tokens that count in what is measured and solved; None: all of them.
+        sources: bool [C, S], the windows of each calibration text; None does not tell them apart.
     """
 
     def __init__(
@@ -48,23 +53,23 @@ class Streams:
         ranks: Ranks,
         dtype: torch.dtype | None = None,
         keep_teachers: bool = True,
+        counts: Tensor | None = None,
+        sources: Tensor | None = None,
     ) -> None:
         self.moe, self.windows, self.first_window, self.run, self.ranks = moe, windows, first_window, run, ranks
-        self.dtype, self.keep_teachers = dtype or moe.model.dtype, keep_teachers
+        self.dtype, self.keep_teachers, self.counts, self.sources = dtype, keep_teachers, counts, sources
         self.slices = [slice(i, i + batch_size) for i in range(0, len(windows), batch_size)]
-        self.x: HiddenFile
-        self.x_hat: HiddenFile
-        self._writers: dict[str, HiddenWriter] = {}  # by stream: the output of the current block
-        self._kwargs: dict[int, list[dict]] = {}  # by batch size: each block's keyword arguments
+        self.x: StateFile
+        self.x_hat: StateFile
+        self._writers: dict[str, StateWriter] = {}  # by stream: the output of the current block
         self._teachers: dict[int, HiddenFile] = {}  # by block: the original router's logits [S, T, E]
 
     def embed(self) -> None:
         """Sets both streams to the input of block 0, the embedded tokens."""
         writer = self._new("block_000.x")
         for rows in self.slices:
-            hidden, kwargs = self.moe.embed(self.windows[rows].to(self.moe.device))
+            hidden = self.moe.embed(self._ids(rows))
             refuse_overflow("the embedding's output", hidden, self.dtype)
-            self._kwargs.setdefault(len(hidden), kwargs)
             writer.append(hidden)
         self.x = self.x_hat = writer.written()
 
@@ -83,8 +88,9 @@ class Streams:
         """
         writer, routings = self._new(f"block_{block.index + 1:03d}.{name}"), []
         for rows in self.slices:
-            output, routing = block.forward(self._batch(getattr(self, name), rows), self._kwargs_of(block, rows))
-            refuse_overflow(f"{block.name} (block {block.index}): its output {WITH[name]}", output, self.dtype)
+            output, routing = block.forward(self._call(block, getattr(self, name), rows))
+            where = f"{block.name} (block {block.index}): its output {WITH[name]}"
+            refuse_overflow(where, tree_leaves(output)[0], self.dtype)
             writer.append(output)
             routings.append(routing)
         self._writers[name] = writer
@@ -120,29 +126,56 @@ class Streams:
         that of shared experts does not.
         """
         for rows in self.slices:
-            batch = self._batch(self.x_hat, rows), self._kwargs_of(block, rows)
+            call = self._call(block, self.x_hat, rows)
             if rows == self.slices[0]:
-                leave_out = beside_experts and block.is_moe and not block.depends_on_experts(module, *batch)
+                leave_out = beside_experts and block.is_moe and not block.depends_on_experts(module, call)
             with block.without_experts() if leave_out else nullcontext():
-                x = block.input_of(module, *batch)
+                x = block.input_of(module, call)
             yield x
 
+    def counted(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Of values [n, ...] for the tokens of the windows `rows`, one or several for each token, those that count.
+
+        Values that are not of single tokens all count.
+        """
+        if self.counts is None:
+            return x
+        mask = self.counts[rows].flatten()
+        repeats, rest = divmod(len(x), len(mask))
+        return x[mask.repeat_interleave(repeats).to(x.device)] if repeats and not rest else x
+
     def keep_router_input(self, block: Block) -> HiddenFile:
-        """Writes the router's inputs in the compressed stream [S, T, D] to a file, which the caller deletes."""
-        writer = self._new("router_input")
-        for rows, pieces in zip(self.slices, self.inputs_of(block, block.router), strict=True):
-            writer.append(pieces.view(*self.windows[rows].shape, -1))
+        """Writes what the router reads in the compressed stream [S, T, R] to a file, which the caller deletes."""
+        return self._keep("router_input", (block.router_input(call) for call in self.calls(block)))
+
+    def keep_expert_input(self, block: Block) -> HiddenFile:
+        """Writes what the experts read in the compressed stream to a file, which the caller deletes.
+
+        It is [S, T, D], or [S, T * K, D] in a model whose experts get a row for each pair of a token and an expert.
+        """
+        experts = block.experts.module
+        return self._keep("expert_input", (block.input_of(experts, call) for call in self.calls(block)))
+
+    def _keep(self, name: str, pieces: Iterator[Tensor]) -> HiddenFile:
+        writer = HiddenWriter(self._directory / name, self.dtype or self.moe.model.dtype)
+        for rows, piece in zip(self.slices, pieces, strict=True):
+            writer.append(piece.view(len(self.windows[rows]), -1, piece.shape[-1]))
         return writer.written()
 
-    def input_groups(self, block: Block) -> list[list[str]]:
-        first = self.slices[0]
-        return block.input_groups(self._batch(self.x_hat, first), self._kwargs_of(block, first))
+    def first_call(self, block: Block) -> Call:
+        """The block's call for the first batch of the compressed stream."""
+        return self._call(block, self.x_hat, self.slices[0])
 
-    def _kwargs_of(self, block: Block, rows: slice) -> dict:
-        return self._kwargs[len(self.windows[rows])][block.index]
+    def calls(self, block: Block) -> Iterator[Call]:
+        """The block's calls for all batches of the compressed stream."""
+        for rows in self.slices:
+            yield self._call(block, self.x_hat, rows)
 
-    def _batch(self, stream: HiddenFile, rows: slice) -> Tensor:
-        return stream[rows].to(self.moe.device, self.moe.model.dtype)
+    def _call(self, block: Block, stream: StateFile, rows: slice) -> Call:
+        return self.moe.call(block.index, self._ids(rows), moved(stream[rows], self.moe.device))
+
+    def _ids(self, rows: slice) -> Tensor:
+        return self.to_device(self.windows[rows])
 
     # --- by window, for training -----------------------------------------------------------------------
 
@@ -150,19 +183,19 @@ class Streams:
         """Turns global window indices [b] into indices of this process's windows, in host memory."""
         return window_ids.cpu() - self.first_window
 
-    def joint_rows(self, window_ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    def joint_rows(self, window_ids: Tensor) -> tuple[State, dict[int, Tensor]]:
         """The joint stage's targets for the windows with these global indices [b]; only after the last block.
 
         Returns:
-            The original's last hidden state [b, T, D]; and by MoE block the original router's logits [b*T, E] for the
-            experts that the block still has.
+            What the original's last block hands over, for the head; and by MoE block the original router's logits
+            [b*T, E] for the experts that the block still has.
         """
         for block in self.moe.moe_blocks if not self._teachers else ():
             self._teachers[block.index] = HiddenFile.open(self._teacher_path(block.index), self._note)
         local = self.local(window_ids)
         kept = {block.index: block.kept for block in self.moe.moe_blocks}
         teachers = {i: logits[local].flatten(0, 1).float()[:, kept[i]] for i, logits in self._teachers.items()}
-        return self.x[local], teachers
+        return moved(self.x[local], self.moe.device), teachers
 
     # --- files ------------------------------------------------------------------------------------------
 
@@ -170,8 +203,8 @@ class Streams:
     def _directory(self) -> Path:
         return self.run.streams(self.ranks.rank, self.ranks.world)
 
-    def _new(self, name: str) -> HiddenWriter:
-        return HiddenWriter(self._directory / name, self.dtype)
+    def _new(self, name: str) -> StateWriter:
+        return StateWriter(self._directory / name, self.dtype)
 
     def _paths(self, index: int) -> list[Path]:
         return [self._directory / f"block_{index:03d}.{name}" for name in ("x", "x_hat")]
@@ -205,7 +238,7 @@ class Streams:
         Raises:
             StoreError: a file is damaged or holds other windows.
         """
-        self.x, self.x_hat = (HiddenFile.open(path, self._note) for path in self._paths(index))
+        self.x, self.x_hat = (StateFile.open(path, self._note) for path in self._paths(index))
 
 
 def concatenate(routings: list[Routing]) -> Routing:

@@ -23,7 +23,7 @@ from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.job.trainer_options import refuse_remote
 from eacmoe_lightning.models.originals import stored_name
-from eacmoe_lightning.text.sources import stored_source
+from eacmoe_lightning.text.sources import stored_sources
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -60,6 +60,7 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.name_or_path", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(callbacks.ExpertPruning, "pruning")
         parser.link_arguments("pruning", "model.pruning", lambda callback: callback.rule, apply_on="instantiate")
@@ -112,14 +113,10 @@ def _store_absolute_paths(config: Namespace) -> None:
     for section, option in ((model, "name_or_path"), (model, "evaluate"), (data, "tokenizer")):
         if section.get(option) is not None:
             section[option] = stored_name(section[option])
+    if data.get("chat_template") is not None:
+        data["chat_template"] = os.path.abspath(os.path.expanduser(data["chat_template"]))
     for option in ("calibration", "heldout", "predict"):
-        sources = data.get(option)
-        if isinstance(sources, str):
-            data[option] = stored_source(sources)
-        elif isinstance(sources, list):
-            data[option] = [stored_source(source) for source in sources]
-        elif isinstance(sources, dict):
-            data[option] = {name: stored_source(source) for name, source in sources.items()}
+        data[option] = stored_sources(data.get(option))
 
 
 class ParsedOnly(CommandLine):

@@ -13,7 +13,7 @@ import torch
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.planning.machine import Rates, measure
 from eacmoe_lightning.planning.report import report, summary, warnings
-from eacmoe_lightning.planning.shapes import load_shapes
+from eacmoe_lightning.planning.shapes import load_shapes, stored_share
 from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.planning.sizes import plan as plan_run
 from eacmoe_lightning.run.memory import available_memory
@@ -49,9 +49,10 @@ def plan(words: list[str]) -> None:
     if "-h" in words or "--help" in words:
         parser.print_help()  # those of fit follow
     module, data, folder = parse_fit(words)
-    moe = load_shapes(module.name_or_path, module.dtype_name)
+    moe = load_shapes(module.name_or_path, module.dtype_name, module.trust_remote_code)
     module.recipe.check(moe)
-    job = job_of(module, data, moe, chosen.processes, torch.device(chosen.device).type)
+    share = stored_share(module.name_or_path, moe)
+    job = job_of(module, data, moe, chosen.processes, torch.device(chosen.device).type, share)
     costs = plan_run(moe, module.recipe, job)
     device, folder = torch.device(chosen.device), _existing(Path(folder))
     rates = vars(measure(device, moe.model.dtype, folder, moe.config.hidden_size))

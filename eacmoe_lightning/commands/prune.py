@@ -208,12 +208,12 @@ def prune_blocks(
     first = next((b.index for b in moe.blocks if not run.block(b.index).exists()), len(moe.blocks))
     for index in range(first, len(moe.blocks)):
         block, router = moe.blocks[index], None
-        if block.is_moe:
+        if block.calibrates:
             router = moe.read([block.router_parameter_name])[block.router_parameter_name]
         loop.enter(index, {})
-        if block.is_moe and ridge is not None:
+        if block.calibrates and ridge is not None:
             with costed(run, index, "router"):
-                num_targets = TopKMSE().num_targets(block.num_experts, moe.top_k)
+                num_targets = TopKMSE().num_targets(block.num_experts, block.top_k)
                 router[block.kept] = loop.ridge_router(num_targets, ridge).to(router.dtype)
         stats = loop.leave(router)
         if block.is_moe:

@@ -25,7 +25,7 @@ from eacmoe_lightning.study.disturb import NOISES, disturbed
 from eacmoe_lightning.study.measure import Measurement, Text
 from eacmoe_lightning.study.results import Results
 from eacmoe_lightning.text.sources import name_sources, read_documents, stored_source
-from eacmoe_lightning.text.windows import digest, token_windows
+from eacmoe_lightning.text.windows import check_length, check_tokens, digest, read_sizes, token_windows
 
 QUESTION_WINDOWS = 4  # windows per question: the question's window and others for the wrong continuations
 
@@ -150,12 +150,16 @@ def read_texts(
         FileNotFoundError, ValueError: a text cannot be read or is too short; the message names the option to change.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    num_rows, positions = read_sizes(Path(tokenizer_of))
+    check_length(window_length, positions, "--window_length")
     texts, option = {}, "--num_windows" + (" + --budget_windows" if skip else "")
     for name, source in sources.items():
         documents = read_documents(source)
         cut = partial(token_windows, documents, tokenizer, source=source)
         try:
             windows, questions = cut(skip + num_windows, window_length, option=option)[skip:], None
+            if num_rows is not None:
+                check_tokens(windows, num_rows, tokenizer, source)
             if num_questions:
                 length, number = context_length + continuation_length, QUESTION_WINDOWS * num_questions
                 pieces = cut(number, length, seed=0, option=f"{QUESTION_WINDOWS} x --num_questions")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.format import (
+    DRAFT,
     INDEX,
     LATTICE,
     METHOD,
@@ -23,10 +26,12 @@ from eacmoe_lightning.compressed.format import (
     size_of,
 )
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.draft import read_draft, without_draft
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import resolve_model
+from eacmoe_lightning.models.originals import OriginalFiles, load_tokenizer, processor_files, resolve_model
+from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.pruned_config import pruned_config
-from eacmoe_lightning.models.transformers_loader import empty_model, loaded_dtypes
+from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
@@ -41,6 +46,7 @@ def save_compressed(
     quantized_blocks: Iterable[dict[str, QuantizedWeight]],
     description: dict[str, Any],
     fingerprint: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes a compressed directory, whole or not at all.
 
@@ -53,13 +59,16 @@ def save_compressed(
         description: stored in the config under `quantization`.
         fingerprint: of the original (`originals.fingerprint`), by which evaluations recognize it; a pruned compressed
             model takes that of the directory that was pruned.
+        trust_remote_code: whether Python code beside the original's tokenizer may run.
 
     Raises:
         StoreError: a weight is not quantized.
     """
     source = resolve_model(name_or_path)
     source_config = read_config(source) if is_compressed(source) else {}
-    config = pruned_config(original_config(source_config) if source_config else AutoConfig.from_pretrained(source), moe)
+    draft = _draft(source, bool(source_config))
+    config = original_config(source_config) if source_config else read_original_config(source)[0]
+    config, draft = _with_draft(pruned_config(config, moe), draft, moe)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
     tied = _tied_names(moe.model)
     names = [name for name in moe.model.state_dict() if name not in tied]
@@ -70,7 +79,7 @@ def save_compressed(
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
-            missing = block.weights().keys() - quantized.keys()
+            missing = block.weights().keys() - quantized.keys() - description.get("unquantized", {}).keys()
             if missing and description.get("quantizer") != "none":
                 raise StoreError(f"{sorted(missing)[0]} was not quantized, so no model is written")
             weights.update({name: _described(weight) for name, weight in quantized.items()})
@@ -81,7 +90,11 @@ def save_compressed(
 
     with whole_directory(path) as partial:
         _write_weights(partial, shards())
-        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+        if draft:
+            write_tensors(partial / DRAFT, draft)
+        load_tokenizer(source, trust_remote_code).save_pretrained(partial)
+        for file in processor_files(source):
+            shutil.copyfile(file, partial / file.name)
         if moe.model.can_generate():
             moe.model.generation_config.save_pretrained(partial)
         write_json(
@@ -105,6 +118,36 @@ def save_compressed(
         )
 
 
+def _draft(source: str, is_compressed: bool) -> dict[str, Tensor]:
+    """The tensors of the draft layers of an original or of a compressed directory."""
+    if not is_compressed:
+        return read_draft(OriginalFiles(source))
+    file = Path(source) / DRAFT
+    return read_tensors(file)[0] if file.exists() else {}
+
+
+def _with_draft(
+    config: PreTrainedConfig, draft: dict[str, Tensor], moe: MoEModel
+) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+    """The config and the draft layers of the result: both are dropped together, with a warning."""
+    if draft and not moe.is_pruned:
+        return config, draft
+    without = without_draft(config)
+    if draft:
+        warnings.warn(
+            f"the draft layers ({min(draft)} and {len(draft) - 1} more tensors) are left out, because they have the "
+            "experts that were removed elsewhere: the config of the result promises 0 of them",
+            stacklevel=3,
+        )
+    elif without is not config:
+        warnings.warn(
+            "the original's files hold none of the draft layers that its config promises: the config of the result "
+            "promises 0 of them",
+            stacklevel=3,
+        )
+    return without, {}
+
+
 def _described(weight: QuantizedWeight) -> dict[str, Any]:
     return {"bits": weight.bits, "group_size": weight.group_size, LATTICE: isinstance(weight, Lattice)}
 
@@ -125,6 +168,8 @@ def save_packed(path: str | Path, model: PreTrainedModel) -> None:
         shards.setdefault(SHARD.format(int(layer[1])) if layer else REST, {})[name] = tensor
     with whole_directory(path) as partial:
         _write_weights(partial, shards.items())
+        if (draft := Path(model.name_or_path) / DRAFT).exists():
+            shutil.copyfile(draft, partial / DRAFT)
         model.generation_config.save_pretrained(partial)
         dtype = str(model.dtype).rpartition(".")[2]
         write_json(partial / "config.json", config | {"dtype": dtype} | stored.stored_rule(model))
@@ -159,11 +204,12 @@ class CompressedWeights:
         self._config = original_config(config)
         self._config.dtype = self.dtype
         self._bits = config["quantization"]["bits"]
+        self.unquantized: dict[str, str] = config["quantization"].get("unquantized", {})
         moe = MoEModel(self.skeleton())
         self._blocks = moe.blocks
         self._owners = {name: block for block in moe.blocks for name in block.weights()}
         self._files = {name: SHARD.format(b.index) for b in moe.blocks for name in _names(b)}
-        self._dtypes = loaded_dtypes(moe.model, self.dtype)
+        self._dtypes = {name: tensor.dtype for name, tensor in moe.model.state_dict().items()}
 
     def __str__(self) -> str:
         return str(self.path)
@@ -183,7 +229,7 @@ class CompressedWeights:
             for name in names & quantized_names(tensors):
                 block = self._owners[name]
                 quantized = take_quantized(tensors, name, self._bits[name], block.weights()[name][1].shape[-1])
-                weights[name] = block.as_parameter(name, quantized.dequantize(self.dtype)).contiguous()
+                weights[name] = block.as_parameter(name, quantized.dequantize(self._dtypes[name])).contiguous()
             for name in names & tensors.keys():
                 tensor = tensors[name]
                 weights[name] = tensor.to(self._dtypes[name]) if tensor.is_floating_point() else tensor

@@ -24,6 +24,7 @@ class FinishedBlocks:
         run: the run whose block files hold the codes.
         trained: routers and norms by parameter name; all others are the original's.
         scales, codes: replace the solver's, by parameter name: [..., O, G] and [..., O, I].
+        unquantized: the linears that stay as they are, as in `MoEModel.unquantized`.
     """
 
     def __init__(
@@ -33,7 +34,9 @@ class FinishedBlocks:
         trained: Mapping[str, Tensor] | None = None,
         scales: Mapping[str, Tensor] | None = None,
         codes: Mapping[str, Tensor] | None = None,
+        unquantized: dict[str, str] | None = None,
     ) -> None:
+        self.unquantized = unquantized or {}
         self.original, self.run = original, run
         self.trained, self.scales, self.codes = trained or {}, scales or {}, codes or {}
         self._kept = {
@@ -43,7 +46,9 @@ class FinishedBlocks:
         }
         self._moe = MoEModel(self.skeleton())
         self._owners = {name: block for block in self._moe.blocks for name in block.weights()}
-        self._shapes = {name: tensor.shape for name, tensor in self._moe.model.state_dict().items()}
+        state = self._moe.model.state_dict()
+        self._shapes = {name: tensor.shape for name, tensor in state.items()}
+        self._dtypes = {name: tensor.dtype for name, tensor in state.items()}
 
     def __str__(self) -> str:
         return f"{self.run.path}, with {self.original}"
@@ -66,12 +71,12 @@ class FinishedBlocks:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)
-        weights = {n: self.trained[n].detach().to("cpu", self.original.dtype) for n in names if n in self.trained}
+        weights = {n: self.trained[n].detach().to("cpu", self._dtypes[n]) for n in names if n in self.trained}
         for index in sorted({self._owners[n].index for n in names if n in self._owners}):
             block = self._moe.blocks[index]
             for name, quantized in self.quantized(index).items():
                 if name in names:
-                    weights[name] = block.as_parameter(name, quantized.dequantize(self.original.dtype)).contiguous()
+                    weights[name] = block.as_parameter(name, quantized.dequantize(self._dtypes[name])).contiguous()
         unchanged = self.original.read([n for n in names if n not in weights])
         return weights | {name: self._kept_part(name, tensor) for name, tensor in unchanged.items()}
 

@@ -2,6 +2,7 @@
 
     config.json        model_type "eacmoe", the original's config, how each weight is stored
     weights-block-003.safetensors, weights-rest.safetensors, weights.safetensors.index.json
+    weights-draft.safetensors     the original's draft layers (`models/draft.py`), if it has any; not in the index
     tokenizer, generation config
 
 Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
@@ -22,11 +23,13 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from eacmoe_lightning.models.transformers_loader import knows_config
 from eacmoe_lightning.version import __version__
 
 FORMAT_VERSION = 3  # 3: weights on a lattice; 2: experts of a stack differ in bits, or some were removed; 1: all others
 LATTICE = "lattice"  # key of the config's `quantization`
 SHARD, REST = "weights-block-{:03d}.safetensors", "weights-rest.safetensors"
+DRAFT = "weights-draft.safetensors"
 METHOD = "eacmoe"  # model type and quantization method
 INDEX = "weights.safetensors.index.json"
 
@@ -54,9 +57,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def original_config(config: dict[str, Any]) -> PreTrainedConfig:
-    """The original model's config, which a compressed directory's config contains."""
+    """The original model's config, which a compressed directory's config contains.
+
+    Raises:
+        ValueError: its model type is unknown.
+    """
     original = dict(config["original"]["config"])
-    return AutoConfig.for_model(original.pop("model_type"), **original)
+    model_type = original.pop("model_type")
+    if not knows_config(model_type):
+        raise ValueError(
+            f"the compressed model is of type {model_type!r}, which transformers does not know: register its classes, "
+            "or let the code that came with the original run (`load(..., trust_remote_code=True)`, "
+            "--model.trust_remote_code true)"
+        )
+    return AutoConfig.for_model(model_type, **original)
 
 
 def check_format(config: dict[str, Any]) -> None:

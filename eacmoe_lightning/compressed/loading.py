@@ -16,22 +16,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eacmoe_lightning.compressed.directory import CompressedWeights, save_packed
-from eacmoe_lightning.compressed.format import INDEX, LATTICE, METHOD, check_format, is_compressed, read_config
+from eacmoe_lightning.compressed.format import (
+    INDEX,
+    LATTICE,
+    METHOD,
+    check_format,
+    is_compressed,
+    original_config,
+    read_config,
+)
 from eacmoe_lightning.models.find import find_blocks
+from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.models.transformers_loader import auto_class
 from eacmoe_lightning.run.files import StoreError, read_tensors
 from eacmoe_lightning.runtime.packed_modules import pack_modules, set_activations
 from eacmoe_lightning.skipping.stored import restore_rule
 
 
-def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations: str = "exact") -> PreTrainedModel:
+def load(
+    path: str | Path,
+    dtype: str = "auto",
+    packed: bool = True,
+    activations: str = "exact",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """The compressed model as a transformers causal LM in eval mode.
 
     Args:
@@ -41,6 +57,7 @@ def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations
             Weights on a lattice (`--model.quantizer lattice`) are always decoded.
         activations: `exact`, or `int8` for faster products with rounded activations, at the loss in quality that
             docs/findings/int8-activations.md reports.
+        trust_remote_code: whether Python code beside the original, by its name in the config, may run.
 
     Raises:
         FileNotFoundError: `path` holds no compressed model.
@@ -50,9 +67,12 @@ def load(path: str | Path, dtype: str = "auto", packed: bool = True, activations
     path = Path(path)
     path = path / "compressed" if is_compressed(path / "compressed") else path
     config = read_config(path)
+    if trust_remote_code:
+        read_original_config(config["original"]["name_or_path"], True)  # registers the classes
+    original = original_config(config)
     torch_dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
     if packed and LATTICE not in config["quantization"]:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+        model = auto_class(original).from_pretrained(path, dtype=torch_dtype)
         set_activations(model, activations)
         return model
     moe = StreamedModel(CompressedWeights(path, dtype))
@@ -148,6 +168,10 @@ class PackedQuantizer(HfQuantizer):
         set_activations(model, self.quantization_config.activations)
         restore_rule(model, self.quantization_config.directory_config)
         model.save_pretrained = _Saver(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """None: the tensors have their names and shapes in memory, not those of the original's checkpoint."""
+        return []
 
     def is_serializable(self) -> bool:
         return True

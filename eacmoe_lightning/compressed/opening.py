@@ -15,6 +15,7 @@ from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import fingerprint, load_original, local_directory
+from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.streamed import StreamedModel
 
 log = logging.getLogger(__name__)
@@ -29,12 +30,14 @@ class OpenedModel:
         directory: the directory of its config, tokenizer and weight files.
         is_compressed: whether that is a compressed directory of this package; otherwise it is an original model.
         dtype: `auto` (as stored; for a compressed model, that of the calibration), `float32`, `bfloat16` or `float16`.
+        trust_remote_code: whether Python code beside the original may run.
     """
 
     name: str
     directory: Path
     is_compressed: bool
     dtype: str
+    trust_remote_code: bool = False
 
     @property
     def original(self) -> str:
@@ -58,33 +61,40 @@ class OpenedModel:
     @property
     def size_bytes(self) -> int:
         """Total size of the weight files."""
-        return size_of(self.directory)
+        return size_of(self.directory) if self.is_compressed else self.weights.files.size_bytes
 
     @cached_property
     def weights(self) -> CompressedWeights | Checkpoint:
         """The weights on disk; compressed weights are decoded as they are read."""
-        return (
-            CompressedWeights(self.directory, self.dtype) if self.is_compressed else Checkpoint(self.name, self.dtype)
-        )
+        if self.is_compressed:
+            return CompressedWeights(self.directory, self.dtype)
+        return Checkpoint(self.name, self.dtype, self.trust_remote_code)
 
     def streamed(self, device: torch.device | str = "cpu") -> StreamedModel:
         """The model with one block at a time in memory."""
         return StreamedModel(self.weights, device)
 
     def in_memory(self) -> MoEModel:
-        """The whole model, with compressed weights decoded."""
+        """The whole model, with compressed or quantized weights decoded."""
         if self.is_compressed:
             return MoEModel(load(self.directory, self.dtype, packed=False))
-        return MoEModel(load_original(self.name, self.dtype))
+        if self.weights.files.scheme is None:
+            return MoEModel(load_original(self.name, self.dtype))
+        moe = self.streamed()
+        moe.load_all()
+        return MoEModel(moe.model)
 
 
-def open_model(name_or_path: str | Path, dtype: str = "auto", option: str = "--model") -> OpenedModel:
+def open_model(
+    name_or_path: str | Path, dtype: str = "auto", option: str = "--model", trust_remote_code: bool = False
+) -> OpenedModel:
     """Locates a model and checks that this version can read it.
 
     Args:
         name_or_path: a run directory, a compressed directory or an original (`bundled`, a directory or a hub id).
         dtype: dtype to load it in: `auto`, `float32`, `bfloat16` or `float16`.
         option: the command-line option that errors name.
+        trust_remote_code: whether Python code beside the original may run (`models.originals.read_config`).
 
     Raises:
         FileNotFoundError: there is no such model, or the run is not finished.
@@ -98,9 +108,11 @@ def open_model(name_or_path: str | Path, dtype: str = "auto", option: str = "--m
         )
     directory = next((place for place in (path / "compressed", path) if is_compressed(place)), None)
     if directory is not None:
-        read_config(directory)  # raises if the format is newer than this package
-        return OpenedModel(str(name_or_path), directory, True, dtype)
-    return OpenedModel(str(name_or_path), local_directory(str(name_or_path)), False, dtype)
+        config = read_config(directory)  # raises if the format is newer than this package
+        if trust_remote_code:
+            read_original_config(config["original"]["name_or_path"], True)  # registers the classes
+        return OpenedModel(str(name_or_path), directory, True, dtype, trust_remote_code)
+    return OpenedModel(str(name_or_path), local_directory(str(name_or_path)), False, dtype, trust_remote_code)
 
 
 def open_compressed(path: str | Path, dtype: str = "auto", option: str = "--source") -> OpenedModel:

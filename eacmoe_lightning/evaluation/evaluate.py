@@ -45,7 +45,7 @@ class Evaluation:
         device = self.subject.device
         self.nll[text] = {name: SumMetric().set_dtype(torch.float64).to(device) for name in [*self.names, "tokens"]}
         if self.original is not None:
-            self.shift[text] = ExpertShift(len(self.subject.moe_blocks), self.subject.top_k).to(device)
+            self.shift[text] = ExpertShift([block.top_k for block in self.subject.moe_blocks]).to(device)
 
     def add(self, text: str, input_ids: Tensor) -> None:
         """Adds a batch of windows [B, T] for `compute` to run."""

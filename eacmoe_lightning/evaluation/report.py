@@ -4,6 +4,7 @@ Keys, with dots for nesting:
 
     command, config, versions, commit, seed, machine
     model.blocks|experts|top_k
+    model.stored        dtype of the original's weights on disk, or the scheme that they are quantized by
     bits.nominal        as the paper counts
     bits.true           with scales and zero points, over the same weights
     size_bytes.original|compressed
@@ -13,6 +14,8 @@ Keys, with dots for nesting:
                         over the held-out texts
     expert_shift.calibration.before|after, expert_shift.blocks[]
     router.method
+    coverage.<text>.windows|selections|experts|reached|only|blocks.<block>
+                        what each calibration text's tokens reach by the original's routers (evaluation/coverage.py)
     experts.starved     number of starved experts
     experts.starved_by_block
     cost.<phase>.seconds|peak_bytes|read_bytes|written_bytes|share
@@ -40,8 +43,7 @@ from typing import Any
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits, num_quantized
 from eacmoe_lightning.compressed.format import size_of
 from eacmoe_lightning.evaluation.report_text import markdown
-from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import local_directory
+from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.quantization.packing import STORED
 from eacmoe_lightning.routers.expert_shift import mean_rates
@@ -52,7 +54,7 @@ from eacmoe_lightning.run.files import read_tensors, write_atomically, write_jso
 
 def build(
     run: RunDirectory,
-    moe: MoEModel,
+    moe: StreamedModel,
     name_or_path: str,
     recipe: Recipe,
     router: dict[str, Any],
@@ -64,17 +66,19 @@ def build(
 
     Args:
         run: the run directory.
-        moe, name_or_path: the original model.
+        moe, name_or_path: the original model, streamed from its files.
         recipe, pruning: how the model was compressed.
         router: stored in the report as `router`.
         blocks: statistics of every block (`Calibration.leave`).
         evaluation: results of `evaluate` under `before` and `after`; None if there was no evaluation.
     """
     moe_stats = [s for s in blocks if s.is_moe]
+    files = moe.weights.files
     report = {
         "model": {
             "name_or_path": name_or_path,
             "type": moe.config.model_type,
+            "stored": files.description,
             "blocks": len(moe.blocks),
             "moe_blocks": len(moe.moe_blocks),
             "experts": len(moe_stats[0].expert_load["original"]),
@@ -82,10 +86,11 @@ def build(
         },
         "bits": {"nominal": nominal_bits(moe, recipe), "true": _true_bits(run, moe, recipe)},
         "size_bytes": {
-            "original": size_of(local_directory(name_or_path)),
+            "original": files.size_bytes,
             "compressed": size_of(run.compressed),
         },
-        "router": router,
+        "router": router | {"uncalibrated": [b.index for b in moe.moe_blocks if not b.calibrates]},
+        "unquantized": moe.unquantized,
         "experts": {
             "starved": sum(len(s.starved) for s in moe_stats),
             "starved_by_block": {s.block: s.starved for s in moe_stats if s.starved},

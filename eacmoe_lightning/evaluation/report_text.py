@@ -5,19 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from eacmoe_lightning.calibration.blocks import PHASES
+from eacmoe_lightning.evaluation.coverage import coverage_lines
 from eacmoe_lightning.routers.expert_shift import RATES
 
 
 def summary(report: dict[str, Any]) -> str:
     """A few lines for the terminal."""
     bits, size, shift = report["bits"], report["size_bytes"], report["expert_shift"]["mean"]
+    stored = f" in {report['model']['stored']}" if "stored" in report["model"] else ""
     lines = [
         "",
         f"{report['model']['name_or_path']}: {report['model']['blocks']} blocks, {report['model']['experts']} experts, "
         f"top {report['model']['top_k']}, router {report['router']['method']}",
         f"bits {bits['nominal']:.2f} nominal, {bits['true']:.2f} with scales and zero points; "
-        f"{size['original'] / 1e6:.1f} MB -> {size['compressed'] / 1e6:.1f} MB",
+        f"{size['original'] / 1e6:.1f} MB{stored} -> {size['compressed'] / 1e6:.1f} MB",
     ]
+    if unquantized := report.get("unquantized"):
+        lines.append(f"{len(unquantized)} linears stay unquantized: {next(iter(unquantized))} and others in report.md")
+    if uncalibrated := report["router"].get("uncalibrated"):
+        lines.append(f"the routers of {len(uncalibrated)} blocks stay as they are: they are no single product")
     if pruning := report.get("pruning"):
         lines.append(
             f"{pruning['removed']} of {pruning['experts']} experts removed ({pruning['rule']['criterion']}), to which "
@@ -33,6 +39,7 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(
             f"tokens with {rate:4s} selections changed: {shift['before'][rate]:.2%} -> {shift['after'][rate]:.2%}"
         )
+    lines += coverage_lines(report)
     cost = report["cost"]
     starved = f"{report['experts']['starved']} starved experts; " if "experts" in report else ""
     lines.append(f"{starved}{cost['total_seconds']:.0f} s in total")
@@ -83,6 +90,7 @@ def markdown(report: dict[str, Any]) -> str:
                 if text in row
             ],
         ),
+        *([_unquantized_list(report["unquantized"])] if report.get("unquantized") else []),
         *([_starved_list(report["experts"])] if "experts" in report else []),
         *([_pruning_table(report["pruning"])] if "pruning" in report else []),
         "## Cost\n\n"
@@ -98,6 +106,10 @@ def markdown(report: dict[str, Any]) -> str:
 def _table(head: list[str], rows: list[list]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _unquantized_list(unquantized: dict[str, str]) -> str:
+    return "## Linears that stay unquantized\n\n" + "\n".join(f"- {n}: {reason}" for n, reason in unquantized.items())
 
 
 def _starved_list(experts: dict[str, Any]) -> str:

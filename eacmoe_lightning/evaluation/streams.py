@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.run.hidden import State, moved, rows_of
 
 
 @dataclass
@@ -54,7 +55,7 @@ def run_batches(
     batches: Sequence[Tensor],
     split: bool = False,
     on_selections: OnSelections | None = None,
-    hidden: MutableMapping[tuple[int, str], Tensor] | None = None,
+    hidden: MutableMapping[tuple[int, str], State] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Runs batches of tokens [B, T] through the original and the subject side by side, block by block.
 
@@ -75,26 +76,27 @@ def run_batches(
     reference, other = (original, subject) if original is not None else (subject, None)
     names = ["original"] + (["compressed"] if other is not None else [])
     names += ["selection_damage", "weight_damage"] if other is not None and split else []
-    embedded = _Embedded(reference, batches), _Embedded(other, batches) if other is not None else None
     hidden = {} if hidden is None else hidden
-    for j in range(len(batches)):
-        hidden.update({(j, name): embedded[name in OF_SUBJECT].embed(j) for name in names})
     moe_block = 0
     for i in range(len(reference.blocks)):
         with reference.loaded(i) as block, other.loaded(i) if other is not None else nullcontext() as twin:
             for j in range(len(batches)):
-                kwargs = [e.kwargs(j, i) if e is not None else {} for e in embedded]
-                streams = {name: hidden[j, name].to(reference.device) for name in names}
-                selected = _through_block(block, twin, streams, kwargs, split)
-                hidden.update({(j, name): stream for name, stream in streams.items()})
+                ids = batches[j].to(reference.device)
+                calls = {}
+                for name in names:
+                    state = moved(hidden[j, name], reference.device) if i else None
+                    calls[name] = (other if name in OF_SUBJECT else reference).call(i, ids, state)
+                states, selected = _through_block(block, twin, calls, split)
+                hidden.update({(j, name): state for name, state in states.items()})
                 if block.is_moe and on_selections is not None:
                     on_selections(j, moe_block, *selected)
         moe_block += block.is_moe
 
     def nll(j: int, name: str) -> Tensor:
         head = (other if name in OF_SUBJECT else reference).head
-        windows = zip(hidden[j, name].to(reference.device).split(1), batches[j].split(1), strict=True)
-        return torch.cat([next_token_nll(head(h), ids) for h, ids in windows])  # logits of one window at a time
+        state, ids = moved(hidden[j, name], reference.device), batches[j].to(reference.device)
+        windows = (slice(row, row + 1) for row in range(len(ids)))  # logits of one window at a time
+        return torch.cat([next_token_nll(head(rows_of(state, rows), ids[rows]), ids[rows]) for rows in windows])
 
     return [{name: nll(j, name) for name in names} for j in range(len(batches))]
 
@@ -102,37 +104,21 @@ def run_batches(
 OF_SUBJECT = ("compressed", "weight_damage")  # streams that run through the subject's weights
 
 
-class _Embedded:
-    """Hidden states [B, T, D] before block 0, and the blocks' keyword arguments, which depend on the shape only."""
-
-    def __init__(self, moe: MoEModel, batches: Sequence[Tensor]) -> None:
-        self.moe, self.batches = moe, batches
-        self._shapes = [tuple(batch.shape) for batch in batches]
-        self._kwargs: dict[tuple[int, ...], list[dict]] = {}
-
-    def embed(self, batch: int) -> Tensor:
-        hidden, kwargs = self.moe.embed(self.batches[batch].to(self.moe.device))
-        self._kwargs.setdefault(self._shapes[batch], kwargs)
-        return hidden
-
-    def kwargs(self, batch: int, block: int) -> dict:
-        return self._kwargs[self._shapes[batch]][block]
-
-
 def _through_block(
-    block: Block, twin: Block | None, streams: dict[str, Tensor], kwargs: list[dict], split: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Runs a batch's streams through a block and its twin; returns the expert ids that each of them selected."""
-    streams["original"], routing = block.forward(streams["original"], kwargs[0])
+    block: Block, twin: Block | None, calls: dict[str, Call], split: bool
+) -> tuple[dict[str, State], tuple[Tensor | None, Tensor | None]]:
+    """Runs a batch's streams through a block and its twin: their outputs, and the expert ids that each selected."""
+    states: dict[str, State] = {}
+    states["original"], routing = block.forward(calls["original"])
     ids = routing.ids if routing is not None else None
     if twin is None:
-        return ids, None
-    streams["compressed"], twin_routing = twin.forward(streams["compressed"], kwargs[1])
+        return states, (ids, None)
+    states["compressed"], twin_routing = twin.forward(calls["compressed"])
     twin_ids = twin.original_ids(twin_routing.ids) if twin_routing is not None else None
     if split:
-        streams["selection_damage"], _ = block.forward(streams["selection_damage"], kwargs[0], twin_ids)
-        streams["weight_damage"], _ = twin.forward(streams["weight_damage"], kwargs[1], ids)
-    return ids, twin_ids
+        states["selection_damage"], _ = block.forward(calls["selection_damage"], twin_ids)
+        states["weight_damage"], _ = twin.forward(calls["weight_damage"], ids)
+    return states, (ids, twin_ids)
 
 
 def next_token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:

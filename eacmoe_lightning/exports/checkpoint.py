@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.run.files import write_atomically, write_json
+from eacmoe_lightning.run.files import StoreError, digest, write_atomically, write_json
 
 FORMAT_FILES = ("config.json", "weights.safetensors.index.json")  # of a compressed directory: not copied
 
@@ -25,10 +26,12 @@ def write_checkpoint(
     Args:
         source: the model whose config, tokenizer and generation config are written.
         directory: the directory to fill.
-        shards: all tensors under their names in the checkpoint, one file's tensors at a time, written as they arrive.
+        shards: all tensors under their names in the checkpoint, one file's tensors at a time, written as they arrive;
+            those of draft layers come after them.
         quantization: the `quantization_config` of config.json.
     """
-    _write_shards(directory, shards, len(source.moe.blocks) + 1)
+    draft = [source.draft] if source.draft else []
+    _write_shards(directory, chain(shards, draft), len(source.moe.blocks) + 1 + len(draft))
     source.config.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     config |= {"dtype": source.dtype_name, "architectures": [type(source.skeleton).__name__]}
@@ -36,6 +39,16 @@ def write_checkpoint(
     for file in source.path.iterdir():
         if file.name not in FORMAT_FILES and file.suffix != ".safetensors":
             shutil.copyfile(file, directory / file.name)
+
+
+def check_draft(source: Source, directory: Path) -> None:
+    """Raises StoreError if the draft layers in a filled directory are not those of the source, bit for bit."""
+    if not source.draft:
+        return
+    written = load_file(sorted(directory.glob("model-*.safetensors"))[-1])
+    changed = [n for n, t in source.draft.items() if n not in written or digest({n: t}) != digest({n: written[n]})]
+    if changed:
+        raise StoreError(f"{directory}: {changed[0]} of the draft layers was written otherwise than it was read")
 
 
 def _write_shards(directory: Path, shards: Iterator[dict[str, Tensor]], num_files: int) -> None:

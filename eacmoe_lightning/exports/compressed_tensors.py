@@ -13,6 +13,7 @@ quantized are listed under `ignore`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.exports.check import Difference, Reference
-from eacmoe_lightning.exports.checkpoint import write_checkpoint
+from eacmoe_lightning.exports.checkpoint import check_draft, write_checkpoint
 from eacmoe_lightning.exports.gptq import to_int32
 from eacmoe_lightning.exports.source import Source
+from eacmoe_lightning.models.draft import draft_prefixes
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.targets import Target, WeightGrid
 
@@ -57,12 +59,14 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
                 tensors |= to_tensors(linear.original, linear.quantized, source.dtype)
             yield tensors
 
-    config = quantization_config(weights, linears, source.unquantized_modules())
+    draft = [f"re:{re.escape(prefix)}.*" for prefix in draft_prefixes(source.draft)]
+    config = quantization_config(weights, linears, source.unquantized_modules() + draft)
     write_checkpoint(source, directory, shards(), config)
 
 
 def read_back(source: Source, row: Target, directory: Path) -> Difference:
     """Reloads the export with transformers, which uses the library, in a fresh process."""
+    check_draft(source, directory)
     return Reference(source).compare_loaded(directory)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from eacmoe_lightning.exports.check import Difference, Reference
-from eacmoe_lightning.exports.checkpoint import write_checkpoint
+from eacmoe_lightning.exports.checkpoint import check_draft, write_checkpoint
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.targets import Target, WeightGrid
 
@@ -20,10 +20,13 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
 
 def read_back(source: Source, row: Target, directory: Path) -> Difference:
     """Reloads the export with transformers in a fresh process."""
+    check_draft(source, directory)
     return Reference(source).compare_loaded(directory)
 
 
 def _shards(source: Source) -> Iterator[dict[str, Tensor]]:
     for block, quantized, unquantized in source.blocks():
-        decoded = {name: block.as_parameter(name, q.dequantize(source.dtype)) for name, q in quantized.items()}
+        decoded = {
+            name: block.as_parameter(name, q.dequantize(source.parameters[name].dtype)) for name, q in quantized.items()
+        }
         yield source.original_names(decoded | source.narrowed(unquantized))

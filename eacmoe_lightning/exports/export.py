@@ -51,6 +51,9 @@ def export(
     opened = Source(source, dtype)
     weights = opened.grids()
     row = targets.choose(rows, weights, tensor_parallel)
+    left = row.left_decoded(weights)
+    opened.decode(weight.name for weight in left)
+    weights = [weight for weight in weights if weight not in left]
     writer = WRITERS[row.format]
     if row.format in NEED_LIBRARY:
         writer.require_library()
@@ -62,6 +65,9 @@ def export(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+    if left:
+        names = left[0].name + (" ..." if len(left) > 1 else "")
+        print(f"{len(left)} linears that {row.format} cannot pack are decoded: {names}")
     print(f"{output}: {row.format} for {row.engine} ({row.version}). Reloaded: {difference}")
     if SKIPPING in opened.directory_config:
         print(f"warning: {row.engine} does not know this model's skipping rule and runs every selected expert")

@@ -8,6 +8,7 @@ llama.cpp has a fixed computation for each architecture. `_check` refuses models
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,8 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
 
     architecture = _check(source)
     entries = plan(source, weights, architecture)
+    if source.draft:
+        warnings.warn(f"the file has no place for the {len(source.draft)} tensors of the draft layers", stacklevel=2)
     writer = gguf.GGUFWriter(directory / FILE, architecture.name)
     _add_keys(writer, source, architecture)
     add_tokenizer(writer, source.path, source.moe.config.vocab_size)
@@ -158,7 +161,7 @@ def plan(source: Source, weights: list[WeightGrid], architecture: Architecture) 
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = gguf.get_tensor_name_map(number, len(blocks))
     types = {name: ggml_blocks.exact_type([w for w in weights if w.name == name]) for name in source.weights}
-    routers = {block.router_parameter_name for block in source.moe.moe_blocks}
+    routers = {block.router_parameter_name for block in source.moe.calibrated_blocks}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     entries = []
     for parameter, tensor in source.parameters.items():
@@ -166,7 +169,7 @@ def plan(source: Source, weights: list[WeightGrid], architecture: Architecture) 
             kind = types[parameter]
         else:
             is_small = tensor.ndim == 1 or tensor.shape[0] == 1 or parameter in routers
-            kind = "F32" if is_small else DENSE[source.dtype]
+            kind = "F32" if is_small else DENSE[tensor.dtype]
         module, suffix = parameter, "weight"
         if tensor.ndim < 3:
             module, _, suffix = parameter.rpartition(".")

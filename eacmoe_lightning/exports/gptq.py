@@ -8,7 +8,8 @@ Per linear [O, I] with G groups of inputs and b bits:
     g_idx    int32 [I]                the group of each input
 
 `quantization_config` gives the grid of most linears. Its `dynamic` gives the grids of the others by regular expression,
-each after "+:"; the first one that matches from the start of a module's name counts.
+each after "+:", and of modules that are not quantized after "-:". The first one that matches from the start of a
+module's name counts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eacmoe_lightning.exports.check import Difference, Reference
-from eacmoe_lightning.exports.checkpoint import write_checkpoint
+from eacmoe_lightning.exports.checkpoint import check_draft, write_checkpoint
 from eacmoe_lightning.exports.source import Source
+from eacmoe_lightning.models.draft import draft_prefixes
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.packing import pack
 from eacmoe_lightning.run.files import write_json
@@ -53,7 +55,9 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
                 tensors |= to_tensors(name, linear.quantized, is_v2)
             yield tensors
 
-    config = quantization_config(weights, source.linear_names(row.names), is_v2)
+    modules = [f"{re.escape(name.removesuffix('.weight'))}$" for name in source.decoded]
+    modules += [re.escape(prefix) for prefix in draft_prefixes(source.draft)]
+    config = quantization_config(weights, source.linear_names(row.names), is_v2, modules)
     write_checkpoint(source, directory, shards(), config)
     write_json(directory / "quantize_config.json", config)  # readers of v1 look here
 
@@ -64,6 +68,8 @@ def read_back(source: Source, row: Target, directory: Path) -> Difference:
     decoded: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         decoded |= decode(load_file(file), config)
+    check_draft(source, directory)
+    decoded = {name: tensor for name, tensor in decoded.items() if name not in source.draft}
     if row.names == "unstacked":
         names = zip(*(sum(source.linear_names(kind).values(), []) for kind in ("unstacked", "original")), strict=True)
         linears = {f"{original}.weight": decoded.pop(f"{unstacked}.weight") for unstacked, original in names}
@@ -95,19 +101,23 @@ def to_int32(codes: Tensor, bits: int) -> Tensor:
     return pack(codes, bits).view(torch.int32)
 
 
-def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]], is_v2: bool) -> dict[str, Any]:
+def quantization_config(
+    weights: list[WeightGrid], linears: dict[str, list[str]], is_v2: bool, unquantized: Iterable[str] = ()
+) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     Args:
         weights: every quantized weight.
         linears: module names of each weight's linears, by parameter name.
         is_v2: whether the format is gptq_v2.
+        unquantized: regular expressions for modules that no reader may take for quantized ones: linears that are
+            written as ordinary weights, and draft layers.
     """
     counts = Counter()
     for weight in weights:
         counts[weight.bits, weight.group_size] += weight.shape[0] if len(weight.shape) == 3 else 1
     (bits, group_size), _ = counts.most_common(1)[0]
-    dynamic = {}
+    dynamic = {f"-:{pattern}": {} for pattern in unquantized}
     for weight in weights:
         if (weight.bits, weight.group_size) != (bits, group_size):
             pattern = f"+:{_pattern(weight, weights, linears[weight.name])}"
@@ -149,7 +159,7 @@ def _pattern(weight: WeightGrid, weights: list[WeightGrid], linears: list[str]) 
 def grid_of(linear: str, config: dict[str, Any]) -> tuple[int, int]:
     """Bits and group size that a reader uses for a module of this name."""
     for pattern, override in config["dynamic"].items():
-        if re.match(pattern.removeprefix("+:"), linear):
+        if pattern.startswith("+:") and re.match(pattern.removeprefix("+:"), linear):
             return override["bits"], override["group_size"]
     return config["bits"], config["group_size"]
 

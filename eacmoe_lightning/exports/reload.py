@@ -33,7 +33,9 @@ if __name__ == "__main__":
     directory, tokens, out, dtype, *modules = sys.argv[1:]
     for module in modules:
         importlib.import_module(module)
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    config = transformers.AutoConfig.from_pretrained(directory)
+    named = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
+    loaded = named.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
     save_file({n: t.contiguous() for n, t in look(loaded, load_file(tokens)["tokens"]).items()}, out)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from eacmoe_lightning.calibration.overflow import refuse_overflow
 from eacmoe_lightning.compressed.directory import CompressedWeights, save_compressed
+from eacmoe_lightning.compressed.format import LATTICE, read_config
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.runtime.packed_modules import packed_in_place
 from eacmoe_lightning.skipping.apply import resting
+
+PACKED_LIMIT = 0.02  # largest difference of a block with packed weights from the same decoded, by its output's norm
 
 
 @torch.no_grad()
@@ -29,23 +35,27 @@ def write_result(
     description: dict[str, Any],
     tokens: Tensor,
     fingerprint: str | None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes `compressed/` (see `save_compressed`) and compares its logits with those of the model in memory.
+
+    What is compared is the model with decoded weights, whose logits must be identical, and block by block the packed
+    modules with decoded weights, whose rounding differs.
 
     A model that is not quantized and has the same number of experts in every block is an ordinary one. It is also
     written to `dense/`, which every program loads.
 
     Args:
         run: the run directory.
-        moe, name_or_path, quantized_blocks, description: see `save_compressed`.
+        moe, name_or_path, quantized_blocks, description, trust_remote_code: see `save_compressed`.
         tokens: [B, T] to compare the logits on.
         fingerprint: of the original, see `save_compressed`.
 
     Raises:
-        StoreError: a weight is not quantized, or the reloaded logits are not identical.
+        StoreError: a weight is not quantized, or what is reloaded differs.
         ValueError: the logits are not finite.
     """
-    save_compressed(run.compressed, moe, name_or_path, quantized_blocks, description, fingerprint)
+    save_compressed(run.compressed, moe, name_or_path, quantized_blocks, description, fingerprint, trust_remote_code)
     tokens = tokens.to(moe.device)
     logits = moe.logits(tokens)
     refuse_overflow("the logits of the compressed model (its final norm or its head)", logits)
@@ -57,6 +67,42 @@ def write_result(
             f"{run.compressed} reloads with logits that differ from the written model's by up to "
             f"{(logits - reloaded_logits).abs().max():.3g}. This is a bug in eacmoe-lightning; the run's blocks stay"
         )
+    _check_packed(run.compressed, moe.device, tokens)
     if description.get("quantizer") == "none" and len({block.num_experts for block in moe.moe_blocks}) == 1:
         shutil.rmtree(run.dense, ignore_errors=True)
         export(str(run.path), str(run.dense), "dense")
+
+
+def _check_packed(directory: Path, device: torch.device, tokens: Tensor) -> None:
+    """Compares each block with packed modules with the same block decoded, on the decoded model's states.
+
+    Raises:
+        StoreError: a block does not run packed, or gives something else.
+    """
+    weights = CompressedWeights(directory)
+    if LATTICE in read_config(directory)["quantization"]:
+        return  # such weights are always decoded
+    moe, state = StreamedModel(weights, device), None
+    for index, block in enumerate(moe.blocks):
+        with moe.loaded(index):
+            call = moe.call(index, tokens, state)
+            expected, _ = block.forward(call)
+            quantized = weights.quantized(index)
+            if quantized:
+                try:
+                    with packed_in_place(moe.model, quantized):
+                        got = block.layer(*call.args, **call.kwargs)
+                except (AttributeError, TypeError, RuntimeError) as error:
+                    raise StoreError(
+                        f"{directory} was written, but {block.name} does not run with packed weights ({error}): "
+                        "load it with packed=False"
+                    ) from error
+                own, packed = (tree_leaves(state)[0].float() for state in (expected, got))
+                # the median over tokens: rounding may send a few of them to other experts
+                difference = float(((packed - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-30)).median())
+                if difference > PACKED_LIMIT:
+                    raise StoreError(
+                        f"{directory} was written, but {block.name} with packed weights differs from the same decoded "
+                        f"by {difference:.2g} of its output: load it with packed=False"
+                    )
+            state = expected

@@ -11,23 +11,24 @@ Engines that build transformers' modules and then split the stacks (GPTQModel) l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.directory import untied
-from eacmoe_lightning.compressed.format import LATTICE, REST, SHARD, read_config
+from eacmoe_lightning.compressed.format import DRAFT, LATTICE, REST, SHARD, original_config, read_config
 from eacmoe_lightning.compressed.opening import open_compressed
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.draft import without_draft
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.pruned_config import has_shapes_of
 from eacmoe_lightning.models.shrink import KEPT
-from eacmoe_lightning.models.transformers_loader import original_names
+from eacmoe_lightning.models.transformers_loader import empty_model, original_names
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.packing import take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
@@ -60,7 +61,7 @@ class Shard:
 
     Attributes:
         linears: quantized linears.
-        dense: all other tensors in the export's dtype, under their names in memory.
+        dense: all other tensors in the dtypes that the model has in the export's dtype, under their names in memory.
     """
 
     linears: list[Linear]
@@ -78,6 +79,9 @@ class Source:
     Raises:
         FileNotFoundError: there is no compressed model.
         ValueError: a newer version of this package wrote it, or its blocks have different numbers of experts.
+
+    Attributes:
+        draft: tensors of the draft layers under the original's names, written unchanged.
     """
 
     def __init__(self, path: str | Path, dtype: str = "auto") -> None:
@@ -85,11 +89,13 @@ class Source:
         self.directory_config = read_config(self.path)
         self.dtype_name = self.directory_config["dtype"] if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, self.dtype_name)
-        original = dict(self.directory_config["original"]["config"])
-        self.config: PreTrainedConfig = AutoConfig.for_model(original.pop("model_type"), **original)
+        self.config: PreTrainedConfig = original_config(self.directory_config)
         self.config.dtype = self.dtype
-        with torch.device("meta"):
-            self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+        file = self.path / DRAFT
+        self.draft: dict[str, Tensor] = read_tensors(file)[0] if file.exists() else {}
+        if not self.draft:
+            self.config = without_draft(self.config)
+        self.skeleton: PreTrainedModel = empty_model(self.config, self.dtype)
         self.moe = MoEModel(self.skeleton)
         if self.moe.is_pruned:
             if not has_shapes_of(self.config, self.moe):
@@ -102,6 +108,7 @@ class Source:
         self.weights: dict[str, Tensor] = {  # every quantized weight, [..., O, I] on meta
             name: weight for block in self.moe.blocks for name, (_, weight) in self.quantized(block).items()
         }
+        self.decoded: list[str] = []  # quantized weights that are written decoded
         self.parameters: dict[str, Tensor] = untied(self.skeleton)  # on meta, tied ones once
 
     @property
@@ -117,6 +124,12 @@ class Source:
     def on_lattice(self) -> list[str]:
         """Weights quantized on a lattice; all others are on the group-wise grid."""
         return self.quantization.get(LATTICE, [])
+
+    def decode(self, names: Iterable[str]) -> None:
+        """Has these weights written decoded, as if they were not quantized."""
+        for name in names:
+            self.decoded.append(name)
+            del self.weights[name]
 
     def files(self) -> Iterator[tuple[Block | None, dict[str, Tensor]]]:
         """The tensors of each file: each block with its tensors, then None with all others.
@@ -164,8 +177,8 @@ class Source:
             yield block, quantized, tensors
 
     def narrowed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors that are not quantized, converted to the export's dtype."""
-        return {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        """Tensors that are not quantized, by name in memory, in the export's dtype where the model keeps no other."""
+        return {n: t.to(self.parameters[n].dtype) if t.is_floating_point() else t for n, t in tensors.items()}
 
     def shards(self) -> Iterator[Shard]:
         """The model's tensors, one block at a time.
@@ -174,6 +187,8 @@ class Source:
             ValueError: the original keeps the experts of a block in one tensor, so single experts have no names.
         """
         for _, weights, unquantized in self.blocks():
+            for name in weights.keys() & set(self.decoded):
+                unquantized[name] = weights.pop(name).dequantize(self.dtype)
             linears = [linear for name, quantized in weights.items() for linear in self.split(name, quantized)]
             yield Shard(linears, self.narrowed(unquantized))
 

@@ -47,10 +47,14 @@ class Comparison(LightningModule):
         evaluate: the model to evaluate: a run directory, a compressed directory or an original model. None takes the
             trainer's run directory.
         split_damage: whether `test` splits the damage into that of the weights and that of the selections.
+        trust_remote_code: whether Python code beside the original may run.
     """
 
-    def __init__(self, name_or_path: str, dtype: str, evaluate: str | None, split_damage: bool) -> None:
+    def __init__(
+        self, name_or_path: str, dtype: str, evaluate: str | None, split_damage: bool, trust_remote_code: bool = False
+    ) -> None:
         super().__init__()
+        self.trust_remote_code = trust_remote_code
         self.name_or_path, self.dtype_name = stored_name(name_or_path), dtype
         self.evaluate, self.split_damage = evaluate, split_damage
         self.compared: Compared | None = None
@@ -63,6 +67,7 @@ class Comparison(LightningModule):
         refuse_unsuitable(self.trainer, stage)
         if self.compared is None:
             self.compared = self._open_models()
+            self.trainer.datamodule.check_model(self.compared.subject, stage)
             if self.split_damage and self.compared.original is not None and self.compared.subject.is_pruned:
                 raise ValueError(
                     "--model.split_damage forces the original's selections on the compressed model, but some of the "
@@ -81,7 +86,9 @@ class Comparison(LightningModule):
                 "directory, a compressed directory or an original model with --model.evaluate"
             )
         device = self.trainer.strategy.root_device
-        subject = open_model(self.evaluate or self.run.path, self.dtype_name, "--model.evaluate")
+        subject = open_model(
+            self.evaluate or self.run.path, self.dtype_name, "--model.evaluate", self.trust_remote_code
+        )
         if not subject.is_compressed:
             return Compared(subject.streamed(device), None, {"original": subject.size_bytes})
         original = self._original_of(subject)
@@ -96,7 +103,8 @@ class Comparison(LightningModule):
             ValueError: the subject was made from other weights.
         """
         name = subject.original if self.name_or_path == "bundled" else self.name_or_path
-        original = open_model(name, str(subject.weights.dtype).rpartition(".")[2], "--model.name_or_path")
+        dtype = str(subject.weights.dtype).rpartition(".")[2]
+        original = open_model(name, dtype, "--model.name_or_path", self.trust_remote_code)
         if self.trainer.is_global_zero:
             subject.refuse_other_original(original)
         return original

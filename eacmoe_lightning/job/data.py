@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
+from pathlib import Path
 
 import lightning as L
+import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from eacmoe_lightning.models.originals import resolve_model
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import UntrustedCode, load_tokenizer, resolve_model
+from eacmoe_lightning.models.weight_files import DamagedFile
 from eacmoe_lightning.text.batches import WindowLoader
-from eacmoe_lightning.text.sources import name_sources, read_documents
-from eacmoe_lightning.text.windows import digest, token_windows
+from eacmoe_lightning.text.files import check_fetched, read_text
+from eacmoe_lightning.text.sources import documents, name_sources
+from eacmoe_lightning.text.windows import (
+    Windows,
+    check_length,
+    check_tokens,
+    cut_windows,
+    digest,
+    join_windows,
+    split_windows,
+)
+
+log = logging.getLogger(__name__)
 
 
 class TextWindows(L.LightningDataModule):
     """Calibration and held-out text as windows of tokens.
 
     A source names a text: `bundled:NAME`, a local file or directory, or a data set such as
-    `wikitext/wikitext-2-raw-v1:train` (text/sources.py has the grammar).
+    `wikitext/wikitext-2-raw-v1:train` (text/sources.py has the grammar). `SOURCE#COLUMN` names a column of it.
 
     Args:
-        calibration: Source of the calibration text.
+        calibration: Source of the calibration text; or several, as a list or {name: source}, each of which gives its
+            share of the windows.
         heldout: Sources of the held-out texts: one source, a list, or {name: source}. None takes every held-out text
-            that is bundled with the package.
+            that is bundled with the package; [] takes none, and the report of fit is then without an evaluation.
         predict: Source of the text that `predict` scores; None takes the held-out texts.
         num_windows: Number of calibration windows, drawn at random (128 in the EAC-MoE paper).
         window_length: Tokens per window (2048 in the paper).
@@ -32,14 +48,23 @@ class TextWindows(L.LightningDataModule):
         heldout_batch_size: Held-out windows per step and process.
         tokenizer: Name or path of the tokenizer; `bundled` is that of the bundled model.
         seed: Seed for the choice of the calibration windows and their order.
+        trust_remote_code: Whether Python code beside the tokenizer may run; set by `--model.trust_remote_code`.
+        column: Column of the rows of a table that holds the text or the turns of a chat, or two as QUESTION,ANSWER.
+            None takes `text`, or else `messages`, `conversations` or a pair such as `prompt` and `response`.
+        chat_template: File with the Jinja template that renders conversations; None takes the tokenizer's.
+        answers_only: Let only the tokens of the assistant's turns count in the calibration; the others are their
+            context.
+        shares: By name of a calibration text, its share of the windows, in any unit; None gives all the same.
+        separate: Begin a window with every document of the calibration text, so that no token attends to another
+            document; what a short document leaves of its window does not count.
 
     Raises:
-        ValueError, FileNotFoundError: in `setup`, naming the option: see `read_documents` and `token_windows`.
+        ValueError, FileNotFoundError: in `setup`, naming the option: see `documents` and `cut_windows`.
     """
 
     def __init__(
         self,
-        calibration: str = "bundled:calibration",
+        calibration: dict[str, str] | list[str] | str = "bundled:calibration",
         heldout: dict[str, str] | list[str] | str | None = None,
         predict: str | None = None,
         num_windows: int = 128,
@@ -49,6 +74,12 @@ class TextWindows(L.LightningDataModule):
         heldout_batch_size: int = 8,
         tokenizer: str = "bundled",
         seed: int = 0,
+        trust_remote_code: bool = False,
+        column: str | None = None,
+        chat_template: str | None = None,
+        answers_only: bool = False,
+        shares: dict[str, float] | None = None,
+        separate: bool = False,
     ):
         super().__init__()
         for option, value in (
@@ -67,6 +98,15 @@ class TextWindows(L.LightningDataModule):
         self.heldout_batch_size = heldout_batch_size
         self.tokenizer = tokenizer
         self.seed = seed
+        self.trust_remote_code = trust_remote_code
+        self.column = column
+        self.chat_template = chat_template
+        self.answers_only = answers_only
+        self.separate = separate
+        self.calibration_texts = name_sources(calibration, "--data.calibration")
+        if not self.calibration_texts:
+            raise ValueError("--data.calibration is empty: pass one or more sources")
+        self.windows_by_text = split_windows(num_windows, list(self.calibration_texts), shares)
 
     @property
     def heldout_names(self) -> list[str]:
@@ -74,31 +114,60 @@ class TextWindows(L.LightningDataModule):
         return list(self.heldout)
 
     @cached_property
+    def _calibration(self) -> Windows:
+        texts = [
+            self._windows(
+                "calibration", source, "num_windows", self.windows_by_text[name], self.seed,
+                answers_only=self.answers_only, separate=self.separate,
+            )
+            for name, source in self.calibration_texts.items()
+        ]  # fmt: skip
+        return join_windows(texts)
+
+    @property
+    def calibration_sources(self) -> Tensor:
+        """bool [C, S]: the calibration windows of each calibration text, in the order of `calibration_texts`."""
+        numbers = torch.tensor(list(self.windows_by_text.values()))
+        text = torch.arange(len(numbers)).repeat_interleave(numbers)
+        return text == torch.arange(len(numbers)).unsqueeze(1)
+
+    @property
     def calibration_windows(self) -> Tensor:
         """Token ids [S, T] of the calibration text, the same on every rank."""
-        return self._windows("calibration", self.calibration, "num_windows", self.num_windows, self.seed)
+        return self._calibration.input_ids
+
+    @property
+    def calibration_weights(self) -> Tensor | None:
+        """bool [S, T]: the tokens of the calibration windows that count; None: all count."""
+        return self._calibration.counts
 
     @cached_property
     def calibration_digest(self) -> str:
-        """SHA-256 over the token ids of the calibration windows: the same text, tokenizer and seed give the same."""
-        return digest(self.calibration_windows)
+        """SHA-256 over the token ids of the calibration windows, and over which of them count.
+
+        The same text, tokenizer and options give the same digest, wherever the text lies.
+        """
+        weights = self.calibration_weights
+        return digest(self.calibration_windows, *([] if weights is None else [weights]))
 
     @cached_property
     def heldout_windows(self) -> dict[str, Tensor]:
         """Token ids [S_i, T] of each held-out text, from its start."""
         limit = self.num_heldout_windows
         return {
-            name: self._windows("heldout", source, "num_heldout_windows", limit)
+            name: self._windows("heldout", source, "num_heldout_windows", limit).input_ids
             for name, source in self.heldout.items()
         }
 
     @cached_property
     def predict_windows(self) -> Tensor:
         """Token ids [S, T] of the text that `predict` names."""
-        return self._windows("predict", self.predict, "num_heldout_windows", None)
+        return self._windows("predict", self.predict, "num_heldout_windows", None).input_ids
 
     def setup(self, stage: str) -> None:
         """Reads the texts of the stage, so that a bad source is reported before any work starts."""
+        if stage != "fit" and not self.heldout and (stage != "predict" or self.predict is None):
+            raise ValueError(f"--data.heldout is empty, so {stage} has no text: pass one or more sources")
         if stage == "fit":
             _ = self.calibration_windows
         if stage == "predict" and self.predict is not None:
@@ -106,12 +175,42 @@ class TextWindows(L.LightningDataModule):
         else:
             _ = self.heldout_windows
 
+    def check_model(self, moe: MoEModel, stage: str) -> None:
+        """Checks that the windows of a stage fit the model, before any work starts.
+
+        Warns of windows that are longer than what the model was trained on.
+
+        Raises:
+            ValueError: a text holds a token that the model's embedding has no row for.
+        """
+        texts = {("calibration", str(self.calibration)): self.calibration_windows} if stage == "fit" else {}
+        if stage == "predict" and self.predict is not None:
+            texts["predict", self.predict] = self.predict_windows
+        else:
+            texts |= {("heldout", self.heldout[name]): windows for name, windows in self.heldout_windows.items()}
+        num_rows = len(moe.model.get_input_embeddings().weight)
+        remedy = "the tokenizer that belongs to the model (--data.tokenizer), "
+        for (option, source), windows in texts.items():
+            check_tokens(windows, num_rows, self._tokenizer, f"--data.{option}: {source}", remedy)
+        if stage == "fit":
+            self._warn_of_repeated_windows()
+        check_length(self.window_length, getattr(moe.config, "max_position_embeddings", None), "--data.window_length")
+
+    def _warn_of_repeated_windows(self) -> None:
+        num_windows, num_different = len(self.calibration_windows), len(self.calibration_windows.unique(dim=0))
+        if num_different < num_windows:
+            log.warning(
+                "%d of the %d calibration windows repeat others: the text (--data.calibration) repeats itself",
+                *(num_windows - num_different, num_windows),
+            )
+
     def train_dataloader(self) -> WindowLoader:
         return WindowLoader(
             self.calibration_windows,
             self.batch_size,
             shuffle=True,
             seed=self.seed,
+            weights=self.calibration_weights,
             epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
             **self._ranks(),
         )
@@ -137,28 +236,49 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def _tokenizer(self):
+        for file in Path(resolve_model(self.tokenizer)).glob("*token*"):
+            check_fetched(file)
         try:
-            return AutoTokenizer.from_pretrained(resolve_model(self.tokenizer))
+            tokenizer = load_tokenizer(self.tokenizer, self.trust_remote_code)
+        except (DamagedFile, UntrustedCode):
+            raise
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"no tokenizer can be loaded from {self.tokenizer!r} (--data.tokenizer, by default "
                 f"--model.name_or_path): pass `bundled` or a directory that holds a tokenizer. {error}"
             ) from error
+        if self.chat_template is not None:
+            tokenizer.chat_template = _read_template(Path(self.chat_template).expanduser())
+        return tokenizer
 
-    def _windows(self, option: str, source: str, number: str, num: int | None, seed: int | None = None) -> Tensor:
-        """Windows [S, T] of one source; errors name the option that the source came from."""
+    def _windows(
+        self, option: str, source: str, number: str, num: int | None, seed: int | None = None, **options: bool
+    ) -> Windows:
+        """Windows of one source; errors name the option that the source came from."""
         tokenizer = self._tokenizer
+        names = {"source": source, "option": f"--data.{number}"}
         try:
-            return token_windows(
-                read_documents(source),
-                tokenizer,
-                num,
-                self.window_length,
-                seed,
-                source=source,
-                option=f"--data.{number}",
-            )
+            read = documents(source, self.column)
+            return cut_windows(read, tokenizer, num, self.window_length, seed, **names, **options)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--data.{option}: {error}") from error
         except ValueError as error:
             raise ValueError(f"--data.{option}: {error}") from error
+
+
+def _read_template(path: Path) -> str:
+    """A chat template from its file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--data.chat_template: {path} does not exist: pass a file with a Jinja template")
+    try:
+        check_fetched(path)
+        return read_text(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--data.chat_template: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"--data.chat_template: {error}") from error

@@ -11,6 +11,7 @@ The language model stays outside the module tree: only the trained parts (`train
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -32,17 +33,18 @@ from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.planning.checks import check_disk, check_finite, check_memory
+from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original
 from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.routers.joint import distillation, selection
 from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE
 from eacmoe_lightning.run.block_file import BlockStats, read_stats
+from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.memory import Watch
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
-from eacmoe_lightning.text.sources import stored_source
+from eacmoe_lightning.text.sources import stored_sources
 from eacmoe_lightning.version import __version__
 
 
@@ -97,6 +99,7 @@ class QESC(Comparison):
         evaluate: Model that validate, test and predict evaluate: a run directory, a compressed directory or an original
             model; null takes the run directory (trainer.default_root_dir).
         split_damage: Let test split the damage into that of the weights and that of the selections (EAC-MoE, table 1).
+        trust_remote_code: Whether Python code that came with the model may run, where transformers has no class for it.
         pruning: Rule for removing experts; on the command line it is set by `--pruning`.
         **recipe: Options of `Recipe`: bits, groups and quantizer of every weight.
     """
@@ -124,10 +127,11 @@ class QESC(Comparison):
         stream_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         evaluate: str | None = None,
         split_damage: bool = False,
+        trust_remote_code: bool = False,
         pruning: PruningRule | None = None,
         **recipe: Any,
     ) -> None:
-        super().__init__(name_or_path, dtype, evaluate, split_damage)
+        super().__init__(name_or_path, dtype, evaluate, split_damage, trust_remote_code)
         self.targets = targets.for_calibration(target) if target else []
         self.tensor_parallel = tensor_parallel
         self.recipe = Recipe(**recipe)
@@ -180,14 +184,16 @@ class QESC(Comparison):
             self.lock = RunLock(self.run.path)
             self.lock.refuse_if_taken()
             self.run.check(self.settings(), resumes)  # before a large model is read
-        weights = Checkpoint(self.name_or_path, self.dtype_name)
+        weights = Checkpoint(self.name_or_path, self.dtype_name, self.trust_remote_code)
         moe = StreamedModel(weights, self.trainer.strategy.root_device)
+        self.trainer.datamodule.check_model(moe, stage)
         self.recipe.check(moe, self.trainer.world_size)
         if self.pruning is not None:
             self.pruning.check(moe)
         if self.targets:
             targets.choose(self.targets, self.recipe.grids(moe), self.tensor_parallel)
-        self.router_loss.num_targets(moe.num_experts, moe.top_k)  # raises now if its k does not fit the model
+        for block in moe.moe_blocks:
+            self.router_loss.num_targets(block.num_experts, block.top_k)  # raises now if its k does not fit the model
         job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size, moe.device.type)
         check_memory(moe, job)
         if self.trainer.is_global_zero:
@@ -198,12 +204,14 @@ class QESC(Comparison):
             watch = Watch()
             identity = self.identity()
             if not resumes:
-                check_finite(moe)
+                check_original(moe, self.trainer.datamodule.calibration_windows[:1])
                 checked = watch.cost()
+                write_json(self.run.unquantized, moe.unquantized)
             self.run.start(identity, resumes)
             if not resumes:
                 self.run.add_cost(None, "check", checked)
         self.trainer.strategy.barrier()
+        moe.leave(json.loads(self.run.unquantized.read_text()))
         joint = [kind for kind, lr in self.joint_lr.items() if lr] if self.joint_epochs else []
         parts = TrainedParts(moe, self.run, self.recipe, joint)
         self.fit_state = FitState(moe, parts)
@@ -253,7 +261,7 @@ class QESC(Comparison):
                 for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
                 + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
             },
-            "data.calibration": stored_source(data.calibration),
+            "data.calibration": stored_sources(data.calibration),
             **{f"data.{name}": getattr(data, name) for name in ("num_windows", "window_length", "batch_size", "seed")},
         }
 
@@ -276,9 +284,11 @@ class QESC(Comparison):
         shard_rows = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
         windows = data.calibration_windows[shard_rows.start : shard_rows.stop]
         dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
+        counts, rows = data.calibration_weights, slice(shard_rows.start, shard_rows.stop)
         streams = Streams(
-            self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0
-        )
+            self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0,
+            None if counts is None else counts[rows], data.calibration_sources[:, rows],
+        )  # fmt: skip
         self.fit_state.calibration = Calibration(
             self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning
         )
@@ -325,11 +335,11 @@ class QESC(Comparison):
         """Solves the experts of the current epoch's block under its calibrated router, and writes the block."""
         self.enter_block()
         block = self.moe.blocks[self.block_index]
-        return self.calibration.leave(self.routers[router_key(block)].detach() if block.is_moe else None)
+        return self.calibration.leave(self.routers[router_key(block)].detach() if block.calibrates else None)
 
     def _advance(self, index: int) -> None:
         routers = self.block_routers or self.routers
-        self.calibration.enter(index, {b.index: routers[router_key(b)].detach() for b in self.moe.moe_blocks})
+        self.calibration.enter(index, {b.index: routers[router_key(b)].detach() for b in self.moe.calibrated_blocks})
 
     def start_stage(self) -> None:
         """Before an epoch's first batch: solves the block's router in closed form, or starts the joint stage."""
@@ -339,18 +349,18 @@ class QESC(Comparison):
         elif not self.is_joint and self.current_epoch % self.router_epochs == 0:
             block = self.moe.blocks[self.block_index]
             closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
-            if block.is_moe and closed_form:
-                k = self.router_loss.num_targets(block.num_experts, self.moe.top_k)
+            if block.calibrates and closed_form:
+                k = self.router_loss.num_targets(block.num_experts, block.top_k)
                 self.parts.put_router(block, self.calibration.ridge_router(k, self.ridge))
 
     # --- gradient steps -----------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        if not self.is_joint and self.moe.blocks[self.block_index].is_moe:
+        if not self.is_joint and self.moe.blocks[self.block_index].calibrates:
             loss = self._router_loss(batch)
         elif self.is_joint and len(batch["index"]):
             loss = self._joint_loss(batch)
-        else:  # a dense block has no router, or other processes hold all of this batch's windows
+        else:  # this block has no router to calibrate, or other processes hold all of this batch's windows
             loss = sum(weight.sum() for weight in self.parameters()) * 0
         if not torch.isfinite(loss):
             self._refuse_loss(loss)
@@ -370,36 +380,41 @@ class QESC(Comparison):
         )
 
     def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean over the tokens of the global batch, of which this process may hold only some windows, or none."""
+        """Mean over the counted tokens of the global batch; this process may hold only some of its windows, or none."""
         block = self.moe.blocks[self.block_index]
         x, teacher = self.calibration.router_rows(batch["index"])
         student = block.router_logits(x.to(self.device), self.parts.router(block))
-        losses = self.router_loss(student, teacher.to(self.device), self.moe.top_k)
+        losses = self.router_loss(block.choice(student), block.choice(teacher.to(self.device)), block.top_k)
         return self._global_mean(losses, batch)
 
     def _joint_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """KL divergence from the original's next-token distributions plus the weighted router loss of all blocks."""
-        last_hidden, teachers = self.calibration.streams.joint_rows(batch["index"])
+        last_state, teachers = self.calibration.streams.joint_rows(batch["index"])
         with torch.no_grad():
-            target = self.moe.head(last_hidden.to(self.device, self.moe.model.dtype)).float().log_softmax(-1)
+            target = self.moe.head(last_state, batch["input_ids"]).float().log_softmax(-1)
         compressed = self.fit_state.compressed
         with compressed.recorded_logits() as students:
             weights = self.parts.routers_and_norms() | self.parts.decoded()
             ids = (batch["input_ids"],)
             logits = torch.func.functional_call(compressed.model, weights, ids, {"use_cache": False}).logits
         losses = distillation(logits, target).flatten()
-        teachers = {i: teacher.to(self.device) for i, teacher in teachers.items()}
-        losses += self.joint_selection * selection(students, teachers, self.router_loss, self.moe.top_k)
+        choice = {block.index: block.choice for block in compressed.moe_blocks}
+        top_k = {block.index: block.top_k for block in compressed.moe_blocks}
+        teachers = {i: choice[i](teacher.to(self.device)) for i, teacher in teachers.items()}
+        students = {i: choice[i](student) for i, student in students.items()}
+        losses += self.joint_selection * selection(students, teachers, self.router_loss, top_k)
         return self._global_mean(losses, batch)
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
         tokens = int(batch["global_size"]) * self.trainer.datamodule.window_length
+        if "weights" in batch:
+            losses, tokens = losses * batch["weights"].flatten(), int(batch["global_tokens"])
         return losses.sum() / tokens * self.trainer.world_size  # DDP averages gradients over processes
 
     @property
     def takes_steps(self) -> bool:
         """Whether the current epoch trains; with ridge or none a block's epochs only measure the loss."""
-        return self.is_joint or (self.router_method == "sgd" and self.moe.blocks[self.block_index].is_moe)
+        return self.is_joint or (self.router_method == "sgd" and self.moe.blocks[self.block_index].calibrates)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         if not self.takes_steps:

@@ -45,10 +45,12 @@ class TrainedParts(nn.Module):
         self.moe, self.run = moe, run
         self.routers, self.norms = nn.ParameterDict(), nn.ParameterDict()  # [E, D]; [D]
         self.scales, self.positions = nn.ParameterDict(), nn.ParameterDict()  # in the shape of the scales; [..., O, I]
-        routers = moe.read(block.router_parameter_name for block in moe.moe_blocks)
-        for block in moe.moe_blocks:
+        routers = moe.read(block.router_parameter_name for block in moe.calibrated_blocks)
+        for block in moe.calibrated_blocks:
             router = routers[block.router_parameter_name].float().clone()
             self.routers[router_key(block)] = nn.Parameter(router)
+        if not self.routers:  # an optimizer needs a parameter, though none of these routers can be calibrated
+            self.routers["none"] = nn.Parameter(torch.zeros(1))
         if "norm" in joint:
             for name, weight in moe.read(name for name, _ in moe.norms()).items():
                 self.norms[_key(name)] = nn.Parameter(weight.float().clone())
@@ -94,7 +96,8 @@ class TrainedParts(nn.Module):
         """The rows of each trained tensor that the pruned model keeps, by parameter name of the model."""
         rows: dict[str, slice | Tensor] = defaultdict(lambda: slice(None))
         for block in self.moe.moe_blocks:
-            rows[block.router_parameter_name] = block.kept
+            if block.calibrates:
+                rows[block.router_parameter_name] = block.kept
             rows |= {name: block.kept for name, (part, _) in block.weights().items() if part == "experts"}
         return rows
 
@@ -114,21 +117,24 @@ class TrainedParts(nn.Module):
                 group["rms"] = _rms(group["params"][0][kept[group["name"]]])
 
     def routers_and_norms(self) -> dict[str, Tensor]:
-        """Routers and norms by parameter name, in the model's dtype and differentiable."""
-        dtype = self.moe.model.dtype
-        routers = {block.router_parameter_name: self.router(block).to(dtype) for block in self.moe.moe_blocks}
-        return routers | {_name(key): weight.to(dtype) for key, weight in self.norms.items()}
+        """Routers and norms by parameter name, in the dtypes that they have in the model, and differentiable."""
+        trained = {block.router_parameter_name: self.router(block) for block in self.moe.calibrated_blocks}
+        trained |= {_name(key): weight for key, weight in self.norms.items()}
+        return {name: weight.to(self._dtypes[name]) for name, weight in trained.items()}
+
+    @property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in self.moe.model.state_dict().items()}
 
     def decoded(self) -> dict[str, Tensor]:
         """The decoded weights by parameter name, differentiable; empty if neither scales nor codes are trained."""
-        kept, dtype = self.kept_rows, self.moe.model.dtype
-        weights = {}
+        kept, dtypes, weights = self.kept_rows, self._dtypes, {}
         for block in self.moe.blocks if self.scales or self.positions else ():
             for name in block.weights():
                 scale, position = (
                     trained[_key(name)][kept[name]] if trained else None for trained in (self.scales, self.positions)
                 )
-                weights[name] = block.as_parameter(name, decode(self.codes[name], scale, position, dtype))
+                weights[name] = block.as_parameter(name, decode(self.codes[name], scale, position, dtypes[name]))
         return weights
 
     def finished(self) -> FinishedBlocks:
@@ -139,11 +145,11 @@ class TrainedParts(nn.Module):
         for name, position in ((_name(key), position.detach()) for key, position in self.positions.items()):
             solved = self.codes[name]
             codes[name] = solved.nearest(position[kept[name]]).to(solved.codes.dtype)
-        return FinishedBlocks(self.moe.weights, self.run, self.routers_and_norms(), scales, codes)
+        return FinishedBlocks(self.moe.weights, self.run, self.routers_and_norms(), scales, codes, self.moe.unquantized)
 
     def untrained(self) -> FinishedBlocks:
         """The compressed model without calibration: the solver's codes and scales, the original's routers and norms."""
-        return FinishedBlocks(self.moe.weights, self.run)
+        return FinishedBlocks(self.moe.weights, self.run, unquantized=self.moe.unquantized)
 
 
 def router_key(block: Block) -> str:

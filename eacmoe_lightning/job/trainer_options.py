@@ -82,7 +82,7 @@ def _check_callbacks(trainer: Trainer) -> None:
         if isinstance(callback, EarlyStopping):
             raise ValueError(f"the callback {type(callback).__name__} does not suit fit: {STOPS}")
         if isinstance(callback, OnExceptionCheckpoint) or (
-            isinstance(callback, ModelCheckpoint) and callback.save_on_exception
+            isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False)  # Lightning 2.6
         ):
             raise ValueError(
                 f"{type(callback).__name__} saves when an exception is raised (--checkpoint.save_on_exception), in the "

@@ -5,82 +5,53 @@ Letters: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E expert
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from eacmoe_lightning.models.experts import Experts, Groups
+from eacmoe_lightning.models.routing import Handles, Reached, Routing, Watcher, keep_logits, show_routing
+from eacmoe_lightning.routers.choice import Scoring, find_scoring
 from eacmoe_lightning.routers.router_weights import forced_weights
+from eacmoe_lightning.run.hidden import State
 
 
-@dataclass
-class Routing:
-    """One router's output for N tokens."""
+@dataclass(frozen=True)
+class Call:
+    """The arguments with which the model's own loop calls a layer for one batch (`MoEModel.call`).
 
-    logits: Tensor  # [N, E] float32, before any softmax
-    ids: Tensor  # [N, K] int64, the experts that ran
-    weights: Tensor  # [N, K], their weights
+    Attributes:
+        args, kwargs: the arguments.
+        shared: what earlier blocks put into dicts that all blocks share (Gemma 4's keys and values): by name of the
+            argument, what each holds.
+        history: outputs of earlier blocks that the model's loop keeps for later ones, by number of the block.
+    """
 
-
-# Gets a routing and, if it is known, the router's input. A routing that it returns runs instead.
-Watcher = Callable[[Routing, Tensor | None], Routing | None]
-
-
-def _routing_of(output: tuple[Tensor, Tensor, Tensor]) -> Routing:
-    logits, weights, ids = output
-    return Routing(logits.float(), ids, weights)
-
-
-def _show_routing(watcher: Watcher, router: nn.Module, args: tuple, output: tuple) -> tuple | None:
-    """A router's forward hook, bound to a watcher by `partial` so that a model with it can be copied and pickled."""
-    changed = watcher(_routing_of(output), args[0] if args else None)
-    return None if changed is None else (output[0], changed.weights, changed.ids)
-
-
-class _Reached(BaseException):
-    """Ends a forward pass at the module whose input is recorded."""
-
-
-@dataclass
-class Experts:
-    """The routed experts of one block as 2-D problems: views that write through to the model."""
-
-    module: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    shared: dict[str, dict[str, Any]] = field(default_factory=dict)
+    history: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def num_experts(self) -> int:
-        return self.module.down_proj.shape[0]
+    def hidden(self) -> Tensor:
+        """[B, T, ...], the hidden states among the arguments."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
 
-    @property
-    def up_name(self) -> str:
-        return "gate_up_proj" if self.module.has_gate else "up_proj"
+    def with_hidden(self, hidden: Tensor) -> Call:
+        """The same call for other hidden states."""
+        if self.args:
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs=self.kwargs | {"hidden_states": hidden})
 
-    @property
-    def projections(self) -> tuple[str, str]:
-        """The two weights in the order in which they are applied."""
-        return self.up_name, "down_proj"
-
-    def weight(self, projection: str) -> Tensor:
-        """[E, O, I] view of `gate_up_proj`, `up_proj` or `down_proj`."""
-        weight = getattr(self.module, projection)
-        return weight.transpose(1, 2) if self.module.is_transposed else weight
-
-    def bias(self, projection: str, expert: int) -> Tensor | None:
-        return getattr(self.module, f"{projection}_bias")[expert] if self.module.has_bias else None
-
-    def intermediate(self, x: Tensor, expert: int) -> Tensor:
-        """The input of `down_proj`: [n, D] -> [n, F] (gate, up and activation of one expert)."""
-        h = nn.functional.linear(x, self.weight(self.up_name)[expert], self.bias(self.up_name, expert))
-        return self.module._apply_gate(h) if self.module.has_gate else self.module.act_fn(h)
-
-    def output(self, x: Tensor, expert: int) -> Tensor:
-        """One expert: [n, D] -> [n, D]."""
-        h = self.intermediate(x, expert)
-        return nn.functional.linear(h, self.weight("down_proj")[expert], self.bias("down_proj", expert))
+    def shared_dicts(self) -> dict[str, MutableMapping]:
+        """The arguments that are dicts, by name."""
+        return {name: value for name, value in self.kwargs.items() if isinstance(value, MutableMapping)}
 
 
 @dataclass
@@ -95,8 +66,13 @@ class Block:
     router_name: str = ""
     experts_name: str = ""
     linears: dict[str, str] = field(default_factory=dict)  # name in the layer -> attention | shared
+    top_k: int = 0  # experts that a token selects
+    is_remembered: bool = False  # whether the model's loop needs this block's output again after the next block
+    # linears that stay as they are, with the reason: name in the layer -> why
+    unquantized: dict[str, str] = field(default_factory=dict)
     # in a pruned block, the original numbers of its experts [E]
     kept: slice | Tensor = field(default_factory=lambda: slice(None))
+    scoring: Scoring | None = None  # how logits become the scores that a correction is added to; see `learn_scoring`
 
     @property
     def is_moe(self) -> bool:
@@ -109,6 +85,12 @@ class Block:
     def linear(self, name: str) -> nn.Linear:
         return self.layer.get_submodule(name)
 
+    def counting_modules(self) -> Iterator[nn.Module]:
+        """All modules that may store the number of experts or of their groups, without shared experts."""
+        yield self.layer.get_submodule(self.experts_name.rpartition(".")[0])
+        yield from self.router.modules()
+        yield self.experts.module
+
     @property
     def expert_numbers(self) -> list[int]:
         """The original numbers of this block's experts."""
@@ -119,76 +101,200 @@ class Block:
         return ids if isinstance(self.kept, slice) else self.kept.to(ids.device)[ids]
 
     @property
+    def calibrates(self) -> bool:
+        """Whether the router's logits are the product of its input with a matrix [E, R], which can be calibrated.
+
+        The routers of ZAYA and Inkling have rows for more than the experts; they stay as they are.
+        """
+        return self.is_moe and len(self._router_matrices) == 1
+
+    @property
     def router_weight(self) -> nn.Parameter:
-        """[E, D], the only matrix of the router with one row per expert."""
+        """[E, R], the only matrix of the router with one row per expert."""
         return self.router.get_parameter(self._router_parameter)
 
     @property
+    def _router_matrices(self) -> list[str]:
+        return [n for n, p in self.router.named_parameters() if p.ndim == 2 and len(p) == self.num_experts]
+
+    @property
     def _router_parameter(self) -> str:
-        rows = [n for n, p in self.router.named_parameters() if p.ndim == 2 and len(p) == self.num_experts]
+        rows = self._router_matrices
         if len(rows) != 1:
             raise ValueError(f"{self.name}: the router has {len(rows)} matrices with {self.num_experts} rows, not 1")
         return rows[0]
 
     @property
+    def _router_matrix(self) -> nn.Module:
+        """The module inside the router, or the router itself, that owns `router_weight`."""
+        return self.router.get_submodule(self._router_parameter.rpartition(".")[0]) if self.calibrates else self.router
+
+    @property
     def router_bias(self) -> Tensor | None:
         """[E], the bias that is added to the logits, if the router has one (gpt_oss)."""
-        owner = self._router_parameter.rpartition(".")[0]
-        return getattr(self.router.get_submodule(owner), "bias", None)
+        return getattr(self._router_matrix, "bias", None) if self.calibrates else None
 
     def router_logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, E] in float32, with the router's weight or another one in its place."""
+        """[N, R] -> [N, E] in float32, with the router's weight or another one in its place."""
         weight = self.router_weight if weight is None else weight
         bias = self.router_bias
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
+    @property
+    def correction(self) -> Tensor | None:
+        """[E], what is added to the experts' scores for the selection alone (DeepSeek-V3); None without one."""
+        moe = self.layer.get_submodule(self.experts_name.rpartition(".")[0])
+        for owner in (*self.router.modules(), moe):
+            for name, tensor in (*owner.named_buffers(recurse=False), *owner.named_parameters(recurse=False)):
+                if "bias" in name and tensor.numel() == self.num_experts and tensor is not self.router_bias:
+                    return tensor.detach().flatten()
+        return None
+
+    def learn_scoring(self, routing: Routing) -> None:
+        """Finds how the router turns logits into the scores that its correction is added to, if it has one."""
+        if self.scoring is None and (correction := self.correction) is not None and correction.any():
+            self.scoring = find_scoring(routing.logits, routing.ids, correction, Groups.of(self).number)
+
+    def choice(self, logits: Tensor) -> Tensor:
+        """Router logits [N, E] -> the values [N, E] whose largest are selected, differentiable.
+
+        These are the logits themselves unless the router adds a correction to its scores (`learn_scoring`).
+        """
+        return logits if self.scoring is None else self.scoring(logits) + self.correction.to(logits)
+
     # --- running the block -------------------------------------------------------------------
 
-    def forward(self, hidden: Tensor, kwargs: dict, force_ids: Tensor | None = None) -> tuple[Tensor, Routing | None]:
-        """Runs the block: [B, T, D] -> [B, T, D] and its routing.
+    def forward(self, call: Call, force_ids: Tensor | None = None) -> tuple[State, Routing | None]:
+        """Runs the block: its call -> what it hands to the next block, and its routing.
+
+        That is the layer's output as it is: hidden states, or a tuple of them and of more. If more than the output goes
+        on to later blocks, it is a dict of the `output` and of `shared` and `history`, as in `Call`.
 
         With `force_ids` [N, K] the given experts run instead of the router's choice, with the weights
         that the router's scores give them (EAC-MoE, table 1).
         """
         routings: list[Routing] = []
 
-        def record(routing: Routing, _: Tensor | None) -> Routing:
+        def record(routing: Routing, _: Tensor | None) -> Routing | None:
+            forced = None
             if force_ids is not None:
                 weights = forced_weights(self.router, routing.logits, routing.weights, routing.ids, force_ids)
-                routing = Routing(routing.logits, force_ids, weights)
+                forced = routing = Routing(routing.logits, force_ids, weights)
+            self.learn_scoring(routing)
             routings.append(routing)
-            return routing
+            return forced
 
+        before = {name: dict(values) for name, values in call.shared_dicts().items()}
         handle = self.watch_router(record) if self.is_moe else None
         try:
-            output = self.layer(hidden, **kwargs)
+            output = self.layer(*call.args, **call.kwargs)
         finally:
             if handle is not None:
                 handle.remove()
-        output = output[0] if isinstance(output, tuple) else output
-        return output, routings[0] if routings else None
+        return self._handed_over(call, before, output), routings[0] if routings else None
 
-    def watch_router(self, watcher: Watcher) -> RemovableHandle:
+    def _handed_over(self, call: Call, before: dict[str, dict], output: Any) -> State:
+        """The block's state from its output, and from what its run changed in the dicts among its arguments."""
+        shared = dict(call.shared)
+        for name, values in call.shared_dicts().items():
+            added = {key: value for key, value in values.items() if before[name].get(key) is not value}
+            if added:
+                shared[name] = shared.get(name, {}) | added
+        history = call.history | ({str(self.index): output} if self.is_remembered else {})
+        return {"output": output, "shared": shared, "history": history} if shared or history else output
+
+    def watch_router(self, watcher: Watcher) -> RemovableHandle | Handles:
         """Calls `watcher` with each pass's routing and the router's input; a routing that it returns runs instead.
 
         Together with `route`, this is the only place that knows how a router returns its decision.
         """
-        return self.router.register_forward_hook(partial(_show_routing, watcher))
+        logits, handles = [], Handles()
+        if self._router_matrix is not self.router:
+            handles.append(self._router_matrix.register_forward_hook(partial(keep_logits, logits)))
+        hook = partial(show_routing, watcher, logits)
+        handles.append(self.router.register_forward_hook(hook, with_kwargs=True))
+        return handles
 
-    def input_of(self, module: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
-        """The input [N, I] of `module` for these hidden states. Later modules of the block do not run."""
+    def route(self, x: Tensor) -> Routing:
+        """The router's output for its inputs [N, D]; only of routers that read nothing else (`routes_alone`)."""
+        routings: list[Routing] = []
+        handle = self.watch_router(lambda routing, _: routings.append(routing))
+        try:
+            self.router(x)
+        finally:
+            handle.remove()
+        return routings[0]
+
+    def routing(self, call: Call) -> Routing:
+        """The router's output in this call of the block. Later modules of the block do not run."""
+        routings: list[Routing] = []
+
+        def stop(routing: Routing, _: Tensor | None) -> None:
+            routings.append(routing)
+            raise Reached
+
+        handle = self.watch_router(stop)
+        try:
+            self.layer(*call.args, **call.kwargs)
+        except Reached:
+            pass
+        finally:
+            handle.remove()
+        return routings[0]
+
+    def routes_alone(self, call: Call) -> bool:
+        """Whether `route` on what the router's matrix reads gives the routing of the block.
+
+        It does not where the router reads more than hidden states (token ids, a bias of the module around it), or
+        where it changes its input before the product with its matrix.
+        """
+        expected = self.routing(call)
+        try:
+            routing = self.route(self.router_input(call))
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return False
+        return torch.equal(routing.ids, expected.ids) and torch.equal(routing.weights, expected.weights)
+
+    def router_input(self, call: Call) -> Tensor:
+        """What the router's matrix reads in this call, [N, R]. Later modules of the block do not run."""
+        reached: dict[str, Tensor] = {}
+
+        def note(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            reached[name] = x.reshape(-1, x.shape[-1])
+
+        def stop(*_) -> None:
+            raise Reached
+
+        handles = Handles(
+            module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+            for name, module in (("router", self.router), ("matrix", self._router_matrix))
+        )
+        handles.append(self.router.register_forward_hook(stop))
+        try:
+            self.layer(*call.args, **call.kwargs)
+        except Reached:
+            pass
+        finally:
+            handles.remove()
+        if not reached:
+            raise RuntimeError(f"{self.name}: no token reached the router")
+        return reached.get("matrix", reached["router"])  # a matrix that is read without being called has no input
+
+    def input_of(self, module: nn.Module, call: Call) -> Tensor:
+        """The input [N, I] of `module` in this call. Later modules of the block do not run."""
         reached: list[Tensor] = []
 
         def stop(_, args, kwargs):
             x = args[0] if args else kwargs["hidden_states"]
             reached.append(x.reshape(-1, x.shape[-1]))
-            raise _Reached
+            raise Reached
 
         handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.layer(hidden, **kwargs)
-        except _Reached:
+            self.layer(*call.args, **call.kwargs)
+        except Reached:
             pass
         finally:
             handle.remove()
@@ -200,21 +306,20 @@ class Block:
     def without_experts(self) -> Iterator[None]:
         """Makes the routed experts return zeros at no cost, to compute what does not depend on them."""
         module = self.experts.module
+        before = vars(module).get("forward")
         module.forward = lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
         try:
             yield
         finally:
             del module.forward  # uncovers the method of the class
+            if before is not None:
+                module.forward = before
 
-    def depends_on_experts(self, module: nn.Module, hidden: Tensor, kwargs: dict) -> bool:
+    def depends_on_experts(self, module: nn.Module, call: Call) -> bool:
         """Whether the input of `module` changes if the routed experts return zeros."""
         with self.without_experts():
-            without_experts = self.input_of(module, hidden, kwargs)
-        return not torch.equal(without_experts, self.input_of(module, hidden, kwargs))
-
-    def route(self, x: Tensor) -> Routing:
-        """The router's output for inputs [N, D]."""
-        return _routing_of(self.router(x))
+            without_experts = self.input_of(module, call)
+        return not torch.equal(without_experts, self.input_of(module, call))
 
     def weights(self) -> dict[str, tuple[str, Tensor]]:
         """Every weight that is quantized: parameter name in the model -> (part, view [..., O, I])."""
@@ -233,10 +338,13 @@ class Block:
     def router_parameter_name(self) -> str:
         return f"{self.name}.{self.router_name}.{self._router_parameter}"
 
-    def input_groups(self, hidden: Tensor, kwargs: dict) -> list[list[str]]:
-        """Groups of linears that read the same tensor (q, k, v), in the order in which they run."""
+    def input_groups(self, call: Call) -> list[list[str]]:
+        """Groups of linears that read the same tensor (q, k, v), in the order in which they run.
+
+        A linear that does not run is moved to `unquantized`, because its inputs are unknown.
+        """
         seen: list[tuple[Tensor, list[str]]] = []
-        handles = []
+        handles = Handles()
         for name in self.linears:
 
             def note(module, args, name=name):
@@ -248,12 +356,16 @@ class Block:
 
             handles.append(self.linear(name).register_forward_pre_hook(note))
         try:
-            self.layer(hidden, **kwargs)
+            self.layer(*call.args, **call.kwargs)
         finally:
-            for handle in handles:
-                handle.remove()
+            handles.remove()
         groups = [names for _, names in seen]
-        missing = set(self.linears) - {name for names in groups for name in names}
-        if missing:
-            raise ValueError(f"{self.name}: {sorted(missing)} did not run, so their inputs are unknown")
+        ran = {name for names in groups for name in names}
+        for name in [name for name in self.linears if name not in ran]:
+            self.leave(name, "the model reads its weight without calling it, so its inputs are unknown")
         return groups
+
+    def leave(self, name: str, reason: str) -> None:
+        """Excludes a linear from quantization."""
+        del self.linears[name]
+        self.unquantized[name] = reason

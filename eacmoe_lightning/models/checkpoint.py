@@ -10,23 +10,22 @@ overlaps with computing, and takes only memory that the system can reclaim.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from eacmoe_lightning.models.originals import NO_MODEL, resolve_model
-from eacmoe_lightning.models.transformers_loader import checkpoint_files, empty_model, load_tensors, source_keys
+from eacmoe_lightning.models.originals import NO_MODEL, OriginalFiles
+from eacmoe_lightning.models.transformers_loader import empty_model, load_tensors, source_keys
+from eacmoe_lightning.models.unused import UNQUANTIZED, check_used
 
 log = logging.getLogger(__name__)
 
@@ -34,34 +33,32 @@ CHUNK = 8 << 20  # bytes per read of the prefetching thread
 
 
 class Checkpoint:
-    """The weights of a causal LM on disk.
+    """The weights of a causal LM on disk. Quantized ones are decoded as they are read (`decoding.py`).
 
     Args:
         name_or_path: `bundled`, a local directory or a hub id (`--model.name_or_path`).
-        dtype: `auto` (as stored), `float32`, `bfloat16` or `float16` (`--model.dtype`).
+        dtype: `auto` (as stored; for a quantized model, as its config says), `float32`, `bfloat16` or `float16`
+            (`--model.dtype`).
+        trust_remote_code: whether Python code beside the model may run (`--model.trust_remote_code`).
 
     Raises:
-        FileNotFoundError: there is no such model, or one of its files is missing or truncated.
-        ValueError: the model is itself quantized.
+        FileNotFoundError: there is no such model, or one of its files is missing, truncated or damaged.
+        ValueError: the model is quantized by an unknown scheme, its scales or the config that says how they apply are
+            missing, or it needs code that is not trusted.
     """
 
-    def __init__(self, name_or_path: str, dtype: str = "auto") -> None:
-        self.name_or_path, self.path = name_or_path, resolve_model(name_or_path)
+    def __init__(self, name_or_path: str, dtype: str = "auto", trust_remote_code: bool = False) -> None:
+        self.name_or_path = name_or_path
+        self.files = OriginalFiles(name_or_path, trust_remote_code)
+        self.path, self.config = self.files.path, self.files.config
+        self.dtype: torch.dtype = self._dtype(dtype)
         try:
-            self.config: PreTrainedConfig = AutoConfig.from_pretrained(self.path)
-            self._files = checkpoint_files(self.path)
-            self._keys = {key: file for file in self._files for key in _keys(file)}
-            self.dtype: torch.dtype = self._dtype(dtype)
             self._loader = empty_model(self.config, self.dtype)
-        except (OSError, ValueError, SafetensorError) as error:
+        except ValueError as error:
             raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
-        if getattr(self.config, "quantization_config", None):
-            raise ValueError(
-                f"{name_or_path!r} (--model.name_or_path) is itself quantized (`quantization_config` in its "
-                "config.json): pass the full-precision model that it was made of"
-            )
         # the keys on disk of each parameter; of several made together, the first has the keys and the others lead to it
-        self._sources, self._made_with = source_keys(self._loader, self._keys)
+        self._sources, self._made_with = source_keys(self._loader, self.files.keys)
+        check_used(self.files, self._loader, self._sources)
         self._lock = threading.Lock()
         self._prefetching: threading.Thread | None = None
 
@@ -73,12 +70,8 @@ class Checkpoint:
             return getattr(torch, dtype)
         if self.config.dtype is not None:
             return self.config.dtype
-        for key, file in self._keys.items():
-            with _opened(file) as tensors:
-                first = tensors.lazy(key)[...]
-            if first.is_floating_point():
-                return first.dtype
-        return torch.float32
+        stored = (tensor.dtype for tensor in self.files.stored.values())
+        return next((dtype for dtype in stored if dtype in UNQUANTIZED), torch.bfloat16)
 
     def skeleton(self) -> PreTrainedModel:
         """The model in eval mode, with buffers in memory and parameters on the meta device."""
@@ -100,20 +93,13 @@ class Checkpoint:
             FileNotFoundError: a file is missing or truncated.
         """
         tensors: dict[str, Tensor] = {}
-        with self._lock, ExitStack() as stack, _no_progress_bar():
-            files: dict[str, _Tensors] = {}
+        with self._lock, self.files.reading() as reader, _no_progress_bar():
             for name in names:
                 owner = self._made_with.get(name, name)
                 if name in tensors or owner not in self._sources:
                     continue
-                slices = {}
                 try:
-                    for key in self._sources[owner]:
-                        file = self._keys[key]
-                        if file not in files:
-                            files[file] = stack.enter_context(_opened(file))
-                        slices[key] = files[file].lazy(key)
-                    tensors |= self._convert(slices)
+                    tensors |= self._convert({key: reader.lazy(key) for key in self._sources[owner]})
                 except (OSError, SafetensorError) as error:
                     raise FileNotFoundError(f"{name} of {self.name_or_path!r} cannot be read: {error}") from error
         return {name: tensors[name] for name in names if name in tensors}
@@ -139,12 +125,16 @@ class Checkpoint:
         self._prefetching.start()
 
     def _touch(self, keys: list[str]) -> None:
+        tensors = [self.files.stored[part] for key in keys for part in self.files.keys[key]]
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for tensor in tensors:
+            if tensor.span:
+                spans.setdefault(tensor.file, []).append(tensor.span)
         try:
-            for file in dict.fromkeys(self._keys[key] for key in keys):
-                keys_of_file = [key for key in keys if self._keys[key] == file]
+            for file, ranges in spans.items():
                 with open(file, "rb", buffering=0) as stream:
                     buffer = bytearray(CHUNK)
-                    for start, end in _byte_ranges(file, keys_of_file):
+                    for start, end in sorted(ranges):
                         for offset in range(start, end, CHUNK):
                             os.preadv(stream.fileno(), [memoryview(buffer)[: min(CHUNK, end - offset)]], offset)
         except OSError as error:  # `read` will raise it
@@ -158,42 +148,6 @@ def put(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
     if leaf in module._parameters:
         tensor = torch.nn.Parameter(tensor, requires_grad=False)
     setattr(module, leaf, tensor)
-
-
-class _Tensors:
-    """An open checkpoint file; a tensor is read when it is indexed."""
-
-    def __init__(self, tensors: Any) -> None:
-        self._tensors = tensors
-
-    def lazy(self, key: str) -> Any:
-        return self._tensors[key] if isinstance(self._tensors, dict) else self._tensors.get_slice(key)
-
-
-@contextmanager
-def _opened(file: str) -> Iterator[_Tensors]:
-    if not file.endswith(".safetensors"):
-        yield _Tensors(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
-        return
-    with safe_open(file, "pt", backend="pread") as tensors:  # mapped pages would count as this process's memory
-        yield _Tensors(tensors)
-
-
-def _keys(file: str) -> list[str]:
-    if file.endswith(".safetensors"):
-        with safe_open(file, "pt") as tensors:
-            return list(tensors.keys())
-    return list(torch.load(file, map_location="meta", mmap=True, weights_only=True))
-
-
-def _byte_ranges(file: str, keys: list[str]) -> list[tuple[int, int]]:
-    """The byte ranges of tensors in a safetensors file; empty for other files."""
-    if Path(file).suffix != ".safetensors":
-        return []
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    return sorted(tuple(8 + length + offset for offset in header[key]["data_offsets"]) for key in keys)
 
 
 @contextmanager

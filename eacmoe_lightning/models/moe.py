@@ -1,18 +1,24 @@
-"""Runs a causal LM part by part, whatever its architecture: embedding, blocks, head."""
+"""Runs a causal LM part by part, whatever its architecture: embedding, blocks, head.
+
+The parts are the model's own: to get at one, the model's forward pass runs with its blocks replaced.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.find import find_blocks
+from eacmoe_lightning.models.routing import Reached, Routing
 from eacmoe_lightning.models.shrink import shrink_as_pruned
+from eacmoe_lightning.run.hidden import State
 
 
 class MoEModel:
@@ -31,12 +37,18 @@ class MoEModel:
         shrink_as_pruned(self.config, self.blocks)
         for block in self.moe_blocks:
             _keep_float32(block)
-        if not any(block.is_moe for block in self.blocks):
-            raise ValueError(
-                f"{model.config.model_type!r} has no routed experts in any of its {len(self.blocks)} blocks: it is a "
-                "dense model, and there is no router to calibrate. Pass a Mixture-of-Experts model "
-                "(--model.name_or_path), for example `bundled`"
-            )
+
+    def leave(self, unquantized: dict[str, str]) -> None:
+        """Excludes linears from quantization: parameter name -> the reason."""
+        for block in self.blocks:
+            for linear in list(block.linears):
+                if (reason := unquantized.get(f"{block.name}.{linear}.weight")) is not None:
+                    block.leave(linear, reason)
+
+    @property
+    def unquantized(self) -> dict[str, str]:
+        """The linears that stay as they are, by parameter name, with the reason."""
+        return {f"{b.name}.{linear}.weight": reason for b in self.blocks for linear, reason in b.unquantized.items()}
 
     # --- where the weights are: here always in memory; `streamed.StreamedModel` reads them from disk --------
 
@@ -67,12 +79,14 @@ class MoEModel:
         return [block for block in self.blocks if block.is_moe]
 
     @property
+    def calibrated_blocks(self) -> list[Block]:
+        """The blocks whose routers can be calibrated (`Block.calibrates`)."""
+        return [block for block in self.blocks if block.calibrates]
+
+    @property
     def top_k(self) -> int:
-        router = self.moe_blocks[0].router
-        for owner, name in ((router, "top_k"), (self.config, "num_experts_per_tok"), (self.config, "moe_topk")):
-            if isinstance(getattr(owner, name, None), int):
-                return getattr(owner, name)
-        raise ValueError(f"{self.config.model_type}: neither router nor config says how many experts a token selects")
+        """Experts that a token selects: the most of any block."""
+        return max(block.top_k for block in self.moe_blocks)
 
     @property
     def num_experts(self) -> int:
@@ -86,48 +100,73 @@ class MoEModel:
     def device(self) -> torch.device:
         return self.model.device
 
-    def embed(self, input_ids: Tensor) -> tuple[Tensor, list[dict]]:
-        """[B, T] -> hidden states [B, T, D] as block 0 receives them, and the keyword arguments of each block.
+    def call(self, index: int, input_ids: Tensor, state: State | None = None) -> Call:
+        """The arguments with which the model's own loop calls block `index` for a batch.
 
-        The masks and position embeddings come from the model's forward pass with its blocks replaced
-        by recorders, so none of that code is repeated here.
+        The model's forward pass computes them. Its earlier blocks do not run: each returns `state`. So masks, position
+        embeddings and whatever else a model gives to its blocks come from its own code.
+
+        Args:
+            index: number of the block; the number of blocks is no block.
+            input_ids: [B, T], the batch.
+            state: what the block before hands over. For block 0, hidden states to use instead of the embedded
+                tokens, if they are given.
         """
-        block_kwargs: list[dict] = []
-        block_inputs: list[Tensor] = []
+        calls: list[Call] = []
 
-        def recorder(hidden, *args, **kwargs):
-            block_inputs.append(hidden)
-            block_kwargs.append(kwargs)
-            return hidden
+        shared, history = (state["shared"], state["history"]) if isinstance(state, dict) else ({}, {})
 
+        def record(*args, **kwargs) -> NoReturn:
+            call = Call(args, kwargs, shared, history)
+            for name, values in shared.items():
+                call.kwargs[name].update(values)
+            calls.append(call)
+            raise Reached
+
+        with self.blocks_replaced(lambda i: record if i == index else partial(_handed_over, state, i)):
+            try:
+                self.decoder_of_text(input_ids=input_ids, use_cache=False)
+            except Reached:
+                pass
+        return calls[0].with_hidden(state) if index == 0 and state is not None else calls[0]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[B, T] -> hidden states [B, T, D] as block 0 receives them."""
+        return self.call(0, input_ids).hidden
+
+    def head(self, state: State, input_ids: Tensor) -> Tensor:
+        """What the last block hands over, and its batch [B, T] -> logits [B, T, V], by the model's own code."""
+        with self.blocks_replaced(lambda i: partial(_handed_over, state, i)):
+            return self.model(input_ids=input_ids, use_cache=False).logits
+
+    @contextmanager
+    def blocks_replaced(self, forward: Callable[[int], Callable]) -> Iterator[None]:
+        """Gives each block another forward pass, by index, inside the `with` block."""
+        before = [block.layer.__dict__.get("forward") for block in self.blocks]
         for block in self.blocks:
-            block.layer.forward = recorder  # an instance attribute shadows the method
+            block.layer.forward = forward(block.index)  # an instance attribute shadows the method
         try:
-            self.decoder(input_ids=input_ids, use_cache=False)
+            yield
         finally:
-            for block in self.blocks:
+            for block, previous in zip(self.blocks, before, strict=True):
                 del block.layer.forward
-        return block_inputs[0], block_kwargs
+                if previous is not None:
+                    block.layer.forward = previous
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """[B, T, D] after the last block -> logits [B, T, V]."""
-        return self.model.get_output_embeddings()(self.final_norm(hidden))
+    @property
+    def decoder_of_text(self) -> nn.Module:
+        """The model without its head: what turns token ids into the blocks' inputs."""
+        base = self.model.base_model
+        return self.decoder if base is self.model else base
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, V], one block after another."""
-        hidden, kwargs = self.embed(input_ids)
+        state = None
         for index in range(len(self.blocks)):
             with self.loaded(index) as block:
-                hidden, _ = block.forward(hidden, kwargs[index])
-        return self.head(hidden)
-
-    @property
-    def final_norm(self) -> nn.Module:
-        norms = [m for n, m in self.decoder.named_children() if "norm" in n and "embed" not in n]
-        if len(norms) != 1:
-            raise ValueError(f"{self.config.model_type}: the decoder has {len(norms)} final norms, not 1")
-        return norms[0]
+                state, _ = block.forward(self.call(index, input_ids, state))
+        return self.head(state, input_ids)
 
     def norms(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every one-dimensional weight of a normalization, by name in the model."""
@@ -139,10 +178,12 @@ class MoEModel:
     def recorded_logits(self) -> Iterator[dict[int, Tensor]]:
         """Records each MoE block's router logits [N, E] by block index, with gradients, while the model runs inside."""
         logits: dict[int, Tensor] = {}
-        handles = [
-            block.watch_router(lambda routing, _, i=block.index: logits.__setitem__(i, routing.logits))
-            for block in self.moe_blocks
-        ]
+
+        def record(block: Block, routing: Routing, _: Tensor | None) -> None:
+            block.learn_scoring(routing)
+            logits[block.index] = routing.logits
+
+        handles = [block.watch_router(partial(record, block)) for block in self.moe_blocks]
         try:
             yield logits
         finally:
@@ -155,6 +196,11 @@ class MoEModel:
         parameters = dict(self.model.named_parameters())
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+def _handed_over(state: State, index: int, *args, **kwargs) -> Any:
+    """In the place of a block's forward pass: its output."""
+    return state["history"].get(str(index), state["output"]) if isinstance(state, dict) else state
 
 
 def _keep_float32(block: Block) -> None:

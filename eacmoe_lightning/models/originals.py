@@ -1,4 +1,7 @@
-"""Where an original model's files are, and loading all of it into memory (`checkpoint.Checkpoint` reads parts)."""
+"""Where an original model's files are, what its config says, and the tensors of its files under their ordinary keys.
+
+`checkpoint.Checkpoint` makes a model's parameters of these tensors.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,26 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
+from eacmoe_lightning.models.decoding import ACTIVATIONS, Scheme, scheme_of
+from eacmoe_lightning.models.transformers_loader import auto_class, knows_config, register_remote_code
+from eacmoe_lightning.models.weight_files import DamagedFile, OpenFile, Stored, check_fetched, opened, stored_tensors
 from eacmoe_lightning.run.files import StoreError, write_json
 
 NO_MODEL = (
@@ -22,6 +38,13 @@ NO_MODEL = (
 RANGE, CHUNK = 1 << 28, 1 << 22  # bytes of a file that one thread hashes, and that it reads at a time
 SETTLED = 2.0  # seconds: the times of a file that has changed less long ago may not show the next change
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny-moe"
+QUANTIZATION = "quantization_config"
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -44,20 +67,200 @@ def local_directory(name_or_path: str) -> Path:
         raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
 
 
-def load_original(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
+def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
+    """An original's config as if it were not quantized, and its `quantization_config`.
+
+    Args:
+        name_or_path: `bundled`, a local directory or a hub id (`--model.name_or_path`).
+        trust_remote_code: whether Python code beside the model may run (`--model.trust_remote_code`). Where
+            transformers has a class of its own, or one was registered, that one is taken.
+
+    Raises:
+        FileNotFoundError: there is no config, or its model type is unknown.
+        ValueError: the model needs code that came with it, and that is not trusted.
+    """
+    path = resolve_model(name_or_path)
+    try:
+        check_fetched(path, weights=False)
+        stored, _ = PreTrainedConfig.get_config_dict(path)
+        if "AutoConfig" in stored.get("auto_map", {}) and not knows_config(stored.get("model_type")):
+            if not trust_remote_code:
+                raise UntrustedCode(name_or_path, "`auto_map` in its config.json")
+            register_remote_code(path, stored["model_type"], stored["auto_map"])
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (DamagedFile, UntrustedCode):
+        raise
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
+    quantization = None
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if (found := getattr(part, QUANTIZATION, None)) is not None:
+            quantization = quantization or (found if isinstance(found, dict) else found.to_dict())
+        if QUANTIZATION in vars(part):
+            delattr(part, QUANTIZATION)
+    return config, quantization
+
+
+class UntrustedCode(ValueError):
+    """A model needs Python code that came with it, and the user has not said that it may run."""
+
+    def __init__(self, name_or_path: str, what: str) -> None:
+        super().__init__(
+            f"{name_or_path!r} (--model.name_or_path) needs Python code that came with it ({what}): read that code and "
+            "pass --model.trust_remote_code true to run it, or register its classes with transformers before you start"
+        )
+
+
+def processor_files(name_or_path: str) -> list[Path]:
+    """The files by which a model's images, sound and chats are prepared, as far as it has any."""
+    found = []
+    for name in PROCESSOR_FILES:
+        try:
+            found.append(Path(cached_file(resolve_model(name_or_path), name)))
+        except OSError:
+            continue  # the model has no such file
+    return found
+
+
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A model's tokenizer.
+
+    Args:
+        name_or_path, trust_remote_code: see `read_config`.
+
+    Raises:
+        OSError: there is none, or one of its files is damaged.
+        ValueError: it needs code that came with it, and that is not trusted.
+    """
+    path = resolve_model(name_or_path)
+    check_fetched(path, weights=False)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise UntrustedCode(name_or_path, "`auto_map` in its tokenizer_config.json or config.json") from error
+
+
+class OriginalFiles:
+    """An original's config, and the tensors of its weight files by ordinary key: quantized ones are decoded as read.
+
+    Args:
+        name_or_path, trust_remote_code: see `read_config`.
+
+    Attributes:
+        config: the model's config, without `quantization_config`.
+        stored: every tensor on disk.
+        scheme: how the weights are quantized; None for a model that is not.
+        keys: by ordinary key, the keys on disk that the tensor is made of; without the scales of activations.
+
+    Raises:
+        FileNotFoundError: there is no such model, or one of its files is missing, truncated or damaged.
+        ValueError: the model is quantized by an unknown scheme, or needs code that is not trusted.
+    """
+
+    def __init__(self, name_or_path: str, trust_remote_code: bool = False) -> None:
+        self.name_or_path, self.path = name_or_path, resolve_model(name_or_path)
+        self.config, quantization = read_config(name_or_path, trust_remote_code)
+        try:
+            self.stored: dict[str, Stored] = stored_tensors(self.path)
+        except DamagedFile:
+            raise
+        except OSError as error:
+            raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
+        self.scheme: Scheme | None = None
+        if quantization is not None:
+            try:
+                self.scheme = scheme_of(quantization, self.stored)
+            except ValueError as error:
+                raise ValueError(f"{name_or_path!r} (--model.name_or_path) cannot be read: {error}") from error
+        parts = self.scheme.parts if self.scheme else {}
+        decoded = {key for sources in parts.values() for key in sources.values()}
+        self.keys: dict[str, tuple[str, ...]] = {key: tuple(sources.values()) for key, sources in parts.items()}
+        for key in self.stored.keys() - decoded:
+            if not (self.scheme and ACTIVATIONS.search(key)):
+                self.keys[key] = (key,)
+
+    @property
+    def size_bytes(self) -> int:
+        """Total size of the weight files."""
+        return sum(Path(file).stat().st_size for file in {tensor.file for tensor in self.stored.values()})
+
+    @property
+    def description(self) -> str:
+        """How the weights are stored: the scheme of a quantized model, or a dtype."""
+        if self.scheme is not None and self.scheme.parts:
+            return self.scheme.description
+        sizes: dict[str, int] = {}
+        for tensor in self.stored.values():
+            name = str(tensor.dtype).rpartition(".")[2]
+            sizes[name] = sizes.get(name, 0) + tensor.num_bytes
+        return max(sizes, key=sizes.get, default="")
+
+    def num_bytes(self, keys: Iterable[str]) -> int:
+        """Bytes on disk of these tensors, by ordinary key."""
+        return sum(self.stored[part].num_bytes for key in keys for part in self.keys[key])
+
+    @contextmanager
+    def reading(self) -> Iterator[Reader]:
+        """Opens files as they are needed, and closes them at the end.
+
+        Raises:
+            OSError, SafetensorError: a file cannot be read.
+        """
+        with ExitStack() as stack:
+            yield Reader(self, stack)
+
+
+class Reader:
+    """Reads tensors by ordinary key; see `OriginalFiles.reading`."""
+
+    def __init__(self, files: OriginalFiles, stack: ExitStack) -> None:
+        self._files, self._stack = files, stack
+        self._open: dict[str, OpenFile] = {}
+
+    def lazy(self, key: str) -> Any:
+        """The tensor with this ordinary key, which `[...]` reads and decodes."""
+        scheme = self._files.scheme
+        if scheme is not None and key in scheme.parts:
+            return _Decoded(scheme, key, {kind: self._slice(part) for kind, part in scheme.parts[key].items()})
+        return self._slice(key)
+
+    def _slice(self, key: str) -> Any:
+        file = self._files.stored[key].file
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(opened(file))
+        return self._open[file].lazy(key)
+
+
+class _Decoded:
+    """A quantized weight on disk."""
+
+    def __init__(self, scheme: Scheme, key: str, parts: dict[str, Any]) -> None:
+        self._scheme, self._key, self._parts = scheme, key, parts
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._scheme.decode(self._key, {kind: part[...] for kind, part in self._parts.items()})[index]
+
+
+def load_original(name_or_path: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """Loads a full-precision causal LM in eval mode, because PhiMoE's router samples in train mode.
 
     Args:
         name_or_path: `bundled`, a local directory or a hub id (`--model.name_or_path`).
         dtype: `auto` (as stored), `float32`, `bfloat16` or `float16` (`--model.dtype`).
+        trust_remote_code: see `read_config`.
 
     Raises:
         FileNotFoundError: no model can be loaded from there.
+        ValueError: the model is quantized (`streamed.StreamedModel.load_all` brings such a one into memory).
     """
     path = resolve_model(name_or_path)
+    config, quantization = read_config(name_or_path, trust_remote_code)
+    if quantization is not None:
+        raise ValueError(f"{name_or_path!r} is quantized: open it as StreamedModel(Checkpoint(...))")
     try:
-        config = AutoConfig.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        model = auto_class(config).from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
     return model.eval()

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from eacmoe_lightning.models.shrink import KEPT, _counts_experts
+from eacmoe_lightning.models.experts import counts_experts
+from eacmoe_lightning.models.shrink import KEPT
+from eacmoe_lightning.models.transformers_loader import auto_class
 
 if TYPE_CHECKING:
     from eacmoe_lightning.models.moe import MoEModel
@@ -40,13 +42,13 @@ def pruned_config(config: PreTrainedConfig, moe: MoEModel) -> PreTrainedConfig:
 
 def _numbers_of_experts(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
     for name, value in config.to_dict().items():
-        if type(value) is int and _counts_experts(name):
+        if type(value) is int and counts_experts(name):
             yield name, value
 
 
 def has_shapes_of(config: PreTrainedConfig, moe: MoEModel) -> bool:
     """Whether a model built from this config alone has the parameters of `moe`."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = auto_class(config).from_config(config)
     shapes = {name: tensor.shape for name, tensor in moe.model.state_dict().items()}
     return shapes == {name: tensor.shape for name, tensor in skeleton.state_dict().items()}

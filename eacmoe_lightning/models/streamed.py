@@ -19,7 +19,7 @@ from eacmoe_lightning.run.memory import return_free_memory
 class Weights(Protocol):
     """A source of a model's weights: an original (`Checkpoint`), a run's blocks or a compressed directory.
 
-    Its `str` names it in error messages.
+    Its `str` names it in error messages. Compressed weights have `unquantized`, as `MoEModel.leave` takes it.
     """
 
     def skeleton(self) -> PreTrainedModel:
@@ -46,6 +46,7 @@ class StreamedModel(MoEModel):
 
     def __init__(self, weights: Weights, device: torch.device | str = "cpu") -> None:
         super().__init__(weights.skeleton())
+        self.leave(getattr(weights, "unquantized", {}))
         self.weights, self._device = weights, torch.device(device)
         self._loaded: set[int] = set()
         for name, buffer in list(self.model.named_buffers()):

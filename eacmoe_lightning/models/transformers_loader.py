@@ -26,6 +26,7 @@ Nothing depends on the version of torch.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import partial
@@ -33,7 +34,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
@@ -48,16 +55,19 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
 from transformers.models.auto import tokenization_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
 
 SKIPS_PAIRS = "_is_expert_parallel"  # set on experts: ids of E occur, and their pairs are to be skipped
 CACHE = next(field.name for field in fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 TOWER_RETURNS_ROUTER_LOGITS = "router_logits" in DeepseekOcr2TextModel._can_record_outputs
 
+_TEXT_HEADS = (AutoModelForImageTextToText, AutoModelForCausalLM)
 _TAKES_TP_PLAN = "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters
 _ROUTES = "route_tokens_to_experts"
 _READS_ROUTER_WEIGHT = ("DeepseekV2Moe", "DeepseekOcr2TextMoe")  # until 5.12: they never call their router
@@ -126,16 +136,6 @@ def load_tensors(model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.d
     return set(info.missing_keys), [*_each(info.conversion_errors), *_each(info.mismatched_keys)]
 
 
-def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype of each parameter and buffer after `from_pretrained(dtype=dtype)`: models keep some in float32."""
-    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    if plan := model._get_dtype_plan(dtype):
-        pattern, kinds, _ = build_glob_alternation(list(plan))
-        kept = {name: match for name in dtypes if (match := pattern.search(name))}
-        dtypes |= {name: plan[kinds[match.lastgroup]] for name, match in kept.items()}
-    return dtypes
-
-
 def _each(problems: Any) -> list[Any]:
     return list(problems) if problems else []
 
@@ -148,6 +148,32 @@ def original_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[s
         double = revert_weight_conversion(model, {name: tensor.expand(*tensor.shape[:-1], 2)})
         found |= {original: part[..., :1] for original, part in double.items()}
     return found
+
+
+def knows_config(model_type: str | None) -> bool:
+    """Whether transformers has a config class for a model type, its own or a registered one."""
+    return model_type in CONFIG_MAPPING
+
+
+def register_remote_code(path: str, model_type: str, auto_map: Mapping[str, str]) -> None:
+    """Registers the classes that come as Python code with a model, which runs that code.
+
+    Args:
+        path: a local directory or a hub id.
+        model_type: as in its config.json.
+        auto_map: class references by auto class, as in its config.json.
+
+    Raises:
+        OSError: the code is missing.
+        ValueError: it has no causal language model.
+    """
+    if AutoModelForCausalLM.__name__ not in auto_map:
+        raise ValueError("its code (`auto_map` in config.json) has no AutoModelForCausalLM")
+    config = get_class_from_dynamic_module(auto_map["AutoConfig"], path)
+    model = get_class_from_dynamic_module(auto_map[AutoModelForCausalLM.__name__], path)
+    config.model_type, model.config_class = model_type, config  # as `from_pretrained` pairs them
+    AutoConfig.register(model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
 def share_conversion(model_type: str, other: str) -> None:
@@ -167,19 +193,60 @@ def trust_tokenizer_file(model_type: str) -> None:
 # --- a model without weights ---------------------------------------------------------------------------------
 
 
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The auto class that builds a model with its head for text: a causal LM, or a wrapper with a causal LM inside.
+
+    A config that fits both builds what its `architectures` names, or else the wrapper.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    classes = {auto: auto._model_mapping[type(config)] for auto in _TEXT_HEADS if type(config) in auto._model_mapping}
+    if not classes:
+        raise ValueError(
+            f"transformers has no language model for the type {config.model_type!r}, neither a causal one nor one with "
+            "images"
+        )
+    named = (config.architectures or [None])[0]
+    for auto, classes_of in classes.items():
+        if named in [cls.__name__ for cls in (classes_of if isinstance(classes_of, tuple) else (classes_of,))]:
+            return auto
+    is_wrapper = config.get_text_config() is not config
+    return (list(classes) if is_wrapper else list(classes)[::-1])[0]
+
+
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM whose parameters are on the meta device and whose buffers are what `from_pretrained` makes them."""
+    """A model with a head for text, its parameters on the meta device, its buffers as `from_pretrained` makes them.
+
+    Both have the dtypes of `from_pretrained(dtype=dtype)`, which keeps some in float32.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = auto_class(config).from_config(config, dtype=dtype)
     persistent = {name for name in model.state_dict() if name in dict(model.named_buffers())}
     model._move_missing_keys_from_meta_to_device(persistent, None, None, None)
     model._initialize_missing_keys(False)
+    _keep_pinned_dtypes(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _keep_pinned_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Converts the parameters and persistent buffers that the model's classes keep in float32 by their names."""
+    if plan := model._get_dtype_plan(dtype):
+        pattern, kinds, _ = build_glob_alternation(list(plan))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if match := pattern.search(name):
+                tensor.data = tensor.data.to(plan[kinds[match.lastgroup]])
 
 
 def tie(model: PreTrainedModel, missing: Iterable[str]) -> None:
     """Ties weights as `from_pretrained` does, knowing that a checkpoint has none of the `missing` ones."""
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+
+
+def is_ignored(model: PreTrainedModel, *names: str) -> bool:
+    """Whether transformers passes over a tensor that the model does not have, by its key on disk or its new name."""
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    return any(re.search(pattern, name) for pattern in patterns for name in names)
 
 
 def ignore_unexpected(model: PreTrainedModel, pattern: str) -> None:
@@ -191,8 +258,12 @@ def ignore_unexpected(model: PreTrainedModel, pattern: str) -> None:
 
 
 def has_default_gate(experts: nn.Module) -> bool:
-    """Whether the experts compute act(gate) * up, rather than something else of their model's."""
-    return type(experts)._apply_gate is _default_apply_gate
+    """Whether the experts compute act(gate) * up, rather than something else of their model's.
+
+    Experts that were brought into the common form say so themselves (`has_standard_gate`).
+    """
+    apply_gate = getattr(type(experts), "_apply_gate", None)
+    return apply_gate is _default_apply_gate or getattr(experts, "has_standard_gate", False)
 
 
 def experts_implementation(experts: nn.Module) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,13 +10,17 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.self_check import check_parts
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.sizes import Job, disk_use, joint_bytes
 from eacmoe_lightning.run.memory import available_memory
+from eacmoe_lightning.runtime.packed_modules import PackedLinear
 
 GB = 1e9
+log = logging.getLogger(__name__)
 
 
 def check_memory(moe: MoEModel, job: Job) -> None:
@@ -52,19 +57,58 @@ def check_disk(moe: MoEModel, recipe: Recipe, job: Job, folder: Path) -> str:
     return summary
 
 
-def check_finite(moe: StreamedModel) -> None:
-    """Reads every weight of an original once.
+def check_original(moe: StreamedModel, window: Tensor) -> None:
+    """Checks that the weights are finite, and that the model as parts is the model. Reads every weight once.
+
+    Args:
+        moe: the original model.
+        window: token ids [1, T] to run.
 
     Raises:
-        ValueError: a tensor holds NaN or infinite values, in the checkpoint or only in the dtype of the run.
+        ValueError: a tensor holds NaN or infinite values, in the checkpoint or only in the dtype of the run; or a part
+            differs from the model's own forward pass (`models.self_check.check_parts`).
     """
-    for block in moe.blocks:
-        with moe.loaded(block.index):
-            for name, parameter in block.layer.named_parameters(prefix=block.name):
-                _check_finite(moe, name, parameter)
     for name, parameter in moe.model.named_parameters():
         if not parameter.is_meta:
             _check_finite(moe, name, parameter)
+
+    def check_block(block: Block) -> None:
+        for name, parameter in block.layer.named_parameters(prefix=block.name):
+            _check_finite(moe, name, parameter)
+
+    check_parts(moe, window.to(moe.device), check_block, leave_unpackable)
+
+
+def leave_unpackable(block: Block, call: Call) -> None:
+    """Excludes from quantization the linears with which the model's code does not run once they are packed.
+
+    Some models read the weight of a layer instead of calling the layer, for example to convert its dtype.
+    """
+    if _runs_packed(block, call, list(block.linears)):
+        return
+    for name in list(block.linears):
+        if not _runs_packed(block, call, [name]):
+            block.leave(name, "the model's code reads its weight, which a packed layer does not have")
+
+
+def _runs_packed(block: Block, call: Call, names: list[str]) -> bool:
+    """Whether the block runs with these linears packed; their codes are arbitrary."""
+    before = {name: block.linear(name) for name in names if block.linear(name).in_features % 8 == 0}
+    try:
+        for name, linear in before.items():
+            packed = PackedLinear(linear, 8, linear.in_features).to(linear.weight.device)
+            for tensor in packed.weight.tensors:
+                tensor.zero_()
+            block.layer.set_submodule(name, packed)
+        block.forward(call)
+    except (AttributeError, TypeError):
+        return False
+    except RuntimeError as error:  # of a kernel, which says nothing about the model's code
+        log.warning("%s: packed linears could not be tried: %s", block.name, error)
+    finally:
+        for name, linear in before.items():
+            block.layer.set_submodule(name, linear)
+    return True
 
 
 def _check_finite(moe: StreamedModel, name: str, parameter: Tensor) -> None:

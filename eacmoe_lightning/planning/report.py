@@ -78,6 +78,7 @@ def report(costs: Plan, moe: MoEModel, job: Job, rates: Rates, memory: int, mess
             "parameters": sum(p.numel() for p in moe.model.parameters()),
             "quantized_parameters": num_quantized(moe),
             "bytes": size,
+            "stored_bytes": round(size * job.stored_share),
             "block_bytes": max(sizes),
         },
         "job": vars(job),
@@ -96,7 +97,8 @@ def summary(result: dict[str, Any], name: str) -> str:
     model, job, rates = result["model"], result["job"], result["rates"]
     tokens = job["num_windows"] * job["window_length"]
     lines = [
-        f"{name}: {model['parameters'] / GB:.1f} billion parameters, {model['bytes'] / GB:.1f} GB; "
+        f"{name}: {model['parameters'] / GB:.1f} billion parameters, {model['bytes'] / GB:.1f} GB "
+        f"({model['stored_bytes'] / GB:.1f} GB on disk); "
         f"{model['blocks']} blocks of up to {model['block_bytes'] / GB:.2f} GB, {model['experts']} experts, "
         f"top {model['top_k']}",
         f"calibrated on {job['num_windows']} x {job['window_length']} = {tokens} tokens; processes: {job['processes']}",

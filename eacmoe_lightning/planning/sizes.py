@@ -47,6 +47,7 @@ class Job:
         kept_experts: number of experts that pruning keeps per block; None counts all (also with a rule by `alpha`,
             whose outcome is unknown).
         device: the type of device that it runs on, `cpu` or `cuda`.
+        stored_share: bytes of the original's files per byte that its weights take in memory.
     """
 
     num_windows: int
@@ -63,6 +64,7 @@ class Job:
     processes: int = 1
     kept_experts: int | None = None
     device: str = "cpu"
+    stored_share: float = 1.0
 
     def share(self, num_experts: int) -> float:
         """The share of a block's experts that pruning keeps."""
@@ -176,15 +178,16 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     stream = job.tokens * hidden * job.stream_bytes
     batch = job.batch_size * job.window_length
     share = 1 / job.processes
-    of_blocks = [_Shapes(block, moe.top_k, hidden, job) for block in moe.blocks]
+    of_blocks = [_Shapes(block, block.top_k, hidden, job) for block in moe.blocks]
     for block, shapes in zip(moe.blocks, of_blocks, strict=True):
         size = num_bytes(block.layer.parameters(), itemsize)
+        stored = size * job.stored_share
         largest = max(parameter.numel() for parameter in block.layer.parameters()) * itemsize
         here = outside_blocks + size
         active = here + batch * itemsize * (8 * hidden + shapes.activations)
         routing = job.tokens * share * (4 * block.num_experts + 24 * moe.top_k)
-        phases["check"].add(here + 2 * largest, read_bytes=size, loop_bytes=LOADED * size)
-        phases["read"].add(here + 2 * largest, read_bytes=size, again_bytes=size, loop_bytes=LOADED * size)
+        phases["check"].add(here + 2 * largest, read_bytes=stored, loop_bytes=LOADED * size)
+        phases["read"].add(here + 2 * largest, read_bytes=stored, again_bytes=stored, loop_bytes=LOADED * size)
         forward = dict(flops=job.tokens * shapes.forward * share, loop_bytes=job.tokens * shapes.touched * share)
         through = dict(read_bytes=stream, written_bytes=stream, again_bytes=2 * stream)
         phases["observe"].add(active + routing, **forward, **through)
@@ -213,7 +216,10 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     codes = result.disk["compressed model"]
     phases["write"].add(2 * outside_blocks + block_size, read_bytes=codes, written_bytes=codes, again_bytes=2 * codes)
     evaluations = 1 if job.router_method == "none" else 2  # before and after calibration
-    read, touched = evaluations * (in_blocks + codes), sum(s.touched for s in of_blocks) + 6 * 4 * vocabulary
+    read, touched = (
+        evaluations * (in_blocks * job.stored_share + codes),
+        sum(s.touched for s in of_blocks) + 6 * 4 * vocabulary,
+    )
     phases["evaluate"].add(
         2 * (outside_blocks + block_size) + batch * 8 * hidden * itemsize + job.window_length * 8 * vocabulary,
         flops=2 * evaluations * job.heldout_tokens * share * forward,
@@ -236,10 +242,7 @@ class _Shapes:
         self.attention = [(group, rows, columns) for part, group, rows, columns in linears if part == "attention"]
         self.shared = [(group, rows, columns) for part, group, rows, columns in linears if part == "shared"]
         heads = [columns for group, _, columns in self.attention if group.rpartition(".")[2] in LAST]
-        length, itemsize = (
-            job.window_length,
-            block.router_weight.element_size() if block.is_moe else next(block.layer.parameters()).element_size(),
-        )
+        length, itemsize = job.window_length, next(block.layer.parameters()).element_size()
         scores = 2 * length * max(heads, default=hidden)  # queries with keys and attention weights with values, causal
         self.attention_forward = sum(2 * rows * columns for _, rows, columns in self.attention) + scores
         self.forward = self.attention_forward + sum(2 * rows * columns for _, rows, columns in self.shared)
@@ -318,7 +321,7 @@ def _experts(cost: Cost, shapes: _Shapes, recipe: Recipe, job: Job, here: float)
         _solve(cost, experts * share, rows, columns, recipe, recipe.grid(0, 1, "experts"))
 
 
-def job_of(module: Any, data: Any, moe: MoEModel, processes: int, device: str) -> Job:
+def job_of(module: Any, data: Any, moe: MoEModel, processes: int, device: str, stored_share: float = 1.0) -> Job:
     """The `Job` of the options of `fit`. Held-out text counts if its length is set or the text can be read."""
     if data.num_heldout_windows is not None:
         heldout = len(data.heldout) * data.num_heldout_windows
@@ -343,4 +346,5 @@ def job_of(module: Any, data: Any, moe: MoEModel, processes: int, device: str) -
         processes=processes,
         kept_experts=module.pruning.keep if module.pruning else None,
         device=device,
+        stored_share=stored_share,
     )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.models.experts import Groups
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.shrink import Groups
 from eacmoe_lightning.pruning.scores import CRITERIA
 
 
@@ -46,6 +46,10 @@ class PruningRule:
         """Raises ValueError if this rule does not fit the model; called before anything is computed."""
         for block in moe.moe_blocks:
             groups = Groups.of(block)
+            if not block.calibrates:
+                raise ValueError(
+                    f"{block.name}: its router has no matrix with one row per expert, so no expert can be removed"
+                )
             if self.alpha is not None:
                 if groups.number > 1:
                     raise ValueError(
@@ -53,9 +57,9 @@ class PruningRule:
                         "pass --pruning.keep instead of --pruning.alpha"
                     )
                 continue
-            if not moe.top_k <= self.keep <= block.num_experts:
+            if not block.top_k <= self.keep <= block.num_experts:
                 raise ValueError(
-                    f"keep={self.keep} (--pruning.keep) is not between top_k={moe.top_k}, which every token selects, "
+                    f"keep={self.keep} (--pruning.keep) is not between top_k={block.top_k}, which every token selects, "
                     f"and num_experts={block.num_experts}"
                 )
             if self.keep % groups.number:
@@ -63,7 +67,7 @@ class PruningRule:
                     f"keep={self.keep} (--pruning.keep) is not a multiple of the {groups.number} groups by which "
                     f"{block.name} routes"
                 )
-            if (least := groups.least(moe.top_k)) > self.keep // groups.number:
+            if (least := groups.least(block.top_k)) > self.keep // groups.number:
                 raise ValueError(
                     f"keep={self.keep} (--pruning.keep) leaves {self.keep // groups.number} experts in each of the "
                     f"{groups.number} groups by which {block.name} routes, but {least} are needed"

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,7 +30,7 @@ class ExpertScores:
 
     def __init__(self, block: Block, criterion: str) -> None:
         self.block, self.criterion = block, criterion
-        device = block.router_weight.device
+        device = block.experts.weight("down_proj").device
         self.load = torch.zeros(block.num_experts, dtype=torch.int64, device=device)
         self.contribution = torch.zeros(block.num_experts, dtype=torch.float64, device=device)
 
@@ -58,13 +58,20 @@ class ExpertScores:
 
 
 @contextmanager
-def measured(block: Block, criterion: str) -> Iterator[ExpertScores]:
-    """Scores the block's experts by their inputs while the block runs inside the `with` block."""
-    scores = ExpertScores(block, criterion)
+def measured(
+    block: Block, criterion: str, counted: Sequence[Callable[[Tensor], Tensor]] = ()
+) -> Iterator[ExpertScores]:
+    """Scores the block's experts by their inputs while the block runs inside the `with` block.
+
+    Args:
+        counted: for each pass of the block, what takes from values [n, ...] those of tokens that count; empty: all do.
+    """
+    scores, passes = ExpertScores(block, criterion), iter(counted)
 
     def add(module, args) -> None:
         hidden, ids, weights = args
-        scores.add(hidden.reshape(-1, hidden.shape[-1]), ids, weights)
+        tokens = hidden.reshape(-1, hidden.shape[-1]), ids, weights
+        scores.add(*map(next(passes), tokens) if counted else tokens)
 
     handle = block.experts.module.register_forward_pre_hook(add)
     try:

@@ -36,17 +36,16 @@ class ExpertShift(Metric):
     """Change rates of each block, accumulated over batches and processes.
 
     Args:
-        num_blocks: number of MoE blocks.
-        top_k: experts per token.
+        top_k: by MoE block, the experts per token.
     """
 
     full_state_update = False
 
-    def __init__(self, num_blocks: int, top_k: int) -> None:
+    def __init__(self, top_k: list[int]) -> None:
         super().__init__()
         self.top_k = top_k
-        self.add_state("counts", torch.zeros(num_blocks, 4, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros(num_blocks, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(top_k), 4, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(len(top_k), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, original: list[Tensor], ids: list[Tensor], first: int = 0) -> None:
         """Adds expert ids [N, K] of both models, one tensor for each block from `first` on."""
@@ -56,8 +55,8 @@ class ExpertShift(Metric):
 
     def compute(self) -> list[dict[str, float]]:
         """The rates of each block."""
-        pairs = zip(self.counts, self.tokens.tolist(), strict=True)
-        return [change_rates(counts, tokens, self.top_k) for counts, tokens in pairs]
+        blocks = zip(self.counts, self.tokens.tolist(), self.top_k, strict=True)
+        return [change_rates(counts, tokens, top_k) for counts, tokens, top_k in blocks]
 
 
 def mean_rates(blocks: list[dict[str, float]]) -> dict[str, float]:

@@ -58,8 +58,10 @@ def distillation(logits: Tensor, target: Tensor) -> Tensor:
     return nn.functional.kl_div(log_probabilities, target, reduction="none", log_target=True).sum(-1)
 
 
-def selection(students: Mapping[int, Tensor], teachers: Mapping[int, Tensor], loss: RouterLoss, top_k: int) -> Tensor:
-    """The mean router loss over blocks: logits [N, E] by block -> [N].
+def selection(
+    students: Mapping[int, Tensor], teachers: Mapping[int, Tensor], loss: RouterLoss, top_k: Mapping[int, int]
+) -> Tensor:
+    """The mean router loss over blocks: logits [N, E] and experts per token by block -> [N].
 
     Each block's logits are divided by the standard deviation of the original's, because their size differs between
     models and blocks.
@@ -67,5 +69,5 @@ def selection(students: Mapping[int, Tensor], teachers: Mapping[int, Tensor], lo
     losses = []
     for i, teacher in teachers.items():
         spread = teacher.std(unbiased=False).clamp(min=1e-6)
-        losses.append(loss(students[i] / spread, teacher / spread, top_k))
+        losses.append(loss(students[i] / spread, teacher / spread, top_k[i]))
     return torch.stack(losses).mean(0)

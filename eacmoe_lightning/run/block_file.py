@@ -41,6 +41,7 @@ class BlockStats:
         expert_shift: change rates on the calibration text (`routers.expert_shift`), `before` and `after` the router's
             calibration; empty for a dense block.
         expert_load: [E] tokens routed to each of the original's experts, by the `original` and the `compressed` router.
+        source_load: by calibration text, [E] its tokens routed to each of the original's experts by its router.
         starved: experts that fewer than `min_expert_tokens` tokens reached; None for a dense block.
         pruning: the removed experts; None if the run prunes nothing, or for a dense block.
     """
@@ -50,6 +51,7 @@ class BlockStats:
     error: dict[str, float] = field(default_factory=dict)
     expert_shift: dict[str, dict[str, float]] = field(default_factory=dict)
     expert_load: dict[str, list[int]] = field(default_factory=dict)
+    source_load: list[list[int]] = field(default_factory=list)
     starved: list[int] | None = None
     pruning: RemovedExperts | None = None
 
@@ -59,7 +61,7 @@ class BlockStats:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; leaves out those that a dense block does not have."""
-        empty = {"expert_shift": {}, "expert_load": {}, "starved": None, "pruning": None}
+        empty = {"expert_shift": {}, "expert_load": {}, "source_load": [], "starved": None, "pruning": None}
         return {name: value for name, value in asdict(self).items() if name not in empty or value != empty[name]}
 
     @classmethod

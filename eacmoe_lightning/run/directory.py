@@ -90,6 +90,11 @@ class RunDirectory:
         """The result if nothing is quantized: an ordinary model directory."""
         return self.path / "dense"
 
+    @property
+    def unquantized(self) -> Path:
+        """The linears that the run leaves as they are, with reasons."""
+        return self.path / "unquantized.json"
+
     def block(self, index: int) -> Path:
         return self.path / "blocks" / f"block_{index:03d}.safetensors"
 
@@ -151,6 +156,7 @@ class RunDirectory:
                     "--ckpt_path auto, which starts or continues"
                 )
             known = ("checkpoints", "tensorboard", "config.yaml", "validate.json", "test.json", "scores_", ".", LOCK)
+            known += (self.unquantized.name,)
             names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
             if strangers := [name for name in names if not name.startswith(known)]:
                 raise ValueError(f"{where} is not empty and holds no run: {strangers[:3]}. Pass an empty directory")

@@ -7,6 +7,7 @@ They replace a model's modules under the same names: `q_proj.weight` becomes a `
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from transformers.activations import ACT2CLS
 
 from eacmoe_lightning.models.transformers_loader import has_default_gate
 from eacmoe_lightning.quantization.grid import Bits, Quantized
-from eacmoe_lightning.quantization.packing import expert_codes, unpack
+from eacmoe_lightning.quantization.packing import expert_codes, packed, unpack
 from eacmoe_lightning.runtime.kernels import loop_over_experts
 
 ACTIVATION_NAMES = {  # the kernels' names -> those of transformers
@@ -34,17 +35,24 @@ class PackedWeight(nn.Module):
         bits: 2 to 8; or the bits of each expert of a stack [E, O, I], whose codes are then flat, one expert after
             another.
         group_size: number of input features that share a scale.
+        dtype: of the weight that is packed, which some models ask their layers for.
 
-    The buffers keep their dtypes under `.to(dtype)`, `.half()` and the like.
+    The buffers keep their dtypes under `.to(dtype)`, `.half()` and the like; `dtype` follows.
     """
 
     codes: Tensor  # [..., O, I / 8 * bits] or [sum over experts of O * I / 8 * bits], uint8
     scale: Tensor  # [..., O, I / group_size] float16
     zero_point: Tensor  # [..., O, I / group_size] uint8
 
-    def __init__(self, shape: torch.Size | tuple[int, ...], bits: Bits, group_size: int) -> None:
+    def __init__(
+        self,
+        shape: torch.Size | tuple[int, ...],
+        bits: Bits,
+        group_size: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.shape, self.bits, self.group_size = torch.Size(shape), bits, group_size
+        self.shape, self.bits, self.group_size, self.dtype = torch.Size(shape), bits, group_size, dtype
         *rows, in_features = shape
         groups = in_features // group_size
         row = in_features // 8  # bytes of a row per bit of width
@@ -74,12 +82,17 @@ class PackedWeight(nn.Module):
         codes = expert_codes(self.codes, self.bits, e, self.shape[-1])
         return codes, self.scale[e], self.zero_point[e], self.bits if isinstance(self.bits, int) else self.bits[e]
 
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
     def _apply(self, fn, recurse=True):
         def keep_dtype(
             tensor: Tensor,
         ) -> Tensor:  # fn may convert floats; as int16 the scale keeps its bits
             return fn(tensor.view(torch.int16)).view(torch.float16) if tensor.dtype == torch.float16 else fn(tensor)
 
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return super()._apply(keep_dtype, recurse)
 
     def extra_repr(self) -> str:
@@ -96,7 +109,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
         super().__init__()
         self.in_features, self.out_features, self.int8 = linear.in_features, linear.out_features, False
-        self.weight = PackedWeight(linear.weight.shape, bits, group_size)
+        self.weight = PackedWeight(linear.weight.shape, bits, group_size, linear.weight.dtype)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,6 +219,29 @@ def pack_modules(model: nn.Module, bits: dict[str, int | list[int]], group_sizes
         experts = model.get_submodule(owner)
         with experts.down_proj.device:
             model.set_submodule(owner, PackedExperts(experts, grids))
+
+
+@contextmanager
+def packed_in_place(model: nn.Module, quantized: dict[str, Quantized]) -> Iterator[None]:
+    """Packs the modules of these weights, by parameter name, inside the `with` block."""
+    bits = {
+        name: weight.bits if isinstance(weight.bits, int) else list(weight.bits) for name, weight in quantized.items()
+    }
+    owners = {name.rpartition(".")[0] for name in quantized}
+    before = {owner: model.get_submodule(owner) for owner in owners}
+    parameters = {owner: dict(module.named_parameters(recurse=False)) for owner, module in before.items()}
+    try:
+        pack_modules(model, bits, {name: weight.group_size for name, weight in quantized.items()})
+        for name, weight in quantized.items():
+            module = model.get_submodule(name)
+            for kind, tensor in packed({name: weight}).items():
+                getattr(module, kind.rpartition(".")[2]).copy_(tensor)
+        yield
+    finally:
+        for owner, module in before.items():
+            model.set_submodule(owner, module)
+            for name, parameter in parameters[owner].items():  # packed experts take them out
+                module.register_parameter(name, parameter)
 
 
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eacmoe_lightning.models.block import Routing
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.skipping.rules import Decision, Place, Rule
 from eacmoe_lightning.skipping.selection import drop
 from eacmoe_lightning.skipping.tokens import Tokens

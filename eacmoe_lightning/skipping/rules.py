@@ -12,7 +12,7 @@ from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
 
-from eacmoe_lightning.models.block import Routing
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.routers.router_weights import weight_rule
 from eacmoe_lightning.skipping.decode import Demand, check_rescue, frequent, rescued
 from eacmoe_lightning.skipping.selection import Survivors, drop, dropped_pairs, kept_experts, reroute, skip_counts

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eacmoe_lightning.models.block import Block, Routing
+from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.models.transformers_loader import CACHE, SKIPS_PAIRS, cache_of, is_eager
 from eacmoe_lightning.runtime.packed_modules import PackedExperts
 from eacmoe_lightning.skipping.report import SkipReport
@@ -64,7 +65,7 @@ class Session:
             experts = block.experts.module
             if not isinstance(experts, PackedExperts):
                 experts.forward = partial(_run_survivors, experts, experts.__dict__.get("forward"))
-            _check_can_skip(block, self.moe.top_k)
+            _check_can_skip(block, self.model.dtype)
         decoder = self.moe.decoder
         self.handles += [
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -180,17 +181,18 @@ def _keep_attention(place: Place, module: nn.Module, args: tuple, output: Any) -
         place.attention = output[1]
 
 
-def _check_can_skip(block: Block, top_k: int) -> None:
+def _check_can_skip(block: Block, dtype: torch.dtype) -> None:
     """Runs one token with all its pairs dropped, so that experts that cannot skip a pair fail here and not later."""
     experts = block.experts.module
-    weight = block.router_weight
-    if weight.is_meta:
+    router = next(block.router.parameters())
+    if router.is_meta:
         return
-    ids = torch.full((1, top_k), block.num_experts, device=weight.device)
-    token = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    ids = torch.full((1, block.top_k), block.num_experts, device=router.device)
+    width = getattr(experts, block.experts.up_name).shape[1 if experts.is_transposed else 2]
+    token = torch.zeros(1, width, dtype=dtype, device=router.device)
     try:
         with torch.no_grad():
-            experts(token, ids, token.new_zeros(1, top_k))
+            experts(token, ids, token.new_zeros(1, block.top_k))
     except (RuntimeError, IndexError, KeyError) as error:
         raise ValueError(
             f"{type(experts).__name__} cannot skip a (token, expert) pair in its present implementation ({error}): "

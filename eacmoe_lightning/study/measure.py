@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from eacmoe_lightning.evaluation.choice_task import Questions, accuracy, choose
+from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.routers.expert_shift import change_counts, change_rates, expert_load, mean_rates
+from eacmoe_lightning.run.hidden import State, rows_of
 
 
 @dataclass
@@ -34,8 +37,7 @@ class _Batch:
     input_ids: Tensor  # [B, T]
     first: int  # position of the first scored token
     is_window: bool
-    kwargs: list[dict] = field(default_factory=list)  # for each block
-    hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, T, D] before block `Measurement.at`
+    state: State | None = None  # before block `Measurement.at`; None before block 0
     ids: list[Tensor] = field(default_factory=list)  # the untouched model's selections, per MoE block [N, K]
 
 
@@ -56,7 +58,6 @@ class Measurement:
         self.moe, self.texts = moe, texts
         self.batches = [batch for name, text in texts.items() for batch in _batches(name, text, batch_tokens)]
         self.at = 0
-        self._embed()
         self.load = {
             block.index: torch.zeros(block.num_experts, dtype=torch.int64, device=moe.device)
             for block in moe.moe_blocks
@@ -64,22 +65,19 @@ class Measurement:
         self.baseline = self._run(remember=True)
 
     @torch.no_grad()
-    def _embed(self) -> None:
-        by_shape: dict[torch.Size, list[dict]] = {}
-        for batch in self.batches:
-            batch.hidden, kwargs = self.moe.embed(batch.input_ids.to(self.moe.device))
-            batch.kwargs = by_shape.setdefault(batch.input_ids.shape, kwargs)
-
-    @torch.no_grad()
     def seek(self, index: int) -> None:
         """Moves the untouched hidden states to the block of this index; no expert may be disturbed at this time."""
         if index < self.at:
-            self._embed()
             self.at = 0
+            for batch in self.batches:
+                batch.state = None
         for block in self.moe.blocks[self.at : index]:
             for batch in self.batches:
-                batch.hidden, _ = block.forward(batch.hidden, batch.kwargs[block.index])
+                batch.state, _ = self._through(block, batch, batch.state)
         self.at = index
+
+    def _through(self, block: Block, batch: _Batch, state: State | None) -> tuple[State, Routing | None]:
+        return block.forward(self.moe.call(block.index, batch.input_ids.to(self.moe.device), state))
 
     def measure(self) -> dict[str, Any]:
         """Measures the model as it is now, from the block of `seek` on.
@@ -97,9 +95,9 @@ class Measurement:
         moe_index = {block.index: i for i, block in enumerate(self.moe.moe_blocks)}
         counts = torch.zeros(len(moe_index), 4, dtype=torch.int64, device=self.moe.device)
         for batch in self.batches:
-            hidden = batch.hidden
+            state = batch.state
             for block in self.moe.blocks[self.at :]:
-                hidden, routing = block.forward(hidden, batch.kwargs[block.index])
+                state, routing = self._through(block, batch, state)
                 if routing is None or not batch.is_window:
                     continue
                 if remember:
@@ -108,7 +106,7 @@ class Measurement:
                 else:
                     position = moe_index[block.index]
                     counts[position] += change_counts(batch.ids[position], routing.ids)
-            nll = self._score(batch, hidden)
+            nll = self._score(batch, state)
             if batch.is_window:
                 nats[batch.text] += nll.double().sum().item()
             else:
@@ -125,17 +123,22 @@ class Measurement:
         }
         if not remember:
             tokens = sum(text.windows.numel() for text in self.texts.values())
-            rates = [change_rates(row, tokens, self.moe.top_k) for row in counts]
+            rates = [
+                change_rates(row, tokens, block.top_k) for row, block in zip(counts, self.moe.moe_blocks, strict=True)
+            ]
             result["expert_shift"] = mean_rates(rates)
             result["expert_shift_blocks"] = {
                 str(block): rates[position]["selections"] for block, position in moe_index.items() if block >= self.at
             }
         return result
 
-    def _score(self, batch: _Batch, hidden: Tensor) -> Tensor:
+    def _score(self, batch: _Batch, state: State) -> Tensor:
         """Nats [B, n] of the scored tokens; the head runs for these alone."""
-        logits = self.moe.head(hidden[:, batch.first - 1 : -1]).float()  # [B, n, V]
-        targets = batch.input_ids[:, batch.first :].to(logits.device)
+        scored, ids = slice(batch.first - 1, -1), batch.input_ids.to(self.moe.device)
+        if isinstance(state, dict):
+            state = state | {"shared": {}}  # which the head does not read
+        logits = self.moe.head(rows_of(state, (slice(None), scored)), ids[:, scored]).float()
+        targets = ids[:, batch.first :]
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 

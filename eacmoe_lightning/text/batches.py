@@ -56,6 +56,8 @@ class WindowLoader:
 
     Yields dicts: `index` int64 [b], the windows' numbers in `windows`; `input_ids` int64 [b, T];
     `global_size` int, the number of windows in this batch over all ranks. With several ranks b may be 0.
+    With `weights`, also `weights` [b, T] and `global_tokens` int, the number of tokens that count in this batch over
+    all ranks.
 
     Lightning keeps `state_dict()` in its checkpoints (`loops.fit_loop.combined_loader`) and calls
     `load_state_dict()` before the first batch after a restart. The length is always that of the
@@ -68,6 +70,7 @@ class WindowLoader:
         seed: epoch e is shuffled with seed + e, independently of the global random state.
         rank, world_size: this process, and the number of processes.
         epoch: called at the start of every pass for the number of the epoch.
+        weights: bool [S, T], the tokens that count; None: all, and batches have no weights.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class WindowLoader:
         rank: int = 0,
         world_size: int = 1,
         epoch: Callable[[], int] = lambda: 0,
+        weights: Tensor | None = None,
     ):
         self.windows = windows
         self.batch_size = batch_size
@@ -87,16 +91,29 @@ class WindowLoader:
         self.rank = rank
         self.world_size = world_size
         self.epoch = epoch
+        self.weights = weights
         self._position = {"epoch": 0, "num_dealt": 0}  # in the present pass
         self._resumed: dict[str, int] | None = None  # a loaded position that the next pass starts from
 
     def batches(self, epoch: int) -> list[tuple[Tensor, int]]:
         """This rank's window numbers [b] and the global size, for each batch of an epoch."""
+        return self._batches(epoch, self.rank, self.world_size)
+
+    def _batches(self, epoch: int, rank: int, world_size: int) -> list[tuple[Tensor, int]]:
         num = len(self.windows)
         if not self.shuffle:
-            return heldout_batches(num, self.batch_size, self.rank, self.world_size)
-        seed = self.seed + epoch
-        return calibration_batches(num, self.batch_size, seed, self.rank, self.world_size)
+            return heldout_batches(num, self.batch_size, rank, world_size)
+        return calibration_batches(num, self.batch_size, self.seed + epoch, rank, world_size)
+
+    def _weights(self, epoch: int, number: int, index: Tensor) -> dict[str, Tensor | int]:
+        """The weights of a batch of an epoch, by the names of the batch."""
+        if self.weights is None:
+            return {}
+        ranks = [self._batches(epoch, rank, self.world_size)[number][0] for rank in range(self.world_size)]
+        return {
+            "weights": self.weights[index],  # [b, T]
+            "global_tokens": int(self.weights[torch.cat(ranks)].sum()),
+        }
 
     def __len__(self) -> int:
         return len(self.batches(0))
@@ -115,6 +132,7 @@ class WindowLoader:
                 "index": index,
                 "input_ids": self.windows[index],  # [b, T]
                 "global_size": global_size,
+                **self._weights(epoch, number, index),
             }
 
     def state_dict(self) -> dict[str, int]:

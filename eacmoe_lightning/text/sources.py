@@ -4,15 +4,19 @@ Text for calibration and evaluation comes from the package, from the user's file
 A *source* is a string:
 
 - `bundled:NAME`: a text shipped with the package (`bundled:calibration`, `bundled:prose`, ...);
-- `PATH`: a file (.txt and .md: one document; .jsonl, .json and .parquet: one per row, from the
-  field `text`), or a directory: all such files below it, sorted by path;
-- `DIRECTORY[/CONFIG]:SPLIT`: a split of a data set stored on this machine in the hub's layout;
+- `PATH`: a file (.txt and .md: one document; .jsonl, .json, .csv, .tsv and .parquet: one per row), which may be
+  compressed (.gz), or a directory: all such files below it, sorted by path;
+- `DIRECTORY[/CONFIG][:SPLIT]`: a split of a data set stored on this machine, in the hub's layout or by `save_to_disk`;
 - `[OWNER/]NAME[/CONFIG][:SPLIT]`: a data set of the Hugging Face hub; SPLIT defaults to `train`
   and may be a slice (`train[:1%]`).
 
+`SOURCE#COLUMN` and `SOURCE#QUESTION,ANSWER` name the columns of rows; without them a row's document is in `text`, or
+it is a conversation in `messages`, `conversations` or a pair such as `prompt` and `response` (text/rows.py). Rows
+that are null are skipped and counted in a warning.
+
 `SOURCE[FROM%:TO%]` is a part of any of them, counted in characters and cut at line ends:
-`bundled:prose[:50%]` and `bundled:prose[50%:]` do not overlap. (After a data set's split, the
-brackets are that library's slice, counted in rows.)
+`bundled:prose[:50%]` and `bundled:prose[50%:]` do not overlap. Of conversations it is a part of the rows. (After a
+data set's split, the brackets are that library's slice, counted in rows.)
 
 The forms are tried in this order. A source is a path if it exists on disk, if it begins with `/`,
 `./`, `../` or `~`, or if it ends like a text file. In a hub name, two parts are `OWNER/NAME` and
@@ -20,23 +24,31 @@ three are `OWNER/NAME/CONFIG`. Some names that papers use without an owner (`OWN
 wikitext) stand for owner and name: `wikitext/wikitext-2-raw-v1:train` is `Salesforce/wikitext`,
 config `wikitext-2-raw-v1`.
 
+Files and data sets are read by rows, only as far as documents are taken.
+
 This module uses neither Lightning nor global random state.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
+from eacmoe_lightning.text.files import READ_FILES, Table, files_below, is_text_file, read_file, read_text
+from eacmoe_lightning.text.hub import INSTEAD, hub_name, is_dataset_directory, read_dataset
+from eacmoe_lightning.text.rows import Document, columns_of, columns_read, document_of
+
 BUNDLED_TEXT = Path(__file__).parent.parent / "assets" / "text"
-TEXT_FILES = (".txt", ".md")  # one document each
-ROW_FILES = (".jsonl", ".json", ".parquet")  # a document per row, in the field `text`
-OWNERLESS = {"wikitext": "Salesforce/wikitext", "c4": "allenai/c4", "gsm8k": "openai/gsm8k"}
 SPLIT = re.compile(r":(?P<split>[A-Za-z_][\w.+-]*(\[[^\]]*\])?)$")
 PART = re.compile(r"\[((?P<start>\d{1,3})%)?:((?P<stop>\d{1,3})%)?\]$")
-INSTEAD = "pass a local file or directory, or bundled:NAME"
+COLUMN = re.compile(r"#(?P<column>[^#/\[\]]+)$")
+LOOKAHEAD = 1000  # rows that show whether a table holds documents or the lines of one
+COLUMN_REMEDY = "; name the column with --data.column NAME or SOURCE#NAME, or two: QUESTION,ANSWER"
+log = logging.getLogger(__name__)
 
 
 def bundled_names() -> list[str]:
@@ -74,24 +86,53 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
     return named
 
 
-def read_documents(source: str) -> list[str]:
-    """Reads all non-empty documents of a source (see the module's docstring), in a fixed order.
+def read_documents(source: str, column: str | None = None) -> list[Document]:
+    """Reads all documents of a source, in a fixed order: see `documents`."""
+    return list(documents(source, column))
+
+
+def documents(source: str, column: str | None = None) -> Iterator[Document]:
+    """The non-empty documents of a source (see the module's docstring), in a fixed order, read as they are taken.
+
+    Args:
+        source: see the module's docstring.
+        column: the column of the documents, or `QUESTION,ANSWER`, where the source names none.
 
     Raises:
         FileNotFoundError: there is no such bundled text, file, directory or data set.
-        ValueError: a file is not text or has no field `text`, or all documents are blank.
+        ValueError: a file is not text, a row has no such column, or all documents are blank.
     """
+    read = False
+    for document in _documents(source, column):
+        if not isinstance(document, str) or document.strip():
+            read = True
+            yield document
+    if not read:
+        raise ValueError(f"{source} is empty: it holds no text; {INSTEAD}")
+
+
+def _documents(source: str, column: str | None) -> Iterator[Document]:
     whole, start, stop = _take_part(source)
     if whole != source:
-        documents = _part(read_documents(whole), start, stop)
-    elif source.startswith("bundled:"):
-        documents = [_read_bundled(source.removeprefix("bundled:"))]
-    else:
-        documents = _read_path(source) if _is_path(source) else _read_dataset(source)
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise ValueError(f"{source} is empty: it holds no text; {INSTEAD}")
-    return documents
+        yield from _part(read_documents(whole, column), start, stop)
+        return
+    source, column = _take_column(source, column)
+    if source.startswith("bundled:"):
+        yield _read_bundled(source.removeprefix("bundled:"))
+        return
+    for held in _read_path(source) if _is_path(source) else [_read_split(source)]:
+        if isinstance(held, str):
+            yield held
+        else:
+            yield from _join_lines(_row_documents(held, column))
+
+
+def _take_column(source: str, column: str | None) -> tuple[str, str | None]:
+    """The source without `#COLUMN`, and that column or else the given one."""
+    match = COLUMN.search(source)
+    if match is None or Path(source).expanduser().exists():
+        return source, column
+    return source[: match.start()], match["column"]
 
 
 def _take_part(source: str) -> tuple[str, int, int]:
@@ -110,8 +151,13 @@ def _take_part(source: str) -> tuple[str, int, int]:
     return source[: match.start()], start, stop
 
 
-def _part(documents: list[str], start: int, stop: int) -> list[str]:
-    """The lines between two percentages of all characters; a part that starts at `stop` starts where this one ends."""
+def _part(documents: list[Document], start: int, stop: int) -> list[Document]:
+    """The lines between two percentages of all characters; a part that starts at `stop` starts where this one ends.
+
+    With conversations among them, the documents between two percentages of their number.
+    """
+    if not all(isinstance(document, str) for document in documents):
+        return documents[len(documents) * start // 100 : len(documents) * stop // 100]
     total, offset, parts = sum(map(len, documents)), 0, []
     for document in documents:
         ends = [_line_start(document, total * percent // 100 - offset) for percent in (start, stop)]
@@ -134,7 +180,7 @@ def _read_bundled(name: str) -> str:
             f"there is no bundled text {name!r}; pass one of "
             f"{', '.join('bundled:' + known for known in bundled_names())}, or a local file"
         )
-    return _read_text(path)
+    return read_text(path)
 
 
 def _is_path(source: str) -> bool:
@@ -143,62 +189,30 @@ def _is_path(source: str) -> bool:
     return (
         Path(source).expanduser().exists()
         or source.startswith(("/", "./", "../", "~"))
-        or source.endswith(TEXT_FILES + ROW_FILES)
+        or is_text_file(source.rpartition("/")[2])
     )
 
 
-def _read_path(source: str) -> list[str]:
+def _read_path(source: str) -> Iterator[str | Table]:
+    """The texts and tables of a file, or of the files below a directory."""
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{source} does not exist; {INSTEAD}")
     if path.is_file():
-        return _read_file(path)
-    files = sorted(f for f in path.rglob("*") if f.suffix in TEXT_FILES + ROW_FILES and f.is_file())
-    if not files:
-        known = " ".join(TEXT_FILES + ROW_FILES)
-        raise FileNotFoundError(f"{source} has no text files below it ({known}); {INSTEAD}")
-    return [document for file in files for document in _read_file(file)]
+        yield read_file(path)
+    elif is_dataset_directory(path):
+        yield read_dataset(str(path), None, None, source)
+    else:
+        files = files_below(path)
+        if not files:
+            raise FileNotFoundError(f"{source} has no text files below it ({' '.join(READ_FILES)}); {INSTEAD}")
+        yield from map(read_file, files)
 
 
-def _read_file(path: Path) -> list[str]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return _table_to_documents(pyarrow.parquet.ParquetFile(path).read().to_pydict(), str(path))
-    text = _read_text(path)
-    if path.suffix not in ROW_FILES:
-        return [text]
-    # not splitlines(), which also splits at U+2028 and the like, inside a JSON string
-    lines = enumerate(text.split("\n"), 1) if path.suffix == ".jsonl" else [(1, text)]
-    rows = []
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        for row in value if isinstance(value, list) else [value]:
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(f"{path}, line {number}: a row needs a string in field `text`, but has {fields}")
-            rows.append(row["text"])
-    return _join_lines(rows)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); "
-            "convert it, for instance with iconv -t utf-8"
-        ) from error
-
-
-def _read_dataset(source: str) -> list[str]:
+def _read_split(source: str) -> Table:
+    """A data set, as its directory and split or by its name on the hub."""
     match = SPLIT.search(source)
-    name, split = (source[: match.start()], match["split"]) if match else (source, "train")
+    name, split = (source[: match.start()], match["split"]) if match else (source, None)
     path = Path(name).expanduser()
     if path.is_dir():
         name, config = str(path), None
@@ -207,78 +221,72 @@ def _read_dataset(source: str) -> list[str]:
     elif path.is_absolute() or name.startswith("."):
         raise FileNotFoundError(f"{name} of {source} does not exist; {INSTEAD}")
     else:
-        name, config = _hub_name(name, source)
-    dataset = _load_dataset(name, config, split, source)
-    return _table_to_documents({column: dataset[column] for column in dataset.column_names}, source)
+        name, config = hub_name(name, source)
+    return read_dataset(name, config, split, source)
 
 
-def _hub_name(name: str, source: str) -> tuple[str, str | None]:
-    """OWNER/NAME and CONFIG of a hub name (see the module's docstring)."""
-    first, *rest = name.split("/")
-    parts = [*OWNERLESS.get(first, first).split("/"), *rest]
-    if not all(re.fullmatch(r"[\w.-]+", part) for part in parts) or len(parts) > 3:
-        raise ValueError(f"{source!r} is not a text source: {INSTEAD}, or OWNER/NAME[/CONFIG][:SPLIT]")
-    return "/".join(parts[:2]), (parts[2] if len(parts) == 3 else None)
+# --- rows
 
 
-def _load_dataset(name: str, config: str | None, split: str, source: str):
-    import datasets  # takes a second, so only when needed
-
-    if not Path(name).is_dir() and not _is_cached(name) and not _hub_is_reachable():
-        raise FileNotFoundError(
-            f"{source}: no such file or directory, and no data set {name!r} in the cache; the "
-            f"Hugging Face hub cannot be reached from this machine: {INSTEAD}"
-        )
+def _row_documents(table: Table, column: str | None) -> Iterator[Document]:
+    """The documents of a table's rows, blank ones included; null rows are left out and counted."""
+    chosen = None if table.columns is None else columns_of(table.columns, column)
+    if table.columns is not None and chosen is None:
+        names = ", ".join(sorted(table.columns))
+        raise ValueError(f"{table.name} has no column `{column or 'text'}`, only {names}{COLUMN_REMEDY}")
+    num_rows = num_null = 0
     try:
-        return datasets.load_dataset(name, config, split=split)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{source}: no data set {name!r} can be read ({error}); {INSTEAD}") from error
-    except ValueError as error:  # the message lists the configs or splits that exist
-        raise ValueError(f"{source} (data set {name!r}): {error}") from error
+        for number, row in table.rows(None if chosen is None else columns_read(table.columns, chosen)):
+            num_rows += 1
+            where = f"{table.name}, {table.unit} {number}"
+            document = None
+            if row is not None:
+                columns = chosen or (columns_of(row, column) if isinstance(row, dict) else None)
+                if columns is None:
+                    raise ValueError(f"{where}: {_row_needs(row, column)}{COLUMN_REMEDY}")
+                document = document_of(row, columns, where)
+            num_null += document is None
+            if document is not None:
+                yield document
+    finally:
+        if num_null:
+            log.warning("%s: %d of %d rows are null and were skipped", table.name, num_null, num_rows)
 
 
-def _is_cached(name: str) -> bool:
-    """Whether `datasets` has a prepared copy, which it reads without a network."""
-    from datasets import config
-    from datasets.naming import camelcase_to_snakecase
-
-    *owner, last = name.split("/")
-    folder = "___".join([*owner, camelcase_to_snakecase(last)])
-    return (Path(config.HF_DATASETS_CACHE) / folder).is_dir()
+def _row_needs(row: object, column: str | None) -> str:
+    fields = sorted(row) if isinstance(row, dict) else type(row).__name__
+    return f"a row needs a string in field `{column or 'text'}`, but has {fields}"
 
 
-def _hub_is_reachable(timeout: float = 5.0) -> bool:
-    """Whether the hub answers within `timeout` seconds; `datasets` itself would retry for 23 seconds."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=timeout)
-    except Exception:  # whatever the transport raises, the hub did not answer
-        return False
-    return True
-
-
-def _table_to_documents(columns: dict, source: str) -> list[str]:
-    """The documents in the column `text`."""
-    if "text" not in columns:
-        raise ValueError(f"{source} has no column `text`, only {', '.join(sorted(columns))}")
-    return _join_lines([row or "" for row in columns["text"]])
-
-
-def _join_lines(rows: list[str]) -> list[str]:
+def _join_lines(rows: Iterable[Document]) -> Iterator[Document]:
     """Rows as documents, or as the lines of one document.
 
-    Data sets like wikitext hold one line per row, a third of them blank. If more than a tenth of all
-    rows are blank, the rows are joined with two newlines into one document, as GPTQ and later papers
-    do, so that perplexities can be compared.
+    Data sets like wikitext hold one line per row, a third of them blank. If more than a tenth of the first rows are
+    blank, the rows are joined with two newlines into one document, as GPTQ and later papers do, so that perplexities
+    can be compared.
     """
-    num_blank = sum(not row.strip() for row in rows)
-    return ["\n\n".join(rows)] if num_blank * 10 > len(rows) else rows
+    rows = iter(rows)
+    first = list(islice(rows, LOOKAHEAD))
+    num_blank = sum(isinstance(row, str) and not row.strip() for row in first)
+    if num_blank * 10 > len(first) and all(isinstance(row, str) for row in first):
+        yield "\n\n".join(chain(first, rows))
+    else:
+        yield from first
+        yield from rows
+
+
+def stored_sources(sources: dict[str, str] | list[str] | str | None) -> dict[str, str] | list[str] | str | None:
+    """Sources as runs store them: see `stored_source`."""
+    if isinstance(sources, list):
+        return [stored_source(source) for source in sources]
+    if isinstance(sources, dict):
+        return {name: stored_source(source) for name, source in sources.items()}
+    return None if sources is None else stored_source(sources)
 
 
 def stored_source(source: str) -> str:
     """A source as runs store it: with the absolute path of a file or a directory of this machine, else unchanged."""
-    whole = _take_part(source)[0]
+    whole = _take_column(_take_part(source)[0], None)[0]
     match = None if _is_path(whole) else SPLIT.search(whole)
     name = whole[: match.start()] if match else whole
     path = Path(name).expanduser()

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.chat import conversation_tokens
+from eacmoe_lightning.text.rows import Conversation, Document
+from eacmoe_lightning.text.sources import documents
 
 POOL = 16  # N random windows are drawn from the first POOL * N
+log = logging.getLogger(__name__)
 MAX_CHARACTERS_PER_TOKEN = 16  # of ordinary text; with more, a long document is tokenized in more than one piece
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Windows of tokens, and which of the tokens count.
+
+    Attributes:
+        input_ids: int64 [S, T].
+        counts: bool [S, T]; False for tokens that are only context of others, or fill up a window. None: all count.
+    """
+
+    input_ids: Tensor
+    counts: Tensor | None = None
+
+
 def token_windows(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     tokenizer,
     num_windows: int | None,
     window_length: int,
@@ -26,65 +46,250 @@ def token_windows(
     source: str = "the text",
     option: str = "--data.num_windows",
 ) -> Tensor:
-    """Cuts documents into non-overlapping windows of token ids, int64 [S, T].
+    """The token ids of `cut_windows`, int64 [S, T], with all documents joined."""
+    return cut_windows(documents, tokenizer, num_windows, window_length, seed, source=source, option=option).input_ids
 
-    Documents are concatenated with the tokenizer's end-of-sequence token between them; no other
-    special token is added. Tokens left over at the end are dropped.
+
+def cut_windows(
+    documents: Iterable[Document],
+    tokenizer,
+    num_windows: int | None,
+    window_length: int,
+    seed: int | None = None,
+    *,
+    answers_only: bool = False,
+    separate: bool = False,
+    source: str = "the text",
+    option: str = "--data.num_windows",
+) -> Windows:
+    """Cuts documents into windows of T tokens that do not overlap.
+
+    Documents are concatenated with the tokenizer's end-of-sequence token between them, and cut every T tokens; tokens
+    left over at the end are dropped. A document begins with the tokens that the tokenizer itself puts before a text
+    (BOS, if it adds one), as the samples of AutoRound and llm-compressor and the one long text of GPTQ do; a window
+    that begins inside a document has none. A conversation is what the chat template makes of it, with nothing added.
 
     Args:
-        documents: texts, in the order of concatenation.
+        documents: texts and conversations, in the order of concatenation.
         tokenizer: a transformers tokenizer.
         num_windows: S; None takes all windows.
         window_length: T, tokens per window.
         seed: draws S windows at random without replacement and in random order, independently of the
             global random state; None takes the first S. Only the first 16 S windows of a text are
             tokenized and drawn from.
+        answers_only: only tokens of the assistant's turns count, and windows without any are left out.
+        separate: every document begins a window of its own, so that no token attends to another document. The rest of
+            its last window is filled with tokens that do not count; where attention is causal they change nothing.
         source, option: names of the text and of the number of windows in error messages.
 
     Raises:
-        ValueError: there are fewer than S windows, or none.
+        ValueError: there are fewer than S windows, or none; or a document is not what `answers_only` or the tokenizer's
+            chat template needs.
     """
     for name, number in ((option, num_windows), ("--data.window_length", window_length)):
         if number is not None and number < 1:
             raise ValueError(f"{name}={number} must be at least 1")
-    limit = None  # number of tokens that suffice
-    if num_windows is not None:
-        limit = num_windows * window_length * (1 if seed is None else POOL)
-    ids: list[int] = []
-    for piece in _token_pieces(documents, tokenizer, limit):
-        ids += piece
-        if limit is not None and len(ids) >= limit:
-            del ids[limit:]
-            break
-    available = len(ids) // window_length
+    pool = None if num_windows is None else num_windows * (1 if seed is None else POOL)  # windows that suffice
+    tokens = _Tokens(tokenizer, answers_only, None if separate else tokenizer.eos_token_id, source)
+    cut = _separate if separate else _joined
+    rows, counts = [], []  # of S or more windows
+    num_tokens = 0
+    pieces = tokens.pieces(documents, None if pool is None else pool * window_length)
+    for ids, marks in cut(pieces, window_length, tokenizer):
+        num_tokens += len(ids)
+        if len(ids) == window_length and (not answers_only or any(marks)):
+            rows.append(ids)
+            counts.append(marks)
+            if len(rows) == pool:
+                break
+    _check_enough(len(rows), num_windows, num_tokens, window_length, source, option, answers_only)
+    windows = torch.tensor(rows)  # [all, T]
+    chosen = slice(num_windows)
+    if seed is not None:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        chosen = order[:num_windows]
+    marked = torch.tensor(counts)[chosen].clone() if answers_only or separate else None
+    return Windows(windows[chosen].clone(), marked)
+
+
+def split_windows(num_windows: int, texts: list[str], shares: dict[str, float] | None) -> dict[str, int]:
+    """The number of windows of each text, in proportion to its share; rounded so that the sum is `num_windows`.
+
+    Raises:
+        ValueError: the shares are not positive or not those of the texts, or a text would get no window.
+    """
+    shares = dict.fromkeys(texts, 1.0) if shares is None else shares
+    if set(shares) != set(texts) or any(share <= 0 for share in shares.values()):
+        raise ValueError(f"--data.shares={shares} must give each of {', '.join(texts)} a share above 0")
+    exact = {text: num_windows * shares[text] / sum(shares.values()) for text in texts}
+    numbers = {text: int(number) for text, number in exact.items()}
+    for text in sorted(texts, key=lambda text: numbers[text] - exact[text])[: num_windows - sum(numbers.values())]:
+        numbers[text] += 1
+    if num_windows >= 1 and 0 in numbers.values():
+        none = ", ".join(text for text, number in numbers.items() if not number)
+        raise ValueError(f"--data.num_windows={num_windows} leaves no window for {none}: pass more windows")
+    return numbers
+
+
+def join_windows(texts: list[Windows]) -> Windows:
+    """The windows of several texts, one after another."""
+    counts = [text.counts for text in texts]
+    return Windows(torch.cat([text.input_ids for text in texts]), None if counts[0] is None else torch.cat(counts))
+
+
+def _check_enough(
+    available: int,
+    num_windows: int | None,
+    num_tokens: int,
+    window_length: int,
+    source: str,
+    option: str,
+    answers_only: bool,
+) -> None:
+    if available == 0 and answers_only and num_tokens >= window_length:
+        raise ValueError(
+            f"{source} holds {num_tokens} tokens, but no window of {window_length} with a token of an answer "
+            "(--data.answers_only)"
+        )
     if available == 0:
         raise ValueError(
-            f"{source} holds {len(ids)} tokens, but one window needs {window_length} "
+            f"{source} holds {num_tokens} tokens, but one window needs {window_length} "
             "(--data.window_length); pass a longer text or a smaller --data.window_length"
         )
     if num_windows is not None and available < num_windows:
         raise ValueError(
-            f"{source} holds {len(ids)} tokens, which make {available} windows of {window_length} "
-            f"(--data.window_length), not {num_windows} ({option}); pass a longer text, "
-            f"{option}={available} or a smaller --data.window_length"
+            f"{source} holds {num_tokens} tokens, which make {available} windows of {window_length} "
+            f"(--data.window_length){' with answers' if answers_only else ''}, not {num_windows} ({option}); pass a "
+            f"longer text, {option}={available} or a smaller --data.window_length"
         )
-    windows = torch.tensor(ids[: available * window_length]).view(available, window_length)  # [all, T]
-    if seed is not None:
-        order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-        windows = windows[order[:num_windows]]
-    return windows[:num_windows].clone()
 
 
-def _token_pieces(documents: Iterable[str], tokenizer, limit: int | None) -> Iterator[list[int]]:
-    """Token ids, document by document; a document too long for `limit` comes in pieces."""
-    # Other documents are tokenized whole, because splitting changes the tokens at the split.
-    max_characters = None if limit is None else max(limit * MAX_CHARACTERS_PER_TOKEN, 1_000_000)
-    for number, document in enumerate(documents):
-        if number and tokenizer.eos_token_id is not None:
-            yield [tokenizer.eos_token_id]
-        for start in range(0, len(document), max_characters or max(len(document), 1)):
-            text = document[start : start + max_characters] if max_characters else document
-            yield tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+# The tokens of a piece of a document, which of them count, and whether the piece begins a document.
+Piece = tuple[list[int], list[bool], bool]
+
+
+def _joined(pieces: Iterator[Piece], length: int, tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
+    """All documents in windows of `length` tokens, and at last what is left over."""
+    ids: list[int] = []
+    marks: list[bool] = []
+    for piece, counts, _ in pieces:
+        ids += piece
+        marks += counts
+        whole = len(ids) // length * length
+        for start in range(0, whole, length):
+            yield ids[start : start + length], marks[start : start + length]
+        del ids[:whole], marks[:whole]
+    yield ids, marks
+
+
+def _separate(pieces: Iterator[Piece], length: int, tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
+    """Each document in windows of `length` tokens, the last one filled up."""
+    filling = tokenizer.eos_token_id or 0
+    ids: list[int] = []
+    marks: list[bool] = []
+    for piece, counts, is_first in chain(pieces, [([], [], True)]):
+        if is_first and ids:
+            missing = length - len(ids)
+            yield ids + [filling] * missing, marks + [False] * missing
+            ids, marks = [], []
+        for ids_, marks_ in _joined(iter([(ids + piece, marks + counts, is_first)]), length, tokenizer):
+            if len(ids_) == length:
+                yield ids_, marks_
+            else:
+                ids, marks = ids_, marks_
+
+
+class _Tokens:
+    """Documents become tokens.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        answers_only: only tokens of the assistant's turns count.
+        end: the token between a text and the next document; None puts none there.
+        source: name of the text in error messages.
+    """
+
+    def __init__(self, tokenizer, answers_only: bool, end: int | None, source: str) -> None:
+        self.tokenizer, self.answers_only, self.end, self.source = tokenizer, answers_only, end, source
+        self.beginning = beginning_tokens(tokenizer)
+
+    def pieces(self, documents: Iterable[Document], limit: int | None) -> Iterator[Piece]:
+        """Document by document; a text too long for `limit` tokens comes in pieces."""
+        needs_end = False
+        for document in documents:
+            if needs_end:
+                yield [self.end], [True], False
+            needs_end = self.end is not None and isinstance(document, str)
+            if isinstance(document, Conversation):
+                yield *conversation_tokens(document, self.tokenizer, self.answers_only), True
+                continue
+            if self.answers_only:
+                raise ValueError(
+                    f"{self.source} holds plain text, in which no token belongs to an answer (--data.answers_only): "
+                    "name the column of the turns with --data.column, or leave the option out"
+                )
+            yield from self._of_text(document, limit)
+
+    def _of_text(self, document: str, limit: int | None) -> Iterator[Piece]:
+        # Only texts that are too long are cut, because a cut changes the tokens beside it.
+        step = max(len(document), 1) if limit is None else max(limit * MAX_CHARACTERS_PER_TOKEN, 1_000_000)
+        for start in range(0, len(document), step):
+            text = document[start : start + step]
+            ids = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            ids = (self.beginning if start == 0 else []) + ids["input_ids"]
+            yield ids, [True] * len(ids), start == 0
+
+
+def beginning_tokens(tokenizer) -> list[int]:
+    """The special tokens that a tokenizer puts before every text: BOS, several, or none."""
+    if not getattr(tokenizer, "num_special_tokens_to_add", int)():
+        return []
+    options = {"return_attention_mask": False, "verbose": False}
+    whole = tokenizer("a", **options)["input_ids"]
+    alone = tokenizer("a", add_special_tokens=False, **options)["input_ids"]
+    for start in range(len(whole) - len(alone) + 1):
+        if whole[start : start + len(alone)] == alone:
+            return list(whole[:start])
+    return []
+
+
+def check_tokens(windows: Tensor, num_rows: int, tokenizer, source: str, remedy: str = "") -> None:
+    """Checks that the model's embedding has a row for every token.
+
+    Args:
+        windows: token ids [S, T].
+        num_rows: rows of the embedding.
+        tokenizer: names the token in the message.
+        source: the text.
+        remedy: begins what the message tells to do.
+
+    Raises:
+        ValueError: there is a token without a row.
+    """
+    if (token := int(windows.max())) >= num_rows:
+        name = tokenizer.convert_ids_to_tokens(token)
+        raise ValueError(
+            f"{source} holds the token {name!r} with id {token}, but the model's embedding has only {num_rows} rows "
+            f"(ids 0 to {num_rows - 1}): pass {remedy}a text without this token, or a model with resized embeddings"
+        )
+
+
+def check_length(window_length: int, positions: int | None, option: str) -> None:
+    """Warns of windows of more tokens than the positions that the model was made for, if its config names them."""
+    if positions and window_length > positions:
+        log.warning(
+            "windows of %d tokens (%s) are longer than the %d positions that the model was made for "
+            "(max_position_embeddings in its config.json); pass %s %d or less",
+            *(window_length, option, positions, option, positions),
+        )
+
+
+def read_sizes(model: Path) -> tuple[int | None, int | None]:
+    """Rows of the embedding and `max_position_embeddings` of a model directory, where its config.json has them."""
+    path = model / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    config |= config.get("text_config") or {}
+    return config.get("vocab_size"), config.get("max_position_embeddings")
 
 
 def digest(*tensors: Tensor) -> str:
@@ -107,18 +312,19 @@ def read_windows(
 ) -> Tensor:
     """Token ids [S, T] of a source's first windows or, with a seed, of random ones (see `token_windows`).
 
+    Args:
+        tokenizer: a model directory, with its tokenizer and its config.json.
+
     Raises:
         FileNotFoundError: there is no such text, or no tokenizer.
-        ValueError: the text is too short.
+        ValueError: the text is too short, or holds a token that the model has no embedding for.
     """
     if not any(tokenizer.glob("tokenizer*")):  # transformers would make an empty one
         raise FileNotFoundError(f"{tokenizer} (--model) has no tokenizer: save the original's tokenizer there")
-    return token_windows(
-        read_documents(source),
-        AutoTokenizer.from_pretrained(tokenizer),
-        num_windows,
-        window_length,
-        seed,
-        source=source,
-        option=option,
-    )
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    windows = token_windows(documents(source), loaded, num_windows, window_length, seed, source=source, option=option)
+    num_rows, positions = read_sizes(tokenizer)
+    if num_rows is not None:
+        check_tokens(windows, num_rows, loaded, source)
+    check_length(window_length, positions, "--window_length")
+    return windows

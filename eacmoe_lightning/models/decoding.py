@@ -1,0 +1,383 @@
+"""Decodes quantized originals: each scheme's tensors on disk become ordinary weights under their ordinary keys.
+
+What is stored for a weight `X.weight` [O, I], by `quant_method`:
+
+    fp8, fbgemm_fp8     X.weight in float8 (or two FP4 values a byte); X.weight_scale_inv or X.weight_scale for each
+                        block, each row or the whole weight
+    mxfp4               X_blocks [E, O, G, 16], two FP4 values a byte; X_scales [E, O, G]; X is [E, G * 32, O]
+    compressed-tensors  X.weight_packed (int32) or X.weight (int8, float8); X.weight_scale, _zero_point, _shape, _g_idx
+    gptq                X.qweight [I * b / 32, O]; X.qzeros and X.scales [G, O]; X.g_idx [I]
+    awq                 X.qweight [I, O * b / 32]; X.qzeros and X.scales [G, O]
+
+Where transformers decodes a scheme itself, the values are those that it gives. Tensors say what is quantized: a weight
+that is stored alone is an ordinary one, whatever the config lists as left out.
+
+Letters: O/I out/in features, G groups of inputs, b bits, E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.models.weight_files import Stored
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # e2m1
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# what engines store for activations and the cache of keys and values: no weight depends on it
+ACTIVATIONS = re.compile(
+    r"(^|[._])(activation_scale|input_scale|input_scale_inv|input_zero_point|input_global_scale|output_scale"
+    r"|qscale_act|[qkv]_scale|kv_scale|prob_scale)$"
+)
+# what is left of a quantized checkpoint whose config is lost
+QUANTIZED = re.compile(
+    r"(_scale_inv|weight_scale|_scales|\.scales|qscale_weight|_blocks|\.qweight|\.qzeros|\.g_idx|weight_packed"
+    r"|weight_zero_point|weight_g_idx|weight_global_scale|weight_scale_2|\.absmax|\.quant_map|\.nested_absmax"
+    r"|\.nested_quant_map|quant_state\.\w+|\.SCB|\.weight_format)$"
+)
+
+
+class Scheme(ABC):
+    """How one quantization method stores weights.
+
+    Args:
+        config: the `quantization_config` of the original's config.json.
+        stored: every tensor on disk.
+
+    Attributes:
+        parts: by ordinary key of each quantized weight, the keys on disk that it is made of, by what they are.
+        description: what the report says about the original.
+
+    Raises:
+        ValueError: the original uses a variant that cannot be decoded.
+    """
+
+    def __init__(self, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
+        self.config = config
+        self.parts: dict[str, dict[str, str]] = self.find(stored)
+        self.description: str = self.describe()
+
+    @abstractmethod
+    def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
+        """The value of `parts`."""
+
+    @abstractmethod
+    def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """The weight with this ordinary key, from its tensors by what they are."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The value of `description`."""
+
+
+class Float8(Scheme):
+    """Scaled float8 and FP4: one scale for a block of the weight, a row or all of it."""
+
+    def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
+        parts = {}
+        for key in stored:
+            for weight in _scaled_by(key):
+                if weight in stored and weight != key and stored[weight].dtype in (*FLOAT8, torch.int8):
+                    parts[weight] = {"weight": weight, "scale": key}
+        return parts
+
+    def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
+        return scaled(key, parts["weight"], parts["scale"], self.block)
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale, if the config says so."""
+        size = self.config.get("weight_block_size")
+        return tuple(size) if size else None
+
+    def describe(self) -> str:
+        return "float8" + (" in blocks of {} x {}".format(*self.block) if self.block else "")
+
+
+class MXFP4(Scheme):
+    """gpt-oss: FP4 in groups of 32 inputs that share an exponent, experts stacked and transposed."""
+
+    def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
+        names = [key.removesuffix("_blocks") for key in stored if key.endswith("_blocks")]
+        return {n: {"blocks": f"{n}_blocks", "scales": f"{n}_scales"} for n in names if f"{n}_scales" in stored}
+
+    def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
+        blocks, scales = parts["blocks"], parts["scales"]
+        if blocks.shape[:-1] != scales.shape:
+            raise ValueError(f"{key}: blocks {tuple(blocks.shape)} do not fit scales {tuple(scales.shape)}")
+        *stack, rows, groups, width = blocks.shape
+        weight = torch.empty(*stack, groups * width * 2, rows, dtype=torch.bfloat16)  # which holds every such value
+        for expert in range(len(blocks)):
+            values = torch.ldexp(unpack_fp4(blocks[expert]), scales[expert].int()[..., None] - 127)
+            weight[expert] = values.flatten(-2).T
+        return weight
+
+    def describe(self) -> str:
+        return "MXFP4"
+
+
+class CompressedTensors(Scheme):
+    """Integers packed in words, int8 and float8, as the library compressed-tensors stores them."""
+
+    def __init__(self, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
+        if config.get("transform_config"):
+            raise ValueError(
+                "its weights are rotated (`transform_config` of compressed-tensors), and only engines that rotate the "
+                "activations too can run them"
+            )
+        groups = (config.get("config_groups") or {}).values()
+        self._weights = [group["weights"] for group in groups if group.get("weights")]
+        super().__init__(config, stored)
+
+    def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
+        parts = {}
+        for key in stored:
+            if not key.endswith("weight_scale"):
+                continue
+            name = key.removesuffix("_scale")
+            kinds = ("packed", "zero_point", "shape", "g_idx", "global_scale")
+            found = {kind: f"{name}_{kind}" for kind in kinds if f"{name}_{kind}" in stored} | {"scale": key}
+            if name in stored:
+                found["weight"] = name
+            if "packed" in found and stored[found["packed"]].dtype != torch.int32:
+                raise ValueError(f"{found['packed']} is neither int4 nor int8 in 32-bit words (format pack-quantized)")
+            if "packed" in found or "weight" in found:
+                parts[name] = found
+        return parts
+
+    def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
+        scale = parts["scale"]
+        if "packed" in parts:
+            shape = parts["shape"].tolist()
+            bits = self._bits(key, parts["packed"].shape[-1], shape[-1])
+            codes = unpack_words(parts["packed"], bits)[..., : shape[-1]] - 2 ** (bits - 1)
+            zero_point = parts.get("zero_point")
+            if zero_point is not None:  # packed along the rows
+                zero_point = unpack_words(zero_point.mT, bits)[..., : shape[-2]].mT - 2 ** (bits - 1)
+        elif (weight := parts["weight"]).dtype in FLOAT8:
+            decoded = scaled(key, weight, scale, self._block)
+            return decoded if ".experts." in key else decoded.to(scale.dtype)  # as transformers decodes the two
+        else:
+            codes, zero_point = weight.int(), parts.get("zero_point")
+        if zero_point is not None:
+            zero_point = zero_point.int()
+        group = parts.get("g_idx")
+        scale, zero_point = (
+            None if grid is None else spread(key, grid, codes.shape, self._block, group) for grid in (scale, zero_point)
+        )
+        steps = codes if zero_point is None else codes - zero_point
+        return (steps.float() * scale.float()).to(scale.dtype)  # the scale's dtype is that of the library's product
+
+    @property
+    def _block(self) -> tuple[int, int] | None:
+        blocks = [weights["block_structure"] for weights in self._weights if weights.get("block_structure")]
+        return tuple(blocks[0]) if blocks else None
+
+    def _bits(self, key: str, words: int, in_features: int) -> int:
+        """The width of codes of which `in_features` take this number of words."""
+        widths = {weights["num_bits"] for weights in self._weights}
+        fitting = [bits for bits in sorted(widths) if -(-in_features * bits // 32) == words]
+        if len(fitting) != 1 or 32 % fitting[0]:
+            raise ValueError(
+                f"{key}: {words} words for {in_features} inputs are not codes of {sorted(widths)} bits "
+                "(config_groups); 2, 4 and 8 bits are known"
+            )
+        return fitting[0]
+
+    def describe(self) -> str:
+        kinds = sorted({f"{weights['num_bits']}-bit {weights['type']}" for weights in self._weights})
+        return f"compressed-tensors, {' and '.join(kinds)}"
+
+
+class GPTQ(Scheme):
+    """Codes packed along the inputs; the inputs of a group are listed in `g_idx` (activation order)."""
+
+    def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
+        parts = {}
+        for key in stored:
+            if key.endswith(".qweight"):
+                name = key.removesuffix(".qweight")
+                kinds = ("qweight", "qzeros", "scales", "g_idx")
+                parts[f"{name}.weight"] = {kind: f"{name}.{kind}" for kind in kinds if f"{name}.{kind}" in stored}
+                _require(key, parts[f"{name}.weight"], ("qzeros", "scales"))
+        return parts
+
+    def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
+        qweight, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
+        groups, out_features = scales.shape
+        bits = qzeros.shape[1] * 32 // out_features
+        codes = unpack_words(qweight.T, bits)  # [O, I]
+        in_features = codes.shape[-1]
+        zero_point = unpack_words(qzeros, bits) + (not self._is_v2)  # [G, O]
+        group = parts.get("g_idx")
+        if group is None or not group.numel():
+            group = torch.arange(in_features) // -(-in_features // groups)
+        group = group.long()
+        return (codes - zero_point.T[:, group]).float() * scales.float().T[:, group]
+
+    @property
+    def _is_v2(self) -> bool:
+        """Whether zero points are stored as they are; version 1 stores them less 1."""
+        return (self.config.get("checkpoint_format") or self.config.get("format")) == "gptq_v2"
+
+    def describe(self) -> str:
+        return f"GPTQ, {self.config.get('bits')} bits in groups of {self.config.get('group_size')}"
+
+
+class AWQ(Scheme):
+    """Codes packed along the outputs, in the order of the GEMM kernel."""
+
+    ORDER = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}  # outputs of a word, from its lowest bits
+
+    def __init__(self, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
+        version = str(config.get("version") or "gemm").lower()
+        self._num_bits = config.get("bits", config.get("w_bit", 4))
+        if version != "gemm" or self._num_bits not in self.ORDER:
+            raise ValueError(
+                f"it is AWQ of version {version!r} with {self._num_bits} bits; version 'gemm' with 4 or 8 is known"
+            )
+        super().__init__(config, stored)
+
+    def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
+        parts = {}
+        for key in stored:
+            if key.endswith(".qweight"):
+                name = key.removesuffix(".qweight")
+                kinds = ("qweight", "qzeros", "scales")
+                parts[f"{name}.weight"] = {kind: f"{name}.{kind}" for kind in kinds if f"{name}.{kind}" in stored}
+                _require(key, parts[f"{name}.weight"], ("qzeros", "scales"))
+        return parts
+
+    def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
+        codes, zero_point = self._unpack(parts["qweight"]), self._unpack(parts["qzeros"])  # [I, O], [G, O]
+        scales = parts["scales"].float()
+        group_size = len(codes) // len(scales)
+        steps = codes - zero_point.repeat_interleave(group_size, 0)
+        return (steps.float() * scales.repeat_interleave(group_size, 0)).T.contiguous()
+
+    def _unpack(self, words: Tensor) -> Tensor:
+        order = torch.tensor(self.ORDER[self._num_bits])
+        return unpack_words(words, self._num_bits).unflatten(-1, (-1, len(order)))[..., order.argsort()].flatten(-2)
+
+    def describe(self) -> str:
+        group_size = self.config.get("group_size", self.config.get("q_group_size"))
+        return f"AWQ, {self._num_bits} bits in groups of {group_size}"
+
+
+SCHEMES: dict[str, type[Scheme]] = {
+    "fp8": Float8,
+    "fbgemm_fp8": Float8,
+    "mxfp4": MXFP4,
+    "compressed-tensors": CompressedTensors,
+    "gptq": GPTQ,
+    "awq": AWQ,
+}
+
+
+def scheme_of(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> Scheme:
+    """The scheme of a `quantization_config`.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    method = str(config.get("quant_method", "")).lower()
+    if method not in SCHEMES:
+        raise ValueError(
+            f"it is quantized by {method or 'an unnamed method'} (`quantization_config` in its config.json), and only "
+            f"{', '.join(SCHEMES)} can be decoded: pass the full-precision model that it was made of"
+        )
+    return SCHEMES[method](config, stored)
+
+
+def stored_bits(config: Mapping[str, Any]) -> float:
+    """Bits on disk per quantized weight, with scales and zero points, by its `quantization_config`."""
+    method = config.get("quant_method")
+    if method == "compressed-tensors":
+        groups = [group["weights"] for group in config["config_groups"].values() if group.get("weights")]
+        return max(weights["num_bits"] + 16 / (weights.get("group_size") or torch.inf) for weights in groups)
+    if method in ("gptq", "awq"):
+        bits, group_size = config.get("bits", 4), config.get("group_size", 128)
+        return bits + ((16 + bits) / group_size if group_size > 0 else 0)
+    return 4.25 if method == "mxfp4" else 8.0
+
+
+# --- the arithmetic of the formats -----------------------------------------------------------------------------
+
+
+def scaled(key: str, weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """A weight [..., O, I] in float8 (or int8: two FP4 values a byte) times its scales -> float32."""
+    values = unpack_fp4(weight) if weight.dtype == torch.int8 else weight.float()
+    scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()  # uint8: exponents
+    return values * spread(key, scale, values.shape, block)
+
+
+def spread(
+    key: str, grid: Tensor, shape: torch.Size, block: tuple[int, int] | None, group: Tensor | None = None
+) -> Tensor:
+    """Scales or zero points as a tensor that broadcasts over a weight.
+
+    Args:
+        key: of the weight, for the error.
+        grid: one value, one a row [O], one for each weight of a stack [E], or [..., rows of blocks, columns of blocks].
+        shape: [..., O, I], of the weight.
+        block: rows and columns of a block, the last ones of which may be cut off; None: the grid divides the weight.
+        group: [I] the column of the grid of each input; None: neighbours.
+
+    Raises:
+        ValueError: the grid does not fit the weight.
+    """
+    if grid.numel() == 1:
+        return grid.reshape(())
+    if grid.ndim == 1:  # a value a row, or one for each weight of a stack
+        grid = grid[:, None] if len(shape) == 2 else grid[:, None, None]
+    if group is not None:
+        return grid[..., group.long()]
+    for dim in (-2, -1):
+        parts, size = grid.shape[dim] if grid.ndim >= -dim else 1, shape[dim]
+        if parts == 1:
+            continue
+        width = block[dim] if block and -(-size // block[dim]) == parts else size // parts
+        if -(-size // width) != parts:
+            raise ValueError(f"{key}: scales {tuple(grid.shape)} do not fit a weight {tuple(shape)}")
+        grid = grid.repeat_interleave(width, dim).narrow(dim, 0, size)
+    return grid
+
+
+def unpack_fp4(packed: Tensor) -> Tensor:
+    """Two FP4 values a byte, the first in the low bits: [..., n] -> float32 [..., 2 n]."""
+    table = torch.tensor(FP4, dtype=torch.float32)
+    nibbles = packed.contiguous().view(torch.uint8).int()
+    return torch.stack([table[nibbles & 15], table[nibbles >> 4]], -1).flatten(-2)
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """int32 [..., n] -> codes [..., n * 32 / bits], int32, a little-endian stream of bits."""
+    if 32 % bits == 0:
+        shift = torch.arange(0, 32, bits, dtype=torch.int32)
+        return ((words[..., None] >> shift) & (2**bits - 1)).flatten(-2)
+    stream = (words[..., None] >> torch.arange(32, dtype=torch.int32)) & 1
+    codes = stream.flatten(-2).unflatten(-1, (-1, bits))
+    return (codes << torch.arange(bits, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+
+
+def _scaled_by(key: str) -> Iterable[str]:
+    """The keys of the weights that a tensor of this name may be the scale of."""
+    for suffix, replacement in (
+        ("_scale_inv", ""),
+        ("weight_scale", "weight"),
+        ("_scale", ""),
+        (".scale", ".weight"),
+        (".qscale_weight", ".weight"),
+    ):
+        if key.endswith(suffix):
+            yield key.removesuffix(suffix) + replacement
+
+
+def _require(key: str, parts: Mapping[str, str], kinds: Iterable[str]) -> None:
+    if missing := [kind for kind in kinds if kind not in parts]:
+        raise ValueError(f"{key} has no {missing[0]} beside it: a file is missing, or it is of an unknown variant")

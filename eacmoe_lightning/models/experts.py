@@ -1,0 +1,85 @@
+"""The routed experts of a block: their weights one by one, and the groups that they may be in.
+
+Letters: N tokens, D hidden, F expert width, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from eacmoe_lightning.models.block import Block
+
+
+@dataclass
+class Experts:
+    """The routed experts of one block as 2-D problems: views that write through to the model."""
+
+    module: nn.Module
+
+    @property
+    def num_experts(self) -> int:
+        return self.module.down_proj.shape[0]
+
+    @property
+    def up_name(self) -> str:
+        return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    @property
+    def projections(self) -> tuple[str, str]:
+        """The two weights in the order in which they are applied."""
+        return self.up_name, "down_proj"
+
+    def weight(self, projection: str) -> Tensor:
+        """[E, O, I] view of `gate_up_proj`, `up_proj` or `down_proj`."""
+        weight = getattr(self.module, projection)
+        return weight.transpose(1, 2) if self.module.is_transposed else weight
+
+    def bias(self, projection: str, expert: int) -> Tensor | None:
+        return getattr(self.module, f"{projection}_bias")[expert] if self.module.has_bias else None
+
+    def intermediate(self, x: Tensor, expert: int) -> Tensor:
+        """The input of `down_proj`: [n, D] -> [n, F] (gate, up and activation of one expert)."""
+        h = nn.functional.linear(x, self.weight(self.up_name)[expert], self.bias(self.up_name, expert))
+        return self.module._apply_gate(h) if self.module.has_gate else self.module.act_fn(h)
+
+    def output(self, x: Tensor, expert: int) -> Tensor:
+        """One expert: [n, D] -> [n, D]."""
+        h = self.intermediate(x, expert)
+        return nn.functional.linear(h, self.weight("down_proj")[expert], self.bias("down_proj", expert))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of experts; a token may use only some of them (DeepSeek-V2 and V3).
+
+    Attributes:
+        number: number of groups; 1 if the router has no groups.
+        chosen: number of groups that a token may use.
+    """
+
+    number: int = 1
+    chosen: int = 1
+
+    @classmethod
+    def of(cls, block: Block) -> Groups:
+        options = [
+            (name, value)
+            for module in block.counting_modules()
+            for name, value in vars(module).items()
+            if "group" in name and type(value) is int
+        ]
+        number = max((value for name, value in options if "top" not in name), default=1)
+        return cls(number, max((value for name, value in options if "top" in name), default=1))
+
+    def least(self, top_k: int) -> int:
+        """Experts that each group needs: together, the chosen groups need top_k; each needs 2, which rank the group."""
+        return 1 if self.number == 1 else max(2, -(-top_k // self.chosen))
+
+
+def counts_experts(name: str) -> bool:
+    """Whether an attribute or option with this name is a number of routed experts."""
+    return "experts" in name and not any(word in name for word in ("shared", "per_tok", "top", "_k"))

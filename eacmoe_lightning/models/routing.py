@@ -1,0 +1,59 @@
+"""What a router decides, and the hooks that show it to others and let them change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Routing:
+    """One router's output for N tokens."""
+
+    logits: Tensor  # [N, E] float32, before any softmax
+    ids: Tensor  # [N, K] int64, the experts that ran
+    weights: Tensor  # [N, K], their weights
+
+    def by_pair(self) -> Routing:
+        """The same with a row for each pair of a token and one of its experts, [N * K, ...]."""
+        logits = self.logits.repeat_interleave(self.ids.shape[1], 0)
+        return Routing(logits, self.ids.reshape(-1, 1), self.weights.reshape(-1, 1))
+
+
+# Gets a routing and, if it is known, the router's input. A routing that it returns runs instead.
+Watcher = Callable[[Routing, Tensor | None], Routing | None]
+
+
+def keep_logits(logits: list[Tensor], linear: nn.Module, args: tuple, output: Tensor) -> None:
+    """The forward hook of a router's matrix that is a layer of its own."""
+    logits[:] = [output]
+
+
+def show_routing(
+    watcher: Watcher, logits: list[Tensor], router: nn.Module, args: tuple, kwargs: dict, output: tuple
+) -> tuple | None:
+    """A router's forward hook, bound to a watcher by `partial` so that a model with it can be copied and pickled."""
+    routing = _routing_of(output, logits.pop() if logits else None)
+    changed = watcher(routing, args[0] if args else kwargs.get("hidden_states"))
+    return None if changed is None else (output[0], changed.weights, changed.ids, *output[3:])
+
+
+def _routing_of(output: tuple[Tensor, ...], logits: Tensor | None = None) -> Routing:
+    """A router's output as a `Routing`; `logits` take the place of the first item, which may be probabilities."""
+    first, weights, ids, *_ = output
+    logits = first if logits is None else logits
+    return Routing(logits.reshape(-1, logits.shape[-1]).float(), ids, weights)
+
+
+class Handles(list):
+    """The handles of several hooks, removed together."""
+
+    def remove(self) -> None:
+        for handle in self:
+            handle.remove()
+
+
+class Reached(BaseException):
+    """Ends a forward pass at the module whose input is recorded."""

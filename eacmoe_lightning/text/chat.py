@@ -1,0 +1,115 @@
+"""A conversation becomes tokens: rendered by the tokenizer's chat template, with the tokens of the answers marked."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+
+from eacmoe_lightning.text.rows import Conversation
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # encloses the answers in templates that mark them
+NO_TEMPLATE = (
+    "{}: the tokenizer has no chat template to render conversations with: pass one with --data.chat_template FILE "
+    "(the chat_template.jinja of a chat model of this family), or name a column of plain text with --data.column"
+)
+
+
+def conversation_tokens(conversation: Conversation, tokenizer: Any, answers: bool) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation and, for each, whether it counts. The template alone adds special tokens.
+
+    Args:
+        conversation: the turns.
+        tokenizer: a transformers tokenizer with a chat template.
+        answers: only the assistant's turns count; else every token.
+
+    Raises:
+        ValueError: there is no template, it refuses these turns, or it does not show where the answers are.
+    """
+    template = tokenizer.chat_template
+    if template is None:
+        raise ValueError(NO_TEMPLATE.format(conversation.where))
+    messages, tools = conversation.messages, conversation.tools
+    if answers and isinstance(template, str) and GENERATION.search(template):
+        encoded = _apply(
+            conversation, tokenizer, messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
+    text = _apply(conversation, tokenizer, messages, tools=tools, tokenize=False)
+    spans = _answer_spans(conversation, tokenizer, text) if answers else [(0, len(text))]
+    return _tokens_in_spans(text, spans, tokenizer)
+
+
+def _apply(conversation: Conversation, tokenizer: Any, messages: list[dict], **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (TemplateError, TypeError, KeyError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"{conversation.where}: the chat template does not render turns of {roles}: {error}. Mend or remove the "
+            "row, or pass another template with --data.chat_template FILE"
+        ) from error
+
+
+def _answer_spans(conversation: Conversation, tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """The parts of the rendered text that the assistant wrote, from the first character to the end of its turn.
+
+    An answer is what a longer conversation adds to the prompt for it. Where a template renders the longer conversation
+    in another way (without earlier thoughts, say), the answer is its content wherever that follows the turns before.
+    """
+    messages, spans, end = conversation.messages, [], 0
+    for index, message in enumerate(messages):
+        content = message["content"].strip()
+        if message["role"] != "assistant":
+            found = text.find(content, end)
+            end = end if found < 0 else found + len(content)
+            continue
+        before, after = _around(conversation, tokenizer, index)
+        if before is not None and text.startswith(after) and after.startswith(before):
+            span = len(before), len(after)
+        else:
+            content = content.rpartition("</think>")[2].strip()
+            start = text.find(content, end)
+            if start < 0:
+                raise ValueError(
+                    f"{conversation.where}, turn {index + 1}: the chat template does not show where the answer is "
+                    "(--data.answers_only): pass a template that marks answers by {% generation %}, with "
+                    "--data.chat_template FILE"
+                )
+            span = start, start + len(content)
+        spans.append(span)
+        end = span[1]
+    return spans
+
+
+def _around(conversation: Conversation, tokenizer: Any, index: int) -> tuple[str | None, str]:
+    """The rendered turns before an answer, with the prompt for it, and those up to and with the answer."""
+    messages, options = conversation.messages, {"tools": conversation.tools, "tokenize": False}
+    try:
+        before = _apply(conversation, tokenizer, messages[:index], add_generation_prompt=True, **options)
+        return before, _apply(conversation, tokenizer, messages[: index + 1], **options)
+    except (ValueError, IndexError):  # a template may refuse a conversation that ends here, or an empty one
+        return None, ""
+
+
+def _tokens_in_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The tokens of a text, and which of them have a character in one of the spans."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    if spans == [(0, len(text))]:
+        ids = tokenizer(text, **options)["input_ids"]
+        return ids, [True] * len(ids)
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, return_offsets_mapping=True, **options)
+        inside = [False] * len(text)
+        for start, end in spans:
+            inside[start:end] = [True] * (end - start)
+        return encoded["input_ids"], [any(inside[start:end]) for start, end in encoded["offset_mapping"]]
+    ids, counts, done = [], [], 0  # a tokenizer without offsets gets each part by itself
+    for start, end in [*spans, (len(text), len(text))]:
+        for piece, counted in ((text[done:start], False), (text[start:end], True)):
+            tokens = tokenizer(piece, **options)["input_ids"] if piece else []
+            ids += tokens
+            counts += [counted] * len(tokens)
+        done = end
+    return ids, counts

@@ -1,0 +1,237 @@
+"""Every causal MoE type of transformers, tiny: fitted, loaded, run, skipped, exported and resumed.
+
+`docs/models.py` makes the table in `docs/models.md` of the same steps.
+"""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+
+import architectures
+import jobs
+import pytest
+import tiny_models
+import torch
+import transformers
+from architecture_trial import STEPS, Trial, assert_perplexity, fit
+from test_resume import attempts
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from eacmoe_lightning import load
+from eacmoe_lightning.models.moe import MoEModel
+
+QUICK = (
+    "deepseek_v3", "gemma4_text", "glm_moe_dsa", "gpt_oss", "granitemoehybrid", "jamba", "lfm2_moe", "llama4_text",
+    "minimax_m2", "qwen3_5_moe_text",
+)  # fmt: skip
+
+# What transformers itself does not do: a model that is generated from without a cache gives other tokens.
+UNEQUAL_WITHOUT_CACHE = {
+    "deepseek_v32": "scores of its indexer tie",
+    "doge": "its routing mixes the tokens of a sequence",
+}
+
+# What fails for now, by step.
+ONE_TENSOR = {"gptq_v2": "the original keeps the experts of a block in one tensor"}
+EXPECTED: dict[str, dict[str, str]] = {
+    "aria_text": ONE_TENSOR,
+    "gemma4_text": ONE_TENSOR,
+    "gpt_oss": ONE_TENSOR,
+    "granitemoe": ONE_TENSOR,
+    "granitemoe_swa": ONE_TENSOR,
+    "granitemoehybrid": ONE_TENSOR,
+    "granitemoeshared": ONE_TENSOR,
+    "hy_v4": ONE_TENSOR,
+    "inkling2_text": ONE_TENSOR,
+    "inkling_text": ONE_TENSOR,
+    "llama4_text": ONE_TENSOR,
+    "minimax_m3_vl_text": ONE_TENSOR,
+    "zaya": ONE_TENSOR | {"pesf": "PESF counts the skip expert as an expert, and its report counts nothing"},
+}
+
+# Architectures that are refused before anything is computed, and a part of the message.
+REFUSED = {
+    "dbrx": "its config has experts (moe_num_experts=8)",
+    "doge": "its config has experts (num_experts=64)",
+    "jetmoe": "its config has experts (num_local_experts=8)",
+    "longcat_flash": "the model has no list of 4 decoder layers",
+}
+
+SUPPORTED = [name for name in architectures.ARCHITECTURES if name not in REFUSED]
+
+
+def each(*steps: str, quick: bool = True) -> pytest.MarkDecorator:
+    """Parametrises by supported architecture and step; all but the quick ones are slow."""
+    rows = []
+    for name in SUPPORTED:
+        for step in steps:
+            marks = [] if quick and name in QUICK else [pytest.mark.slow]
+            if reason := EXPECTED.get(name, {}).get(step):
+                marks.append(pytest.mark.xfail(strict=True, reason=reason))
+            rows.append(pytest.param(name, step, marks=marks, id=f"{name}-{step}"))
+    return pytest.mark.parametrize("name, step", rows)
+
+
+def slow_unless_quick(names) -> pytest.MarkDecorator:
+    rows = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", rows)
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory, tokenizer) -> Callable[[str], Trial]:
+    trials: dict[str, Trial] = {}
+
+    def of(name: str) -> Trial:
+        if name not in trials:
+            trials[name] = Trial(name, tmp_path_factory.mktemp(name), tokenizer)
+        return trials[name]
+
+    return of
+
+
+# --- the models themselves, in plain transformers
+
+
+@slow_unless_quick(architectures.ARCHITECTURES)
+@torch.no_grad()
+def test_transformers_saves_loads_and_runs_it(name, tmp_path):
+    model = architectures.build(name)
+    ids = torch.randint(1, tiny_models.VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
+    logits = model(ids, use_cache=False).logits
+    assert logits.isfinite().all()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(loaded(ids, use_cache=False).logits, logits)
+    options = {"attention_mask": torch.ones(2, 24, dtype=torch.long), "max_new_tokens": 8, "do_sample": False}
+    words, same = (model.generate(ids[:, :24], use_cache=c, pad_token_id=0, **options) for c in (True, False))
+    assert words.shape == (2, 32)
+    assert torch.equal(words, same) == (name not in UNEQUAL_WITHOUT_CACHE)
+
+
+@slow_unless_quick(SUPPORTED)
+@torch.no_grad()
+def test_tokens_differ_in_their_experts(name):
+    """In every block at least four experts are selected, and none has three quarters of the selections."""
+    model, loads = architectures.build(name), []
+    ids = torch.randint(1, tiny_models.VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
+    moe = MoEModel(model)
+    for block in moe.moe_blocks:
+        block.watch_router(lambda routing, _: loads.append(torch.bincount(routing.ids.flatten(), minlength=8)))
+    model(ids)
+    assert len(loads) == len(moe.moe_blocks)
+    assert all((load > 0).sum() >= 4 and load.max() < 0.75 * load.sum() for load in loads), loads
+
+
+@slow_unless_quick(architectures.ARCHITECTURES)
+@torch.no_grad()
+def test_routing_is_neither_uniform_nor_that_of_the_scores_alone(name):
+    """Scaled router weights and correction biases both change what the model computes."""
+    ids = torch.randint(1, tiny_models.VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
+    model = architectures.build(name)
+    logits = model(ids, use_cache=False).logits
+    changed = [
+        (tiny_models.CORRECTION, architectures.build(name)),
+        (tiny_models.ROUTER, architectures.build(name)),
+    ]
+    for pattern, other in changed:
+        tensors = [t for key, t in other.state_dict().items() if pattern.search(key)]
+        for tensor in tensors:
+            tensor.zero_()
+        assert not tensors or not torch.allclose(other(ids, use_cache=False).logits, logits, atol=1e-3)
+
+
+# --- fit, load, use, export
+
+
+@each(*STEPS)
+def test_step(name, step, trial):
+    error = trial(name).passes(step)
+    if error is not None:
+        raise error
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name in architectures.ARCHITECTURES])
+def test_what_is_refused_is_refused_before_anything_is_computed(name, trial):
+    message = str(trial(name).passes("fit"))
+    assert trial(name).is_refused and name in message and REFUSED[name] in message
+
+
+@each("bfloat16", quick=False)
+def test_perplexity_in_bfloat16(name, step, trial, tmp_path):
+    """With the parts in float32 that transformers keeps so."""
+    if not trial(name).has_float32_parts:
+        pytest.skip("transformers keeps nothing of it in float32")
+    original = trial(name).stored_in(torch.bfloat16)
+    report = fit(original, tmp_path / "run", "bfloat16", bits=4)
+    assert_perplexity(report["perplexity"]["prose"]["original"], original, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "granitemoe", "jamba", "qwen3_next"])
+def test_the_joint_stage_does_not_worsen_what_the_model_itself_computes(name, trial, tmp_path):
+    original = AutoModelForCausalLM.from_pretrained(trial(name).original, dtype=torch.float32).eval()
+    runs = {epochs: tmp_path / str(epochs) for epochs in (0, 2)}
+    for epochs, run in runs.items():
+        fit(trial(name).original, run, bits=3, joint_epochs=epochs)
+    without, joint = (divergence(original, load(run, packed=False), trial(name).tokens) for run in runs.values())
+    assert joint < without
+
+
+@torch.no_grad()
+def divergence(original: PreTrainedModel, other: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Mean KL divergence of a model's predictions from the original's, in nats per token."""
+    expected, got = (model(ids, use_cache=False).logits.log_softmax(-1).flatten(0, 1) for model in (original, other))
+    return float(F.kl_div(got, expected, log_target=True, reduction="batchmean"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma4_text", "glm4_moe", "jamba", "minimax_m2"])
+def test_a_killed_job_ends_like_an_undisturbed_one(name, trial, tmp_path):
+    places = [["phase", "1 attention", 1], ["phase", "1 replay", 1], ["phase", "2 router", 1]]
+    options = {"model__router_method": "ridge", "model__joint_epochs": 1}
+    attempts(trial(name).original, tmp_path / "killed", places, options)
+    attempts(trial(name).original, tmp_path / "undisturbed", [], options)
+    for part in ("blocks", "compressed"):
+        assert jobs.contents(tmp_path / "killed" / part) == jobs.contents(tmp_path / "undisturbed" / part)
+
+
+# --- the page
+
+
+def models_page():
+    spec = importlib.util.spec_from_file_location("models_page", jobs.ROOT / "docs" / "models.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # for its dataclasses
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.slow
+def test_the_page_has_these_results(trial):
+    script, kept = models_page(), (jobs.ROOT / "docs" / "models.md").read_text()
+    version = re.search(r"transformers (5\.\d+\.\d+)", kept)[1]
+    if version != transformers.__version__:
+        pytest.skip(f"docs/models.md is of transformers {version}, this is {transformers.__version__}")
+    made = script.page([script.row(trial(name)) for name in architectures.ARCHITECTURES], version)
+    assert made == kept, "docs/models.md is older than the code: run `python docs/models.py`"
+
+
+def test_the_page_has_every_architecture():
+    rows = re.findall(
+        r"^\| (\w\S*) \| (?:yes|no|refused) ", (jobs.ROOT / "docs" / "models.md").read_text(), re.MULTILINE
+    )
+    assert rows == list(architectures.SETTINGS)
+
+
+def test_a_row_of_the_page():
+    script = models_page()
+    passed = script.Row("good", dict.fromkeys(script.COLUMNS, ""), False, True, {"conv.weight": "convolution"})
+    refused = script.Row("odd", {"fit": "ValueError: odd"}, True, False, {})
+    failed = script.Row("bad", {"fit": "TypeError: a|b in /some/where/file.py"}, False, False, {})
+    lines = script.page([passed, refused, failed], "5.0.0").splitlines()
+    assert "| good | yes | yes | yes | yes | yes | yes | yes | `conv` (convolution) |" in lines
+    assert "| odd | refused |  |  |  |  |  |  |  |" in lines
+    assert "| bad | no |  |  |  |  |  |  |  |" in lines
+    assert lines[-1] == r"- `bad`, fit: TypeError: a\|b in file.py"

@@ -1,0 +1,357 @@
+"""Quantized originals are decoded while they are streamed: equal to transformers and other readers of the formats."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jobs
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, Mxfp4Config
+from transformers.quantizers import quantizer_finegrained_fp8
+
+from eacmoe_lightning.calibration.recipe import num_quantized
+from eacmoe_lightning.models import decoding
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.planning.shapes import load_shapes, stored_share
+
+Change = Callable[[str, Tensor], dict[str, Tensor]]
+
+
+def quantized(folder: Path, out: Path, config: dict[str, Any], change: Change, **values: Any) -> Path:
+    """A copy of a model with other tensors for each weight of its linears, and a `quantization_config`."""
+    out.mkdir()
+    for file in folder.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            (out / file.name).write_bytes(file.read_bytes())
+    described = json.loads((folder / "config.json").read_text()) | {"quantization_config": config} | values
+    (out / "config.json").write_text(json.dumps(described))
+    tensors = {}
+    for key, weight in load_file(folder / "model.safetensors").items():
+        is_linear = weight.ndim == 2 and "layers" in key and not key.endswith("gate.weight")
+        tensors |= change(key, weight) if is_linear else {key: weight.to(getattr(torch, described["dtype"]))}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def assert_decoded(folder: Path, expected: dict[str, Tensor], dtype: str = "auto") -> None:
+    """The checkpoint gives exactly these parameters, and neither its config nor its model is quantized."""
+    checkpoint = Checkpoint(str(folder), dtype)
+    read = checkpoint.read(expected)
+    for name, tensor in expected.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
+    assert "quantization_config" not in checkpoint.skeleton().config.to_dict()
+
+
+# --- float8
+
+
+def float8(block: tuple[int, int]) -> Change:
+    """Weights in float8 with a scale for each block; the last blocks of a row or column may be cut off."""
+
+    def change(key: str, weight: Tensor) -> dict[str, Tensor]:
+        scale = torch.stack(
+            [
+                torch.stack([part.abs().max() / 448 for part in rows.split(block[1], 1)])
+                for rows in weight.split(block[0], 0)
+            ]
+        )
+        grid = scale.repeat_interleave(block[0], 0)[: len(weight)].repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+        return {key: (weight / grid).to(torch.float8_e4m3fn), f"{key}_scale_inv": scale}
+
+    return change
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("mixtral", "bfloat16"), ("deepseek", "float32")])
+def test_block_scaled_float8_is_decoded_as_by_transformers(family, dtype, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)  # only asked for, not used
+    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [32, 16]}
+    folder = quantized(tiny_model_dir(family), tmp_path / "fp8", config, float8((32, 16)), dtype=dtype)
+    whole = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=FineGrainedFP8Config(weight_block_size=(32, 16), dequantize=True)
+    )
+    assert_decoded(folder, whole.state_dict(), dtype)
+    assert Checkpoint(str(folder)).files.description == "float8 in blocks of 32 x 16"
+
+
+@pytest.mark.parametrize("block", [(48, 40), (128, 128)])
+def test_float8_blocks_may_be_cut_off(block, tiny_model_dir, tmp_path):
+    change, folder = float8(block), tiny_model_dir("mixtral")
+    config = {"quant_method": "fp8", "weight_block_size": list(block), "modules_to_not_convert": ["lm_head"]}
+    out = quantized(folder, tmp_path / "fp8", config, change)
+    key = "model.layers.1.self_attn.q_proj.weight"
+    weight, scale = change(key, load_file(folder / "model.safetensors")[key]).values()
+    expected = torch.empty(weight.shape)
+    for row in range(64):
+        for column in range(64):
+            expected[row, column] = weight[row, column].float() * scale[row // block[0], column // block[1]]
+    assert_decoded(out, {key: expected})
+
+
+@pytest.mark.parametrize("kind", ["tensor", "scalar", "row", "uint8", "renamed"])
+def test_other_scales_of_float8(kind, tiny_model_dir, tmp_path):
+    """One scale, one a row, exponents as bytes, and DeepSeek-V4's names."""
+
+    def change(key: str, weight: Tensor) -> dict[str, Tensor]:
+        codes = (weight * 64).to(torch.float8_e4m3fn)
+        scale = {
+            "tensor": torch.tensor([[1 / 64]]),
+            "scalar": torch.tensor(1 / 64),
+            "row": torch.full((len(weight), 1), 1 / 64),
+            "uint8": torch.full((2, 2), 127 - 6, dtype=torch.uint8),
+            "renamed": torch.tensor([[1 / 64]]),
+        }[kind]
+        name = key.replace(".weight", ".scale") if kind == "renamed" else f"{key}_scale_inv"
+        return {key: codes, name: scale, key.replace(".weight", ".activation_scale"): torch.tensor(1.0)}
+
+    folder = tiny_model_dir("mixtral")
+    out = quantized(folder, tmp_path / "fp8", {"quant_method": "fp8", "weight_block_size": None}, change)
+    key = "model.layers.0.self_attn.v_proj.weight"
+    weight = load_file(folder / "model.safetensors")[key]
+    assert_decoded(out, {key: (weight * 64).to(torch.float8_e4m3fn).float() / 64})
+
+
+# --- MXFP4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_mxfp4_is_decoded_as_by_transformers(dtype, tmp_path):
+    config = GptOssConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, tensor in AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict().items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = tensor.shape
+            shape = experts, outputs, inputs // 32
+            tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(110, 130, shape, generator=generator, dtype=torch.uint8)
+        else:
+            tensors[name] = torch.randn(tensor.shape, generator=generator).bfloat16()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    described = config.to_dict() | {"quantization_config": {"quant_method": "mxfp4"}, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    whole = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=dtype, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    assert_decoded(tmp_path, whole.state_dict(), dtype)
+
+
+# --- compressed-tensors
+
+
+SCHEMES = {  # name: format, weights
+    "int4 groups": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}),
+    "int4 asymmetric": (
+        "pack-quantized",
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False},
+    ),
+    "int8 channels": ("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    "int8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    "int8 asymmetric": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": False}),
+    "float8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "float8 blocks": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [32, 16]},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_compressed_tensors_is_decoded_as_by_its_library(kind, dtype, tiny_model_dir, tmp_path):
+    library = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    form, described = SCHEMES[kind]
+    arguments = quantization.QuantizationArgs(**described)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
+    compressor = library.BaseCompressor.get_value_from_registry(form)
+    expected: dict[str, Tensor] = {}
+
+    def change(key: str, weight: Tensor) -> dict[str, Tensor]:
+        rows, columns = weight.shape
+        groups = {
+            "group": (rows, columns // 32),
+            "channel": (rows, 1),
+            "tensor": (1,),
+            "block": (rows // 32, columns // 16),
+        }
+        shape = groups[described["strategy"]]
+        generator = torch.Generator().manual_seed(rows + len(key))
+        scale = (0.01 + 0.02 * torch.rand(shape, generator=generator)).to(dtype)
+        state = {"weight": weight.to(dtype), "weight_scale": scale}
+        if described.get("symmetric") is False:
+            state["weight_zero_point"] = torch.randint(-7, 7, shape, generator=generator, dtype=torch.int8)
+        stored = compressor.compress(state, scheme)
+        expected[key] = compressor.decompress(dict(stored), scheme)["weight"].to(dtype)
+        name = key.removesuffix("weight")
+        return {f"{name}{kind}": tensor.contiguous() for kind, tensor in stored.items()}
+
+    config = {
+        "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": described}},
+    }  # fmt: skip
+    name = str(dtype).rpartition(".")[2]
+    folder = quantized(tiny_model_dir("qwen2_moe"), tmp_path / "out", config, change, dtype=name)
+    attention = {key: weight for key, weight in expected.items() if "self_attn" in key or "shared_expert" in key}
+    stack = [expected[f"model.layers.1.mlp.experts.{e}.down_proj.weight"] for e in range(8)]
+    assert len(attention) == 21
+    assert_decoded(folder, attention | {"model.layers.1.mlp.experts.down_proj": torch.stack(stack)})
+
+
+# --- GPTQ and AWQ: references from the formats' definitions, word by word
+
+
+def grids(key: str, weight: Tensor, bits: int, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+    """Random codes [O, I], zero points [G, O], scales [G, O], and the weight that they are."""
+    generator = np.random.default_rng(len(key))
+    (rows, columns), groups = weight.shape, int(group.max()) + 1
+    codes = generator.integers(0, 2**bits, (rows, columns))
+    zeros = generator.integers(1, 2**bits, (groups, rows))
+    scales = generator.uniform(0.01, 0.03, (groups, rows)).astype(np.float16)
+    decoded = np.empty((rows, columns), np.float32)
+    for row in range(rows):
+        for column in range(columns):
+            g = group[column]
+            decoded[row, column] = np.float32(scales[g, row]) * (int(codes[row, column]) - int(zeros[g, row]))
+    return codes, zeros, scales, torch.from_numpy(decoded)
+
+
+def words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """[R, n] -> int32 [R, n * bits / 32]; each row is written as one long integer."""
+    rows = [sum(int(code) << (bits * i) for i, code in enumerate(row)) for row in codes]
+    size = codes.shape[1] * bits // 8
+    return np.stack([np.frombuffer(row.to_bytes(size, "little"), "<i4") for row in rows]).astype(np.int32)
+
+
+@pytest.mark.parametrize(("bits", "form"), [(4, "gptq"), (8, "gptq"), (4, "gptq_v2"), (3, "gptq_v2"), (2, "gptq")])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_gptq_is_decoded_by_the_formats_definition(bits, form, in_order, tiny_model_dir, tmp_path):
+    expected: dict[str, Tensor] = {}
+
+    def change(key: str, weight: Tensor) -> dict[str, Tensor]:
+        if ".layers.1." not in key:
+            return {key: weight}
+        group = np.arange(weight.shape[1]) // 32
+        if not in_order:
+            group = np.random.default_rng(0).permutation(group)  # desc_act
+        codes, zeros, scales, expected[key] = grids(key, weight, bits, group)
+        name = key.removesuffix(".weight")
+        parts = {
+            "qweight": words(codes, bits).T,
+            "qzeros": words(zeros - (form == "gptq"), bits),
+            "scales": scales,
+            "g_idx": group.astype(np.int32),
+        }
+        return {f"{name}.{part}": torch.from_numpy(np.ascontiguousarray(value)) for part, value in parts.items()}
+
+    config = {
+        "quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": not in_order, "sym": False,
+        "checkpoint_format": form,
+    }  # fmt: skip
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "gptq", config, change)
+    attention = {key: weight for key, weight in expected.items() if "self_attn" in key}
+    stack = [expected[f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight"] for e in range(8)]
+    assert_decoded(folder, attention | {"model.layers.1.mlp.experts.down_proj": torch.stack(stack)})
+
+
+@pytest.mark.parametrize(("bits", "order"), [(4, (0, 2, 4, 6, 1, 3, 5, 7)), (8, (0, 2, 1, 3))])
+def test_awq_is_decoded_by_the_formats_definition(bits, order, tiny_model_dir, tmp_path):
+    expected: dict[str, Tensor] = {}
+
+    def interleaved(codes: np.ndarray) -> np.ndarray:
+        """Columns in the order in which a word holds them."""
+        return codes.reshape(len(codes), -1, len(order))[:, :, list(order)].reshape(codes.shape)
+
+    def change(key: str, weight: Tensor) -> dict[str, Tensor]:
+        if ".layers.1.self_attn" not in key:
+            return {key: weight}
+        codes, zeros, scales, expected[key] = grids(key, weight, bits, np.arange(weight.shape[1]) // 32)
+        name = key.removesuffix(".weight")
+        parts = {
+            "qweight": words(interleaved(codes.T), bits),
+            "qzeros": words(interleaved(zeros), bits),
+            "scales": scales,
+        }
+        return {f"{name}.{part}": torch.from_numpy(np.ascontiguousarray(value)) for part, value in parts.items()}
+
+    config = {"quant_method": "awq", "bits": bits, "group_size": 32, "version": "gemm", "zero_point": True}
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "awq", config, change)
+    assert len(expected) == 4
+    assert_decoded(folder, expected)
+
+
+def test_words_that_need_no_decoding_are_read_as_they_are(tiny_model_dir, tmp_path):
+    """A dequantized copy whose config still says that it is quantized."""
+    plain = quantized(tiny_model_dir("mixtral"), tmp_path / "x", {"quant_method": "fp8"}, lambda key, t: {key: t})
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model_dir("mixtral"))
+    with pytest.warns(UserWarning, match="none of its tensors is quantized: they are read as they are"):
+        assert_decoded(plain, whole.state_dict())
+
+
+# --- whole jobs
+
+
+@pytest.mark.parametrize(
+    ("config", "bits"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, 8),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64}, 4 + 20 / 64),
+        ({"quant_method": "compressed-tensors",
+          "config_groups": {"a": {"weights": {"num_bits": 4, "type": "int", "group_size": 32}}}}, 4.5),
+    ],
+)  # fmt: skip
+def test_plan_counts_the_bytes_of_a_quantized_original(config, bits, tiny_model_dir, tmp_path):
+    """From its files, and without them from its config."""
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "model", config, float8((64, 64)))
+    moe = load_shapes(str(folder), "bfloat16")
+    parameters, linears = sum(p.numel() for p in moe.model.parameters()), num_quantized(moe)
+    if bits == 8:
+        expected = (folder / "model.safetensors").stat().st_size
+        assert stored_share(str(folder), moe) == expected / (2 * parameters)
+    (folder / "model.safetensors").unlink()
+    expected = linears * bits / 8 + 4 * (parameters - linears)  # the rest is float32
+    assert stored_share(str(folder), moe) == pytest.approx(expected / (2 * parameters))
+
+
+def test_only_one_block_of_a_quantized_original_is_in_memory(tiny_model_dir, tmp_path, monkeypatch, tokens):
+    """Weights are decoded block by block, and the model is the one that transformers would load."""
+    monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)
+    config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "fp8", config, float8((64, 64)))
+    decoded: list[str] = []
+    decode = decoding.Float8.decode
+    monkeypatch.setattr(
+        decoding.Float8, "decode", lambda self, key, parts: decoded.append(key) or decode(self, key, parts)
+    )
+    streamed = StreamedModel(Checkpoint(str(folder)))
+    assert not decoded
+    for block in streamed.blocks:
+        with streamed.loaded(block.index):
+            assert decoded and all(f".layers.{block.index}." in key for key in decoded)
+        decoded.clear()
+    whole = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=FineGrainedFP8Config(weight_block_size=(64, 64), dequantize=True)
+    )
+    with torch.no_grad():
+        assert torch.equal(streamed.logits(tokens), whole(tokens, use_cache=False).logits)
+
+
+def test_a_quantized_original_is_compressed_and_the_report_says_what_it_was(tiny_model_dir, tmp_path, capsys):
+    config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "fp8", config, float8((64, 64)))
+    run = jobs.fit(folder, tmp_path / "run", model__joint_epochs=0, data__num_windows=4)
+    report = json.loads((run / "report.json").read_text())
+    assert report["model"]["stored"] == "float8 in blocks of 64 x 64"
+    assert report["size_bytes"]["original"] == (folder / "model.safetensors").stat().st_size
+    assert "float8 in blocks of 64 x 64" in (run / "report.md").read_text()
+    assert (
+        "quantization_config" not in json.loads((run / "compressed" / "config.json").read_text())["original"]["config"]
+    )

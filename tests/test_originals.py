@@ -1,0 +1,445 @@
+"""What is wrong with an original's files is said at the start, by name; what the model does not use is not lost."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Glm4MoeConfig
+
+from eacmoe_lightning import load
+from eacmoe_lightning.cli import main
+from eacmoe_lightning.compressed.directory import save_compressed
+from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import BUNDLED
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+
+Tensors = dict[str, Tensor]
+
+
+def changed(folder: Path, out: Path, change: Callable[[Tensors], Tensors] = dict, **config) -> Path:
+    """A copy of a model in one file with other tensors and other options in its config."""
+    out.mkdir()
+    for file in folder.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            (out / file.name).write_bytes(file.read_bytes())
+    (out / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    save_file(change(load_file(folder / "model.safetensors")), out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def refused(folder: Path, run: Path, capsys) -> str:
+    """The message with which `fit` refuses a model; it has claimed no run directory."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", *jobs.options(folder, run)])
+    assert not (run / "run.json").exists()
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+# --- codes that would be taken for weights
+
+
+def float8(tensors: Tensors) -> Tensors:
+    """Experts in scaled float8."""
+    out = {}
+    for key, weight in tensors.items():
+        out[key] = weight
+        if ".experts." in key:
+            scale = weight.abs().max() / 448
+            out |= {key: (weight / scale).to(torch.float8_e4m3fn), f"{key}_scale_inv": scale.reshape(1, 1)}
+    return out
+
+
+def without_scales(tensors: Tensors) -> Tensors:
+    return {key: weight for key, weight in float8(tensors).items() if not key.endswith("_scale_inv")}
+
+
+def stray_scales(tensors: Tensors) -> Tensors:
+    """Scales beside weights in float32, as if the weights had been cast without them."""
+    return {key: t.float() if t.dtype == torch.float8_e4m3fn else t for key, t in float8(tensors).items()}
+
+
+def int8(tensors: Tensors) -> Tensors:
+    """Codes alone."""
+    return {key: (t * 100).to(torch.int8) if "q_proj" in key else t for key, t in tensors.items()}
+
+
+def words(tensors: Tensors) -> Tensors:
+    """GPTQ whose config is lost."""
+    out = dict(tensors)
+    for key in [key for key in tensors if "q_proj" in key]:
+        name = key.removesuffix(".weight")
+        del out[key]
+        out |= {f"{name}.qweight": torch.zeros(8, 64, dtype=torch.int32), f"{name}.scales": torch.ones(2, 64)}
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (float8, "72 weights in float8_e4m3fn, such as model.layers.0.block_sparse_moe.experts.0.w1.weight"),
+        (without_scales, "72 weights in float8_e4m3fn"),
+        (stray_scales, "72 tensors like model.layers.0.block_sparse_moe.experts.0.w1.weight_scale_inv"),
+        (int8, "3 weights in int8, such as model.layers.0.self_attn.q_proj.weight"),
+        (words, "6 tensors like model.layers.0.self_attn.q_proj.qweight"),
+    ],
+)
+def test_codes_without_a_quantization_config_are_refused(change, named, tiny_model_dir, tmp_path, capsys):
+    error = refused(changed(tiny_model_dir("mixtral"), tmp_path / "model", change), tmp_path / "run", capsys)
+    assert named in error and "--model.name_or_path" in error and "no `quantization_config`" in error
+    if change is float8:
+        with pytest.raises(SystemExit):
+            main(["plan", *jobs.options(tmp_path / "model", tmp_path / "run")])
+        assert named in capsys.readouterr().err
+
+
+def test_codes_that_the_quantization_config_does_not_decode_are_refused(tiny_model_dir, tmp_path, capsys):
+    folder = changed(
+        tiny_model_dir("mixtral"), tmp_path / "model", without_scales, quantization_config={"quant_method": "fp8"}
+    )
+    error = refused(folder, tmp_path / "run", capsys)
+    assert "72 weights in float8_e4m3fn" in error and "does not say how" in error
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "is quantized by bitsandbytes.*only fp8.*awq can be"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "AWQ of version 'gemv'"),
+        ({"quant_method": "compressed-tensors", "transform_config": {"a": 1}}, "rotated"),
+    ],
+)
+def test_an_unknown_scheme_is_refused(config, message, tiny_model_dir, tmp_path):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", quantization_config=config)
+    with pytest.raises(ValueError, match=f"--model.name_or_path.*{message}"):
+        Checkpoint(str(folder))
+
+
+# --- tensors that nothing uses
+
+
+def test_unused_tensors_are_listed(tiny_model_dir, tmp_path):
+    extra = {f"model.layers.{i}.adapter.weight": torch.ones(2, 2) for i in range(3)} | {"other.bias": torch.ones(3)}
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", lambda tensors: tensors | extra)
+    with pytest.warns(UserWarning, match="4 tensors that MixtralForCausalLM does not use.*layers.0.adapter.weight"):
+        Checkpoint(str(folder))
+
+
+def test_what_is_computed_or_ignored_by_transformers_is_no_fault(tiny_model_dir, tmp_path, recwarn):
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(3)}
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", lambda tensors: tensors | extra)
+    Checkpoint(str(folder))
+    assert not [w for w in recwarn if "does not use" in str(w.message)]
+
+
+# --- damaged files
+
+
+def sharded(folder: Path, out: Path) -> Path:
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(out, max_shard_size="500KB")
+    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(out)
+    return out
+
+
+def pointer(folder: Path) -> str:
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 480000\n")
+    return f"{shard} is a pointer of git-lfs.*git lfs pull"
+
+
+def config_pointer(folder: Path) -> str:
+    (folder / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 900\n")
+    return f"{folder / 'config.json'} is a pointer of git-lfs.*git lfs pull"
+
+
+def truncated(folder: Path) -> str:
+    shard = sorted(folder.glob("model-*.safetensors"))[2]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return f"{shard} is truncated"
+
+
+def only_header(folder: Path) -> str:
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:40])
+    return f"{shard} is damaged"
+
+
+def empty(folder: Path) -> str:
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    shard.write_bytes(b"")
+    return f"{shard} is damaged"
+
+
+def a_web_page(folder: Path) -> str:
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    shard.write_text("<!doctype html><title>404 Not Found</title>" * 100)
+    return f"{shard} is damaged"
+
+
+def missing(folder: Path) -> str:
+    shard = sorted(folder.glob("model-*.safetensors"))[3]
+    shard.unlink()
+    return f"{shard} is missing"
+
+
+def no_index(folder: Path) -> str:
+    (folder / "model.safetensors.index.json").unlink()
+    return "no model.safetensors.index.json"
+
+
+def damaged_index(folder: Path) -> str:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text()[:200])
+    return "the index of the weight files.*is damaged"
+
+
+def test_plan_needs_no_weights(tiny_model_dir, tmp_path, capsys):
+    """A clone whose weights git-lfs has not fetched can be planned."""
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
+    main(["plan", *jobs.options(folder, tmp_path / "run")])
+    assert "3 blocks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [pointer, config_pointer, truncated, only_header, empty, a_web_page, missing, no_index, damaged_index],
+)
+def test_a_damaged_file_is_named(damage, tiny_model_dir, tmp_path, capsys):
+    folder = sharded(tiny_model_dir("mixtral"), tmp_path / "model")
+    message = damage(folder)
+    with pytest.raises(FileNotFoundError, match=message):
+        Checkpoint(str(folder))
+    assert re.search(message, refused(folder, tmp_path / "run", capsys))
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("open('ran', 'w').close()",)
+
+
+def test_a_pickle_that_runs_code_is_not_opened(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tiny_model_dir("mixtral")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    torch.save(load_file(folder / "model.safetensors") | {"evil": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin holds Python objects besides tensors.*safetensors"):
+        Checkpoint(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"evil": Evil()}))
+    with pytest.raises((ValueError, FileNotFoundError), match="pytorch_model.bin"):
+        Checkpoint(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_of_before_torch_16_is_read(tiny_model_dir, tmp_path):
+    folder = tiny_model_dir("mixtral")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    key = "model.layers.2.self_attn.o_proj.weight"
+    assert torch.equal(Checkpoint(str(tmp_path)).read([key])[key], weights[key])
+
+
+# --- draft layers
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory) -> Path:
+    config = Glm4MoeConfig(
+        vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=128, moe_intermediate_size=64, n_routed_experts=8, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=1, pad_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("glm")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
+    return folder
+
+
+def numbered(tensors: Tensors) -> Tensors:
+    """GLM-4.5 and DeepSeek-V3: the layer after the last one."""
+    layer = {name.replace("layers.1.", "layers.2."): t.clone() for name, t in tensors.items() if ".layers.1." in name}
+    return layer | {"model.layers.2.eh_proj.weight": torch.randn(64, 128).bfloat16()}
+
+
+def named(tensors: Tensors) -> Tensors:
+    """Qwen3-Next and 3.5."""
+    layer = {name.replace("model.layers.1.", "mtp.layers.0."): t for name, t in tensors.items() if ".layers.1." in name}
+    return layer | {"mtp.fc.weight": torch.randn(64, 128), "mtp.norm.weight": torch.ones(64)}
+
+
+def with_draft(folder: Path, out: Path, layers: Callable[[Tensors], Tensors], **config) -> tuple[Path, Tensors]:
+    draft = layers(load_file(folder / "model.safetensors"))
+    return changed(folder, out, lambda tensors: tensors | draft, **config), draft
+
+
+def compress(folder: Path, out: Path, remove: bool = False) -> Path:
+    """A compressed directory, rounded to nearest in groups of 32, with or without the last two experts."""
+    moe, blocks = MoEModel(AutoModelForCausalLM.from_pretrained(folder)), []
+    if remove:
+        from eacmoe_lightning.models.shrink import keep_experts
+
+        for block in moe.moe_blocks:
+            keep_experts(block, range(6))
+    for block in moe.blocks:
+        quantized = {n: round_to_nearest(w, Grid(4, 32, True)) for n, (_, w) in block.weights().items()}
+        moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
+        blocks.append(quantized)
+    save_compressed(out, moe, str(folder), blocks, {"method": "rtn"})
+    return out
+
+
+def tensors_of(folder: Path) -> Tensors:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return {key: tensor for file in set(index.values()) for key, tensor in load_file(folder / file).items()}
+
+
+@pytest.mark.parametrize(
+    ("layers", "option"), [(numbered, {"num_nextn_predict_layers": 1}), (named, {"mtp_num_hidden_layers": 1})]
+)
+def test_draft_layers_are_kept_bit_for_bit(layers, option, glm, tmp_path, recwarn):
+    folder, draft = with_draft(glm, tmp_path / "model", layers, **option)
+    compressed = compress(folder, tmp_path / "compressed")
+    for form in ("dense", "gptq_v2", "compressed-tensors"):
+        pytest.importorskip("compressed_tensors")
+        export(str(compressed), str(tmp_path / form), form)
+        written, config = tensors_of(tmp_path / form), json.loads((tmp_path / form / "config.json").read_text())
+        for key, tensor in draft.items():
+            assert written[key].dtype == tensor.dtype and torch.equal(written[key], tensor), (form, key)
+        assert {key: config[key] for key in option} == option
+        prefix = "mtp." if layers is named else "model.layers.2."
+        if form == "gptq_v2":
+            assert next(iter(config["quantization_config"]["dynamic"])) == f"-:{re.escape(prefix)}"
+        elif form == "compressed-tensors":
+            assert f"re:{re.escape(prefix)}.*" in config["quantization_config"]["ignore"]
+    assert not [w for w in recwarn if "draft" in str(w.message) or "does not use" in str(w.message)]
+    load(compressed).save_pretrained(tmp_path / "again")
+    file = "weights-draft.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (compressed / file).read_bytes()
+
+
+def test_draft_layers_go_with_removed_experts(glm, tmp_path):
+    folder, draft = with_draft(glm, tmp_path / "model", numbered, num_nextn_predict_layers=1)
+    with pytest.warns(UserWarning, match=f"draft layers.*and {len(draft) - 1} more tensors.*left out.*promises 0"):
+        compressed = compress(folder, tmp_path / "compressed", remove=True)
+    export(str(compressed), str(tmp_path / "dense"), "dense")
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert not draft.keys() & tensors_of(tmp_path / "dense").keys()
+
+
+def test_draft_layers_that_the_files_lack_are_no_longer_promised(glm, tmp_path):
+    folder = changed(glm, tmp_path / "model", num_nextn_predict_layers=1, num_mtp_modules=3, use_mtp=True)
+    with pytest.warns(UserWarning, match="files hold none of the draft layers.*promises 0"):
+        compressed = compress(folder, tmp_path / "compressed")
+    export(str(compressed), str(tmp_path / "dense"), "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == config["num_mtp_modules"] == 0 and config["use_mtp"] is False
+
+
+def test_layers_beyond_the_config_that_no_option_promises_are_unused(glm, tmp_path):
+    folder, draft = with_draft(glm, tmp_path / "model", numbered, num_nextn_predict_layers=0)
+    with pytest.warns(UserWarning, match=f"{len(draft)} tensors that Glm4MoeForCausalLM does not use"):
+        Checkpoint(str(folder))
+
+
+def test_draft_layers_of_a_quantized_original_are_decoded(glm, tmp_path):
+    folder, draft = with_draft(glm, tmp_path / "full", numbered, num_nextn_predict_layers=1)
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    stored = changed(folder, tmp_path / "model", float8, quantization_config=config)
+    moe = StreamedModel(Checkpoint(str(stored)))
+    out = tmp_path / "compressed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_compressed(out, moe, str(stored), [{} for _ in moe.blocks], {"quantizer": "none"})
+    written = load_file(out / "weights-draft.safetensors")
+    assert written.keys() == draft.keys()
+    for key, tensor in draft.items():
+        torch.testing.assert_close(written[key].float(), tensor.float(), rtol=0.07, atol=1e-3)
+
+
+# --- code that comes with a model
+
+CODE = """
+from transformers import MixtralConfig, MixtralForCausalLM
+
+open("ran", "w").close()
+
+class OwnConfig(MixtralConfig):
+    model_type = "own_moe"
+
+class OwnForCausalLM(MixtralForCausalLM):
+    config_class = OwnConfig
+"""
+AUTO_MAP = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+SCRIPT = """
+import sys
+from eacmoe_lightning import load
+from eacmoe_lightning.cli import main
+{setup}
+main(sys.argv[1:])
+"""
+REGISTERS = """
+from transformers import AutoConfig, AutoModelForCausalLM
+from own import OwnConfig, OwnForCausalLM
+AutoConfig.register("own_moe", OwnConfig)
+AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM)
+"""
+
+
+def own(out: Path, tiny: Path) -> Path:
+    """A model of a type that only code beside it knows, with stacked experts on disk."""
+    stacked = dict(AutoModelForCausalLM.from_pretrained(tiny).state_dict())
+    changed(tiny, out, lambda _: stacked, model_type="own_moe", auto_map=AUTO_MAP)
+    (out / "own.py").write_text(CODE)
+    return out
+
+
+def run(folder: Path, words: list[str], setup: str = "", **environment: str) -> str:
+    """The output of a command in its own process, started in `folder`, which answers no question."""
+    (folder / "script.py").write_text(SCRIPT.format(setup=setup))
+    path = os.pathsep.join([str(jobs.ROOT), str(folder)])
+    done = subprocess.run(
+        [sys.executable, "script.py", *words],
+        cwd=folder, env={**os.environ, "PYTHONPATH": path, "HF_MODULES_CACHE": str(folder / "modules")},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_code_of_a_model_runs_only_on_the_users_word(tiny_model_dir, tmp_path):
+    folder = own(tmp_path / "model", tiny_model_dir("mixtral"))
+    small = {"model__joint_epochs": 0, "data__num_windows": 4, "data__num_heldout_windows": 1}
+    words = ["fit", *jobs.options(folder, tmp_path / "run", **small)]
+    output = run(tmp_path, words)
+    assert "--model.trust_remote_code true" in output and "auto_map" in output, output
+    assert "Traceback" not in output and "y/N" not in output and not (tmp_path / "ran").exists()
+
+    output = run(tmp_path, [*words, "--model.trust_remote_code", "true"])
+    assert "perplexity" in output and (tmp_path / "run" / "report.json").exists(), output
+    assert (tmp_path / "ran").exists()
+
+
+def test_classes_that_are_registered_first_need_no_trust(tiny_model_dir, tmp_path):
+    folder = own(tmp_path / "model", tiny_model_dir("mixtral"))
+    (tmp_path / "own.py").write_text(CODE)
+    output = run(tmp_path, ["plan", *jobs.options(folder, tmp_path / "run")], REGISTERS)
+    assert "3 blocks" in output, output
