@@ -21,6 +21,7 @@ from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.job.trainer_options import refuse_remote
 from eacmoe_lightning.models.originals import stored_name
 from eacmoe_lightning.text.sources import stored_sources
 
@@ -75,6 +76,7 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         trainer = config["trainer"]
         trainer["default_root_dir"] = str(trainer.get("default_root_dir") or "runs/default")
+        refuse_remote(trainer["default_root_dir"])
         if self.subcommand != "fit" and config["model"]["name_or_path"] == "bundled":
             _take_tokenizer_of_subject(config)
         _store_absolute_paths(config)
@@ -107,8 +109,7 @@ def _take_tokenizer_of_subject(config: Namespace) -> None:
 def _store_absolute_paths(config: Namespace) -> None:
     """Makes local paths absolute, so that the config that the run keeps is good in every working directory."""
     trainer, model, data = config["trainer"], config["model"], config["data"]
-    if "://" not in trainer["default_root_dir"]:
-        trainer["default_root_dir"] = os.path.abspath(os.path.expanduser(trainer["default_root_dir"]))
+    trainer["default_root_dir"] = os.path.abspath(os.path.expanduser(trainer["default_root_dir"]))
     for section, option in ((model, "name_or_path"), (model, "evaluate"), (data, "tokenizer")):
         if section.get(option) is not None:
             section[option] = stored_name(section[option])

@@ -23,6 +23,7 @@ def refuse_unsuitable(trainer: Trainer, stage: str) -> None:
         stage: `fit`, `validate`, `test` or `predict`.
     """
     stage = str(getattr(stage, "value", stage))  # Lightning passes an enum
+    refuse_remote(str(trainer.default_root_dir))
     refusals = _of_fit(trainer) if stage == "fit" else _of_evaluation(trainer, stage)
     common = {
         "fast_dev_run": (
@@ -31,16 +32,20 @@ def refuse_unsuitable(trainer: Trainer, stage: str) -> None:
             "--data.num_windows 8 --data.num_heldout_windows 2 --model.joint_epochs 0",
         ),
         "overfit_batches": (trainer.overfit_batches, "take fewer windows instead: --data.num_windows"),
-        "default_root_dir": (
-            "://" in str(trainer.default_root_dir) and trainer.default_root_dir,
-            "a run directory is a directory of this machine",
-        ),
     }
     for option, (value, reason) in (common | refusals).items():
         if value:
             raise ValueError(f"--trainer.{option} {value} does not suit {stage}: {reason}")
     if stage == "fit":
         _check_callbacks(trainer)
+
+
+def refuse_remote(directory: str) -> None:
+    """Raises ValueError if the run directory is a URL."""
+    if "://" in directory:
+        raise ValueError(
+            f"--trainer.default_root_dir {directory} is no directory of this machine: pass one, and copy it afterwards"
+        )
 
 
 def _of_fit(trainer: Trainer) -> dict[str, tuple[Any, str]]:
