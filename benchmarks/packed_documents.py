@@ -1,8 +1,10 @@
 """Do documents in one window see each other if their position ids restart, and does what follows a document matter?
 
-For a tiny random model of every causal MoE type of transformers, two documents in one window are compared with each of
-them alone: once with position ids that start again at the second, from which transformers makes a mask for full
-attention; once with the other document after the first, as the filling of `--data.separate` is.
+For a tiny random model of every causal MoE type of transformers, a window of two documents is compared
+
+- with its second document alone, if position ids start again there, from which transformers makes a mask for full
+  attention: what others pack short samples by;
+- with a window that is filled after the first document instead, as `--data.separate` does.
 
     python benchmarks/packed_documents.py
 """
@@ -25,14 +27,14 @@ SAME = 1e-3  # largest difference of logits, relative to the largest logit, that
 
 @torch.no_grad()
 def differences(model: PreTrainedModel, first: Tensor, second: Tensor) -> tuple[float, float]:
-    """How far logits are from those of the documents [1, T] alone: of the second with positions that restart; of the
-    first with the second after it."""
-    alone = [model(input_ids=ids, use_cache=False).logits for ids in (first, second)]
-    both = torch.cat([first, second], 1)
+    """How far the logits of the second document [1, T] with positions that restart are from those of it alone, and
+    those of the first document from those of the first with a filling in the second's place."""
+    both, start = torch.cat([first, second], 1), first.shape[1]
     positions = torch.cat([torch.arange(ids.shape[1]) for ids in (first, second)]).unsqueeze(0)
-    packed = model(input_ids=both, position_ids=positions, use_cache=False).logits[:, first.shape[1] :]
-    followed = model(input_ids=both, use_cache=False).logits[:, : first.shape[1]]
-    pairs = (packed, alone[1]), (followed, alone[0])
+    filled = torch.cat([first, torch.zeros_like(second)], 1)
+    packed = model(input_ids=both, position_ids=positions, use_cache=False).logits[:, start:]
+    pairs = [(packed, model(input_ids=second, use_cache=False).logits)]
+    pairs += [tuple(model(input_ids=ids, use_cache=False).logits[:, :start] for ids in (both, filled))]
     return tuple(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
 
 
@@ -41,14 +43,14 @@ def main() -> None:
     for name in architectures.ARCHITECTURES:
         generator = torch.Generator().manual_seed(0)
         documents = [torch.randint(5, 4000, (1, length), generator=generator) for length in LENGTHS]
-        packed, followed = differences(architectures.build(name).eval(), *documents)
+        packed, filled = differences(architectures.build(name).eval(), *documents)
         (apart if packed < SAME else seen).append(name)
-        changed += [name] if followed >= SAME else []
-        print(f"{name:24s} positions restart {packed:.1e}   another document follows {followed:.1e}", flush=True)
+        changed += [name] if filled >= SAME else []
+        print(f"{name:24s} positions restart {packed:.1e}   filled {filled:.1e}", flush=True)
     print(
         f"\n{len(apart)} of {len(apart) + len(seen)} types keep documents apart by position ids; not {', '.join(seen)}"
     )
-    print(f"a later document changes an earlier one in {', '.join(changed) or 'none'}")
+    print(f"the filling changes a document in {', '.join(changed) or 'none'}")
 
 
 if __name__ == "__main__":

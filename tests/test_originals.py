@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Glm4MoeConfig
 
+from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.exports.export import export
@@ -102,6 +103,10 @@ def words(tensors: Tensors) -> Tensors:
 def test_codes_without_a_quantization_config_are_refused(change, named, tiny_model_dir, tmp_path, capsys):
     error = refused(changed(tiny_model_dir("mixtral"), tmp_path / "model", change), tmp_path / "run", capsys)
     assert named in error and "--model.name_or_path" in error and "no `quantization_config`" in error
+    if change is float8:
+        with pytest.raises(SystemExit):
+            main(["plan", *jobs.options(tmp_path / "model", tmp_path / "run")])
+        assert named in capsys.readouterr().err
 
 
 def test_codes_that_the_quantization_config_does_not_decode_are_refused(tiny_model_dir, tmp_path, capsys):
@@ -202,6 +207,14 @@ def damaged_index(folder: Path) -> str:
     index = folder / "model.safetensors.index.json"
     index.write_text(index.read_text()[:200])
     return "the index of the weight files.*is damaged"
+
+
+def test_plan_needs_no_weights(tiny_model_dir, tmp_path, capsys):
+    """A clone whose weights git-lfs has not fetched can be planned."""
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
+    main(["plan", *jobs.options(folder, tmp_path / "run")])
+    assert "3 blocks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -319,6 +332,9 @@ def test_draft_layers_are_kept_bit_for_bit(layers, option, glm, tmp_path, recwar
         elif form == "compressed-tensors":
             assert f"re:{re.escape(prefix)}.*" in config["quantization_config"]["ignore"]
     assert not [w for w in recwarn if "draft" in str(w.message) or "does not use" in str(w.message)]
+    load(compressed).save_pretrained(tmp_path / "again")
+    file = "weights-draft.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (compressed / file).read_bytes()
 
 
 def test_draft_layers_go_with_removed_experts(glm, tmp_path):
@@ -331,11 +347,12 @@ def test_draft_layers_go_with_removed_experts(glm, tmp_path):
 
 
 def test_draft_layers_that_the_files_lack_are_no_longer_promised(glm, tmp_path):
-    folder = changed(glm, tmp_path / "model", num_nextn_predict_layers=1)
+    folder = changed(glm, tmp_path / "model", num_nextn_predict_layers=1, num_mtp_modules=3, use_mtp=True)
     with pytest.warns(UserWarning, match="files hold none of the draft layers.*promises 0"):
         compressed = compress(folder, tmp_path / "compressed")
     export(str(compressed), str(tmp_path / "dense"), "dense")
-    assert json.loads((tmp_path / "dense" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == config["num_mtp_modules"] == 0 and config["use_mtp"] is False
 
 
 def test_layers_beyond_the_config_that_no_option_promises_are_unused(glm, tmp_path):
@@ -375,6 +392,7 @@ class OwnForCausalLM(MixtralForCausalLM):
 AUTO_MAP = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
 SCRIPT = """
 import sys
+from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
 {setup}
 main(sys.argv[1:])

@@ -70,19 +70,25 @@ def without_draft(config: PreTrainedConfig) -> PreTrainedConfig:
     if not promised_layers(config):
         return config
     config = copy.deepcopy(config)
-    for owner, name, _ in _options(config):
+    for owner, name, value in list(_options(config, switches=True)):
         if isinstance(owner, dict):
-            owner[name] = 0
+            owner[name] = type(value)(0)
         else:
-            setattr(owner, name, 0)
+            setattr(owner, name, type(value)(0))
     return config
 
 
-def _options(config: PreTrainedConfig) -> Iterator[tuple[Any, str, int]]:
-    """Every option that promises draft layers: who holds it, its name and its value, which is positive."""
+def _options(config: PreTrainedConfig, switches: bool = False) -> Iterator[tuple[Any, str, int]]:
+    """Every option that promises draft layers: who holds it, its name and its value, which is positive.
+
+    With `switches`, also options like `use_mtp` that are True.
+    """
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         holders = [part, *(v for n, v in vars(part).items() if isinstance(v, dict) and NUMBER.search(n))]
         for holder in holders:
             for name, value in list((holder if isinstance(holder, dict) else vars(holder)).items()):
-                if type(value) is int and value > 0 and NUMBER.search(name) and any(word in name for word in COUNTS):
+                if not NUMBER.search(name) or value in (None, 0, False):
+                    continue
+                is_number = type(value) is int and any(word in name for word in COUNTS)
+                if is_number or (switches and value is True and name.startswith("use")):
                     yield holder, name, value

@@ -81,7 +81,7 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
     """
     path = resolve_model(name_or_path)
     try:
-        check_fetched(path)
+        check_fetched(path, weights=False)
         stored, _ = PreTrainedConfig.get_config_dict(path)
         if "AutoConfig" in stored.get("auto_map", {}) and not knows_config(stored.get("model_type")):
             if not trust_remote_code:
@@ -96,7 +96,7 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         if (found := getattr(part, QUANTIZATION, None)) is not None:
             quantization = quantization or (found if isinstance(found, dict) else found.to_dict())
-        if hasattr(part, QUANTIZATION):
+        if QUANTIZATION in vars(part):
             delattr(part, QUANTIZATION)
     return config, quantization
 
@@ -133,7 +133,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
         ValueError: it needs code that came with it, and that is not trusted.
     """
     path = resolve_model(name_or_path)
-    check_fetched(path)
+    check_fetched(path, weights=False)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ValueError as error:

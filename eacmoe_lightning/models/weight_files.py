@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from eacmoe_lightning.models.transformers_loader import checkpoint_files
 
+WEIGHTS = (".safetensors", ".bin")
 LFS = b"version https://git-lfs.github.com/spec/"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -97,11 +98,13 @@ def weight_files(path: str) -> list[str]:
         ) from error
 
 
-def check_fetched(path: str) -> None:
-    """Raises DamagedFile if a file of a local directory is only a pointer of git-lfs."""
+def check_fetched(path: str, weights: bool = True) -> None:
+    """Raises DamagedFile if a file of a local directory, weights or not, is only a pointer of git-lfs."""
     if not Path(path).is_dir():
         return
     for file in sorted(Path(path).iterdir()):
+        if (file.suffix in WEIGHTS) != weights:
+            continue
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
             raise DamagedFile(f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in {path}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.directory import CompressedWeights
 from eacmoe_lightning.compressed.format import LATTICE, SHARD, read_config
@@ -20,7 +20,7 @@ from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.models.transformers_loader import ignore_unexpected
+from eacmoe_lightning.models.transformers_loader import auto_class, ignore_unexpected
 from eacmoe_lightning.offload import store as stores
 from eacmoe_lightning.offload.codecs import Codec
 from eacmoe_lightning.offload.codecs import codec as codec_named
@@ -82,7 +82,7 @@ def _load_packed(
         ignore_unexpected(model, r"\.experts\.")
 
     config.quantization_config["prepare"] = [prepare]
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype)
+    model = auto_class(config).from_pretrained(path, config=config, dtype=torch_dtype)
     model.config.quantization_config.prepare = ()
     model.save_pretrained = refuse_to_save  # replaces the method that loading gives a packed model
     return model.to(options["device"]).eval()
@@ -108,7 +108,7 @@ def _store(directory: str | Path | None, records: Callable[[], Records], about: 
 def _packed_records(path: Path, config: PreTrainedConfig, codec: Codec) -> Records:
     bits = config.quantization_config["bits"]
     with torch.device("meta"):
-        moe = MoEModel(AutoModelForCausalLM.from_config(config))
+        moe = MoEModel(auto_class(config).from_config(config))
     for block in moe.moe_blocks:
         tensors, _ = read_tensors(path / SHARD.format(block.index))
         for expert in range(block.num_experts):

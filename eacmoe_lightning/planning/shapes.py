@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from eacmoe_lightning.calibration.recipe import num_quantized
+from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.decoding import stored_bits
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import OriginalFiles, read_config
+from eacmoe_lightning.models.originals import read_config
 from eacmoe_lightning.models.transformers_loader import empty_model
 
 
@@ -33,10 +34,13 @@ def stored_share(name_or_path: str, moe: MoEModel) -> float:
 
     If its weights are not there, the share follows from config.json: from the dtype, or from the bits of the scheme
     that its linears or, in MXFP4, its experts are quantized by.
+
+    Raises:
+        ValueError: the weights are there, and `Checkpoint` refuses them.
     """
     parameters, itemsize = sum(p.numel() for p in moe.model.parameters()), moe.model.dtype.itemsize
     try:
-        return OriginalFiles(name_or_path).size_bytes / (parameters * itemsize)
+        return Checkpoint(name_or_path).files.size_bytes / (parameters * itemsize)
     except FileNotFoundError:
         config, quantization = read_config(name_or_path)
     dtype = config.get_text_config().dtype or moe.model.dtype
