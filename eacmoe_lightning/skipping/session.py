@@ -128,7 +128,8 @@ class Session:
                     f"MoE block {place.index} returns no attention weights, which the rule {self.rule.name} needs"
                 )
             place.inputs = inputs
-        decision = self.rule.decide(place, routing, self.tokens)
+        logits = routing.logits[:, : self.report.num_experts[place.index]]  # ZAYA's router has one for skipping
+        decision = self.rule.decide(place, Routing(logits, ids, routing.weights), self.tokens)
         self.report.add(place.index, self.tokens, decision)
         place.inputs = place.attention = None
         return Routing(routing.logits, decision.ids, decision.weights)
@@ -188,7 +189,8 @@ def _check_can_skip(block: Block, dtype: torch.dtype) -> None:
     if router.is_meta:
         return
     ids = torch.full((1, block.top_k), block.num_experts, device=router.device)
-    width = getattr(experts, block.experts.up_name).shape[1 if experts.is_transposed else 2]
+    weight = getattr(experts, block.experts.up_name, None)  # offloaded experts have none
+    width = block.router_weight.shape[1] if weight is None else weight.shape[1 if experts.is_transposed else 2]
     token = torch.zeros(1, width, dtype=dtype, device=router.device)
     try:
         with torch.no_grad():
