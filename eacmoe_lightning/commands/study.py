@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -106,12 +107,12 @@ def study(
         "texts_digest": digest(*(text.windows for text in heldout_texts.values()), *questions),
         **sizes,
     }
+    for block in moe.moe_blocks:
+        for choice in experts:
+            choose_experts(choice, torch.zeros(block.num_experts), 0, block.index)  # raises now, not after an hour
     with RunLock(Path(output), "--output"):
         results = Results(Path(output) / "cells.json", identity)
         measurement = Measurement(moe, heldout_texts, batch_tokens)
-        for block in moe.moe_blocks:
-            for choice in experts:
-                choose_experts(choice, measurement.load[block.index], 0, block.index)  # raises now, not after an hour
         measure_cells(moe, measurement, cells, groups, results)
 
         cells.sort(key=lambda cell: list(groups).index(cell.blocks))  # in the order of --blocks
