@@ -96,7 +96,7 @@ def wrapper(tmp_path_factory):
 
     def build(kind: str) -> Path:
         if kind not in folders:
-            folder = folders[kind] = tmp_path_factory.mktemp(kind)
+            folder = tmp_path_factory.mktemp(kind)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = AutoModelForImageTextToText.from_config(CONFIGS[kind], dtype=torch.float32)
@@ -111,6 +111,7 @@ def wrapper(tmp_path_factory):
             model.save_pretrained(folder)
             AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
             (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+            folders[kind] = folder
         return folders[kind]
 
     return build
