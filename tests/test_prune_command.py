@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from functools import partial
 from pathlib import Path
 
 import jobs
@@ -144,6 +146,28 @@ def test_an_interrupted_command_continues_and_a_finished_one_is_not_repeated(tin
     before = jobs.contents(out[0])
     assert prune(str(given), str(out[0]), rule, "ridge", **OPTIONS) == json.loads(before["report.json"])
     assert jobs.contents(out[0]) == before and not list(out[0].rglob("*.partial"))
+
+
+def test_a_text_or_a_model_edited_since_is_refused(tiny_model_dir, tmp_path):
+    model = Path(shutil.copytree(tiny_model_dir("qwen2_moe"), tmp_path / "model"))
+    texts = {name: tmp_path / f"{name}.txt" for name in ("calibration", "heldout")}
+    for path in texts.values():
+        path.write_text("\n".join(f"{i} {i * i}" for i in range(600)))
+    options = {**OPTIONS, "texts": str(texts["heldout"]), "calibration": str(texts["calibration"])}
+    work = partial(prune, str(model), str(tmp_path / "out"), PruningRule(keep=5), **options)
+    work()
+    shard = model / "model.safetensors"
+    for path, message in (
+        (texts["calibration"], r"the text of .*calibration.txt \(--calibration\) or its tokens have changed since"),
+        (texts["heldout"], r"one of the texts .*heldout.txt.* or its tokens have changed since"),
+        (shard, r"the weights or the config.json of .*model \(--model\) have changed since"),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]) if path is shard else before.replace(b"1", b"2"))
+        with pytest.raises(ValueError, match=message):
+            work()
+        path.write_bytes(before)
+    work()
 
 
 def test_experts_that_stay_below_alpha_are_named(tokenizer, tmp_path, capsys, caplog):

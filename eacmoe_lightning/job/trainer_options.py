@@ -98,5 +98,6 @@ def _check_callbacks(trainer: Trainer) -> None:
 
 
 def _writes_last(callback: ModelCheckpoint) -> bool:
-    is_named = callback.save_last or (callback.save_top_k != 0 and str(callback.filename or "").startswith("last"))
-    return bool(is_named) and not callback.save_weights_only
+    if callback.save_top_k == 0 or callback.save_weights_only:  # with 0, Lightning saves at the end of the run only
+        return False
+    return bool(callback.save_last) or str(callback.filename or "").startswith("last")
