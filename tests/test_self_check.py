@@ -7,6 +7,7 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
+from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.models import forms
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.self_check import check_parts
@@ -150,3 +151,19 @@ def test_a_layer_whose_weight_is_read_stays_unquantized():
     assert moe.unquantized == {"model.layers.1.self_attn.q_proj.weight": reason}
     assert "self_attn.q_proj" not in moe.blocks[1].linears and "self_attn.q_proj" in moe.blocks[0].linears
     assert type(attention.q_proj) is nn.Linear  # nothing stays packed
+
+
+def test_blocks_may_differ_in_how_many_experts_a_token_selects():
+    def build() -> MoEModel:
+        model = tiny_models.build("mixtral")
+        model.model.layers[1].mlp.gate.top_k = 1
+        return MoEModel(model)
+
+    moe = build()
+    assert [block.top_k for block in moe.blocks] == [2, 1, 2] and moe.top_k == 2
+    check_parts(moe, IDS)
+    other = build()
+    with torch.no_grad():
+        other.blocks[1].router_weight.copy_(other.blocks[1].router_weight.flip(0))
+    rates = [row["selections"] for row in evaluate(moe, other, {"text": IDS}, 1)["expert_shift"]["blocks"]]
+    assert rates[0] == 0 and rates[1] > 0.9  # of one selection per token
