@@ -53,7 +53,7 @@ EPOCHS = [
 # signals that a process may answer, and a disk that is full for whoever writes next
 ENDS = {"SIGTERM": 143, "SIGINT": 130, "full": 1}
 ANSWERED = [
-    ["call", "eacmoe_lightning.job.qesc.check_finite", 1, "SIGTERM"],  # the run directory does not exist
+    ["call", "eacmoe_lightning.job.qesc.check_original", 1, "SIGTERM"],  # the run directory does not exist
     ["phase", "0 attention", 1, "SIGTERM"],  # the run has begun and has no checkpoint
     ["phase", "1 router", 1, "full"],  # TensorBoard writes next
     ["call", "eacmoe_lightning.quantization.gptq.fit_range", 4, "SIGINT"],
@@ -129,11 +129,11 @@ STATES = {  # what a killed job has left behind: parts of a finished run that ar
     "an empty directory": [""],
     "logs only": ["tensorboard"],
     "a lock": ["run.lock"],
-    "a run without a checkpoint": ["run.json", "tensorboard"],
-    "blocks without a checkpoint": ["run.json", "blocks"],
-    "no model after the last epoch": ["run.json", "blocks", "checkpoints"],
-    "no report": ["run.json", "blocks", "checkpoints", "compressed"],
-    "all": ["run.json", "blocks", "checkpoints", "compressed", "report.json", "report.md"],
+    "a run without a checkpoint": ["run.json", "unquantized.json", "tensorboard"],
+    "blocks without a checkpoint": ["run.json", "unquantized.json", "blocks"],
+    "no model after the last epoch": ["run.json", "unquantized.json", "blocks", "checkpoints"],
+    "no report": ["run.json", "unquantized.json", "blocks", "checkpoints", "compressed"],
+    "all": ["run.json", "unquantized.json", "blocks", "checkpoints", "compressed", "report.json", "report.md"],
 }
 
 
