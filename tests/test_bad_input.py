@@ -80,6 +80,8 @@ def copied(finished, tmp_path) -> Path:
         ("trainer.num_sanity_val_steps", "2", ["--trainer.num_sanity_val_steps 2", "validate"]),
         ("trainer.check_val_every_n_epoch", "1", ["--trainer.check_val_every_n_epoch 1", "validate"]),
         ("trainer.val_check_interval", "0.5", ["--trainer.val_check_interval 0.5", "validate"]),
+        ("trainer.strategy", "ddp", ["DDPStrategy", "ddp_find_unused_parameters_true"]),
+        ("ckpt_path", __file__, ["is not a checkpoint", "--ckpt_path", "auto"]),
         ("trainer.enable_checkpointing", "false", ["enable_checkpointing=False"]),
         ("trainer.barebones", "true", ["barebones=True"]),
         ("trainer.default_root_dir", "s3://bucket/run", ["--trainer.default_root_dir s3://bucket/run"]),

@@ -98,7 +98,7 @@ def undisturbed(tmp_path_factory, tiny_model_dir) -> Callable[[str, dict], Path]
 
 def attempts(model: Path, run: Path, places: list, more: dict) -> str:
     """Runs the job, killing it at every place; returns the output of all attempts. Every kill must have happened."""
-    words = jobs.options(model, run, **OPTIONS, **more)
+    words = jobs.options(model, run, **OPTIONS | more)
     output = jobs.finish(jobs.start("tests/kill_driver.py", json.dumps(places), "--", *words), timeout=900)
     status = [json.loads(line) for line in re.findall(r"^STATUS (.*)$", output, re.MULTILINE)]
     assert status == [[place, ENDS[place[3]] if place[3:] else -9] for place in places] + [[None, 0]], output[-4000:]

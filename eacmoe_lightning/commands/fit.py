@@ -72,6 +72,17 @@ class CommandLine(LightningCLI):
             }
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's, which opens a given file before anything of ours can say what is wrong with it."""
+        try:
+            super()._parse_ckpt_path()
+        except Exception as error:  # whatever unpickling a file of any kind raises
+            path = self.config[self.config.subcommand].get("ckpt_path")
+            raise ValueError(
+                f"{path} (--ckpt_path) is not a checkpoint ({type(error).__name__}: {error}): pass auto, last, or a "
+                ".ckpt file of this run"
+            ) from error
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         trainer = config["trainer"]

@@ -53,6 +53,8 @@ def _of_fit(trainer: Trainer) -> dict[str, tuple[Any, str]]:
     validates = "there is no model to validate before the last block is done; `fit` evaluates at its end"
     every = trainer.check_val_every_n_epoch
     is_known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if isinstance(trainer.strategy, DDPStrategy):
+        is_known = bool(trainer.strategy._ddp_kwargs.get("find_unused_parameters"))  # a block trains one router only
     return {
         "max_epochs": (trainer.max_epochs == 0 and "0", "nothing would be computed: leave it out, or pass 1 or more"),
         "max_steps": (
@@ -65,7 +67,7 @@ def _of_fit(trainer: Trainer) -> dict[str, tuple[Any, str]]:
         "val_check_interval": (trainer.val_check_interval != 1.0 and trainer.val_check_interval, validates),
         "strategy": (
             not is_known and type(trainer.strategy).__name__,
-            "blocks are not divided: leave it out, or pass ddp_find_unused_parameters_true for several processes",
+            "blocks are not divided, and each trains one router only: leave it out, or pass ddp_find_unused_parameters_true for several processes",
         ),
     }
 
