@@ -79,10 +79,11 @@ CONFIGS = {
     ),
 }  # fmt: skip
 
-# Billions of parameters, from the models' cards and reports; of Qwen3.6 without the vision tower.
+# Billions of parameters, from the models' cards and reports; Qwen3.6 with the vision tower that its config class gives
+# it by default, 34.7 without.
 BILLIONS = {
     "qwen3-30b-a3b": 30.5,
-    "qwen3.6-35b-a3b": 34.7,
+    "qwen3.6-35b-a3b": 35.1,
     "gpt-oss-20b": 20.9,
     "glm-4.5-air": 106.9,
     "deepseek-v2-lite": 15.7,

@@ -67,7 +67,8 @@ def _of_fit(trainer: Trainer) -> dict[str, tuple[Any, str]]:
         "val_check_interval": (trainer.val_check_interval != 1.0 and trainer.val_check_interval, validates),
         "strategy": (
             not is_known and type(trainer.strategy).__name__,
-            "blocks are not divided, and each trains one router only: leave it out, or pass ddp_find_unused_parameters_true for several processes",
+            "blocks are not divided, and each trains one router only: leave it out, or pass "
+            "ddp_find_unused_parameters_true for several processes",
         ),
     }
 
