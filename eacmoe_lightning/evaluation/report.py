@@ -74,6 +74,7 @@ def build(
     """
     moe_stats = [s for s in blocks if s.is_moe]
     files = moe.weights.files
+    uncalibrated = [block.index for block in moe.moe_blocks if not block.calibrates]
     report = {
         "model": {
             "name_or_path": name_or_path,
@@ -89,7 +90,7 @@ def build(
             "original": files.size_bytes,
             "compressed": size_of(run.compressed),
         },
-        "router": router | {"uncalibrated": [b.index for b in moe.moe_blocks if not b.calibrates]},
+        "router": router | ({"uncalibrated": uncalibrated} if uncalibrated else {}),
         "unquantized": moe.unquantized,
         "experts": {
             "starved": sum(len(s.starved) for s in moe_stats),
