@@ -85,9 +85,14 @@ class Block:
     def linear(self, name: str) -> nn.Linear:
         return self.layer.get_submodule(name)
 
+    @property
+    def moe(self) -> nn.Module:
+        """The module that holds router and experts."""
+        return self.layer.get_submodule(self.experts_name.rpartition(".")[0])
+
     def counting_modules(self) -> Iterator[nn.Module]:
         """All modules that may store the number of experts or of their groups, without shared experts."""
-        yield self.layer.get_submodule(self.experts_name.rpartition(".")[0])
+        yield self.moe
         yield from self.router.modules()
         yield self.experts.module
 
@@ -144,8 +149,7 @@ class Block:
     @property
     def correction(self) -> Tensor | None:
         """[E], what is added to the experts' scores for the selection alone (DeepSeek-V3); None without one."""
-        moe = self.layer.get_submodule(self.experts_name.rpartition(".")[0])
-        for owner in (*self.router.modules(), moe):
+        for owner in (*self.router.modules(), self.moe):
             for name, tensor in (*owner.named_buffers(recurse=False), *owner.named_parameters(recurse=False)):
                 if "bias" in name and tensor.numel() == self.num_experts and tensor is not self.router_bias:
                     return tensor.detach().flatten()
@@ -234,13 +238,7 @@ class Block:
             routings.append(routing)
             raise Reached
 
-        handle = self.watch_router(stop)
-        try:
-            self.layer(*call.args, **call.kwargs)
-        except Reached:
-            pass
-        finally:
-            handle.remove()
+        self._run_until_reached(call, self.watch_router(stop))
         return routings[0]
 
     def routes_alone(self, call: Call) -> bool:
@@ -261,8 +259,7 @@ class Block:
         reached: dict[str, Tensor] = {}
 
         def note(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            reached[name] = x.reshape(-1, x.shape[-1])
+            reached[name] = _rows(args, kwargs)
 
         def stop(*_) -> None:
             raise Reached
@@ -272,12 +269,7 @@ class Block:
             for name, module in (("router", self.router), ("matrix", self._router_matrix))
         )
         handles.append(self.router.register_forward_hook(stop))
-        try:
-            self.layer(*call.args, **call.kwargs)
-        except Reached:
-            pass
-        finally:
-            handles.remove()
+        self._run_until_reached(call, handles)
         if not reached:
             raise RuntimeError(f"{self.name}: no token reached the router")
         return reached.get("matrix", reached["router"])  # a matrix that is read without being called has no input
@@ -287,20 +279,22 @@ class Block:
         reached: list[Tensor] = []
 
         def stop(_, args, kwargs):
-            x = args[0] if args else kwargs["hidden_states"]
-            reached.append(x.reshape(-1, x.shape[-1]))
+            reached.append(_rows(args, kwargs))
             raise Reached
 
-        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+        self._run_until_reached(call, module.register_forward_pre_hook(stop, with_kwargs=True))
+        if not reached:
+            raise RuntimeError(f"{self.name}: no token reached {type(module).__name__}")
+        return reached[0]
+
+    def _run_until_reached(self, call: Call, hooks: RemovableHandle | Handles) -> None:
+        """Runs the block until one of these hooks raises `Reached`, and removes them."""
         try:
             self.layer(*call.args, **call.kwargs)
         except Reached:
             pass
         finally:
-            handle.remove()
-        if not reached:
-            raise RuntimeError(f"{self.name}: no token reached {type(module).__name__}")
-        return reached[0]
+            hooks.remove()
 
     @contextmanager
     def without_experts(self) -> Iterator[None]:
@@ -369,3 +363,9 @@ class Block:
         """Excludes a linear from quantization."""
         del self.linears[name]
         self.unquantized[name] = reason
+
+
+def _rows(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden states among a module's arguments, as rows [N, I]."""
+    x = args[0] if args else kwargs["hidden_states"]
+    return x.reshape(-1, x.shape[-1])

@@ -149,8 +149,7 @@ def _is_feed_forward(module: nn.Module) -> bool:
 
 def _top_k(block: Block, config: PreTrainedConfig) -> int:
     """Experts that a token selects in this block."""
-    moe = block.layer.get_submodule(block.experts_name.rpartition(".")[0])
-    owners = (block.router, "top_k"), (moe, "top_k"), *((config, name) for name in TOP_K_NAMES)
+    owners = (block.router, "top_k"), (block.moe, "top_k"), *((config, name) for name in TOP_K_NAMES)
     for owner, name in owners:
         if isinstance(value := getattr(owner, name, None), int):
             return value

@@ -107,7 +107,7 @@ class MoEModel:
         embeddings and whatever else a model gives to its blocks come from its own code.
 
         Args:
-            index: number of the block; the number of blocks is no block.
+            index: number of the block.
             input_ids: [B, T], the batch.
             state: what the block before hands over. For block 0, hidden states to use instead of the embedded
                 tokens, if they are given.
