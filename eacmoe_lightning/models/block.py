@@ -73,6 +73,7 @@ class Block:
     # in a pruned block, the original numbers of its experts [E]
     kept: slice | Tensor = field(default_factory=lambda: slice(None))
     scoring: Scoring | None = None  # how logits become the scores that a correction is added to; see `learn_scoring`
+    knows_scoring: bool = False  # whether it was looked for
 
     @property
     def is_moe(self) -> bool:
@@ -156,8 +157,11 @@ class Block:
         return None
 
     def learn_scoring(self, routing: Routing) -> None:
-        """Finds how the router turns logits into the scores that its correction is added to, if it has one."""
-        if self.scoring is None and (correction := self.correction) is not None and correction.any():
+        """Finds, once, how the router turns logits into the scores that its correction is added to, if it has one."""
+        if self.knows_scoring:
+            return
+        self.knows_scoring = True
+        if (correction := self.correction) is not None and correction.any():
             self.scoring = find_scoring(routing.logits, routing.ids, correction, Groups.of(self).number)
 
     def choice(self, logits: Tensor) -> Tensor:
