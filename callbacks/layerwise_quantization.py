@@ -28,8 +28,9 @@ class LayerwiseQuantization(Callback):
                 f"a callback or signal has stopped the epoch after {done} of {all_batches} batches (should_stop), and "
                 "half an epoch would leave another model. Nothing is lost: --ckpt_path auto goes on"
             )
+        module.end_pass()
         tell(trainer, "on_phase_end", *self._training_phase(module))
-        if module.is_last_pass:
+        if module.epochs.leaves_block(module.current_epoch):
             tell(trainer, "on_block_end", module.leave_block())
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
@@ -38,4 +39,4 @@ class LayerwiseQuantization(Callback):
 
     @staticmethod
     def _training_phase(module: QESC) -> tuple[int | None, str]:
-        return (None, "joint") if module.is_joint else (module.block_index, "router")
+        return (None, "joint") if module.epoch.stage == "joint" else (module.block_index, module.epoch.stage)

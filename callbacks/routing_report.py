@@ -52,7 +52,11 @@ class RoutingReport(BlockCallback):
             with phase(trainer, None, "evaluate"):
                 result = self._evaluate(trainer, module)
         if trainer.is_global_zero:
-            router = {"method": module.router_method, "joint_epochs": module.joint_epochs}
+            router = {
+                "method": module.router_method,
+                "block_epochs": module.block_epochs,
+                "joint_epochs": module.joint_epochs,
+            }
             report = origin(module.identity(), trainer.datamodule.seed, trainer.world_size) | build(
                 module.run, module.moe, module.name_or_path, module.recipe, router, module.pruning,
                 module.block_stats(), result,
@@ -66,7 +70,10 @@ class RoutingReport(BlockCallback):
 
     @torch.no_grad()
     def _evaluate(self, trainer: Trainer, module: QESC) -> dict[str, dict]:
-        """Results `after` calibration (the written model) and `before` it (`TrainedParts.untrained`)."""
+        """Results `after` calibration (the written model) and, unless blocks were trained, `before` it.
+
+        Before: the codes that the solver has left, with the original's routers (`TrainedParts.untrained`).
+        """
         data = trainer.datamodule
         data.setup("validate")
         original = StreamedModel(module.original, module.device)
@@ -79,7 +86,6 @@ class RoutingReport(BlockCallback):
             )
 
         after = evaluated(CompressedWeights(module.run.compressed))
-        before = after if module.router_method == "none" else evaluated(module.parts.untrained())
         for text, values in after["perplexity"].items():
             for stream, value in values.items():
                 if not math.isfinite(value):
@@ -87,4 +93,7 @@ class RoutingReport(BlockCallback):
                         f"{module.run.compressed} is written, but the perplexity of the {stream} model on {text}",
                         original.model.dtype,
                     )
+        if module.block_epochs:
+            return {"after": after}
+        before = after if module.router_method == "none" else evaluated(module.parts.untrained())
         return {"before": before, "after": after}

@@ -6,6 +6,8 @@
     attention  quantizes the attention projections on x_hat, the output of the compressed prefix
     router     calibrates the router, outside this module: a LightningModule trains it, or a closed form solves it
     experts    quantizes shared and routed experts on the tokens that the calibrated router sends to each
+    block      trains codes, scales, norms and router of the whole block towards the original block's output on x,
+               outside this module too; the paper has no such stage
     replay     runs x_hat through the compressed block
 
 Only the current block's weights need to be in memory. Dequantized weights replace the original ones in place. When a
@@ -15,7 +17,7 @@ block is finished, its codes are on disk and its memory is free.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -26,23 +28,31 @@ from eacmoe_lightning.calibration.overflow import overflow_in
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.solver import BlockSolver
 from eacmoe_lightning.calibration.streams import Streams, concatenate
-from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.experts import Groups
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.models.shrink import keep_experts
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.pruning.scores import ExpertScores, measured
+from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.routers import ridge
 from eacmoe_lightning.routers.expert_shift import change_counts, change_rates, expert_load
-from eacmoe_lightning.run.block_file import BlockStats, RemovedExperts, read_block, read_stats, write_block
+from eacmoe_lightning.run.block_file import (
+    BlockStats,
+    Reconstruction,
+    RemovedExperts,
+    read_block,
+    read_stats,
+    write_block,
+)
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import REMEDY, StoreError
 from eacmoe_lightning.run.hidden import HiddenFile
 from eacmoe_lightning.run.ranks import Ranks
 
 log = logging.getLogger(__name__)
-PHASES = ("read", "observe", "attention", "router", "experts", "replay")
+PHASES = ("read", "observe", "attention", "router", "experts", "block", "replay")
 
 
 class Calibration:
@@ -56,6 +66,7 @@ class Calibration:
         ranks: the processes of the run.
         phase: (block, phase) -> the context manager in which that phase runs, for timing and callbacks.
         pruning: chooses the experts to keep; None keeps all.
+        trained_norms: the norms that the block stage trains, by parameter name.
     """
 
     def __init__(
@@ -67,11 +78,13 @@ class Calibration:
         ranks: Ranks,
         phase: Callable[[int, str], AbstractContextManager] = lambda block, phase: nullcontext(),
         pruning: PruningRule | None = None,
+        trained_norms: Collection[str] = (),
     ) -> None:
         self.moe, self.recipe, self.streams, self.run, self.ranks = moe, recipe, streams, run, ranks
-        self.phase, self.pruning = phase, pruning
+        self.phase, self.pruning, self.trained_norms = phase, pruning, set(trained_norms)
         self.at: int | None = None  # the block that the streams have reached
         self.entered = False  # whether that block has been observed and its attention solved
+        self.solved = False  # whether all its weights are
         self.solver: BlockSolver | None = None
         self.stats: BlockStats | None = None  # of the current block
         self._teacher: Routing | None = None  # the original router's output on x, for all tokens of this process
@@ -85,23 +98,27 @@ class Calibration:
     # --- the phases of a block ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def enter(self, index: int, routers: dict[int, Tensor]) -> None:
+    def enter(self, index: int, routers: dict[int, Tensor] | None, take_solved: bool = False) -> None:
         """Brings the streams to block `index`, observes it and solves its attention. Idempotent.
 
         If `index` is the number of blocks, brings both streams to the end of the model.
 
         Args:
             routers: calibrated weights [E, D] of earlier blocks, needed where a block's file is missing and the block
-                is computed again.
+                is computed again. None if that is not possible.
+            take_solved: take the solver's results for this block from the file that `solve` has kept, if there is one.
+
+        Raises:
+            StoreError: an earlier block's file is missing and cannot be computed again.
         """
         num_blocks = len(self.moe.blocks)
         if self.at == index and (self.entered or index == num_blocks):
             return
         self._bring_streams(index, routers)
         if index < num_blocks:
-            self._observe_and_solve_attention()
+            self._observe_and_solve_attention(take_solved and self.run.solved(index).exists())
 
-    def _observe_and_solve_attention(self) -> None:
+    def _observe_and_solve_attention(self, take_solved: bool = False) -> None:
         block, streams = self.block, self.streams
         with self.phase(block.index, "read"):
             self.moe.load(block.index)
@@ -113,14 +130,19 @@ class Calibration:
             if scores is not None:
                 self._prune(scores)
             self._groups = block.input_groups(streams.first_call(block))
+        self.entered, self.solved = True, take_solved
+        if take_solved:
+            quantized, _, self.stats = read_block(self.run, block.index, is_finished=False)
+            self.solver.solved = quantized
+            self._put(quantized, {})
+            return
         with self.phase(block.index, "attention"), self._overflow_named():
             self._solve_part("attention")
             if block.is_moe:
                 self._router_input = streams.keep_router_input(block)
                 self._routes_alone = block.routes_alone(streams.first_call(block))
-                self._count_shift("before")
+                self._count_shift("before", self._route())
                 self._count_sources()
-        self.entered = True
 
     def _observe(self) -> None:
         """Runs x through the original block and keeps its router's output, also on disk for the joint stage."""
@@ -152,36 +174,54 @@ class Calibration:
         keep_experts(block, kept)
 
     @torch.no_grad()
-    def leave(self, router: Tensor | None) -> BlockStats:
-        """Solves the experts under the calibrated router, replays the block and writes it.
+    def solve(self, router: Tensor | None, keep: bool = False) -> None:
+        """Solves shared and routed experts under the calibrated router, unless that is done.
 
         Args:
             router: [E, D] with a row for each expert of the original; a pruned block takes the rows of the experts it
                 kept. None if the block has no router to calibrate.
-
-        Returns:
-            The block's statistics.
+            keep: write the results to a file until the block is left (see `enter`).
         """
-        block, streams = self.block, self.streams
+        if self.solved:
+            return
+        block = self.block
         with self.phase(block.index, "experts"), self._overflow_named():
             if block.calibrates:
                 block.router_weight.copy_(router[block.kept])
-            if block.is_moe:
-                self._count_shift("after")
             self._solve_part("shared")
             if block.is_moe and self.recipe.quantizes:
                 self._solve_experts()
             if block.is_moe:
                 self.stats.starved = self.solver.starved
-        with self.phase(block.index, "replay"):
-            streams.advance(block, "x_hat")
         self.stats.error = self.solver.error
-        self._write()
-        self.moe.release(self.at)
-        self.at, self.entered = self.at + 1, False
+        if keep:
+            self._write(is_finished=False)
+        self.solved = True
         if self._router_input is not None:
             self._router_input.delete()
-        self._teacher = self._router_input = None
+        self._router_input = None
+
+    @torch.no_grad()
+    def take_trained(
+        self, quantized: dict[str, QuantizedWeight], others: dict[str, Tensor], stats: Reconstruction
+    ) -> None:
+        """Takes what the block stage has trained: quantized weights, and router and norms, by parameter name."""
+        self.solver.solved |= quantized
+        self.stats.reconstruction = stats
+        self._put(quantized, others)
+
+    @torch.no_grad()
+    def leave(self) -> BlockStats:
+        """Replays the compressed block and writes it. Returns the block's statistics."""
+        block, streams = self.block, self.streams
+        with self.phase(block.index, "replay"):
+            routing = streams.advance(block, "x_hat")
+            if block.is_moe:
+                self._count_shift("after", routing)
+        self._write()
+        self.moe.release(self.at)
+        self.at, self.entered, self.solved = self.at + 1, False, False
+        self._teacher = None
         streams.step(self.at)
         return self.stats
 
@@ -249,9 +289,31 @@ class Calibration:
             x, target = self._router_input[rows].flatten(0, 1), teacher[rows].flatten(0, 1)[:, self.block.kept]
             yield tuple(self.streams.to_device(self.streams.counted(part, rows)) for part in (x, target))
 
-    def _count_shift(self, when: str) -> None:
+    # --- the block stage's training rows -----------------------------------------------------------------
+
+    def block_rows(self, window_ids: Tensor) -> tuple[Call, Tensor, Tensor | None]:
+        """The block stage's training rows of the windows with these global indices [b]; after `solve`.
+
+        Returns:
+            The block's call on x_hat; its target, the original block's output on x [b, T, D]; and the original
+            router's logits [b*T, E] for the experts that the block still has, None for a dense block.
+        """
+        local = self.streams.local(window_ids)
+        teacher = None
+        if self.block.is_moe:
+            logits = self._teacher.logits.view(*self.streams.windows.shape, -1)[local].flatten(0, 1)
+            teacher = self.streams.to_device(logits[:, self.block.kept])
+        return (*self.streams.block_rows(self.block, local), teacher)
+
+    def added_square(self) -> float:
+        """The mean square of what the original block adds to x, the unit of the block stage's error."""
+        return self.streams.added_square()
+
+    # --- statistics ----------------------------------------------------------------------------------------
+
+    def _count_shift(self, when: str, routing: Routing) -> None:
         """Records change rates and expert loads on the calibration stream under the router's current weights."""
-        routing, teacher, sum_ = self._counted(self._route()), self._counted(self._teacher), self.ranks.sum
+        routing, teacher, sum_ = self._counted(routing), self._counted(self._teacher), self.ranks.sum
         student_ids = self.block.original_ids(routing.ids)
         counts = sum_(change_counts(teacher.ids, student_ids))
         tokens, top_k = sum_(torch.tensor(len(routing.ids))), routing.ids.shape[1]
@@ -300,7 +362,7 @@ class Calibration:
 
     # --- between blocks -----------------------------------------------------------------------------------
 
-    def _bring_streams(self, index: int, routers: dict[int, Tensor]) -> None:
+    def _bring_streams(self, index: int, routers: dict[int, Tensor] | None) -> None:
         """Brings both streams to the input of block `index`: from memory, from files, or by running earlier blocks."""
         if self.at == index:
             return
@@ -323,9 +385,12 @@ class Calibration:
                     self.streams.advance(self.block, "x_hat")
                 self.streams.step(i + 1, keep=False)
             else:
+                if routers is None:
+                    raise StoreError(f"{self.run.block(i)} is missing, and it was trained by the block stage; {REMEDY}")
                 log.warning("block %d is not in %s: computing it again", i, self.run.path)
                 self._observe_and_solve_attention()
-                self.leave(routers.get(i))
+                self.solve(routers.get(i))
+                self.leave()
         self.at, self.entered = index, False
 
     def shrink(self, index: int) -> None:
@@ -338,20 +403,29 @@ class Calibration:
         block = self.moe.blocks[index]
         quantized, others, _ = read_block(self.run, index)
         self.shrink(index)
-        weights = block.weights()
-        if self.recipe.quantizes and quantized.keys() != weights.keys():
+        if self.recipe.quantizes and quantized.keys() != block.weights().keys():
             raise StoreError(
                 f"{self.run.block(index)} does not hold the weights of {block.name}: "
-                f"{sorted(quantized.keys() ^ weights.keys())[0]} is in only one of them; {REMEDY}"
+                f"{sorted(quantized.keys() ^ block.weights().keys())[0]} is in only one of them; {REMEDY}"
             )
+        self._put(quantized, others)
+
+    def _put(self, quantized: dict[str, QuantizedWeight], others: dict[str, Tensor]) -> None:
+        """Copies quantized weights, and others by parameter name, into the current block."""
+        block = self.moe.blocks[self.at]
+        weights = block.weights()
         for name, q in quantized.items():
             weights[name][1].copy_(q.dequantize(weights[name][1].dtype))
-        if block.calibrates:
-            block.router_weight.copy_(others[block.router_parameter_name])
+        for name, tensor in others.items():
+            block.layer.get_parameter(name.removeprefix(f"{block.name}.")).copy_(tensor)
 
-    def _write(self) -> None:
+    def _write(self, is_finished: bool = True) -> None:
         if not self.ranks.is_first:
             return
         block = self.block
-        router = {block.router_parameter_name: block.router_weight} if block.calibrates else {}
-        write_block(self.run, self.stats, self.solver.solved, router)
+        trained = {block.router_parameter_name} if block.calibrates else set()
+        trained |= self.trained_norms
+        others = {n: p for n, p in block.layer.named_parameters(block.name) if n in trained}
+        write_block(self.run, self.stats, self.solver.solved, others, is_finished)
+        if is_finished:
+            self.run.solved(self.at).unlink(missing_ok=True)

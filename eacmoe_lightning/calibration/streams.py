@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from eacmoe_lightning.calibration.overflow import refuse_overflow
 from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.run.directory import RunDirectory
-from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter, State, StateFile, StateWriter, moved
+from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter, State, StateFile, StateWriter, hidden_of, moved
 from eacmoe_lightning.run.ranks import Ranks
 
 WITH = {"x": "with the original's weights", "x_hat": "with the compressed weights"}
@@ -90,7 +89,7 @@ class Streams:
         for rows in self.slices:
             output, routing = block.forward(self._call(block, getattr(self, name), rows))
             where = f"{block.name} (block {block.index}): its output {WITH[name]}"
-            refuse_overflow(where, tree_leaves(output)[0], self.dtype)
+            refuse_overflow(where, hidden_of(output), self.dtype)
             writer.append(output)
             routings.append(routing)
         self._writers[name] = writer
@@ -182,6 +181,22 @@ class Streams:
     def local(self, window_ids: Tensor) -> Tensor:
         """Turns global window indices [b] into indices of this process's windows, in host memory."""
         return window_ids.cpu() - self.first_window
+
+    def block_rows(self, block: Block, local: Tensor) -> tuple[Call, Tensor]:
+        """The block's call on x_hat, and its original's output on x [b, T, D], for windows of this process [b]."""
+        state = moved(self.x_hat[local], self.moe.device)
+        call = self.moe.call(block.index, self.to_device(self.windows[local]), state)
+        return call, self.to_device(hidden_of(self._writers["x"].written()[local]))
+
+    def added_square(self) -> float:
+        """Mean square over all processes of what the advanced block adds to x: its output there minus its input."""
+        total, output = torch.zeros(2, dtype=torch.float64), self._writers["x"].written()
+        for rows in self.slices:
+            added = hidden_of(output[rows]).float() - hidden_of(self.x[rows]).float()
+            added = self.counted(added.flatten(0, 1), rows)
+            total += torch.tensor([added.square().sum(dtype=torch.float64).item(), added.numel()], dtype=torch.float64)
+        square, number = self.ranks.sum(total).tolist()
+        return max(square / max(number, 1), torch.finfo(torch.float32).tiny)
 
     def joint_rows(self, window_ids: Tensor) -> tuple[State, dict[int, Tensor]]:
         """The joint stage's targets for the windows with these global indices [b]; only after the last block.

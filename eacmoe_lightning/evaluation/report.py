@@ -9,11 +9,14 @@ Keys, with dots for nesting:
     bits.true           with scales and zero points, over the same weights
     size_bytes.original|compressed
     perplexity.<text>.original|compressed|before
-                        before: the compressed model with the original's routers
+                        before: the compressed model with the original's routers; left out if the block stage has
+                        trained the weights together with the routers
     expert_shift.mean.before|after.any|half|all|selections
                         over the held-out texts
     expert_shift.calibration.before|after, expert_shift.blocks[]
     router.method
+    reconstruction.<block>.held_back|taken|moved
+                        the block stage (run/block_file.py, Reconstruction)
     coverage.<text>.windows|selections|experts|reached|only|blocks.<block>
                         what each calibration text's tokens reach by the original's routers (evaluation/coverage.py)
     experts.starved     number of starved experts
@@ -99,6 +102,8 @@ def build(
         "quantization_error": {name: value for s in blocks for name, value in s.error.items()},
         "cost": cost(run),
     }
+    if trained := {s.block: asdict(s.reconstruction) for s in blocks if s.reconstruction is not None}:
+        report["reconstruction"] = trained
     add_quality(report, blocks, evaluation)
     if pruning:
         report["pruning"] = removed_experts(vars(pruning), moe_stats)
@@ -113,21 +118,18 @@ def add_quality(report: dict[str, Any], blocks: list[BlockStats], evaluation: di
     report["perplexity"] = {}
     per_block = [{"block": s.block, "calibration": s.expert_shift} for s in moe_stats]
     if evaluation:
-        before, after = evaluation["before"], evaluation["after"]
         report["perplexity"] = {
-            text: {**values, "before": before["perplexity"][text]["compressed"]}
-            for text, values in after["perplexity"].items()
+            text: values
+            | {when: e["perplexity"][text]["compressed"] for when, e in evaluation.items() if when == "before"}
+            for text, values in evaluation["after"]["perplexity"].items()
         }
-        report["expert_shift"]["mean"] = {
-            "before": before["expert_shift"]["mean"],
-            "after": after["expert_shift"]["mean"],
-        }
+        shifts = {when: result["expert_shift"] for when, result in evaluation.items()}
+        report["expert_shift"]["mean"] = {when: shift["mean"] for when, shift in shifts.items()}
         report["expert_shift"]["texts"] = {
-            text: {"before": before["expert_shift"]["texts"][text], "after": rates}
-            for text, rates in after["expert_shift"]["texts"].items()
+            text: {when: shift["texts"][text] for when, shift in shifts.items()} for text in shifts["after"]["texts"]
         }
-        for row, b, a in zip(per_block, before["expert_shift"]["blocks"], after["expert_shift"]["blocks"], strict=True):
-            row["heldout"] = {"before": b, "after": a}
+        for number, row in enumerate(per_block):
+            row["heldout"] = {when: shift["blocks"][number] for when, shift in shifts.items()}
     else:
         report["expert_shift"]["mean"] = report["expert_shift"]["calibration"]
     report["expert_shift"]["blocks"] = per_block

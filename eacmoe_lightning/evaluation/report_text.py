@@ -36,17 +36,16 @@ def summary(report: dict[str, Any]) -> str:
     for text, values in report["perplexity"].items():
         lines.append(f"perplexity {text:10s} {values['original']:8.3f} -> {values['compressed']:8.3f}")
     for rate in RATES:
-        lines.append(
-            f"tokens with {rate:4s} selections changed: {shift['before'][rate]:.2%} -> {shift['after'][rate]:.2%}"
-        )
+        rates = " -> ".join(f"{shift[when][rate]:.2%}" for when in ("before", "after") if when in shift)
+        lines.append(f"tokens with {rate:4s} selections changed: {rates}")
     lines += coverage_lines(report)
     cost = report["cost"]
     starved = f"{report['experts']['starved']} starved experts; " if "experts" in report else ""
     lines.append(f"{starved}{cost['total_seconds']:.0f} s in total")
     if calibration := sum(cost[phase]["seconds"] for phase in (*PHASES, "joint") if phase in cost):
-        stages = {"router per block": "router", "joint stage": "joint"}
+        stages = {"router per block": "router", "block stage": "block", "joint stage": "joint"}
         shares = [f"{k} {cost[phase]['seconds'] / calibration:.1%}" for k, phase in stages.items() if phase in cost]
-        lines.append(f"share of router calibration in the {calibration:.0f} s of calibration: " + ", ".join(shares))
+        lines.append(f"shares of the {calibration:.0f} s of calibration: " + ", ".join(shares))
     return "\n".join(lines)
 
 
@@ -69,6 +68,8 @@ def evaluation_summary(result: dict[str, Any], size_bytes: dict[str, int]) -> st
 
 def markdown(report: dict[str, Any]) -> str:
     shift, cost = report["expert_shift"], report["cost"]
+    whole = shift["mean"].keys()
+    columns = ["original", *(["before"] if "before" in whole else []), "compressed"]
     parts = [
         f"# {report['model']['name_or_path']} at {report['bits']['nominal']:.2f} bits",
         f"```\n{summary(report).strip()}\n```",
@@ -77,14 +78,18 @@ def markdown(report: dict[str, Any]) -> str:
         + f"  \n{report['machine']['processor']}, {report['machine']['threads']} threads",
         "## Perplexity on held-out text\n\n"
         + "`original`: the original model. `before`: the compressed model with the original's routers.\n\n"
-        + _table(["text", "original", "before", "compressed"], [
-            [t, *(f"{v[c]:.3f}" for c in ("original", "before", "compressed"))] for t, v in report["perplexity"].items()
+        + _table(["text", *columns], [
+            [text, *(f"{values[column]:.3f}" for column in columns)] for text, values in report["perplexity"].items()
         ]),
         "## Expert-shift per block\n\nShare of tokens with any, at least half, or all selections changed.\n\n"
         + _table(
             ["block", "text", *(f"{r} {w}" for r in RATES for w in ("before", "after"))],
             [
-                [row["block"], text, *(f"{row[text][w][r]:.2%}" for r in RATES for w in ("before", "after"))]
+                [
+                    row["block"],
+                    text,
+                    *(f"{row[text][w][r]:.2%}" if w in row[text] else "" for r in RATES for w in ("before", "after")),
+                ]
                 for row in shift["blocks"]
                 for text in ("calibration", "heldout")
                 if text in row

@@ -55,6 +55,8 @@ class TextWindows(L.LightningDataModule):
         answers_only: Let only the tokens of the assistant's turns count in the calibration; the others are their
             context.
         shares: By name of a calibration text, its share of the windows, in any unit; None gives all the same.
+        held_back: Share of the calibration windows that the block stage does not train on; they tell whether a pass
+            was an improvement. 0 holds none back.
         separate: Begin a window with every document of the calibration text, so that no token attends to another
             document; what a short document leaves of its window does not count.
 
@@ -80,6 +82,7 @@ class TextWindows(L.LightningDataModule):
         answers_only: bool = False,
         shares: dict[str, float] | None = None,
         separate: bool = False,
+        held_back: float = 0.05,
     ):
         super().__init__()
         for option, value in (
@@ -88,6 +91,9 @@ class TextWindows(L.LightningDataModule):
         ):
             if value < 1:
                 raise ValueError(f"--data.{option}={value} must be at least 1")
+        if not 0 <= held_back < 1:
+            raise ValueError(f"--data.held_back={held_back} is a share of the windows: pass at least 0 and less than 1")
+        self.held_back = held_back
         self.calibration = calibration
         self.heldout = name_sources(heldout)
         self.predict = predict
@@ -140,6 +146,15 @@ class TextWindows(L.LightningDataModule):
     def calibration_weights(self) -> Tensor | None:
         """bool [S, T]: the tokens of the calibration windows that count; None: all count."""
         return self._calibration.counts
+
+    @cached_property
+    def held_back_windows(self) -> Tensor:
+        """bool [S]: the calibration windows that are held back, drawn at random with `seed`."""
+        number = len(self.calibration_windows)
+        mask = torch.zeros(number, dtype=torch.bool)
+        order = torch.randperm(number, generator=torch.Generator().manual_seed(self.seed))
+        mask[order[: round(self.held_back * number)]] = True
+        return mask
 
     @cached_property
     def calibration_digest(self) -> str:
@@ -212,8 +227,14 @@ class TextWindows(L.LightningDataModule):
             seed=self.seed,
             weights=self.calibration_weights,
             epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
+            held_back=self._held_back,
             **self._ranks(),
         )
+
+    def _held_back(self, epoch: int) -> Tensor | None:
+        """The windows that an epoch leaves out, if it leaves out some."""
+        holds = self.trainer is not None and self.trainer.lightning_module.holds_back(epoch)
+        return self.held_back_windows if holds else None
 
     def val_dataloader(self) -> list[WindowLoader]:
         return [self._in_order(windows) for windows in self.heldout_windows.values()]

@@ -1,9 +1,10 @@
 """The LightningModule: router calibration as supervised training, block by block.
 
-Epochs walk through the model: `router_epochs` passes over the calibration windows for block 0, then for block 1, and so
-on. A batch of windows stands for its tokens at the current block: the inputs are the router's inputs in the compressed
-stream, the targets are the original router's logits. After the last block, `joint_epochs` train all routers together
-(with norms, scales and codes) towards the original's output distribution (`routers/joint.py`).
+Epochs walk through the model (`epochs.py`). `router_epochs` passes over the calibration windows calibrate the router of
+block 0: a batch of windows stands for its tokens at this block, the inputs are the router's inputs in the compressed
+stream, the targets are the original router's logits. Then `block_epochs` passes train the block as a whole (router,
+norms, scales, codes) towards the original block's output. So do the next blocks. After the last one, `joint_epochs`
+train all blocks together towards the original's output distribution. `tuning/` has the losses of these two stages.
 `callbacks.LayerwiseQuantization` quantizes the weights between epochs.
 
 The language model stays outside the module tree: only the trained parts (`trained.py`) are parameters of the module.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -26,8 +28,10 @@ from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.job.block_callback import phase
+from eacmoe_lightning.job.block_stage import BlockStage
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
 from eacmoe_lightning.job.comparison import Comparison
+from eacmoe_lightning.job.epochs import Epoch, Epochs
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
@@ -36,7 +40,6 @@ from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original
 from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
-from eacmoe_lightning.routers.joint import distillation, selection
 from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE
 from eacmoe_lightning.run.block_file import BlockStats, read_stats
 from eacmoe_lightning.run.files import write_json
@@ -45,6 +48,7 @@ from eacmoe_lightning.run.memory import Watch
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
 from eacmoe_lightning.text.sources import stored_sources
+from eacmoe_lightning.tuning.losses import distillation, selection
 from eacmoe_lightning.version import __version__
 
 
@@ -55,12 +59,14 @@ class FitState:
     Attributes:
         moe: the original model; its blocks are loaded and compressed one after another.
         parts: the trained parameters, which are parameters of the module too.
+        block_stage: trains one block after another.
         calibration: the block loop; set in `on_fit_start`.
         compressed: the whole compressed model; set during the joint stage.
     """
 
     moe: StreamedModel
     parts: TrainedParts
+    block_stage: BlockStage
     calibration: Calibration | None = None
     compressed: StreamedModel | None = None
 
@@ -83,6 +89,14 @@ class QESC(Comparison):
         router_warm_start: Start sgd from the closed-form solution.
         ridge: Strength of ridge's penalty on drift from the original router, relative to the mean squared router
             input.
+        block_epochs: Passes over the calibration text that train a block (router, norms, scales and codes) after its
+            weights are solved, on the squared error of its output beside the original block's; 0 leaves the stage out.
+        block_selection: Weight of the router loss beside that error; the loss is in units of the logits' spread.
+        block_router_lr: Learning rate of the router in the block stage.
+        block_norm_lr: Learning rate of the norms' weights in the block stage; 0 does not train them.
+        block_scale_lr: Learning rate of the quantized weights' scales in the block stage; 0 does not train them.
+        block_code_lr: Learning rate of the quantized weights' codes in the block stage, in steps of the grid; 0 does
+            not train them.
         joint_epochs: Passes over the calibration text in the joint stage, which trains all routers together on the KL
             divergence from the original's output distribution; 0 leaves the stage out.
         joint_selection: Weight of the router loss beside the KL divergence; the loss is a mean over all blocks, in
@@ -91,7 +105,7 @@ class QESC(Comparison):
         joint_norm_lr: Learning rate of the norms' weights in the joint stage; 0 does not train them.
         joint_scale_lr: Learning rate of the quantized weights' scales in the joint stage; 0 does not train them.
         joint_code_lr: Learning rate of the quantized weights' codes in the joint stage, in steps of the grid; 0 does
-            not train them. Training them takes 16 bytes per weight.
+            not train them.
         lr_schedule: Learning-rate schedule of each stage: constant, linear or cosine (both fall to zero).
         weight_decay: Weight decay of AdamW.
         stream_dtype: Dtype of the hidden states on disk between blocks. auto is the model's dtype and loses nothing;
@@ -116,6 +130,12 @@ class QESC(Comparison):
         router_epochs: int = 1,
         router_warm_start: bool = False,
         ridge: float = 1e-3,
+        block_epochs: int = 2,
+        block_selection: float = 0.05,
+        block_router_lr: float = 3e-3,
+        block_norm_lr: float = 5e-3,
+        block_scale_lr: float = 3e-3,
+        block_code_lr: float = 4e-4,
         joint_epochs: int = 4,
         joint_selection: float = 0.2,
         joint_router_lr: float = 3e-3,
@@ -140,16 +160,23 @@ class QESC(Comparison):
         for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge)):
             if value <= 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is not positive")
+        self.block_lr = dict(router=block_router_lr, norm=block_norm_lr, scale=block_scale_lr, code=block_code_lr)
         self.joint_lr = dict(router=joint_router_lr, norm=joint_norm_lr, scale=joint_scale_lr, code=joint_code_lr)
-        for option, value in (("epochs", joint_epochs), *((f"{kind}_lr", lr) for kind, lr in self.joint_lr.items())):
+        rates = (("block", self.block_lr), ("joint", self.joint_lr))
+        for option, value in (
+            *(("block_epochs", block_epochs), ("joint_epochs", joint_epochs), ("block_selection", block_selection)),
+            *((f"{stage}_{kind}_lr", lr) for stage, lrs in rates for kind, lr in lrs.items()),
+        ):
             if value < 0:
-                raise ValueError(f"joint_{option}={value} (--model.joint_{option}) is negative")
+                raise ValueError(f"{option}={value} (--model.{option}) is negative")
         self.pruning = pruning
         self.fit_state: FitState | None = None
         self.lock: RunLock | None = None  # on the run directory, held by the first process
         self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
         self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
         self.ridge, self.joint_selection = ridge, joint_selection
+        self.block_epochs = 0 if router_method == "none" else block_epochs
+        self.block_selection = block_selection
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.stream_dtype = stream_dtype
@@ -173,6 +200,10 @@ class QESC(Comparison):
     @property
     def calibration(self) -> Calibration:
         return self.fit_state.calibration
+
+    @property
+    def block_stage(self) -> BlockStage:
+        return self.fit_state.block_stage
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
@@ -212,11 +243,10 @@ class QESC(Comparison):
                 self.run.add_cost(None, "check", checked)
         self.trainer.strategy.barrier()
         moe.leave(json.loads(self.run.unquantized.read_text()))
-        joint = [kind for kind, lr in self.joint_lr.items() if lr] if self.joint_epochs else []
-        parts = TrainedParts(moe, self.run, self.recipe, joint)
-        self.fit_state = FitState(moe, parts)
+        trains_norms = any("norm" in self.kinds(stage) for stage in ("block", "joint"))
+        parts = TrainedParts(moe, self.run, trains_norms)
+        self.fit_state = FitState(moe, parts, BlockStage(parts, self.router_loss, self.block_selection))
         self.routers, self.norms = parts.routers, parts.norms  # submodules, so that Lightning knows their parameters
-        self.scales, self.positions = parts.scales, parts.positions
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1) or self.trainer.max_epochs > self.num_epochs:
             self.trainer.fit_loop.max_epochs = self.num_epochs
@@ -258,11 +288,15 @@ class QESC(Comparison):
             "model.router_loss": self.router_loss.settings(),
             **{
                 f"model.{name}": getattr(self, name)
-                for name in ("router_lr", "router_epochs", "router_warm_start", "ridge", "joint_epochs")
-                + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
+                for name in ("router_lr", "router_epochs", "router_warm_start", "ridge")
+                + ("block_epochs", "block_selection", "block_lr", "joint_epochs", "joint_selection", "joint_lr")
+                + ("lr_schedule", "weight_decay", "stream_dtype")
             },
             "data.calibration": stored_sources(data.calibration),
-            **{f"data.{name}": getattr(data, name) for name in ("num_windows", "window_length", "batch_size", "seed")},
+            **{
+                f"data.{name}": getattr(data, name)
+                for name in ("num_windows", "window_length", "batch_size", "seed", "held_back")
+            },
         }
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -271,11 +305,14 @@ class QESC(Comparison):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["block_routers"] = self.block_routers
+        checkpoint["in_training"] = {"parts": self.parts.state(), "block": self.block_stage.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         refuse_other_job(checkpoint, shapes, self.trainer.ckpt_path)
         self.block_routers = checkpoint["block_routers"]
+        self.parts.load_state(checkpoint["in_training"]["parts"])
+        self.block_stage.load_state(checkpoint["in_training"]["block"])
         mend_progress(checkpoint["loops"]["fit_loop"])
         follow_moved(checkpoint["callbacks"], self.trainer.checkpoint_callbacks, self.trainer.ckpt_path)
 
@@ -290,111 +327,182 @@ class QESC(Comparison):
             None if counts is None else counts[rows], data.calibration_sources[:, rows],
         )  # fmt: skip
         self.fit_state.calibration = Calibration(
-            self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning
-        )
+            self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning,
+            [name for name, _ in self.moe.norms()] if "norm" in self.kinds("block") else [],
+        )  # fmt: skip
+        self.block_stage.calibration = self.calibration
 
     # --- epochs: which block, which stage ---------------------------------------------------------------
 
     @property
-    def num_block_epochs(self) -> int:
-        return len(self.moe.blocks) * self.router_epochs
+    def epochs(self) -> Epochs:
+        return Epochs(len(self.moe.blocks), self.router_epochs, self.block_epochs, self.joint_epochs)
 
     @property
     def num_epochs(self) -> int:
-        return self.num_block_epochs + self.joint_epochs
+        return self.epochs.total
 
     @property
-    def is_joint(self) -> bool:
-        return self.current_epoch >= self.num_block_epochs
+    def epoch(self) -> Epoch:
+        """The current epoch's place in the run."""
+        return self.epochs.at(self.current_epoch)
 
     @property
     def block_index(self) -> int:
         """Index of the current epoch's block; in the joint stage, the number of blocks."""
-        return min(self.current_epoch // self.router_epochs, len(self.moe.blocks))
+        return self.epoch.block
 
-    @property
-    def is_last_pass(self) -> bool:
-        """Whether the current epoch is the last of its block."""
-        return not self.is_joint and (self.current_epoch + 1) % self.router_epochs == 0
+    def kinds(self, stage: str) -> list[str]:
+        """What the block or the joint stage trains: of router, norm, scale and code."""
+        rates, epochs = (self.block_lr, self.block_epochs) if stage == "block" else (self.joint_lr, self.joint_epochs)
+        return [kind for kind, lr in rates.items() if lr] if epochs else []
+
+    def holds_back(self, epoch: int) -> bool:
+        """Whether an epoch leaves out the windows that are held back."""
+        return self.epochs.at(epoch).stage == "block"
 
     @property
     def ranks(self) -> Ranks:
         return Ranks(self.global_rank, self.trainer.world_size, self.trainer.strategy.root_device)
 
     def enter_block(self) -> None:
-        """Advances the streams to the current epoch's block, and loads the compressed model for the joint stage.
+        """Advances the streams to the current epoch's block, and brings what its stage trains into memory.
 
         A second call changes nothing.
         """
-        self._advance(self.block_index)
-        if self.is_joint and self.fit_state.compressed is None:
+        stage = self.epoch.stage
+        self._advance(self.block_index, take_solved=self.block_stage.progress is not None)
+        if stage == "block":
+            self._solve(keep=True)
+            if not self.parts.codes:
+                self.parts.take_codes(self.calibration.solver.solved)
+        if stage == "joint" and self.fit_state.compressed is None:
+            self.parts.take_finished()
             self.fit_state.compressed = StreamedModel(self.parts.untrained(), self.device)
             self.fit_state.compressed.load_all()
 
     def leave_block(self) -> BlockStats:
-        """Solves the experts of the current epoch's block under its calibrated router, and writes the block."""
+        """Solves the experts of the current epoch's block unless the block stage has trained them, and writes it."""
         self.enter_block()
-        block = self.moe.blocks[self.block_index]
-        return self.calibration.leave(self.routers[router_key(block)].detach() if block.calibrates else None)
+        if self.epoch.stage == "block":
+            self.block_stage.finish()
+            self.parts.stop(self.optimizers(use_pl_optimizer=False))
+        else:
+            self._solve()
+        return self.calibration.leave()
 
-    def _advance(self, index: int) -> None:
+    def _advance(self, index: int, take_solved: bool = False) -> None:
         routers = self.block_routers or self.routers
-        self.calibration.enter(index, {b.index: routers[router_key(b)].detach() for b in self.moe.calibrated_blocks})
+        routers = {b.index: routers[router_key(b)].detach() for b in self.moe.calibrated_blocks}
+        self.calibration.enter(index, None if self.block_epochs else routers, take_solved)
+
+    def _solve(self, keep: bool = False) -> None:
+        block = self.moe.blocks[self.block_index]
+        self.calibration.solve(self.routers[router_key(block)].detach() if block.calibrates else None, keep)
 
     def start_stage(self) -> None:
-        """Before an epoch's first batch: solves the block's router in closed form, or starts the joint stage."""
-        if self.current_epoch == self.num_block_epochs:
-            self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
-            self.parts.start_joint(self.optimizers(use_pl_optimizer=False))
-        elif not self.is_joint and self.current_epoch % self.router_epochs == 0:
-            block = self.moe.blocks[self.block_index]
-            closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
-            if block.calibrates and closed_form:
-                k = self.router_loss.num_targets(block.num_experts, block.top_k)
-                self.parts.put_router(block, self.calibration.ridge_router(k, self.ridge))
+        """Before an epoch's first batch: solves the block's router in closed form, or starts another stage."""
+        if not self.epoch.is_first:
+            return
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        match self.epoch.stage:
+            case "router":
+                block = self.moe.blocks[self.block_index]
+                closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
+                if block.calibrates and closed_form:
+                    k = self.router_loss.num_targets(block.num_experts, block.top_k)
+                    self.parts.put_router(block, self.calibration.ridge_router(k, self.ridge))
+            case "block":
+                self.parts.start(optimizer, self.calibration.block, self.kinds("block"), self._reach)
+                with self._autocast():
+                    self.block_stage.start(self._held_back())
+            case "joint":
+                self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
+                self.parts.start(optimizer, None, self.kinds("joint"), self._reach)
+
+    def end_pass(self) -> None:
+        """After an epoch of the block stage: measures the windows held back, and keeps the best pass."""
+        if self.epoch.stage != "block":
+            return
+        self.enter_block()
+        with self._autocast():
+            self.block_stage.end_pass(self._held_back(), self.epoch.is_last)
+        name = f"reconstruction/block_{self.block_index:03d}_held_back"
+        if not math.isnan(loss := self.block_stage.progress.held_back[-1]):
+            self.log(name, loss)
+
+    def _held_back(self) -> list[Tensor]:
+        """This process's calibration windows that are held back, in batches of their numbers [b]."""
+        data = self.trainer.datamodule
+        owned = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
+        numbers = data.held_back_windows.nonzero().squeeze(1)
+        numbers = numbers[(numbers >= owned.start) & (numbers < owned.stop)]
+        return list(numbers.split(data.batch_size)) if len(numbers) else []
+
+    def _autocast(self) -> AbstractContextManager:
+        """The precision of training steps, for what runs outside of them."""
+        return self.trainer.strategy.precision_plugin.train_step_context()
+
+    @property
+    def _reach(self) -> float:
+        """How far the current stage can move a code: the sum of its learning rates."""
+        rates = self.block_lr if self.epoch.stage == "block" else self.joint_lr
+        steps = self.epoch.passes * self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        return rates["code"] * steps * (1.0 if self.lr_schedule == "constant" else 0.5)
 
     # --- gradient steps -----------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        if not self.is_joint and self.moe.blocks[self.block_index].calibrates:
-            loss = self._router_loss(batch)
-        elif self.is_joint and len(batch["index"]):
-            loss = self._joint_loss(batch)
-        else:  # this block has no router to calibrate, or other processes hold all of this batch's windows
-            loss = sum(weight.sum() for weight in self.parameters()) * 0
+        stage = self.epoch.stage
+        losses = {"router": self._router_losses, "block": self._block_losses, "joint": self._joint_losses}[stage](batch)
+        if losses is None:  # nothing to train here, or other processes hold all of this batch's windows
+            loss = sum(weight.sum() for weight in (*self.parameters(), *self.parts.unregistered())) * 0
+        else:
+            loss = self._global_mean(losses, batch)
         if not torch.isfinite(loss):
             self._refuse_loss(loss)
-        self.log("loss/joint" if self.is_joint else f"loss/block_{self.block_index:03d}", loss, prog_bar=False)
+        names = {"router": "loss/block_{:03d}", "block": "reconstruction/block_{:03d}", "joint": "loss/joint"}
+        self.log(names[stage].format(self.block_index), loss, prog_bar=False)
         return loss
 
     def _refuse_loss(self, loss: Tensor) -> None:
         """Raises ValueError for a loss that is NaN or infinite, before it changes a parameter."""
-        stage, rates = (
-            ("the joint stage", "joint_*_lr") if self.is_joint else (f"block {self.block_index}", "router_lr")
-        )
+        stage = "the joint stage" if self.epoch.stage == "joint" else f"block {self.block_index}"
+        rates = {"router": "router_lr", "block": "block_*_lr", "joint": "joint_*_lr"}[self.epoch.stage]
         if self.moe.model.dtype == torch.float16:
             raise overflow(f"the loss of {stage} is {loss.item()}: a logit (final norm, head or router)", torch.float16)
         raise ValueError(
             f"the loss of {stage} is {loss.item()}: the steps have diverged. Another run (--trainer.default_root_dir) "
-            f"with smaller learning rates (--model.{'joint_*_lr' if self.is_joint else 'router_lr'}) may not"
+            f"with smaller learning rates (--model.{rates}) may not"
         )
 
-    def _router_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean over the counted tokens of the global batch; this process may hold only some of its windows, or none."""
+    def _router_losses(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The router loss of every token of this process's windows [n]."""
         block = self.moe.blocks[self.block_index]
+        if not block.calibrates:
+            return None
         x, teacher = self.calibration.router_rows(batch["index"])
         student = block.router_logits(x.to(self.device), self.parts.router(block))
-        losses = self.router_loss(block.choice(student), block.choice(teacher.to(self.device)), block.top_k)
-        return self._global_mean(losses, batch)
+        return self.router_loss(block.choice(student), block.choice(teacher.to(self.device)), block.top_k)
 
-    def _joint_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """KL divergence from the original's next-token distributions plus the weighted router loss of all blocks."""
+    def _block_losses(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The block stage's loss of every token of this process's windows [n]; those held back are left out."""
+        taken = batch["weights"].any(1)
+        if not taken.any() or not (self.kinds("block")):
+            return None
+        losses = self.block_stage.losses(batch["index"][taken])
+        return losses.new_zeros(batch["weights"].shape).index_put((taken,), losses).flatten()
+
+    def _joint_losses(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """KL divergence from the original's next-token distributions plus the router loss of all blocks [n]."""
+        if not len(batch["index"]):
+            return None
         last_state, teachers = self.calibration.streams.joint_rows(batch["index"])
         with torch.no_grad():
             target = self.moe.head(last_state, batch["input_ids"]).float().log_softmax(-1)
         compressed = self.fit_state.compressed
         with compressed.recorded_logits() as students:
-            weights = self.parts.routers_and_norms() | self.parts.decoded()
+            weights = self.parts.routers_and_norms() | self.parts.decoded(self.moe.blocks)
             ids = (batch["input_ids"],)
             logits = torch.func.functional_call(compressed.model, weights, ids, {"use_cache": False}).logits
         losses = distillation(logits, target).flatten()
@@ -402,33 +510,43 @@ class QESC(Comparison):
         top_k = {block.index: block.top_k for block in compressed.moe_blocks}
         teachers = {i: choice[i](teacher.to(self.device)) for i, teacher in teachers.items()}
         students = {i: choice[i](student) for i, student in students.items()}
-        losses += self.joint_selection * selection(students, teachers, self.router_loss, top_k)
-        return self._global_mean(losses, batch)
+        return losses + self.joint_selection * selection(students, teachers, self.router_loss, top_k)
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Mean over the counted tokens of the global batch, of which this process may hold only some, or none."""
         tokens = int(batch["global_size"]) * self.trainer.datamodule.window_length
         if "weights" in batch:
-            losses, tokens = losses * batch["weights"].flatten(), int(batch["global_tokens"])
+            losses, tokens = losses * batch["weights"].flatten(), max(1, int(batch["global_tokens"]))
         return losses.sum() / tokens * self.trainer.world_size  # DDP averages gradients over processes
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Averages the gradients that DDP does not know over processes."""
+        if self.trainer.world_size > 1:
+            for weight in self.parts.unregistered():
+                gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = self.ranks.sum(gradient) / self.trainer.world_size
 
     @property
     def takes_steps(self) -> bool:
-        """Whether the current epoch trains; with ridge or none a block's epochs only measure the loss."""
-        return self.is_joint or (self.router_method == "sgd" and self.moe.blocks[self.block_index].calibrates)
+        """Whether the current epoch trains; with ridge or none a block's router epochs only measure the loss."""
+        if self.epoch.stage != "router":
+            return True
+        return self.router_method == "sgd" and self.moe.blocks[self.block_index].calibrates
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         if not self.takes_steps:
             optimizer_closure()
             return
         factor = self.schedule(epoch, batch_idx)
+        rates = {"router": {}, "block": self.block_lr, "joint": self.joint_lr}[self.epoch.stage]
         for group in optimizer.param_groups:
-            group["lr"] = factor * group["rms"] * (self.joint_lr[group["kind"]] if self.is_joint else self.router_lr)
+            group["lr"] = factor * group["rms"] * rates.get(group["kind"], self.router_lr)
         optimizer.step(closure=optimizer_closure)
 
     def schedule(self, epoch: int, batch_idx: int) -> float:
         """Learning-rate factor at a step. It depends on the position in the stage alone, so it needs no state."""
-        passes, first = (self.joint_epochs, self.num_block_epochs) if self.is_joint else (self.router_epochs, 0)
-        done = ((epoch - first) % passes + batch_idx / self.trainer.num_training_batches) / passes
+        place = self.epochs.at(epoch)
+        done = (place.number + batch_idx / self.trainer.num_training_batches) / place.passes
         return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
 
     # --- after the last epoch ---------------------------------------------------------------------------
@@ -440,6 +558,8 @@ class QESC(Comparison):
         for block in self.moe.blocks:
             self.calibration.shrink(block.index)
         self.fit_state.compressed = None
+        if not self.parts.codes:
+            self.parts.take_finished()
 
     def block_stats(self) -> list[BlockStats]:
         """The statistics of every block, read from the block files."""

@@ -1,14 +1,13 @@
 """The trained parameters: routers and norms of the original, scales and positions of its quantized weights.
 
-`routers/joint.py` defines positions. Shapes are fixed before the first block, when it is not yet known which experts
-stay: routers, scales and positions have rows for all of the original's experts, and the rows of removed experts are
-unused.
+`tuning/codes.py` defines positions. Routers and norms exist from the start. Scales and positions exist only while their
+weights are trained: those of one block in the block stage, all in the joint stage.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,61 +15,78 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.compressed.finished import FinishedBlocks
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
-from eacmoe_lightning.routers.joint import decode, start_positions
 from eacmoe_lightning.run.block_file import read_block
 from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.tuning.codes import Movable, codes_of, decode, movable
 
 
-class TrainedParts(nn.Module):
+class TrainedParts:
     """The trained parameters and the compressed model that they give.
 
-    A router's key names its block (`block_003`). Every other key is the name of the model's parameter, with `/` in
-    place of dots. The LightningModule registers the four dictionaries under their names here, which are therefore the
-    prefixes of the keys in checkpoints.
+    A router's key names its block (`block_003`). A norm's key is the name of the model's parameter, with `/` in place
+    of dots. The LightningModule registers both dictionaries, so that Lightning knows their parameters. Scales and
+    positions change from block to block, which DistributedDataParallel does not allow, so they are not registered:
+    the module keeps them in checkpoints (`state`) and averages their gradients over processes.
 
     Args:
         moe: the original model.
-        run: the run whose block files hold the solver's codes and scales.
-        recipe: gives the grid of every weight.
-        joint: what the joint stage trains besides routers: any of norm, scale, code.
+        run: the run whose block files hold the finished codes.
+        trains_norms: whether norms are among the parameters.
     """
 
-    def __init__(self, moe: StreamedModel, run: RunDirectory, recipe: Recipe, joint: Collection[str]) -> None:
-        super().__init__()
+    def __init__(self, moe: StreamedModel, run: RunDirectory, trains_norms: bool) -> None:
         self.moe, self.run = moe, run
         self.routers, self.norms = nn.ParameterDict(), nn.ParameterDict()  # [E, D]; [D]
-        self.scales, self.positions = nn.ParameterDict(), nn.ParameterDict()  # in the shape of the scales; [..., O, I]
+        self.scales: dict[str, nn.Parameter] = {}  # by parameter name, in the shape of the scales
+        self.moved: dict[str, Movable] = {}  # by parameter name
+        self.codes: dict[str, QuantizedWeight] = {}  # the weights in training, as they were at its start
+        self.blocks: list[int] | None = None  # whose routers and norms are in training; None: all
         routers = moe.read(block.router_parameter_name for block in moe.calibrated_blocks)
         for block in moe.calibrated_blocks:
             router = routers[block.router_parameter_name].float().clone()
             self.routers[router_key(block)] = nn.Parameter(router)
         if not self.routers:  # an optimizer needs a parameter, though none of these routers can be calibrated
             self.routers["none"] = nn.Parameter(torch.zeros(1))
-        if "norm" in joint:
+        if trains_norms:
             for name, weight in moe.read(name for name, _ in moe.norms()).items():
                 self.norms[_key(name)] = nn.Parameter(weight.float().clone())
-        for block in moe.blocks if recipe.quantizes else ():  # start_joint sets their values
-            for name, (part, weight) in block.weights().items():
-                grid = recipe.grid(block.index, len(moe.blocks), part)
-                if "scale" in joint:
-                    shape = recipe.solver.result.scale_shape(weight.shape, grid)
-                    self.scales[_key(name)] = nn.Parameter(torch.ones(shape))
-                if "code" in joint:
-                    self.positions[_key(name)] = nn.Parameter(torch.zeros(weight.shape))
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """One group per parameter, with its kind, its name in the model and `rms`, the unit of its learning rate."""
-        kinds = {"router": self.routers, "norm": self.norms, "scale": self.scales, "code": self.positions}
+        """One group per parameter in training, with its kind, its name in the model and `rms`.
+
+        `rms` is the unit of its learning rate: its root mean square, or for codes a step of the grid.
+        """
+        rows, blocks = self.kept_rows, self._blocks
+        routers = {b.router_parameter_name: self.routers[router_key(b)] for b in blocks if b.calibrates}
+        kinds = {
+            "router": routers or ({} if self.moe.calibrated_blocks else dict(self.routers)),
+            "norm": {_name(key): weight for key, weight in self._norms(None if self.blocks is None else blocks)},
+            "scale": self.scales,
+            "code": {name: moved.position for name, moved in self.moved.items()},
+        }
         return [
-            {"params": [weight], "kind": kind, "name": _name(key), "rms": 1.0 if kind == "code" else _rms(weight)}
+            {
+                "params": [weight],
+                "kind": kind,
+                "name": name,
+                "rms": 1.0 if kind == "code" else _rms(weight[rows[name]] if kind == "router" else weight),
+            }
             for kind, weights in kinds.items()
-            for key, weight in weights.items()
+            for name, weight in weights.items()
         ]
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return self.moe.blocks if self.blocks is None else [self.moe.blocks[i] for i in self.blocks]
+
+    def _norms(self, blocks: Collection[Block] | None) -> list[tuple[str, nn.Parameter]]:
+        """The trained norms of some blocks with their keys, or of the whole model."""
+        prefixes = None if blocks is None else tuple(f"{block.name}." for block in blocks)
+        return [item for item in self.norms.items() if prefixes is None or _name(item[0]).startswith(prefixes)]
 
     def router(self, block: Block) -> Tensor:
         """The router [E, D] of the experts that the block still has, differentiable."""
@@ -79,21 +95,9 @@ class TrainedParts(nn.Module):
     def put_router(self, block: Block, weight: Tensor) -> None:
         self.routers[router_key(block)].data[block.kept] = weight
 
-    # --- once all blocks are written ------------------------------------------------------------------------
-
-    @cached_property
-    def codes(self) -> dict[str, QuantizedWeight]:
-        """All quantized weights by parameter name, read from the block files, on the model's device."""
-        blocks = (read_block(self.run, block.index)[0] for block in self.moe.blocks)
-        return {
-            name: replace(weight, **{field: getattr(weight, field).to(self.moe.device) for field in weight.FIELDS})
-            for block in blocks
-            for name, weight in block.items()
-        }
-
     @property
     def kept_rows(self) -> dict[str, slice | Tensor]:
-        """The rows of each trained tensor that the pruned model keeps, by parameter name of the model."""
+        """The rows of each original tensor that the pruned model keeps, by parameter name of the model."""
         rows: dict[str, slice | Tensor] = defaultdict(lambda: slice(None))
         for block in self.moe.moe_blocks:
             if block.calibrates:
@@ -101,54 +105,134 @@ class TrainedParts(nn.Module):
             rows |= {name: block.kept for name, (part, _) in block.weights().items() if part == "experts"}
         return rows
 
-    def start_joint(self, optimizer: torch.optim.Optimizer) -> None:
-        """Sets scales and positions to the solver's results and resets the optimizer."""
-        kept = self.kept_rows
-        for key, scale in self.scales.items():
-            scale.data[kept[_name(key)]] = self.codes[_name(key)].scale.to(scale)
-        for block in self.moe.blocks if self.positions else ():
-            for name, weight in self.moe.read(block.weights()).items():
-                weight = block.as_parameter(name, weight)[kept[name]]
-                position = self.positions[_key(name)]
-                position.data[kept[name]] = start_positions(weight, self.codes[name]).to(position)
-        optimizer.state.clear()  # moments of the per-block stage do not apply here
-        for group in optimizer.param_groups:
-            if group["kind"] != "code":  # the unit of codes is a step of the grid
-                group["rms"] = _rms(group["params"][0][kept[group["name"]]])
+    # --- quantized weights in training ------------------------------------------------------------------------
 
-    def routers_and_norms(self) -> dict[str, Tensor]:
-        """Routers and norms by parameter name, in the dtypes that they have in the model, and differentiable."""
-        trained = {block.router_parameter_name: self.router(block) for block in self.moe.calibrated_blocks}
-        trained |= {_name(key): weight for key, weight in self.norms.items()}
+    def start(
+        self, optimizer: torch.optim.Optimizer, block: Block | None, kinds: Collection[str], reach: float
+    ) -> None:
+        """Makes parameters of scales and codes (`take_codes` comes first), and resets the optimizer.
+
+        Args:
+            optimizer: gets groups for them, and loses its moments.
+            block: the block whose weights are trained; None trains all.
+            kinds: what is trained of them: `scale`, `code`.
+            reach: how many steps of the grid training can move a code (`tuning.codes.movable`).
+        """
+        kept, self.blocks = self.kept_rows, None if block is None else [block.index]
+        for block in self._blocks:
+            names = [name for name in block.weights() if name in self.codes]
+            if "scale" in kinds:
+                self.scales |= {name: nn.Parameter(self.codes[name].scale.float()) for name in names}
+            for name, weight in self.moe.read(names).items() if "code" in kinds else ():
+                moved = movable(block.as_parameter(name, weight)[kept[name]], self.codes[name], reach)
+                self.moved[name] = replace(moved, position=nn.Parameter(moved.position))
+        self._regroup(optimizer)
+
+    def stop(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forgets the weights in training."""
+        self.scales, self.moved, self.codes, self.blocks = {}, {}, {}, None
+        self._regroup(optimizer)
+
+    def _regroup(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.state.clear()
+        optimizer.param_groups.clear()
+        for group in self.optimizer_groups():
+            optimizer.add_param_group(group)
+
+    def take_codes(self, codes: Mapping[str, QuantizedWeight]) -> None:
+        """Takes quantized weights by parameter name to the model's device, to train them."""
+        self.codes = {
+            name: replace(weight, **{field: getattr(weight, field).to(self.moe.device) for field in weight.FIELDS})
+            for name, weight in codes.items()
+        }
+
+    def take_finished(self) -> None:
+        """Takes the codes of all blocks from their files, to train all of them."""
+        self.take_codes(
+            {name: weight for block in self.moe.blocks for name, weight in read_block(self.run, block.index)[0].items()}
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Scales and positions, for a checkpoint."""
+        return {
+            "blocks": self.blocks,
+            "scales": {name: scale.detach() for name, scale in self.scales.items()},
+            "moved": {name: (moved.position.detach(), moved.place, moved.starts) for name, moved in self.moved.items()},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes scales and positions from a checkpoint; an optimizer must be configured after it."""
+        device, self.blocks = self.moe.device, state["blocks"]
+        self.scales = {name: nn.Parameter(scale.to(device)) for name, scale in state["scales"].items()}
+        self.moved = {
+            name: Movable(nn.Parameter(position.to(device)), place.to(device), starts)
+            for name, (position, place, starts) in state["moved"].items()
+        }
+
+    def unregistered(self) -> list[nn.Parameter]:
+        """The parameters that Lightning's strategy does not know."""
+        return [*self.scales.values(), *(moved.position for moved in self.moved.values())]
+
+    def values(self, block: Block) -> dict[str, Tensor]:
+        """Copies of all that is trained of a block, in host memory."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._of(block).items()}
+
+    def put_values(self, block: Block, values: dict[str, Tensor]) -> None:
+        """Sets what is trained of a block to what `values` returned."""
+        for name, tensor in self._of(block).items():
+            tensor.data.copy_(values[name])
+
+    def _of(self, block: Block) -> dict[str, nn.Parameter]:
+        trained = {"router": self.routers[router_key(block)]} if block.calibrates else {}
+        trained |= {f"norm {_name(key)}": norm for key, norm in self._norms([block])}
+        trained |= {f"scale {name}": scale for name, scale in self.scales.items()}
+        return trained | {f"code {name}": moved.position for name, moved in self.moved.items()}
+
+    # --- the compressed model -----------------------------------------------------------------------------------
+
+    def routers_and_norms(self, blocks: Collection[Block] | None = None) -> dict[str, Tensor]:
+        """Routers and norms by parameter name, in the dtypes that they have in the model, and differentiable.
+
+        Of all blocks and of the model's end, or of `blocks` alone.
+        """
+        chosen = self.moe.blocks if blocks is None else blocks
+        trained = {block.router_parameter_name: self.router(block) for block in chosen if block.calibrates}
+        trained |= {_name(key): weight for key, weight in self._norms(blocks)}
         return {name: weight.to(self._dtypes[name]) for name, weight in trained.items()}
 
-    @property
+    @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:
         return {name: tensor.dtype for name, tensor in self.moe.model.state_dict().items()}
 
-    def decoded(self) -> dict[str, Tensor]:
-        """The decoded weights by parameter name, differentiable; empty if neither scales nor codes are trained."""
-        kept, dtypes, weights = self.kept_rows, self._dtypes, {}
-        for block in self.moe.blocks if self.scales or self.positions else ():
-            for name in block.weights():
-                scale, position = (
-                    trained[_key(name)][kept[name]] if trained else None for trained in (self.scales, self.positions)
-                )
-                weights[name] = block.as_parameter(name, decode(self.codes[name], scale, position, dtypes[name]))
-        return weights
+    def decoded(self, blocks: Collection[Block]) -> dict[str, Tensor]:
+        """The blocks' decoded weights in training, by parameter name, differentiable."""
+        return {
+            name: block.as_parameter(
+                name, decode(self.codes[name], self.scales.get(name), self.moved.get(name), self._dtypes[name])
+            )
+            for block in blocks
+            for name in block.weights()
+            if name in self.scales or name in self.moved
+        }
+
+    def quantized(self) -> dict[str, QuantizedWeight]:
+        """The weights in training as they are now, by parameter name."""
+        trained = {}
+        for name, weight in self.codes.items():
+            scale = {"scale": self.scales[name].detach().half()} if name in self.scales else {}
+            codes = {"codes": codes_of(weight, self.moved[name])} if name in self.moved else {}
+            trained[name] = replace(weight, **scale, **codes)
+        return trained
 
     def finished(self) -> FinishedBlocks:
         """The compressed model with all trained parameters, after the last epoch."""
-        kept = self.kept_rows
-        scales = {_name(key): scale[kept[_name(key)]] for key, scale in self.scales.items()}
-        codes = {}
-        for name, position in ((_name(key), position.detach()) for key, position in self.positions.items()):
-            solved = self.codes[name]
-            codes[name] = solved.nearest(position[kept[name]]).to(solved.codes.dtype)
+        trained = self.quantized()
+        scales = {name: trained[name].scale for name in self.scales}
+        codes = {name: trained[name].codes for name in self.moved}
         return FinishedBlocks(self.moe.weights, self.run, self.routers_and_norms(), scales, codes, self.moe.unquantized)
 
     def untrained(self) -> FinishedBlocks:
-        """The compressed model without calibration: the solver's codes and scales, the original's routers and norms."""
+        """The compressed model without calibration: the blocks' codes and scales, the original's routers and norms."""
         return FinishedBlocks(self.moe.weights, self.run, unquantized=self.moe.unquantized)
 
 

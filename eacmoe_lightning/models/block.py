@@ -173,14 +173,16 @@ class Block:
 
     # --- running the block -------------------------------------------------------------------
 
-    def forward(self, call: Call, force_ids: Tensor | None = None) -> tuple[State, Routing | None]:
+    def forward(
+        self, call: Call, force_ids: Tensor | None = None, weights: dict[str, Tensor] | None = None
+    ) -> tuple[State, Routing | None]:
         """Runs the block: its call -> what it hands to the next block, and its routing.
 
         That is the layer's output as it is: hidden states, or a tuple of them and of more. If more than the output goes
         on to later blocks, it is a dict of the `output` and of `shared` and `history`, as in `Call`.
 
         With `force_ids` [N, K] the given experts run instead of the router's choice, with the weights
-        that the router's scores give them (EAC-MoE, table 1).
+        that the router's scores give them (EAC-MoE, table 1). `weights` replace the layer's, by name in the layer.
         """
         routings: list[Routing] = []
 
@@ -196,7 +198,10 @@ class Block:
         before = {name: dict(values) for name, values in call.shared_dicts().items()}
         handle = self.watch_router(record) if self.is_moe else None
         try:
-            output = self.layer(*call.args, **call.kwargs)
+            if weights is None:
+                output = self.layer(*call.args, **call.kwargs)
+            else:
+                output = torch.func.functional_call(self.layer, weights, call.args, call.kwargs)
         finally:
             if handle is not None:
                 handle.remove()

@@ -73,9 +73,10 @@ class Quantized:
     def group_size(self) -> int:
         return self.codes.shape[-1] // self.scale.shape[-1]
 
-    def of_experts(self, experts: list[int]) -> Quantized:
-        """Some of a stack's experts [E, O, I]."""
-        bits = self.bits if isinstance(self.bits, int) else one_or_each([self.bits[e] for e in experts])
+    def of_experts(self, experts: list[int] | slice) -> Quantized:
+        """Some of a stack's experts [E, O, I]; those of a slice are not copied."""
+        chosen = range(len(self.codes))[experts] if isinstance(experts, slice) else experts
+        bits = self.bits if isinstance(self.bits, int) else one_or_each([self.bits[e] for e in chosen])
         return Quantized(self.codes[experts], self.scale[experts], self.zero_point[experts], bits)
 
     def dequantize(

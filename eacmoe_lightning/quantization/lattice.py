@@ -59,8 +59,8 @@ class Lattice:
     def group_size(self) -> int:
         return self.codes.shape[-1] // self.scale.shape[-1]
 
-    def of_experts(self, experts: list[int]) -> Lattice:
-        """Some of a stack's experts [E, O, I]."""
+    def of_experts(self, experts: list[int] | slice) -> Lattice:
+        """Some of a stack's experts [E, O, I]; those of a slice are not copied."""
         return Lattice(self.codes[experts], self.scale[experts])
 
     def dequantize(

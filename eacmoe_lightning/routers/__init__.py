@@ -1,1 +1,1 @@
-"""Calibrating a router: losses, the closed form, the joint stage, expert-shift. Pure functions of tensors."""
+"""Calibrating a router: losses, the closed form, expert-shift. Pure functions of tensors."""

@@ -32,6 +32,22 @@ class RemovedExperts:
 
 
 @dataclass
+class Reconstruction:
+    """What the block stage did to a block.
+
+    Attributes:
+        held_back: relative squared error of the block's output on the windows held back, before the first and after
+            every pass; empty if no window was held back.
+        taken: the pass whose result was taken: 0 for the solver's, otherwise the number of the pass.
+        moved: share of the codes that differ from the solver's.
+    """
+
+    held_back: list[float]
+    taken: int
+    moved: float
+
+
+@dataclass
 class BlockStats:
     """Statistics of a block's calibration, over the tokens of all processes.
 
@@ -44,6 +60,7 @@ class BlockStats:
         source_load: by calibration text, [E] its tokens routed to each of the original's experts by its router.
         starved: experts that fewer than `min_expert_tokens` tokens reached; None for a dense block.
         pruning: the removed experts; None if the run prunes nothing, or for a dense block.
+        reconstruction: the block stage; None without it.
     """
 
     block: int
@@ -54,6 +71,7 @@ class BlockStats:
     source_load: list[list[int]] = field(default_factory=list)
     starved: list[int] | None = None
     pruning: RemovedExperts | None = None
+    reconstruction: Reconstruction | None = None
 
     @property
     def is_moe(self) -> bool:
@@ -62,26 +80,37 @@ class BlockStats:
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; leaves out those that a dense block does not have."""
         empty = {"expert_shift": {}, "expert_load": {}, "source_load": [], "starved": None, "pruning": None}
+        empty |= {"reconstruction": None}
         return {name: value for name, value in asdict(self).items() if name not in empty or value != empty[name]}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> BlockStats:
-        pruning = stored.get("pruning")
-        return cls(**stored | {"pruning": None if pruning is None else RemovedExperts(**pruning)})
+        parts = {"pruning": RemovedExperts, "reconstruction": Reconstruction}
+        return cls(**stored | {name: part(**stored[name]) for name, part in parts.items() if name in stored})
 
 
 def write_block(
-    run: RunDirectory, stats: BlockStats, quantized: dict[str, QuantizedWeight], others: dict[str, Tensor]
+    run: RunDirectory,
+    stats: BlockStats,
+    quantized: dict[str, QuantizedWeight],
+    others: dict[str, Tensor],
+    is_finished: bool = True,
 ) -> None:
-    """Writes a finished block; `others` are tensors stored unquantized (the router)."""
+    """Writes a block; `others` are tensors stored unquantized (the router, trained norms).
+
+    With `is_finished` false it is the file that holds the block until the block stage has trained it.
+    """
     stored = {name: {"bits": q.bits, "in_features": q.codes.shape[-1]} for name, q in quantized.items()}
     note = {"quantized": stored, "stats": stats.to_json()}
-    write_tensors(run.block(stats.block), packed(quantized) | others, note)
+    path = run.block(stats.block) if is_finished else run.solved(stats.block)
+    write_tensors(path, packed(quantized) | others, note)
 
 
-def read_block(run: RunDirectory, index: int) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], BlockStats]:
-    """Reads a finished block: quantized weights and other tensors (the router) by parameter name, and statistics."""
-    tensors, note = read_tensors(run.block(index))
+def read_block(
+    run: RunDirectory, index: int, is_finished: bool = True
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], BlockStats]:
+    """Reads a block: quantized weights and other tensors (router, norms) by parameter name, and statistics."""
+    tensors, note = read_tensors(run.block(index) if is_finished else run.solved(index))
     quantized = {name: take_quantized(tensors, name, **spec) for name, spec in note["quantized"].items()}
     return quantized, tensors, BlockStats.from_json(note["stats"])
 

@@ -98,6 +98,10 @@ class RunDirectory:
     def block(self, index: int) -> Path:
         return self.path / "blocks" / f"block_{index:03d}.safetensors"
 
+    def solved(self, index: int) -> Path:
+        """What the solver made of a block that the block stage is still training."""
+        return self.path / "blocks" / f"block_{index:03d}.solved.safetensors"
+
     def streams(self, rank: int, world: int) -> Path:
         """The directory of one process's hidden states (`run.hidden`)."""
         return self.path / "streams" / f"rank_{rank}_of_{world}"

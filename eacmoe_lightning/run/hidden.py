@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import (
     TreeSpec,
     tree_flatten,
+    tree_leaves,
     tree_map_only,
     tree_unflatten,
     treespec_dumps,
@@ -45,6 +46,11 @@ def moved(state: State, device: torch.device) -> State:
 def rows_of(state: State, rows: Any) -> State:
     """Some rows of a state, or whatever else can be cut from all of its tensors: `rows` is their index."""
     return tree_map_only(Tensor, lambda tensor: tensor[rows], state)
+
+
+def hidden_of(state: State) -> Tensor:
+    """The hidden states [B, T, D] of a state."""
+    return next(leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
 
 
 class HiddenFile:

@@ -56,8 +56,8 @@ class WindowLoader:
 
     Yields dicts: `index` int64 [b], the windows' numbers in `windows`; `input_ids` int64 [b, T];
     `global_size` int, the number of windows in this batch over all ranks. With several ranks b may be 0.
-    With `weights`, also `weights` [b, T] and `global_tokens` int, the number of tokens that count in this batch over
-    all ranks.
+    With `weights` or `held_back`, also `weights` [b, T] and `global_tokens` int, the number of tokens that count in
+    this batch over all ranks.
 
     Lightning keeps `state_dict()` in its checkpoints (`loops.fit_loop.combined_loader`) and calls
     `load_state_dict()` before the first batch after a restart. The length is always that of the
@@ -71,6 +71,7 @@ class WindowLoader:
         rank, world_size: this process, and the number of processes.
         epoch: called at the start of every pass for the number of the epoch.
         weights: bool [S, T], the tokens that count; None: all, and batches have no weights.
+        held_back: the number of an epoch -> bool [S], the windows whose tokens do not count in it; None: all count.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class WindowLoader:
         world_size: int = 1,
         epoch: Callable[[], int] = lambda: 0,
         weights: Tensor | None = None,
+        held_back: Callable[[int], Tensor | None] = lambda epoch: None,
     ):
         self.windows = windows
         self.batch_size = batch_size
@@ -92,6 +94,7 @@ class WindowLoader:
         self.world_size = world_size
         self.epoch = epoch
         self.weights = weights
+        self.held_back = held_back
         self._position = {"epoch": 0, "num_dealt": 0}  # in the present pass
         self._resumed: dict[str, int] | None = None  # a loaded position that the next pass starts from
 
@@ -107,12 +110,16 @@ class WindowLoader:
 
     def _weights(self, epoch: int, number: int, index: Tensor) -> dict[str, Tensor | int]:
         """The weights of a batch of an epoch, by the names of the batch."""
-        if self.weights is None:
+        weights, held_back = self.weights, self.held_back(epoch)
+        if held_back is not None:
+            weights = torch.ones_like(self.windows, dtype=torch.bool) if weights is None else weights
+            weights = weights & ~held_back.unsqueeze(1)
+        if weights is None:
             return {}
         ranks = [self._batches(epoch, rank, self.world_size)[number][0] for rank in range(self.world_size)]
         return {
-            "weights": self.weights[index],  # [b, T]
-            "global_tokens": int(self.weights[torch.cat(ranks)].sum()),
+            "weights": weights[index],  # [b, T]
+            "global_tokens": int(weights[torch.cat(ranks)].sum()),
         }
 
     def __len__(self) -> int:

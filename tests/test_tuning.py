@@ -1,11 +1,12 @@
-"""The joint stage's arithmetic: positions of weights on the axis of codes, straight-through rounding, losses."""
+"""The arithmetic of training codes: positions on the axis of codes, straight-through rounding, losses."""
 
 import pytest
 import torch
 
 from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
-from eacmoe_lightning.routers.joint import decode, distillation, selection, start_positions
 from eacmoe_lightning.routers.losses import MSE
+from eacmoe_lightning.tuning.codes import codes_of, decode, movable, start_positions
+from eacmoe_lightning.tuning.losses import distillation, selection
 
 
 @pytest.fixture
@@ -46,15 +47,44 @@ def test_codes_stay_within_each_expert_s_range():
 def test_gradients_pass_the_rounding_of_codes_and_scales(weight):
     quantized = round_to_nearest(weight, Grid(3, 32))
     scale = quantized.scale.float().requires_grad_()
-    position = start_positions(weight, quantized).requires_grad_()
-    decoded = decode(quantized, scale, position, torch.float32)
+    moved = movable(weight, quantized, 0.5)
+    moved.position.requires_grad_()
+    decoded = decode(quantized, scale, moved, torch.float32)
     assert torch.equal(decoded, quantized.dequantize())
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     (decoded * gradient).sum().backward()
-    torch.testing.assert_close(position.grad, gradient * quantized.scale.float().repeat_interleave(32, -1))
+    expected = gradient * quantized.scale.float().repeat_interleave(32, -1)
+    torch.testing.assert_close(moved.position.grad, expected.flatten()[moved.place])
     steps = quantized.codes.float() - quantized.zero_point.float().repeat_interleave(32, -1)
     torch.testing.assert_close(scale.grad, (gradient * steps).unflatten(-1, (2, 32)).sum(-1))
     assert torch.equal(decode(quantized, None, None, torch.float32), quantized.dequantize())
+
+
+@pytest.mark.parametrize("reach", [0.01, 0.2])
+def test_exactly_the_codes_within_reach_can_be_moved(weight, reach):
+    quantized = round_to_nearest(weight, Grid(2, 32))
+    moved = movable(weight, quantized, reach)
+    position = start_positions(weight, quantized)
+    neighbour = quantized.nearest(position + (position - quantized.codes).sign() * reach)
+    assert torch.equal(moved.place.long(), (neighbour != quantized.codes).flatten().nonzero().squeeze(1))
+    assert 0 < len(moved.place) < weight.numel()
+    assert torch.equal(codes_of(quantized, moved), quantized.codes)  # nothing has moved
+    moved.position += (moved.position - moved.position.round()).sign() * reach
+    assert torch.equal(codes_of(quantized, moved).float(), neighbour)
+    assert torch.equal(decode(quantized, None, moved, torch.float32), quantized.dequantize(codes=neighbour))
+
+
+def test_a_stack_is_decoded_some_experts_at_a_time(weight, monkeypatch):
+    quantized = round_to_nearest(weight, Grid(3, 32))
+    whole = movable(weight, quantized, 0.2)
+    monkeypatch.setattr("eacmoe_lightning.tuning.codes.DECODED_TOGETHER", 2 * weight[0].numel())
+    moved = movable(weight, quantized, 0.2)
+    assert len(moved.starts) == 3 and torch.equal(moved.position, whole.position)
+    moved.position += 0.2
+    whole.position += 0.2
+    decoded = decode(quantized, None, moved, torch.float32)
+    monkeypatch.undo()
+    assert torch.equal(decoded, decode(quantized, None, whole, torch.float32))
 
 
 def test_losses_by_hand():

@@ -1,0 +1,118 @@
+"""The block stage: one block's weights are trained towards the original block's output.
+
+The block gets x_hat, the output of the compressed prefix; its target is what the original block makes of x, the
+original's own stream (`tuning.losses.reconstruction`). Some calibration windows are held back: after every pass they
+judge whether it was an improvement, and the best pass is taken, or the solver's result if none was better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.calibration.blocks import Calibration
+from eacmoe_lightning.job.trained import TrainedParts
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.routers.losses import RouterLoss
+from eacmoe_lightning.run.block_file import Reconstruction
+from eacmoe_lightning.run.hidden import hidden_of
+from eacmoe_lightning.tuning.losses import reconstruction, selection
+
+
+@dataclass
+class Progress:
+    """How far the training of a block has come; part of checkpoints.
+
+    Attributes:
+        unit: mean square of what the original block adds to its input, the unit of the squared error.
+        held_back: loss on the windows held back, before the first and after every pass.
+        taken: the pass with the least of these; 0 is the solver's result.
+        best: the trained tensors after that pass (`TrainedParts.values`); None if they are the present ones.
+    """
+
+    unit: float
+    held_back: list[float] = field(default_factory=list)
+    taken: int = 0
+    best: dict[str, Tensor] | None = None
+
+
+class BlockStage:
+    """The block stage of the current block.
+
+    Args:
+        parts: the trained parameters.
+        router_loss, weight: the router loss beside the squared error, and its weight.
+    """
+
+    def __init__(self, parts: TrainedParts, router_loss: RouterLoss, weight: float) -> None:
+        self.parts, self.router_loss, self.weight = parts, router_loss, weight
+        self.calibration: Calibration  # the block loop, once it exists
+        self.progress: Progress | None = None
+
+    @property
+    def block(self) -> Block:
+        return self.calibration.block
+
+    def state(self) -> dict[str, Any] | None:
+        """For a checkpoint."""
+        return self.progress and vars(self.progress)
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        self.progress = state and Progress(**state)
+
+    def start(self, held_back: Iterable[Tensor]) -> None:
+        """Begins a block; its weights are in `parts`.
+
+        Args:
+            held_back: this process's windows that are held back, in batches of global indices [b].
+        """
+        self.progress = Progress(self.calibration.added_square())
+        self.end_pass(held_back)
+
+    def losses(self, window_ids: Tensor) -> Tensor:
+        """The loss of every token of windows with these global indices [b] -> [b, T], differentiable."""
+        block = self.block
+        call, target, teacher = self.calibration.block_rows(window_ids)
+        weights = self.parts.routers_and_norms([block]) | self.parts.decoded([block])
+        weights = {name.removeprefix(f"{block.name}."): weight for name, weight in weights.items()}
+        state, routing = block.forward(call, weights=weights)
+        losses = reconstruction(hidden_of(state), target, self.progress.unit)
+        if block.calibrates and self.weight:
+            students, teachers = {block.index: block.choice(routing.logits)}, {block.index: block.choice(teacher)}
+            chosen = selection(students, teachers, self.router_loss, {block.index: block.top_k})
+            losses = losses + self.weight * chosen.view(losses.shape)
+        return losses
+
+    @torch.no_grad()
+    def end_pass(self, held_back: Iterable[Tensor], is_last: bool = False) -> None:
+        """Measures the windows held back (as in `start`), and keeps the trained tensors if they are the best so far."""
+        progress, streams = self.progress, self.calibration.streams
+        total = torch.zeros(2, dtype=torch.float64)
+        for index in held_back:
+            losses = streams.counted(self.losses(index).flatten(), streams.local(index)).double()
+            total += torch.tensor([losses.sum().item(), losses.numel()], dtype=torch.float64)
+        loss, tokens = self.calibration.ranks.sum(total).tolist()
+        progress.held_back.append(loss / tokens if tokens else math.nan)
+        if tokens and loss / tokens > min(progress.held_back):
+            return
+        progress.taken = len(progress.held_back) - 1
+        progress.best = None if is_last else self.parts.values(self.block)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Takes the best pass into the block."""
+        progress, parts, block = self.progress, self.parts, self.block
+        if progress.best is not None:
+            parts.put_values(block, progress.best)
+        trained = parts.quantized()
+        changed = sum(int((trained[name].codes != weight.codes).sum()) for name, weight in parts.codes.items())
+        number = sum(weight.codes.numel() for weight in parts.codes.values())
+        held_back = [value for value in progress.held_back if not math.isnan(value)]
+        stats = Reconstruction(held_back, progress.taken, changed / max(number, 1))
+        self.calibration.take_trained(trained, parts.routers_and_norms([block]), stats)
+        self.progress = None

@@ -1,0 +1,47 @@
+"""The losses of the two stages that train quantized weights.
+
+reconstruction  block stage: the block's output beside the original block's (BRECQ, arXiv 2102.05426)
+distillation    joint stage: KL(original || compressed) of the next-token distributions
+selection       both: the router loss, beside the other
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from eacmoe_lightning.routers.losses import RouterLoss
+
+
+def reconstruction(output: Tensor, target: Tensor, unit: Tensor) -> Tensor:
+    """Mean squared difference of hidden states [..., D] in units of `unit` -> [...], float32.
+
+    Args:
+        output: the compressed block's output.
+        target: the original block's output in the original's own stream.
+        unit: the mean square of what the original block adds to its input.
+    """
+    return (output.float() - target.float()).square().mean(-1) / unit
+
+
+def distillation(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(original || compressed) in nats: logits [..., V], the original's log-probabilities [..., V] -> [...]."""
+    log_probabilities = logits.float().log_softmax(-1)
+    return nn.functional.kl_div(log_probabilities, target, reduction="none", log_target=True).sum(-1)
+
+
+def selection(
+    students: Mapping[int, Tensor], teachers: Mapping[int, Tensor], loss: RouterLoss, top_k: Mapping[int, int]
+) -> Tensor:
+    """The mean router loss over blocks: logits [N, E] and experts per token by block -> [N].
+
+    Each block's logits are divided by the standard deviation of the original's, because their size differs between
+    models and blocks.
+    """
+    losses = []
+    for i, teacher in teachers.items():
+        spread = teacher.std(unbiased=False).clamp(min=1e-6)
+        losses.append(loss(students[i] / spread, teacher / spread, top_k[i]))
+    return torch.stack(losses).mean(0)
