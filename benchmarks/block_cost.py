@@ -2,10 +2,10 @@
 
     python benchmarks/block_cost.py --json FILE [--shapes mixtral qwen1.5 qwen3] [--windows 4 --length 512]
 
-Random bfloat16 weights of the real shapes are written to disk as a checkpoint. Then the block goes through the phases
-of `fit` in `--dtype`: read, observe, attention, router (closed form), experts, replay. Every row runs in a separate
-process, which reports seconds and peak memory by phase, next to the seconds that `plan` predicts from this machine's
-rates. `--paper` turns off activation order, scale search and refinement. The line "experts" also gives the rate of GPTQ
+Random bfloat16 weights of the real shapes are written to disk as a checkpoint. Then `fit` takes the block through its
+phases in `--dtype`: check, read, observe, attention, router (closed form), experts, block, replay. Every row runs in a
+separate process, which reports seconds and peak memory by phase, next to the seconds that `plan` predicts from this machine's
+rates. `--paper` turns off activation order, scale search, refinement and the block stage. The line "experts" also gives the rate of GPTQ
 and its Hessians as a share of this machine's rate of matrix products.
 
 `--blocks 2 4 8 16` does the same with a small shape and that many blocks: the peak must not grow with their number. It
@@ -20,9 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +28,17 @@ import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from eacmoe_lightning.calibration.blocks import Calibration
-from eacmoe_lightning.calibration.recipe import Recipe
-from eacmoe_lightning.calibration.streams import Streams
-from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.callbacks import CompressedModel, RoutingReport, TokenScores
+from eacmoe_lightning.commands.trainer import calibration_trainer
+from eacmoe_lightning.evaluation.report import cost
+from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.models.transformers_loader import empty_model, original_names
 from eacmoe_lightning.planning.machine import measure as rates_of
-from eacmoe_lightning.planning.sizes import Job, plan
-from eacmoe_lightning.routers.losses import TopKMSE
+from eacmoe_lightning.planning.sizes import job_of, plan
 from eacmoe_lightning.run.directory import RunDirectory
-from eacmoe_lightning.run.memory import peak_memory, reset_peak_memory
-from eacmoe_lightning.run.ranks import Ranks
+from eacmoe_lightning.text.windows import Windows
 
 VOCABULARY = 1024  # of the random models; small, because embeddings are not measured
 
@@ -86,22 +82,19 @@ def write_checkpoint(config: PreTrainedConfig, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-class Costs:
-    """By phase, the sum of seconds and the maximum of peak memory over all blocks."""
+class RandomWindows(TextWindows):
+    """Random tokens in the place of calibration text; batches of one window."""
 
-    def __init__(self) -> None:
-        self.phases: dict[str, dict[str, float]] = {}
+    def __init__(self, windows: int, length: int) -> None:
+        super().__init__(heldout=[], num_windows=windows, window_length=length, batch_size=1)
 
-    @contextmanager
-    def phase(self, block: int | None, name: str) -> Iterator[None]:
-        reset_peak_memory()
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        entry = self.phases.setdefault(name, {"seconds": 0.0, "peak_bytes": 0})
-        entry["seconds"] += time.perf_counter() - start
-        entry["peak_bytes"] = max(entry["peak_bytes"], peak_memory())
+    @cached_property
+    def _calibration(self) -> Windows:
+        shape, generator = (self.num_windows, self.window_length), torch.Generator().manual_seed(1)
+        return Windows(torch.randint(0, VOCABULARY, shape, generator=generator), None)
+
+    def check_model(self, moe: MoEModel, stage: str) -> None:
+        """Random tokens need no tokenizer."""
 
 
 def measure(
@@ -113,47 +106,43 @@ def measure(
     paper: bool,
     folder: Path,
     device: torch.device | str = "cpu",
-    **recipe_options: Any,
+    **options: Any,
 ) -> dict:
-    """Calibrates the checkpoint in `folder`, and returns one row of the result."""
-    as_paper = {"act_order": False, "scale_search": False, "refine": 0} if paper else {}
-    recipe = Recipe(bits=(3,), **as_paper, **recipe_options)
-    costs, ranks, run = Costs(), Ranks(), RunDirectory(folder / "run")
-    with costs.phase(None, "open"):
-        moe = StreamedModel(Checkpoint(str(folder), dtype), device)
-    tokens = torch.randint(0, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(1))
-    streams = Streams(moe, tokens, 0, 1, run, ranks, keep_teachers=False)
-    calibration = Calibration(moe, recipe, streams, run, ranks, costs.phase)
-    num_targets = TopKMSE().num_targets(moe.num_experts, moe.top_k)
-    for i in range(num_blocks):
-        calibration.enter(i, {})
-        with costs.phase(i, "router"):
-            router = calibration.ridge_router(num_targets, 1e-3)
-        stats = calibration.leave(router)
-    job = Job(
-        windows, length, 1, 0, "ridge", 1, num_targets, 0, False, moe.model.dtype.itemsize, device=moe.device.type
-    )
-    planned, rates = (
-        plan(moe, recipe, job).phases,
-        rates_of(moe.device, moe.model.dtype, folder, moe.config.hidden_size),
-    )
-    for name, phase in costs.phases.items():
+    """Runs `fit` on the checkpoint in `folder`, and returns one row of the result: the costs up to the last block."""
+    if paper:
+        options |= {"act_order": False, "scale_search": False, "refine": 0, "block_epochs": 0}
+    module = QESC(str(folder), dtype, bits=[3], joint_epochs=0, **options)
+    data, run = RandomWindows(windows, length), RunDirectory(folder / "run")
+    accelerator = "gpu" if torch.device(device).type == "cuda" else "cpu"
+    trainer = calibration_trainer(run.path, progress_bar=False, accelerator=accelerator, devices=1, logger=False)
+    trainer.callbacks = [
+        c for c in trainer.callbacks if not isinstance(c, (CompressedModel, RoutingReport, TokenScores))
+    ]
+    trainer.fit(module, data)
+    phases = {name: phase for name, phase in cost(run).items() if isinstance(phase, dict)}
+    moe, recipe = module.moe, module.recipe
+    job = job_of(module, data, moe, 1, moe.device.type)
+    planned = plan(moe, recipe, job).phases
+    rates = rates_of(moe.device, moe.model.dtype, folder, moe.config.hidden_size)
+    for name, phase in phases.items():
         if name in planned:
             phase["planned_seconds"] = rates.seconds(planned[name], cached=True)
+            phase["planned_bytes"] = planned[name].peak_bytes
             phase["flops"] = planned[name].flops + planned[name].flops32
     weights = [p for p in moe.blocks[0].layer.parameters()]
+    errors = module.block_stats()[-1].error
     return {
         "shape": shape,
         "blocks": num_blocks,
         "tokens": windows * length,
         "dtype": dtype,
         "block_bytes": sum(p.numel() * p.element_size() for p in weights),
-        "seconds": sum(phase["seconds"] for phase in costs.phases.values()),
-        "peak_bytes": max(phase["peak_bytes"] for phase in costs.phases.values()),
-        "phases": costs.phases,
+        "seconds": sum(phase["seconds"] for phase in phases.values()),
+        "peak_bytes": max(phase["peak_bytes"] for phase in phases.values()),
+        "phases": phases,
         "paper": paper,
         "matrix_flops_per_second": rates.flops32,
-        "error": sum(stats.error.values()) / len(stats.error),
+        "error": sum(errors.values()) / len(errors),
     }
 
 
@@ -199,7 +188,7 @@ def main() -> None:
         for name, phase in result["phases"].items():
             line = f"    {name:10s} {phase['seconds']:8.1f} s  {phase['peak_bytes'] / 2**30:6.2f} GiB"
             if "planned_seconds" in phase:
-                line += f"  planned {phase['planned_seconds']:8.1f} s"
+                line += f"  planned {phase['planned_seconds']:8.1f} s {phase['planned_bytes'] / 2**30:6.2f} GiB"
             if name == "experts":
                 rate, peak_rate = phase["flops"] / phase["seconds"] / 1e9, result["matrix_flops_per_second"] / 1e9
                 line += f"  {rate:.1f} of {peak_rate:.1f} GFLOP/s: {rate / peak_rate:.0%}"

@@ -40,7 +40,7 @@ REAL = {
     ),
 }  # fmt: skip
 BILLIONS = {"mixtral": 46.7, "qwen1.5": 14.3, "qwen3": 30.5}  # parameters, from the models' cards
-JOB = Job(128, 2048, 4, 0, "ridge", 1, 4, 0, False, 2)
+JOB = Job(128, 2048, 4, 0, "ridge", 1, 4, 0, 2)
 
 
 def shapes(name: str) -> MoEModel:
@@ -88,7 +88,7 @@ def test_arithmetic_of_a_forward_pass_is_what_torch_counts(family):
     moe.model.set_experts_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         moe.blocks[0].forward(call)
-    job = Job(1, 32, 1, 0, "none", 1, 2, 0, False, 4)
+    job = Job(1, 32, 1, 0, "none", 1, 2, 0, 4)
     planned = plan(moe, Recipe(group_size=32), job).phases["observe"].flops / len(moe.blocks)
     scores = 32 * 2 * 32 * 64  # tokens x (2 products, causal) x tokens x width of all heads
     assert planned - scores == pytest.approx(counter.get_total_flops(), rel=0.005)
@@ -96,13 +96,13 @@ def test_arithmetic_of_a_forward_pass_is_what_torch_counts(family):
 
 def test_cost_grows_with_tokens_and_width():
     moe = shapes("qwen1.5")
-    one, two = (plan(moe, Recipe(), Job(n, 2048, 4, 0, "none", 1, 4, 0, False, 2)).phases for n in (64, 128))
+    one, two = (plan(moe, Recipe(), Job(n, 2048, 4, 0, "none", 1, 4, 0, 2)).phases for n in (64, 128))
     assert two["observe"].flops == 2 * one["observe"].flops
     assert one["experts"].flops32 < two["experts"].flops32 < 2 * one["experts"].flops32  # the solver's part is constant
     plain, grid = GPTQ(scale_search=False, refine=0), Grid(3, 128)
     wide, narrow = (plain.arithmetic(100, columns, grid).flops for columns in (200, 100))
     assert wide / narrow == pytest.approx((8 / 3 + 2 * 4) / (1 / 3 + 2))
-    shared = plan(moe, Recipe(), Job(128, 2048, 4, 0, "none", 1, 4, 0, False, 2, processes=2)).phases
+    shared = plan(moe, Recipe(), Job(128, 2048, 4, 0, "none", 1, 4, 0, 2, processes=2)).phases
     assert shared["observe"].flops == two["observe"].flops / 2
 
 

@@ -83,7 +83,7 @@ def outside(tmp_path, monkeypatch):
 
 
 def fit(model, run, **options):
-    return jobs.fit(model, run, model__joint_epochs=0, **options)
+    return jobs.fit(model, run, model__block_epochs=0, model__joint_epochs=0, **options)
 
 
 def test_a_router_loss_from_outside(outside, tiny_model_dir, tmp_path, capsys):
@@ -100,7 +100,9 @@ def test_a_router_loss_from_outside(outside, tiny_model_dir, tmp_path, capsys):
     # strings and lists are part of the run's identity: a run does not resume with other ones
     for other in ({"model__router_loss__kind": "flat"}, {"model__router_loss__favourites": "[1, 3]"}):
         with pytest.raises(SystemExit):
-            words = jobs.options(tiny_model_dir("mixtral"), run, model__joint_epochs=0, **options | other)
+            words = jobs.options(
+                tiny_model_dir("mixtral"), run, model__block_epochs=0, model__joint_epochs=0, **options | other
+            )
             main(["fit", *words, "--ckpt_path", "last"])
         assert "model.router_loss was" in capsys.readouterr().err
 

@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from eacmoe_lightning import load
-from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.directory import CompressedWeights, save_compressed
 from eacmoe_lightning.compressed.finished import FinishedBlocks
@@ -151,7 +150,7 @@ def test_what_a_model_keeps_in_float32_stays_float32(kind, dtype, tmp_path):
     run = RunDirectory(tmp_path / "run")
     for block in moe.blocks:
         write_block(run, BlockStats(block.index, block.name), {}, {})
-    trained = TrainedParts(moe, run, Recipe(quantizer="none"), ["norm"]).routers_and_norms()
+    trained = TrainedParts(moe, run, trains_norms=True).routers_and_norms()
     read = {
         "original": moe.read(expected),
         "trained": expected | trained,

@@ -215,7 +215,8 @@ def prune_blocks(
             with costed(run, index, "router"):
                 num_targets = TopKMSE().num_targets(block.num_experts, block.top_k)
                 router[block.kept] = loop.ridge_router(num_targets, ridge).to(router.dtype)
-        stats = loop.leave(router)
+        loop.solve(router)
+        stats = loop.leave()
         if block.is_moe:
             pruned = stats.pruning
             print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -94,6 +95,7 @@ class TextWindows(L.LightningDataModule):
         if not 0 <= held_back < 1:
             raise ValueError(f"--data.held_back={held_back} is a share of the windows: pass at least 0 and less than 1")
         self.held_back = held_back
+        self.holds_back: Callable[[int], bool] = lambda epoch: False  # which epochs leave them out; the module says it
         self.calibration = calibration
         self.heldout = name_sources(heldout)
         self.predict = predict
@@ -233,8 +235,7 @@ class TextWindows(L.LightningDataModule):
 
     def _held_back(self, epoch: int) -> Tensor | None:
         """The windows that an epoch leaves out, if it leaves out some."""
-        holds = self.trainer is not None and self.trainer.lightning_module.holds_back(epoch)
-        return self.held_back_windows if holds else None
+        return self.held_back_windows if self.holds_back(epoch) else None
 
     def val_dataloader(self) -> list[WindowLoader]:
         return [self._in_order(windows) for windows in self.heldout_windows.values()]

@@ -318,6 +318,7 @@ class QESC(Comparison):
 
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule
+        data.holds_back = lambda epoch: self.epochs.at(epoch).stage == "block"
         shard_rows = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
         windows = data.calibration_windows[shard_rows.start : shard_rows.stop]
         dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
@@ -357,10 +358,6 @@ class QESC(Comparison):
         rates, epochs = (self.block_lr, self.block_epochs) if stage == "block" else (self.joint_lr, self.joint_epochs)
         return [kind for kind, lr in rates.items() if lr] if epochs else []
 
-    def holds_back(self, epoch: int) -> bool:
-        """Whether an epoch leaves out the windows that are held back."""
-        return self.epochs.at(epoch).stage == "block"
-
     @property
     def ranks(self) -> Ranks:
         return Ranks(self.global_rank, self.trainer.world_size, self.trainer.strategy.root_device)
@@ -371,7 +368,9 @@ class QESC(Comparison):
         A second call changes nothing.
         """
         stage = self.epoch.stage
-        self._advance(self.block_index, take_solved=self.block_stage.progress is not None)
+        if self.parts.block not in (None, self.block_index):
+            self._end_interrupted(self.parts.block)
+        self._advance(self.block_index, take_solved=self.parts.block is not None)
         if stage == "block":
             self._solve(keep=True)
             if not self.parts.codes:
@@ -391,6 +390,16 @@ class QESC(Comparison):
             self._solve()
         return self.calibration.leave()
 
+    def _end_interrupted(self, index: int) -> None:
+        """Ends the block stage of a block after a checkpoint of its last step: Lightning does not repeat the hooks."""
+        if not self.run.block(index).exists():
+            self._advance(index, take_solved=True)
+            self.parts.take_codes(self.calibration.solver.solved)
+            self._measure_held_back(self.block_epochs)
+            self.block_stage.finish()
+            self.calibration.leave()
+        self.parts.stop(self.optimizers(use_pl_optimizer=False))
+
     def _advance(self, index: int, take_solved: bool = False) -> None:
         routers = self.block_routers or self.routers
         routers = {b.index: routers[router_key(b)].detach() for b in self.moe.calibrated_blocks}
@@ -403,6 +412,7 @@ class QESC(Comparison):
     def start_stage(self) -> None:
         """Before an epoch's first batch: solves the block's router in closed form, or starts another stage."""
         if not self.epoch.is_first:
+            self._measure_held_back(self.epoch.number)
             return
         optimizer = self.optimizers(use_pl_optimizer=False)
         match self.epoch.stage:
@@ -422,14 +432,18 @@ class QESC(Comparison):
 
     def end_pass(self) -> None:
         """After an epoch of the block stage: measures the windows held back, and keeps the best pass."""
-        if self.epoch.stage != "block":
-            return
-        self.enter_block()
-        with self._autocast():
-            self.block_stage.end_pass(self._held_back(), self.epoch.is_last)
-        name = f"reconstruction/block_{self.block_index:03d}_held_back"
-        if not math.isnan(loss := self.block_stage.progress.held_back[-1]):
-            self.log(name, loss)
+        if self.epoch.stage == "block":
+            self.enter_block()
+            self._measure_held_back(self.epoch.number + 1)
+            if not math.isnan(loss := self.block_stage.progress.held_back[-1]):
+                self.log(f"reconstruction/block_{self.block_index:03d}_held_back", loss)
+
+    def _measure_held_back(self, passes: int) -> None:
+        """Measures the windows held back after this many passes, unless that is done."""
+        progress = self.block_stage.progress
+        if progress is not None and len(progress.held_back) <= passes:
+            with self._autocast():
+                self.block_stage.end_pass(self._held_back(), passes == self.block_epochs)
 
     def _held_back(self) -> list[Tensor]:
         """This process's calibration windows that are held back, in batches of their numbers [b]."""
@@ -553,6 +567,8 @@ class QESC(Comparison):
 
     def enter_end(self) -> None:
         """Writes missing blocks, shrinks all blocks to the experts kept, and frees the joint stage's model."""
+        if self.parts.block is not None:
+            self._end_interrupted(self.parts.block)
         if not all(self.run.block(block.index).exists() for block in self.moe.blocks):
             self._advance(len(self.moe.blocks))
         for block in self.moe.blocks:

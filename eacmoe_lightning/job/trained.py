@@ -6,6 +6,7 @@ weights are trained: those of one block in the block stage, all in the joint sta
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -22,6 +23,8 @@ from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.block_file import read_block
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.tuning.codes import Movable, codes_of, decode, movable
+
+log = logging.getLogger(__name__)
 
 
 class TrainedParts:
@@ -44,7 +47,7 @@ class TrainedParts:
         self.scales: dict[str, nn.Parameter] = {}  # by parameter name, in the shape of the scales
         self.moved: dict[str, Movable] = {}  # by parameter name
         self.codes: dict[str, QuantizedWeight] = {}  # the weights in training, as they were at its start
-        self.blocks: list[int] | None = None  # whose routers and norms are in training; None: all
+        self.block: int | None = None  # index of the block in training; None: all, or none
         routers = moe.read(block.router_parameter_name for block in moe.calibrated_blocks)
         for block in moe.calibrated_blocks:
             router = routers[block.router_parameter_name].float().clone()
@@ -64,7 +67,7 @@ class TrainedParts:
         routers = {b.router_parameter_name: self.routers[router_key(b)] for b in blocks if b.calibrates}
         kinds = {
             "router": routers or ({} if self.moe.calibrated_blocks else dict(self.routers)),
-            "norm": {_name(key): weight for key, weight in self._norms(None if self.blocks is None else blocks)},
+            "norm": {_name(key): weight for key, weight in self._norms(None if self.block is None else blocks)},
             "scale": self.scales,
             "code": {name: moved.position for name, moved in self.moved.items()},
         }
@@ -81,7 +84,7 @@ class TrainedParts:
 
     @property
     def _blocks(self) -> list[Block]:
-        return self.moe.blocks if self.blocks is None else [self.moe.blocks[i] for i in self.blocks]
+        return self.moe.blocks if self.block is None else [self.moe.blocks[self.block]]
 
     def _norms(self, blocks: Collection[Block] | None) -> list[tuple[str, nn.Parameter]]:
         """The trained norms of some blocks with their keys, or of the whole model."""
@@ -118,7 +121,7 @@ class TrainedParts:
             kinds: what is trained of them: `scale`, `code`.
             reach: how many steps of the grid training can move a code (`tuning.codes.movable`).
         """
-        kept, self.blocks = self.kept_rows, None if block is None else [block.index]
+        kept, self.block = self.kept_rows, None if block is None else block.index
         for block in self._blocks:
             names = [name for name in block.weights() if name in self.codes]
             if "scale" in kinds:
@@ -126,11 +129,18 @@ class TrainedParts:
             for name, weight in self.moe.read(names).items() if "code" in kinds else ():
                 moved = movable(block.as_parameter(name, weight)[kept[name]], self.codes[name], reach)
                 self.moved[name] = replace(moved, position=nn.Parameter(moved.position))
+        if self.moved:
+            log.info(
+                "%d of %d codes are within %.3f steps of another and may change",
+                sum(len(moved.place) for moved in self.moved.values()),
+                sum(self.codes[name].codes.numel() for name in self.moved),
+                reach,
+            )
         self._regroup(optimizer)
 
     def stop(self, optimizer: torch.optim.Optimizer) -> None:
         """Forgets the weights in training."""
-        self.scales, self.moved, self.codes, self.blocks = {}, {}, {}, None
+        self.scales, self.moved, self.codes, self.block = {}, {}, {}, None
         self._regroup(optimizer)
 
     def _regroup(self, optimizer: torch.optim.Optimizer) -> None:
@@ -155,14 +165,14 @@ class TrainedParts:
     def state(self) -> dict[str, Any]:
         """Scales and positions, for a checkpoint."""
         return {
-            "blocks": self.blocks,
+            "block": self.block,
             "scales": {name: scale.detach() for name, scale in self.scales.items()},
             "moved": {name: (moved.position.detach(), moved.place, moved.starts) for name, moved in self.moved.items()},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes scales and positions from a checkpoint; an optimizer must be configured after it."""
-        device, self.blocks = self.moe.device, state["blocks"]
+        device, self.block = self.moe.device, state["block"]
         self.scales = {name: nn.Parameter(scale.to(device)) for name, scale in state["scales"].items()}
         self.moved = {
             name: Movable(nn.Parameter(position.to(device)), place.to(device), starts)

@@ -29,7 +29,7 @@ def check_memory(moe: MoEModel, job: Job) -> None:
         return
     needed, available = joint_bytes(moe, job), available_memory(moe.device)
     if needed > available:
-        trained = [kind for kind, trains in (("code", job.trains_codes), ("scale", job.trains_scales)) if trains]
+        trained = [kind for kind in ("code", "scale") if kind in job.joint_kinds]
         smaller = "".join(f", --model.joint_{kind}_lr 0 makes it smaller" for kind in trained)
         raise ValueError(
             f"the joint stage (--model.joint_epochs {job.joint_epochs}) holds the whole compressed model in memory: "

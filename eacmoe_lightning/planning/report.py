@@ -30,6 +30,7 @@ def warnings(costs: Plan, grids: list[WeightGrid], memory: int, free: int, proce
         if needed > memory:
             remedy = {
                 "joint": "--model.joint_epochs 0 leaves it out, --model.joint_code_lr 0 makes it smaller",
+                "block": "--model.block_code_lr 0 or smaller batches (--data.batch_size)",
                 "router": "a smaller --model.solver_gib",
                 "experts": "a smaller --model.solver_gib",
             }.get(name, "smaller batches (--data.batch_size), fewer processes or a larger machine")

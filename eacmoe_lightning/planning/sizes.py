@@ -10,7 +10,7 @@ Letters: N tokens, D hidden, F expert width, E experts, K top_k, O/I out/in feat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +27,12 @@ from eacmoe_lightning.targets import WeightGrid
 
 GENERATIONS = 3  # copies of both streams on disk at the end of a block: before it, after it, the last checkpoint's
 LOADED = 20  # bytes of memory traffic per byte loaded: copies, conversions, pages touched for the first time
-DECODED_BYTES = 48  # memory traffic per weight in a joint step for decoding it and for the gradient of its scale
-POSITION_BYTES = 16  # memory of a trained code: its position, the position's gradient and AdamW's two moments
-TRAINED_BYTES = 56  # further memory traffic per trained code in a joint step: rounding the position, AdamW's step
-JOINT_PASSES = 3  # passes over the activations in a joint step, besides matrix products
+MOVABLE = 0.2  # share of the codes that training can change (`tuning.codes.movable`), seen at 2, 3 and 4 bits
+POSITION_BYTES = 20  # memory of such a code: its place, its position, the position's gradient and AdamW's two moments
+STORED_BYTES = 16  # of these in a checkpoint: all but the gradient
+DECODED_BYTES = 48  # memory traffic per weight in a step for decoding it and for the gradient of its scale
+TRAINED_BYTES = 24  # further memory traffic per weight in a step that trains codes: rounding, the codes' gradient
+STEP_PASSES = 3  # passes over the activations in a step, besides matrix products
 LAST = ("o_proj", "out_proj", "down_proj", "dense", "w2")  # linear layers that share their input with no other
 
 
@@ -41,7 +43,8 @@ class Job:
     Attributes:
         num_windows, window_length, batch_size: size of the calibration text and of a batch.
         heldout_tokens: number of tokens of the evaluation at the end.
-        router_method, router_epochs, num_targets, joint_epochs, trains_scales, trains_codes: as in `fit`.
+        router_method, router_epochs, num_targets, block_epochs, joint_epochs: as in `fit`.
+        block_kinds, joint_kinds: what the block and the joint stage train: of router, norm, scale and code.
         stream_bytes: bytes per number of the hidden streams on disk.
         processes: number of processes that share windows and experts.
         kept_experts: number of experts that pruning keeps per block; None counts all (also with a rule by `alpha`,
@@ -58,9 +61,10 @@ class Job:
     router_epochs: int
     num_targets: int
     joint_epochs: int
-    trains_scales: bool
     stream_bytes: int
-    trains_codes: bool = False
+    block_epochs: int = 0
+    block_kinds: tuple[str, ...] = ()
+    joint_kinds: tuple[str, ...] = ()
     processes: int = 1
     kept_experts: int | None = None
     device: str = "cpu"
@@ -73,6 +77,10 @@ class Job:
     @property
     def tokens(self) -> int:
         return self.num_windows * self.window_length
+
+    def steps(self, epochs: int) -> float:
+        """The steps of a process in this many passes, as shares of whole batches."""
+        return epochs * self.num_windows / self.batch_size / self.processes
 
 
 @dataclass
@@ -103,7 +111,7 @@ class Cost:
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
 
 
-PHASES = ("check", "read", "observe", "attention", "router", "experts", "replay", "joint", "write", "evaluate")
+PHASES = ("check", "read", "observe", "attention", "router", "experts", "block", "replay", "joint", "write", "evaluate")
 
 
 @dataclass
@@ -136,16 +144,18 @@ def num_bytes(parameters: Iterable, itemsize: int) -> int:
     return sum(parameter.numel() for parameter in parameters) * itemsize
 
 
-def joint_bytes(moe: MoEModel, job: Job) -> int:
-    """Memory of the weights in the joint stage, without activations.
+def trained_bytes(quantized: int, kinds: Collection[str], itemsize: int) -> int:
+    """Memory of the codes, decoded weights, gradients and positions while this many quantized weights are trained."""
+    if not {"scale", "code"} & set(kinds):
+        return 0
+    return int(quantized * (1 + 2 * itemsize + ("code" in kinds) * MOVABLE * POSITION_BYTES))
 
-    These are all weights in the model's dtype. If scales or codes are trained, the codes (a byte each), the weights
-    decoded from them and their gradients are added; if codes are trained, also `POSITION_BYTES` each.
-    """
+
+def joint_bytes(moe: MoEModel, job: Job) -> int:
+    """Memory of the weights in the joint stage, without activations: all weights, and what training them takes."""
     itemsize = moe.model.dtype.itemsize
-    each = 1 + 2 * itemsize if job.trains_scales or job.trains_codes else 0
-    each += POSITION_BYTES if job.trains_codes else 0
-    return num_bytes(moe.model.parameters(), itemsize) + num_quantized(moe) * each
+    everything = num_bytes(moe.model.parameters(), itemsize)
+    return everything + trained_bytes(num_quantized(moe), job.joint_kinds, itemsize)
 
 
 def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
@@ -155,14 +165,16 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     unquantized = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
     evaluated = 2 * job.heldout_tokens * moe.config.hidden_size * itemsize
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
-    checkpoint = 0  # the last one and its successor: positions and AdamW's moments; everything else is small
-    if job.joint_epochs and job.trains_codes:
-        checkpoint = 2 * 12 * num_quantized(moe)
+    # the last one and its successor: positions and AdamW's moments; everything else is small
+    trained = num_quantized(moe) if "code" in job.joint_kinds else 0
+    if "code" in job.block_kinds:
+        trained = max(trained, *(_num_quantized(block) for block in moe.blocks))
+    checkpoint = int(2 * STORED_BYTES * MOVABLE * trained)
     return {
         "hidden streams": (2 * GENERATIONS + 1) * hidden,  # and the router's inputs
         "router logits for the joint stage": teachers,
         "checkpoints": checkpoint,
-        "finished blocks": packed,
+        "finished blocks": packed + (packed // len(moe.blocks) if job.block_epochs else 0),  # and one in training
         "compressed model": packed + unquantized,
         "hidden states of the evaluation": evaluated,
     }
@@ -201,21 +213,20 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
         if block.is_moe:
             _router(phases["router"], shapes, recipe, job, hidden, here + routing, share)
             _experts(phases["experts"], shapes, recipe, job, here + routing)
+        if job.block_epochs:
+            _block_stage(phases["block"], block, shapes, job, here + routing, hidden, stream)
     forward = sum(shapes.forward for shapes in of_blocks) + 2 * hidden * vocabulary
     if job.joint_epochs:
         activations = batch * 4 * (sum(12 * hidden + 4 * shapes.activations for shapes in of_blocks) + 4 * vocabulary)
-        steps = job.joint_epochs * job.num_windows / job.batch_size * share
-        decoded = DECODED_BYTES if job.trains_scales or job.trains_codes else 0
-        decoded = num_quantized(moe) * (decoded + (TRAINED_BYTES if job.trains_codes else 0))
         phases["joint"].add(
             joint_bytes(moe, job) + outside_blocks + activations,
             flops=job.joint_epochs * job.tokens * share * (3 * forward + 2 * hidden * vocabulary),  # + original's head
-            loop_bytes=steps * (decoded + JOINT_PASSES * activations),
+            loop_bytes=job.steps(job.joint_epochs) * _step_bytes(num_quantized(moe), job.joint_kinds, activations),
         )
     block_size = max(num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks)
     codes = result.disk["compressed model"]
     phases["write"].add(2 * outside_blocks + block_size, read_bytes=codes, written_bytes=codes, again_bytes=2 * codes)
-    evaluations = 1 if job.router_method == "none" else 2  # before and after calibration
+    evaluations = 1 if job.router_method == "none" or job.block_epochs else 2  # before and after calibration
     read, touched = (
         evaluations * (in_blocks * job.stored_share + codes),
         sum(s.touched for s in of_blocks) + 6 * 4 * vocabulary,
@@ -228,6 +239,31 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
         again_bytes=read,
     )
     return result
+
+
+def _num_quantized(block: Block) -> int:
+    return sum(weight.numel() for _, weight in block.weights().values())
+
+
+def _step_bytes(quantized: int, kinds: Collection[str], activations: float) -> float:
+    """Memory traffic of a step that trains this many quantized weights, besides matrix products."""
+    decoded = DECODED_BYTES if {"scale", "code"} & set(kinds) else 0
+    return quantized * (decoded + TRAINED_BYTES * ("code" in kinds)) + STEP_PASSES * activations
+
+
+def _block_stage(cost: Cost, block: Block, shapes: _Shapes, job: Job, here: float, hidden: int, stream: float) -> None:
+    """Adds the passes that train a block: forward and backward, on x_hat and the original block's output."""
+    itemsize, quantized = next(block.layer.parameters()).element_size(), _num_quantized(block)
+    share, epochs = 1 / job.processes, job.block_epochs
+    activations = job.batch_size * job.window_length * itemsize * (12 * hidden + 4 * shapes.activations)
+    read = 2 * epochs * stream * share
+    cost.add(
+        here + trained_bytes(quantized, job.block_kinds, itemsize) + activations,
+        flops=3 * epochs * job.tokens * share * shapes.forward,
+        loop_bytes=job.steps(epochs) * _step_bytes(quantized, job.block_kinds, activations),
+        read_bytes=read,
+        again_bytes=read,
+    )
 
 
 class _Shapes:
@@ -339,9 +375,10 @@ def job_of(module: Any, data: Any, moe: MoEModel, processes: int, device: str, s
         router_method=module.router_method,
         router_epochs=module.router_epochs,
         num_targets=module.router_loss.num_targets(moe.num_experts, moe.top_k),
+        block_epochs=module.block_epochs,
         joint_epochs=module.joint_epochs,
-        trains_scales=bool(module.joint_lr["scale"]),
-        trains_codes=bool(module.joint_lr["code"]),
+        block_kinds=tuple(module.kinds("block")),
+        joint_kinds=tuple(module.kinds("joint")),
         stream_bytes=dtype.itemsize,
         processes=processes,
         kept_experts=module.pruning.keep if module.pruning else None,
