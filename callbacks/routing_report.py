@@ -63,6 +63,8 @@ class RoutingReport(BlockCallback):
             )  # fmt: skip
             moe_stats = [stats for stats in module.block_stats() if stats.is_moe]
             report["coverage"] = coverage(moe_stats, trainer.datamodule.windows_by_text)
+            if sampled := module.fit_state.sampled.described():
+                report["sampled"] = sampled
             write(module.run, report)
             module.run.drop_streams()
             print(summary(report))

@@ -19,6 +19,9 @@ Keys, with dots for nesting:
                         the block stage (run/block_file.py, Reconstruction)
     coverage.<text>.windows|selections|experts|reached|only|blocks.<block>
                         what each calibration text's tokens reach by the original's routers (evaluation/coverage.py)
+    sampled.<text>.model|windows|tokens|chosen|documents|document_tokens|scripts.<script>|languages.<language>
+                        calibration text that a model wrote (`self`); chosen: tokens that it was not given; documents:
+                        how many, and their mean length; scripts: shares of the letters; languages: of the windows
     experts.starved     number of starved experts
     experts.starved_by_block
     cost.<phase>.seconds|peak_bytes|read_bytes|written_bytes|share

@@ -39,6 +39,11 @@ def summary(report: dict[str, Any]) -> str:
         rates = " -> ".join(f"{shift[when][rate]:.2%}" for when in ("before", "after") if when in shift)
         lines.append(f"tokens with {rate:4s} selections changed: {rates}")
     lines += coverage_lines(report)
+    for name, text in report.get("sampled", {}).items():
+        lines.append(
+            f"{name}: {text['tokens']} tokens written by {text['model']}, {text['documents']} documents of "
+            f"{text['document_tokens']:.0f} tokens in the mean; {_largest(text['languages'])}"
+        )
     cost = report["cost"]
     starved = f"{report['experts']['starved']} starved experts; " if "experts" in report else ""
     lines.append(f"{starved}{cost['total_seconds']:.0f} s in total")
@@ -95,6 +100,7 @@ def markdown(report: dict[str, Any]) -> str:
                 if text in row
             ],
         ),
+        *([_sampled_table(report["sampled"])] if "sampled" in report else []),
         *([_unquantized_list(report["unquantized"])] if report.get("unquantized") else []),
         *([_starved_list(report["experts"])] if "experts" in report else []),
         *([_pruning_table(report["pruning"])] if "pruning" in report else []),
@@ -111,6 +117,30 @@ def markdown(report: dict[str, Any]) -> str:
 def _table(head: list[str], rows: list[list]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _largest(shares: dict[str, float], number: int = 4) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in list(shares.items())[:number])
+
+
+def _sampled_table(sampled: dict[str, Any]) -> str:
+    head = ["text", "written by", "windows", "tokens", "chosen", "documents", "mean length", "languages", "scripts"]
+    rows = [
+        [
+            name,
+            text["model"],
+            *(text[key] for key in ("windows", "tokens", "chosen", "documents")),
+            f"{text['document_tokens']:.0f}",
+            _largest(text["languages"]),
+            _largest(text["scripts"]),
+        ]
+        for name, text in sampled.items()
+    ]
+    return (
+        "## Sampled calibration text\n\nChosen: tokens that the model was not given. Languages: shares of the windows, "
+        "told by frequent words; other: code, tables and the like. Scripts: shares of the letters.\n\n"
+        + _table(head, rows)
+    )
 
 
 def _unquantized_list(unquantized: dict[str, str]) -> str:

@@ -6,16 +6,20 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import lightning as L
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import UntrustedCode, load_tokenizer, resolve_model
 from eacmoe_lightning.models.weight_files import DamagedFile
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.files import check_fetched, read_text
+from eacmoe_lightning.text.openings import Start
+from eacmoe_lightning.text.sampled import SampledSource, sampled_source
 from eacmoe_lightning.text.sources import documents, name_sources
 from eacmoe_lightning.text.windows import (
     Windows,
@@ -35,6 +39,7 @@ class TextWindows(L.LightningDataModule):
 
     A source names a text: `bundled:NAME`, a local file or directory, or a data set such as
     `wikitext/wikitext-2-raw-v1:train` (text/sources.py has the grammar). `SOURCE#COLUMN` names a column of it.
+    Calibration text may also be `self`: windows that the original writes itself (text/sampled.py).
 
     Args:
         calibration: Source of the calibration text; or several, as a list or {name: source}, each of which gives its
@@ -42,7 +47,8 @@ class TextWindows(L.LightningDataModule):
         heldout: Sources of the held-out texts: one source, a list, or {name: source}. None takes every held-out text
             that is bundled with the package; [] takes none, and the report of fit is then without an evaluation.
         predict: Source of the text that `predict` scores; None takes the held-out texts.
-        num_windows: Number of calibration windows, drawn at random (128 in the EAC-MoE paper).
+        num_windows: Number of calibration windows, drawn at random (128 in the EAC-MoE paper). Sources with a number of
+            their own (`self:64`) add theirs.
         window_length: Tokens per window (2048 in the paper).
         batch_size: Calibration windows per step, over all processes.
         num_heldout_windows: Number of windows from the start of each held-out text; None takes all.
@@ -60,6 +66,9 @@ class TextWindows(L.LightningDataModule):
             was an improvement. 0 holds none back.
         separate: Begin a window with every document of the calibration text, so that no token attends to another
             document; what a short document leaves of its window does not count.
+        temperature: Temperature at which `self` is sampled.
+        sample_start: What sampled windows begin with: random (a random token), bos (the token that begins a text) or
+            chat (a short prompt in the chat template, for chat models).
 
     Raises:
         ValueError, FileNotFoundError: in `setup`, naming the option: see `documents` and `cut_windows`.
@@ -84,6 +93,8 @@ class TextWindows(L.LightningDataModule):
         shares: dict[str, float] | None = None,
         separate: bool = False,
         held_back: float = 0.05,
+        temperature: float = 1.0,
+        sample_start: Start = "random",
     ):
         super().__init__()
         for option, value in (
@@ -111,26 +122,69 @@ class TextWindows(L.LightningDataModule):
         self.chat_template = chat_template
         self.answers_only = answers_only
         self.separate = separate
+        self.temperature, self.sample_start = temperature, sample_start
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"--data.temperature={temperature} must be above 0")
+        if sample_start not in get_args(Start):
+            raise ValueError(f"--data.sample_start={sample_start!r} must be one of {', '.join(get_args(Start))}")
+        for option, sources in (("heldout", self.heldout.values()), ("predict", [predict or ""])):
+            if written := next(filter(sampled_source, sources), None):
+                raise ValueError(f"--data.{option}: {written} is written by the model: it only calibrates")
         self.calibration_texts = name_sources(calibration, "--data.calibration")
         if not self.calibration_texts:
             raise ValueError("--data.calibration is empty: pass one or more sources")
-        self.windows_by_text = split_windows(num_windows, list(self.calibration_texts), shares)
+        self.sampled_texts: dict[str, SampledSource] = {}
+        for name, source in self.calibration_texts.items():
+            if (sampled := sampled_source(source)) is not None:
+                self.sampled_texts[name] = sampled
+        self.windows_by_text = self._numbers(shares)
+        self._sampled: dict[str, Windows] = {}
 
     @property
     def heldout_names(self) -> list[str]:
         """Names of the held-out texts, in the order of their data loaders."""
         return list(self.heldout)
 
+    def _numbers(self, shares: dict[str, float] | None) -> dict[str, int]:
+        """The number of windows of each calibration text."""
+        fixed = {name: source.num for name, source in self.sampled_texts.items() if source.num is not None}
+        if both := fixed.keys() & (shares or {}):
+            name = min(both)
+            raise ValueError(
+                f"{self.calibration_texts[name]} has its own number of windows: leave {name} out of --data.shares, or "
+                "leave the number out"
+            )
+        sharing = [name for name in self.calibration_texts if name not in fixed]
+        shared = split_windows(self.num_windows, sharing, shares) if sharing or shares else {}
+        if any(number < 1 for name, number in shared.items() if name in self.sampled_texts):
+            raise ValueError(f"--data.num_windows={self.num_windows} must be at least 1")
+        return {name: (fixed | shared)[name] for name in self.calibration_texts}
+
+    @property
+    def num_calibration_windows(self) -> int:
+        """Windows of all calibration texts together."""
+        return sum(self.windows_by_text.values())
+
     @cached_property
-    def _calibration(self) -> Windows:
-        texts = [
-            self._windows(
+    def _read(self) -> dict[str, Windows]:
+        """The calibration texts that are read, not sampled."""
+        return {
+            name: self._windows(
                 "calibration", source, "num_windows", self.windows_by_text[name], self.seed,
                 answers_only=self.answers_only, separate=self.separate,
             )
-            for name, source in self.calibration_texts.items()
-        ]  # fmt: skip
-        return join_windows(texts)
+            for name, source in self.calibration_texts.items() if name not in self.sampled_texts
+        }  # fmt: skip
+
+    def put_sampled(self, name: str, windows: Windows) -> None:
+        """Takes the windows of a sampled calibration text."""
+        self._sampled[name] = windows
+        self._warn_of_repeated_windows(windows.input_ids)
+
+    @cached_property
+    def _calibration(self) -> Windows:
+        texts = self._read | self._sampled
+        return join_windows([texts[name] for name in self.calibration_texts])
 
     @property
     def calibration_sources(self) -> Tensor:
@@ -143,6 +197,12 @@ class TextWindows(L.LightningDataModule):
     def calibration_windows(self) -> Tensor:
         """Token ids [S, T] of the calibration text, the same on every rank."""
         return self._calibration.input_ids
+
+    def first_window(self, num_ids: int) -> Tensor:
+        """A window of calibration text [1, T], or of random tokens below `num_ids` if all of the text is sampled."""
+        if texts := list(self._read.values()):
+            return texts[0].input_ids[:1]
+        return torch.randint(num_ids, (1, self.window_length), generator=torch.Generator().manual_seed(self.seed))
 
     @property
     def calibration_weights(self) -> Tensor | None:
@@ -186,7 +246,7 @@ class TextWindows(L.LightningDataModule):
         if stage != "fit" and not self.heldout and (stage != "predict" or self.predict is None):
             raise ValueError(f"--data.heldout is empty, so {stage} has no text: pass one or more sources")
         if stage == "fit":
-            _ = self.calibration_windows
+            _ = self._read
         if stage == "predict" and self.predict is not None:
             _ = self.predict_windows
         else:
@@ -200,7 +260,9 @@ class TextWindows(L.LightningDataModule):
         Raises:
             ValueError: a text holds a token that the model's embedding has no row for.
         """
-        texts = {("calibration", str(self.calibration)): self.calibration_windows} if stage == "fit" else {}
+        texts = {}
+        if stage == "fit":
+            texts = {("calibration", self.calibration_texts[name]): text.input_ids for name, text in self._read.items()}
         if stage == "predict" and self.predict is not None:
             texts["predict", self.predict] = self.predict_windows
         else:
@@ -208,13 +270,13 @@ class TextWindows(L.LightningDataModule):
         num_rows = len(moe.model.get_input_embeddings().weight)
         remedy = "the tokenizer that belongs to the model (--data.tokenizer), "
         for (option, source), windows in texts.items():
-            check_tokens(windows, num_rows, self._tokenizer, f"--data.{option}: {source}", remedy)
-        if stage == "fit":
-            self._warn_of_repeated_windows()
+            check_tokens(windows, num_rows, self.tokens, f"--data.{option}: {source}", remedy)
+        if stage == "fit" and self._read:
+            self._warn_of_repeated_windows(join_windows(list(self._read.values())).input_ids)
         check_length(self.window_length, getattr(moe.config, "max_position_embeddings", None), "--data.window_length")
 
-    def _warn_of_repeated_windows(self) -> None:
-        num_windows, num_different = len(self.calibration_windows), len(self.calibration_windows.unique(dim=0))
+    def _warn_of_repeated_windows(self, windows: Tensor) -> None:
+        num_windows, num_different = len(windows), len(windows.unique(dim=0))
         if num_different < num_windows:
             log.warning(
                 "%d of the %d calibration windows repeat others: the text (--data.calibration) repeats itself",
@@ -257,7 +319,8 @@ class TextWindows(L.LightningDataModule):
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     @cached_property
-    def _tokenizer(self):
+    def tokens(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
         for file in Path(resolve_model(self.tokenizer)).glob("*token*"):
             check_fetched(file)
         try:
@@ -277,7 +340,7 @@ class TextWindows(L.LightningDataModule):
         self, option: str, source: str, number: str, num: int | None, seed: int | None = None, **options: bool
     ) -> Windows:
         """Windows of one source; errors name the option that the source came from."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokens
         names = {"source": source, "option": f"--data.{number}"}
         try:
             read = documents(source, self.column)

@@ -32,6 +32,7 @@ from eacmoe_lightning.job.block_stage import BlockStage
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
 from eacmoe_lightning.job.comparison import Comparison
 from eacmoe_lightning.job.epochs import Epoch, Epochs
+from eacmoe_lightning.job.sampling import SampledTexts
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
@@ -59,6 +60,7 @@ class FitState:
     Attributes:
         moe: the original model; its blocks are loaded and compressed one after another.
         parts: the trained parameters, which are parameters of the module too.
+        sampled: the calibration texts that a model wrote.
         block_stage: trains one block after another.
         calibration: the block loop; set in `on_fit_start`.
         compressed: the whole compressed model; set during the joint stage.
@@ -66,6 +68,7 @@ class FitState:
 
     moe: StreamedModel
     parts: TrainedParts
+    sampled: SampledTexts
     block_stage: BlockStage
     calibration: Calibration | None = None
     compressed: StreamedModel | None = None
@@ -227,25 +230,37 @@ class QESC(Comparison):
             self.router_loss.num_targets(block.num_experts, block.top_k)  # raises now if its k does not fit the model
         job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size, moe.device.type)
         check_memory(moe, job)
+        data = self.trainer.datamodule
+        texts = SampledTexts(
+            data, self.run, moe, self.ranks, self.name_or_path, self.dtype_name, self.trust_remote_code
+        )
+        texts.check()
         if self.trainer.is_global_zero:
             if not resumes:
                 print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
             self.lock.take()
             self.run.check(self.settings(), resumes)  # another job may have ended in between
             watch = Watch()
-            identity = self.identity()
             if not resumes:
-                check_original(moe, self.trainer.datamodule.calibration_windows[:1])
+                check_original(moe, data.first_window(moe.config.vocab_size))
                 checked = watch.cost()
                 write_json(self.run.unquantized, moe.unquantized)
+            texts.prepare(resumes)
+        self.trainer.strategy.barrier()
+        watch_sampling = Watch()
+        texts.make()
+        if self.trainer.is_global_zero:
+            identity, sampled = self.identity(), watch_sampling.cost()
             self.run.start(identity, resumes)
             if not resumes:
                 self.run.add_cost(None, "check", checked)
+                if texts.texts:
+                    self.run.add_cost(None, "sample", sampled)
         self.trainer.strategy.barrier()
         moe.leave(json.loads(self.run.unquantized.read_text()))
         trains_norms = any("norm" in self.kinds(stage) for stage in ("block", "joint"))
         parts = TrainedParts(moe, self.run, trains_norms)
-        self.fit_state = FitState(moe, parts, BlockStage(parts, self.router_loss, self.block_selection))
+        self.fit_state = FitState(moe, parts, texts, BlockStage(parts, self.router_loss, self.block_selection))
         self.routers, self.norms = parts.routers, parts.norms  # submodules, so that Lightning knows their parameters
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1) or self.trainer.max_epochs > self.num_epochs:
@@ -297,6 +312,7 @@ class QESC(Comparison):
                 f"data.{name}": getattr(data, name)
                 for name in ("num_windows", "window_length", "batch_size", "seed", "held_back")
             },
+            **{f"data.{name}": getattr(data, name) for name in ("temperature", "sample_start") if data.sampled_texts},
         }
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.self_check import check_parts
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.planning.sizes import Job, disk_use, joint_bytes
+from eacmoe_lightning.planning.sizes import Job, disk_use, joint_bytes, sampling_bytes
 from eacmoe_lightning.run.memory import available_memory
 from eacmoe_lightning.runtime.packed_modules import PackedLinear
 
@@ -35,6 +35,23 @@ def check_memory(moe: MoEModel, job: Job) -> None:
             f"the joint stage (--model.joint_epochs {job.joint_epochs}) holds the whole compressed model in memory: "
             f"{needed / GB:.1f} GB, but {available / GB:.1f} GB are available. --model.joint_epochs 0 leaves it out "
             f"(then only one block is in memory){smaller}"
+        )
+
+
+def check_sampling(moe: MoEModel, windows: int, window_length: int) -> None:
+    """Raises ValueError if the original, which is loaded as a whole to write calibration text, needs too much memory.
+
+    Args:
+        moe: the original.
+        windows, window_length: of a batch.
+    """
+    needed, available = sampling_bytes(moe, windows, window_length), available_memory(moe.device)
+    if needed > available:
+        raise ValueError(
+            f"--data.calibration self: the original writes the text, and then the whole model is in memory: "
+            f"{needed / GB:.1f} GB, but {available / GB:.1f} GB are available. Pass self:RUN, the run directory of a "
+            "first `fit` on other text (--model.router_method none --model.joint_epochs 0 is quick), whose compressed "
+            "model then writes; or self:URL, the address of a server that has the model (http://HOST:PORT/v1)"
         )
 
 

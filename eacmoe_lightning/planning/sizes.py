@@ -20,6 +20,7 @@ from eacmoe_lightning.calibration.recipe import Recipe, num_quantized
 from eacmoe_lightning.calibration.solver import experts_together, stack_bytes
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.sampling import working_bytes
 from eacmoe_lightning.quantization.gram import TILE
 from eacmoe_lightning.quantization.grid import Grid
 from eacmoe_lightning.routers import ridge
@@ -156,6 +157,12 @@ def joint_bytes(moe: MoEModel, job: Job) -> int:
     itemsize = moe.model.dtype.itemsize
     everything = num_bytes(moe.model.parameters(), itemsize)
     return everything + trained_bytes(num_quantized(moe), job.joint_kinds, itemsize)
+
+
+def sampling_bytes(moe: MoEModel, windows: int, window_length: int) -> int:
+    """Memory that the original takes while it writes a batch of calibration windows."""
+    itemsize = moe.model.dtype.itemsize
+    return num_bytes(moe.model.parameters(), itemsize) + working_bytes(moe.config, itemsize, windows, window_length)
 
 
 def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
@@ -368,7 +375,7 @@ def job_of(module: Any, data: Any, moe: MoEModel, processes: int, device: str, s
             heldout = 0
     dtype = moe.model.dtype if module.stream_dtype == "auto" else getattr(torch, module.stream_dtype)
     return Job(
-        num_windows=data.num_windows,
+        num_windows=data.num_calibration_windows,
         window_length=data.window_length,
         batch_size=data.batch_size,
         heldout_tokens=heldout * data.window_length,

@@ -2,6 +2,7 @@
 
     run.json               what this run is (options and the original model's fingerprint)
     blocks/block_003.safetensors   the compressed block 3: codes, scales, zero points, router, statistics
+    sampled/text_0/windows.safetensors   windows that the original wrote, if `self` calibrates
     costs.jsonl            seconds, peak memory and disk traffic of each phase
     streams/rank_0_of_1/block_003.x, .x_hat   both hidden streams as block 3 receives them
     checkpoints/  tensorboard/  compressed/  report.json  report.md
@@ -95,6 +96,11 @@ class RunDirectory:
         """The linears that the run leaves as they are, with reasons."""
         return self.path / "unquantized.json"
 
+    @property
+    def sampled(self) -> Path:
+        """Calibration text that a model wrote (`job.sampling`)."""
+        return self.path / "sampled"
+
     def block(self, index: int) -> Path:
         return self.path / "blocks" / f"block_{index:03d}.safetensors"
 
@@ -160,7 +166,7 @@ class RunDirectory:
                     "--ckpt_path auto, which starts or continues"
                 )
             known = ("checkpoints", "tensorboard", "config.yaml", "validate.json", "test.json", "scores_", ".", LOCK)
-            known += (self.unquantized.name,)
+            known += (self.unquantized.name, self.sampled.name)
             names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
             if strangers := [name for name in names if not name.startswith(known)]:
                 raise ValueError(f"{where} is not empty and holds no run: {strangers[:3]}. Pass an empty directory")

@@ -41,6 +41,17 @@ def conversation_tokens(conversation: Conversation, tokenizer: Any, answers: boo
     return _tokens_in_spans(text, spans, tokenizer)
 
 
+def rendered(conversation: Conversation, tokenizer: Any, **options: Any) -> str:
+    """A conversation as the chat template renders it.
+
+    Raises:
+        ValueError: there is no template, or it refuses these turns.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(NO_TEMPLATE.format(conversation.where))
+    return _apply(conversation, tokenizer, conversation.messages, tokenize=False, **options)
+
+
 def _apply(conversation: Conversation, tokenizer: Any, messages: list[dict], **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(messages, **options)

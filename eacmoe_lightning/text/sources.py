@@ -10,6 +10,8 @@ A *source* is a string:
 - `[OWNER/]NAME[/CONFIG][:SPLIT]`: a data set of the Hugging Face hub; SPLIT defaults to `train`
   and may be a slice (`train[:1%]`).
 
+`self[:NUM][:MODEL]`, which a model writes, is no text to read (text/sampled.py); `./self` is a path.
+
 `SOURCE#COLUMN` and `SOURCE#QUESTION,ANSWER` name the columns of rows; without them a row's document is in `text`, or
 it is a conversation in `messages`, `conversations` or a pair such as `prompt` and `response` (text/rows.py). Rows
 that are null are skipped and counted in a warning.
@@ -41,6 +43,7 @@ from pathlib import Path
 from eacmoe_lightning.text.files import READ_FILES, Table, files_below, is_text_file, read_file, read_text
 from eacmoe_lightning.text.hub import INSTEAD, hub_name, is_dataset_directory, read_dataset
 from eacmoe_lightning.text.rows import Document, columns_of, columns_read, document_of
+from eacmoe_lightning.text.sampled import SELF, sampled_source
 
 BUNDLED_TEXT = Path(__file__).parent.parent / "assets" / "text"
 SPLIT = re.compile(r":(?P<split>[A-Za-z_][\w.+-]*(\[[^\]]*\])?)$")
@@ -76,7 +79,7 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
     named: dict[str, str] = {}
     for source in sources:
         bundled = source.startswith("bundled:")
-        name = source.removeprefix("bundled:") if bundled else Path(source).stem
+        name = source.removeprefix("bundled:") if bundled else "self" if SELF.fullmatch(source) else Path(source).stem
         if name in named:
             raise ValueError(
                 f"{option}: {named[name]} and {source} would both be called {name!r}; pass "
@@ -112,6 +115,8 @@ def documents(source: str, column: str | None = None) -> Iterator[Document]:
 
 
 def _documents(source: str, column: str | None) -> Iterator[Document]:
+    if SELF.fullmatch(source):
+        raise ValueError(f"{source} is text that the model writes: only fit takes it, in --data.calibration")
     whole, start, stop = _take_part(source)
     if whole != source:
         yield from _part(read_documents(whole, column), start, stop)
@@ -286,6 +291,8 @@ def stored_sources(sources: dict[str, str] | list[str] | str | None) -> dict[str
 
 def stored_source(source: str) -> str:
     """A source as runs store it: with the absolute path of a file or a directory of this machine, else unchanged."""
+    if sampled := sampled_source(source):
+        return sampled.stored
     whole = _take_column(_take_part(source)[0], None)[0]
     match = None if _is_path(whole) else SPLIT.search(whole)
     name = whole[: match.start()] if match else whole

@@ -133,8 +133,11 @@ def split_windows(num_windows: int, texts: list[str], shares: dict[str, float] |
 
 def join_windows(texts: list[Windows]) -> Windows:
     """The windows of several texts, one after another."""
-    counts = [text.counts for text in texts]
-    return Windows(torch.cat([text.input_ids for text in texts]), None if counts[0] is None else torch.cat(counts))
+    input_ids = torch.cat([text.input_ids for text in texts])
+    if all(text.counts is None for text in texts):
+        return Windows(input_ids)
+    counts = [torch.ones_like(t.input_ids, dtype=torch.bool) if t.counts is None else t.counts for t in texts]
+    return Windows(input_ids, torch.cat(counts))
 
 
 def _check_enough(

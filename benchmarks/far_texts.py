@@ -1,0 +1,135 @@
+"""Writes six texts of kinds that are neither calibrated nor bundled, from what is installed beside this package.
+
+    pip install django==5.2.9 && python benchmarks/far_texts.py far_texts
+    eacmoe validate --config tiny-2.06 --data.heldout "$(python benchmarks/far_texts.py far_texts --names)"
+
+A gain on text like the calibration's is partly overfitting; these tell how far it reaches. The same versions of the
+packages give the same texts, up to the order in which Python imports its own modules (`logs`).
+
+| text | from |
+|---|---|
+| documentation | the descriptions of installed packages |
+| languages | Django's messages in Spanish, Italian, Dutch, Polish, Portuguese and Swedish |
+| headers | the C++ headers of torch |
+| tables | zones of tzdata, characters of Unicode, values of functions |
+| logs | what `python -v` says while it imports |
+| licences | the licences of installed packages |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from importlib.metadata import distribution
+from importlib.util import find_spec
+from pathlib import Path
+
+PIECE = 1_500  # characters after which a text goes on with its next source, so that its first windows hold of many
+CHARACTERS = 150_000  # of a text, at most: 16 windows of 512 tokens of the bundled tokenizer are 15 to 30 thousand
+PACKAGES = (
+    "torch", "transformers", "lightning", "tokenizers", "datasets", "numpy", "safetensors", "huggingface_hub",
+    "jsonargparse", "tensorboard", "torchmetrics", "pyarrow", "pandas", "fsspec", "filelock", "tqdm", "requests",
+)  # fmt: skip
+LANGUAGES = ("es", "it", "nl", "pl", "pt", "sv")
+IMPORTED = "asyncio, concurrent.futures, ctypes, decimal, email.mime.text, http.server, json, logging.config, sqlite3"
+
+
+def documentation() -> Iterator[str]:
+    for package in PACKAGES:
+        yield distribution(package).metadata.get_payload()[:15_000]
+
+
+def licences() -> Iterator[str]:
+    seen = set()
+    for package in PACKAGES:
+        for file in sorted(distribution(package).files or [], key=str):
+            if re.search(r"licen[cs]e|notice|copying", file.name, re.I) and (path := Path(file.locate())).is_file():
+                text = path.read_text(errors="replace")[:12_000]
+                if text not in seen:
+                    seen.add(text)
+                    yield text
+
+
+def languages() -> Iterator[str]:
+    root = Path(find_spec("django").origin).parent
+    for language in LANGUAGES:
+        texts = [path.read_text() for path in sorted(root.rglob(f"locale/{language}/LC_MESSAGES/django.po"))]
+        messages = re.findall(r'^msgstr(?:\[\d\])? ((?:".*"\n)+)', "\n".join(texts), re.M)
+        said = ["".join(json.loads(line) for line in message.splitlines()) for message in messages]
+        yield "\n".join(m for m in said if len(m) > 20 and "Project-Id-Version" not in m)[:25_000]
+
+
+def headers() -> Iterator[str]:
+    folder = Path(find_spec("torch").origin).parent / "include" / "ATen" / "core"
+    paths = sorted(folder.rglob("*.h"))
+    random.Random(0).shuffle(paths)
+    for path in paths:
+        yield path.read_text()[:8_000]
+
+
+def tables() -> Iterator[str]:
+    zones = Path(find_spec("tzdata").origin).parent / "zoneinfo" / "zone1970.tab"
+    yield zones.read_text()[:20_000]
+    named = ((code, unicodedata.name(chr(code), "")) for code in range(0x80, 0x2800))
+    rows = [f"{code:04X},{name},{unicodedata.category(chr(code))}" for code, name in named if name]
+    yield "code,name,category\n" + "\n".join(random.Random(0).sample(rows, 600))
+    values = (x / 20 for x in range(1, 1000))
+    lines = (f"{x:8.2f} {math.sin(x):10.6f} {math.log(x):10.6f} {math.sqrt(x):10.6f} {x * x:12.4f}" for x in values)
+    yield "       x     sin(x)     log(x)    sqrt(x)          x^2\n" + "\n".join(lines)
+
+
+def logs() -> Iterator[str]:
+    run = subprocess.run([sys.executable, "-I", "-v", "-c", f"import {IMPORTED}"], capture_output=True, text=True)
+    numbers: dict[str, str] = {}
+    text = re.sub(r"0x[0-9a-f]+", lambda m: numbers.setdefault(m[0], f"0x{len(numbers):08x}"), run.stderr)
+    yield text.replace(sys.base_prefix, "/usr").replace(sys.prefix, "/usr")
+
+
+TEXTS: dict[str, Callable[[], Iterator[str]]] = {
+    text.__name__: text for text in (documentation, languages, headers, tables, logs, licences)
+}
+
+
+def mixed(texts: list[str]) -> str:
+    """Pieces of the texts in turn, cut at line ends."""
+    left, pieces = [iter(_pieces(text)) for text in texts], []
+    while left:
+        turn = [(text, next(text, None)) for text in left]
+        pieces += [piece for _, piece in turn if piece is not None]
+        left = [text for text, piece in turn if piece is not None]
+    return "\n\n".join(pieces)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE) + 1 or len(text)
+        yield text[start:end].strip("\n")
+        start = end
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--names", action="store_true", help="print the sources for --data.heldout, write nothing")
+    options = parser.parse_args()
+    paths = {name: options.folder / f"{name}.txt" for name in TEXTS}
+    if options.names:
+        print(json.dumps({name: str(path) for name, path in paths.items()}))
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for name, path in paths.items():
+        text = mixed(list(TEXTS[name]()))[:CHARACTERS]
+        path.write_text(text)
+        print(f"{path}: {len(text)} characters")
+
+
+if __name__ == "__main__":
+    main()
