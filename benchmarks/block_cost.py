@@ -4,9 +4,9 @@
 
 Random bfloat16 weights of the real shapes are written to disk as a checkpoint. Then `fit` takes the block through its
 phases in `--dtype`: check, read, observe, attention, router (closed form), experts, block, replay. Every row runs in a
-separate process, which reports seconds and peak memory by phase, next to the seconds that `plan` predicts from this machine's
-rates. `--paper` turns off activation order, scale search, refinement and the block stage. The line "experts" also gives the rate of GPTQ
-and its Hessians as a share of this machine's rate of matrix products.
+separate process, which reports seconds and peak memory by phase, next to what `plan` predicts from this machine's
+rates. `--paper` turns off activation order, scale search, refinement and the block stage. The line "experts" also gives
+the rate of GPTQ and its Hessians as a share of this machine's rate of matrix products.
 
 `--blocks 2 4 8 16` does the same with a small shape and that many blocks: the peak must not grow with their number. It
 grows up to a point because glibc keeps pieces of freed tensors below 32 MiB. With MALLOC_MMAP_THRESHOLD_=1048576 in the

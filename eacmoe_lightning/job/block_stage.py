@@ -114,5 +114,7 @@ class BlockStage:
         number = sum(weight.codes.numel() for weight in parts.codes.values())
         held_back = [value for value in progress.held_back if not math.isnan(value)]
         stats = Reconstruction(held_back, progress.taken, changed / max(number, 1))
-        self.calibration.take_trained(trained, parts.routers_and_norms([block]), stats)
+        others = parts.routers_and_norms([block])
+        parts.put(block, others)  # as they are stored, so that a resumed run goes on from the same values
+        self.calibration.take_trained(trained, others, stats)
         self.progress = None

@@ -408,7 +408,11 @@ class QESC(Comparison):
 
     def _end_interrupted(self, index: int) -> None:
         """Ends the block stage of a block after a checkpoint of its last step: Lightning does not repeat the hooks."""
-        if not self.run.block(index).exists():
+        if self.run.block(index).exists():
+            self.calibration.shrink(index)
+            self.parts.put_finished(self.moe.blocks[index])
+            self.block_stage.progress = None
+        else:
             self._advance(index, take_solved=True)
             self.parts.take_codes(self.calibration.solver.solved)
             self._measure_held_back(self.block_epochs)

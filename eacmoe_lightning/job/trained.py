@@ -192,6 +192,17 @@ class TrainedParts:
         for name, tensor in self._of(block).items():
             tensor.data.copy_(values[name])
 
+    def put(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+        """Sets the router and the norms of a block, by parameter name."""
+        if block.calibrates:
+            self.put_router(block, tensors[block.router_parameter_name])
+        for key, norm in self._norms([block]):
+            norm.data.copy_(tensors[_name(key)])
+
+    def put_finished(self, block: Block) -> None:
+        """Sets the router and the norms of a block to those in its file."""
+        self.put(block, read_block(self.run, block.index)[1])
+
     def _of(self, block: Block) -> dict[str, nn.Parameter]:
         trained = {"router": self.routers[router_key(block)]} if block.calibrates else {}
         trained |= {f"norm {_name(key)}": norm for key, norm in self._norms([block])}
