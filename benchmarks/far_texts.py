@@ -1,10 +1,13 @@
 """Writes six texts of kinds that are neither calibrated nor bundled, from what is installed beside this package.
 
     pip install django==5.2.9 && python benchmarks/far_texts.py far_texts
-    eacmoe validate --config tiny-2.06 --data.heldout "$(python benchmarks/far_texts.py far_texts --names)"
+    python benchmarks/far_texts.py far_texts --measure runs/one runs/two
 
 A gain on text like the calibration's is partly overfitting; these tell how far it reaches. The same versions of the
-packages give the same texts, up to the order in which Python imports its own modules (`logs`).
+packages give the same texts, up to the order in which Python imports its own modules (`logs`). `--measure` compares
+compressed models with their original on them and on the bundled held-out texts: nats lost per token, and the
+divergence KL(original || compressed) in nats per token. The latter cannot fall by luck on text that the original itself
+predicts badly.
 
 | text | from |
 |---|---|
@@ -30,6 +33,12 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
+
+from eacmoe_lightning.compressed.opening import open_model
+from eacmoe_lightning.text.sources import heldout_names
+from eacmoe_lightning.text.windows import read_windows
 
 PIECE = 1_500  # characters after which a text goes on with its next source, so that its first windows hold of many
 CHARACTERS = 150_000  # of a text, at most: 16 windows of 512 tokens of the bundled tokenizer are 15 to 30 thousand
@@ -115,14 +124,64 @@ def _pieces(text: str) -> Iterator[str]:
         start = end
 
 
+def measure(runs: list[str], paths: dict[str, Path], num_windows: int, length: int) -> dict[str, dict[str, dict]]:
+    """By run and text: `lost`, `kl` (nats per token) and `original`, the original's own loss. All are in memory."""
+    opened = [open_model(run) for run in runs]
+    original = open_model(opened[0].original)
+    models = {run: one.in_memory().model for run, one in zip(runs, opened, strict=True)}
+    teacher = original.in_memory().model.float()
+    figures: dict[str, dict[str, dict]] = {run: {} for run in runs}
+    for text, source in {**{name: f"bundled:{name}" for name in heldout_names()}, **paths}.items():
+        windows = read_windows(str(source), original.directory, num_windows, length)
+        sums = {run: torch.zeros(3, dtype=torch.float64) for run in runs}
+        for ids in windows.split(4):
+            expected = log_probabilities(teacher, ids)
+            for run, model in models.items():
+                got = log_probabilities(model, ids)
+                nats = [-p[:, :-1].gather(-1, ids[:, 1:, None]).double().sum() for p in (got, expected)]
+                kl = (expected.exp() * (expected - got)).sum(-1)[:, :-1].double().sum()
+                sums[run] += torch.stack([nats[0] - nats[1], kl, nats[1]])
+        tokens = windows[:, 1:].numel()
+        for run in runs:
+            lost, kl, own = (sums[run] / tokens).tolist()
+            figures[run][text] = {"lost": lost, "kl": kl, "original": own}
+    return figures
+
+
+@torch.no_grad()
+def log_probabilities(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids).logits.float().log_softmax(-1)
+
+
+def table(figures: dict[str, dict[str, dict]]) -> str:
+    """Means of the calibrated domains, German and the far texts, then each text: nats lost, divergence."""
+    first = next(iter(figures.values()))
+    inside = [text for text in first if text not in TEXTS and text != "german"]
+    groups = {"in": inside, "german": ["german"], "far": list(TEXTS)} | {text: [text] for text in TEXTS}
+    lines = ["| run | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
+    for run, texts in figures.items():
+        cells = []
+        for group in groups.values():
+            lost, kl = (sum(texts[text][kind] for text in group) / len(group) for kind in ("lost", "kl"))
+            cells.append(f"{lost:.4f}, {kl:.4f}")
+        lines.append(f"| {Path(run).name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--names", action="store_true", help="print the sources for --data.heldout, write nothing")
+    parser.add_argument("--measure", nargs="+", default=[], help="run directories to compare on the texts")
+    parser.add_argument("--windows", type=int, default=16, help="windows of each text")
+    parser.add_argument("--window_length", type=int, default=512)
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     paths = {name: options.folder / f"{name}.txt" for name in TEXTS}
-    if options.names:
-        print(json.dumps({name: str(path) for name, path in paths.items()}))
+    if options.measure:
+        figures = measure(options.measure, paths, options.windows, options.window_length)
+        print(table(figures))
+        if options.json:
+            options.json.write_text(json.dumps(figures, indent=1) + "\n")
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     for name, path in paths.items():

@@ -33,6 +33,7 @@ from eacmoe_lightning.commands.fit import ParsedOnly, parse_fit
 from eacmoe_lightning.commands.plan import options as plan_options
 from eacmoe_lightning.quantization.quantizers import Quantizer
 from eacmoe_lightning.routers.losses import RouterLoss
+from eacmoe_lightning.text.sampled import sampled_source
 from eacmoe_lightning.text.sources import bundled_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated", "ignore:.*was deprecated")
@@ -140,6 +141,10 @@ def check_input(option: str, value: str) -> None:
         for item in value.values() if isinstance(value, dict) else value:
             check_input(option, item)
         return
+    if (sampled := sampled_source(value)) is not None:
+        if sampled.model is None or sampled.is_server:
+            return
+        value = sampled.model
     value = re.sub(r"\[[\d%]*:[\d%]*\]$", "", value)
     if value.startswith("bundled:"):
         assert value.removeprefix("bundled:") in bundled_names(), value

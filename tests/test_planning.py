@@ -224,3 +224,22 @@ def test_fit_is_refused_if_the_disk_is_too_small(tmp_path, monkeypatch):
         check_disk(moe, recipe, JOB, tmp_path / "run")
     usage.free += 1
     assert "will take up to" in check_disk(moe, recipe, JOB, tmp_path / "run")
+
+
+def test_sampled_windows_cost_a_forward_pass_each_and_the_whole_model_in_memory():
+    moe = shapes("qwen3")
+    without, sampled = (plan(moe, Recipe(), replace(JOB, sampled_windows=n)).phases["sample"] for n in (0, 64))
+    assert without.flops == without.peak_bytes == 0
+    weights = sum(parameter.numel() for parameter in moe.model.parameters())
+    assert sampled.peak_bytes > 2 * weights
+    # 3.3 billion of its parameters are active, and the embedding computes nothing
+    assert sampled.flops / (64 * 2048) == pytest.approx(2 * 3.3e9, rel=0.15)
+    cache = 48 * 2 * 4 * 128 * 2  # bytes a token
+    batches = -(-64 // ((2 << 30) // (2048 * cache)))
+    assert sampled.loop_bytes < batches * 2048 * 1.2 * 2 * weights
+    two = plan(moe, Recipe(), replace(JOB, sampled_windows=64, processes=2)).phases["sample"]
+    assert two.flops < 0.7 * sampled.flops
+    few = [
+        w for w in warnings(plan(moe, Recipe(), replace(JOB, sampled_windows=64)), [], 10**10, 10**12) if "sample" in w
+    ]
+    assert len(few) == 1 and "self:URL" in few[0]

@@ -29,6 +29,7 @@ def warnings(costs: Plan, grids: list[WeightGrid], memory: int, free: int, proce
         needed = processes * (cost.peak_bytes + PYTHON_BYTES)
         if needed > memory:
             remedy = {
+                "sample": "self:RUN, a run directory whose compressed model writes, or self:URL, a server's address",
                 "joint": "--model.joint_epochs 0 leaves it out, --model.joint_code_lr 0 makes it smaller",
                 "block": "--model.block_code_lr 0 or smaller batches (--data.batch_size)",
                 "router": "a smaller --model.solver_gib",

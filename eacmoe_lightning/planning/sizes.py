@@ -20,7 +20,7 @@ from eacmoe_lightning.calibration.recipe import Recipe, num_quantized
 from eacmoe_lightning.calibration.solver import experts_together, stack_bytes
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.sampling import working_bytes
+from eacmoe_lightning.models.sampling import batch_size, cache_bytes, working_bytes
 from eacmoe_lightning.quantization.gram import TILE
 from eacmoe_lightning.quantization.grid import Grid
 from eacmoe_lightning.routers import ridge
@@ -52,6 +52,7 @@ class Job:
             whose outcome is unknown).
         device: the type of device that it runs on, `cpu` or `cuda`.
         stored_share: bytes of the original's files per byte that its weights take in memory.
+        sampled_windows: number of windows that the original itself writes.
     """
 
     num_windows: int
@@ -70,6 +71,7 @@ class Job:
     kept_experts: int | None = None
     device: str = "cpu"
     stored_share: float = 1.0
+    sampled_windows: int = 0
 
     def share(self, num_experts: int) -> float:
         """The share of a block's experts that pruning keeps."""
@@ -112,7 +114,10 @@ class Cost:
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
 
 
-PHASES = ("check", "read", "observe", "attention", "router", "experts", "block", "replay", "joint", "write", "evaluate")
+PHASES = (
+    *("check", "sample", "read", "observe", "attention", "router", "experts", "block", "replay"),
+    *("joint", "write", "evaluate"),
+)
 
 
 @dataclass
@@ -223,6 +228,8 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
         if job.block_epochs:
             _block_stage(phases["block"], block, shapes, job, here + routing, hidden, stream)
     forward = sum(shapes.forward for shapes in of_blocks) + 2 * hidden * vocabulary
+    if job.sampled_windows:
+        _sample(phases["sample"], moe, job, forward)
     if job.joint_epochs:
         activations = batch * 4 * (sum(12 * hidden + 4 * shapes.activations for shapes in of_blocks) + 4 * vocabulary)
         phases["joint"].add(
@@ -270,6 +277,27 @@ def _block_stage(cost: Cost, block: Block, shapes: _Shapes, job: Job, here: floa
         loop_bytes=job.steps(epochs) * _step_bytes(quantized, job.block_kinds, activations),
         read_bytes=read,
         again_bytes=read,
+    )
+
+
+def _sample(cost: Cost, moe: MoEModel, job: Job, forward: float) -> None:
+    """Adds windows that the original writes token by token. A step reads all weights that its tokens pass through.
+
+    Args:
+        forward: operations of a token.
+    """
+    itemsize, size = moe.model.dtype.itemsize, num_bytes(moe.model.parameters(), moe.model.dtype.itemsize)
+    windows = batch_size(moe.config, itemsize, job.sampled_windows, job.window_length, job.device)
+    batches = -(-job.sampled_windows // windows)
+    steps = -(-batches // job.processes) * job.window_length
+    of_experts = sum(num_bytes(block.experts.module.parameters(), itemsize) for block in moe.moe_blocks)
+    unused = of_experts * (1 - moe.top_k / moe.num_experts) ** windows  # if all experts are selected equally
+    kept = windows * job.window_length / 2 * cache_bytes(moe.config, itemsize)
+    cost.add(
+        sampling_bytes(moe, windows, job.window_length),
+        flops=steps * windows * forward,
+        loop_bytes=steps * (size - unused + kept) + LOADED * size,
+        read_bytes=size * job.stored_share,
     )
 
 
@@ -391,4 +419,7 @@ def job_of(module: Any, data: Any, moe: MoEModel, processes: int, device: str, s
         kept_experts=module.pruning.keep if module.pruning else None,
         device=device,
         stored_share=stored_share,
+        sampled_windows=sum(
+            data.windows_by_text[name] for name, source in data.sampled_texts.items() if source.model is None
+        ),
     )
