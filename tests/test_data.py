@@ -253,7 +253,7 @@ def test_held_out_sources_get_names(tmp_path):
         ({"num_windows": 10**6}, ValueError, "not 1000000 (--data.num_windows)"),
         ({"num_heldout_windows": 10**6}, ValueError, "not 1000000 (--data.num_heldout_windows)"),
         ({"window_length": 10**6}, ValueError, "one window needs 1000000 (--data.window_length)"),
-        ({"tokenizer": "/no/model"}, FileNotFoundError, "no tokenizer can be loaded from '/no/mod"),
+        ({"tokenizer": "/no/model"}, FileNotFoundError, "no causal language model can be loaded from '/no/mod"),
     ],
 )
 def test_bad_options_are_reported_on_setup_by_name(text_data, options, kind, message):

@@ -237,6 +237,57 @@ def test_a_damaged_file_is_named(damage, tiny_model_dir, tmp_path, capsys):
     assert re.search(message, refused(folder, tmp_path / "run", capsys))
 
 
+def no_tokenizer(folder: Path) -> str:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    return "has no tokenizer, or a damaged one: put the files there.*tokenizer.json"
+
+
+def damaged_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").write_text("{")
+    return "has no tokenizer, or a damaged one: put the files there.*tokenizer.json"
+
+
+def no_config(folder: Path) -> str:
+    (folder / "config.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    return r"no causal language model can be loaded from.*There is no config.json"
+
+
+def moved(folder: Path) -> str:
+    folder.rename(folder.with_name("elsewhere"))
+    return r"no causal language model can be loaded from.*There is no such directory\."
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])  # of the second transformers makes an empty tokenizer
+@pytest.mark.parametrize("damage", [no_tokenizer, damaged_tokenizer, no_config, moved])
+def test_a_model_is_not_taken_for_its_tokenizer(damage, family, tiny_model_dir, tmp_path, capsys):
+    """Nor the other way round: what is missing is named, by every command with its option."""
+    folder = changed(tiny_model_dir(family), tmp_path / "model")
+    message = damage(folder)
+    error = refused(folder, tmp_path / "run", capsys)
+    assert re.search(message, error) and f"{str(folder)!r} (--model.name_or_path)" in error
+    assert "--data.tokenizer" not in error  # which is no option
+    if damage is not no_config:
+        with pytest.raises(SystemExit):
+            main(["analyze", "--model", str(folder), "--output", str(tmp_path / "out")])
+        error = capsys.readouterr().err
+        assert re.search(message, error) and f"{str(folder)!r} (--model)" in error and "Traceback" not in error
+
+
+def test_an_original_that_has_moved_is_named_where_a_run_goes_on(tiny_model_dir, tmp_path, capsys):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model")
+    small = {"data__num_windows": 4, "model__joint_epochs": 0, "trainer__max_epochs": 1}
+    run = jobs.fit(folder, tmp_path / "run", **small)
+    message = moved(folder)
+    for words in (jobs.options(folder, run, **small), ["--config", str(run / "tensorboard" / "config.yaml")]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(["fit", *words, "--ckpt_path", "auto"])
+        error = capsys.readouterr().err
+        assert re.search(message, error) and "(--model.name_or_path)" in error and "tokenizer" not in error
+
+
 def lost(end: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {key: tensor for key, tensor in tensors.items() if not key.endswith(end)}
 
@@ -253,7 +304,7 @@ EXPERT = "model.layers.1.block_sparse_moe.experts"
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
-        (dict, {"vocab_size": 5000}, "embed_tokens.weight has the shape 4096 x 64 in the files and 5000 x 64 in the model"),
+        (dict, {"vocab_size": 5000}, "embed_tokens.weight has the shape 4096 x 64 in the files and 5000 x 64 in the"),
         (
             dict,
             {"intermediate_size": 128},

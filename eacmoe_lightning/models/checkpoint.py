@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from eacmoe_lightning.models.originals import NO_MODEL, OriginalFiles
+from eacmoe_lightning.models.originals import OriginalFiles, no_model
 from eacmoe_lightning.models.transformers_loader import Misfit, empty_model, load_tensors, source_keys
 from eacmoe_lightning.models.unused import UNQUANTIZED, check_used
 
@@ -57,7 +57,7 @@ class Checkpoint:
         try:
             self._loader = empty_model(self.config, self.dtype)
         except ValueError as error:
-            raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
+            raise no_model(name_or_path, error) from error
         # the keys on disk of each parameter; of several made together, the first has the keys and the others lead to it
         self._sources, self._made_with = source_keys(self._loader, self.files.keys)
         check_used(self.files, self._loader, self._sources)

@@ -100,6 +100,6 @@ class StreamedModel(MoEModel):
     def _check(self, missing: Iterable[str]) -> None:
         if missing := sorted(missing):
             raise StoreError(
-                f"the files of {self.weights} lack {first_of(missing, 'weight')}: they do not fit its config.json, or a "
-                "file is missing"
+                f"the files of {self.weights} lack {first_of(missing, 'weight')}: they do not fit its config.json, or "
+                "a file is missing"
             )
