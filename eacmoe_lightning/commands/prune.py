@@ -83,7 +83,7 @@ def prune(
         window_length: Tokens per window.
         batch_size: Windows per batch.
         texts: Sources of the evaluation texts: one source, a list, or {name: source}. null takes the bundled held-out
-            texts.
+            texts; [] takes none, and the report is then without an evaluation.
         num_heldout_windows: Number of windows from the start of each evaluation text; null takes all.
         seed: Seed for the choice of calibration windows.
         dtype: Dtype to run the model in; auto is the dtype as stored.
@@ -143,10 +143,13 @@ def prune(
             write_result(run, pruned, source, codes, description, windows[:1], identity["fingerprint"])
         with costed(run, None, "evaluate"):
             reference, scratch = whole(given.streamed(device)), run.scratch(0)
-            after = before = evaluate(reference, pruned, heldout, batch_size, scratch=scratch)
-            if routers != "none":
-                untrained = whole(StreamedModel(FinishedBlocks(given.weights, run), device))
-                before = evaluate(reference, untrained, heldout, batch_size, scratch=scratch)
+            evaluation = None
+            if heldout:
+                after = before = evaluate(reference, pruned, heldout, batch_size, scratch=scratch)
+                if routers != "none":
+                    untrained = whole(StreamedModel(FinishedBlocks(given.weights, run), device))
+                    before = evaluate(reference, untrained, heldout, batch_size, scratch=scratch)
+                evaluation = {"before": before, "after": after}
         report = origin(identity, seed) | {
             "model": {
                 "name_or_path": model,
@@ -162,7 +165,7 @@ def prune(
             "pruning": removed_experts(asdict(pruning), [s for s in stats if s.pruning is not None]),
             "cost": cost(run),
         }
-        add_quality(report, stats, {"before": before, "after": after})
+        add_quality(report, stats, evaluation)
         write(run, report)
         run.drop_streams()
     print(summary(report))

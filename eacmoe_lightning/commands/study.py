@@ -90,6 +90,8 @@ def study(
     sizes = {"num_windows": num_windows, "window_length": window_length, "num_questions": num_questions}
     sizes |= {"context_length": context_length, "continuation_length": continuation_length}
     sources = name_sources(heldout, "--heldout")
+    if not sources:
+        raise ValueError("--heldout is empty: pass one or more sources, or null for the bundled texts")
     opened = open_model(model, dtype)
     directory, moe = opened.directory, opened.in_memory()
     moe.model.to(device)
