@@ -28,6 +28,7 @@ from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.job.block_callback import phase
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
 from eacmoe_lightning.job.comparison import Comparison
+from eacmoe_lightning.job.divergence import LossWatch
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
@@ -153,6 +154,7 @@ class QESC(Comparison):
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.stream_dtype = stream_dtype
+        self.loss_watch = LossWatch()
         self.block_routers: dict[str, Tensor] = {}  # routers that the blocks were solved with, from the joint stage on
 
     # --- the models -------------------------------------------------------------------------------------
@@ -269,7 +271,13 @@ class QESC(Comparison):
         groups = self.parts.optimizer_groups()
         return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay, fused=True)
 
+    def refuse_divergence(self) -> None:
+        """Raises ValueError if a loss of the current epoch was NaN or infinite; called before anything is stored."""
+        if (bad := self.loss_watch.bad()) is not None:
+            self._refuse_loss(bad)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.refuse_divergence()
         checkpoint["block_routers"] = self.block_routers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -362,13 +370,13 @@ class QESC(Comparison):
             loss = self._joint_loss(batch)
         else:  # this block has no router to calibrate, or other processes hold all of this batch's windows
             loss = sum(weight.sum() for weight in self.parameters()) * 0
-        if not torch.isfinite(loss):
-            self._refuse_loss(loss)
+        if (bad := self.loss_watch.see(loss, batch_idx)) is not None:
+            self._refuse_loss(bad)
         self.log("loss/joint" if self.is_joint else f"loss/block_{self.block_index:03d}", loss, prog_bar=False)
         return loss
 
     def _refuse_loss(self, loss: Tensor) -> None:
-        """Raises ValueError for a loss that is NaN or infinite, before it changes a parameter."""
+        """Raises ValueError for a loss that is NaN or infinite."""
         stage, rates = (
             ("the joint stage", "joint_*_lr") if self.is_joint else (f"block {self.block_index}", "router_lr")
         )
