@@ -21,10 +21,10 @@ from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.compressed.finished import FinishedBlocks
-from eacmoe_lightning.compressed.format import LATTICE, read_config, size_of
+from eacmoe_lightning.compressed.format import LATTICE, read_config
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
 from eacmoe_lightning.evaluation.evaluate import evaluate
-from eacmoe_lightning.evaluation.report import add_quality, cost, removed_experts, write
+from eacmoe_lightning.evaluation.report import add_quality, head, removed_experts, write
 from eacmoe_lightning.evaluation.report_text import summary
 from eacmoe_lightning.exports.run_result import write_result
 from eacmoe_lightning.models.block import Block
@@ -150,21 +150,10 @@ def prune(
                     untrained = whole(StreamedModel(FinishedBlocks(given.weights, run), device))
                     before = evaluate(reference, untrained, heldout, batch_size, scratch=scratch)
                 evaluation = {"before": before, "after": after}
-        report = origin(identity, seed) | {
-            "model": {
-                "name_or_path": model,
-                "type": reference.config.model_type,
-                "blocks": len(reference.blocks),
-                "moe_blocks": len(reference.moe_blocks),
-                "experts": reference.num_experts,
-                "top_k": reference.top_k,
-            },
-            "bits": bits(pruned, run.compressed),
-            "size_bytes": {"original": given.size_bytes, "compressed": size_of(run.compressed)},
-            "router": {"method": routers},
-            "pruning": removed_experts(asdict(pruning), [s for s in stats if s.pruning is not None]),
-            "cost": cost(run),
-        }
+        bits = average_bits(pruned, run.compressed)
+        report = origin(identity, seed) | head(run, reference, model, given.size_bytes, bits, stats)
+        report["router"] = {"method": routers}
+        report["pruning"] = removed_experts(asdict(pruning), [s for s in stats if s.pruning is not None])
         add_quality(report, stats, evaluation)
         write(run, report)
         run.drop_streams()
@@ -245,7 +234,7 @@ def describe(given: OpenedModel) -> dict[str, Any]:
     return {key: value for key, value in quantization.items() if key not in ("bits", "group_sizes")}
 
 
-def bits(moe: MoEModel, directory: Path) -> dict[str, float]:
+def average_bits(moe: MoEModel, directory: Path) -> dict[str, float]:
     """Average bits of the quantized weights: `nominal` as the paper counts, `true` with scales and zero points."""
     quantization = read_config(directory)["quantization"]
     weights = {name: weight.numel() for block in moe.blocks for name, (_, weight) in block.weights().items()}

@@ -52,7 +52,8 @@ def summary(report: dict[str, Any]) -> str:
     if calibration := sum(cost[phase]["seconds"] for phase in (*PHASES, "joint") if phase in cost):
         stages = {"router per block": "router", "joint stage": "joint"}
         shares = [f"{k} {cost[phase]['seconds'] / calibration:.1%}" for k, phase in stages.items() if phase in cost]
-        lines.append(f"share of router calibration in the {calibration:.0f} s of calibration: " + ", ".join(shares))
+        if shares:
+            lines.append(f"share of router calibration in the {calibration:.0f} s of calibration: " + ", ".join(shares))
     return "\n".join(lines)
 
 
@@ -108,7 +109,7 @@ def markdown(report: dict[str, Any]) -> str:
 def _perplexity_table(texts: dict[str, dict[str, float]]) -> str:
     if not texts:
         return f"None: {NO_PERPLEXITY}."
-    streams = ("original", "before", "compressed")
+    streams = [stream for stream in ("original", "before", "compressed") if stream in next(iter(texts.values()))]
     return "`original`: the original model. `before`: the compressed model with the original's routers.\n\n" + _table(
         ["text", *streams], [[text, *(f"{values[s]:.3f}" for s in streams)] for text, values in texts.items()]
     )
