@@ -22,6 +22,7 @@ class LayerwiseQuantization(Callback):
             module.start_stage()
 
     def on_train_epoch_end(self, trainer: Trainer, module: QESC) -> None:
+        module.refuse_divergence()
         done, all_batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed, trainer.num_training_batches
         if done < all_batches:
             raise ValueError(

@@ -98,6 +98,8 @@ def test_the_command_writes_its_files(tiny_model_dir, tmp_path, capsys):
         (["--floor", "1.5"], ["--floor"]),
         (["--model", "/no/such/model"], ["/no/such/model"]),
         (["--model", "LLAMA"], ["no routed experts"]),
+        (["--texts", "[]"], ["--texts is empty"]),
+        (["--cross_calibration", "[]"], ["--cross_calibration is empty"]),
     ],
 )
 def test_bad_input(more, messages, tiny_model_dir, tmp_path, capsys):

@@ -254,7 +254,7 @@ def test_a_text_that_was_edited_since(resume, refused, tiny_model_dir, tmp_path)
     text.write_text(words.replace("1", "2"))
     resumed = [*jobs.options(tiny_model_dir("deepseek"), run, **options), "--ckpt_path", resume]
     error = refused(*resumed)
-    assert f"the text of {text} (--data.calibration) or its tokens (--data.tokenizer) have changed" in error
+    assert f"the text of {text} (--data.calibration) or its tokens (the model's tokenizer) have changed" in error
     assert jobs.contents(run / "blocks") == before
     moved = text.rename(tmp_path / "moved.txt")
     moved.write_text(words)  # the same text elsewhere
@@ -269,7 +269,7 @@ def test_a_tokenizer_that_was_changed_since(refused, tiny_model_dir, tmp_path):
     stored["model"]["merges"] = stored["model"]["merges"][:-1500]
     (model / "tokenizer.json").write_text(json.dumps(stored))
     error = refused(*jobs.options(model, run, **DEEPSEEK), "--ckpt_path", "auto")
-    assert "its tokens (--data.tokenizer) have changed" in error
+    assert "its tokens (the model's tokenizer) have changed" in error
 
 
 def rounded(model: Path, name: str) -> None:

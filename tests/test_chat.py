@@ -381,10 +381,23 @@ def test_bad_options(chat_data, options, kind, message):
     assert message in str(error.value) and "--data." in str(error.value)
 
 
-def test_a_file_that_is_no_template(chat_data, tmp_path):
-    (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
-    with pytest.raises(ValueError, match="--data.calibration: .*line 1: the chat template does not render"):
-        chat_data(chat_template=str(tmp_path / "broken.jinja")).setup("fit")
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{% for m in messages %}", "line 1: Unexpected end of template"),
+        ("{% for m in messages %}\n{{ m.content | upper_case }}{% endfor %}", "line 2: No filter named 'upper_case'"),
+        ("{{ now() }}{% for m in messages %}{{ m.content }}{% endfor %}", "'now' is undefined"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[7].content.text }}", "no element 7"),
+    ],
+)
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_a_broken_template_is_not_blamed_on_a_row(answers_only, template, reason, chat_data, tmp_path):
+    (tmp_path / "broken.jinja").write_text(template)
+    with pytest.raises(ValueError) as error:
+        chat_data(chat_template=str(tmp_path / "broken.jinja"), answers_only=answers_only).setup("fit")
+    assert "the chat template (--data.chat_template, or else the tokenizer's) is broken" in str(error.value)
+    assert reason in str(error.value) and "chat.jsonl" not in str(error.value)
 
 
 # --- what counts, in a run

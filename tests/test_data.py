@@ -253,7 +253,7 @@ def test_held_out_sources_get_names(tmp_path):
         ({"num_windows": 10**6}, ValueError, "not 1000000 (--data.num_windows)"),
         ({"num_heldout_windows": 10**6}, ValueError, "not 1000000 (--data.num_heldout_windows)"),
         ({"window_length": 10**6}, ValueError, "one window needs 1000000 (--data.window_length)"),
-        ({"tokenizer": "/no/model"}, FileNotFoundError, "no tokenizer can be loaded from '/no/mod"),
+        ({"tokenizer": "/no/model"}, FileNotFoundError, "no causal language model can be loaded from '/no/mod"),
     ],
 )
 def test_bad_options_are_reported_on_setup_by_name(text_data, options, kind, message):
@@ -300,11 +300,15 @@ def test_windows_longer_than_the_model_was_made_for(text_data, moe, caplog):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_without_held_out_text_has_a_report_without_evaluation(tiny_model_dir, tmp_path):
+def test_a_run_without_held_out_text_has_a_report_without_evaluation(tiny_model_dir, tmp_path, capsys):
     few = {"data__num_windows": 2, "data__heldout": "[]", "model__router_method": "none"}
     run = jobs.fit(tiny_model_dir("mixtral"), tmp_path / "run", **few)
     report = json.loads((run / "report.json").read_text())
     assert report["perplexity"] == {} and report["expert_shift"]["calibration"]["after"]["any"] > 0
+    text = (run / "report.md").read_text()
+    assert "## Perplexity on held-out text\n\nNone: no held-out text was evaluated.\n\n## " in text
+    assert "| text | original |" not in text and "| heldout |" not in text and "| calibration |" in text
+    assert "no held-out text was evaluated; changed selections are those on the calibration" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")

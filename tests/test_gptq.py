@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.quantization.gptq import _sweep, damped_factor, output_error, solve
+from eacmoe_lightning.quantization.gptq import DAMPING, _sweep, damped_factor, output_error, solve
 from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
 
 GRID = Grid(bits=3, group_size=16, clip_search=False)
@@ -76,7 +76,7 @@ def test_with_a_diagonal_hessian_it_is_round_to_nearest(clip_search, act_order, 
     diagonal = torch.rand(64, generator=torch.Generator().manual_seed(3)) + 0.1
     grid = Grid(3, 16, symmetric, clip_search)
     ours = gptq(weight, torch.diag(diagonal), grid, act_order=act_order)
-    rounded = round_to_nearest(weight, grid, diagonal + 0.01 * diagonal.mean())  # including the damping
+    rounded = round_to_nearest(weight, grid, diagonal + DAMPING * diagonal.mean())
     for field in ("codes", "scale", "zero_point"):
         assert torch.equal(getattr(ours, field), getattr(rounded, field))
 
@@ -199,7 +199,7 @@ def test_the_error_for_a_wrong_group_size_names_it_and_in_features():
 # --- beyond the paper: scale search, refitted scales, coordinate descent
 
 
-def damped(hessian: Tensor, damping: float = 0.01) -> Tensor:
+def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     return hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
 
 
@@ -218,7 +218,7 @@ def test_the_search_lowers_the_loss_of_a_group(bits, symmetric):
 def test_every_sweep_of_refinement_lowers_the_loss(bits, act_order):
     weight, hessian = problem()
     grid = Grid(bits, 16)
-    losses = [output_error(weight, gptq(weight, hessian, grid, 0.01, act_order, True, r), damped(hessian)) for r in
+    losses = [output_error(weight, gptq(weight, hessian, grid, DAMPING, act_order, True, r), damped(hessian)) for r in
               range(4)]  # fmt: skip
     assert losses[1] < 0.98 * losses[0]
     assert all(later <= earlier * (1 + 1e-5) for earlier, later in zip(losses, losses[1:], strict=False))

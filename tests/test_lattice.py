@@ -53,7 +53,7 @@ def test_it_equals_the_paper_s_loop():
     """Against the paper's algorithm in float64, one column at a time."""
     weight, step = gaussian(1, 3, 140), torch.full((1, 140), 0.5)
     h = hessians(1, 140)
-    factor, _ = factored(h)
+    factor, _ = factored(h, 0.01)
     h = h[0].double() + 0.01 * h[0].double().diagonal().mean() * torch.eye(140)
     w, u = weight[0].double().clone(), torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
     codes = torch.empty_like(w)

@@ -26,6 +26,7 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import BUNDLED
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.run.files import StoreError
 
 Tensors = dict[str, Tensor]
 
@@ -195,7 +196,14 @@ def a_web_page(folder: Path) -> str:
 def missing(folder: Path) -> str:
     shard = sorted(folder.glob("model-*.safetensors"))[3]
     shard.unlink()
-    return f"{shard} is missing"
+    return f"{shard.parent} lacks {shard.name}: download"
+
+
+def two_missing(folder: Path) -> str:
+    shards = sorted(folder.glob("model-*.safetensors"))[2:4]
+    for shard in shards:
+        shard.unlink()
+    return f"{folder} lacks {shards[0].name} and 1 other file: download"
 
 
 def no_index(folder: Path) -> str:
@@ -219,7 +227,7 @@ def test_plan_needs_no_weights(tiny_model_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "damage",
-    [pointer, config_pointer, truncated, only_header, empty, a_web_page, missing, no_index, damaged_index],
+    [pointer, config_pointer, truncated, only_header, empty, a_web_page, missing, two_missing, no_index, damaged_index],
 )
 def test_a_damaged_file_is_named(damage, tiny_model_dir, tmp_path, capsys):
     folder = sharded(tiny_model_dir("mixtral"), tmp_path / "model")
@@ -227,6 +235,114 @@ def test_a_damaged_file_is_named(damage, tiny_model_dir, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=message):
         Checkpoint(str(folder))
     assert re.search(message, refused(folder, tmp_path / "run", capsys))
+
+
+def no_tokenizer(folder: Path) -> str:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    return "has no tokenizer, or a damaged one: put the files there.*tokenizer.json"
+
+
+def damaged_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").write_text("{")
+    return "has no tokenizer, or a damaged one: put the files there.*tokenizer.json"
+
+
+def no_config(folder: Path) -> str:
+    (folder / "config.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    return r"no causal language model can be loaded from.*There is no config.json"
+
+
+def moved(folder: Path) -> str:
+    folder.rename(folder.with_name("elsewhere"))
+    return r"no causal language model can be loaded from.*There is no such directory\."
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])  # of the second transformers makes an empty tokenizer
+@pytest.mark.parametrize("damage", [no_tokenizer, damaged_tokenizer, no_config, moved])
+def test_a_model_is_not_taken_for_its_tokenizer(damage, family, tiny_model_dir, tmp_path, capsys):
+    """Nor the other way round: what is missing is named, by every command with its option."""
+    folder = changed(tiny_model_dir(family), tmp_path / "model")
+    message = damage(folder)
+    error = refused(folder, tmp_path / "run", capsys)
+    assert re.search(message, error) and f"{str(folder)!r} (--model.name_or_path)" in error
+    assert "--data.tokenizer" not in error  # which is no option
+    if damage is not no_config:
+        with pytest.raises(SystemExit):
+            main(["analyze", "--model", str(folder), "--output", str(tmp_path / "out")])
+        error = capsys.readouterr().err
+        assert re.search(message, error) and f"{str(folder)!r} (--model)" in error and "Traceback" not in error
+
+
+def test_an_original_that_has_moved_is_named_where_a_run_goes_on(tiny_model_dir, tmp_path, capsys):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model")
+    small = {"data__num_windows": 4, "model__joint_epochs": 0, "trainer__max_epochs": 1}
+    run = jobs.fit(folder, tmp_path / "run", **small)
+    message = moved(folder)
+    for words in (jobs.options(folder, run, **small), ["--config", str(run / "tensorboard" / "config.yaml")]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(["fit", *words, "--ckpt_path", "auto"])
+        error = capsys.readouterr().err
+        assert re.search(message, error) and "(--model.name_or_path)" in error and "tokenizer" not in error
+
+
+def lost(end: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if not key.endswith(end)}
+
+
+def halved(end: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {
+        key: t[: len(t) // 2].contiguous() if key.endswith(end) else t for key, t in tensors.items()
+    }
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (dict, {"vocab_size": 5000}, "embed_tokens.weight has the shape 4096 x 64 in the files and 5000 x 64 in the"),
+        (
+            dict,
+            {"intermediate_size": 128},
+            "model.layers.0.mlp.experts.gate_up_proj, which is made of 16 tensors such as "
+            "model.layers.0.block_sparse_moe.experts.0.w1.weight, has the shape 8 x 128 x 64 in the files and "
+            "8 x 256 x 64 in the model",
+        ),
+        (halved("norm.weight"), {}, "norm.weight has the shape 32 in the files and 64 in the model"),
+        (
+            halved("1.block_sparse_moe.experts.3.w1.weight"),
+            {},
+            f"{EXPERT}.3.w1.weight has the shape 32 x 64, and the others that "
+            "model.layers.1.mlp.experts.gate_up_proj is made of have 64 x 64",
+        ),
+        (
+            lost("1.block_sparse_moe.experts.3.w1.weight"),
+            {},
+            f"gate_up_proj cannot be made of 7 tensors like {EXPERT}.0.w1.weight and 8 tensors like "
+            f"{EXPERT}.0.w3.weight",
+        ),
+    ],
+)
+def test_tensors_of_another_shape_are_named_with_both_shapes(change, config, message, tiny_model_dir, tmp_path):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", change, **config)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        StreamedModel(Checkpoint(str(folder))).load_all()
+    assert f"{str(folder)!r} (--model.name_or_path) do not fit its config.json" in str(error.value)
+    assert "download" in str(error.value) and "torch.Size" not in str(error.value)
+
+
+def test_missing_weights_are_counted(tiny_model_dir, tmp_path):
+    one = changed(tiny_model_dir("mixtral"), tmp_path / "one", lost("model.norm.weight"))
+    with pytest.raises(StoreError, match="lack model.norm.weight: they do not fit its config.json"):
+        StreamedModel(Checkpoint(str(one)))
+    two = changed(tiny_model_dir("mixtral"), tmp_path / "two", lost("layers.2.self_attn.q_proj.weight"))
+    two = changed(two, tmp_path / "both", lost("layers.2.self_attn.k_proj.weight"))
+    with pytest.raises(StoreError, match="lack model.layers.2.self_attn.k_proj.weight and 1 other weight: they"):
+        StreamedModel(Checkpoint(str(two))).load_all()
 
 
 class Evil:

@@ -248,6 +248,13 @@ def test_bad_options(arguments, message, tiny_model_dir, tmp_path, capsys):
     assert not (tmp_path / "out").exists() and len(list((tmp_path / "full").iterdir())) == 1
 
 
+def test_without_texts_the_report_has_no_evaluation(tiny_model_dir, tmp_path, capsys):
+    report = prune(str(tiny_model_dir("mixtral")), str(tmp_path), PruningRule(keep=4), **{**OPTIONS, "texts": []})
+    assert report["perplexity"] == {} and report["pruning"]["removed"] == 12
+    assert "no held-out text was evaluated" in (tmp_path / "report.md").read_text()
+    assert "no held-out text was evaluated" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--pruning.keep", "5"], ["--pruning.alpha", "0.8"]])
 @torch.no_grad()

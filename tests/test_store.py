@@ -289,7 +289,7 @@ def test_content_decides_not_its_path(resume, tmp_path):
     RunDirectory(tmp_path).start(moved, resume=True)
     for change, message in (
         ({"model.fingerprint": "3"}, r"holds a run, but the weights or the config.json in /a \(--model.name_or_path\)"),
-        ({"data.calibration_digest": "3"}, r"the text of /t \(--data.calibration\) or its tokens \(--data.tokenizer\)"),
+        ({"data.calibration_digest": "3"}, r"the text of /t \(--data.calibration\) or its tokens \(the model's"),
         (moved | {"model.fingerprint": "3"}, "model.name_or_path was '/a' and is now '/b', which holds something else"),
         (moved | {"data.calibration_digest": "3"}, "data.calibration was '/t' and is now '/u'"),
         ({"data.calibration_digest": "3", "seed": 1}, "seed was None and is now 1"),  # which explains the digest

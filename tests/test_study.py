@@ -296,7 +296,11 @@ def test_bounds_by_budget_take_no_more_bytes(tiny_model_dir, tmp_path, capsys):
     before = (tmp_path / "out/cells.json").read_bytes()
     main(["study", *options(model, tmp_path / "out", **small)])  # nothing is measured again
     assert (tmp_path / "out/cells.json").read_bytes() == before
-    for more, message in (({"kinds": "[gaussian-noise, sz3]"}, "--kinds"), ({"blocks": "[all]"}, "--blocks")):
+    for more, message in (
+        ({"kinds": "[gaussian-noise, sz3]"}, "--kinds"),
+        ({"blocks": "[all]"}, "--blocks"),
+        ({"heldout": "[]"}, "--heldout is empty"),
+    ):
         with pytest.raises(SystemExit):
             main(["study", *options(model, tmp_path / "other", **small | more)])
         assert message in capsys.readouterr().err

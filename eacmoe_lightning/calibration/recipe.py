@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.quantization.gptq import DAMPING
 from eacmoe_lightning.quantization.grid import Grid, Quantized
 from eacmoe_lightning.quantization.quantizers import GPTQ, LatticeGPTQ, Quantizer, RoundToNearest
 from eacmoe_lightning.targets import WeightGrid, by_bits
@@ -65,7 +66,7 @@ class Recipe:
     symmetric: bool | None = None
     clip_search: bool = True
     quantizer: Literal["gptq", "rtn", "lattice", "none"] | Quantizer = "gptq"
-    damping: float = 0.05
+    damping: float = DAMPING
     act_order: bool = True
     scale_search: bool = True
     refine: int = 1

@@ -84,6 +84,9 @@ def analyze(
     for option, value in (("batch_size", batch_size), ("window_length", window_length)):
         if value < 1:
             raise ValueError(f"{option}={value} (--{option}) is below 1")
+    for option, given in (("texts", texts), ("cross_calibration", cross_calibration)):
+        if given is not None and not given:
+            raise ValueError(f"--{option} is empty: pass one or more sources, or null")
     if not 0 <= floor <= 1:
         raise ValueError(f"floor={floor} (--floor) is not in [0, 1]")
     for alpha in alphas or ():

@@ -21,10 +21,10 @@ from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.compressed.finished import FinishedBlocks
-from eacmoe_lightning.compressed.format import LATTICE, read_config, size_of
+from eacmoe_lightning.compressed.format import LATTICE, read_config
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
 from eacmoe_lightning.evaluation.evaluate import evaluate
-from eacmoe_lightning.evaluation.report import add_quality, cost, removed_experts, write
+from eacmoe_lightning.evaluation.report import add_quality, head, removed_experts, write
 from eacmoe_lightning.evaluation.report_text import summary
 from eacmoe_lightning.exports.run_result import write_result
 from eacmoe_lightning.models.block import Block
@@ -83,7 +83,7 @@ def prune(
         window_length: Tokens per window.
         batch_size: Windows per batch.
         texts: Sources of the evaluation texts: one source, a list, or {name: source}. null takes the bundled held-out
-            texts.
+            texts; [] takes none, and the report is then without an evaluation.
         num_heldout_windows: Number of windows from the start of each evaluation text; null takes all.
         seed: Seed for the choice of calibration windows.
         dtype: Dtype to run the model in; auto is the dtype as stored.
@@ -143,26 +143,18 @@ def prune(
             write_result(run, pruned, source, codes, description, windows[:1], identity["fingerprint"])
         with costed(run, None, "evaluate"):
             reference, scratch = whole(given.streamed(device)), run.scratch(0)
-            after = before = evaluate(reference, pruned, heldout, batch_size, scratch=scratch)
-            if routers != "none":
-                untrained = whole(StreamedModel(FinishedBlocks(given.weights, run), device))
-                before = evaluate(reference, untrained, heldout, batch_size, scratch=scratch)
-        report = origin(identity, seed) | {
-            "model": {
-                "name_or_path": model,
-                "type": reference.config.model_type,
-                "blocks": len(reference.blocks),
-                "moe_blocks": len(reference.moe_blocks),
-                "experts": reference.num_experts,
-                "top_k": reference.top_k,
-            },
-            "bits": bits(pruned, run.compressed),
-            "size_bytes": {"original": given.size_bytes, "compressed": size_of(run.compressed)},
-            "router": {"method": routers},
-            "pruning": removed_experts(asdict(pruning), [s for s in stats if s.pruning is not None]),
-            "cost": cost(run),
-        }
-        add_quality(report, stats, {"before": before, "after": after})
+            evaluation = None
+            if heldout:
+                after = before = evaluate(reference, pruned, heldout, batch_size, scratch=scratch)
+                if routers != "none":
+                    untrained = whole(StreamedModel(FinishedBlocks(given.weights, run), device))
+                    before = evaluate(reference, untrained, heldout, batch_size, scratch=scratch)
+                evaluation = {"before": before, "after": after}
+        bits = average_bits(pruned, run.compressed)
+        report = origin(identity, seed) | head(run, reference, model, given.size_bytes, bits, stats)
+        report["router"] = {"method": routers}
+        report["pruning"] = removed_experts(asdict(pruning), [s for s in stats if s.pruning is not None])
+        add_quality(report, stats, evaluation)
         write(run, report)
         run.drop_streams()
     print(summary(report))
@@ -243,7 +235,7 @@ def describe(given: OpenedModel) -> dict[str, Any]:
     return {key: value for key, value in quantization.items() if key not in ("bits", "group_sizes")}
 
 
-def bits(moe: MoEModel, directory: Path) -> dict[str, float]:
+def average_bits(moe: MoEModel, directory: Path) -> dict[str, float]:
     """Average bits of the quantized weights: `nominal` as the paper counts, `true` with scales and zero points."""
     quantization = read_config(directory)["quantization"]
     weights = {name: weight.numel() for block in moe.blocks for name, (_, weight) in block.weights().items()}

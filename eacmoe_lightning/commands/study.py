@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.evaluation.choice_task import make_questions
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import fingerprint, stored_name
+from eacmoe_lightning.models.originals import fingerprint, stored_name, tokenizer_of
 from eacmoe_lightning.offload.codecs import Bound
 from eacmoe_lightning.run.files import write_atomically, write_json
 from eacmoe_lightning.run.lock import RunLock
@@ -91,6 +90,8 @@ def study(
     sizes = {"num_windows": num_windows, "window_length": window_length, "num_questions": num_questions}
     sizes |= {"context_length": context_length, "continuation_length": continuation_length}
     sources = name_sources(heldout, "--heldout")
+    if not sources:
+        raise ValueError("--heldout is empty: pass one or more sources, or null for the bundled texts")
     opened = open_model(model, dtype)
     directory, moe = opened.directory, opened.in_memory()
     moe.model.to(device)
@@ -137,7 +138,7 @@ def study(
 
 def read_texts(
     sources: dict[str, str],
-    tokenizer_of: Path,
+    model: Path,
     num_windows: int,
     window_length: int,
     num_questions: int,
@@ -150,8 +151,8 @@ def read_texts(
     Raises:
         FileNotFoundError, ValueError: a text cannot be read or is too short; the message names the option to change.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
-    num_rows, positions = read_sizes(Path(tokenizer_of))
+    tokenizer = tokenizer_of(str(model), "--model")
+    num_rows, positions = read_sizes(model)
     check_length(window_length, positions, "--window_length")
     texts, option = {}, "--num_windows" + (" + --budget_windows" if skip else "")
     for name, source in sources.items():

@@ -35,7 +35,7 @@ from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
-from eacmoe_lightning.run.files import StoreError, read_tensors, whole_directory, write_json, write_tensors
+from eacmoe_lightning.run.files import StoreError, first_of, read_tensors, whole_directory, write_json, write_tensors
 from eacmoe_lightning.skipping import stored
 
 
@@ -135,7 +135,7 @@ def _with_draft(
     without = without_draft(config)
     if draft:
         warnings.warn(
-            f"the draft layers ({min(draft)} and {len(draft) - 1} more tensors) are left out, because they have the "
+            f"the draft layers ({first_of(sorted(draft), 'tensor')}) are left out, because they have the "
             "experts that were removed elsewhere: the config of the result promises 0 of them",
             stacklevel=3,
         )

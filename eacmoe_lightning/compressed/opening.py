@@ -112,7 +112,7 @@ def open_model(
         if trust_remote_code:
             read_original_config(config["original"]["name_or_path"], True)  # registers the classes
         return OpenedModel(str(name_or_path), directory, True, dtype, trust_remote_code)
-    return OpenedModel(str(name_or_path), local_directory(str(name_or_path)), False, dtype, trust_remote_code)
+    return OpenedModel(str(name_or_path), local_directory(str(name_or_path), option), False, dtype, trust_remote_code)
 
 
 def open_compressed(path: str | Path, dtype: str = "auto", option: str = "--source") -> OpenedModel:

@@ -49,6 +49,7 @@ from typing import Any
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits, num_quantized
 from eacmoe_lightning.compressed.format import size_of
 from eacmoe_lightning.evaluation.report_text import markdown
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.quantization.packing import STORED
@@ -81,21 +82,8 @@ def build(
     moe_stats = [s for s in blocks if s.is_moe]
     files = moe.weights.files
     uncalibrated = [block.index for block in moe.moe_blocks if not block.calibrates]
-    report = {
-        "model": {
-            "name_or_path": name_or_path,
-            "type": moe.config.model_type,
-            "stored": files.description,
-            "blocks": len(moe.blocks),
-            "moe_blocks": len(moe.moe_blocks),
-            "experts": len(moe_stats[0].expert_load["original"]),
-            "top_k": moe.top_k,
-        },
-        "bits": {"nominal": nominal_bits(moe, recipe), "true": _true_bits(run, moe, recipe)},
-        "size_bytes": {
-            "original": files.size_bytes,
-            "compressed": size_of(run.compressed),
-        },
+    bits = {"nominal": nominal_bits(moe, recipe), "true": _true_bits(run, moe, recipe)}
+    report = head(run, moe, name_or_path, files.size_bytes, bits, blocks) | {
         "router": router | ({"uncalibrated": uncalibrated} if uncalibrated else {}),
         "unquantized": moe.unquantized,
         "experts": {
@@ -103,14 +91,45 @@ def build(
             "starved_by_block": {s.block: s.starved for s in moe_stats if s.starved},
         },
         "quantization_error": {name: value for s in blocks for name, value in s.error.items()},
-        "cost": cost(run),
     }
     if trained := {s.block: asdict(s.reconstruction) for s in blocks if s.reconstruction is not None}:
         report["reconstruction"] = trained
+    report["model"]["stored"] = files.description
     add_quality(report, blocks, evaluation)
     if pruning:
         report["pruning"] = removed_experts(vars(pruning), moe_stats)
     return report
+
+
+def head(
+    run: RunDirectory,
+    moe: MoEModel,
+    name_or_path: str,
+    size_bytes: int,
+    bits: dict[str, float],
+    blocks: list[BlockStats],
+) -> dict[str, Any]:
+    """What the reports of `fit` and `prune` begin with.
+
+    Args:
+        run: the run directory, with the result in it.
+        moe, name_or_path, size_bytes: the model that the result was made from.
+        bits: average bits of the quantized weights, `nominal` and `true`.
+        blocks: see `build`.
+    """
+    return {
+        "model": {
+            "name_or_path": name_or_path,
+            "type": moe.config.model_type,
+            "blocks": len(moe.blocks),
+            "moe_blocks": len(moe.moe_blocks),
+            "experts": len(next(s.expert_load["original"] for s in blocks if s.is_moe)),
+            "top_k": moe.top_k,
+        },
+        "bits": bits,
+        "size_bytes": {"original": size_bytes, "compressed": size_of(run.compressed)},
+        "cost": cost(run),
+    }
 
 
 def add_quality(report: dict[str, Any], blocks: list[BlockStats], evaluation: dict[str, dict] | None) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 from eacmoe_lightning.calibration.blocks import PHASES
 from eacmoe_lightning.evaluation.coverage import coverage_lines
 from eacmoe_lightning.routers.expert_shift import RATES
+from eacmoe_lightning.run.files import first_of
+
+NO_PERPLEXITY = "no held-out text was evaluated"
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -21,9 +24,10 @@ def summary(report: dict[str, Any]) -> str:
         f"{size['original'] / 1e6:.1f} MB{stored} -> {size['compressed'] / 1e6:.1f} MB",
     ]
     if unquantized := report.get("unquantized"):
-        lines.append(f"{len(unquantized)} linears stay unquantized: {next(iter(unquantized))} and others in report.md")
+        lines.append(f"unquantized (report.md says why): {first_of(list(unquantized), 'linear')}")
     if uncalibrated := report["router"].get("uncalibrated"):
-        lines.append(f"the routers of {len(uncalibrated)} blocks stay as they are: they are no single product")
+        blocks = ", ".join(map(str, uncalibrated))
+        lines.append(f"routers that stay as they are, because they are no single product: those of blocks {blocks}")
     if pruning := report.get("pruning"):
         lines.append(
             f"{pruning['removed']} of {pruning['experts']} experts removed ({pruning['rule']['criterion']}), to which "
@@ -35,6 +39,8 @@ def summary(report: dict[str, Any]) -> str:
             )
     for text, values in report["perplexity"].items():
         lines.append(f"perplexity {text:10s} {values['original']:8.3f} -> {values['compressed']:8.3f}")
+    if not report["perplexity"]:
+        lines.append(f"{NO_PERPLEXITY}; changed selections are those on the calibration text")
     for rate in RATES:
         rates = " -> ".join(f"{shift[when][rate]:.2%}" for when in ("before", "after") if when in shift)
         lines.append(f"tokens with {rate:4s} selections changed: {rates}")
@@ -50,7 +56,8 @@ def summary(report: dict[str, Any]) -> str:
     if calibration := sum(cost[phase]["seconds"] for phase in (*PHASES, "joint") if phase in cost):
         stages = {"router per block": "router", "block stage": "block", "joint stage": "joint"}
         shares = [f"{k} {cost[phase]['seconds'] / calibration:.1%}" for k, phase in stages.items() if phase in cost]
-        lines.append(f"shares of the {calibration:.0f} s of calibration: " + ", ".join(shares))
+        if shares:
+            lines.append(f"shares of the {calibration:.0f} s of calibration: " + ", ".join(shares))
     return "\n".join(lines)
 
 
@@ -73,19 +80,13 @@ def evaluation_summary(result: dict[str, Any], size_bytes: dict[str, int]) -> st
 
 def markdown(report: dict[str, Any]) -> str:
     shift, cost = report["expert_shift"], report["cost"]
-    whole = shift["mean"].keys()
-    columns = ["original", *(["before"] if "before" in whole else []), "compressed"]
     parts = [
         f"# {report['model']['name_or_path']} at {report['bits']['nominal']:.2f} bits",
         f"```\n{summary(report).strip()}\n```",
         f"Command: `{report['command']}`  \nCommit: {report['commit']}  \nSeed: {report['seed']}  \n"
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
         + f"  \n{report['machine']['processor']}, {report['machine']['threads']} threads",
-        "## Perplexity on held-out text\n\n"
-        + "`original`: the original model. `before`: the compressed model with the original's routers.\n\n"
-        + _table(["text", *columns], [
-            [text, *(f"{values[column]:.3f}" for column in columns)] for text, values in report["perplexity"].items()
-        ]),
+        f"## Perplexity on held-out text\n\n{_perplexity_table(report['perplexity'])}",
         "## Expert-shift per block\n\nShare of tokens with any, at least half, or all selections changed.\n\n"
         + _table(
             ["block", "text", *(f"{r} {w}" for r in RATES for w in ("before", "after"))],
@@ -112,6 +113,15 @@ def markdown(report: dict[str, Any]) -> str:
         ]),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def _perplexity_table(texts: dict[str, dict[str, float]]) -> str:
+    if not texts:
+        return f"None: {NO_PERPLEXITY}."
+    streams = [stream for stream in ("original", "before", "compressed") if stream in next(iter(texts.values()))]
+    return "`original`: the original model. `before`: the compressed model with the original's routers.\n\n" + _table(
+        ["text", *streams], [[text, *(f"{values[s]:.3f}" for s in streams)] for text, values in texts.items()]
+    )
 
 
 def _table(head: list[str], rows: list[list]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.exports import reload
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.run.files import StoreError, first_of
 from eacmoe_lightning.skipping.apply import set_skipping
 
 WEIGHT_LIMIT = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}  # about 8, 2 and 2 times the dtype's epsilon
@@ -76,7 +76,7 @@ class Reference:
             StoreError: a tensor is missing, or the models differ by more than rounding in the dtype explains.
         """
         if missing := sorted(self.seen.keys() - seen.keys()):
-            raise StoreError(f"{what} was reloaded without {missing[0]} and {len(missing) - 1} more")
+            raise StoreError(f"{what} was reloaded without {first_of(missing, 'tensor')}")
         deviations, excess = {}, {}  # by tensor: deviation, and deviation divided by what rounding explains
         for name, norms in self.norms.items():
             if seen[name].shape != self.seen[name].shape:

@@ -32,7 +32,7 @@ from eacmoe_lightning.models.transformers_loader import empty_model, original_na
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.packing import take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
-from eacmoe_lightning.run.files import StoreError, read_tensors
+from eacmoe_lightning.run.files import StoreError, first_of, read_tensors
 from eacmoe_lightning.targets import WeightGrid, by_bits
 
 WEIGHT = ".weight"
@@ -146,7 +146,7 @@ class Source:
                 for kind in (("stream", "scale") if name in self.on_lattice else ("codes", "scale", "zero_point"))
             ]
             if missing := [name for name in names if name not in tensors]:
-                raise StoreError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: restore it from a backup")
+                raise StoreError(f"{path} lacks {first_of(missing, 'tensor')}: restore it from a backup")
             yield block, tensors
         yield None, read_tensors(self.path / REST)[0]
 

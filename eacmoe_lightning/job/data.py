@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import UntrustedCode, load_tokenizer, resolve_model
-from eacmoe_lightning.models.weight_files import DamagedFile
+from eacmoe_lightning.models.originals import tokenizer_of
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.files import check_fetched, read_text
 from eacmoe_lightning.text.openings import Start
@@ -53,7 +52,7 @@ class TextWindows(L.LightningDataModule):
         batch_size: Calibration windows per step, over all processes.
         num_heldout_windows: Number of windows from the start of each held-out text; None takes all.
         heldout_batch_size: Held-out windows per step and process.
-        tokenizer: Name or path of the tokenizer; `bundled` is that of the bundled model.
+        tokenizer: The model whose tokenizer is taken, by name or path; set by `--model.name_or_path`.
         seed: Seed for the choice of the calibration windows and their order.
         trust_remote_code: Whether Python code beside the tokenizer may run; set by `--model.trust_remote_code`.
         column: Column of the rows of a table that holds the text or the turns of a chat, or two as QUESTION,ANSWER.
@@ -268,9 +267,8 @@ class TextWindows(L.LightningDataModule):
         else:
             texts |= {("heldout", self.heldout[name]): windows for name, windows in self.heldout_windows.items()}
         num_rows = len(moe.model.get_input_embeddings().weight)
-        remedy = "the tokenizer that belongs to the model (--data.tokenizer), "
         for (option, source), windows in texts.items():
-            check_tokens(windows, num_rows, self.tokens, f"--data.{option}: {source}", remedy)
+            check_tokens(windows, num_rows, self.tokens, f"--data.{option}: {source}")
         if stage == "fit" and self._read:
             self._warn_of_repeated_windows(join_windows(list(self._read.values())).input_ids)
         check_length(self.window_length, getattr(moe.config, "max_position_embeddings", None), "--data.window_length")
@@ -321,17 +319,7 @@ class TextWindows(L.LightningDataModule):
     @cached_property
     def tokens(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""
-        for file in Path(resolve_model(self.tokenizer)).glob("*token*"):
-            check_fetched(file)
-        try:
-            tokenizer = load_tokenizer(self.tokenizer, self.trust_remote_code)
-        except (DamagedFile, UntrustedCode):
-            raise
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"no tokenizer can be loaded from {self.tokenizer!r} (--data.tokenizer, by default "
-                f"--model.name_or_path): pass `bundled` or a directory that holds a tokenizer. {error}"
-            ) from error
+        tokenizer = tokenizer_of(self.tokenizer, trust_remote_code=self.trust_remote_code)
         if self.chat_template is not None:
             tokenizer.chat_template = _read_template(Path(self.chat_template).expanduser())
         return tokenizer

@@ -31,6 +31,7 @@ from eacmoe_lightning.job.block_callback import phase
 from eacmoe_lightning.job.block_stage import BlockStage
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
 from eacmoe_lightning.job.comparison import Comparison
+from eacmoe_lightning.job.divergence import LossWatch
 from eacmoe_lightning.job.epochs import Epoch, Epochs
 from eacmoe_lightning.job.sampling import SampledTexts
 from eacmoe_lightning.job.trained import TrainedParts, router_key
@@ -183,6 +184,7 @@ class QESC(Comparison):
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.stream_dtype = stream_dtype
+        self.loss_watch = LossWatch()
         self.block_routers: dict[str, Tensor] = {}  # routers that the blocks were solved with, from the joint stage on
 
     # --- the models -------------------------------------------------------------------------------------
@@ -319,7 +321,13 @@ class QESC(Comparison):
         groups = self.parts.optimizer_groups()
         return torch.optim.AdamW(groups, lr=self.router_lr, weight_decay=self.weight_decay, fused=True)
 
+    def refuse_divergence(self) -> None:
+        """Raises ValueError if a loss of the current epoch was NaN or infinite; called before anything is stored."""
+        if (bad := self.loss_watch.bad()) is not None:
+            self._refuse_loss(bad)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.refuse_divergence()
         checkpoint["block_routers"] = self.block_routers
         checkpoint["in_training"] = {"parts": self.parts.state(), "block": self.block_stage.state()}
 
@@ -493,14 +501,14 @@ class QESC(Comparison):
             loss = sum(weight.sum() for weight in (*self.parameters(), *self.parts.unregistered())) * 0
         else:
             loss = self._global_mean(losses, batch)
-        if not torch.isfinite(loss):
-            self._refuse_loss(loss)
+        if (bad := self.loss_watch.see(loss, batch_idx)) is not None:
+            self._refuse_loss(bad)
         names = {"router": "loss/block_{:03d}", "block": "reconstruction/block_{:03d}", "joint": "loss/joint"}
         self.log(names[stage].format(self.block_index), loss, prog_bar=False)
         return loss
 
     def _refuse_loss(self, loss: Tensor) -> None:
-        """Raises ValueError for a loss that is NaN or infinite, before it changes a parameter."""
+        """Raises ValueError for a loss that is NaN or infinite."""
         stage = "the joint stage" if self.epoch.stage == "joint" else f"block {self.block_index}"
         rates = {"router": "router_lr", "block": "block_*_lr", "joint": "joint_*_lr"}[self.epoch.stage]
         if self.moe.model.dtype == torch.float16:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from statistics import mode
 from typing import Any
 
 import torch
@@ -23,8 +25,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from eacmoe_lightning.models.originals import NO_MODEL, OriginalFiles
-from eacmoe_lightning.models.transformers_loader import empty_model, load_tensors, source_keys
+from eacmoe_lightning.models.originals import OriginalFiles, no_model
+from eacmoe_lightning.models.transformers_loader import Misfit, empty_model, load_tensors, source_keys
 from eacmoe_lightning.models.unused import UNQUANTIZED, check_used
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class Checkpoint:
         try:
             self._loader = empty_model(self.config, self.dtype)
         except ValueError as error:
-            raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
+            raise no_model(name_or_path, error) from error
         # the keys on disk of each parameter; of several made together, the first has the keys and the others lead to it
         self._sources, self._made_with = source_keys(self._loader, self.files.keys)
         check_used(self.files, self._loader, self._sources)
@@ -107,9 +109,13 @@ class Checkpoint:
     def _convert(self, slices: dict[str, Any]) -> dict[str, Tensor]:
         """The parameters that transformers builds from these tensors on disk; the loader's go back to meta."""
         model = self._loader
-        missing, problems = load_tensors(model, slices, self.dtype)
-        if problems:
-            raise ValueError(f"{self.name_or_path!r} does not fit its config.json: {problems[0]}")
+        missing, misfits = load_tensors(model, slices, self.dtype)
+        if misfits:
+            raise ValueError(
+                f"the weights in {self.name_or_path!r} (--model.name_or_path) do not fit its config.json: "
+                f"{_misfit(min(misfits, key=lambda misfit: misfit.name), slices)}. One of them is of another model, or "
+                "was changed: download both again"
+            )
         taken = {}
         for name in model.state_dict().keys() - missing:
             taken[name] = model.get_parameter_or_buffer(name).detach()
@@ -148,6 +154,30 @@ def put(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
     if leaf in module._parameters:
         tensor = torch.nn.Parameter(tensor, requires_grad=False)
     setattr(module, leaf, tensor)
+
+
+def _misfit(misfit: Misfit, tensors: dict[str, Any]) -> str:
+    """What is wrong with the tensors on disk, by key, that a parameter is to be made of."""
+    many = f", which is made of {len(tensors)} tensors such as {next(iter(tensors))}," if len(tensors) > 1 else ""
+    if misfit.wanted is not None:
+        return (
+            f"{misfit.name}{many} has the shape {_shape(misfit.found)} in the files and {_shape(misfit.wanted)} in the "
+            "model that the config describes"
+        )
+    alike: dict[str, dict[str, str]] = {}  # by key without numbers: keys and shapes, of tensors to be stacked
+    for key, tensor in tensors.items():
+        shape = tensor.get_shape() if hasattr(tensor, "get_shape") else tensor[...].shape
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", key), {})[key] = _shape(shape)
+    for shapes in alike.values():
+        usual = mode(shapes.values())
+        if odd := next((key for key, shape in shapes.items() if shape != usual), None):
+            return f"{odd} has the shape {shapes[odd]}, and the others that {misfit.name} is made of have {usual}"
+    numbers = " and ".join(f"{len(keys)} tensors like {next(iter(keys))}" for keys in alike.values())
+    return f"{misfit.name} cannot be made of {numbers} ({misfit.reason})"
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape)) or "of one number"
 
 
 @contextmanager

@@ -31,11 +31,8 @@ from eacmoe_lightning.models.transformers_loader import auto_class, knows_config
 from eacmoe_lightning.models.weight_files import DamagedFile, OpenFile, Stored, check_fetched, opened, stored_tensors
 from eacmoe_lightning.run.files import StoreError, write_json
 
-NO_MODEL = (
-    "no causal language model can be loaded from {!r} (--model.name_or_path): pass `bundled`, a local Hugging Face "
-    "directory or the id of a hub model that this machine can reach. {}"
-)
 RANGE, CHUNK = 1 << 28, 1 << 22  # bytes of a file that one thread hashes, and that it reads at a time
+PROBE = "Any text has tokens: 1, 2, 3."
 SETTLED = 2.0  # seconds: the times of a file that has changed less long ago may not show the next change
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny-moe"
 QUANTIZATION = "quantization_config"
@@ -52,8 +49,29 @@ def resolve_model(name_or_path: str) -> str:
     return str(BUNDLED) if name_or_path == "bundled" else str(name_or_path)
 
 
-def local_directory(name_or_path: str) -> Path:
+def no_model(name_or_path: str, reason: object, option: str = "--model.name_or_path") -> FileNotFoundError:
+    """The error of a model that cannot be loaded.
+
+    Args:
+        name_or_path: as the user gave it.
+        reason: what went wrong, as the last sentence.
+        option: with which it was given.
+    """
+    looks_like_a_path = name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))
+    if looks_like_a_path and not Path(name_or_path).expanduser().is_dir():
+        reason = "There is no such directory."  # whatever the hub says of such a name
+    return FileNotFoundError(
+        f"no causal language model can be loaded from {name_or_path!r} ({option}): pass `bundled`, a local Hugging "
+        f"Face directory or the id of a hub model that this machine can reach. {reason}"
+    )
+
+
+def local_directory(name_or_path: str, option: str = "--model.name_or_path") -> Path:
     """The directory with a model's files: the given one, or the snapshot in the hub's cache.
+
+    Args:
+        name_or_path: `bundled`, a local directory or a hub id.
+        option: that errors name.
 
     Raises:
         FileNotFoundError: there is no such directory, and the hub has no such model or cannot be reached.
@@ -64,7 +82,7 @@ def local_directory(name_or_path: str) -> Path:
     try:
         return Path(cached_file(path, "config.json")).parent
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
+        raise no_model(name_or_path, error, option) from error
 
 
 def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
@@ -91,7 +109,7 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
     except (DamagedFile, UntrustedCode):
         raise
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
+        raise no_model(name_or_path, error) from error
     quantization = None
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         if (found := getattr(part, QUANTIZATION, None)) is not None:
@@ -142,6 +160,32 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
         raise UntrustedCode(name_or_path, "`auto_map` in its tokenizer_config.json or config.json") from error
 
 
+def tokenizer_of(
+    name_or_path: str, option: str = "--model.name_or_path", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """`load_tokenizer` for a command: what it raises names the option that the model came from.
+
+    Raises:
+        FileNotFoundError: there is no such model; or it has no tokenizer, an empty or a damaged one.
+        ValueError: it needs code that came with it, and that is not trusted.
+    """
+    try:
+        tokenizer = load_tokenizer(name_or_path, trust_remote_code)
+        problem = "" if tokenizer(PROBE)["input_ids"] else "it makes no token of any text"
+    except (DamagedFile, UntrustedCode):
+        raise
+    except (OSError, ValueError) as error:
+        if not (local_directory(name_or_path, option) / "config.json").is_file():  # no model at all
+            raise no_model(name_or_path, "There is no config.json.", option) from error
+        problem = str(error)
+    if problem:  # some classes make an empty tokenizer where its files are missing
+        raise FileNotFoundError(
+            f"{name_or_path!r} ({option}) has no tokenizer, or a damaged one: put the files there that the model was "
+            f"published with (tokenizer.json, tokenizer_config.json). {problem}"
+        )
+    return tokenizer
+
+
 class OriginalFiles:
     """An original's config, and the tensors of its weight files by ordinary key: quantized ones are decoded as read.
 
@@ -167,7 +211,7 @@ class OriginalFiles:
         except DamagedFile:
             raise
         except OSError as error:
-            raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
+            raise no_model(name_or_path, error) from error
         self.scheme: Scheme | None = None
         if quantization is not None:
             try:
@@ -262,7 +306,7 @@ def load_original(name_or_path: str, dtype: str = "auto", trust_remote_code: boo
     try:
         model = auto_class(config).from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(NO_MODEL.format(name_or_path, error)) from error
+        raise no_model(name_or_path, error) from error
     return model.eval()
 
 

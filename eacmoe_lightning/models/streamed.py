@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from eacmoe_lightning.models.checkpoint import put
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.transformers_loader import tie
-from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.run.files import StoreError, first_of
 from eacmoe_lightning.run.memory import return_free_memory
 
 
@@ -100,6 +100,6 @@ class StreamedModel(MoEModel):
     def _check(self, missing: Iterable[str]) -> None:
         if missing := sorted(missing):
             raise StoreError(
-                f"{missing[0]} and {len(missing) - 1} other weights are missing from the files of {self.weights}: they "
-                "do not fit its config.json, or a file is missing"
+                f"the files of {self.weights} lack {first_of(missing, 'weight')}: they do not fit its config.json, or "
+                "a file is missing"
             )

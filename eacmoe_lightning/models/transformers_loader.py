@@ -28,7 +28,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -114,7 +114,23 @@ def source_keys(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, 
     return sources, made_with
 
 
-def load_tensors(model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.dtype) -> tuple[set[str], list[Any]]:
+@dataclass(frozen=True)
+class Misfit:
+    """A parameter that cannot be made of its tensors on disk.
+
+    Attributes:
+        name: of the parameter.
+        found, wanted: its shape by the files and in the model; None if the tensors do not even fit together.
+        reason: what transformers says then.
+    """
+
+    name: str
+    found: tuple[int, ...] | None = None
+    wanted: tuple[int, ...] | None = None
+    reason: str = ""
+
+
+def load_tensors(model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.dtype) -> tuple[set[str], list[Misfit]]:
     """Puts tensors of a checkpoint into a model, as `from_pretrained` does.
 
     Args:
@@ -123,7 +139,7 @@ def load_tensors(model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.d
         dtype: of the result, except where the model keeps float32.
 
     Returns:
-        The names of parameters and buffers that got nothing, and what went wrong.
+        The names of parameters and buffers that got nothing, and those whose tensors do not fit.
     """
     config = LoadStateDictConfig(
         weight_mapping=get_model_conversion_mapping(model),
@@ -133,11 +149,9 @@ def load_tensors(model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.d
     )
     options = {"tp_plan": None} if _TAKES_TP_PLAN else {}
     info, _ = convert_and_load_state_dict_in_model(model, tensors, config, **options)
-    return set(info.missing_keys), [*_each(info.conversion_errors), *_each(info.mismatched_keys)]
-
-
-def _each(problems: Any) -> list[Any]:
-    return list(problems) if problems else []
+    misfits = [Misfit(name, reason=text.splitlines()[-1]) for name, text in (info.conversion_errors or {}).items()]
+    misfits += [Misfit(name, tuple(found), tuple(wanted)) for name, found, wanted in info.mismatched_keys or ()]
+    return set(info.missing_keys), misfits
 
 
 def original_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from eacmoe_lightning.models.transformers_loader import checkpoint_files
+from eacmoe_lightning.run.files import first_of
 
 WEIGHTS = (".safetensors", ".bin")
 LFS = b"version https://git-lfs.github.com/spec/"
@@ -67,10 +68,10 @@ def stored_tensors(path: str) -> dict[str, Stored]:
     """
     check_fetched(path)
     files = weight_files(path)
-    if missing := [file for file in files if not Path(file).exists()]:
+    if missing := [Path(file).name for file in files if not Path(file).exists()]:
         raise DamagedFile(
-            f"{missing[0]} is missing, and {len(missing) - 1} more of the {len(files)} files that the index beside it "
-            "names: download the model again"
+            f"of the {len(files)} files that its index names, {path} lacks {first_of(missing, 'file')}: download the "
+            "model again"
         )
     return {key: tensor for file in files for key, tensor in _read_header(file).items()}
 
@@ -93,7 +94,7 @@ def weight_files(path: str) -> list[str]:
         if not shards:
             raise
         raise DamagedFile(
-            f"{path} holds {shards[0].name} and {len(shards) - 1} more shards, but no model.safetensors.index.json "
+            f"{path} holds {first_of([shard.name for shard in shards], 'shard')}, but no model.safetensors.index.json "
             "that lists them: download it"
         ) from error
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from eacmoe_lightning.calibration.blocks import PHASES
 from eacmoe_lightning.calibration.recipe import Recipe, num_quantized
 from eacmoe_lightning.calibration.solver import experts_together, stack_bytes
 from eacmoe_lightning.models.block import Block
@@ -114,17 +115,13 @@ class Cost:
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
 
 
-PHASES = (
-    *("check", "sample", "read", "observe", "attention", "router", "experts", "block", "replay"),
-    *("joint", "write", "evaluate"),
-)
-
-
 @dataclass
 class Plan:
     """The estimated costs of `fit`."""
 
-    phases: dict[str, Cost] = field(default_factory=lambda: {name: Cost() for name in PHASES})
+    phases: dict[str, Cost] = field(
+        default_factory=lambda: {name: Cost() for name in ("check", "sample", *PHASES, "joint", "write", "evaluate")}
+    )
     disk: dict[str, int] = field(default_factory=dict)  # bytes by purpose
 
     @property

@@ -27,6 +27,7 @@ from torch import Tensor
 from eacmoe_lightning.quantization.column_loop import column_loop, fit_range
 from eacmoe_lightning.quantization.grid import Grid, Quantized, neighbours
 
+DAMPING = 0.05  # default everywhere; the GPTQ paper's 0.01 loses more at 2 bit (docs/findings/gptq.md)
 MAX_DAMPING_STEPS = 4  # how often damping is raised tenfold before a Hessian counts as impossible to factor
 CACHED = 16 << 20  # bytes of a stack's weights that a CPU solves together
 TOGETHER = 256 << 20  # the same for a GPU
@@ -45,7 +46,7 @@ def solve(
     weight: Tensor,
     hessian: Tensor,
     grid: Grid,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     act_order: bool = False,
     search: bool = False,
     refine: int = 0,

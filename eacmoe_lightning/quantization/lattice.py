@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.quantization.entropy_coding import TABLE
-from eacmoe_lightning.quantization.gptq import NotFinite, damped_factor, in_order, output_error
+from eacmoe_lightning.quantization.gptq import DAMPING, NotFinite, damped_factor, in_order, output_error
 from eacmoe_lightning.quantization.grid import Grid
 
 CHUNK = 128  # columns whose errors are passed on together
@@ -82,7 +82,7 @@ class Lattice:
         return position.round().clamp(-LARGEST, LARGEST)
 
 
-def factored(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+def factored(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """F [S, I, I] and p [S, I] of Hessians [S, I, I]; inputs that are always zero get the mean of the diagonal."""
     h = hessian.float().clone()
     diagonal = h.diagonal(dim1=-2, dim2=-1)
@@ -138,7 +138,7 @@ def gptq_on_lattice(weight: Tensor, factor: Tensor, step: Tensor) -> Lattice:
 
 
 def solve(
-    weight: Tensor, hessian: Tensor, bits: float, damping: float = 0.05, act_order: bool = True
+    weight: Tensor, hessian: Tensor, bits: float, damping: float = DAMPING, act_order: bool = True
 ) -> tuple[Lattice, Tensor]:
     """GPTQ on a lattice with one step per matrix, chosen so that the stored weight takes `bits`.
 

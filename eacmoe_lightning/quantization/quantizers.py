@@ -80,7 +80,7 @@ class GPTQ(Quantizer):
     """GPTQ on the group-wise grid; for the arguments see `gptq.solve`."""
 
     def __init__(
-        self, damping: float = 0.05, act_order: bool = True, scale_search: bool = True, refine: int = 1
+        self, damping: float = gptq.DAMPING, act_order: bool = True, scale_search: bool = True, refine: int = 1
     ) -> None:
         self.damping, self.act_order, self.scale_search, self.refine = damping, act_order, scale_search, refine
 
@@ -120,7 +120,7 @@ class LatticeGPTQ(Quantizer):
 
     result, any_rate = Lattice, True
 
-    def __init__(self, damping: float = 0.05, act_order: bool = True) -> None:
+    def __init__(self, damping: float = gptq.DAMPING, act_order: bool = True) -> None:
         self.damping, self.act_order = damping, act_order
 
     def solve(self, weight: Tensor, statistics: Tensor, grid: Grid) -> tuple[Lattice, Tensor]:

@@ -31,7 +31,7 @@ CONTENTS = {
 }
 CHANGED = {  # what to say if another content is under the same path
     "model.name_or_path": "the weights or the config.json in {} (--model.name_or_path) have changed",
-    "data.calibration": "the text of {} (--data.calibration) or its tokens (--data.tokenizer) have changed",
+    "data.calibration": "the text of {} (--data.calibration) or its tokens (the model's tokenizer) have changed",
     "model": "the weights or the config.json of {} (--model) have changed",
     "calibration": "the text of {} (--calibration) or its tokens have changed",
     "texts": "one of the texts {} or its tokens have changed",

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,12 @@ KEY = "eacmoe"  # of our entry in the metadata of a safetensors file
 
 class StoreError(RuntimeError):
     """A file of the run cannot be written, or its content is not what was written."""
+
+
+def first_of(names: Sequence[str], noun: str) -> str:
+    """Names in an error message: the first of them, and how many others of this kind of thing there are."""
+    others = len(names) - 1
+    return f"{names[0]} and {others} other {noun}{'s' if others > 1 else ''}" if others else names[0]
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from eacmoe_lightning.text.rows import Conversation
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # encloses the answers in templates that mark them
+TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError)  # its code may do anything
+PLAIN = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Well."}]
 NO_TEMPLATE = (
     "{}: the tokenizer has no chat template to render conversations with: pass one with --data.chat_template FILE "
     "(the chat_template.jinja of a chat model of this family), or name a column of plain text with --data.column"
@@ -55,7 +57,16 @@ def rendered(conversation: Conversation, tokenizer: Any, **options: Any) -> str:
 def _apply(conversation: Conversation, tokenizer: Any, messages: list[dict], **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, TypeError, KeyError) as error:
+    except TEMPLATE_ERRORS as error:
+        try:
+            tokenizer.apply_chat_template(PLAIN, tokenize=False)
+        except TEMPLATE_ERRORS as broken:
+            line = f"line {broken.lineno}: " if isinstance(broken, TemplateSyntaxError) else ""
+            message = broken.message if isinstance(broken, TemplateSyntaxError) else broken
+            raise ValueError(
+                "the chat template (--data.chat_template, or else the tokenizer's) is broken, it does not even render "
+                f"a question and its answer: {line}{message}. Mend it, or pass another with --data.chat_template FILE"
+            ) from error
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"{conversation.where}: the chat template does not render turns of {roles}: {error}. Mend or remove the "

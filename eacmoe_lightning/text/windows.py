@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from eacmoe_lightning.models.originals import tokenizer_of
 from eacmoe_lightning.text.chat import conversation_tokens
 from eacmoe_lightning.text.rows import Conversation, Document
 from eacmoe_lightning.text.sources import documents
@@ -256,7 +256,7 @@ def beginning_tokens(tokenizer) -> list[int]:
     return []
 
 
-def check_tokens(windows: Tensor, num_rows: int, tokenizer, source: str, remedy: str = "") -> None:
+def check_tokens(windows: Tensor, num_rows: int, tokenizer, source: str) -> None:
     """Checks that the model's embedding has a row for every token.
 
     Args:
@@ -264,7 +264,6 @@ def check_tokens(windows: Tensor, num_rows: int, tokenizer, source: str, remedy:
         num_rows: rows of the embedding.
         tokenizer: names the token in the message.
         source: the text.
-        remedy: begins what the message tells to do.
 
     Raises:
         ValueError: there is a token without a row.
@@ -273,7 +272,7 @@ def check_tokens(windows: Tensor, num_rows: int, tokenizer, source: str, remedy:
         name = tokenizer.convert_ids_to_tokens(token)
         raise ValueError(
             f"{source} holds the token {name!r} with id {token}, but the model's embedding has only {num_rows} rows "
-            f"(ids 0 to {num_rows - 1}): pass {remedy}a text without this token, or a model with resized embeddings"
+            f"(ids 0 to {num_rows - 1}): pass a text without this token, or a model with resized embeddings"
         )
 
 
@@ -322,9 +321,7 @@ def read_windows(
         FileNotFoundError: there is no such text, or no tokenizer.
         ValueError: the text is too short, or holds a token that the model has no embedding for.
     """
-    if not any(tokenizer.glob("tokenizer*")):  # transformers would make an empty one
-        raise FileNotFoundError(f"{tokenizer} (--model) has no tokenizer: save the original's tokenizer there")
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = tokenizer_of(str(tokenizer), "--model")
     windows = token_windows(documents(source), loaded, num_windows, window_length, seed, source=source, option=option)
     num_rows, positions = read_sizes(tokenizer)
     if num_rows is not None:
