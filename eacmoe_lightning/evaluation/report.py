@@ -16,6 +16,8 @@ Keys, with dots for nesting:
     router.method
     coverage.<text>.windows|selections|experts|reached|only|blocks.<block>
                         what each calibration text's tokens reach by the original's routers (evaluation/coverage.py)
+    coverage.<text>.full
+                        of separate or packed documents: their share of the windows' tokens
     experts.starved     number of starved experts
     experts.starved_by_block
     cost.<phase>.seconds|peak_bytes|read_bytes|written_bytes|share

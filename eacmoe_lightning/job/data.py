@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from functools import cached_property
 from pathlib import Path
+from typing import Any, get_args
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.models.documents import most_telling
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import UntrustedCode, load_tokenizer, resolve_model
 from eacmoe_lightning.models.weight_files import DamagedFile
@@ -17,6 +19,7 @@ from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.files import check_fetched, read_text
 from eacmoe_lightning.text.sources import documents, name_sources
 from eacmoe_lightning.text.windows import (
+    Layout,
     Windows,
     check_length,
     check_tokens,
@@ -55,8 +58,10 @@ class TextWindows(L.LightningDataModule):
         answers_only: Let only the tokens of the assistant's turns count in the calibration; the others are their
             context.
         shares: By name of a calibration text, its share of the windows, in any unit; None gives all the same.
-        separate: Begin a window with every document of the calibration text, so that no token attends to another
-            document; what a short document leaves of its window does not count.
+        documents: How the documents of the calibration text lie in windows: joined end to end; separate, each
+            beginning a window, the rest of which does not count; or packed, several in a window without attention
+            between them, which not every model can (that is checked before a run starts).
+        separate: Was replaced by `documents`.
 
     Raises:
         ValueError, FileNotFoundError: in `setup`, naming the option: see `documents` and `cut_windows`.
@@ -79,7 +84,8 @@ class TextWindows(L.LightningDataModule):
         chat_template: str | None = None,
         answers_only: bool = False,
         shares: dict[str, float] | None = None,
-        separate: bool = False,
+        documents: Layout = "joined",
+        separate: bool | None = None,
     ):
         super().__init__()
         for option, value in (
@@ -88,6 +94,12 @@ class TextWindows(L.LightningDataModule):
         ):
             if value < 1:
                 raise ValueError(f"--data.{option}={value} must be at least 1")
+        if separate is not None:
+            raise ValueError(
+                f"--data.separate={separate} was replaced: pass --data.documents {'separate' if separate else 'joined'}"
+            )
+        if documents not in get_args(Layout):
+            raise ValueError(f"--data.documents={documents} must be one of {', '.join(get_args(Layout))}")
         self.calibration = calibration
         self.heldout = name_sources(heldout)
         self.predict = predict
@@ -102,7 +114,7 @@ class TextWindows(L.LightningDataModule):
         self.column = column
         self.chat_template = chat_template
         self.answers_only = answers_only
-        self.separate = separate
+        self.documents = documents
         self.calibration_texts = name_sources(calibration, "--data.calibration")
         if not self.calibration_texts:
             raise ValueError("--data.calibration is empty: pass one or more sources")
@@ -118,7 +130,7 @@ class TextWindows(L.LightningDataModule):
         texts = [
             self._windows(
                 "calibration", source, "num_windows", self.windows_by_text[name], self.seed,
-                answers_only=self.answers_only, separate=self.separate,
+                answers_only=self.answers_only, layout=self.documents,
             )
             for name, source in self.calibration_texts.items()
         ]  # fmt: skip
@@ -141,14 +153,39 @@ class TextWindows(L.LightningDataModule):
         """bool [S, T]: the tokens of the calibration windows that count; None: all count."""
         return self._calibration.counts
 
+    @property
+    def calibration_positions(self) -> Tensor | None:
+        """int64 [S, T]: positions of the tokens in their packed documents; None: no window holds several."""
+        return self._calibration.position_ids
+
     @cached_property
     def calibration_digest(self) -> str:
-        """SHA-256 over the token ids of the calibration windows, and over which of them count.
+        """SHA-256 over the token ids of the calibration windows, which of them count and where documents begin.
 
         The same text, tokenizer and options give the same digest, wherever the text lies.
         """
-        weights = self.calibration_weights
-        return digest(self.calibration_windows, *([] if weights is None else [weights]))
+        parts = self.calibration_windows, self.calibration_weights, self.calibration_positions
+        return digest(*(part for part in parts if part is not None))
+
+    @property
+    def fullness(self) -> dict[str, float]:
+        """By calibration text, the share of its windows' tokens that are its own; the others fill the windows up.
+
+        Empty if documents are joined, because they leave nothing to fill.
+        """
+        filling = self._calibration.num_filling
+        if filling is None:
+            return {}
+        shares = zip(self.windows_by_text, self.calibration_sources, strict=True)
+        return {name: 1 - float(filling[rows].double().mean()) / self.window_length for name, rows in shares}
+
+    @property
+    def checked_window(self) -> tuple[Tensor, Tensor | None]:
+        """Token ids [1, T] and positions of the calibration window that the model is checked on before a run starts."""
+        if self.calibration_positions is None:
+            return self.calibration_windows[:1], None
+        row = most_telling(self.calibration_positions)
+        return self.calibration_windows[row : row + 1], self.calibration_positions[row : row + 1]
 
     @cached_property
     def heldout_windows(self) -> dict[str, Tensor]:
@@ -211,6 +248,7 @@ class TextWindows(L.LightningDataModule):
             shuffle=True,
             seed=self.seed,
             weights=self.calibration_weights,
+            position_ids=self.calibration_positions,
             epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
             **self._ranks(),
         )
@@ -252,7 +290,7 @@ class TextWindows(L.LightningDataModule):
         return tokenizer
 
     def _windows(
-        self, option: str, source: str, number: str, num: int | None, seed: int | None = None, **options: bool
+        self, option: str, source: str, number: str, num: int | None, seed: int | None = None, **options: Any
     ) -> Windows:
         """Windows of one source; errors name the option that the source came from."""
         tokenizer = self._tokenizer

@@ -31,6 +31,7 @@ from eacmoe_lightning.job.comparison import Comparison
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import inputs
 from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original
@@ -199,12 +200,14 @@ class QESC(Comparison):
         if self.trainer.is_global_zero:
             if not resumes:
                 print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
+                for text, share in self.trainer.datamodule.fullness.items():
+                    print(f"the windows of {text} are {share:.0%} full")
             self.lock.take()
             self.run.check(self.settings(), resumes)  # another job may have ended in between
             watch = Watch()
             identity = self.identity()
             if not resumes:
-                check_original(moe, self.trainer.datamodule.calibration_windows[:1])
+                check_original(moe, *self.trainer.datamodule.checked_window)
                 checked = watch.cost()
                 write_json(self.run.unquantized, moe.unquantized)
             self.run.start(identity, resumes)
@@ -262,7 +265,10 @@ class QESC(Comparison):
                 + ("joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
             },
             "data.calibration": stored_sources(data.calibration),
-            **{f"data.{name}": getattr(data, name) for name in ("num_windows", "window_length", "batch_size", "seed")},
+            **{
+                f"data.{name}": getattr(data, name)
+                for name in ("num_windows", "window_length", "batch_size", "seed", "documents")
+            },
         }
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -285,9 +291,11 @@ class QESC(Comparison):
         windows = data.calibration_windows[shard_rows.start : shard_rows.stop]
         dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
         counts, rows = data.calibration_weights, slice(shard_rows.start, shard_rows.stop)
+        positions = data.calibration_positions
         streams = Streams(
             self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0,
             None if counts is None else counts[rows], data.calibration_sources[:, rows],
+            None if positions is None else positions[rows],
         )  # fmt: skip
         self.fit_state.calibration = Calibration(
             self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning
@@ -395,8 +403,8 @@ class QESC(Comparison):
         compressed = self.fit_state.compressed
         with compressed.recorded_logits() as students:
             weights = self.parts.routers_and_norms() | self.parts.decoded()
-            ids = (batch["input_ids"],)
-            logits = torch.func.functional_call(compressed.model, weights, ids, {"use_cache": False}).logits
+            arguments = inputs(batch["input_ids"], batch.get("position_ids"))
+            logits = torch.func.functional_call(compressed.model, weights, kwargs=arguments).logits
         losses = distillation(logits, target).flatten()
         choice = {block.index: block.choice for block in compressed.moe_blocks}
         top_k = {block.index: block.top_k for block in compressed.moe_blocks}

@@ -57,7 +57,7 @@ class WindowLoader:
     Yields dicts: `index` int64 [b], the windows' numbers in `windows`; `input_ids` int64 [b, T];
     `global_size` int, the number of windows in this batch over all ranks. With several ranks b may be 0.
     With `weights`, also `weights` [b, T] and `global_tokens` int, the number of tokens that count in this batch over
-    all ranks.
+    all ranks. With `position_ids`, also `position_ids` int64 [b, T].
 
     Lightning keeps `state_dict()` in its checkpoints (`loops.fit_loop.combined_loader`) and calls
     `load_state_dict()` before the first batch after a restart. The length is always that of the
@@ -71,6 +71,7 @@ class WindowLoader:
         rank, world_size: this process, and the number of processes.
         epoch: called at the start of every pass for the number of the epoch.
         weights: bool [S, T], the tokens that count; None: all, and batches have no weights.
+        position_ids: int64 [S, T], positions of the tokens in their documents; None: batches have none.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class WindowLoader:
         world_size: int = 1,
         epoch: Callable[[], int] = lambda: 0,
         weights: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ):
         self.windows = windows
         self.batch_size = batch_size
@@ -92,6 +94,7 @@ class WindowLoader:
         self.world_size = world_size
         self.epoch = epoch
         self.weights = weights
+        self.position_ids = position_ids
         self._position = {"epoch": 0, "num_dealt": 0}  # in the present pass
         self._resumed: dict[str, int] | None = None  # a loaded position that the next pass starts from
 
@@ -133,6 +136,7 @@ class WindowLoader:
                 "input_ids": self.windows[index],  # [b, T]
                 "global_size": global_size,
                 **self._weights(epoch, number, index),
+                **({} if self.position_ids is None else {"position_ids": self.position_ids[index]}),  # [b, T]
             }
 
     def state_dict(self) -> dict[str, int]:
