@@ -62,7 +62,8 @@ class RoutingReport(BlockCallback):
                 module.block_stats(), result,
             )  # fmt: skip
             moe_stats = [stats for stats in module.block_stats() if stats.is_moe]
-            report["coverage"] = coverage(moe_stats, trainer.datamodule.windows_by_text)
+            data = trainer.datamodule
+            report["coverage"] = coverage(moe_stats, data.windows_by_text, data.fullness)
             if sampled := module.fit_state.sampled.described():
                 report["sampled"] = sampled
             write(module.run, report)

@@ -1,5 +1,6 @@
 """Runs small real jobs through the command line: 16 windows of 64 tokens on a tiny model."""
 
+import json
 import os
 import subprocess
 import sys
@@ -56,3 +57,11 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> str:
 def contents(folder: Path) -> dict[str, bytes]:
     """The contents of every file below a folder by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def short_texts(folder: Path) -> Path:
+    """A text of 90 different documents of 3 to 46 tokens of the bundled tokenizer."""
+    words = "the a few experts read what tokens say and route them to others again".split()
+    texts = [" ".join(words[(i * j + j) % len(words)] for j in range(1 + i * 17 % 31)) + f" {i}" for i in range(90)]
+    (folder / "short.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return folder / "short.jsonl"

@@ -71,7 +71,7 @@ def chat_tokenizer(tokenizer):
 def answers(tokenizer, messages: list[dict], **row) -> list[str]:
     """The runs of tokens that count, decoded."""
     windows = cut_windows(
-        [Conversation(messages, row.get("tools"), "row 1")], tokenizer, None, 400, answers_only=True, separate=True
+        [Conversation(messages, row.get("tools"), "row 1")], tokenizer, None, 400, answers_only=True, layout="separate"
     )
     ids, counts = windows.input_ids[0].tolist(), windows.counts[0].tolist()
     runs: list[list[int]] = []
@@ -278,14 +278,17 @@ def test_plain_text_has_no_answers(chat_tokenizer):
 def test_separate_documents_begin_windows_and_the_filling_does_not_count(tokenizer):
     texts = ["one", "two words", "a text that is longer than one window of eight tokens, by a good deal"]
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    windows = cut_windows(texts, tokenizer, None, 8, separate=True)
+    windows = cut_windows(texts, tokenizer, None, 8, layout="separate")
     expected = [part[i : i + 8] for part in ids for i in range(0, len(part), 8)]
     assert len(windows.input_ids) == len(expected) > 4
     for row, counts, tokens in zip(windows.input_ids.tolist(), windows.counts.tolist(), expected, strict=True):
         assert row == tokens + [tokenizer.eos_token_id] * (8 - len(tokens))
         assert counts == [True] * len(tokens) + [False] * (8 - len(tokens))
     full = " ".join(["word"] * 8)
-    assert len(cut_windows([full, full], tokenizer, None, len(tokenizer(full)["input_ids"]), separate=True).counts) == 2
+    assert (
+        len(cut_windows([full, full], tokenizer, None, len(tokenizer(full)["input_ids"]), layout="separate").counts)
+        == 2
+    )
 
 
 def test_a_tokenizer_that_adds_tokens_begins_each_document_with_them(tokenizer):
@@ -361,7 +364,7 @@ def test_ranks_share_the_number_of_tokens_of_a_batch(chat_data):
 
 
 def test_what_counts_is_part_of_the_digest(chat_data):
-    options = ({}, {"answers_only": False}, {"separate": True}, {"separate": True, "answers_only": False})
+    options = ({}, {"answers_only": False}, {"documents": "separate"}, {"documents": "separate", "answers_only": False})
     digests = [chat_data(**option).calibration_digest for option in options]
     assert len(set(digests)) == 4 and digests[0] == chat_data().calibration_digest
 
@@ -438,7 +441,10 @@ def test_what_counts_makes_another_model_and_counting_all_makes_the_same(method,
 
 @torch.no_grad()
 def test_the_filling_of_separate_documents_changes_nothing(chat_data, tiny_model_dir, tmp_path):
-    moe, data = MoEModel(load_original(str(tiny_model_dir("qwen2_moe")))), chat_data(answers_only=False, separate=True)
+    moe, data = (
+        MoEModel(load_original(str(tiny_model_dir("qwen2_moe")))),
+        chat_data(answers_only=False, documents="separate"),
+    )
     counts, selected = data.calibration_weights, []
     assert 0.2 < counts.float().mean() < 0.95
     for token in (0, 77):

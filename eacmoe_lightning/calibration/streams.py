@@ -40,6 +40,7 @@ class Streams:
         keep_teachers: keep the original router logits of all blocks for the joint stage.
         counts: bool [S, T], the tokens that count in what is measured and solved; None: all of them.
         sources: bool [C, S], the windows of each calibration text; None does not tell them apart.
+        position_ids: int64 [S, T], as in `MoEModel.call`.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class Streams:
         keep_teachers: bool = True,
         counts: Tensor | None = None,
         sources: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> None:
         self.moe, self.windows, self.first_window, self.run, self.ranks = moe, windows, first_window, run, ranks
         self.dtype, self.keep_teachers, self.counts, self.sources = dtype, keep_teachers, counts, sources
+        self.position_ids = position_ids
         self.slices = [slice(i, i + batch_size) for i in range(0, len(windows), batch_size)]
         self.x: StateFile
         self.x_hat: StateFile
@@ -67,7 +70,7 @@ class Streams:
         """Sets both streams to the input of block 0, the embedded tokens."""
         writer = self._new("block_000.x")
         for rows in self.slices:
-            hidden = self.moe.embed(self._ids(rows))
+            hidden = self.moe.embed(*self._batch(rows))
             refuse_overflow("the embedding's output", hidden, self.dtype)
             writer.append(hidden)
         self.x = self.x_hat = writer.written()
@@ -170,11 +173,14 @@ class Streams:
         for rows in self.slices:
             yield self._call(block, self.x_hat, rows)
 
-    def _call(self, block: Block, stream: StateFile, rows: slice) -> Call:
-        return self.moe.call(block.index, self._ids(rows), moved(stream[rows], self.moe.device))
+    def _call(self, block: Block, stream: StateFile, rows: slice | Tensor) -> Call:
+        ids, positions = self._batch(rows)
+        return self.moe.call(block.index, ids, moved(stream[rows], self.moe.device), positions)
 
-    def _ids(self, rows: slice) -> Tensor:
-        return self.to_device(self.windows[rows])
+    def _batch(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Token ids [B, T] of these windows, and their positions if they hold several documents."""
+        positions = None if self.position_ids is None else self.to_device(self.position_ids[rows])
+        return self.to_device(self.windows[rows]), positions
 
     # --- by window, for training -----------------------------------------------------------------------
 
@@ -184,8 +190,7 @@ class Streams:
 
     def block_rows(self, block: Block, local: Tensor) -> tuple[Call, Tensor]:
         """The block's call on x_hat, and its original's output on x [b, T, D], for windows of this process [b]."""
-        state = moved(self.x_hat[local], self.moe.device)
-        call = self.moe.call(block.index, self.to_device(self.windows[local]), state)
+        call = self._call(block, self.x_hat, local)
         return call, self.to_device(hidden_of(self._writers["x"].written()[local]))
 
     def added_square(self) -> float:

@@ -8,17 +8,21 @@ from typing import Any
 from eacmoe_lightning.run.block_file import BlockStats
 
 
-def coverage(blocks: Sequence[BlockStats], windows: dict[str, int]) -> dict[str, Any]:
+def coverage(
+    blocks: Sequence[BlockStats], windows: dict[str, int], fullness: dict[str, float] | None = None
+) -> dict[str, Any]:
     """For the report: by calibration text, its windows and what its tokens reach.
 
     Args:
         blocks: statistics of the MoE blocks.
         windows: number of windows by text, in the order of `BlockStats.source_load`.
+        fullness: share of the windows' tokens that are of the text, by text, where something fills them up.
 
     Returns:
-        By text: `windows`; `selections`, how often its tokens select an expert; `experts` and `reached`, the number of
-        experts of all blocks and of those that some token selects; `only`, how many no other text reaches; `blocks`,
-        the expert loads [E] by block. Empty if the blocks were solved before loads were counted by text.
+        By text: `windows`; `full`, of `fullness`; `selections`, how often its tokens select an expert; `experts` and
+        `reached`, the number of experts of all blocks and of those that some token selects; `only`, how many no other
+        text reaches; `blocks`, the expert loads [E] by block. Empty if the blocks were solved before loads were counted
+        by text.
     """
     if any(len(block.source_load) != len(windows) for block in blocks):
         return {}
@@ -28,6 +32,7 @@ def coverage(blocks: Sequence[BlockStats], windows: dict[str, int]) -> dict[str,
     return {
         name: {
             "windows": number,
+            **({"full": fullness[name]} if fullness else {}),
             "selections": sum(sum(row) for row in load.values()),
             "experts": num_experts,
             "reached": len(mine),
@@ -41,7 +46,11 @@ def coverage(blocks: Sequence[BlockStats], windows: dict[str, int]) -> dict[str,
 def coverage_lines(report: dict[str, Any]) -> list[str]:
     """A line for each calibration text, for the summary."""
     return [
-        f"calibrated on {name}: {text['windows']} windows, which reach {text['reached']} of {text['experts']} experts"
-        + (f", {text['only']} of them alone" if len(report["coverage"]) > 1 else "")
+        f"calibrated on {name}: {text['windows']} windows{_full(text)}, which reach {text['reached']} of "
+        f"{text['experts']} experts" + (f", {text['only']} of them alone" if len(report["coverage"]) > 1 else "")
         for name, text in report.get("coverage", {}).items()
     ]
+
+
+def _full(text: dict[str, Any]) -> str:
+    return f", {text['full']:.0%} full" if "full" in text else ""

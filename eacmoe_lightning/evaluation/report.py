@@ -22,6 +22,8 @@ Keys, with dots for nesting:
     sampled.<text>.model|windows|tokens|chosen|documents|document_tokens|scripts.<script>|languages.<language>
                         calibration text that a model wrote (`self`); chosen: tokens that it was not given; documents:
                         how many, and their mean length; scripts: shares of the letters; languages: of the windows
+    coverage.<text>.full
+                        of separate or packed documents: their share of the windows' tokens
     experts.starved     number of starved experts
     experts.starved_by_block
     cost.<phase>.seconds|peak_bytes|read_bytes|written_bytes|share

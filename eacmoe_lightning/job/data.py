@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import lightning as L
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from eacmoe_lightning.models.documents import most_telling
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import tokenizer_of
 from eacmoe_lightning.text.batches import WindowLoader
@@ -21,6 +22,7 @@ from eacmoe_lightning.text.openings import Start
 from eacmoe_lightning.text.sampled import SampledSource, sampled_source
 from eacmoe_lightning.text.sources import documents, name_sources
 from eacmoe_lightning.text.windows import (
+    Layout,
     Windows,
     check_length,
     check_tokens,
@@ -63,11 +65,13 @@ class TextWindows(L.LightningDataModule):
         shares: By name of a calibration text, its share of the windows, in any unit; None gives all the same.
         held_back: Share of the calibration windows that the block stage does not train on; they tell whether a pass
             was an improvement. 0 holds none back.
-        separate: Begin a window with every document of the calibration text, so that no token attends to another
-            document; what a short document leaves of its window does not count.
         temperature: Temperature at which `self` is sampled.
         sample_start: What sampled windows begin with: random (a random token), bos (the token that begins a text) or
             chat (a short prompt in the chat template, for chat models).
+        documents: How the documents of the calibration text lie in windows: joined end to end; separate, each
+            beginning a window, the rest of which does not count; or packed, several in a window without attention
+            between them, which not every model can (that is checked before a run starts).
+        separate: Was replaced by `documents`.
 
     Raises:
         ValueError, FileNotFoundError: in `setup`, naming the option: see `documents` and `cut_windows`.
@@ -90,10 +94,11 @@ class TextWindows(L.LightningDataModule):
         chat_template: str | None = None,
         answers_only: bool = False,
         shares: dict[str, float] | None = None,
-        separate: bool = False,
         held_back: float = 0.05,
         temperature: float = 1.0,
         sample_start: Start = "random",
+        documents: Layout = "joined",
+        separate: bool | None = None,
     ):
         super().__init__()
         for option, value in (
@@ -106,6 +111,12 @@ class TextWindows(L.LightningDataModule):
             raise ValueError(f"--data.held_back={held_back} is a share of the windows: pass at least 0 and less than 1")
         self.held_back = held_back
         self.holds_back: Callable[[int], bool] = lambda epoch: False  # which epochs leave them out; the module says it
+        if separate is not None:
+            raise ValueError(
+                f"--data.separate={separate} was replaced: pass --data.documents {'separate' if separate else 'joined'}"
+            )
+        if documents not in get_args(Layout):
+            raise ValueError(f"--data.documents={documents} must be one of {', '.join(get_args(Layout))}")
         self.calibration = calibration
         self.heldout = name_sources(heldout)
         self.predict = predict
@@ -120,7 +131,6 @@ class TextWindows(L.LightningDataModule):
         self.column = column
         self.chat_template = chat_template
         self.answers_only = answers_only
-        self.separate = separate
         self.temperature, self.sample_start = temperature, sample_start
         if not 0 < temperature < float("inf"):
             raise ValueError(f"--data.temperature={temperature} must be above 0")
@@ -129,6 +139,7 @@ class TextWindows(L.LightningDataModule):
         for option, sources in (("heldout", self.heldout.values()), ("predict", [predict or ""])):
             if written := next(filter(sampled_source, sources), None):
                 raise ValueError(f"--data.{option}: {written} is written by the model: it only calibrates")
+        self.documents = documents
         self.calibration_texts = name_sources(calibration, "--data.calibration")
         if not self.calibration_texts:
             raise ValueError("--data.calibration is empty: pass one or more sources")
@@ -170,7 +181,7 @@ class TextWindows(L.LightningDataModule):
         return {
             name: self._windows(
                 "calibration", source, "num_windows", self.windows_by_text[name], self.seed,
-                answers_only=self.answers_only, separate=self.separate,
+                answers_only=self.answers_only, layout=self.documents,
             )
             for name, source in self.calibration_texts.items() if name not in self.sampled_texts
         }  # fmt: skip
@@ -197,16 +208,15 @@ class TextWindows(L.LightningDataModule):
         """Token ids [S, T] of the calibration text, the same on every rank."""
         return self._calibration.input_ids
 
-    def first_window(self, num_ids: int) -> Tensor:
-        """A window of calibration text [1, T], or of random tokens below `num_ids` if all of the text is sampled."""
-        if texts := list(self._read.values()):
-            return texts[0].input_ids[:1]
-        return torch.randint(num_ids, (1, self.window_length), generator=torch.Generator().manual_seed(self.seed))
-
     @property
     def calibration_weights(self) -> Tensor | None:
         """bool [S, T]: the tokens of the calibration windows that count; None: all count."""
         return self._calibration.counts
+
+    @property
+    def calibration_positions(self) -> Tensor | None:
+        """int64 [S, T]: positions of the tokens in their packed documents; None: no window holds several."""
+        return self._calibration.position_ids
 
     @cached_property
     def held_back_windows(self) -> Tensor:
@@ -219,12 +229,38 @@ class TextWindows(L.LightningDataModule):
 
     @cached_property
     def calibration_digest(self) -> str:
-        """SHA-256 over the token ids of the calibration windows, and over which of them count.
+        """SHA-256 over the token ids of the calibration windows, which of them count and where documents begin.
 
         The same text, tokenizer and options give the same digest, wherever the text lies.
         """
-        weights = self.calibration_weights
-        return digest(self.calibration_windows, *([] if weights is None else [weights]))
+        parts = self.calibration_windows, self.calibration_weights, self.calibration_positions
+        return digest(*(part for part in parts if part is not None))
+
+    @property
+    def fullness(self) -> dict[str, float]:
+        """By calibration text, the share of its windows' tokens that are its own; the others fill the windows up.
+
+        Empty if documents are joined, because they leave nothing to fill.
+        """
+        filling = self._calibration.num_filling
+        if filling is None:
+            return {}
+        shares = zip(self.windows_by_text, self.calibration_sources, strict=True)
+        return {name: 1 - float(filling[rows].double().mean()) / self.window_length for name, rows in shares}
+
+    def checked_window(self, num_ids: int) -> tuple[Tensor, Tensor | None]:
+        """Token ids [1, T] and positions of the window that the model is checked on before a run starts.
+
+        It is one of calibration text, or random tokens below `num_ids` if all of the text is sampled.
+        """
+        if not self._read:
+            generator = torch.Generator().manual_seed(self.seed)
+            return torch.randint(num_ids, (1, self.window_length), generator=generator), None
+        read = join_windows(list(self._read.values()))
+        if read.position_ids is None:
+            return read.input_ids[:1], None
+        row = most_telling(read.position_ids)
+        return read.input_ids[row : row + 1], read.position_ids[row : row + 1]
 
     @cached_property
     def heldout_windows(self) -> dict[str, Tensor]:
@@ -288,6 +324,7 @@ class TextWindows(L.LightningDataModule):
             shuffle=True,
             seed=self.seed,
             weights=self.calibration_weights,
+            position_ids=self.calibration_positions,
             epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
             held_back=self._held_back,
             **self._ranks(),
@@ -325,7 +362,7 @@ class TextWindows(L.LightningDataModule):
         return tokenizer
 
     def _windows(
-        self, option: str, source: str, number: str, num: int | None, seed: int | None = None, **options: bool
+        self, option: str, source: str, number: str, num: int | None, seed: int | None = None, **options: Any
     ) -> Windows:
         """Windows of one source; errors name the option that the source came from."""
         tokenizer = self.tokens

@@ -37,6 +37,7 @@ from eacmoe_lightning.job.sampling import SampledTexts
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import inputs
 from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original
@@ -240,11 +241,13 @@ class QESC(Comparison):
         if self.trainer.is_global_zero:
             if not resumes:
                 print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
+                for text, share in self.trainer.datamodule.fullness.items():
+                    print(f"the windows of {text} are {share:.0%} full")
             self.lock.take()
             self.run.check(self.settings(), resumes)  # another job may have ended in between
             watch = Watch()
             if not resumes:
-                check_original(moe, data.first_window(moe.config.vocab_size))
+                check_original(moe, *data.checked_window(moe.config.vocab_size))
                 checked = watch.cost()
                 write_json(self.run.unquantized, moe.unquantized)
             texts.prepare(resumes)
@@ -312,7 +315,7 @@ class QESC(Comparison):
             "data.calibration": stored_sources(data.calibration),
             **{
                 f"data.{name}": getattr(data, name)
-                for name in ("num_windows", "window_length", "batch_size", "seed", "held_back")
+                for name in ("num_windows", "window_length", "batch_size", "seed", "held_back", "documents")
             },
             **{f"data.{name}": getattr(data, name) for name in ("temperature", "sample_start") if data.sampled_texts},
         }
@@ -347,9 +350,11 @@ class QESC(Comparison):
         windows = data.calibration_windows[shard_rows.start : shard_rows.stop]
         dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
         counts, rows = data.calibration_weights, slice(shard_rows.start, shard_rows.stop)
+        positions = data.calibration_positions
         streams = Streams(
             self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0,
             None if counts is None else counts[rows], data.calibration_sources[:, rows],
+            None if positions is None else positions[rows],
         )  # fmt: skip
         self.fit_state.calibration = Calibration(
             self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning,
@@ -545,8 +550,8 @@ class QESC(Comparison):
         compressed = self.fit_state.compressed
         with compressed.recorded_logits() as students:
             weights = self.parts.routers_and_norms() | self.parts.decoded(self.moe.blocks)
-            ids = (batch["input_ids"],)
-            logits = torch.func.functional_call(compressed.model, weights, ids, {"use_cache": False}).logits
+            arguments = inputs(batch["input_ids"], batch.get("position_ids"))
+            logits = torch.func.functional_call(compressed.model, weights, kwargs=arguments).logits
         losses = distillation(logits, target).flatten()
         choice = {block.index: block.choice for block in compressed.moe_blocks}
         top_k = {block.index: block.top_k for block in compressed.moe_blocks}

@@ -100,7 +100,9 @@ class MoEModel:
     def device(self) -> torch.device:
         return self.model.device
 
-    def call(self, index: int, input_ids: Tensor, state: State | None = None) -> Call:
+    def call(
+        self, index: int, input_ids: Tensor, state: State | None = None, position_ids: Tensor | None = None
+    ) -> Call:
         """The arguments with which the model's own loop calls block `index` for a batch.
 
         The model's forward pass computes them. Its earlier blocks do not run: each returns `state`. So masks, position
@@ -111,6 +113,8 @@ class MoEModel:
             input_ids: [B, T], the batch.
             state: what the block before hands over. For block 0, hidden states to use instead of the embedded
                 tokens, if they are given.
+            position_ids: [B, T], beginning with 0 at each document of a window (`documents.py`); None: the model's
+                default, a window as one document.
         """
         calls: list[Call] = []
 
@@ -125,14 +129,14 @@ class MoEModel:
 
         with self.blocks_replaced(lambda i: record if i == index else partial(_handed_over, state, i)):
             try:
-                self.decoder_of_text(input_ids=input_ids, use_cache=False)
+                self.decoder_of_text(**inputs(input_ids, position_ids))
             except Reached:
                 pass
         return calls[0].with_hidden(state) if index == 0 and state is not None else calls[0]
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """[B, T] -> hidden states [B, T, D] as block 0 receives them."""
-        return self.call(0, input_ids).hidden
+        return self.call(0, input_ids, position_ids=position_ids).hidden
 
     def head(self, state: State, input_ids: Tensor) -> Tensor:
         """What the last block hands over, and its batch [B, T] -> logits [B, T, V], by the model's own code."""
@@ -201,6 +205,12 @@ class MoEModel:
         parameters = dict(self.model.named_parameters())
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+def inputs(input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
+    """The arguments of a model's forward pass over a batch [B, T], as they are in `MoEModel.call`."""
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    return {"input_ids": input_ids, "use_cache": False, **positions}
 
 
 def _handed_over(state: State, index: int, *args, **kwargs) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from eacmoe_lightning.models.block import Block, Call
-from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.moe import MoEModel, inputs
 from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.run.hidden import State
 
@@ -33,6 +33,7 @@ def check_parts(
     input_ids: Tensor,
     before: Callable[[Block], None] = lambda block: None,
     after: Callable[[Block, Call], None] = lambda block, call: None,
+    position_ids: Tensor | None = None,
 ) -> None:
     """Compares every block, router and expert as a part with the model's own forward pass; reads each block once.
 
@@ -43,6 +44,7 @@ def check_parts(
         input_ids: [B, T].
         before, after: called with each block while its weights are in memory, before it is checked, and with its call
             afterwards.
+        position_ids: [B, T], as in `MoEModel.call`.
 
     Raises:
         ValueError: a part differs from the model; names the first block and what differs.
@@ -58,14 +60,14 @@ def check_parts(
             before(block)
             with _in_its_own_form(block.layer):
                 expected = of_class(block.index)(*args, **kwargs)
-            call = moe.call(block.index, input_ids, states[-1] if states else None)
+            call = moe.call(block.index, input_ids, states[-1] if states else None, position_ids)
             _compare(f"{block.name}: its input", call.hidden, Call(args, kwargs).hidden)
             states[:] = [_check_block(block, call, expected)]
             after(block, call)
         return expected
 
     with moe.blocks_replaced(lambda index: partial(run, moe.blocks[index])):
-        logits = moe.model(input_ids=input_ids, use_cache=False).logits
+        logits = moe.model(**inputs(input_ids, position_ids)).logits
     if not states:
         raise ValueError(f"{moe.config.model_type}: its forward pass does not run its blocks. {REMEDY}")
     _compare(f"{moe.config.model_type}: its head", moe.head(states[-1], input_ids), logits)

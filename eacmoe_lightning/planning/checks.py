@@ -12,6 +12,7 @@ from torch import Tensor
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.documents import DocumentsAlone
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.self_check import check_parts
 from eacmoe_lightning.models.streamed import StreamedModel
@@ -74,16 +75,20 @@ def check_disk(moe: MoEModel, recipe: Recipe, job: Job, folder: Path) -> str:
     return summary
 
 
-def check_original(moe: StreamedModel, window: Tensor) -> None:
+def check_original(moe: StreamedModel, window: Tensor, position_ids: Tensor | None = None) -> None:
     """Checks that the weights are finite, and that the model as parts is the model. Reads every weight once.
+
+    With `position_ids`, also checks that the model keeps the documents of the window apart.
 
     Args:
         moe: the original model.
         window: token ids [1, T] to run.
+        position_ids: [1, T], as in `MoEModel.call`.
 
     Raises:
         ValueError: a tensor holds NaN or infinite values, in the checkpoint or only in the dtype of the run; or a part
-            differs from the model's own forward pass (`models.self_check.check_parts`).
+            differs from the model's own forward pass (`models.self_check.check_parts`); or documents change each other
+            (`models.documents.DocumentsAlone`).
     """
     for name, parameter in moe.model.named_parameters():
         if not parameter.is_meta:
@@ -93,7 +98,16 @@ def check_original(moe: StreamedModel, window: Tensor) -> None:
         for name, parameter in block.layer.named_parameters(prefix=block.name):
             _check_finite(moe, name, parameter)
 
-    check_parts(moe, window.to(moe.device), check_block, leave_unpackable)
+    window = window.to(moe.device)
+    position_ids = None if position_ids is None else position_ids.to(moe.device)
+    alone = None if position_ids is None else DocumentsAlone(moe, window, position_ids)
+
+    def check_run(block: Block, call: Call) -> None:
+        leave_unpackable(block, call)
+        if alone is not None:
+            alone.check(block, call)
+
+    check_parts(moe, window, check_block, check_run, position_ids)
 
 
 def leave_unpackable(block: Block, call: Call) -> None:

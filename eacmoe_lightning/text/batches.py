@@ -57,7 +57,7 @@ class WindowLoader:
     Yields dicts: `index` int64 [b], the windows' numbers in `windows`; `input_ids` int64 [b, T];
     `global_size` int, the number of windows in this batch over all ranks. With several ranks b may be 0.
     With `weights` or `held_back`, also `weights` [b, T] and `global_tokens` int, the number of tokens that count in
-    this batch over all ranks.
+    this batch over all ranks. With `position_ids`, also `position_ids` int64 [b, T].
 
     Lightning keeps `state_dict()` in its checkpoints (`loops.fit_loop.combined_loader`) and calls
     `load_state_dict()` before the first batch after a restart. The length is always that of the
@@ -72,6 +72,7 @@ class WindowLoader:
         epoch: called at the start of every pass for the number of the epoch.
         weights: bool [S, T], the tokens that count; None: all, and batches have no weights.
         held_back: the number of an epoch -> bool [S], the windows whose tokens do not count in it; None: all count.
+        position_ids: int64 [S, T], positions of the tokens in their documents; None: batches have none.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class WindowLoader:
         epoch: Callable[[], int] = lambda: 0,
         weights: Tensor | None = None,
         held_back: Callable[[int], Tensor | None] = lambda epoch: None,
+        position_ids: Tensor | None = None,
     ):
         self.windows = windows
         self.batch_size = batch_size
@@ -95,6 +97,7 @@ class WindowLoader:
         self.epoch = epoch
         self.weights = weights
         self.held_back = held_back
+        self.position_ids = position_ids
         self._position = {"epoch": 0, "num_dealt": 0}  # in the present pass
         self._resumed: dict[str, int] | None = None  # a loaded position that the next pass starts from
 
@@ -140,6 +143,7 @@ class WindowLoader:
                 "input_ids": self.windows[index],  # [b, T]
                 "global_size": global_size,
                 **self._weights(epoch, number, index),
+                **({} if self.position_ids is None else {"position_ids": self.position_ids[index]}),  # [b, T]
             }
 
     def state_dict(self) -> dict[str, int]:

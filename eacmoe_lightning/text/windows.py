@@ -6,19 +6,22 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from eacmoe_lightning.models.originals import tokenizer_of
 from eacmoe_lightning.text.chat import conversation_tokens
+from eacmoe_lightning.text.packing import pack
 from eacmoe_lightning.text.rows import Conversation, Document
 from eacmoe_lightning.text.sources import documents
 
 POOL = 16  # N random windows are drawn from the first POOL * N
+Layout = Literal["joined", "separate", "packed"]  # how documents lie in windows, see `cut_windows`
 log = logging.getLogger(__name__)
 MAX_CHARACTERS_PER_TOKEN = 16  # of ordinary text; with more, a long document is tokenized in more than one piece
 
@@ -30,10 +33,15 @@ class Windows:
     Attributes:
         input_ids: int64 [S, T].
         counts: bool [S, T]; False for tokens that are only context of others, or fill up a window. None: all count.
+        position_ids: int64 [S, T], where documents are packed: positions in the document, so 0 where one begins; what
+            fills up a window goes on from its last document. None: each window is one document to the model.
+        num_filling: int64 [S], how many tokens fill up each window. None: none do.
     """
 
     input_ids: Tensor
     counts: Tensor | None = None
+    position_ids: Tensor | None = None
+    num_filling: Tensor | None = None
 
 
 def token_windows(
@@ -58,28 +66,33 @@ def cut_windows(
     seed: int | None = None,
     *,
     answers_only: bool = False,
-    separate: bool = False,
+    layout: Layout = "joined",
     source: str = "the text",
     option: str = "--data.num_windows",
 ) -> Windows:
     """Cuts documents into windows of T tokens that do not overlap.
 
-    Documents are concatenated with the tokenizer's end-of-sequence token between them, and cut every T tokens; tokens
-    left over at the end are dropped. A document begins with the tokens that the tokenizer itself puts before a text
-    (BOS, if it adds one), as the samples of AutoRound and llm-compressor and the one long text of GPTQ do; a window
-    that begins inside a document has none. A conversation is what the chat template makes of it, with nothing added.
+    Joined documents are concatenated with the tokenizer's end-of-sequence token between them, and cut every T tokens;
+    tokens left over at the end are dropped. Separate documents begin a window each, and packed documents share windows
+    in which each has positions from 0 on, so that no token attends to another document: then documents longer than a
+    window are cut, and the rest of a window is filled with tokens that do not count. Where attention is causal these
+    change nothing.
+
+    A document begins with the tokens that the tokenizer itself puts before a text (BOS, if it adds one), as the samples
+    of AutoRound and llm-compressor and the one long text of GPTQ do; what begins inside a document has none. A
+    conversation is what the chat template makes of it, with nothing added.
 
     Args:
         documents: texts and conversations, in the order of concatenation.
         tokenizer: a transformers tokenizer.
         num_windows: S; None takes all windows.
         window_length: T, tokens per window.
-        seed: draws S windows at random without replacement and in random order, independently of the
-            global random state; None takes the first S. Only the first 16 S windows of a text are
+        seed: draws S windows (or the documents to pack) at random without replacement and in random order,
+            independently of the global random state; None takes the first. Only the first 16 S windows of a text are
             tokenized and drawn from.
-        answers_only: only tokens of the assistant's turns count, and windows without any are left out.
-        separate: every document begins a window of its own, so that no token attends to another document. The rest of
-            its last window is filled with tokens that do not count; where attention is causal they change nothing.
+        answers_only: only tokens of the assistant's turns count, and windows (or packed documents) without any are left
+            out.
+        layout: how documents lie in windows.
         source, option: names of the text and of the number of windows in error messages.
 
     Raises:
@@ -90,26 +103,54 @@ def cut_windows(
         if number is not None and number < 1:
             raise ValueError(f"{name}={number} must be at least 1")
     pool = None if num_windows is None else num_windows * (1 if seed is None else POOL)  # windows that suffice
-    tokens = _Tokens(tokenizer, answers_only, None if separate else tokenizer.eos_token_id, source)
-    cut = _separate if separate else _joined
-    rows, counts = [], []  # of S or more windows
-    num_tokens = 0
-    pieces = tokens.pieces(documents, None if pool is None else pool * window_length)
-    for ids, marks in cut(pieces, window_length, tokenizer):
+    end = tokenizer.eos_token_id if layout == "joined" else None
+    tokens = _Tokens(tokenizer, answers_only, end, source).pieces(documents, pool and pool * window_length)
+    parts: list[Part] = []  # of the text: whole windows, or documents
+    num_tokens = num_taken = 0
+    for ids, marks in (_joined if layout == "joined" else _apart)(tokens, window_length):
         num_tokens += len(ids)
-        if len(ids) == window_length and (not answers_only or any(marks)):
-            rows.append(ids)
-            counts.append(marks)
-            if len(rows) == pool:
+        if (layout != "joined" or len(ids) == window_length) and (not answers_only or any(marks)):
+            parts.append((ids, marks))
+            num_taken += len(ids) if layout == "packed" else window_length
+            if pool is not None and num_taken >= pool * window_length:
                 break
-    _check_enough(len(rows), num_windows, num_tokens, window_length, source, option, answers_only)
-    windows = torch.tensor(rows)  # [all, T]
-    chosen = slice(num_windows)
     if seed is not None:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        chosen = order[:num_windows]
-    marked = torch.tensor(counts)[chosen].clone() if answers_only or separate else None
-    return Windows(windows[chosen].clone(), marked)
+        order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
+        parts = [parts[number] for number in order.tolist()]
+    numbers = [[number] for number in range(len(parts))]
+    if layout == "packed":
+        numbers = pack([len(ids) for ids, _ in parts], window_length, num_windows)
+    least = window_length if layout == "joined" else 1  # tokens that make a window
+    _check_enough(len(numbers), num_windows, num_tokens, least, window_length, source, option, answers_only)
+    filled = _filled(
+        [[parts[number] for number in window] for window in numbers[:num_windows]], window_length, tokenizer
+    )
+    if layout != "packed":
+        filled = replace(filled, position_ids=None)
+    if layout == "joined":
+        filled = replace(filled, counts=filled.counts if answers_only else None, num_filling=None)
+    return filled
+
+
+def _filled(windows: list[list[Part]], length: int, tokenizer) -> Windows:
+    """Windows of these parts, filled up to `length` tokens."""
+    size = len(windows), length
+    filled = Windows(
+        input_ids=torch.full(size, tokenizer.eos_token_id or 0),
+        counts=torch.zeros(size, dtype=torch.bool),
+        position_ids=torch.zeros(size, dtype=torch.int64),
+        num_filling=torch.zeros(len(windows), dtype=torch.int64),
+    )
+    for row, parts in enumerate(windows):
+        start = 0
+        for ids, marks in parts:
+            end = start + len(ids)
+            filled.input_ids[row, start:end] = torch.tensor(ids)
+            filled.counts[row, start:end] = torch.tensor(marks)
+            filled.position_ids[row, start:] = torch.arange(length - start)
+            start = end
+        filled.num_filling[row] = length - start
+    return filled
 
 
 def split_windows(num_windows: int, texts: list[str], shares: dict[str, float] | None) -> dict[str, int]:
@@ -133,23 +174,37 @@ def split_windows(num_windows: int, texts: list[str], shares: dict[str, float] |
 
 def join_windows(texts: list[Windows]) -> Windows:
     """The windows of several texts, one after another."""
-    input_ids = torch.cat([text.input_ids for text in texts])
-    if all(text.counts is None for text in texts):
-        return Windows(input_ids)
-    counts = [torch.ones_like(t.input_ids, dtype=torch.bool) if t.counts is None else t.counts for t in texts]
-    return Windows(input_ids, torch.cat(counts))
+    tensors: dict[str, Tensor | None] = {}
+    for name in (field.name for field in fields(Windows)):
+        parts = [getattr(text, name) for text in texts]
+        if all(part is None for part in parts):
+            continue
+        tensors[name] = torch.cat([_neutral(t, name) if p is None else p for t, p in zip(texts, parts, strict=True)])
+    return Windows(**tensors)
+
+
+def _neutral(windows: Windows, name: str) -> Tensor:
+    """What None stands for in a field of `Windows`."""
+    number, length = windows.input_ids.shape
+    match name:
+        case "counts":
+            return torch.ones(number, length, dtype=torch.bool)
+        case "position_ids":
+            return torch.arange(length).repeat(number, 1)
+    return torch.zeros(number, dtype=torch.int64)
 
 
 def _check_enough(
     available: int,
     num_windows: int | None,
     num_tokens: int,
+    least: int,
     window_length: int,
     source: str,
     option: str,
     answers_only: bool,
 ) -> None:
-    if available == 0 and answers_only and num_tokens >= window_length:
+    if available == 0 and answers_only and num_tokens >= least:
         raise ValueError(
             f"{source} holds {num_tokens} tokens, but no window of {window_length} with a token of an answer "
             "(--data.answers_only)"
@@ -169,9 +224,10 @@ def _check_enough(
 
 # The tokens of a piece of a document, which of them count, and whether the piece begins a document.
 Piece = tuple[list[int], list[bool], bool]
+Part = tuple[list[int], list[bool]]  # tokens that one window takes, and which of them count
 
 
-def _joined(pieces: Iterator[Piece], length: int, tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
+def _joined(pieces: Iterator[Piece], length: int) -> Iterator[Part]:
     """All documents in windows of `length` tokens, and at last what is left over."""
     ids: list[int] = []
     marks: list[bool] = []
@@ -185,21 +241,19 @@ def _joined(pieces: Iterator[Piece], length: int, tokenizer) -> Iterator[tuple[l
     yield ids, marks
 
 
-def _separate(pieces: Iterator[Piece], length: int, tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    """Each document in windows of `length` tokens, the last one filled up."""
-    filling = tokenizer.eos_token_id or 0
+def _apart(pieces: Iterator[Piece], length: int) -> Iterator[Part]:
+    """Each document, cut every `length` tokens."""
     ids: list[int] = []
     marks: list[bool] = []
     for piece, counts, is_first in chain(pieces, [([], [], True)]):
         if is_first and ids:
-            missing = length - len(ids)
-            yield ids + [filling] * missing, marks + [False] * missing
+            yield ids, marks
             ids, marks = [], []
-        for ids_, marks_ in _joined(iter([(ids + piece, marks + counts, is_first)]), length, tokenizer):
-            if len(ids_) == length:
-                yield ids_, marks_
+        for part in _joined(iter([(ids + piece, marks + counts, is_first)]), length):
+            if len(part[0]) == length:
+                yield part
             else:
-                ids, marks = ids_, marks_
+                ids, marks = part
 
 
 class _Tokens:
