@@ -3,16 +3,19 @@
     python benchmarks/export_check.py --json export_check.json
     python benchmarks/export_check.py --engines llama.cpp --cases 3 --sources runs/tiny runs/tiny-2.06
     python benchmarks/export_check.py --engines llama.cpp --cases --families mixtral qwen2_moe deepseek
+    python benchmarks/export_check.py --engines gptqmodel --cases --families all
 
 Models: the bundled one, rounded to nearest in groups of 128 (CASES); the runs or compressed directories in --sources;
-and with --families the tests' tiny random models (tests/tiny_models.py) of other architectures, 3 bit in groups of 32,
-Mixtral's with a sentencepiece tokenizer. `eacmoe_lightning.exports.export` exports each model. The engine loads it in a
-separate environment and runs it on the bundled held-out texts. Missing environments are created under --work:
-GPTQModel's takes 6 GB, llama.cpp is compiled for some minutes. Rows:
+and with --families tiny random models of other architectures (tests/architectures.py), 3 bit in groups of 32, Mixtral's
+with a sentencepiece tokenizer; "all" are those that `eacmoe_lightning/gptqmodel.py` lists.
+`eacmoe_lightning.exports.export` exports each model. The engine loads it in a separate environment and runs it on the
+bundled held-out texts. Missing environments are created under --work: GPTQModel's takes 6 GB, llama.cpp is compiled for
+some minutes. Rows:
 
     logits      root mean square of the difference from our decoded float32 model, relative to that of its logits
     yardstick   the same for our model in bfloat16: the effect of rounding alone
-    control     llama.cpp only: the same file with weights decoded to float32, so that activations are not rounded
+    control     with weights as the engine decodes them, but in float32, so that activations are not rounded
+    unread      GPTQModel only: tensors of the export that its model has no place for, and places that get none
     perplexity  of both, and the share of positions with the same most likely token
     tokens      llama.cpp only: the share of held-out texts with the same token ids as the original tokenizer's
 
@@ -35,6 +38,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from eacmoe_lightning import gptqmodel
 from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.exports.export import export
@@ -75,7 +79,8 @@ def main() -> None:
     pythons = dict(choice.split("=", 1) for choice in args.python)
     subjects = {case: rounded(work / "models" / case.replace(" ", "-"), *CASES[case]) for case in args.cases}
     subjects |= {str(path): path for path in args.sources}
-    subjects |= {family: random_model(work / "models" / family, family) for family in args.families}
+    families = sorted(gptqmodel.PACKED) if args.families == ["all"] else args.families
+    subjects |= {family: random_model(work / "models" / family, family) for family in families if can_build(family)}
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     texts = {name: read_documents(f"bundled:{name}") for name in heldout_names()}
     windows = [token_windows(documents, tokenizer, WINDOWS_PER_TEXT, WINDOW_LENGTH) for documents in texts.values()]
@@ -96,10 +101,17 @@ def main() -> None:
                 except ValueError as error:
                     rows.append(row | {"refused": str(error).splitlines()[0]})
                     continue
-                seen, about = run_engine(python, engine, out, work)
+                try:
+                    seen, about = run_engine(python, engine, out, work)
+                except RuntimeError as error:
+                    rows.append(row | {"failed": str(error).splitlines()[-1]})
+                    print(json.dumps(rows[-1]), flush=True)
+                    continue
                 row |= about | compare(ours, torch.from_numpy(seen["logits"]), tokens)
                 row["yardstick"] = relative(run_ours(source, tokens, "bfloat16"), ours)
                 row["weights"] = difference and difference.weights
+                if engine == "gptqmodel":
+                    row["control"] = relative(torch.from_numpy(seen["control"]), ours)
                 if engine == "llama.cpp":
                     directory = next(path for path in (source / "compressed", source) if path.exists())
                     theirs = Tokenizer.from_file(str(directory / "tokenizer.json")).encode_batch(joined, False, False)
@@ -118,15 +130,23 @@ def rounded(folder: Path, attention: int, up: int, down: int, symmetric: bool) -
     return folder if folder.exists() else round_model(folder, "bundled", GROUP_SIZE, attention, up, down, symmetric)
 
 
+def can_build(family: str) -> bool:
+    """Whether the tests have a tiny model of this architecture."""
+    sys.path.append(str(HERE.parent / "tests"))
+    import architectures
+
+    return family in architectures.ARCHITECTURES
+
+
 def random_model(folder: Path, family: str) -> Path:
     """A compressed directory of one of the tests' tiny models."""
-    sys.path.append(str(HERE.parent / "tests"))
-    import tiny_models
+    import architectures
     from test_gguf import sentencepiece_tokenizer
 
     if not folder.exists():
         original = folder.with_name(f"{family}-original")
-        tiny_models.save(family, original, AutoTokenizer.from_pretrained(BUNDLED))
+        architectures.build(family).save_pretrained(original)
+        AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(original)
         round_model(folder, str(original), 32, 4, 3, 3, False)
         if family == "mixtral":
             sentencepiece_tokenizer().save(str(folder / "tokenizer.json"))
@@ -134,15 +154,18 @@ def random_model(folder: Path, family: str) -> Path:
 
 
 def round_model(folder: Path, original: str, group_size: int, attention: int, up: int, down: int, symmetric: bool):
-    moe, blocks = MoEModel(load_original(original, "float32")), []
+    moe, blocks, left = MoEModel(load_original(original, "float32")), [], {}
     for block in moe.blocks:
         quantized = {}
         for name, (part, weight) in block.weights().items():
+            if weight.shape[-1] % group_size:
+                left[name] = "its inputs are no multiple of the group size"
+                continue
             bits = attention if part == "attention" else down if "down_proj" in name else up
             quantized[name] = round_to_nearest(weight, Grid(bits, group_size, symmetric))
         moe.put({name: block.as_parameter(name, q.dequantize()) for name, q in quantized.items()})
         blocks.append(quantized)
-    save_compressed(folder, moe, original, blocks, {"method": "round to nearest"})
+    save_compressed(folder, moe, original, blocks, {"method": "round to nearest", "unquantized": left})
     return folder
 
 

@@ -3,8 +3,8 @@
     python export_engines.py ENGINE JOB
 
 with JOB = {"export": directory, "tokens": ids [B, T] as .npy, "texts": list of strings as .json, "out": .npz}. Writes
-`logits` [B, T, V] in float32 and, if the engine has a tokenizer, the token ids of each text. Prints one line of JSON
-about the engine.
+`logits` [B, T, V] in float32, `control` (GPTQModel's logits with weights decoded to float32) and, if the engine has a
+tokenizer, the token ids of each text. Prints one line of JSON about the engine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-Seen = tuple[np.ndarray, list[list[int]], dict]  # logits, token ids of the texts, description of the engine
+Seen = tuple[dict[str, np.ndarray], list[list[int]], dict]  # logits, token ids of the texts, about the engine
 
 
 def gptqmodel(export: Path, tokens: np.ndarray, texts: list[str]) -> Seen:
@@ -26,13 +26,34 @@ def gptqmodel(export: Path, tokens: np.ndarray, texts: list[str]) -> Seen:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.7 does not start on two cores otherwise
     import torch
     from gptqmodel import BACKEND, GPTQModel
+    from safetensors.torch import load_file
 
     model = GPTQModel.load(str(export), device="cpu", backend=BACKEND.TORCH, dtype=torch.bfloat16).model
-    packed = [module for module in model.modules() if hasattr(module, "qweight")]
+    packed = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
+    stored = {name: tensor for file in export.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    about = {
+        "version": f"GPTQModel {version('gptqmodel')}",
+        "transformers": version("transformers"),
+        "num_packed": len(packed),
+        "kernel": sorted({type(module).__name__ for module in packed.values()}),
+        "unread": sorted((model.state_dict().keys() ^ stored.keys()) - {*tied}),
+    }
+
+    def run() -> np.ndarray:
+        return np.concatenate([model(row[None]).logits.float().numpy() for row in torch.from_numpy(tokens)])
+
     with torch.no_grad():
-        logits = np.concatenate([model(row[None]).logits.float().numpy() for row in torch.from_numpy(tokens)])
-    about = {"version": f"GPTQModel {version('gptqmodel')}", "num_packed": len(packed)}
-    return logits, [], about | {"kernel": sorted({type(module).__name__ for module in packed})}
+        seen = {"logits": run()}
+        for name, module in packed.items():  # the engine's own decoding, with the scales as they are stored
+            module.scales = stored[f"{name}.scales"].float()
+            weight = module.dequantize_weight().T.float().contiguous()
+            linear = torch.nn.Linear(*weight.shape[::-1], bias=module.bias is not None)
+            linear.weight = torch.nn.Parameter(weight)
+            model.set_submodule(name, linear)
+        model.float().load_state_dict(stored, strict=False)
+        seen["control"] = run()
+    return seen, [], about
 
 
 def llama_cpp(export: Path, tokens: np.ndarray, texts: list[str]) -> Seen:
@@ -68,7 +89,7 @@ def llama_cpp(export: Path, tokens: np.ndarray, texts: list[str]) -> Seen:
             raise SystemExit(f"llama_decode failed with {status}")
         logits[row] = np.ctypeslib.as_array(llama.llama_get_logits(context), shape=(len(window), size))
     ids = [_tokenize(llama, vocabulary, text.encode()) for text in texts]
-    return logits, ids, {"version": f"llama-cpp-python {llama.__version__}"}
+    return {"logits": logits}, ids, {"version": f"llama-cpp-python {llama.__version__}"}
 
 
 def _tokenize(llama, vocabulary, text: bytes) -> list[int]:
@@ -108,6 +129,6 @@ if __name__ == "__main__":
         decoded.mkdir(parents=True, exist_ok=True)
         decode_gguf(export, decoded)
         export = decoded
-    logits, ids, about = ENGINES[engine](export, np.load(job["tokens"]), json.loads(Path(job["texts"]).read_text()))
-    np.savez(job["out"], logits=logits, **{f"ids_{i}": np.array(text_ids) for i, text_ids in enumerate(ids)})
+    arrays, ids, about = ENGINES[engine](export, np.load(job["tokens"]), json.loads(Path(job["texts"]).read_text()))
+    np.savez(job["out"], **arrays, **{f"ids_{i}": np.array(text_ids) for i, text_ids in enumerate(ids)})
     print(json.dumps(about))

@@ -38,14 +38,17 @@ type, but real ones can have settings that these do not have: `eacmoe plan` and 
 | generate | so do the greedy tokens after a left-padded prompt |
 | PESF | skipping rarely selected experts equals giving them the weight 0 |
 | dense | the export reloads in plain transformers with equal logits, under the original's tensor names |
-| gptq_v2 | the export decodes to the same weights and logits |
-| GGUF | llama.cpp's computation of the type is known to `--format gguf`; the others refuse it |
+| gptq_v2 | {engine} loads the type's experts packed, and the export decodes to the same weights and logits |
+| GGUF | llama.cpp's computation of the type is known to `--format gguf` |
+
+The last two are empty for types that the engine does not load, and the export is refused.
 
 Routers, norms, biases, embeddings and the head are never quantized. What else stays as it is stands in the last column,
 by its name in a block, with the reason.
 
 """
-COLUMNS = {"fit": "fit", "load": "load", "generate": "generate", "pesf": "PESF", "dense": "dense", "gptq_v2": "gptq_v2"}
+COLUMNS = {"fit": "fit", "load": "load", "generate": "generate", "pesf": "PESF", "dense": "dense"}
+EXPORTS = {"gptq_v2": "gptq_v2", "gguf": "GGUF"}
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,14 @@ class Row:
         name: of the architecture.
         errors: what a step raised, by step; empty where it passed. A step that was not reached is missing.
         is_refused: whether `fit` refused it before it computed anything.
-        gguf: whether the export to GGUF works.
+        exports: the steps of `EXPORTS` that passed.
         left: why a matrix of a block is not quantized, by its name in the block.
     """
 
     name: str
     errors: dict[str, str]
     is_refused: bool
-    gguf: bool
+    exports: tuple[str, ...]
     left: dict[str, str]
 
 
@@ -74,18 +77,23 @@ def row(trial: Trial) -> Row:
         error = trial.passes(step)
         errors[step] = "" if error is None else f"{type(error).__name__}: {error}"
         if step == "fit" and not trial.is_compressed:
-            return Row(trial.name, errors, trial.is_refused, False, {})
-    return Row(trial.name, errors, False, trial.passes("gguf") is None, trial.left())
+            return Row(trial.name, errors, trial.is_refused, (), {})
+    exports = tuple(step for step in EXPORTS if trial.passes(step) is None)
+    return Row(trial.name, errors, False, exports, trial.left())
 
 
 def page(rows: list[Row], version: str) -> str:
     """The page as Markdown."""
-    lines = [HEADER.format(version=version) + f"| type | {' | '.join(COLUMNS.values())} | GGUF | left unquantized |"]
-    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    names = " | ".join([*COLUMNS.values(), *EXPORTS.values()])
+    from eacmoe_lightning.gptqmodel import VERSION
+
+    lines = [HEADER.format(version=version, engine=VERSION) + f"| type | {names} | left unquantized |"]
+    lines.append("|---" * (len(COLUMNS) + len(EXPORTS) + 2) + "|")
     for r in rows:
         no = "refused" if r.is_refused else "no"
         cells = [{None: "", "": "yes"}.get(r.errors.get(step), no) for step in COLUMNS]
-        lines.append(f"| {r.name} | {' | '.join(cells)} | {'yes' if r.gguf else ''} | {left(r)} |")
+        cells += ["yes" if step in r.exports else "" for step in EXPORTS]
+        lines.append(f"| {r.name} | {' | '.join(cells)} | {left(r)} |")
     failed = [(r.name, COLUMNS[step], error) for r in rows for step, error in r.errors.items() if error]
     if failed:
         lines += ["", "## What does not work", ""]

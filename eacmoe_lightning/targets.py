@@ -6,11 +6,14 @@ result was checked. The other rows come from reading the engines' sources and pr
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
+
+from eacmoe_lightning import gptqmodel
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "gguf", "dense")
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")  # tensor parallelism splits them along their inputs
@@ -39,6 +42,26 @@ class WeightGrid:
     symmetric: bool
     experts: tuple[int, ...] | None = None
     on_lattice: bool = False
+
+
+@dataclass(frozen=True)
+class Original:
+    """What formats ask about the original.
+
+    Attributes:
+        model_type: in its config.
+        stacked: the first tensor of its checkpoint that holds the experts of a block together; None: each expert has
+            its own tensors.
+    """
+
+    model_type: str
+    stacked: str | None
+
+
+def split_projection(stack: str) -> tuple[str, ...]:
+    """The linears of one expert in a stack, by the stack's name in memory, in the order of its rows."""
+    projection = stack.rpartition(".")[2]
+    return ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
 
 
 def by_bits(bits: int | Sequence[int]) -> list[tuple[int, tuple[int, ...] | None]]:
@@ -94,6 +117,9 @@ class Target:
         multiple: a number of which all in_features and out_features must be multiples.
         names: names under which it looks for weights: those of the `original` checkpoint, or those of transformers'
             modules with the stacks of experts split (`unstacked`).
+        packs: the linears that it loads packed, by model type: unstacked names of modules. Types that are not there are
+            refused. None: all linears of all types.
+        fails: by model type, why the engine does not run what it loads.
         note: a remark for readers of the table.
     """
 
@@ -107,6 +133,8 @@ class Target:
     mixing: Literal["model", "block", "weight"]
     multiple: int = 1
     names: Literal["original", "unstacked"] = "original"
+    packs: Mapping[str, re.Pattern[str]] | None = None
+    fails: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -117,18 +145,23 @@ class Target:
     def name(self) -> str:
         return f"{self.engine} ({self.format}{'' if self.verified else ', unverified'})"
 
-    def problems(self, weights: Iterable[WeightGrid], tensor_parallel: int = 1) -> list[str]:
+    def problems(
+        self, weights: Iterable[WeightGrid], original: Original | None = None, tensor_parallel: int = 1
+    ) -> list[str]:
         """Why the engine would not load these weights correctly, each reason with its remedy; empty: none is known.
 
         Args:
             weights: every quantized weight.
+            original: None: a model whose experts every engine finds.
             tensor_parallel: number of devices over which the engine splits each linear.
         """
         weights = list(weights)
         on_lattice = [w for w in weights if w.on_lattice]
         if on_lattice and self.format != "dense":
             return [_counted(on_lattice, self._lattice)]
-        left = self.left_decoded(weights)
+        if original is not None and (unreadable := self._unreadable(weights, original)):
+            return [unreadable]
+        left = self.left_decoded(weights, original)
         weights = [w for w in weights if not w.on_lattice and w not in left]
         problems = [_counted([w for w in weights if w.bits not in self.bits], self._bits)]
         problems += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
@@ -140,15 +173,42 @@ class Target:
         problems += [_counted(cut, lambda w: self._tensor_parallel(w, tensor_parallel))]
         return [problem for problem in problems if problem]
 
-    def left_decoded(self, weights: Iterable[WeightGrid]) -> list[WeightGrid]:
-        """Linears that the format cannot pack and that an export therefore writes decoded: a small part of the model.
+    def left_decoded(self, weights: Iterable[WeightGrid], original: Original | None = None) -> list[WeightGrid]:
+        """Linears that an export writes decoded: the engine does not load them packed, or the format cannot pack them.
 
-        Empty if they are more than `MAX_DECODED` of all weights; `problems` then names them.
+        Of the second kind, none if they are more than `MAX_DECODED` of all weights; `problems` then names them.
         """
         weights = list(weights)
         unfit = [w for w in weights if w.part != "experts" and any(n % self.multiple for n in w.shape[-2:])]
         few = sum(prod(w.shape) for w in unfit) <= MAX_DECODED * sum(prod(w.shape) for w in weights)
-        return unfit if few else []
+        return [w for w in weights if (few and w in unfit) or (w.part != "experts" and not self._packs(w, original))]
+
+    def _packs(self, weight: WeightGrid, original: Original | None) -> bool:
+        """Whether the engine loads a weight packed."""
+        if self.packs is None or original is None:
+            return True
+        pattern, name = self.packs.get(original.model_type), weight.name.removesuffix(".weight")
+        modules = [name]
+        if weight.part == "experts":
+            modules = [f"{name.rpartition('.')[0]}.0.{projection}" for projection in split_projection(name)]
+        return pattern is not None and all(pattern.fullmatch(module) for module in modules)
+
+    def _unreadable(self, weights: list[WeightGrid], original: Original) -> str | None:
+        """Why the engine would not find the experts."""
+        kind = original.model_type
+        others = "--format dense" if original.stacked else "--format dense or --format compressed-tensors"
+        if self.packs is not None and not all(self._packs(w, original) for w in weights if w.part == "experts"):
+            return (
+                f"{self.version} does not load packed experts of the model type {kind!r} and would compute with "
+                f"uninitialised weights: use {others}, which plain transformers loads, or calibrate for this package "
+                "alone, without --model.target"
+            )
+        if self.names == "original" and self.format in ONE_LINEAR_EACH and original.stacked:
+            return (
+                f"the original {kind} keeps the experts of a block in one tensor ({original.stacked}), and {self.name} "
+                f"needs a linear for each: use {others}"
+            )
+        return None
 
     def _lattice(self, weight: WeightGrid) -> str:
         return (
@@ -211,11 +271,12 @@ class Target:
         )
 
 
+ONE_LINEAR_EACH = ("compressed-tensors", "gptq", "gptq_v2")
 MAX_DECODED = 0.05  # largest share of the weights that an export writes decoded because a format cannot pack them
 READ = "sources of September 2026, read but not run"
 LOGITS = "logits, perplexity and the most likely tokens on the bundled held-out texts (benchmarks/export_check.py)"
 REOPENED = "every weight, and logits on random tokens, by `export` itself"
-GPTQMODEL, LLAMA_CPP = "GPTQModel 7.7.0", "llama-cpp-python 0.3.36"
+GPTQMODEL, LLAMA_CPP = gptqmodel.VERSION, "llama-cpp-python 0.3.36"
 COMPRESSED_TENSORS = "transformers 5.23 with compressed-tensors 0.20.0"
 GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 
@@ -265,6 +326,8 @@ TARGETS = (
         mixing="weight",
         multiple=32,
         names="unstacked",
+        packs=gptqmodel.PACKED,
+        fails=gptqmodel.FAILS,
         note="true zero points",
     ),
     Target(
@@ -278,6 +341,8 @@ TARGETS = (
         mixing="weight",
         multiple=32,
         names="unstacked",
+        packs=gptqmodel.PACKED,
+        fails=gptqmodel.FAILS,
         note="the format stores zero points less 1; asymmetric ones need gptq_v2",
     ),
     Target(
@@ -343,8 +408,10 @@ def for_calibration(engine: str) -> list[Target]:
     return [row for row in find(engine=engine) if row.format != "dense"]
 
 
-def choose(rows: list[Target], weights: Iterable[WeightGrid], tensor_parallel: int = 1) -> Target:
-    """The first of these rows that loads these weights.
+def choose(
+    rows: list[Target], weights: Iterable[WeightGrid], original: Original | None = None, tensor_parallel: int = 1
+) -> Target:
+    """The first of these rows that loads these weights of this original.
 
     Raises:
         ValueError: none does; the message gives the first row's reasons.
@@ -352,7 +419,7 @@ def choose(rows: list[Target], weights: Iterable[WeightGrid], tensor_parallel: i
     if tensor_parallel < 1:
         raise ValueError(f"tensor_parallel={tensor_parallel} (--tensor_parallel) is below 1")
     weights = list(weights)
-    problems = [row.problems(weights, tensor_parallel) for row in rows]
+    problems = [row.problems(weights, original, tensor_parallel) for row in rows]
     for row, row_problems in zip(rows, problems, strict=True):
         if not row_problems:
             return row

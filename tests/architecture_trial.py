@@ -159,7 +159,7 @@ class Trial:
         folder, source = self.folder / "dense", Source(self.run)
         weights = source.grids()
         folder.mkdir()
-        dense.write(source, weights, targets.choose(targets.find("dense", None), weights, 1), folder)
+        dense.write(source, weights, targets.choose(targets.find("dense", None), weights), folder)
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         assert torch.equal(model(self.tokens).logits, self.decoded(self.tokens).logits)
         assert tensor_names(folder) == tensor_names(self.original)

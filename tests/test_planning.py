@@ -16,6 +16,7 @@ from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.commands.fit import parse_fit
+from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.planning.checks import check_disk
@@ -157,11 +158,11 @@ def test_time_is_work_over_rates():
 def test_warnings_name_what_will_fail():
     moe, recipe = shapes("qwen1.5"), Recipe(bits=(4,), symmetric=True)
     grids, costs = recipe.grids(moe), plan(moe, recipe, JOB)
-    messages = warnings(costs, grids, memory=10**12, free=10**12)
+    messages = warnings(costs, grids, original_of(moe), memory=10**12, free=10**12)
     split = [line for line in messages if line.startswith("tensor parallelism over 2")]
     assert len(split) == 1 and "2048 x 1408 in groups of 128" in split[0]  # 11 groups do not halve
     assert not any("vllm" in line and "refused" in line for line in messages)
-    messages = warnings(costs, Recipe(bits=(3,)).grids(moe), memory=10**9, free=10**6)
+    messages = warnings(costs, Recipe(bits=(3,)).grids(moe), original_of(moe), memory=10**9, free=10**6)
     assert any("--target vllm will be refused" in line and "3 bits" in line for line in messages)
     assert any("GB of memory, but 1.0 GB are available" in line for line in messages)
     assert any("GB of disk, but 0.0 GB are free" in line for line in messages)

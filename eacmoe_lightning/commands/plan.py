@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from eacmoe_lightning.commands.fit import parse_fit
+from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.planning.machine import Rates, measure
 from eacmoe_lightning.planning.report import report, summary, warnings
 from eacmoe_lightning.planning.shapes import load_shapes, stored_share
@@ -59,7 +60,8 @@ def plan(words: list[str]) -> None:
     rates = Rates(**{name: getattr(chosen, f"rate.{name}") or value for name, value in rates.items()})
     memory = getattr(chosen, "available.memory") or available_memory(device)
     free = getattr(chosen, "available.disk") or shutil.disk_usage(folder).free
-    messages = warnings(costs, module.recipe.grids(moe), int(memory), int(free), chosen.processes)
+    grids = module.recipe.grids(moe)
+    messages = warnings(costs, grids, original_of(moe), int(memory), int(free), chosen.processes)
     if rates.flops < rates.flops32 / 2:
         messages.insert(
             0,

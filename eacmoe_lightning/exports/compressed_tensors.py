@@ -45,18 +45,14 @@ def require_library() -> None:
 
 
 def write(source: Source, weights: list[WeightGrid], row: Target, directory: Path) -> None:
-    """Fills the directory with shards and config.
-
-    Raises:
-        ValueError: the original keeps the experts of a block in one tensor.
-    """
+    """Fills the directory with shards and config."""
     linears = source.linear_names(row.names)
 
     def shards() -> Iterator[dict[str, Tensor]]:
-        for shard in source.shards():
-            tensors = source.original_names(shard.dense)
+        for shard in source.shards(row.names):
+            tensors = dict(shard.dense)
             for linear in shard.linears:
-                tensors |= to_tensors(linear.original, linear.quantized, source.dtype)
+                tensors |= to_tensors(linear.name, linear.quantized, source.dtype)
             yield tensors
 
     draft = [f"re:{re.escape(prefix)}.*" for prefix in draft_prefixes(source.draft)]

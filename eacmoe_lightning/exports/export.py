@@ -9,6 +9,7 @@ from typing import Literal
 from eacmoe_lightning import targets
 from eacmoe_lightning.exports import compressed_tensors, dense, gguf_file, gptq
 from eacmoe_lightning.exports.check import Difference
+from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.run.files import whole_directory
 from eacmoe_lightning.skipping.stored import KEY as SKIPPING
@@ -50,8 +51,9 @@ def export(
         raise ValueError(f"{output} (--output) is not empty: pass an empty directory or one that does not exist")
     opened = Source(source, dtype)
     weights = opened.grids()
-    row = targets.choose(rows, weights, tensor_parallel)
-    left = row.left_decoded(weights)
+    original = original_of(opened.moe)
+    row = targets.choose(rows, weights, original, tensor_parallel)
+    left = row.left_decoded(weights, original)
     opened.decode(weight.name for weight in left)
     weights = [weight for weight in weights if weight not in left]
     writer = WRITERS[row.format]
@@ -67,11 +69,13 @@ def export(
             raise
     if left:
         names = left[0].name + (" ..." if len(left) > 1 else "")
-        print(f"{len(left)} linears that {row.format} cannot pack are decoded: {names}")
+        print(f"{len(left)} linears that {row.engine} does not load packed are decoded: {names}")
     print(f"{output}: {row.format} for {row.engine} ({row.version}). Reloaded: {difference}")
     if SKIPPING in opened.directory_config:
         print(f"warning: {row.engine} does not know this model's skipping rule and runs every selected expert")
-    if row.trial is None:
+    if original.model_type in row.fails:
+        print(f"warning: {row.fails[original.model_type]}")
+    elif row.trial is None:
         print(f"warning: {row.engine} was never run on an export of this package: try it before you serve it")
     elif untried := row.trial.untried(weights):
         settings = ", ".join(untried)

@@ -40,22 +40,17 @@ SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def write(source: Source, weights: list[WeightGrid], row: Target, directory: Path) -> None:
-    """Fills the directory with shards and config.
-
-    Raises:
-        ValueError: the original keeps the experts of a block in one tensor.
-    """
-    is_v2, is_unstacked = row.format == "gptq_v2", row.names == "unstacked"
+    """Fills the directory with shards and config."""
+    is_v2 = row.format == "gptq_v2"
 
     def shards() -> Iterator[dict[str, Tensor]]:
-        for shard in source.shards():
-            tensors = dict(shard.dense) if is_unstacked else source.original_names(shard.dense)
+        for shard in source.shards(row.names):
+            tensors = dict(shard.dense)
             for linear in shard.linears:
-                name = linear.unstacked if is_unstacked else linear.original
-                tensors |= to_tensors(name, linear.quantized, is_v2)
+                tensors |= to_tensors(linear.name, linear.quantized, is_v2)
             yield tensors
 
-    modules = [f"{re.escape(name.removesuffix('.weight'))}$" for name in source.decoded]
+    modules = [f"{re.escape(name)}$" for name in source.ordinary_linears()]
     modules += [re.escape(prefix) for prefix in draft_prefixes(source.draft)]
     config = quantization_config(weights, source.linear_names(row.names), is_v2, modules)
     write_checkpoint(source, directory, shards(), config)
@@ -71,9 +66,7 @@ def read_back(source: Source, row: Target, directory: Path) -> Difference:
     check_draft(source, directory)
     decoded = {name: tensor for name, tensor in decoded.items() if name not in source.draft}
     if row.names == "unstacked":
-        names = zip(*(sum(source.linear_names(kind).values(), []) for kind in ("unstacked", "original")), strict=True)
-        linears = {f"{original}.weight": decoded.pop(f"{unstacked}.weight") for unstacked, original in names}
-        decoded = linears | source.original_names(decoded)
+        decoded = source.original_names(source.stacked_names(decoded))
     return Reference(source).compare_decoded(source, decoded, directory)
 
 

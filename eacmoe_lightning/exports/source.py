@@ -1,20 +1,11 @@
-"""A compressed directory under the names of the original's checkpoint: every export starts from it.
-
-In memory, transformers 5 stacks a block's experts (`model.layers.0.mlp.experts.gate_up_proj` [E, 2F, D]). In a
-checkpoint on the hub, each expert has its own linears (`model.layers.0.block_sparse_moe.experts.3.w1.weight`).
-`save_pretrained` converts the first into the second. Here the same conversion is applied to codes, scales and zero
-points.
-
-Engines that build transformers' modules and then split the stacks (GPTQModel) look for a third kind of name,
-`model.layers.0.mlp.experts.3.gate_proj.weight`. These names are called unstacked.
-"""
+"""A compressed directory, as tensors of a checkpoint: every export starts from it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from eacmoe_lightning.compressed.directory import untied
 from eacmoe_lightning.compressed.format import DRAFT, LATTICE, REST, SHARD, original_config, read_config
 from eacmoe_lightning.compressed.opening import open_compressed
+from eacmoe_lightning.exports.linears import WEIGHT, Rows, original_linears, unstacked_linears
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.draft import without_draft
 from eacmoe_lightning.models.moe import MoEModel
@@ -35,7 +27,7 @@ from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.files import StoreError, first_of, read_tensors
 from eacmoe_lightning.targets import WeightGrid, by_bits
 
-WEIGHT = ".weight"
+Names = Literal["original", "unstacked"]  # of the linears in a checkpoint, see `targets.Target.names`
 
 
 @dataclass(frozen=True)
@@ -43,15 +35,11 @@ class Linear:
     """One quantized linear.
 
     Attributes:
-        original: module name in the original's checkpoint.
-        unstacked: module name in transformers' module tree if experts were not stacked.
-        parameter: name of the parameter in memory that contains the linear.
+        name: module name in the checkpoint.
         quantized: codes [O, I].
     """
 
-    original: str
-    unstacked: str
-    parameter: str
+    name: str
     quantized: Quantized
 
 
@@ -61,7 +49,8 @@ class Shard:
 
     Attributes:
         linears: quantized linears.
-        dense: all other tensors in the dtypes that the model has in the export's dtype, under their names in memory.
+        dense: all other tensors, under their names in the checkpoint, in the dtypes that the model has in the export's
+            dtype.
     """
 
     linears: list[Linear]
@@ -107,6 +96,12 @@ class Source:
             delattr(self.config.get_text_config(), KEPT)
         self.weights: dict[str, Tensor] = {  # every quantized weight, [..., O, I] on meta
             name: weight for block in self.moe.blocks for name, (_, weight) in self.quantized(block).items()
+        }
+        self._stacks: dict[str, Block] = {
+            name: block
+            for block in self.moe.moe_blocks
+            for name, (part, _) in block.weights().items()
+            if part == "experts"
         }
         self.decoded: list[str] = []  # quantized weights that are written decoded
         self.parameters: dict[str, Tensor] = untied(self.skeleton)  # on meta, tied ones once
@@ -180,68 +175,82 @@ class Source:
         """Tensors that are not quantized, by name in memory, in the export's dtype where the model keeps no other."""
         return {n: t.to(self.parameters[n].dtype) if t.is_floating_point() else t for n, t in tensors.items()}
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self, names: Names) -> Iterator[Shard]:
         """The model's tensors, one block at a time.
 
         Raises:
-            ValueError: the original keeps the experts of a block in one tensor, so single experts have no names.
+            ValueError: names are the original's, and it keeps the experts of a block in one tensor.
         """
+        to_checkpoint = self.original_names if names == "original" else self.unstacked_names
         for _, weights, unquantized in self.blocks():
             for name in weights.keys() & set(self.decoded):
                 unquantized[name] = weights.pop(name).dequantize(self.dtype)
-            linears = [linear for name, quantized in weights.items() for linear in self.split(name, quantized)]
-            yield Shard(linears, self.narrowed(unquantized))
+            linears = [linear for name, quantized in weights.items() for linear in self.split(name, quantized, names)]
+            yield Shard(linears, to_checkpoint(self.narrowed(unquantized)))
 
     def original_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors in memory converted to the names and shapes of the original's checkpoint."""
         return original_names(self.skeleton, tensors)
 
-    def linear_names(self, kind: str) -> dict[str, list[str]]:
-        """Module names of the linears in each quantized weight in memory; `kind` is a value of `Target.names`."""
-        return {
-            name: [unstacked if kind == "unstacked" else original for original, unstacked, _ in self._linears(name)]
-            for name in self.weights
-        }
+    def unstacked_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in memory, with weights and biases of stacks of experts split into linears, [O, I] and [O]."""
+        split: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            weight, kind = name.removesuffix("_bias"), "bias" if name.endswith("_bias") else "weight"
+            if weight not in self._stacks:
+                split[name] = tensor
+                continue
+            if kind == "weight":
+                tensor = self._stacks[weight].as_parameter(weight, tensor)
+            parts = unstacked_linears(weight, tensor.shape[:2])
+            split |= {f"{part.name}.{kind}": part.of(tensor).clone() for part in parts}
+        return split
+
+    def stacked_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `unstacked_names`."""
+        tensors = dict(tensors)
+        for weight, block in self._stacks.items():
+            shape = block.experts.weight(weight.rpartition(".")[2]).shape[:2]
+            for kind, name in (("weight", weight), ("bias", f"{weight}_bias")):
+                if name in self.parameters:
+                    rows = [tensors.pop(f"{part.name}.{kind}") for part in unstacked_linears(weight, shape)]
+                    stack = torch.cat(rows).unflatten(0, shape)
+                    tensors[name] = block.as_parameter(weight, stack) if kind == "weight" else stack
+        return tensors
+
+    def linear_names(self, names: Names) -> dict[str, list[str]]:
+        """Module names in the checkpoint of the linears in each quantized weight, by its name in memory."""
+        return {name: [part.name for part in self._parts(name, names)] for name in self.weights}
+
+    def ordinary_linears(self) -> list[str]:
+        """Module names in memory of a block's linears that are not quantized, or written as if they were not."""
+        names = [*self.decoded, *self.quantization.get("unquantized", {})]
+        return [name.removesuffix(WEIGHT) for name in names]
 
     def unquantized_modules(self) -> list[str]:
         """Modules with matrices that are not quantized, under both the original's names and those in memory, sorted."""
         matrices = {n: t for n, t in self.skeleton.state_dict().items() if t.ndim == 2 and n not in self.weights}
         return sorted({name.removesuffix(WEIGHT) for name in (*matrices, *self.original_names(matrices))})
 
-    def split(self, name: str, quantized: Quantized) -> list[Linear]:
-        """One weight in memory, split into the original's linears."""
+    def split(self, name: str, quantized: Quantized, names: Names) -> list[Linear]:
+        """One weight in memory, split into the linears of the checkpoint."""
         tensors = quantized.codes, quantized.scale, quantized.zero_point
-        parts = [self.original_names({name: tensor}) for tensor in tensors]
         return [
             Linear(
-                original,
-                unstacked,
-                name,
+                part.name,
                 Quantized(
-                    *(part[original + WEIGHT].contiguous() for part in parts),
-                    quantized.bits if isinstance(quantized.bits, int) else quantized.bits[expert],
+                    *(part.of(tensor).contiguous() for tensor in tensors),
+                    quantized.bits if isinstance(quantized.bits, int) else quantized.bits[part.expert],
                 ),
             )
-            for original, unstacked, expert in self._linears(name)
+            for part in self._parts(name, names)
         ]
 
-    def _linears(self, name: str) -> list[tuple[str, str, int | None]]:
-        """Original module name, unstacked module name and expert of each linear in a weight in memory."""
+    def _parts(self, name: str, names: Names) -> list[Rows]:
+        """Where the linears of a weight in memory lie in it."""
         shape = self.weights[name].shape[:-1]
-        rows = torch.arange(shape.numel()).view(*shape, 1)  # numbered, to see where the conversion puts each row
-        linears = []
-        for original, taken in self.original_names({name: rows}).items():
-            if taken.ndim != 2 or not original.endswith(WEIGHT) or (taken.diff(dim=0) != 1).any():
-                raise ValueError(
-                    f"{original}: the original {self.config.model_type} keeps the experts of a block in one tensor, "
-                    "and this format needs a linear for each: export with --format dense"
-                )
-            unstacked, expert = name.removesuffix(WEIGHT), None
-            if len(shape) == 2:
-                module, _, projection = name.rpartition(".")
-                expert, row = divmod(int(taken[0]), shape[1])
-                if projection == "gate_up_proj":
-                    projection = "up_proj" if row else "gate_proj"
-                unstacked = f"{module}.{expert}.{projection}"
-            linears.append((original.removesuffix(WEIGHT), unstacked, expert))
-        return linears
+        if names == "original":
+            return original_linears(self.skeleton, name, shape)
+        if name in self._stacks:
+            return unstacked_linears(name, shape)
+        return [Rows(name.removesuffix(WEIGHT), None, slice(None))]

@@ -27,6 +27,7 @@ from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.streams import Streams
+from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.job.block_callback import phase
 from eacmoe_lightning.job.block_stage import BlockStage
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
@@ -228,7 +229,7 @@ class QESC(Comparison):
         if self.pruning is not None:
             self.pruning.check(moe)
         if self.targets:
-            targets.choose(self.targets, self.recipe.grids(moe), self.tensor_parallel)
+            targets.choose(self.targets, self.recipe.grids(moe), original_of(moe), self.tensor_parallel)
         for block in moe.moe_blocks:
             self.router_loss.num_targets(block.num_experts, block.top_k)  # raises now if its k does not fit the model
         job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size, moe.device.type)

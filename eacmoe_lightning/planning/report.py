@@ -8,19 +8,22 @@ from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.planning.machine import Rates
 from eacmoe_lightning.planning.sizes import Job, Plan, num_bytes
-from eacmoe_lightning.targets import TARGETS, WeightGrid
+from eacmoe_lightning.targets import TARGETS, Original, WeightGrid
 
 PYTHON_BYTES = 600 << 20  # the interpreter with torch and transformers
 DEVICES = (2, 4, 8)  # device counts that engines may split linear layers over
 GB = 1e9
 
 
-def warnings(costs: Plan, grids: list[WeightGrid], memory: int, free: int, processes: int = 1) -> list[str]:
+def warnings(
+    costs: Plan, grids: list[WeightGrid], original: Original, memory: int, free: int, processes: int = 1
+) -> list[str]:
     """The expected failures, each with a remedy.
 
     Args:
         costs: the plan of the run.
         grids: the grid of every quantized weight.
+        original: what export formats ask about the original.
         memory, free: available bytes of memory and of disk.
         processes: number of processes that share the memory.
     """
@@ -46,11 +49,11 @@ def warnings(costs: Plan, grids: list[WeightGrid], memory: int, free: int, proce
         )
     split_problems: dict[str, str] = {}  # weight -> message
     for target in TARGETS:
-        if refused := target.problems(grids):
+        if refused := target.problems(grids, original):
             reasons = "; ".join(problem.partition(": ")[0] for problem in refused)
             messages.append(f"export --format {target.format} --target {target.engine} will be refused: {reasons}")
         for devices in DEVICES if target.format != "dense" else ():
-            for problem in target.problems(grids, devices):
+            for problem in target.problems(grids, original, devices):
                 if problem not in refused:  # a weight is reported once, for the fewest devices that split its groups
                     split_problems.setdefault(
                         problem.partition(" is ")[0], f"tensor parallelism over {devices}: {problem}"
