@@ -12,6 +12,7 @@ ROOMS = (  # each may import from itself and from earlier ones
     ("version", "waiting", "configurable", "gptqmodel", "targets", "moved"),
     ("quantization",),
     ("routers",),
+    ("tuning",),
     ("run",),
     ("models",),
     ("text",),

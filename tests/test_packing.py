@@ -282,6 +282,7 @@ def test_a_run_on_packed_documents_is_one_on_separate_documents(method, tmp_path
             "data__documents": how,
             "data__num_windows": number,
             "data__batch_size": number,  # one batch of all tokens, in whichever order
+            "data__held_back": 0,
             "data__heldout": "[]",
             "model__router_method": method,
             "model__joint_epochs": 1,

@@ -340,7 +340,7 @@ def test_what_counts_in_sampled_windows(tiny_model_dir, tmp_path):
     texts = texts_of(model, tmp_path / "answers", "self", answers_only=True)
     written(texts)
     assert texts.data.calibration_weights.sum(1).tolist() == [15] * 5  # all but the given token
-    texts = texts_of(model, tmp_path / "separate", "self:40", separate=True, temperature=3.0, window_length=64)
+    texts = texts_of(model, tmp_path / "separate", "self:40", documents="separate", temperature=3.0, window_length=64)
     ids = written(texts)
     for row, counts in zip(ids, texts.data.calibration_weights, strict=True):
         ends = [place for place, token in enumerate(row.tolist()) if token == tokenizer.eos_token_id and place]

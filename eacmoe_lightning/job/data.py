@@ -242,11 +242,8 @@ class TextWindows(L.LightningDataModule):
 
         Empty if documents are joined, because they leave nothing to fill.
         """
-        filling = self._calibration.num_filling
-        if filling is None:
-            return {}
-        shares = zip(self.windows_by_text, self.calibration_sources, strict=True)
-        return {name: 1 - float(filling[rows].double().mean()) / self.window_length for name, rows in shares}
+        filling = {name: text.num_filling for name, text in self._read.items() if text.num_filling is not None}
+        return {name: 1 - float(tokens.double().mean()) / self.window_length for name, tokens in filling.items()}
 
     def checked_window(self, num_ids: int) -> tuple[Tensor, Tensor | None]:
         """Token ids [1, T] and positions of the window that the model is checked on before a run starts.

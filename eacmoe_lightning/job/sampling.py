@@ -157,7 +157,7 @@ class SampledTexts:
         ids, counts = tensors["input_ids"].long(), None
         if self.data.answers_only:
             counts = tensors["chosen"].bool()
-        if self.data.separate:
+        if self._one_document:
             first = torch.arange(ids.shape[1]) < tensors["first"].unsqueeze(1)
             counts = first if counts is None else counts & first
         return Windows(ids, counts)
@@ -258,7 +258,7 @@ class SampledTexts:
         number, length = self.data.windows_by_text[name], self.data.window_length
         server, parts = self._server(source), [read_tensors(path)[0] for path in _parts(folder)]
         try:
-            while not enough(parts, number, length, self.data.separate):
+            while not enough(parts, number, length, self._one_document):
                 generator = self._generator(f"{name} {len(parts)}")
                 given = self._openings(name, REQUESTS, generator)
                 parts.append(
@@ -267,11 +267,16 @@ class SampledTexts:
                 write_tensors(_part(folder, len(parts) - 1), parts[-1])
         except ServerError as error:
             raise ValueError(f"{OPTION}: {error}. Finished answers are kept: the same command goes on") from error
-        rows = pack(parts, number, length, self.data.tokens.eos_token_id or 0, self.data.separate)
+        rows = pack(parts, number, length, self.data.tokens.eos_token_id or 0, self._one_document)
         ends = self._ends(self._openings(name, 1, self._generator(name)))
         self._finish(folder, _with_documents(rows["input_ids"], rows["chosen"], ends))
 
     # --- settings ---------------------------------------------------------------------------------------------
+
+    @property
+    def _one_document(self) -> bool:
+        """Whether only the first document of a sampled window counts."""
+        return self.data.documents != "joined"
 
     def _recipe(self, name: str, source: SampledSource) -> dict[str, Any]:
         return {
@@ -281,7 +286,7 @@ class SampledTexts:
             "seed": self.data.seed,
             "temperature": self.data.temperature,
             "sample_start": self.data.sample_start,
-            "separate": self.data.separate,
+            "one_document": self._one_document,
         }
 
     def _fingerprint(self, source: SampledSource) -> str | None:
