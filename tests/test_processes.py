@@ -83,7 +83,8 @@ def test_two_processes_remove_the_same_experts_as_one(tiny_model_dir, tmp_path):
     assert config["kept_experts"] == {block: row["kept"] for block, row in one.items()}
 
 
-def test_two_processes_count_the_same_answers_as_one(tiny_model_dir, tmp_path):
+@pytest.mark.parametrize("documents", ["joined", "packed"])
+def test_two_processes_count_the_same_answers_as_one(documents, tiny_model_dir, tmp_path):
     """Only the answers of chats of two texts count; sgd and the joint stage take means over them."""
     talk = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
@@ -98,6 +99,7 @@ def test_two_processes_count_the_same_answers_as_one(tiny_model_dir, tmp_path):
         "data__calibration": f"[{tmp_path}/sums.jsonl, {tmp_path}/products.jsonl]",
         "data__chat_template": tmp_path / "talk.jinja",
         "data__answers_only": "true",
+        "data__documents": documents,
         "model__router_method": "sgd",
         "model__joint_epochs": 1,
         "model__joint_router_lr": 3e-4,

@@ -81,6 +81,16 @@ PRUNED = [
     ["call", "eacmoe_lightning.job.qesc.QESC._joint_losses", 2],
 ]
 
+# with documents that share windows
+PACKED = {"data__documents": "packed", "data__num_windows": 12}
+WHILE_PACKED = [
+    ["call", "eacmoe_lightning.job.qesc.check_original", 1],
+    ["phase", "1 attention", 1],
+    ["call", "eacmoe_lightning.job.qesc.QESC._router_loss", 8],
+    ["phase", "2 replay", 1],
+    ["call", "eacmoe_lightning.job.qesc.QESC._joint_loss", 2],
+]
+
 # with weights on a lattice
 LATTICE = {"model__quantizer": "lattice", "model__bits": 2.75}
 ON_LATTICE = [
@@ -102,6 +112,11 @@ def undisturbed(tmp_path_factory, tiny_model_dir) -> Callable[[str, dict], Path]
         return done[family]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def short_texts(tmp_path_factory) -> Path:
+    return jobs.short_texts(tmp_path_factory.mktemp("short"))
 
 
 def attempts(model: Path, run: Path, places: list, more: dict) -> str:
@@ -217,12 +232,15 @@ def test_random_kills():
         ("deepseek", EPOCHS, {}, {}),
         ("mixtral", PRUNED, EVERY_STEP, PRUNING),
         ("qwen2_moe", ON_LATTICE, EVERY_STEP, LATTICE),
+        ("phimoe", WHILE_PACKED, EVERY_STEP, PACKED),
     ],
-    ids=["checkpoints of steps", "checkpoints of epochs", "pruning", "lattice"],
+    ids=["checkpoints of steps", "checkpoints of epochs", "pruning", "lattice", "packed documents"],
 )
 def test_a_killed_job_ends_like_an_undisturbed_one(
-    family, places, more, options, undisturbed, tiny_model_dir, tmp_path
+    family, places, more, options, undisturbed, short_texts, tiny_model_dir, tmp_path
 ):
+    if options is PACKED:
+        options = options | {"data__calibration": short_texts}
     attempts(tiny_model_dir(family), tmp_path / "run", places, {**more, **options})
     reference = undisturbed(family, options)
     for part in ("blocks", "compressed"):
