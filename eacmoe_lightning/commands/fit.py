@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -37,7 +38,10 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class CommandLine(LightningCLI):
+    """Lightning's command line with the defaults of a run directory."""
+
     def __init__(self, args: ArgsType = None) -> None:
+        self._words = sys.argv[1:] if args is None else args
         super().__init__(
             QESC,
             TextWindows,
@@ -50,6 +54,12 @@ class CommandLine(LightningCLI):
             seed_everything_default=False,
             args=args,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """Lightning's commands; only the one that the first word names, since building all four parsers takes long."""
+        every = LightningCLI.subcommands()
+        named = next(iter(self._words), None) if isinstance(self._words, list) else None
+        return {named: every[named]} if named in every else every
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's, with a `--config` that also takes names."""

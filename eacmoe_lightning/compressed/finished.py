@@ -39,12 +39,14 @@ class FinishedBlocks:
         self.unquantized = unquantized or {}
         self.original, self.run = original, run
         self.trained, self.scales, self.codes = trained or {}, scales or {}, codes or {}
+        self._moe = MoEModel(original.skeleton())
         self._kept = {
             str(block.index): removed.kept
-            for block in MoEModel(original.skeleton()).blocks
+            for block in self._moe.blocks
             if (removed := read_stats(run, block.index).pruning) is not None
         }
-        self._moe = MoEModel(self.skeleton())
+        if self._kept:
+            self._moe = MoEModel(self.skeleton())
         self._owners = {name: block for block in self._moe.blocks for name in block.weights()}
         state = self._moe.model.state_dict()
         self._shapes = {name: tensor.shape for name, tensor in state.items()}

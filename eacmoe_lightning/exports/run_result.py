@@ -15,11 +15,13 @@ from eacmoe_lightning.calibration.overflow import refuse_overflow
 from eacmoe_lightning.compressed.directory import CompressedWeights, save_compressed
 from eacmoe_lightning.compressed.format import LATTICE, read_config
 from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import StoreError
+from eacmoe_lightning.run.hidden import State
 from eacmoe_lightning.runtime.packed_modules import packed_in_place
 from eacmoe_lightning.skipping.apply import resting
 
@@ -61,48 +63,50 @@ def write_result(
     refuse_overflow("the logits of the compressed model (its final norm or its head)", logits)
     reloaded = StreamedModel(CompressedWeights(run.compressed), moe.device)
     with resting(reloaded.model):  # without the skipping rule that the directory may hold
-        reloaded_logits = reloaded.logits(tokens)
+        reloaded_logits = _checked_logits(reloaded, run.compressed, tokens)
     if not torch.equal(logits, reloaded_logits):
         raise StoreError(
             f"{run.compressed} reloads with logits that differ from the written model's by up to "
             f"{(logits - reloaded_logits).abs().max():.3g}. This is a bug in eacmoe-lightning; the run's blocks stay"
         )
-    _check_packed(run.compressed, moe.device, tokens)
     if description.get("quantizer") == "none" and len({block.num_experts for block in moe.moe_blocks}) == 1:
         shutil.rmtree(run.dense, ignore_errors=True)
         export(str(run.path), str(run.dense), "dense")
 
 
-def _check_packed(directory: Path, device: torch.device, tokens: Tensor) -> None:
-    """Compares each block with packed modules with the same block decoded, on the decoded model's states.
+def _checked_logits(moe: StreamedModel, directory: Path, tokens: Tensor) -> Tensor:
+    """The logits [B, T, V] of a compressed directory's decoded model; each block is also run with packed modules.
 
     Raises:
         StoreError: a block does not run packed, or gives something else.
     """
-    weights = CompressedWeights(directory)
-    if LATTICE in read_config(directory)["quantization"]:
-        return  # such weights are always decoded
-    moe, state = StreamedModel(weights, device), None
+    is_packed, state = LATTICE not in read_config(directory)["quantization"], None  # lattices are always decoded
     for index, block in enumerate(moe.blocks):
         with moe.loaded(index):
             call = moe.call(index, tokens, state)
-            expected, _ = block.forward(call)
-            quantized = weights.quantized(index)
-            if quantized:
-                try:
-                    with packed_in_place(moe.model, quantized):
-                        got = block.layer(*call.args, **call.kwargs)
-                except (AttributeError, TypeError, RuntimeError) as error:
-                    raise StoreError(
-                        f"{directory} was written, but {block.name} does not run with packed weights ({error}): "
-                        "load it with packed=False"
-                    ) from error
-                own, packed = (tree_leaves(state)[0].float() for state in (expected, got))
-                # the median over tokens: rounding may send a few of them to other experts
-                difference = float(((packed - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-30)).median())
-                if difference > PACKED_LIMIT:
-                    raise StoreError(
-                        f"{directory} was written, but {block.name} with packed weights differs from the same decoded "
-                        f"by {difference:.2g} of its output: load it with packed=False"
-                    )
-            state = expected
+            state, _ = block.forward(call)
+            if is_packed and (quantized := moe.weights.quantized(index)):
+                _check_packed(moe, block, call, quantized, state, directory)
+    return moe.head(state, tokens)
+
+
+def _check_packed(
+    moe: StreamedModel, block: Block, call: Call, quantized: dict[str, Quantized], decoded: State, directory: Path
+) -> None:
+    """Compares a block with packed modules with what it hands over with decoded weights."""
+    try:
+        with packed_in_place(moe.model, quantized):
+            got = block.layer(*call.args, **call.kwargs)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise StoreError(
+            f"{directory} was written, but {block.name} does not run with packed weights ({error}): load it with "
+            "packed=False"
+        ) from error
+    own, packed = (tree_leaves(state)[0].float() for state in (decoded, got))
+    # the median over tokens: rounding may send a few of them to other experts
+    difference = float(((packed - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-30)).median())
+    if difference > PACKED_LIMIT:
+        raise StoreError(
+            f"{directory} was written, but {block.name} with packed weights differs from the same decoded by "
+            f"{difference:.2g} of its output: load it with packed=False"
+        )

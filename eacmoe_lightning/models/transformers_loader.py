@@ -238,6 +238,8 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         model = auto_class(config).from_config(config, dtype=dtype)
     persistent = {name for name in model.state_dict() if name in dict(model.named_buffers())}
     model._move_missing_keys_from_meta_to_device(persistent, None, None, None)
+    for parameter in model.parameters():  # values for them would be drawn, which takes longer than all the rest
+        parameter._is_hf_initialized = True
     model._initialize_missing_keys(False)
     _keep_pinned_dtypes(model, dtype)
     return model.eval().requires_grad_(False)
