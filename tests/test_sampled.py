@@ -40,6 +40,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FEW = {"data__num_windows": 4, "data__heldout": "[]", "model__router_method": "none"}
 
 
+TEMPLATE = (
+    "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% if turn.role == 'assistant' %}{{ eos_token }}"
+    "\n{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 SELECTS_TOKENS = {"dots3_note_text": 4}  # tokens that differ: with a cache, attention selects others where scores tie
 
 
@@ -400,6 +404,16 @@ def test_two_processes_end_like_one(tiny_model_dir, tmp_path):
     assert_same(tmp_path / "run", alone, chooses=True)
 
 
+def test_a_model_writes_chats(tiny_model_dir, tmp_path):
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    options = {"sample_start": "chat", "answers_only": True, "chat_template": str(tmp_path / "chat.jinja")}
+    texts = texts_of(tiny_model_dir("mixtral"), tmp_path / "run", "self:3", window_length=100, **options)
+    for ids, counts in zip(written(texts), texts.data.calibration_weights, strict=True):
+        given = texts.data.tokens.decode(ids[: int((~counts).int().argmin())])
+        assert given.startswith("[user]") and given.removeprefix("[user]").partition("[assistant]")[0] in PROMPTS
+        assert given.endswith("[assistant]") and counts.any()
+
+
 # --- from another model
 
 
@@ -503,10 +517,7 @@ def test_texts_are_joined_or_get_windows_of_their_own():
 
 def test_chats_of_a_server(tiny_model_dir, tmp_path):
     model = tiny_model_dir("mixtral")
-    (tmp_path / "chat.jinja").write_text(
-        "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% if turn.role == 'assistant' %}{{ eos_token }}"
-        "\n{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
     options = {"sample_start": "chat", "answers_only": True, "chat_template": str(tmp_path / "chat.jinja")}
     with serving(model, stops_after=4) as server:
         texts = texts_of(model, tmp_path / "run", f"self:2:{server.url}", window_length=128, **options)
