@@ -194,6 +194,10 @@ class TextWindows(L.LightningDataModule):
     @cached_property
     def _calibration(self) -> Windows:
         texts = self._read | self._sampled
+        if missing := [self.calibration_texts[name] for name in self.calibration_texts if name not in texts]:
+            raise ValueError(
+                f"--data.calibration: {missing[0]} is sampled by the model when `fit` begins, and not before"
+            )
         return join_windows([texts[name] for name in self.calibration_texts])
 
     @property

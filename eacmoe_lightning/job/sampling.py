@@ -33,7 +33,7 @@ from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.answers import REQUESTS, ask, enough, pack
 from eacmoe_lightning.text.languages import languages, scripts
 from eacmoe_lightning.text.openings import Openings, openings
-from eacmoe_lightning.text.sampled import FORMS, SampledSource
+from eacmoe_lightning.text.sampled import FORMS, SampledSource, sampled_source
 from eacmoe_lightning.text.server import Server, ServerError
 from eacmoe_lightning.text.windows import Windows
 
@@ -107,12 +107,19 @@ class SampledTexts:
                     write_json(path, recipe)
                 continue
             for key, value in recipe.items():
-                if held.get(key) != value:
+                if held.get(key) != value and not (key == "source" and self._has_moved(held, source)):
                     raise ValueError(
                         f"{self.run.path} (--trainer.default_root_dir) holds a run with other settings: "
                         f"--data.calibration, {name}: {key} was {held.get(key)!r} and is now {value!r}. Nothing was "
                         "changed: pass another --trainer.default_root_dir, or the settings of that run"
                     )
+
+    def _has_moved(self, held: dict[str, Any], source: SampledSource) -> bool:
+        """Whether a source differs from the one that a recipe holds only by where its server or its model is."""
+        before = sampled_source(held["source"])
+        if None in (before.model, source.model) or before.num != source.num or before.is_server != source.is_server:
+            return False
+        return source.is_server or self._fingerprint(source) == held["fingerprint"]
 
     # --- the windows ------------------------------------------------------------------------------------------
 
@@ -281,6 +288,7 @@ class SampledTexts:
     def _recipe(self, name: str, source: SampledSource) -> dict[str, Any]:
         return {
             "source": source.stored,
+            "dtype": self.dtype,
             "windows": self.data.windows_by_text[name],
             "window_length": self.data.window_length,
             "seed": self.data.seed,
