@@ -49,42 +49,42 @@ def test_gradients_pass_the_rounding_of_codes_and_scales(weight):
     scale = quantized.scale.float().requires_grad_()
     moved = movable(weight, quantized, 0.5)
     moved.position.requires_grad_()
-    decoded = decode(quantized, scale, moved, torch.float32)
+    decoded = torch.stack([decode(quantized, scale, moved, torch.float32, e) for e in range(len(weight))])
     assert torch.equal(decoded, quantized.dequantize())
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     (decoded * gradient).sum().backward()
     expected = gradient * quantized.scale.float().repeat_interleave(32, -1)
-    torch.testing.assert_close(moved.position.grad, expected.flatten()[moved.place])
+    expected = torch.cat([expected[e].flatten()[moved.of(e)[1]] for e in range(len(weight))])
+    torch.testing.assert_close(moved.position.grad, expected)
     steps = quantized.codes.float() - quantized.zero_point.float().repeat_interleave(32, -1)
     torch.testing.assert_close(scale.grad, (gradient * steps).unflatten(-1, (2, 32)).sum(-1))
-    assert torch.equal(decode(quantized, None, None, torch.float32), quantized.dequantize())
+    assert torch.equal(decode(quantized, None, None, torch.float32, 1), quantized.dequantize()[1])
 
 
 @pytest.mark.parametrize("reach", [0.01, 0.2])
-def test_exactly_the_codes_within_reach_can_be_moved(weight, reach):
+@pytest.mark.parametrize("bits", [2, (2, 3, 4)])
+def test_exactly_the_codes_within_reach_can_be_moved(weight, bits, reach):
     quantized = round_to_nearest(weight, Grid(2, 32))
+    quantized.bits = bits
     moved = movable(weight, quantized, reach)
     position = start_positions(weight, quantized)
     neighbour = quantized.nearest(position + (position - quantized.codes).sign() * reach)
-    assert torch.equal(moved.place.long(), (neighbour != quantized.codes).flatten().nonzero().squeeze(1))
+    for e in range(len(weight)):
+        assert torch.equal(moved.of(e)[1].long(), (neighbour != quantized.codes)[e].flatten().nonzero().squeeze(1))
     assert 0 < len(moved.place) < weight.numel()
     assert torch.equal(codes_of(quantized, moved), quantized.codes)  # nothing has moved
     moved.position += (moved.position - moved.position.round()).sign() * reach
     assert torch.equal(codes_of(quantized, moved).float(), neighbour)
-    assert torch.equal(decode(quantized, None, moved, torch.float32), quantized.dequantize(codes=neighbour))
+    assert torch.equal(decode(quantized, None, moved, torch.float32, 2), quantized.dequantize(codes=neighbour)[2])
 
 
-def test_a_stack_is_decoded_some_experts_at_a_time(weight, monkeypatch):
-    quantized = round_to_nearest(weight, Grid(3, 32))
-    whole = movable(weight, quantized, 0.2)
-    monkeypatch.setattr("eacmoe_lightning.tuning.codes.DECODED_TOGETHER", 2 * weight[0].numel())
-    moved = movable(weight, quantized, 0.2)
-    assert len(moved.starts) == 3 and torch.equal(moved.position, whole.position)
-    moved.position += 0.2
-    whole.position += 0.2
-    decoded = decode(quantized, None, moved, torch.float32)
-    monkeypatch.undo()
-    assert torch.equal(decoded, decode(quantized, None, whole, torch.float32))
+def test_a_matrix_is_trained_like_an_expert(weight):
+    stack, matrix = (round_to_nearest(w, Grid(3, 32)) for w in (weight[:1], weight[0]))
+    of_stack, of_matrix = movable(weight[:1], stack, 0.1), movable(weight[0], matrix, 0.1)
+    assert torch.equal(of_stack.position, of_matrix.position) and torch.equal(of_stack.place, of_matrix.place)
+    of_stack.position += 0.1
+    of_matrix.position += 0.1
+    assert torch.equal(codes_of(stack, of_stack)[0], codes_of(matrix, of_matrix))
 
 
 def test_losses_by_hand():

@@ -29,6 +29,7 @@ from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.solver import BlockSolver
 from eacmoe_lightning.calibration.streams import Streams, concatenate
 from eacmoe_lightning.models.block import Block, Call
+from eacmoe_lightning.models.checkpoint import put
 from eacmoe_lightning.models.experts import Groups
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
@@ -200,6 +201,11 @@ class Calibration:
         if self._router_input is not None:
             self._router_input.delete()
         self._router_input = None
+
+    def drop_weights(self) -> None:
+        """Frees the memory of the block's quantized weights until `take_trained`."""
+        for name in self.solver.solved:
+            put(self.moe.model, name, self.moe.model.get_parameter(name).detach().to("meta"))
 
     @torch.no_grad()
     def take_trained(
@@ -415,7 +421,11 @@ class Calibration:
         block = self.moe.blocks[self.at]
         weights = block.weights()
         for name, q in quantized.items():
-            weights[name][1].copy_(q.dequantize(weights[name][1].dtype))
+            decoded = q.dequantize(weights[name][1].dtype)
+            if weights[name][1].is_meta:
+                put(self.moe.model, name, block.as_parameter(name, decoded).contiguous())
+            else:
+                weights[name][1].copy_(decoded)
         for name, tensor in others.items():
             block.layer.get_parameter(name.removeprefix(f"{block.name}.")).copy_(tensor)
 

@@ -78,9 +78,9 @@ class BlockStage:
         """The loss of every token of windows with these global indices [b] -> [b, T], differentiable."""
         block = self.block
         call, target, teacher = self.calibration.block_rows(window_ids)
-        weights = self.parts.routers_and_norms([block]) | self.parts.decoded([block])
+        weights = self.parts.routers_and_norms([block]) | self.parts.decoded(block)
         weights = {name.removeprefix(f"{block.name}."): weight for name, weight in weights.items()}
-        state, routing = block.forward(call, weights=weights)
+        state, routing = block.forward(call, weights=weights, expert=self.parts.expert(block))
         losses = reconstruction(hidden_of(state), target, self.progress.unit)
         if block.calibrates and self.weight:
             students, teachers = {block.index: block.choice(routing.logits)}, {block.index: block.choice(teacher)}

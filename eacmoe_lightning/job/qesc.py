@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -405,6 +405,7 @@ class QESC(Comparison):
             self._solve(keep=True)
             if not self.parts.codes:
                 self.parts.take_codes(self.calibration.solver.solved)
+                self.calibration.drop_weights()
         if stage == "joint" and self.fit_state.compressed is None:
             self.parts.take_finished()
             self.fit_state.compressed = StreamedModel(self.parts.untrained(), self.device)
@@ -549,8 +550,12 @@ class QESC(Comparison):
         with torch.no_grad():
             target = self.moe.head(last_state, batch["input_ids"]).float().log_softmax(-1)
         compressed = self.fit_state.compressed
-        with compressed.recorded_logits() as students:
-            weights = self.parts.routers_and_norms() | self.parts.decoded(self.moe.blocks)
+        weights = self.parts.routers_and_norms()
+        with ExitStack() as running:
+            students = running.enter_context(compressed.recorded_logits())
+            for block in compressed.blocks:
+                weights |= self.parts.decoded(block)
+                running.enter_context(block.experts_run_by(self.parts.expert(block)))
             arguments = inputs(batch["input_ids"], batch.get("position_ids"))
             logits = torch.func.functional_call(compressed.model, weights, kwargs=arguments).logits
         losses = distillation(logits, target).flatten()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from eacmoe_lightning.compressed.finished import FinishedBlocks
 from eacmoe_lightning.models.block import Block
@@ -225,16 +226,36 @@ class TrainedParts:
     def _dtypes(self) -> dict[str, torch.dtype]:
         return {name: tensor.dtype for name, tensor in self.moe.model.state_dict().items()}
 
-    def decoded(self, blocks: Collection[Block]) -> dict[str, Tensor]:
-        """The blocks' decoded weights in training, by parameter name, differentiable."""
+    def decoded(self, block: Block) -> dict[str, Tensor]:
+        """The block's weights in training but for the experts', by parameter name, differentiable.
+
+        The backward pass decodes them again instead of keeping what decoding computes on its way.
+        """
         return {
-            name: block.as_parameter(
-                name, decode(self.codes[name], self.scales.get(name), self.moved.get(name), self._dtypes[name])
-            )
-            for block in blocks
-            for name in block.weights()
-            if name in self.scales or name in self.moved
+            name: checkpoint(self._decode, name, use_reentrant=False, preserve_rng_state=False)
+            for name, (part, _) in block.weights().items()
+            if part != "experts" and self._trains(name)
         }
+
+    def expert(self, block: Block) -> Callable[[int, Tensor], Tensor] | None:
+        """Runs one of the block's experts on rows [n, D] with its weights in training; None if they are not trained.
+
+        The weights of one expert at a time are decoded, in the backward pass again.
+        """
+        names = [f"{block.name}.{block.experts_name}.{p}" for p in block.experts.projections] if block.is_moe else []
+        if not any(self._trains(name) for name in names):
+            return None
+
+        def run(expert: int, x: Tensor) -> Tensor:
+            return block.experts.output(x, expert, *(self._decode(name, expert) for name in names))
+
+        return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+
+    def _trains(self, name: str) -> bool:
+        return name in self.scales or name in self.moved
+
+    def _decode(self, name: str, expert: int = 0) -> Tensor:
+        return decode(self.codes[name], self.scales.get(name), self.moved.get(name), self._dtypes[name], expert)
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """The weights in training as they are now, by parameter name."""

@@ -5,8 +5,8 @@ Letters: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E expert
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from eacmoe_lightning.models.experts import Experts, Groups
+from eacmoe_lightning.models.experts import Experts, Groups, run_by_expert
 from eacmoe_lightning.models.routing import Handles, Reached, Routing, Watcher, keep_logits, show_routing
 from eacmoe_lightning.routers.choice import Scoring, find_scoring
 from eacmoe_lightning.routers.router_weights import forced_weights
@@ -174,7 +174,11 @@ class Block:
     # --- running the block -------------------------------------------------------------------
 
     def forward(
-        self, call: Call, force_ids: Tensor | None = None, weights: dict[str, Tensor] | None = None
+        self,
+        call: Call,
+        force_ids: Tensor | None = None,
+        weights: dict[str, Tensor] | None = None,
+        expert: Callable[[int, Tensor], Tensor] | None = None,
     ) -> tuple[State, Routing | None]:
         """Runs the block: its call -> what it hands to the next block, and its routing.
 
@@ -182,7 +186,8 @@ class Block:
         on to later blocks, it is a dict of the `output` and of `shared` and `history`, as in `Call`.
 
         With `force_ids` [N, K] the given experts run instead of the router's choice, with the weights
-        that the router's scores give them (EAC-MoE, table 1). `weights` replace the layer's, by name in the layer.
+        that the router's scores give them (EAC-MoE, table 1). `weights` replace the layer's, by name in the layer;
+        `expert` runs in the place of each expert: its number, rows [n, D] -> [n, D].
         """
         routings: list[Routing] = []
 
@@ -198,10 +203,11 @@ class Block:
         before = {name: dict(values) for name, values in call.shared_dicts().items()}
         handle = self.watch_router(record) if self.is_moe else None
         try:
-            if weights is None:
-                output = self.layer(*call.args, **call.kwargs)
-            else:
-                output = torch.func.functional_call(self.layer, weights, call.args, call.kwargs)
+            with self.experts_run_by(expert):
+                if weights is None:
+                    output = self.layer(*call.args, **call.kwargs)
+                else:
+                    output = torch.func.functional_call(self.layer, weights, call.args, call.kwargs)
         finally:
             if handle is not None:
                 handle.remove()
@@ -305,18 +311,21 @@ class Block:
         finally:
             hooks.remove()
 
-    @contextmanager
-    def without_experts(self) -> Iterator[None]:
+    def without_experts(self) -> AbstractContextManager[None]:
         """Makes the routed experts return zeros at no cost, to compute what does not depend on them."""
-        module = self.experts.module
-        before = vars(module).get("forward")
-        module.forward = lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
-        try:
-            yield
-        finally:
-            del module.forward  # uncovers the method of the class
-            if before is not None:
-                module.forward = before
+        return self.experts.replaced(lambda hidden, *args, **kwargs: torch.zeros_like(hidden))
+
+    def experts_run_by(self, expert: Callable[[int, Tensor], Tensor] | None) -> AbstractContextManager[None]:
+        """Makes `expert` run in the place of each routed expert (see `forward`); None changes nothing."""
+        if expert is None:
+            return nullcontext()
+
+        def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+            out = run_by_expert(rows, top_k_index, top_k_weights, self.num_experts, expert)
+            return out.view(hidden_states.shape)
+
+        return self.experts.replaced(forward)
 
     def depends_on_experts(self, module: nn.Module, call: Call) -> bool:
         """Whether the input of `module` changes if the routed experts return zeros."""

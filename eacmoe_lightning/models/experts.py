@@ -5,9 +5,12 @@ Letters: N tokens, D hidden, F expert width, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -41,15 +44,57 @@ class Experts:
     def bias(self, projection: str, expert: int) -> Tensor | None:
         return getattr(self.module, f"{projection}_bias")[expert] if self.module.has_bias else None
 
-    def intermediate(self, x: Tensor, expert: int) -> Tensor:
-        """The input of `down_proj`: [n, D] -> [n, F] (gate, up and activation of one expert)."""
-        h = nn.functional.linear(x, self.weight(self.up_name)[expert], self.bias(self.up_name, expert))
+    def intermediate(self, x: Tensor, expert: int, up: Tensor | None = None) -> Tensor:
+        """The input of `down_proj`: [n, D] -> [n, F] (gate, up and activation of one expert).
+
+        `up` [O, D] replaces the expert's weight.
+        """
+        up = self.weight(self.up_name)[expert] if up is None else up
+        h = nn.functional.linear(x, up, self.bias(self.up_name, expert))
         return self.module._apply_gate(h) if self.module.has_gate else self.module.act_fn(h)
 
-    def output(self, x: Tensor, expert: int) -> Tensor:
-        """One expert: [n, D] -> [n, D]."""
-        h = self.intermediate(x, expert)
-        return nn.functional.linear(h, self.weight("down_proj")[expert], self.bias("down_proj", expert))
+    def output(self, x: Tensor, expert: int, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+        """One expert: [n, D] -> [n, D]. `up` [O, D] and `down` [D, F] replace its weights."""
+        h = self.intermediate(x, expert, up)
+        down = self.weight("down_proj")[expert] if down is None else down
+        return nn.functional.linear(h, down, self.bias("down_proj", expert))
+
+    @contextmanager
+    def replaced(self, forward: Callable) -> Iterator[None]:
+        """Gives the module another forward pass inside the `with` block."""
+        before = vars(self.module).get("forward")
+        self.module.forward = forward
+        try:
+            yield
+        finally:
+            del self.module.forward  # uncovers the method of the class
+            if before is not None:
+                self.module.forward = before
+
+
+def run_by_expert(
+    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, expert: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """[N, D] -> [N, D]: `expert(e, rows)` on the tokens of each expert, summed by weight in float32; to be trained.
+
+    Tokens are gathered once, so that the backward pass of an expert touches its own rows alone.
+
+    Args:
+        x: [N, D].
+        ids: [N, K], the experts of each token; a pair with an id beyond them computes nothing.
+        weights: [N, K].
+    """
+    pairs, top_k = ids.flatten(), ids.shape[1]
+    order = pairs.argsort(stable=True)
+    counts = torch.bincount(pairs.clamp(max=num_experts), minlength=num_experts + 1).tolist()
+    order = order[: len(order) - counts[-1]]
+    rows = x[order // top_k].split(counts[:-1])
+    outputs = [expert(e, part) for e, part in enumerate(rows) if len(part)]
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    if outputs:
+        weighted = torch.cat(outputs).float() * weights.flatten()[order, None].float()
+        out = out.index_add(0, order // top_k, weighted)
+    return out.to(x.dtype)
 
 
 @dataclass(frozen=True)

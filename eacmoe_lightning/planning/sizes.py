@@ -147,18 +147,23 @@ def num_bytes(parameters: Iterable, itemsize: int) -> int:
     return sum(parameter.numel() for parameter in parameters) * itemsize
 
 
-def trained_bytes(quantized: int, kinds: Collection[str], itemsize: int) -> int:
-    """Memory of the codes, decoded weights, gradients and positions while this many quantized weights are trained."""
+def trained_bytes(blocks: Iterable[Block], kinds: Collection[str]) -> int:
+    """Memory of the codes and positions of blocks in training, and of the linears decoded from them with gradients.
+
+    Experts are decoded one at a time.
+    """
     if not {"scale", "code"} & set(kinds):
         return 0
-    return int(quantized * (1 + 2 * itemsize + ("code" in kinds) * MOVABLE * POSITION_BYTES))
+    each = 1 + ("code" in kinds) * MOVABLE * POSITION_BYTES
+    weights = [(part, weight) for block in blocks for part, weight in block.weights().values()]
+    decoded = sum(2 * num_bytes([weight], weight.element_size()) for part, weight in weights if part != "experts")
+    return int(sum(weight.numel() for _, weight in weights) * each) + decoded
 
 
 def joint_bytes(moe: MoEModel, job: Job) -> int:
     """Memory of the weights in the joint stage, without activations: all weights, and what training them takes."""
-    itemsize = moe.model.dtype.itemsize
-    everything = num_bytes(moe.model.parameters(), itemsize)
-    return everything + trained_bytes(num_quantized(moe), job.joint_kinds, itemsize)
+    everything = num_bytes(moe.model.parameters(), moe.model.dtype.itemsize)
+    return everything + trained_bytes(moe.blocks, job.joint_kinds)
 
 
 def sampling_bytes(moe: MoEModel, windows: int, window_length: int) -> int:
@@ -265,12 +270,16 @@ def _step_bytes(quantized: int, kinds: Collection[str], activations: float) -> f
 def _block_stage(cost: Cost, block: Block, shapes: _Shapes, job: Job, here: float, hidden: int, stream: float) -> None:
     """Adds the passes that train a block: forward and backward, on x_hat and the original block's output."""
     itemsize, quantized = next(block.layer.parameters()).element_size(), _num_quantized(block)
-    share, epochs = 1 / job.processes, job.block_epochs
-    activations = job.batch_size * job.window_length * itemsize * (12 * hidden + 4 * shapes.activations)
+    share, epochs, tokens = 1 / job.processes, job.block_epochs, job.batch_size * job.window_length
+    experts = sum(rows * columns for rows, columns in shapes.experts)
+    per_token = itemsize * (12 * hidden + 4 * shapes.shared_activations) + 16 * shapes.top_k * hidden
+    activations = tokens * per_token + 16 * experts  # the second: one expert decoded, with gradients
     read = 2 * epochs * stream * share
+    trains = {"scale", "code"} & set(job.block_kinds)
+    in_memory = here - quantized * itemsize if trains else here  # these weights are decoded from codes instead
     cost.add(
-        here + trained_bytes(quantized, job.block_kinds, itemsize) + activations,
-        flops=3 * epochs * job.tokens * share * shapes.forward,
+        in_memory + trained_bytes([block], job.block_kinds) + activations,
+        flops=4 * epochs * job.tokens * share * shapes.forward,  # experts' forward pass runs twice
         loop_bytes=job.steps(epochs) * _step_bytes(quantized, job.block_kinds, activations),
         read_bytes=read,
         again_bytes=read,
@@ -314,7 +323,7 @@ class _Shapes:
         scores = 2 * length * max(heads, default=hidden)  # queries with keys and attention weights with values, causal
         self.attention_forward = sum(2 * rows * columns for _, rows, columns in self.attention) + scores
         self.forward = self.attention_forward + sum(2 * rows * columns for _, rows, columns in self.shared)
-        self.activations = sum(rows for _, rows, _ in self.shared)
+        self.activations = self.shared_activations = sum(rows for _, rows, _ in self.shared)
         self.top_k, self.experts = top_k, []
         self.num_experts = round(block.num_experts * job.share(block.num_experts)) if block.is_moe else 0
         if block.is_moe:
