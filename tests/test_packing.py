@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.job.data import TextWindows
@@ -255,6 +255,18 @@ def test_a_model_without_position_ids_is_refused():
     model.forward = lambda input_ids, use_cache: forward(input_ids=input_ids, use_cache=use_cache)
     with pytest.raises(ValueError, match="its forward pass takes no position ids.*--data.documents separate"):
         check(MoEModel(model))
+
+
+def test_what_is_only_finite_alone_is_refused():
+    def overflow(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output * float("nan") if args[0].shape[1] == IDS.shape[1] else output
+
+    model = tiny_models.build("mixtral")
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(overflow)
+    with pytest.raises(ValueError, match=r"mixtral does not keep documents .*model\.layers\.1: a token differs by nan"):
+        check(MoEModel(model))
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, args, output: output * float("inf"))
+    check(MoEModel(model))  # an overflow of the model itself is reported elsewhere
 
 
 def test_an_embedding_that_reads_the_token_before_is_refused():
