@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eacmoe_lightning.calibration.streams import Streams
+from eacmoe_lightning.evaluation.coverage import coverage, coverage_lines
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.documents import DocumentsAlone, most_telling, spans
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.self_check import check_parts
-from eacmoe_lightning.run.block_file import read_stats
+from eacmoe_lightning.run.block_file import BlockStats, read_stats
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.packing import pack
@@ -146,6 +147,15 @@ def test_how_full_windows_are(data_of, tmp_path):
     assert full["short"] == pytest.approx(float(data.calibration_weights[:4].double().mean()))
     assert data_of().fullness["short"] > 0.95
     assert data_of(documents="joined").fullness == {}
+
+
+def test_the_report_says_it_where_something_fills_windows_up():
+    stats = BlockStats(0, "model.layers.0", source_load=[[1, 0], [2, 3]])
+    report = {"coverage": coverage([stats], {"short": 1, "sampled": 2}, {"short": 0.975})}
+    assert report["coverage"]["short"]["full"] == 0.975 and "full" not in report["coverage"]["sampled"]
+    short, sampled = coverage_lines(report)
+    assert short.startswith("calibrated on short: 1 windows, 98% full, which reach 1 of 2 experts")
+    assert sampled.startswith("calibrated on sampled: 2 windows, which reach 2 of 2 experts, 1 of them alone")
 
 
 def test_where_documents_begin_is_part_of_the_digest(data_of):
