@@ -9,14 +9,15 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from eacmoe_lightning.calibration.streams import Streams
+from eacmoe_lightning.evaluation.coverage import coverage, coverage_lines
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.documents import DocumentsAlone, most_telling, spans
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.self_check import check_parts
-from eacmoe_lightning.run.block_file import read_stats
+from eacmoe_lightning.run.block_file import BlockStats, read_stats
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.packing import pack
@@ -148,6 +149,15 @@ def test_how_full_windows_are(data_of, tmp_path):
     assert data_of(documents="joined").fullness == {}
 
 
+def test_the_report_says_it_where_something_fills_windows_up():
+    stats = BlockStats(0, "model.layers.0", source_load=[[1, 0], [2, 3]])
+    report = {"coverage": coverage([stats], {"short": 1, "sampled": 2}, {"short": 0.975})}
+    assert report["coverage"]["short"]["full"] == 0.975 and "full" not in report["coverage"]["sampled"]
+    short, sampled = coverage_lines(report)
+    assert short.startswith("calibrated on short: 1 windows, 98% full, which reach 1 of 2 experts")
+    assert sampled.startswith("calibrated on sampled: 2 windows, which reach 2 of 2 experts, 1 of them alone")
+
+
 def test_where_documents_begin_is_part_of_the_digest(data_of):
     digests = {data_of(documents=how).calibration_digest for how in ("joined", "separate", "packed")}
     data, same = data_of(), data_of()
@@ -255,6 +265,18 @@ def test_a_model_without_position_ids_is_refused():
     model.forward = lambda input_ids, use_cache: forward(input_ids=input_ids, use_cache=use_cache)
     with pytest.raises(ValueError, match="its forward pass takes no position ids.*--data.documents separate"):
         check(MoEModel(model))
+
+
+def test_what_is_only_finite_alone_is_refused():
+    def overflow(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output * float("nan") if args[0].shape[1] == IDS.shape[1] else output
+
+    model = tiny_models.build("mixtral")
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(overflow)
+    with pytest.raises(ValueError, match=r"mixtral does not keep documents .*model\.layers\.1: a token differs by nan"):
+        check(MoEModel(model))
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, args, output: output * float("inf"))
+    check(MoEModel(model))  # an overflow of the model itself is reported elsewhere
 
 
 def test_an_embedding_that_reads_the_token_before_is_refused():

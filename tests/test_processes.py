@@ -8,11 +8,15 @@ from pathlib import Path
 
 import jobs
 import pytest
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from safetensors.torch import load_file
 from test_launchers import assert_same
 
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.job.block_callback import BlockCallback
+from eacmoe_lightning.run.block_file import read_stats
+from eacmoe_lightning.run.directory import RunDirectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
 OPTIONS = {
@@ -83,8 +87,7 @@ def test_two_processes_remove_the_same_experts_as_one(tiny_model_dir, tmp_path):
     assert config["kept_experts"] == {block: row["kept"] for block, row in one.items()}
 
 
-@pytest.mark.parametrize("documents", ["joined", "packed"])
-def test_two_processes_count_the_same_answers_as_one(documents, tiny_model_dir, tmp_path):
+def test_two_processes_count_the_same_answers_as_one(tiny_model_dir, tmp_path):
     """Only the answers of chats of two texts count; sgd and the joint stage take means over them."""
     talk = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
@@ -99,7 +102,6 @@ def test_two_processes_count_the_same_answers_as_one(documents, tiny_model_dir, 
         "data__calibration": f"[{tmp_path}/sums.jsonl, {tmp_path}/products.jsonl]",
         "data__chat_template": tmp_path / "talk.jinja",
         "data__answers_only": "true",
-        "data__documents": documents,
         "model__router_method": "sgd",
         "model__joint_epochs": 1,
         "model__joint_router_lr": 3e-4,
@@ -115,3 +117,26 @@ def test_two_processes_count_the_same_answers_as_one(documents, tiny_model_dir, 
         name: (text["windows"], text["selections"]) for name, text in two.items()
     }
     assert one["sums"]["selections"] < 3 * 4 * 64 * 2  # fewer than all tokens of four windows in three blocks
+
+
+def test_two_processes_keep_the_same_documents_apart_as_one(tiny_model_dir, tmp_path):
+    """Documents are packed, so each process needs the positions of its own windows."""
+    options = OPTIONS | {
+        "data__calibration": jobs.short_texts(tmp_path),
+        "data__documents": "packed",
+        "model__quantizer": "rtn",  # has no ties to decide
+        "model__router_method": "sgd",
+        "model__joint_epochs": 1,
+        "model__joint_router_lr": 3e-4,
+    }
+    alone, run, model = tmp_path / "alone", tmp_path / "run", tiny_model_dir("qwen2_moe")
+    jobs.fit(model, alone, **options)
+    status, output = launch(2, *jobs.options(model, run, **options))
+    assert status == 0, output[-3000:]
+    assert_same(run, alone)
+    for index in range(3):
+        two, one = (read_stats(RunDirectory(folder), index) for folder in (run, alone))
+        assert two.expert_load["original"] == one.expert_load["original"]
+        files = (folder / "blocks" / f"block_{index:03d}.safetensors" for folder in (run, alone))
+        gates = [load_file(file)[f"model.layers.{index}.mlp.gate.weight"] for file in files]
+        torch.testing.assert_close(*gates, rtol=1e-3, atol=1e-4)

@@ -32,7 +32,7 @@ def coverage(
     return {
         name: {
             "windows": number,
-            **({"full": fullness[name]} if fullness else {}),
+            **({"full": fullness[name]} if fullness and name in fullness else {}),
             "selections": sum(sum(row) for row in load.values()),
             "experts": num_experts,
             "reached": len(mine),
