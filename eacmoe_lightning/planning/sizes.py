@@ -21,12 +21,12 @@ from eacmoe_lightning.calibration.recipe import Recipe, num_quantized
 from eacmoe_lightning.calibration.solver import experts_together, stack_bytes
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.planning.states import passed_on
 from eacmoe_lightning.quantization.gram import TILE
 from eacmoe_lightning.quantization.grid import Grid
 from eacmoe_lightning.routers import ridge
 from eacmoe_lightning.targets import WeightGrid
 
-GENERATIONS = 3  # copies of both streams on disk at the end of a block: before it, after it, the last checkpoint's
 LOADED = 20  # bytes of memory traffic per byte loaded: copies, conversions, pages touched for the first time
 DECODED_BYTES = 48  # memory traffic per weight in a joint step for decoding it and for the gradient of its scale
 POSITION_BYTES = 16  # memory of a trained code: its position, the position's gradient and AdamW's two moments
@@ -150,22 +150,41 @@ def joint_bytes(moe: MoEModel, job: Job) -> int:
 
 def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     """The most bytes that a run directory takes, by purpose."""
-    hidden = job.tokens * moe.config.hidden_size * job.stream_bytes
+    streams, state_bytes = stream_use(moe, job)
     packed, itemsize = packed_bytes(recipe.grids(moe), job.share(moe.num_experts)), moe.model.dtype.itemsize
     unquantized = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
-    evaluated = 2 * job.heldout_tokens * moe.config.hidden_size * itemsize
+    evaluated = 2 * job.heldout_tokens // job.window_length * state_bytes
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
     checkpoint = 0  # the last one and its successor: positions and AdamW's moments; everything else is small
     if job.joint_epochs and job.trains_codes:
         checkpoint = 2 * 12 * num_quantized(moe)
     return {
-        "hidden streams": (2 * GENERATIONS + 1) * hidden,  # and the router's inputs
+        "hidden streams": streams,
         "router logits for the joint stage": teachers,
         "checkpoints": checkpoint,
         "finished blocks": packed,
         "compressed model": packed + unquantized,
         "hidden states of the evaluation": evaluated,
     }
+
+
+def stream_use(moe: MoEModel, job: Job) -> tuple[int, int]:
+    """The most bytes of both streams on disk with what routers and experts read; and of a state in the model's dtype.
+
+    At a block there are the streams before it, after it, and those that the last checkpoint may need. After it the
+    compressed stream comes last, when the experts' inputs are gone.
+    """
+    at_blocks = passed_on(moe, job.window_length)
+    states = [at_blocks[0].output * job.stream_bytes]  # the embedded tokens, the same in both streams
+    states += [one.output * job.stream_bytes + one.more for one in at_blocks]
+    needed = []
+    for index, one in enumerate(at_blocks):
+        before = states[0] if index == 0 else 2 * states[index]
+        checkpoint = 0 if index == 0 else states[0] if index == 1 else 2 * states[index - 1]
+        router, experts = one.router_input * job.stream_bytes, one.expert_input * job.stream_bytes
+        needed.append(checkpoint + before + router + max(2 * states[index + 1], states[index + 1] + experts))
+    itemsize = moe.model.dtype.itemsize
+    return max(needed) * job.num_windows, max(one.output * itemsize + one.more for one in at_blocks)
 
 
 def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
