@@ -21,7 +21,7 @@ def options(model: Path | str, run: Path | str, **more) -> list[str]:
         "model.group_size": 32,
         "model.min_expert_tokens": 32,
         "data.calibration": "bundled:calibration",
-        "data.heldout": "[bundled:prose, bundled:code]",
+        "data.heldout": "{prose: 'bundled:prose[:10%]', code: 'bundled:code[:10%]'}",  # all that is read becomes tokens
         "data.num_windows": 16,
         "data.window_length": 64,
         "data.num_heldout_windows": 3,

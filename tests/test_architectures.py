@@ -17,10 +17,12 @@ import transformers
 from architecture_trial import STEPS, Trial, assert_perplexity, fit, text
 from test_resume import attempts
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eacmoe_lightning import gptqmodel, load
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.run.hidden import hidden_of
 
 QUICK = (
     "deepseek_v3", "gemma4_text", "glm_moe_dsa", "gpt_oss", "granitemoehybrid", "jamba", "lfm2_moe", "llama4_text",
@@ -120,6 +122,20 @@ def test_routing_is_neither_uniform_nor_that_of_the_scores_alone(name):
         for tensor in tensors:
             tensor.zero_()
         assert not tensors or not torch.allclose(other(ids, use_cache=False).logits, logits, atol=1e-3)
+
+
+@slow_unless_quick(SUPPORTED)
+def test_a_block_whose_experts_run_one_by_one_is_the_block(name):
+    """So the block stage trains what the model computes."""
+    ids = torch.randint(1, tiny_models.VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
+    moe, state = MoEModel(architectures.build(name).float()), None
+    for block in moe.blocks:
+        experts = block.experts
+        expert = (lambda e, x, experts=experts: experts.output(x, e)) if block.is_moe else None
+        expected, _ = block.forward(moe.call(block.index, ids, state))
+        output, _ = block.forward(moe.call(block.index, ids, state), expert=expert)
+        torch.testing.assert_close(hidden_of(output), hidden_of(expected), rtol=1e-4, atol=1e-5)
+        state = tree_map_only(torch.Tensor, torch.Tensor.detach, expected)
 
 
 # --- fit, load, use, export

@@ -455,7 +455,7 @@ def test_draft_layers_are_kept_bit_for_bit(layers, option, glm, tmp_path, recwar
 
 def test_draft_layers_go_with_removed_experts(glm, tmp_path):
     folder, draft = with_draft(glm, tmp_path / "model", numbered, num_nextn_predict_layers=1)
-    with pytest.warns(UserWarning, match=f"draft layers.*and {len(draft) - 1} more tensors.*left out.*promises 0"):
+    with pytest.warns(UserWarning, match=f"draft layers.*and {len(draft) - 1} other tensors.*left out.*promises 0"):
         compressed = compress(folder, tmp_path / "compressed", remove=True)
     export(str(compressed), str(tmp_path / "dense"), "dense")
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["num_nextn_predict_layers"] == 0

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import architectures
 import jobs
 import published
 import pytest
@@ -24,6 +26,7 @@ from eacmoe_lightning.planning.machine import Rates
 from eacmoe_lightning.planning.report import warnings
 from eacmoe_lightning.planning.shapes import load_shapes
 from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, packed_bytes, plan
+from eacmoe_lightning.planning.states import passed_on
 from eacmoe_lightning.quantization.grid import Grid
 from eacmoe_lightning.quantization.quantizers import GPTQ
 from eacmoe_lightning.targets import choose
@@ -244,3 +247,47 @@ def test_sampled_windows_cost_a_forward_pass_each_and_the_whole_model_in_memory(
         w for w in warnings(plan(moe, Recipe(), replace(JOB, sampled_windows=64)), [], 10**10, 10**12) if "sample" in w
     ]
     assert len(few) == 1 and "self:URL" in few[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral",
+        "gemma4_text",  # shared keys and values
+        "glm_moe_dsa",  # shared top-k indices
+        "llama4_text",  # the experts get a row for each of a token's experts
+        "nemotron_h-latent",  # the experts read a projection
+    ],
+)
+def test_the_streams_of_a_run_take_what_was_planned(name, tokenizer, tmp_path, monkeypatch):
+    """Files only grow between two deletions, so their size before each of these holds the peak."""
+    if name not in architectures.ARCHITECTURES:
+        pytest.skip(f"this version of transformers has no {name}")
+    architectures.build(name).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run, peak = tmp_path / "run", [0]
+
+    def measured(delete):
+        def first(path, *args, **options):
+            streams = [file for file in run.glob("streams/**/*") if file.is_file() and file.suffix != ".json"]
+            peak[0] = max(peak[0], sum(file.stat().st_size for file in streams))
+            return delete(path, *args, **options)
+
+        return first
+
+    monkeypatch.setattr(Path, "unlink", measured(Path.unlink))
+    monkeypatch.setattr("shutil.rmtree", measured(shutil.rmtree))
+    options = {"model__quantizer": "rtn", "model__joint_epochs": 0, "data__num_windows": 6, "data__heldout": "[]"}
+    jobs.fit(tmp_path / "model", run, **options)
+    moe = load_shapes(str(tmp_path / "model"), "auto")
+    planned = disk_use(moe, Recipe(quantizer="rtn", group_size=32), Job(6, 64, 4, 0, "ridge", 1, 4, 0, 4))
+    assert 0 < peak[0] <= planned["hidden streams"]
+    assert planned["hidden streams"] == pytest.approx(peak[0], rel=0.01)
+
+
+def test_a_model_that_cannot_be_tried_is_counted_by_its_width(monkeypatch, caplog):
+    moe = shapes("mixtral")
+    monkeypatch.setattr(type(moe), "decoder_of_text", None)
+    assert {(one.output, one.more, one.router_input) for one in passed_on(moe, 64)} == {(64 * 4096, 0, 64 * 4096)}
+    assert "counts hidden states only" in caplog.text

@@ -22,12 +22,12 @@ from eacmoe_lightning.calibration.solver import experts_together, stack_bytes
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.sampling import batch_size, cache_bytes, working_bytes
+from eacmoe_lightning.planning.states import passed_on
 from eacmoe_lightning.quantization.gram import TILE
 from eacmoe_lightning.quantization.grid import Grid
 from eacmoe_lightning.routers import ridge
 from eacmoe_lightning.targets import WeightGrid
 
-GENERATIONS = 3  # copies of both streams on disk at the end of a block: before it, after it, the last checkpoint's
 LOADED = 20  # bytes of memory traffic per byte loaded: copies, conversions, pages touched for the first time
 MOVABLE = 0.2  # share of the codes that training can change (`tuning.codes.movable`), seen at 2, 3 and 4 bits
 POSITION_BYTES = 20  # memory of such a code: its place, its position, the position's gradient and AdamW's two moments
@@ -174,10 +174,10 @@ def sampling_bytes(moe: MoEModel, windows: int, window_length: int) -> int:
 
 def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     """The most bytes that a run directory takes, by purpose."""
-    hidden = job.tokens * moe.config.hidden_size * job.stream_bytes
+    streams, state_bytes = stream_use(moe, job)
     packed, itemsize = packed_bytes(recipe.grids(moe), job.share(moe.num_experts)), moe.model.dtype.itemsize
     unquantized = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
-    evaluated = 2 * job.heldout_tokens * moe.config.hidden_size * itemsize
+    evaluated = 2 * job.heldout_tokens // job.window_length * state_bytes
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
     # the last one and its successor: positions and AdamW's moments; everything else is small
     trained = num_quantized(moe) if "code" in job.joint_kinds else 0
@@ -185,13 +185,32 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
         trained = max(trained, *(_num_quantized(block) for block in moe.blocks))
     checkpoint = int(2 * STORED_BYTES * MOVABLE * trained)
     return {
-        "hidden streams": (2 * GENERATIONS + 1) * hidden,  # and the router's inputs
+        "hidden streams": streams,
         "router logits for the joint stage": teachers,
         "checkpoints": checkpoint,
         "finished blocks": packed + (packed // len(moe.blocks) if job.block_epochs else 0),  # and one in training
         "compressed model": packed + unquantized,
         "hidden states of the evaluation": evaluated,
     }
+
+
+def stream_use(moe: MoEModel, job: Job) -> tuple[int, int]:
+    """The most bytes of both streams on disk with what routers and experts read; and of a state in the model's dtype.
+
+    At a block there are the streams before it, after it, and those that the last checkpoint may need. After it the
+    compressed stream comes last, when the experts' inputs are gone.
+    """
+    at_blocks = passed_on(moe, job.window_length)
+    states = [at_blocks[0].output * job.stream_bytes]  # the embedded tokens, the same in both streams
+    states += [one.output * job.stream_bytes + one.more for one in at_blocks]
+    needed = []
+    for index, one in enumerate(at_blocks):
+        before = states[0] if index == 0 else 2 * states[index]
+        checkpoint = 0 if index == 0 else states[0] if index == 1 else 2 * states[index - 1]
+        router, experts = one.router_input * job.stream_bytes, one.expert_input * job.stream_bytes
+        needed.append(checkpoint + before + router + max(2 * states[index + 1], states[index + 1] + experts))
+    itemsize = moe.model.dtype.itemsize
+    return max(needed) * job.num_windows, max(one.output * itemsize + one.more for one in at_blocks)
 
 
 def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
