@@ -200,13 +200,13 @@ class Target:
         if self.packs is not None and not all(self._packs(w, original) for w in weights if w.part == "experts"):
             return (
                 f"{self.version} does not load packed experts of the model type {kind!r} and would compute with "
-                f"uninitialised weights: use {others}, which plain transformers loads, or calibrate for this package "
-                "alone, without --model.target"
+                f"uninitialised weights: export with {others}, which plain transformers loads, or run the compressed "
+                f"model with this package (calibrated without --model.target {self.engine})"
             )
         if self.names == "original" and self.format in ONE_LINEAR_EACH and original.stacked:
             return (
                 f"the original {kind} keeps the experts of a block in one tensor ({original.stacked}), and {self.name} "
-                f"needs a linear for each: use {others}"
+                f"needs a linear for each: export with {others}"
             )
         return None
 
