@@ -167,7 +167,7 @@ class Target:
         problems += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
         groups = [w for w in weights if self.group_sizes is not None and w.group_size not in self.group_sizes]
         problems += [_counted(groups, self._group_size)]
-        problems += [_counted([w for w in weights if any(n % self.multiple for n in w.shape[-2:])], self._multiple)]
+        problems += [_counted([w for w in weights if not self._divides(w)], self._multiple)]
         problems += [self._mixed([w for w in weights if w.part == "experts"])]
         cut = [w for w in weights if not _divides(w, tensor_parallel)]
         problems += [_counted(cut, lambda w: self._tensor_parallel(w, tensor_parallel))]
@@ -179,9 +179,13 @@ class Target:
         Of the second kind, none if they are more than `MAX_DECODED` of all weights; `problems` then names them.
         """
         weights = list(weights)
-        unfit = [w for w in weights if w.part != "experts" and any(n % self.multiple for n in w.shape[-2:])]
+        unfit = [w for w in weights if w.part != "experts" and not self._divides(w)]
         few = sum(prod(w.shape) for w in unfit) <= MAX_DECODED * sum(prod(w.shape) for w in weights)
         return [w for w in weights if (few and w in unfit) or (w.part != "experts" and not self._packs(w, original))]
+
+    def _divides(self, weight: WeightGrid) -> bool:
+        """Whether rows and columns of the linears in a weight are multiples of `multiple`."""
+        return not any(n % self.multiple for n in _linear_shape(weight))
 
     def _packs(self, weight: WeightGrid, original: Original | None) -> bool:
         """Whether the engine loads a weight packed."""
@@ -237,8 +241,9 @@ class Target:
         )
 
     def _multiple(self, weight: WeightGrid) -> str:
+        out_features, in_features = _linear_shape(weight)
         return (
-            f"{weight.name} is {weight.shape[-2]} x {weight.shape[-1]}, but both must be multiples of {self.multiple}, "
+            f"{weight.name} has linears of {out_features} x {in_features}, but both must be multiples of {self.multiple}, "
             "the number of values that the format packs together: use another --format"
         )
 
@@ -425,6 +430,12 @@ def choose(
             return row
     first, *others = problems[0]
     raise ValueError(first + (f"\n{len(others)} more: " + "\n".join(others) if others else ""))
+
+
+def _linear_shape(weight: WeightGrid) -> tuple[int, int]:
+    """[O, I] of each linear that engines see in a weight: gate and up of a stack of experts are two."""
+    parts = len(split_projection(weight.name)) if weight.part == "experts" else 1
+    return weight.shape[-2] // parts, weight.shape[-1]
 
 
 def _divides(weight: WeightGrid, devices: int) -> bool:
