@@ -167,7 +167,7 @@ class Target:
         problems += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
         groups = [w for w in weights if self.group_sizes is not None and w.group_size not in self.group_sizes]
         problems += [_counted(groups, self._group_size)]
-        problems += [_counted([w for w in weights if not self._divides(w)], self._multiple)]
+        problems += [_counted([w for w in weights if not self._fits(w)], self._multiple)]
         problems += [self._mixed([w for w in weights if w.part == "experts"])]
         cut = [w for w in weights if not _divides(w, tensor_parallel)]
         problems += [_counted(cut, lambda w: self._tensor_parallel(w, tensor_parallel))]
@@ -179,11 +179,11 @@ class Target:
         Of the second kind, none if they are more than `MAX_DECODED` of all weights; `problems` then names them.
         """
         weights = list(weights)
-        unfit = [w for w in weights if w.part != "experts" and not self._divides(w)]
+        unfit = [w for w in weights if w.part != "experts" and not self._fits(w)]
         few = sum(prod(w.shape) for w in unfit) <= MAX_DECODED * sum(prod(w.shape) for w in weights)
         return [w for w in weights if (few and w in unfit) or (w.part != "experts" and not self._packs(w, original))]
 
-    def _divides(self, weight: WeightGrid) -> bool:
+    def _fits(self, weight: WeightGrid) -> bool:
         """Whether rows and columns of the linears in a weight are multiples of `multiple`."""
         return not any(n % self.multiple for n in _linear_shape(weight))
 
@@ -243,8 +243,8 @@ class Target:
     def _multiple(self, weight: WeightGrid) -> str:
         out_features, in_features = _linear_shape(weight)
         return (
-            f"{weight.name} has linears of {out_features} x {in_features}, but both must be multiples of {self.multiple}, "
-            "the number of values that the format packs together: use another --format"
+            f"{weight.name} has linears of {out_features} x {in_features}, but both must be multiples of "
+            f"{self.multiple}, the number of values that the format packs together: use another --format"
         )
 
     def _mixed(self, experts: list[WeightGrid]) -> str | None:
