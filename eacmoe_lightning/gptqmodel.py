@@ -7,7 +7,8 @@ nothing else, and types whose experts are not packed are refused: they have no d
 of older versions of transformers.
 
 From GPTQModel 7.7.0 with defuser 0.0.28, which splits the experts: `simple_layer_modules` of its definitions, and runs
-of tiny models with transformers 5.24 (`python benchmarks/export_check.py --engines gptqmodel --cases --families all`).
+of tiny models with transformers 5.24 (`python benchmarks/export_check.py --engines gptqmodel --cases --families all`),
+Llama 4 with images with 5.23.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _DELTA_NET = r"linear_attn\.(in_proj_qkv|in_proj_z|out_proj)"
 _GATED = r"(gate|up|down)_proj"
 _DENSE = rf"mlp\.{_GATED}"
 _SHARED = rf"mlp\.shared_experts\.{_GATED}"
+_LLAMA4 = rf"feed_forward\.(experts\.\d+|shared_expert)\.{_GATED}"
 _EXPERTS = rf"mlp\.experts\.\d+\.{_GATED}"
 
 
@@ -56,8 +58,13 @@ PACKED: dict[str, re.Pattern[str]] = {  # by transformers' model_type; module na
     "gpt_oss": _layers(_QKVO, _EXPERTS),
     "hunyuan_v1_moe": _layers(_QKVO, rf"mlp\.shared_mlp\.{_GATED}", _EXPERTS),
     "hy_v3": _layers(_QKVO, _DENSE, _SHARED, _EXPERTS),
+    "inkling_mm_model": _layers(r"self_attn\.[qkvro]_proj", _DENSE, _EXPERTS, path=_WRAPPED),
     "laguna": _layers(_QKVO, _DENSE, rf"mlp\.shared_experts?\.{_GATED}", _EXPERTS),
-    "llama4_text": _layers(_QKVO, rf"feed_forward\.(experts\.\d+|shared_expert)\.{_GATED}"),
+    "llama4": _layers(_QKVO, _LLAMA4, path="language_model.model.layers"),
+    "llama4_text": _layers(_QKVO, _LLAMA4),
+    "minimax_m3_vl": _layers(
+        _QKVO, r"self_attn\.indexer\.[qk]_proj", r"mlp\.(shared_experts\.)?(gate_up|down)_proj", _EXPERTS, path=_WRAPPED
+    ),
     "mixtral": _layers(_QKVO, _EXPERTS),
     "olmoe": _layers(_QKVO, _EXPERTS),
     "phimoe": _layers(_QKVO, _EXPERTS),

@@ -167,7 +167,7 @@ class Target:
         problems += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
         groups = [w for w in weights if self.group_sizes is not None and w.group_size not in self.group_sizes]
         problems += [_counted(groups, self._group_size)]
-        problems += [_counted([w for w in weights if any(n % self.multiple for n in w.shape[-2:])], self._multiple)]
+        problems += [_counted([w for w in weights if not self._fits(w)], self._multiple)]
         problems += [self._mixed([w for w in weights if w.part == "experts"])]
         cut = [w for w in weights if not _divides(w, tensor_parallel)]
         problems += [_counted(cut, lambda w: self._tensor_parallel(w, tensor_parallel))]
@@ -179,9 +179,13 @@ class Target:
         Of the second kind, none if they are more than `MAX_DECODED` of all weights; `problems` then names them.
         """
         weights = list(weights)
-        unfit = [w for w in weights if w.part != "experts" and any(n % self.multiple for n in w.shape[-2:])]
+        unfit = [w for w in weights if w.part != "experts" and not self._fits(w)]
         few = sum(prod(w.shape) for w in unfit) <= MAX_DECODED * sum(prod(w.shape) for w in weights)
         return [w for w in weights if (few and w in unfit) or (w.part != "experts" and not self._packs(w, original))]
+
+    def _fits(self, weight: WeightGrid) -> bool:
+        """Whether rows and columns of the linears in a weight are multiples of `multiple`."""
+        return not any(n % self.multiple for n in _linear_shape(weight))
 
     def _packs(self, weight: WeightGrid, original: Original | None) -> bool:
         """Whether the engine loads a weight packed."""
@@ -200,13 +204,13 @@ class Target:
         if self.packs is not None and not all(self._packs(w, original) for w in weights if w.part == "experts"):
             return (
                 f"{self.version} does not load packed experts of the model type {kind!r} and would compute with "
-                f"uninitialised weights: use {others}, which plain transformers loads, or calibrate for this package "
-                "alone, without --model.target"
+                f"uninitialised weights: export with {others}, which plain transformers loads, or run the compressed "
+                f"model with this package (calibrated without --model.target {self.engine})"
             )
         if self.names == "original" and self.format in ONE_LINEAR_EACH and original.stacked:
             return (
                 f"the original {kind} keeps the experts of a block in one tensor ({original.stacked}), and {self.name} "
-                f"needs a linear for each: use {others}"
+                f"needs a linear for each: export with {others}"
             )
         return None
 
@@ -237,9 +241,10 @@ class Target:
         )
 
     def _multiple(self, weight: WeightGrid) -> str:
+        out_features, in_features = _linear_shape(weight)
         return (
-            f"{weight.name} is {weight.shape[-2]} x {weight.shape[-1]}, but both must be multiples of {self.multiple}, "
-            "the number of values that the format packs together: use another --format"
+            f"{weight.name} has linears of {out_features} x {in_features}, but both must be multiples of "
+            f"{self.multiple}, the number of values that the format packs together: use another --format"
         )
 
     def _mixed(self, experts: list[WeightGrid]) -> str | None:
@@ -425,6 +430,12 @@ def choose(
             return row
     first, *others = problems[0]
     raise ValueError(first + (f"\n{len(others)} more: " + "\n".join(others) if others else ""))
+
+
+def _linear_shape(weight: WeightGrid) -> tuple[int, int]:
+    """[O, I] of each linear that engines see in a weight: gate and up of a stack of experts are two."""
+    parts = len(split_projection(weight.name)) if weight.part == "experts" else 1
+    return weight.shape[-2] // parts, weight.shape[-1]
 
 
 def _divides(weight: WeightGrid, devices: int) -> bool:

@@ -190,7 +190,8 @@ def test_configs_of_published_models_are_planned(name, tmp_path, capsys):
     assert f"{published.BILLIONS[name]} billion parameters" in printed and "GB of memory, but" not in printed
     module, _, _ = parse_fit(options)
     if module.targets:
-        choose(module.targets, module.recipe.grids(load_shapes(str(folder), module.dtype_name)))
+        moe = load_shapes(str(folder), module.dtype_name)
+        choose(module.targets, module.recipe.grids(moe), original_of(moe))
     header = " ".join(line[2:] for line in (jobs.ROOT / "configs" / f"{name}.yaml").read_text().splitlines())
     memory, disk = result["peak_bytes"] / 1e9, sum(result["disk"].values()) / 1e9
     assert float(re.search(r"about (\d+) GB of memory", header)[1]) == pytest.approx(memory, abs=1)

@@ -60,6 +60,15 @@ def test_what_no_trial_covered_is_reported():
             assert not (target.symmetric and target.trial.asymmetric)
 
 
+def test_gate_and_up_are_packed_one_by_one():
+    """96 rows are a multiple of 32, but gate and up have 48 each."""
+    (row,) = targets.find("gptq_v2", "gptqmodel")
+    narrow = [replace(expert(projection="gate_up_proj"), shape=(8, 96, 256))]
+    with pytest.raises(ValueError, match="has linears of 48 x 256, but both must be multiples of 32"):
+        targets.choose([row], narrow)
+    assert targets.choose([row], [replace(narrow[0], shape=(8, 128, 256))]) == row
+
+
 def test_tensor_parallelism_splits_no_group():
     assert targets.choose(VLLM, BOTH, tensor_parallel=4) == VLLM[0]  # 512 inputs are 4 x 128
     with pytest.raises(ValueError, match="256 x 512 in groups of 128.*--tensor_parallel 8"):
