@@ -198,9 +198,6 @@ class Calibration:
         if keep:
             self._write(is_finished=False)
         self.solved = True
-        if self._router_input is not None:
-            self._router_input.delete()
-        self._router_input = None
 
     def drop_weights(self) -> None:
         """Frees the memory of the block's quantized weights until `take_trained`."""
@@ -227,7 +224,9 @@ class Calibration:
         self._write()
         self.moe.release(self.at)
         self.at, self.entered, self.solved = self.at + 1, False, False
-        self._teacher = None
+        if self._router_input is not None:
+            self._router_input.delete()
+        self._teacher = self._router_input = None
         streams.step(self.at)
         return self.stats
 
