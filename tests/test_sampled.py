@@ -266,6 +266,7 @@ def test_languages_and_scripts():
     assert language_of("Der Hund und die Katze sind nicht mit dem Vogel auf dem Dach.") == "german"
     assert language_of("Il est dans la maison avec les enfants pour une heure.") == "french"
     assert language_of("x = [i * 2 for i in range(10)]") == "other" and language_of("") == "other"
+    assert language_of("Solve w = 2*z + i for z. Let y be 4*o + w and z be y - i. What is z?") != "polish"
     assert scripts(["abcd", "où?"]) == {"latin": 1.0}
     assert scripts(["ab", "жы", "中文 12"]) == pytest.approx({"latin": 1 / 3, "cyrillic": 1 / 3, "cjk": 1 / 3})
 

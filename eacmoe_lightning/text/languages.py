@@ -8,17 +8,17 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 
-FREQUENT = {  # words that are frequent in a language and rare in the others
+FREQUENT = {  # words frequent in a language and rare in the others; no single letters, which name variables
     "english": "the of and to is that for was with this are from which not",
     "german": "der und das ist nicht mit den von ein eine zu auf für sich",
     "french": "les des est dans pour que une qui du sur pas par avec au",
-    "spanish": "el los las del y para una por con se como más pero está",
+    "spanish": "el los las del para una por con se como más pero está",
     "italian": "il di che per non gli della sono una con del è anche nel",
-    "portuguese": "o do da em não para uma os com dos mais são ao pelo",
+    "portuguese": "da em não para uma os com dos mais são ao pelo você isso",
     "dutch": "het een van en is niet op dat voor zijn met aan wordt ook",
-    "polish": "w z na się nie jest do że to i od przez są oraz",
+    "polish": "na się nie jest że od przez są oraz jak dla jego może tylko",
     "swedish": "och att det är som på för av med inte den till ett har",
-    "russian": "и в не на что с по это как для из к от он",
+    "russian": "не на что по это как для из от он было его но так",
 }
 LEAST = 0.06  # share of a text's words that are frequent ones of the language; running text has 0.15 and more
 FEWEST = 3  # of them, to tell
