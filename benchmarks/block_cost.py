@@ -89,9 +89,10 @@ class RandomWindows(TextWindows):
         super().__init__(heldout=[], num_windows=windows, window_length=length, batch_size=1)
 
     @cached_property
-    def _calibration(self) -> Windows:
+    def _read(self) -> dict[str, Windows]:
         shape, generator = (self.num_windows, self.window_length), torch.Generator().manual_seed(1)
-        return Windows(torch.randint(0, VOCABULARY, shape, generator=generator), None)
+        tokens = Windows(torch.randint(0, VOCABULARY, shape, generator=generator))
+        return dict.fromkeys(self.calibration_texts, tokens)
 
     def check_model(self, moe: MoEModel, stage: str) -> None:
         """Random tokens need no tokenizer."""
