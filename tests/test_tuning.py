@@ -6,7 +6,7 @@ import torch
 from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
 from eacmoe_lightning.routers.losses import MSE
 from eacmoe_lightning.tuning.codes import codes_of, decode, movable, start_positions
-from eacmoe_lightning.tuning.losses import distillation, selection
+from eacmoe_lightning.tuning.losses import distillation, reconstruction, selection
 
 
 @pytest.fixture
@@ -88,6 +88,9 @@ def test_a_matrix_is_trained_like_an_expert(weight):
 
 
 def test_losses_by_hand():
+    output = torch.arange(8.0).view(1, 2, 4)
+    assert reconstruction(output, output + 3, 2.0).tolist() == [[4.5, 4.5]]
+    assert reconstruction(output.view(1, 2, 2, 2), output.view(1, 2, 2, 2) + 3, 2.0).tolist() == [[4.5, 4.5]]
     target = torch.tensor([[0.5, 0.25, 0.25]]).log()
     logits = torch.tensor([[0.25, 0.25, 0.5]]).log() + 3  # a constant does not matter
     by_hand = 0.5 * torch.tensor(2.0).log() - 0.25 * torch.tensor(2.0).log()

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from eacmoe_lightning.routers.losses import RouterLoss
 
 
-def reconstruction(output: Tensor, target: Tensor, unit: Tensor) -> Tensor:
-    """Mean squared difference of hidden states [..., D] in units of `unit` -> [...], float32.
+def reconstruction(output: Tensor, target: Tensor, unit: float) -> Tensor:
+    """Mean squared difference of hidden states [B, T, ...] in units of `unit` -> [B, T], float32.
 
     Args:
         output: the compressed block's output.
         target: the original block's output in the original's own stream.
         unit: the mean square of what the original block adds to its input.
     """
-    return (output.float() - target.float()).square().mean(-1) / unit
+    return (output.float() - target.float()).square().flatten(2).mean(-1) / unit
 
 
 def distillation(logits: Tensor, target: Tensor) -> Tensor:
