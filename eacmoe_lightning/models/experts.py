@@ -77,24 +77,21 @@ def run_by_expert(
 ) -> Tensor:
     """[N, D] -> [N, D]: `expert(e, rows)` on the tokens of each expert, summed by weight in float32; to be trained.
 
-    Tokens are gathered once, so that the backward pass of an expert touches its own rows alone.
+    Tokens are gathered once, so that the backward pass of an expert touches its own rows alone. All sums have a fixed
+    order, so that two runs give the same bits.
 
     Args:
         x: [N, D].
         ids: [N, K], the experts of each token; a pair with an id beyond them computes nothing.
         weights: [N, K].
     """
-    pairs, top_k = ids.flatten(), ids.shape[1]
+    top_k, pairs = ids.shape[1], ids.flatten()
     order = pairs.argsort(stable=True)
     counts = torch.bincount(pairs.clamp(max=num_experts), minlength=num_experts + 1).tolist()
-    order = order[: len(order) - counts[-1]]
-    rows = x[order // top_k].split(counts[:-1])
-    outputs = [expert(e, part) for e, part in enumerate(rows) if len(part)]
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    if outputs:
-        weighted = torch.cat(outputs).float() * weights.flatten()[order, None].float()
-        out = out.index_add(0, order // top_k, weighted)
-    return out.to(x.dtype)
+    rows = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1).index_select(0, order).split(counts)
+    outputs = [expert(e, part) for e, part in enumerate(rows[:-1]) if len(part)]
+    by_pair = torch.cat([*outputs, torch.zeros_like(rows[-1])]).index_select(0, order.argsort())
+    return (by_pair.view(-1, top_k, x.shape[-1]).float() * weights.unsqueeze(-1).float()).sum(1).to(x.dtype)
 
 
 @dataclass(frozen=True)
