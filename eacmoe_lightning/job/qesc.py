@@ -405,7 +405,8 @@ class QESC(Comparison):
             self._solve(keep=True)
             if not self.parts.codes:
                 self.parts.take_codes(self.calibration.solver.solved)
-                self.calibration.drop_weights()
+                if {"scale", "code"} & set(self.kinds("block")):
+                    self.calibration.drop_weights()  # they are decoded from what is trained
         if stage == "joint" and self.fit_state.compressed is None:
             self.parts.take_finished()
             self.fit_state.compressed = StreamedModel(self.parts.untrained(), self.device)
