@@ -64,7 +64,7 @@ class TextWindows(L.LightningDataModule):
             context.
         shares: By name of a calibration text, its share of the windows, in any unit; None gives all the same.
         held_back: Share of the calibration windows that the block stage does not train on; they tell whether a pass
-            was an improvement. 0 holds none back.
+            was an improvement. It is at least one window; 0 holds none back.
         temperature: Temperature at which `self` is sampled.
         sample_start: What sampled windows begin with: random (a random token), bos (the token that begins a text) or
             chat (a short prompt in the chat template, for chat models).
@@ -228,7 +228,8 @@ class TextWindows(L.LightningDataModule):
         number = len(self.calibration_windows)
         mask = torch.zeros(number, dtype=torch.bool)
         order = torch.randperm(number, generator=torch.Generator().manual_seed(self.seed))
-        mask[order[: round(self.held_back * number)]] = True
+        if self.held_back and number > 1:
+            mask[order[: max(1, round(self.held_back * number))]] = True
         return mask
 
     @cached_property
