@@ -86,9 +86,10 @@ PACKED = {"data__documents": "packed", "data__num_windows": 12}
 WHILE_PACKED = [
     ["call", "eacmoe_lightning.job.qesc.check_original", 1],
     ["phase", "1 attention", 1],
-    ["call", "eacmoe_lightning.job.qesc.QESC._router_loss", 8],
+    ["call", "eacmoe_lightning.job.qesc.QESC._router_losses", 8],
+    ["call", "eacmoe_lightning.job.block_stage.BlockStage.losses", 5],
     ["phase", "2 replay", 1],
-    ["call", "eacmoe_lightning.job.qesc.QESC._joint_loss", 2],
+    ["call", "eacmoe_lightning.job.qesc.QESC._joint_losses", 2],
 ]
 
 # with weights on a lattice
