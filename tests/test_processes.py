@@ -125,6 +125,7 @@ def test_two_processes_keep_the_same_documents_apart_as_one(tiny_model_dir, tmp_
         "data__calibration": jobs.short_texts(tmp_path),
         "data__documents": "packed",
         "model__quantizer": "rtn",  # has no ties to decide
+        "model__block_epochs": 0,
         "model__router_method": "sgd",
         "model__joint_epochs": 1,
         "model__joint_router_lr": 3e-4,
