@@ -136,11 +136,14 @@ def test_the_report_is_complete_and_correct(family, run_of, tiny_model_dir, pros
     assert report["perplexity"]["prose"]["original"] == pytest.approx(perplexity(original, prose), rel=1e-4)
     reloaded = load(run, packed=False)
     assert report["perplexity"]["prose"]["compressed"] == pytest.approx(perplexity(reloaded, prose), rel=1e-4)
-    assert report["perplexity"]["prose"]["before"] > 1
-    for when in ("before", "after"):
-        rates = report["expert_shift"]["mean"][when]
+    assert report["perplexity"]["prose"].keys() == {"original", "compressed"}  # before: there is no such model
+    shift = report["expert_shift"]
+    for rates in (shift["mean"]["after"], shift["calibration"]["before"], shift["calibration"]["after"]):
         assert 0 <= rates["all"] <= rates["half"] <= rates["any"] <= 1 and rates["any"] > 0
         assert rates["selections"] <= rates["any"]
+    for trained in report["reconstruction"].values():
+        assert len(trained["held_back"]) == 3 and trained["held_back"][trained["taken"]] == min(trained["held_back"])
+        assert (trained["moved"] > 0) == (trained["taken"] > 0)
     assert len(report["expert_shift"]["blocks"]) == moe_blocks
     assert report["router"]["method"] == "ridge" and report["experts"]["starved"] >= 0
     assert report["machine"]["processes"] == 1 and report["seed"] == 0
@@ -191,9 +194,8 @@ def test_two_runs_are_byte_identical(family, run_of, tiny_model_dir, tmp_path):
 )
 def test_each_router_method_changes_only_its_parameters(method, changes, tiny_model_dir, tmp_path, prose):
     joint = 2 if method == "joint" else 0
-    run = jobs.fit(
-        tiny_model_dir("qwen3_moe"), tmp_path / "run", model__router_method=method, model__joint_epochs=joint
-    )
+    options = {"model__router_method": method, "model__block_epochs": 0, "model__joint_epochs": joint}
+    run = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", **options)
     original = dict(AutoModelForCausalLM.from_pretrained(tiny_model_dir("qwen3_moe")).named_parameters())
     written = load(run, packed=False)
     moved = {name for name, p in written.named_parameters() if not torch.equal(p, original[name])}
@@ -201,7 +203,8 @@ def test_each_router_method_changes_only_its_parameters(method, changes, tiny_mo
     for kind, names in kinds.items():
         assert moved & names == (names if kind in changes else set())
     report = json.loads((run / "report.json").read_text())
-    assert report["router"] == {"method": method, "joint_epochs": joint}
+    assert report["router"] == {"method": method, "block_epochs": 0, "joint_epochs": joint}
+    assert all(texts["before"] > 1 for texts in report["perplexity"].values())
     if method == "none":
         assert all(texts["before"] == texts["compressed"] for texts in report["perplexity"].values())
     if method in ("ridge", "sgd"):  # at least on the calibration text
