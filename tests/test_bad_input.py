@@ -16,7 +16,7 @@ from eacmoe_lightning.cli import main
 from eacmoe_lightning.run.lock import RunLock
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
-DEEPSEEK = {"model__router_method": "ridge", "model__joint_epochs": 1}
+DEEPSEEK = {"model__router_method": "ridge", "model__block_epochs": 0, "model__joint_epochs": 1}
 
 
 @pytest.fixture
@@ -361,6 +361,18 @@ def test_damage_is_named_and_computed_again_once_deleted(
     main(["fit", *words])
     for part in ("blocks", "compressed"):
         assert jobs.contents(run / part) == jobs.contents(finished / part)
+
+
+def test_a_trained_block_that_is_gone_is_named(refused, tiny_model_dir, tmp_path):
+    run, options = tmp_path / "run", DEEPSEEK | {"model__block_epochs": 1}
+    jobs.fit(tiny_model_dir("deepseek"), run, **options, trainer__max_epochs=4)  # two of three blocks
+    (run / "blocks" / "block_000.safetensors").unlink()
+    words = [*jobs.options(tiny_model_dir("deepseek"), run, **options), "--ckpt_path", "auto"]
+    error = refused(*words)
+    assert "block_000.safetensors is missing" in error and f"delete {run / 'checkpoints'} and continue" in error
+    shutil.rmtree(run / "checkpoints")
+    main(["fit", *words])
+    assert (run / "report.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped"])

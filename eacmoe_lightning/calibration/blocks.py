@@ -391,7 +391,11 @@ class Calibration:
                 self.streams.step(i + 1, keep=False)
             else:
                 if routers is None:
-                    raise StoreError(f"{self.run.block(i)} is missing, and it was trained by the block stage; {REMEDY}")
+                    raise StoreError(
+                        f"{self.run.block(i)} is missing, and a block that was trained cannot be computed by itself: "
+                        f"delete {self.run.path / 'checkpoints'} and continue with --ckpt_path auto, which computes "
+                        "the blocks again"
+                    )
                 log.warning("block %d is not in %s: computing it again", i, self.run.path)
                 self._observe_and_solve_attention()
                 self.solve(routers.get(i))

@@ -34,7 +34,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
             checkpoint = super().load_checkpoint(path, *args, **kwargs)
-        except (RuntimeError, EOFError, UnpicklingError) as error:
+        except FileNotFoundError:
+            raise
+        except (RuntimeError, EOFError, UnpicklingError, OSError) as error:  # a cut file makes torch seek before it
             reason = str(error).partition("\n")[0]
             raise StoreError(f"{path} is truncated or corrupt ({reason}); {REMEDY}") from error
         if not isinstance(checkpoint, dict) or not {"pytorch-lightning_version", "loops"} <= checkpoint.keys():
