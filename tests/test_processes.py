@@ -49,6 +49,15 @@ def launch(processes: int, *words: str) -> tuple[int, str]:
     return process.returncode, output
 
 
+def in_one_and_two(model: Path, folder: Path, options: dict) -> tuple[Path, Path]:
+    """The same run in one process and in two."""
+    alone, run = folder / "alone", folder / "run"
+    jobs.fit(model, alone, **options)
+    status, output = launch(2, *jobs.options(model, run, **options))
+    assert status == 0, output[-3000:]
+    return alone, run
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, tiny_model_dir) -> Path:
     return jobs.fit(tiny_model_dir("qwen2_moe"), tmp_path_factory.mktemp("alone") / "run", **OPTIONS)
@@ -72,10 +81,7 @@ def test_two_processes_remove_the_same_experts_as_one(tiny_model_dir, tmp_path):
     """Scores are summed over processes; the number of kept experts varies by block, and a joint stage follows."""
     options = OPTIONS | {"pruning__criterion": "reap", "pruning__alpha": 0.9}
     options |= {"model__joint_epochs": 1, "model__joint_router_lr": 3e-4}
-    alone, run, model = tmp_path / "alone", tmp_path / "run", tiny_model_dir("qwen2_moe")
-    jobs.fit(model, alone, **options)
-    status, output = launch(2, *jobs.options(model, run, **options))
-    assert status == 0, output[-3000:]
+    alone, run = in_one_and_two(tiny_model_dir("qwen2_moe"), tmp_path, options)
     two, one = (json.loads((folder / "report.json").read_text())["pruning"]["blocks"] for folder in (run, alone))
     assert len({len(row["kept"]) for row in two.values()}) > 1
     for block, row in one.items():
@@ -106,10 +112,7 @@ def test_two_processes_count_the_same_answers_as_one(tiny_model_dir, tmp_path):
         "model__joint_epochs": 1,
         "model__joint_router_lr": 3e-4,
     }
-    alone, run, model = tmp_path / "alone", tmp_path / "run", tiny_model_dir("qwen2_moe")
-    jobs.fit(model, alone, **options)
-    status, output = launch(2, *jobs.options(model, run, **options))
-    assert status == 0, output[-3000:]
+    alone, run = in_one_and_two(tiny_model_dir("qwen2_moe"), tmp_path, options)
     assert_same(run, alone, chooses=True)
     two, one = (json.loads((folder / "report.json").read_text())["coverage"] for folder in (run, alone))
     assert two["sums"]["blocks"]["0"] == one["sums"]["blocks"]["0"]
@@ -130,10 +133,7 @@ def test_two_processes_keep_the_same_documents_apart_as_one(tiny_model_dir, tmp_
         "model__joint_epochs": 1,
         "model__joint_router_lr": 3e-4,
     }
-    alone, run, model = tmp_path / "alone", tmp_path / "run", tiny_model_dir("qwen2_moe")
-    jobs.fit(model, alone, **options)
-    status, output = launch(2, *jobs.options(model, run, **options))
-    assert status == 0, output[-3000:]
+    alone, run = in_one_and_two(tiny_model_dir("qwen2_moe"), tmp_path, options)
     assert_same(run, alone)
     for index in range(3):
         two, one = (read_stats(RunDirectory(folder), index) for folder in (run, alone))

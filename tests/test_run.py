@@ -20,6 +20,7 @@ from eacmoe_lightning.calibration.blocks import PHASES
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.job.trained import TrainedParts
 from eacmoe_lightning.text.sources import read_documents
 from eacmoe_lightning.text.windows import token_windows
 
@@ -184,6 +185,15 @@ def test_two_runs_are_byte_identical(family, run_of, tiny_model_dir, tmp_path):
     again = jobs.fit(tiny_model_dir(family), tmp_path / "again")
     for part in ("compressed", "blocks"):
         assert jobs.contents(again / part) == jobs.contents(run_of(family) / part)
+
+
+def test_without_a_joint_stage_no_codes_of_other_blocks_come_into_memory(tiny_model_dir, tmp_path, monkeypatch):
+    taken = []
+    take = TrainedParts.take_codes
+    monkeypatch.setattr(TrainedParts, "take_codes", lambda self, codes: taken.append(set(codes)) or take(self, codes))
+    jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", model__joint_epochs=0, data__heldout="[]")
+    blocks = [{".".join(name.split(".")[:3]) for name in names} for names in taken]
+    assert blocks == [{f"model.layers.{index}"} for index in range(3)]
 
 
 # --- router methods

@@ -310,10 +310,6 @@ class Calibration:
             teacher = self.streams.to_device(logits[:, self.block.kept])
         return (*self.streams.block_rows(self.block, local), teacher)
 
-    def added_square(self) -> float:
-        """The mean square of what the original block adds to x, the unit of the block stage's error."""
-        return self.streams.added_square()
-
     # --- statistics ----------------------------------------------------------------------------------------
 
     def _count_shift(self, when: str, routing: Routing) -> None:

@@ -142,11 +142,10 @@ def add_quality(report: dict[str, Any], blocks: list[BlockStats], evaluation: di
     report["perplexity"] = {}
     per_block = [{"block": s.block, "calibration": s.expert_shift} for s in moe_stats]
     if evaluation:
-        report["perplexity"] = {
-            text: values
-            | {when: e["perplexity"][text]["compressed"] for when, e in evaluation.items() if when == "before"}
-            for text, values in evaluation["after"]["perplexity"].items()
-        }
+        report["perplexity"] = {text: dict(values) for text, values in evaluation["after"]["perplexity"].items()}
+        if "before" in evaluation:
+            for text, values in evaluation["before"]["perplexity"].items():
+                report["perplexity"][text]["before"] = values["compressed"]
         shifts = {when: result["expert_shift"] for when, result in evaluation.items()}
         report["expert_shift"]["mean"] = {when: shift["mean"] for when, shift in shifts.items()}
         report["expert_shift"]["texts"] = {

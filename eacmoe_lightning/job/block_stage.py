@@ -71,7 +71,7 @@ class BlockStage:
         Args:
             held_back: this process's windows that are held back, in batches of global indices [b].
         """
-        self.progress = Progress(self.calibration.added_square())
+        self.progress = Progress(self.calibration.streams.added_square())
         self.end_pass(held_back)
 
     def losses(self, window_ids: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ from eacmoe_lightning.run.memory import Watch
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
 from eacmoe_lightning.text.sources import stored_sources
+from eacmoe_lightning.tuning.codes import trains_weights
 from eacmoe_lightning.tuning.losses import distillation, selection
 from eacmoe_lightning.version import __version__
 
@@ -405,12 +406,17 @@ class QESC(Comparison):
             self._solve(keep=True)
             if not self.parts.codes:
                 self.parts.take_codes(self.calibration.solver.solved)
-                if {"scale", "code"} & set(self.kinds("block")):
+                if trains_weights(self.kinds("block")):
                     self.calibration.drop_weights()  # they are decoded from what is trained
         if stage == "joint" and self.fit_state.compressed is None:
-            self.parts.take_finished()
+            self._take_finished()
             self.fit_state.compressed = StreamedModel(self.parts.untrained(), self.device)
             self.fit_state.compressed.load_all()
+
+    def _take_finished(self) -> None:
+        """Brings the codes of all blocks into memory if the joint stage trains them and they are not there."""
+        if trains_weights(self.kinds("joint")) and not self.parts.codes:
+            self.parts.take_finished()
 
     def leave_block(self) -> BlockStats:
         """Solves the experts of the current epoch's block unless the block stage has trained them, and writes it."""
@@ -614,8 +620,7 @@ class QESC(Comparison):
         for block in self.moe.blocks:
             self.calibration.shrink(block.index)
         self.fit_state.compressed = None
-        if not self.parts.codes:
-            self.parts.take_finished()
+        self._take_finished()
 
     def block_stats(self) -> list[BlockStats]:
         """The statistics of every block, read from the block files."""

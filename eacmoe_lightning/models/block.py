@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from eacmoe_lightning.models.experts import Experts, Groups, run_by_expert
-from eacmoe_lightning.models.routing import Handles, Reached, Routing, Watcher, keep_logits, show_routing
+from eacmoe_lightning.models.routing import (
+    Handles,
+    Reached,
+    Routing,
+    Watcher,
+    forward_replaced,
+    keep_logits,
+    show_routing,
+)
 from eacmoe_lightning.routers.choice import Scoring, find_scoring
 from eacmoe_lightning.routers.router_weights import forced_weights
 from eacmoe_lightning.run.hidden import State
@@ -313,7 +321,7 @@ class Block:
 
     def without_experts(self) -> AbstractContextManager[None]:
         """Makes the routed experts return zeros at no cost, to compute what does not depend on them."""
-        return self.experts.replaced(lambda hidden, *args, **kwargs: torch.zeros_like(hidden))
+        return forward_replaced(self.experts.module, lambda hidden, *args, **kwargs: torch.zeros_like(hidden))
 
     def experts_run_by(self, expert: Callable[[int, Tensor], Tensor] | None) -> AbstractContextManager[None]:
         """Makes `expert` run in the place of each routed expert (see `forward`); None changes nothing."""
@@ -325,7 +333,7 @@ class Block:
             out = run_by_expert(rows, top_k_index, top_k_weights, self.num_experts, expert)
             return out.view(hidden_states.shape)
 
-        return self.experts.replaced(forward)
+        return forward_replaced(self.experts.module, forward)
 
     def depends_on_experts(self, module: nn.Module, call: Call) -> bool:
         """Whether the input of `module` changes if the routed experts return zeros."""

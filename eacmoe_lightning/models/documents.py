@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.run.hidden import State
+from eacmoe_lightning.run.hidden import State, hidden_of
 
 NUM_DOCUMENTS = 4  # of a window that are compared, the longest ones
 
@@ -64,7 +64,7 @@ class DocumentsAlone:
             ValueError: a document differs.
         """
         with block.without_experts() if block.is_moe else nullcontext():
-            together = _hidden(block.forward(call)[0])
+            together = hidden_of(block.forward(call)[0])
         for (start, end), state in self.states.items():
             alone = self.moe.call(block.index, self.input_ids[:, start:end], state)
             if block.index == 0:
@@ -72,7 +72,7 @@ class DocumentsAlone:
             alone = alone.with_hidden(call.hidden[:, start:end])  # so that rounding does not add up over blocks
             with block.without_experts() if block.is_moe else nullcontext():
                 state, _ = block.forward(alone)
-            self.compare(block, together[:, start:end], _hidden(state))
+            self.compare(block, together[:, start:end], hidden_of(state))
             if not isinstance(state, Tensor):  # the next call needs more of it than the hidden states
                 state, _ = block.forward(alone)
             self.states[start, end] = state
@@ -98,9 +98,3 @@ class DocumentsAlone:
             "share windows (--data.documents packed): pass --data.documents separate, which begins a window with "
             "every document"
         )
-
-
-def _hidden(state: State) -> Tensor:
-    """[1, T, ...], the hidden states of what a block hands over."""
-    output = state["output"] if isinstance(state, dict) else state
-    return output[0] if isinstance(output, tuple) else output

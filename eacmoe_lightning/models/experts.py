@@ -5,8 +5,7 @@ Letters: N tokens, D hidden, F expert width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,18 +57,6 @@ class Experts:
         h = self.intermediate(x, expert, up)
         down = self.weight("down_proj")[expert] if down is None else down
         return nn.functional.linear(h, down, self.bias("down_proj", expert))
-
-    @contextmanager
-    def replaced(self, forward: Callable) -> Iterator[None]:
-        """Gives the module another forward pass inside the `with` block."""
-        before = vars(self.module).get("forward")
-        self.module.forward = forward
-        try:
-            yield
-        finally:
-            del self.module.forward  # uncovers the method of the class
-            if before is not None:
-                self.module.forward = before
 
 
 def run_by_expert(

@@ -6,7 +6,7 @@ The parts are the model's own: to get at one, the model's forward pass runs with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.find import find_blocks
-from eacmoe_lightning.models.routing import Reached, Routing
+from eacmoe_lightning.models.routing import Reached, Routing, forward_replaced
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.run.hidden import State
 
@@ -146,16 +146,10 @@ class MoEModel:
     @contextmanager
     def blocks_replaced(self, forward: Callable[[int], Callable]) -> Iterator[None]:
         """Gives each block another forward pass, by index, inside the `with` block."""
-        before = [block.layer.__dict__.get("forward") for block in self.blocks]
-        for block in self.blocks:
-            block.layer.forward = forward(block.index)  # an instance attribute shadows the method
-        try:
+        with ExitStack() as replaced:
+            for block in self.blocks:
+                replaced.enter_context(forward_replaced(block.layer, forward(block.index)))
             yield
-        finally:
-            for block, previous in zip(self.blocks, before, strict=True):
-                del block.layer.forward
-                if previous is not None:
-                    block.layer.forward = previous
 
     @property
     def decoder_of_text(self) -> nn.Module:

@@ -27,6 +27,7 @@ from eacmoe_lightning.quantization.gram import TILE
 from eacmoe_lightning.quantization.grid import Grid
 from eacmoe_lightning.routers import ridge
 from eacmoe_lightning.targets import WeightGrid
+from eacmoe_lightning.tuning.codes import trains_weights
 
 LOADED = 20  # bytes of memory traffic per byte loaded: copies, conversions, pages touched for the first time
 MOVABLE = 0.2  # share of the codes that training can change (`tuning.codes.movable`), seen at 2, 3 and 4 bits
@@ -152,7 +153,7 @@ def trained_bytes(blocks: Iterable[Block], kinds: Collection[str]) -> int:
 
     Experts are decoded one at a time.
     """
-    if not {"scale", "code"} & set(kinds):
+    if not trains_weights(kinds):
         return 0
     each = 1 + ("code" in kinds) * MOVABLE * POSITION_BYTES
     weights = [(part, weight) for block in blocks for part, weight in block.weights().values()]
@@ -282,7 +283,7 @@ def _num_quantized(block: Block) -> int:
 
 def _step_bytes(quantized: int, kinds: Collection[str], activations: float) -> float:
     """Memory traffic of a step that trains this many quantized weights, besides matrix products."""
-    decoded = DECODED_BYTES if {"scale", "code"} & set(kinds) else 0
+    decoded = DECODED_BYTES if trains_weights(kinds) else 0
     return quantized * (decoded + TRAINED_BYTES * ("code" in kinds)) + STEP_PASSES * activations
 
 
@@ -294,8 +295,8 @@ def _block_stage(cost: Cost, block: Block, shapes: _Shapes, job: Job, here: floa
     per_token = itemsize * (12 * hidden + 4 * shapes.shared_activations) + 16 * shapes.top_k * hidden
     activations = tokens * per_token + 16 * experts  # the second: one expert decoded, with gradients
     read = 2 * epochs * stream * share
-    trains = {"scale", "code"} & set(job.block_kinds)
-    in_memory = here - quantized * itemsize if trains else here  # these weights are decoded from codes instead
+    decodes = trains_weights(job.block_kinds)
+    in_memory = here - quantized * itemsize if decodes else here  # these weights are decoded from codes instead
     cost.add(
         in_memory + trained_bytes([block], job.block_kinds) + activations,
         flops=4 * epochs * job.tokens * share * shapes.forward,  # experts' forward pass runs twice

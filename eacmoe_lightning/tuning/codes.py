@@ -14,8 +14,8 @@ A stack of experts [E, O, I] is handled one expert at a time.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ from torch import Tensor
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 
 MARGIN = 0.499  # largest distance in steps between a code and its position at the start
+
+
+def trains_weights(kinds: Collection[str]) -> bool:
+    """Whether quantized weights change if these are trained: of router, norm, scale and code."""
+    return "scale" in kinds or "code" in kinds
 
 
 class StraightThrough(torch.autograd.Function):
@@ -116,11 +121,8 @@ def _codes(quantized: QuantizedWeight, position: Tensor, place: Tensor) -> Tenso
     return StraightThrough.apply(codes, quantized.nearest(codes.detach()))
 
 
+@torch.no_grad()
 def codes_of(quantized: QuantizedWeight, moved: Movable) -> Tensor:
     """The trained codes [..., O, I], in the dtype in which they are stored."""
-    position = moved.position.detach()
-    codes = [
-        _codes(_matrix(quantized, rows), position[start:end], moved.place[start:end])
-        for rows, (start, end) in zip(matrices(quantized), pairwise(moved.starts), strict=True)
-    ]
+    codes = [_codes(_matrix(quantized, rows), *moved.of(e)) for e, rows in enumerate(matrices(quantized))]
     return torch.cat(codes).to(quantized.codes.dtype)
