@@ -36,8 +36,10 @@ from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.transformers_loader import empty_model, original_names
 from eacmoe_lightning.planning.machine import measure as rates_of
-from eacmoe_lightning.planning.sizes import job_of, plan
+from eacmoe_lightning.planning.phases import plan
+from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.memory import available_memory
 from eacmoe_lightning.text.windows import Windows
 
 VOCABULARY = 1024  # of the random models; small, because embeddings are not measured
@@ -122,7 +124,7 @@ def measure(
     trainer.fit(module, data)
     phases = {name: phase for name, phase in cost(run).items() if isinstance(phase, dict)}
     moe, recipe = module.moe, module.recipe
-    job = job_of(module, data, moe, 1, moe.device.type)
+    job = job_of(module, data, moe, 1, moe.device.type, available_memory(moe.device))
     planned = plan(moe, recipe, job).phases
     rates = rates_of(moe.device, moe.model.dtype, folder, moe.config.hidden_size)
     for name, phase in phases.items():

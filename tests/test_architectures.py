@@ -15,6 +15,7 @@ import tiny_models
 import torch
 import transformers
 from architecture_trial import STEPS, Trial, assert_perplexity, fit, text
+from joint_trial import assert_equals_the_whole
 from test_resume import attempts
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
@@ -139,6 +140,13 @@ def test_a_block_whose_experts_run_one_by_one_is_the_block(name):
 
 
 # --- fit, load, use, export
+
+
+@slow_unless_quick(SUPPORTED)
+def test_the_joint_stage_block_by_block_is_the_pass_of_the_whole_model(name, trial):
+    if (error := trial(name).passes("fit")) is not None:
+        raise error
+    assert_equals_the_whole(trial(name).original, trial(name).run)
 
 
 @each(*STEPS)

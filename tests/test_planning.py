@@ -23,9 +23,10 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.planning.checks import check_disk
 from eacmoe_lightning.planning.machine import Rates
+from eacmoe_lightning.planning.phases import plan
 from eacmoe_lightning.planning.report import warnings
 from eacmoe_lightning.planning.shapes import load_shapes
-from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, packed_bytes, plan
+from eacmoe_lightning.planning.sizes import Cost, Job, disk_use, packed_bytes
 from eacmoe_lightning.planning.states import passed_on
 from eacmoe_lightning.quantization.grid import Grid
 from eacmoe_lightning.quantization.quantizers import GPTQ

@@ -247,11 +247,12 @@ def test_evaluation_block_by_block_is_that_of_the_models(split, tiny_model_dir, 
 
 
 def test_a_joint_stage_that_does_not_fit_is_refused_before_the_run(tiny_model_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("eacmoe_lightning.planning.checks.available_memory", lambda device: 10**5)
+    monkeypatch.setattr("eacmoe_lightning.job.qesc.available_memory", lambda device: 10**5)
     with pytest.raises(SystemExit):
         main(["fit", *jobs.options(tiny_model_dir("mixtral"), tmp_path / "run")])
     error = capsys.readouterr().err
-    assert "--model.joint_epochs 0 leaves it out" in error and "0.0 GB are available" in error
+    assert "only one block at a time is in memory, but 0.0 GB are available" in error
+    assert "--model.joint_epochs 0 leaves it out" in error
     assert not (tmp_path / "run" / "run.json").exists()
 
 

@@ -1,11 +1,13 @@
 """The arithmetic of training codes: positions on the axis of codes, straight-through rounding, losses."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
 from eacmoe_lightning.routers.losses import MSE
-from eacmoe_lightning.tuning.codes import codes_of, decode, movable, start_positions
+from eacmoe_lightning.tuning.codes import codes_of, in_training, movable, start_positions
 from eacmoe_lightning.tuning.losses import distillation, reconstruction, selection
 
 
@@ -49,16 +51,17 @@ def test_gradients_pass_the_rounding_of_codes_and_scales(weight):
     scale = quantized.scale.float().requires_grad_()
     moved = movable(weight, quantized, 0.5)
     moved.position.requires_grad_()
-    decoded = torch.stack([decode(quantized, scale, moved, torch.float32, e) for e in range(len(weight))])
+    decoded = torch.stack([part.decode(torch.float32) for part in in_training(quantized, scale, moved)])
     assert torch.equal(decoded, quantized.dequantize())
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     (decoded * gradient).sum().backward()
     expected = gradient * quantized.scale.float().repeat_interleave(32, -1)
-    expected = torch.cat([expected[e].flatten()[moved.of(e)[1]] for e in range(len(weight))])
+    places = moved.place.long().split([b - a for a, b in pairwise(moved.starts)])
+    expected = torch.cat([expected[e].flatten()[place] for e, place in enumerate(places)])
     torch.testing.assert_close(moved.position.grad, expected)
     steps = quantized.codes.float() - quantized.zero_point.float().repeat_interleave(32, -1)
     torch.testing.assert_close(scale.grad, (gradient * steps).unflatten(-1, (2, 32)).sum(-1))
-    assert torch.equal(decode(quantized, None, None, torch.float32, 1), quantized.dequantize()[1])
+    assert torch.equal(in_training(quantized, None, None)[1].decode(torch.float32), quantized.dequantize()[1])
 
 
 @pytest.mark.parametrize("reach", [0.01, 0.2])
@@ -70,12 +73,15 @@ def test_exactly_the_codes_within_reach_can_be_moved(weight, bits, reach):
     position = start_positions(weight, quantized)
     neighbour = quantized.nearest(position + (position - quantized.codes).sign() * reach)
     for e in range(len(weight)):
-        assert torch.equal(moved.of(e)[1].long(), (neighbour != quantized.codes)[e].flatten().nonzero().squeeze(1))
+        place = moved.place[moved.starts[e] : moved.starts[e + 1]].long()
+        assert torch.equal(place, (neighbour != quantized.codes)[e].flatten().nonzero().squeeze(1))
     assert 0 < len(moved.place) < weight.numel()
     assert torch.equal(codes_of(quantized, moved), quantized.codes)  # nothing has moved
     moved.position += (moved.position - moved.position.round()).sign() * reach
     assert torch.equal(codes_of(quantized, moved).float(), neighbour)
-    assert torch.equal(decode(quantized, None, moved, torch.float32, 2), quantized.dequantize(codes=neighbour)[2])
+    assert torch.equal(
+        in_training(quantized, None, moved)[2].decode(torch.float32), quantized.dequantize(codes=neighbour)[2]
+    )
 
 
 def test_a_matrix_is_trained_like_an_expert(weight):

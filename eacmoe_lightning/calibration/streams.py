@@ -203,19 +203,18 @@ class Streams:
         square, number = self.ranks.sum(total).tolist()
         return max(square / max(number, 1), torch.finfo(torch.float32).tiny)
 
-    def joint_rows(self, window_ids: Tensor) -> tuple[State, dict[int, Tensor]]:
-        """The joint stage's targets for the windows with these global indices [b]; only after the last block.
+    def last_rows(self, window_ids: Tensor) -> State:
+        """What the original's last block hands over for the windows with these global indices [b].
 
-        Returns:
-            What the original's last block hands over, for the head; and by MoE block the original router's logits
-            [b*T, E] for the experts that the block still has.
+        Only after the last block. In host memory.
         """
-        for block in self.moe.moe_blocks if not self._teachers else ():
+        return self.x[self.local(window_ids)]
+
+    def teacher_rows(self, block: Block, window_ids: Tensor) -> Tensor:
+        """The original router's logits [b*T, E] of a block, for the experts that it still has; as `last_rows`."""
+        if block.index not in self._teachers:
             self._teachers[block.index] = HiddenFile.open(self._teacher_path(block.index), self._note)
-        local = self.local(window_ids)
-        kept = {block.index: block.kept for block in self.moe.moe_blocks}
-        teachers = {i: logits[local].flatten(0, 1).float()[:, kept[i]] for i, logits in self._teachers.items()}
-        return moved(self.x[local], self.moe.device), teachers
+        return self._teachers[block.index][self.local(window_ids)].flatten(0, 1).float()[:, block.kept]
 
     # --- files ------------------------------------------------------------------------------------------
 

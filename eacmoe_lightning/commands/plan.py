@@ -13,10 +13,10 @@ import torch
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.planning.machine import Rates, measure
+from eacmoe_lightning.planning.phases import plan as plan_run
 from eacmoe_lightning.planning.report import report, summary, warnings
 from eacmoe_lightning.planning.shapes import load_shapes, stored_share
 from eacmoe_lightning.planning.sizes import job_of
-from eacmoe_lightning.planning.sizes import plan as plan_run
 from eacmoe_lightning.run.memory import available_memory
 
 
@@ -53,12 +53,12 @@ def plan(words: list[str]) -> None:
     moe = load_shapes(module.name_or_path, module.dtype_name, module.trust_remote_code)
     module.recipe.check(moe)
     share = stored_share(module.name_or_path, moe)
-    job = job_of(module, data, moe, chosen.processes, torch.device(chosen.device).type, share)
-    costs = plan_run(moe, module.recipe, job)
     device, folder = torch.device(chosen.device), _existing(Path(folder))
+    memory = getattr(chosen, "available.memory") or available_memory(device)
+    job = job_of(module, data, moe, chosen.processes, device.type, memory, share)
+    costs = plan_run(moe, module.recipe, job)
     rates = vars(measure(device, moe.model.dtype, folder, moe.config.hidden_size))
     rates = Rates(**{name: getattr(chosen, f"rate.{name}") or value for name, value in rates.items()})
-    memory = getattr(chosen, "available.memory") or available_memory(device)
     free = getattr(chosen, "available.disk") or shutil.disk_usage(folder).free
     grids = module.recipe.grids(moe)
     messages = warnings(costs, grids, original_of(moe), int(memory), int(free), chosen.processes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ class FinishedBlocks:
         original: gives every weight that is neither quantized nor trained.
         run: the run whose block files hold the codes.
         trained: routers and norms by parameter name; all others are the original's.
-        scales, codes: replace the solver's, by parameter name: [..., O, G] and [..., O, I].
+        trained_weight: parameter name, and a weight as its block's file holds it -> as it is after training.
         unquantized: the linears that stay as they are, as in `MoEModel.unquantized`.
     """
 
@@ -32,13 +32,12 @@ class FinishedBlocks:
         original: Checkpoint,
         run: RunDirectory,
         trained: Mapping[str, Tensor] | None = None,
-        scales: Mapping[str, Tensor] | None = None,
-        codes: Mapping[str, Tensor] | None = None,
+        trained_weight: Callable[[str, QuantizedWeight], QuantizedWeight] = lambda name, weight: weight,
         unquantized: dict[str, str] | None = None,
     ) -> None:
         self.unquantized = unquantized or {}
         self.original, self.run = original, run
-        self.trained, self.scales, self.codes = trained or {}, scales or {}, codes or {}
+        self.trained, self.trained_weight = trained or {}, trained_weight
         self._moe = MoEModel(original.skeleton())
         self._kept = {
             str(block.index): removed.kept
@@ -64,12 +63,7 @@ class FinishedBlocks:
 
     def quantized(self, index: int) -> dict[str, QuantizedWeight]:
         """A block's quantized weights by parameter name, with their final scales and codes."""
-        weights = read_block(self.run, index)[0]
-        for name in weights.keys() & self.scales.keys():
-            weights[name].scale = self.scales[name].detach().cpu().half()
-        for name in weights.keys() & self.codes.keys():
-            weights[name].codes = self.codes[name].cpu()
-        return weights
+        return {name: self.trained_weight(name, weight) for name, weight in read_block(self.run, index)[0].items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)

@@ -109,7 +109,7 @@ class BlockStage:
         progress, parts, block = self.progress, self.parts, self.block
         if progress.best is not None:
             parts.put_values(block, progress.best)
-        trained = parts.quantized()
+        trained = {name: parts.trained(name, weight) for name, weight in parts.codes.items()}
         changed = sum(int((trained[name].codes != weight.codes).sum()) for name, weight in parts.codes.items())
         number = sum(weight.codes.numel() for weight in parts.codes.values())
         held_back = [value for value in progress.held_back if not math.isnan(value)]

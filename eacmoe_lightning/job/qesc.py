@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -34,11 +34,11 @@ from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refu
 from eacmoe_lightning.job.comparison import Comparison
 from eacmoe_lightning.job.divergence import LossWatch
 from eacmoe_lightning.job.epochs import Epoch, Epochs
+from eacmoe_lightning.job.joint_stage import JointStage
 from eacmoe_lightning.job.sampling import SampledTexts
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
-from eacmoe_lightning.models.moe import inputs
 from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original
@@ -48,12 +48,11 @@ from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE
 from eacmoe_lightning.run.block_file import BlockStats, read_stats
 from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.run.lock import RunLock
-from eacmoe_lightning.run.memory import Watch
+from eacmoe_lightning.run.memory import Watch, available_memory
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
 from eacmoe_lightning.text.sources import stored_sources
 from eacmoe_lightning.tuning.codes import trains_weights
-from eacmoe_lightning.tuning.losses import distillation, selection
 from eacmoe_lightning.version import __version__
 
 
@@ -66,16 +65,16 @@ class FitState:
         parts: the trained parameters, which are parameters of the module too.
         sampled: the calibration texts that a model wrote.
         block_stage: trains one block after another.
+        joint_stage: trains all blocks together.
         calibration: the block loop; set in `on_fit_start`.
-        compressed: the whole compressed model; set during the joint stage.
     """
 
     moe: StreamedModel
     parts: TrainedParts
     sampled: SampledTexts
     block_stage: BlockStage
+    joint_stage: JointStage
     calibration: Calibration | None = None
-    compressed: StreamedModel | None = None
 
 
 class QESC(Comparison):
@@ -213,6 +212,10 @@ class QESC(Comparison):
     def block_stage(self) -> BlockStage:
         return self.fit_state.block_stage
 
+    @property
+    def joint_stage(self) -> JointStage:
+        return self.fit_state.joint_stage
+
     def setup(self, stage: str) -> None:
         if stage != "fit":
             super().setup(stage)
@@ -233,8 +236,9 @@ class QESC(Comparison):
             targets.choose(self.targets, self.recipe.grids(moe), original_of(moe), self.tensor_parallel)
         for block in moe.moe_blocks:
             self.router_loss.num_targets(block.num_experts, block.top_k)  # raises now if its k does not fit the model
-        job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size, moe.device.type)
-        check_memory(moe, job)
+        memory = available_memory(moe.device)
+        job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size, moe.device.type, memory)
+        resident = check_memory(moe, self.recipe, job)
         data = self.trainer.datamodule
         texts = SampledTexts(
             data, self.run, moe, self.ranks, self.name_or_path, self.dtype_name, self.trust_remote_code
@@ -266,8 +270,10 @@ class QESC(Comparison):
         self.trainer.strategy.barrier()
         moe.leave(json.loads(self.run.unquantized.read_text()))
         trains_norms = any("norm" in self.kinds(stage) for stage in ("block", "joint"))
-        parts = TrainedParts(moe, self.run, trains_norms)
-        self.fit_state = FitState(moe, parts, texts, BlockStage(parts, self.router_loss, self.block_selection))
+        parts = TrainedParts(moe, self.run, trains_norms, resident)
+        block_stage = BlockStage(parts, self.router_loss, self.block_selection)
+        joint_stage = JointStage(parts, self.router_loss, self.joint_selection, self._autocast)
+        self.fit_state = FitState(moe, parts, texts, block_stage, joint_stage)
         self.routers, self.norms = parts.routers, parts.norms  # submodules, so that Lightning knows their parameters
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1) or self.trainer.max_epochs > self.num_epochs:
@@ -362,7 +368,7 @@ class QESC(Comparison):
             self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning,
             [name for name, _ in self.moe.norms()] if "norm" in self.kinds("block") else [],
         )  # fmt: skip
-        self.block_stage.calibration = self.calibration
+        self.block_stage.calibration = self.joint_stage.calibration = self.calibration
 
     # --- epochs: which block, which stage ---------------------------------------------------------------
 
@@ -408,15 +414,8 @@ class QESC(Comparison):
                 self.parts.take_codes(self.calibration.solver.solved)
                 if trains_weights(self.kinds("block")):
                     self.calibration.drop_weights()  # they are decoded from what is trained
-        if stage == "joint" and self.fit_state.compressed is None:
-            self._take_finished()
-            self.fit_state.compressed = StreamedModel(self.parts.untrained(), self.device)
-            self.fit_state.compressed.load_all()
-
-    def _take_finished(self) -> None:
-        """Brings the codes of all blocks into memory if the joint stage trains them and they are not there."""
-        if trains_weights(self.kinds("joint")) and not self.parts.codes:
-            self.parts.take_finished()
+        if stage == "joint":
+            self.joint_stage.open()
 
     def leave_block(self) -> BlockStats:
         """Solves the experts of the current epoch's block unless the block stage has trained them, and writes it."""
@@ -553,24 +552,7 @@ class QESC(Comparison):
         """KL divergence from the original's next-token distributions plus the router loss of all blocks [n]."""
         if not len(batch["index"]):
             return None
-        last_state, teachers = self.calibration.streams.joint_rows(batch["index"])
-        with torch.no_grad():
-            target = self.moe.head(last_state, batch["input_ids"]).float().log_softmax(-1)
-        compressed = self.fit_state.compressed
-        weights = self.parts.routers_and_norms()
-        with ExitStack() as running:
-            students = running.enter_context(compressed.recorded_logits())
-            for block in compressed.blocks:
-                weights |= self.parts.decoded(block)
-                running.enter_context(block.experts_run_by(self.parts.expert(block)))
-            arguments = inputs(batch["input_ids"], batch.get("position_ids"))
-            logits = torch.func.functional_call(compressed.model, weights, kwargs=arguments).logits
-        losses = distillation(logits, target).flatten()
-        choice = {block.index: block.choice for block in compressed.moe_blocks}
-        top_k = {block.index: block.top_k for block in compressed.moe_blocks}
-        teachers = {i: choice[i](teacher.to(self.device)) for i, teacher in teachers.items()}
-        students = {i: choice[i](student) for i, student in students.items()}
-        return losses + self.joint_selection * selection(students, teachers, self.router_loss, top_k)
+        return self.joint_stage.losses(batch["index"], batch["input_ids"], batch.get("position_ids"))
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Mean over the counted tokens of the global batch, of which this process may hold only some, or none."""
@@ -619,8 +601,7 @@ class QESC(Comparison):
             self._advance(len(self.moe.blocks))
         for block in self.moe.blocks:
             self.calibration.shrink(block.index)
-        self.fit_state.compressed = None
-        self._take_finished()
+        self.joint_stage.close()
 
     def block_stats(self) -> list[BlockStats]:
         """The statistics of every block, read from the block files."""

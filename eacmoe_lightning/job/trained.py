@@ -1,14 +1,16 @@
 """The trained parameters: routers and norms of the original, scales and positions of its quantized weights.
 
 `tuning/codes.py` defines positions. Routers and norms exist from the start. Scales and positions exist only while their
-weights are trained: those of one block in the block stage, all in the joint stage.
+weights are trained: those of one block in the block stage, all in the joint stage. The codes themselves do not change;
+they are in memory only where they are needed (`holding`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -23,9 +25,10 @@ from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.block_file import read_block
 from eacmoe_lightning.run.directory import RunDirectory
-from eacmoe_lightning.tuning.codes import Movable, codes_of, decode, movable
+from eacmoe_lightning.tuning.codes import Matrix, Movable, codes_of, in_training, movable, trains_weights
 
 log = logging.getLogger(__name__)
+KEPT_NUMBERS = 1 << 24  # weights of a block that may stay decoded between its forward and backward pass, 20 bytes each
 
 
 class TrainedParts:
@@ -40,15 +43,18 @@ class TrainedParts:
         moe: the original model.
         run: the run whose block files hold the finished codes.
         trains_norms: whether norms are among the parameters.
+        resident: whether the joint stage has room for the codes of all blocks. Otherwise they are read block by block,
+            and scales and positions stay in host memory.
     """
 
-    def __init__(self, moe: StreamedModel, run: RunDirectory, trains_norms: bool) -> None:
-        self.moe, self.run = moe, run
+    def __init__(self, moe: StreamedModel, run: RunDirectory, trains_norms: bool, resident: bool = True) -> None:
+        self.moe, self.run, self.resident = moe, run, resident
         self.routers, self.norms = nn.ParameterDict(), nn.ParameterDict()  # [E, D]; [D]
         self.scales: dict[str, nn.Parameter] = {}  # by parameter name, in the shape of the scales
         self.moved: dict[str, Movable] = {}  # by parameter name
-        self.codes: dict[str, QuantizedWeight] = {}  # the weights in training, as they were at its start
+        self.codes: dict[str, QuantizedWeight] = {}  # weights in training that are in memory, as at its start
         self.block: int | None = None  # index of the block in training; None: all, or none
+        self._checked: set[int] = set()  # the blocks whose files were read before
         routers = moe.read(block.router_parameter_name for block in moe.calibrated_blocks)
         for block in moe.calibrated_blocks:
             router = routers[block.router_parameter_name].float().clone()
@@ -114,7 +120,9 @@ class TrainedParts:
     def start(
         self, optimizer: torch.optim.Optimizer, block: Block | None, kinds: Collection[str], reach: float
     ) -> None:
-        """Makes parameters of scales and codes (`take_codes` comes first), and resets the optimizer.
+        """Makes parameters of scales and codes, and resets the optimizer.
+
+        The block stage has called `take_codes` before; the joint stage reads the codes from the blocks' files.
 
         Args:
             optimizer: gets groups for them, and loses its moments.
@@ -123,18 +131,22 @@ class TrainedParts:
             reach: how many steps of the grid training can move a code (`tuning.codes.movable`).
         """
         kept, self.block = self.kept_rows, None if block is None else block.index
-        for block in self._blocks:
-            names = [name for name in block.weights() if name in self.codes]
-            if "scale" in kinds:
-                self.scales |= {name: nn.Parameter(self.codes[name].scale.float()) for name in names}
-            for name, weight in self.moe.read(names).items() if "code" in kinds else ():
-                moved = movable(block.as_parameter(name, weight)[kept[name]], self.codes[name], reach)
-                self.moved[name] = replace(moved, position=nn.Parameter(moved.position))
+        number = 0
+        for block in self._blocks if trains_weights(kinds) else ():
+            with self.holding(block):
+                names = [name for name in block.weights() if name in self.codes]
+                if "scale" in kinds:
+                    self.scales |= {name: self._parameter(self.codes[name].scale.float()) for name in names}
+                for name, weight in self.moe.read(names).items() if "code" in kinds else ():
+                    moved = movable(block.as_parameter(name, weight)[kept[name]], self.codes[name], reach)
+                    place = moved.place.to(self._home)
+                    self.moved[name] = replace(moved, position=self._parameter(moved.position), place=place)
+                    number += self.codes[name].codes.numel()
         if self.moved:
             log.info(
                 "%d of %d codes are within %.3f steps of another and may change",
                 sum(len(moved.place) for moved in self.moved.values()),
-                sum(self.codes[name].codes.numel() for name in self.moved),
+                number,
                 reach,
             )
         self._regroup(optimizer)
@@ -150,18 +162,32 @@ class TrainedParts:
         for group in self.optimizer_groups():
             optimizer.add_param_group(group)
 
+    @property
+    def _home(self) -> torch.device:
+        """Where scales and positions are."""
+        return self.moe.device if self.resident or self.block is not None else torch.device("cpu")
+
+    def _parameter(self, tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter(tensor.to(self._home))
+
     def take_codes(self, codes: Mapping[str, QuantizedWeight]) -> None:
         """Takes quantized weights by parameter name to the model's device, to train them."""
-        self.codes = {
+        self.codes |= {
             name: replace(weight, **{field: getattr(weight, field).to(self.moe.device) for field in weight.FIELDS})
             for name, weight in codes.items()
         }
 
-    def take_finished(self) -> None:
-        """Takes the codes of all blocks from their files, to train all of them."""
-        self.take_codes(
-            {name: weight for block in self.moe.blocks for name, weight in read_block(self.run, block.index)[0].items()}
-        )
+    @contextmanager
+    def holding(self, block: Block) -> Iterator[None]:
+        """The codes of a block's weights are in memory inside the `with` block; they stay if there is room for all."""
+        names = block.weights().keys()
+        if not names & self.codes.keys():
+            self.take_codes(read_block(self.run, block.index, is_checked=block.index not in self._checked)[0])
+            self._checked.add(block.index)
+        yield
+        if not self.resident and self.block is None:
+            for name in names & self.codes.keys():
+                del self.codes[name]
 
     def state(self) -> dict[str, Any]:
         """Scales and positions, for a checkpoint."""
@@ -173,10 +199,10 @@ class TrainedParts:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes scales and positions from a checkpoint; an optimizer must be configured after it."""
-        device, self.block = self.moe.device, state["block"]
-        self.scales = {name: nn.Parameter(scale.to(device)) for name, scale in state["scales"].items()}
+        self.block = state["block"]
+        self.scales = {name: self._parameter(scale) for name, scale in state["scales"].items()}
         self.moved = {
-            name: Movable(nn.Parameter(position.to(device)), place.to(device), starts)
+            name: Movable(self._parameter(position), place.to(self._home), starts)
             for name, (position, place, starts) in state["moved"].items()
         }
 
@@ -186,11 +212,11 @@ class TrainedParts:
 
     def values(self, block: Block) -> dict[str, Tensor]:
         """Copies of all that is trained of a block, in host memory."""
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._of(block).items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.of(block).items()}
 
     def put_values(self, block: Block, values: dict[str, Tensor]) -> None:
         """Sets what is trained of a block to what `values` returned."""
-        for name, tensor in self._of(block).items():
+        for name, tensor in self.of(block).items():
             tensor.data.copy_(values[name])
 
     def put(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
@@ -204,11 +230,17 @@ class TrainedParts:
         """Sets the router and the norms of a block to those in its file."""
         self.put(block, read_block(self.run, block.index)[1])
 
-    def _of(self, block: Block) -> dict[str, nn.Parameter]:
+    def of(self, block: Block) -> dict[str, nn.Parameter]:
+        """What is trained of a block."""
         trained = {"router": self.routers[router_key(block)]} if block.calibrates else {}
         trained |= {f"norm {_name(key)}": norm for key, norm in self._norms([block])}
-        trained |= {f"scale {name}": scale for name, scale in self.scales.items()}
-        return trained | {f"code {name}": moved.position for name, moved in self.moved.items()}
+        trained |= {f"scale {name}": self.scales[name] for name in block.weights() if name in self.scales}
+        return trained | {f"code {name}": self.moved[name].position for name in block.weights() if name in self.moved}
+
+    def outside(self) -> dict[str, nn.Parameter]:
+        """What is trained outside of the blocks: norms, by parameter name."""
+        in_blocks = tuple(f"{block.name}." for block in self.moe.blocks)
+        return {name: norm for key, norm in self.norms.items() if not (name := _name(key)).startswith(in_blocks)}
 
     # --- the compressed model -----------------------------------------------------------------------------------
 
@@ -220,6 +252,10 @@ class TrainedParts:
         chosen = self.moe.blocks if blocks is None else blocks
         trained = {block.router_parameter_name: self.router(block) for block in chosen if block.calibrates}
         trained |= {_name(key): weight for key, weight in self._norms(blocks)}
+        return self.as_stored(trained)
+
+    def as_stored(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Trained tensors by parameter name, in the dtypes that they have in the model, and differentiable."""
         return {name: weight.to(self._dtypes[name]) for name, weight in trained.items()}
 
     @cached_property
@@ -229,10 +265,11 @@ class TrainedParts:
     def decoded(self, block: Block) -> dict[str, Tensor]:
         """The block's weights in training but for the experts', by parameter name, differentiable.
 
-        The backward pass decodes them again instead of keeping what decoding computes on its way.
+        In a large block the backward pass decodes them again instead of keeping what decoding computes on its way.
         """
+        decode = self._recomputed(block, lambda name: self._in_training(name)[0].decode(self._dtypes[name]))
         return {
-            name: checkpoint(self._decode, name, use_reentrant=False, preserve_rng_state=False)
+            name: decode(name)
             for name, (part, _) in block.weights().items()
             if part != "experts" and self._trains(name)
         }
@@ -240,38 +277,44 @@ class TrainedParts:
     def expert(self, block: Block) -> Callable[[int, Tensor], Tensor] | None:
         """Runs one of the block's experts on rows [n, D] with its weights in training; None if they are not trained.
 
-        The weights of one expert at a time are decoded, in the backward pass again.
+        The weights of one expert at a time are decoded, in the backward pass of a large block again.
         """
         names = [f"{block.name}.{block.experts_name}.{p}" for p in block.experts.projections] if block.is_moe else []
         if not any(self._trains(name) for name in names):
             return None
 
-        def run(expert: int, x: Tensor) -> Tensor:
-            return block.experts.output(x, expert, *(self._decode(name, expert) for name in names))
+        weights = [(self._in_training(name), self._dtypes[name]) for name in names]
 
+        def run(expert: int, x: Tensor) -> Tensor:
+            return block.experts.output(x, expert, *(experts[expert].decode(dtype) for experts, dtype in weights))
+
+        return self._recomputed(block, run)
+
+    def _recomputed(self, block: Block, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function, or in a large block one whose backward pass computes it again. The results are the same."""
+        if sum(self.codes[name].codes.numel() for name in self.trained_weights(block)) <= KEPT_NUMBERS:
+            return run
         return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
     def _trains(self, name: str) -> bool:
         return name in self.scales or name in self.moved
 
-    def _decode(self, name: str, expert: int = 0) -> Tensor:
-        return decode(self.codes[name], self.scales.get(name), self.moved.get(name), self._dtypes[name], expert)
+    def _in_training(self, name: str) -> list[Matrix]:
+        return in_training(self.codes[name], self.scales.get(name), self.moved.get(name))
 
-    def quantized(self) -> dict[str, QuantizedWeight]:
-        """The weights in training as they are now, by parameter name."""
-        trained = {}
-        for name, weight in self.codes.items():
-            scale = {"scale": self.scales[name].detach().half()} if name in self.scales else {}
-            codes = {"codes": codes_of(weight, self.moved[name])} if name in self.moved else {}
-            trained[name] = replace(weight, **scale, **codes)
-        return trained
+    def trained_weights(self, block: Block) -> set[str]:
+        """The names of the block's quantized weights in training."""
+        return {name for name in block.weights() if self._trains(name)}
+
+    def trained(self, name: str, weight: QuantizedWeight) -> QuantizedWeight:
+        """A weight as it is now, from what it was at the start of training."""
+        scale = {"scale": self.scales[name].detach().to(weight.scale.device).half()} if name in self.scales else {}
+        codes = {"codes": codes_of(weight, self.moved[name])} if name in self.moved else {}
+        return replace(weight, **scale, **codes)
 
     def finished(self) -> FinishedBlocks:
         """The compressed model with all trained parameters, after the last epoch."""
-        trained = self.quantized()
-        scales = {name: trained[name].scale for name in self.scales}
-        codes = {name: trained[name].codes for name in self.moved}
-        return FinishedBlocks(self.moe.weights, self.run, self.routers_and_norms(), scales, codes, self.moe.unquantized)
+        return FinishedBlocks(self.moe.weights, self.run, self.routers_and_norms(), self.trained, self.moe.unquantized)
 
     def untrained(self) -> FinishedBlocks:
         """The compressed model without calibration: the blocks' codes and scales, the original's routers and norms."""

@@ -5,7 +5,7 @@ The parts are the model's own: to get at one, the model's forward pass runs with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NoReturn
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.find import find_blocks
-from eacmoe_lightning.models.routing import Reached, Routing, forward_replaced
+from eacmoe_lightning.models.routing import Reached, forward_replaced
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.run.hidden import State
 
@@ -53,7 +53,7 @@ class MoEModel:
     # --- where the weights are: here always in memory; `streamed.StreamedModel` reads them from disk --------
 
     def load(self, index: int) -> None:
-        """Brings a block's original weights into memory, unless they are already there."""
+        """Brings a block's weights into memory, unless they are already there."""
 
     def release(self, index: int) -> None:
         """Frees the memory of a block's weights; changes to them are lost."""
@@ -177,21 +177,12 @@ class MoEModel:
             ):
                 yield name, parameter
 
-    @contextmanager
-    def recorded_logits(self) -> Iterator[dict[int, Tensor]]:
-        """Records each MoE block's router logits [N, E] by block index, with gradients, while the model runs inside."""
-        logits: dict[int, Tensor] = {}
-
-        def record(block: Block, routing: Routing, _: Tensor | None) -> None:
-            block.learn_scoring(routing)
-            logits[block.index] = routing.logits
-
-        handles = [block.watch_router(partial(record, block)) for block in self.moe_blocks]
-        try:
-            yield logits
-        finally:
-            for handle in handles:
-                handle.remove()
+    def with_weights(self, weights: Mapping[str, Tensor], run: Callable[[], Any]) -> Any:
+        """What `run` returns while these tensors stand in for the model's parameters, by name; differentiable."""
+        if not weights:
+            return run()
+        weights = {f"model.{name}": weight for name, weight in weights.items()}
+        return torch.func.functional_call(_Running(self.model), weights, (run,))
 
     @torch.no_grad()
     def put(self, tensors: dict[str, Tensor]) -> None:
@@ -199,6 +190,17 @@ class MoEModel:
         parameters = dict(self.model.named_parameters())
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+class _Running(nn.Module):
+    """Runs a function of the model, as `torch.func.functional_call` can only call modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
 
 
 def inputs(input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:

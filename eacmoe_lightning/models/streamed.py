@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 import torch
@@ -62,10 +62,11 @@ class StreamedModel(MoEModel):
     def device(self) -> torch.device:
         return self._device
 
-    def load(self, index: int) -> None:
+    def load(self, index: int, without: Collection[str] = ()) -> None:
+        """Reads a block's weights but for `without`, by name in the model."""
         if index in self._loaded:
             return
-        names = self._names(index)
+        names = [name for name in self._names(index) if name not in without]
         self._check(set(names) - self._fill(names))
         self._loaded.add(index)
         if index + 1 < len(self.blocks):

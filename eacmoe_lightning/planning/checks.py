@@ -16,7 +16,8 @@ from eacmoe_lightning.models.documents import DocumentsAlone
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.self_check import check_parts
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.planning.sizes import Job, disk_use, joint_bytes, sampling_bytes
+from eacmoe_lightning.planning.joint import is_resident, joint_memory
+from eacmoe_lightning.planning.sizes import Job, disk_use, sampling_bytes
 from eacmoe_lightning.run.memory import available_memory
 from eacmoe_lightning.runtime.packed_modules import PackedLinear
 
@@ -24,19 +25,28 @@ GB = 1e9
 log = logging.getLogger(__name__)
 
 
-def check_memory(moe: MoEModel, job: Job) -> None:
-    """Raises ValueError if the joint stage, which alone loads the whole model, needs more memory than there is."""
-    if not job.joint_epochs:
-        return
-    needed, available = joint_bytes(moe, job), available_memory(moe.device)
-    if needed > available:
+def check_memory(moe: MoEModel, recipe: Recipe, job: Job) -> bool:
+    """Whether the joint stage has room for all blocks; otherwise it streams them.
+
+    Raises:
+        ValueError: it needs more memory than there is even then.
+    """
+    if not job.joint_epochs or is_resident(moe, recipe, job):
+        return True
+    needed, host = joint_memory(moe, recipe, job, False), available_memory(torch.device("cpu"))
+    if not needed.fits(job, job.memory, host):
         trained = [kind for kind in ("code", "scale") if kind in job.joint_kinds]
         smaller = "".join(f", --model.joint_{kind}_lr 0 makes it smaller" for kind in trained)
+        beside = "" if job.device == "cpu" else f", {needed.host / GB:.1f} GB of host memory"
+        device = needed.device + (needed.host if job.device == "cpu" else 0)
+        there = "" if job.device == "cpu" else f" and {host / GB:.1f} GB"
         raise ValueError(
-            f"the joint stage (--model.joint_epochs {job.joint_epochs}) holds the whole compressed model in memory: "
-            f"{needed / GB:.1f} GB, but {available / GB:.1f} GB are available. --model.joint_epochs 0 leaves it out "
-            f"(then only one block is in memory){smaller}"
+            f"the joint stage (--model.joint_epochs {job.joint_epochs}) needs {device / GB:.1f} GB of memory{beside}, "
+            f"though only one block at a time is in memory, but {job.memory / GB:.1f} GB{there} are available. "
+            f"--model.joint_epochs 0 leaves it out{smaller}, and so do smaller batches (--data.batch_size)"
         )
+    log.info("the joint stage streams the blocks, because not all of them fit into memory")
+    return False
 
 
 def check_sampling(moe: MoEModel, windows: int, window_length: int) -> None:

@@ -107,10 +107,13 @@ def write_block(
 
 
 def read_block(
-    run: RunDirectory, index: int, is_finished: bool = True
+    run: RunDirectory, index: int, is_finished: bool = True, is_checked: bool = True
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], BlockStats]:
-    """Reads a block: quantized weights and other tensors (router, norms) by parameter name, and statistics."""
-    tensors, note = read_tensors(run.block(index) if is_finished else run.solved(index))
+    """Reads a block: quantized weights and other tensors (router, norms) by parameter name, and statistics.
+
+    `is_checked` false leaves out the file's checksum, for a file that is read many times.
+    """
+    tensors, note = read_tensors(run.block(index) if is_finished else run.solved(index), is_checked)
     quantized = {name: take_quantized(tensors, name, **spec) for name, spec in note["quantized"].items()}
     return quantized, tensors, BlockStats.from_json(note["stats"])
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,11 +63,6 @@ class Movable:
     place: Tensor
     starts: list[int]
 
-    def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Positions and places of one matrix; `expert` is 0 unless the weight is a stack."""
-        chosen = slice(self.starts[expert], self.starts[expert + 1])
-        return self.position[chosen], self.place[chosen]
-
 
 def matrices(quantized: QuantizedWeight) -> list[slice]:
     """The indices of a weight's matrices: everything, or one expert of a stack at a time."""
@@ -98,31 +94,56 @@ def movable(weight: Tensor, quantized: QuantizedWeight, reach: float) -> Movable
     return Movable(torch.cat(positions), torch.cat(places), starts)
 
 
-def decode(
-    quantized: QuantizedWeight, scale: Tensor | None, moved: Movable | None, dtype: torch.dtype, expert: int = 0
-) -> Tensor:
-    """A matrix [O, I] decoded from trained scales [..., O, G] and positions, differentiable.
+@dataclass
+class Matrix:
+    """A matrix in training.
 
-    None means the stored scales or codes. `expert` is the matrix of a stack.
+    Attributes:
+        quantized: its weights at the start of training, [O, I], of a stack [1, O, I].
+        scale: its trained scales in their shape, float32; None if they are not trained.
+        position, place: its entries of `Movable`; None if no codes are trained.
     """
-    rows = matrices(quantized)[expert]
-    matrix = _matrix(quantized, rows)
+
+    quantized: QuantizedWeight
+    scale: Tensor | None = None
+    position: Tensor | None = None
+    place: Tensor | None = None
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [O, I], differentiable with respect to scales and positions."""
+        scale = self.scale
+        if scale is not None:
+            scale = StraightThrough.apply(scale, scale.detach().half().float())  # float16, as stored
+        return self.quantized.dequantize(dtype, scale, self.codes()).squeeze(0)
+
+    def codes(self) -> Tensor | None:
+        """The codes as float32, with the rounded positions in their places, differentiable; None if not trained."""
+        if self.position is None:
+            return None
+        codes = self.quantized.codes.float()
+        codes = codes.flatten().index_put((self.place,), self.position).view(codes.shape)
+        return StraightThrough.apply(codes, self.quantized.nearest(codes.detach()))
+
+
+def in_training(quantized: QuantizedWeight, scale: Tensor | None, moved: Movable | None) -> list[Matrix]:
+    """A weight's matrices, each with its share of the trained scales and positions, on the device of its codes.
+
+    The weight is divided once for all matrices, so that the gradients are put together once.
+    """
+    rows, device = matrices(quantized), quantized.codes.device
+    parts = [Matrix(_matrix(quantized, one)) for one in rows]
     if scale is not None:
-        scale = scale[rows]
-        scale = StraightThrough.apply(scale, scale.detach().half().float())  # float16, as stored
-    codes = None if moved is None else _codes(matrix, *moved.of(expert))
-    return matrix.dequantize(dtype, scale, codes).squeeze(0)
-
-
-def _codes(quantized: QuantizedWeight, position: Tensor, place: Tensor) -> Tensor:
-    """The codes of a matrix as float32, with the rounded positions in their places, differentiable."""
-    codes = quantized.codes.float()
-    codes = codes.flatten().index_put((place,), position).view(codes.shape)
-    return StraightThrough.apply(codes, quantized.nearest(codes.detach()))
+        for part, own in zip(parts, scale.to(device).split(len(scale) if len(rows) == 1 else 1), strict=True):
+            part.scale = own
+    if moved is not None:
+        sizes = [end - start for start, end in pairwise(moved.starts)]
+        positions, places = moved.position.to(device).split(sizes), moved.place.to(device).split(sizes)
+        for part, position, place in zip(parts, positions, places, strict=True):
+            part.position, part.place = position, place
+    return parts
 
 
 @torch.no_grad()
 def codes_of(quantized: QuantizedWeight, moved: Movable) -> Tensor:
     """The trained codes [..., O, I], in the dtype in which they are stored."""
-    codes = [_codes(_matrix(quantized, rows), *moved.of(e)) for e, rows in enumerate(matrices(quantized))]
-    return torch.cat(codes).to(quantized.codes.dtype)
+    return torch.cat([part.codes() for part in in_training(quantized, None, moved)]).to(quantized.codes.dtype)
