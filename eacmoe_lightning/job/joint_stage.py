@@ -3,7 +3,7 @@
 The student is the compressed model on the calibration text; its target is what the original's head makes of the
 original's own stream (`tuning.losses.distillation`), beside the router loss of every block. The student runs block by
 block, forward and backward (`tuning/chain.py`), so that one block at a time needs to be in memory. Where the whole
-model fits, its blocks stay there. Both give the same bits.
+model fits, its blocks and activations stay there. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class JointStage:
             teacher = streams.teacher_rows(block, window_ids) if block.is_moe else None
             of_blocks.append(BlockStep(self, block, input_ids, position_ids, teacher))
         head = HeadStep(self, input_ids, streams.last_rows(window_ids))
-        return Chain([*of_blocks, head], len(input_ids), self.parts.moe.device, self.precision).losses()
+        moe, resident = self.parts.moe, self.parts.resident
+        return Chain([*of_blocks, head], len(input_ids), moe.device, self.precision, resident).losses()
 
     @contextmanager
     def loaded(self, block: Block) -> Iterator[None]:

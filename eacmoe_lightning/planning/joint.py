@@ -48,8 +48,8 @@ def joint_memory(moe: MoEModel, recipe: Recipe, job: Job, is_resident: bool) -> 
     """What the joint stage takes of memory.
 
     Args:
-        is_resident: whether all blocks are in memory; otherwise one at a time is, and scales, positions and AdamW's
-            moments are in host memory.
+        is_resident: whether all blocks and activations are in memory; otherwise one at a time is, and scales,
+            positions and AdamW's moments are in host memory.
     """
     itemsize, hidden, batch = moe.model.dtype.itemsize, moe.config.hidden_size, job.batch_size * job.window_length
     in_blocks = sum(num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks)
@@ -60,13 +60,14 @@ def joint_memory(moe: MoEModel, recipe: Recipe, job: Job, is_resident: bool) -> 
     codes = sum(math.prod(grid.shape) for grid in grids) if "code" in job.joint_kinds else 0
     trained = SCALE_BYTES * scales + MOVABLE * POSITION_BYTES * codes
     shapes = [Shapes(block, block.top_k, hidden, job) for block in moe.blocks]
-    activations = max(block_activations(one, hidden, itemsize, batch) for one in shapes)
+    activations = [block_activations(one, hidden, itemsize, batch) for one in shapes]
     logits = job.window_length * _vocabulary(moe) * LOGITS_BYTES
     borders = (len(moe.blocks) + 2) * batch * hidden * itemsize
     in_file = packed_bytes(grids) / len(blocks)
     weights = sum(blocks) if is_resident else max(blocks) + in_file
-    here = 2 * outside + weights + max(activations, logits)
-    return JointMemory(here + trained, borders) if is_resident else JointMemory(here, trained + borders)
+    if is_resident:
+        return JointMemory(2 * outside + weights + trained + sum(activations) + job.batch_size * logits, 0)
+    return JointMemory(2 * outside + weights + max(*activations, logits), trained + borders)
 
 
 def is_resident(moe: MoEModel, recipe: Recipe, job: Job) -> bool:
@@ -88,10 +89,10 @@ def add_joint_stage(cost: Cost, moe: MoEModel, recipe: Recipe, job: Job, forward
     activations += batch * _vocabulary(moe) * LOGITS_BYTES
     steps = job.steps(job.joint_epochs)
     read = 0 if resident else 2 * steps * packed_bytes(recipe.grids(moe))  # forward and backward
-    # forward; forward again, experts twice, and backward; both heads
+    forwards = 1 if resident else 2
     cost.add(
         memory.device + (memory.host if job.device == "cpu" else 0),
-        flops=job.joint_epochs * job.tokens / job.processes * (5 * forward + 2 * head),
+        flops=job.joint_epochs * job.tokens / job.processes * ((3 + forwards) * forward + forwards * head),
         loop_bytes=steps * step_bytes(num_quantized(moe), job.joint_kinds, activations),
         read_bytes=read,
         again_bytes=read,

@@ -2,7 +2,8 @@
 
 Forward, the steps run one after another without gradients, and the input of each is kept in host memory. Backward, they
 run once more, from the last to the first, each from its input to its output, whose gradient the step after it has
-handed back. This is gradient checkpointing (Chen et al., arXiv 1604.06174) with weights that come and go.
+handed back. This is gradient checkpointing (Chen et al., arXiv 1604.06174) with weights that come and go. Where there
+is room, a chain keeps its activations instead and runs once; the results are the same.
 """
 
 from __future__ import annotations
@@ -48,17 +49,33 @@ class Chain:
         windows: size of the batch.
         device: the device that they run on.
         precision: the context of mixed precision in which they run.
+        keeps_activations: whether all weights and activations stay in memory until the backward pass.
     """
 
     steps: Sequence[Step]
     windows: int
     device: torch.device
     precision: Callable[[], AbstractContextManager[Any]]
+    keeps_activations: bool = False
 
     def losses(self) -> Tensor:
         """The sum of all steps' losses by token [B*T], differentiable with respect to what the steps train."""
+        if self.keeps_activations:
+            return self.forward(lambda state: tree_map_only(Tensor, torch.clone, state))
         trained = {id(parameter): parameter for step in self.steps for parameter in step.trained}
         return _StepByStep.apply(self, *trained.values())
+
+    def forward(self, take: Callable[[Any], Any]) -> Tensor:
+        """The losses of a forward pass; `take` gets every step's input, and returns what the step is given."""
+        state, total = None, torch.zeros((), device=self.device)
+        for step in self.steps:
+            state, parts = take(state), self.parts(step)
+            with step.loaded():
+                outputs = [step.run(_rows(state, rows), rows) for rows in parts]
+            state = _joined([output for output, _ in outputs])
+            if outputs[0][1] is not None:
+                total = total + torch.cat([losses for _, losses in outputs])
+        return total
 
     def parts(self, step: Step) -> list[slice]:
         """The windows that a step runs at a time."""
@@ -70,16 +87,12 @@ class _StepByStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Chain, *trained: Tensor) -> Tensor:
         ctx.chain, ctx.trained, ctx.inputs = chain, trained, []
-        state, total = None, torch.zeros((), device=chain.device)
-        for step in chain.steps:
+
+        def keep(state: Any) -> Any:
             ctx.inputs.append(tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), state))
-            parts = chain.parts(step)
-            with step.loaded():
-                outputs = [step.run(_rows(state, rows), rows) for rows in parts]
-            state = _joined([output for output, _ in outputs])
-            if outputs[0][1] is not None:
-                total = total + torch.cat([losses for _, losses in outputs])
-        return total
+            return state
+
+        return chain.forward(keep)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
