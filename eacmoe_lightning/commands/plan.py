@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from eacmoe_lightning.planning.report import report, summary, warnings
 from eacmoe_lightning.planning.shapes import load_shapes, stored_share
 from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.run.memory import available_memory
+
+CPU = torch.device("cpu")
 
 
 def options() -> argparse.ArgumentParser:
@@ -35,6 +38,7 @@ def options() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--rate.{rate}", type=float, help=f"{unit} per second on another machine")
     parser.add_argument("--available.memory", type=float, help="bytes of memory on another machine")
+    parser.add_argument("--available.host_memory", type=float, help="bytes of memory beside that of the device")
     parser.add_argument("--available.disk", type=float, help="bytes of free disk space on another machine")
     return parser
 
@@ -57,18 +61,22 @@ def plan(words: list[str]) -> None:
     memory = getattr(chosen, "available.memory") or available_memory(device)
     job = job_of(module, data, moe, chosen.processes, device.type, memory, share)
     costs = plan_run(moe, module.recipe, job)
-    rates = vars(measure(device, moe.model.dtype, folder, moe.config.hidden_size))
-    rates = Rates(**{name: getattr(chosen, f"rate.{name}") or value for name, value in rates.items()})
+    rates = {field.name: getattr(chosen, f"rate.{field.name}") for field in fields(Rates)}
+    if None in rates.values():
+        measured = vars(measure(device, moe.model.dtype, folder, moe.config.hidden_size))
+        rates = {name: rate or measured[name] for name, rate in rates.items()}
+    rates = Rates(**rates)
     free = getattr(chosen, "available.disk") or shutil.disk_usage(folder).free
     grids = module.recipe.grids(moe)
-    messages = warnings(costs, grids, original_of(moe), int(memory), int(free), chosen.processes)
+    host = memory if device.type == "cpu" else getattr(chosen, "available.host_memory") or available_memory(CPU)
+    messages = warnings(costs, grids, original_of(moe), int(memory), int(free), chosen.processes, int(host))
     if rates.flops < rates.flops32 / 2:
         messages.insert(
             0,
             f"matrix products run at {rates.flops / 1e9:.1f} GFLOP/s in {moe.model.dtype} and at "
             f"{rates.flops32 / 1e9:.1f} in float32: --model.dtype float32 is faster, at twice the memory per block",
         )
-    result = report(costs, moe, job, rates, int(memory), messages)
+    result = report(costs, moe, job, rates, int(host), messages)
     print(summary(result, module.name_or_path))
     if chosen.json:
         chosen.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -583,6 +583,7 @@ class QESC(Comparison):
         rates = {"router": {}, "block": self.block_lr, "joint": self.joint_lr}[self.epoch.stage]
         for group in optimizer.param_groups:
             group["lr"] = factor * group["rms"] * rates.get(group["kind"], self.router_lr)
+        self.parts.gather_moments(optimizer)
         optimizer.step(closure=optimizer_closure)
 
     def schedule(self, epoch: int, batch_idx: int) -> float:

@@ -162,6 +162,13 @@ class TrainedParts:
         for group in self.optimizer_groups():
             optimizer.add_param_group(group)
 
+    def gather_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Moves AdamW's moments to their parameters; Lightning brings all of a checkpoint's to the model's device."""
+        for parameter, state in optimizer.state.items():
+            for name, tensor in state.items():
+                if isinstance(tensor, Tensor) and tensor.device != parameter.device:
+                    state[name] = tensor.to(parameter.device)
+
     @property
     def _home(self) -> torch.device:
         """Where scales and positions are."""

@@ -11,6 +11,7 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.planning.sizes import (
     MOVABLE,
     POSITION_BYTES,
+    SCALE_BYTES,
     Cost,
     Job,
     Shapes,
@@ -21,7 +22,6 @@ from eacmoe_lightning.planning.sizes import (
 )
 from eacmoe_lightning.tuning.codes import trains_weights
 
-SCALE_BYTES = 18  # of a scale in training: float32, its gradient, AdamW's two moments; and the stored float16
 LOGITS_BYTES = 24  # of each number in a window's logits: both models' in float32, their softmax and gradients
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from eacmoe_lightning.calibration.recipe import num_quantized
@@ -16,7 +17,13 @@ GB = 1e9
 
 
 def warnings(
-    costs: Plan, grids: list[WeightGrid], original: Original, memory: int, free: int, processes: int = 1
+    costs: Plan,
+    grids: list[WeightGrid],
+    original: Original,
+    memory: int,
+    free: int,
+    processes: int = 1,
+    host_memory: float = math.inf,
 ) -> list[str]:
     """The expected failures, each with a remedy.
 
@@ -26,6 +33,7 @@ def warnings(
         original: what export formats ask about the original.
         memory, free: available bytes of memory and of disk.
         processes: number of processes that share the memory.
+        host_memory: available bytes beside an accelerator's memory.
     """
     messages = []
     for name, cost in costs.phases.items():
@@ -33,7 +41,7 @@ def warnings(
         if needed > memory:
             remedy = {
                 "sample": "self:RUN, a run directory whose compressed model writes, or self:URL, a server's address",
-                "joint": "--model.joint_epochs 0 leaves it out, --model.joint_code_lr 0 makes it smaller",
+                "joint": "--model.joint_code_lr 0 or smaller batches (--data.batch_size)",
                 "block": "--model.block_code_lr 0 or smaller batches (--data.batch_size)",
                 "router": "a smaller --model.solver_gib",
                 "experts": "a smaller --model.solver_gib",
@@ -41,6 +49,11 @@ def warnings(
             messages.append(
                 f"{name} takes {needed / GB:.1f} GB of memory, but {memory / GB:.1f} GB are available: {remedy}"
             )
+    if (host := processes * costs.host_bytes) > host_memory:
+        messages.append(
+            f"joint takes {host / GB:.1f} GB of host memory, but {host_memory / GB:.1f} GB are available: "
+            "--model.joint_code_lr 0, --model.joint_scale_lr 0 or smaller batches (--data.batch_size)"
+        )
     if costs.disk_bytes > free:
         messages.append(
             f"the run takes up to {costs.disk_bytes / GB:.1f} GB of disk, but {free / GB:.1f} GB are free: use fewer "
@@ -63,7 +76,10 @@ def warnings(
 
 
 def report(costs: Plan, moe: MoEModel, job: Job, rates: Rates, memory: int, messages: list[str]) -> dict[str, Any]:
-    """Everything that `summary` prints, with unrounded numbers; `messages` are the warnings."""
+    """Everything that `summary` prints, with unrounded numbers; `messages` are the warnings.
+
+    `memory` is the host's, in which files stay that were used shortly before.
+    """
     size = num_bytes(moe.model.parameters(), moe.model.dtype.itemsize)
     cached = size + costs.disk_bytes + costs.peak_bytes < memory
     itemsize = moe.model.dtype.itemsize
@@ -91,6 +107,7 @@ def report(costs: Plan, moe: MoEModel, job: Job, rates: Rates, memory: int, mess
         "phases": phases,
         "seconds": sum(phase["seconds"] for phase in phases.values()),
         "peak_bytes": costs.peak_bytes + PYTHON_BYTES,
+        "host_bytes": costs.host_bytes,
         "disk": costs.disk,
         "disk_bytes": costs.disk_bytes,
         "warnings": messages,
@@ -122,6 +139,7 @@ def summary(result: dict[str, Any], name: str) -> str:
         f"{'all':10s} {'':9s} {'':9s} {result['peak_bytes'] / GB:9.2f} {duration(result['seconds']):>9s}"
         "   (estimated from these rates; it can be off by a factor of two)",
         "",
+        *([f"host memory: {host / GB:.1f} GB in the joint stage"] if (host := result["host_bytes"]) else []),
         f"disk: at most {result['disk_bytes'] / GB:.1f} GB: "
         + ", ".join(f"{name} {size / GB:.1f}" for name, size in result["disk"].items() if size),
     ]

@@ -31,6 +31,8 @@ LOADED = 20  # bytes of memory traffic per byte loaded: copies, conversions, pag
 MOVABLE = 0.2  # share of the codes that training can change (`tuning.codes.movable`), seen at 2, 3 and 4 bits
 POSITION_BYTES = 20  # memory of such a code: its place, its position, the position's gradient and AdamW's two moments
 STORED_BYTES = 16  # of these in a checkpoint: all but the gradient
+SCALE_BYTES = 18  # memory of a scale in training: float32, its gradient, two moments; and the stored float16
+STORED_SCALE_BYTES = 12  # of these in a checkpoint
 DECODED_BYTES = 48  # memory traffic per weight in a step for decoding it and for the gradient of its scale
 TRAINED_BYTES = 24  # further memory traffic per weight in a step that trains codes: rounding, the codes' gradient
 STEP_PASSES = 3  # passes over the activations in a step, besides matrix products
@@ -132,6 +134,10 @@ class Plan:
         return max(phase.peak_bytes for phase in self.phases.values())
 
     @property
+    def host_bytes(self) -> float:
+        return max(phase.host_bytes for phase in self.phases.values())
+
+    @property
     def disk_bytes(self) -> int:
         return sum(self.disk.values())
 
@@ -144,6 +150,12 @@ def packed_bytes(grids: Iterable[WeightGrid], share: float = 1.0) -> int:
         number = stack[0] * share if grid.part == "experts" else 1
         total += number * rows * (columns * grid.bits / 8 + 3 * columns / grid.group_size)
     return int(total)
+
+
+def stored_bytes(recipe: Recipe, kinds: Collection[str], quantized: int) -> int:
+    """Bytes of a checkpoint while this many quantized weights are trained; routers and norms are small beside them."""
+    codes = STORED_BYTES * MOVABLE * quantized if "code" in kinds else 0
+    return int(codes + (STORED_SCALE_BYTES * quantized / recipe.group_size if "scale" in kinds else 0))
 
 
 def num_bytes(parameters: Iterable, itemsize: int) -> int:
@@ -176,11 +188,11 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     unquantized = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
     evaluated = 2 * job.heldout_tokens // job.window_length * state_bytes
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
-    # the last one and its successor: positions and AdamW's moments; everything else is small
-    trained = num_quantized(moe) if "code" in job.joint_kinds else 0
-    if "code" in job.block_kinds:
-        trained = max(trained, *(num_quantized_of(block) for block in moe.blocks))
-    checkpoint = int(2 * STORED_BYTES * MOVABLE * trained)
+    in_training = [  # of the joint stage, and of the largest block
+        (job.joint_kinds, num_quantized(moe) if job.joint_epochs else 0),
+        (job.block_kinds, max(num_quantized_of(block) for block in moe.blocks) if job.block_epochs else 0),
+    ]
+    checkpoint = 2 * max(stored_bytes(recipe, kinds, number) for kinds, number in in_training)  # and its successor
     return {
         "hidden streams": streams,
         "router logits for the joint stage": teachers,
