@@ -181,14 +181,14 @@ def test_warnings_name_what_will_fail():
     ],
 )
 def test_configs_of_published_models_are_planned(name, tmp_path, capsys):
-    """Groups divide every width, the engine loads the settings, and one block at a time fits a card of 24 GB."""
+    """Groups divide every width, the engine loads the settings, and a card of 24 GB in a host of 64 GB is enough."""
     folder = published.save_config(name, tmp_path / "model")
     options = ["--config", name, "--model.name_or_path", str(folder), "--trainer.default_root_dir", str(tmp_path)]
     rates = ["--rate.flops", "4e14", "--rate.flops32", "4e13", "--rate.memory", "2e12", "--rate.disk", "2e9"]
-    free = ["--available.memory", "2.4e10", "--available.disk", "1e13"]
-    main(["plan", *options, *rates, *free, "--json", str(tmp_path / "plan.json")])
+    free = ["--available.memory", "2.4e10", "--available.host_memory", "6.4e10", "--available.disk", "1e13"]
+    main(["plan", *options, *rates, *free, "--device", "cuda", "--json", str(tmp_path / "plan.json")])
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
-    assert f"{published.BILLIONS[name]} billion parameters" in printed and "GB of memory, but" not in printed
+    assert f"{published.BILLIONS[name]} billion parameters" in printed and "memory, but" not in printed
     module, _, _ = parse_fit(options)
     if module.targets:
         moe = load_shapes(str(folder), module.dtype_name)
@@ -196,6 +196,7 @@ def test_configs_of_published_models_are_planned(name, tmp_path, capsys):
     header = " ".join(line[2:] for line in (jobs.ROOT / "configs" / f"{name}.yaml").read_text().splitlines())
     memory, disk = result["peak_bytes"] / 1e9, sum(result["disk"].values()) / 1e9
     assert float(re.search(r"about (\d+) GB of memory", header)[1]) == pytest.approx(memory, abs=1)
+    assert float(re.search(r"(\d+) GB of host memory", header)[1]) == pytest.approx(result["host_bytes"] / 1e9, abs=1)
     assert float(re.search(r"at most (\d+) GB beside", header)[1]) == pytest.approx(disk, abs=1)
 
 

@@ -41,6 +41,8 @@ STEPS = [
 ]
 # a checkpoint after every epoch, the default
 EPOCHS = [
+    ["call", "eacmoe_lightning.calibration.token_weights._measured", 1],  # while tokens are weighted
+    ["replace", "token_weights", 1],
     ["phase", "0 observe", 1],
     ["phase", "1 attention", 1],
     ["phase", "1 block", 2],  # between the passes of the block stage

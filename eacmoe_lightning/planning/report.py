@@ -49,11 +49,11 @@ def warnings(
             messages.append(
                 f"{name} takes {needed / GB:.1f} GB of memory, but {memory / GB:.1f} GB are available: {remedy}"
             )
-    if (host := processes * costs.host_bytes) > host_memory:
-        messages.append(
-            f"joint takes {host / GB:.1f} GB of host memory, but {host_memory / GB:.1f} GB are available: "
-            "--model.joint_code_lr 0, --model.joint_scale_lr 0 or smaller batches (--data.batch_size)"
-        )
+        if (host := processes * cost.host_bytes) > host_memory:
+            messages.append(
+                f"{name} takes {host / GB:.1f} GB of host memory, but {host_memory / GB:.1f} GB are available: "
+                "--model.joint_code_lr 0, --model.joint_scale_lr 0 or smaller batches (--data.batch_size)"
+            )
     if costs.disk_bytes > free:
         messages.append(
             f"the run takes up to {costs.disk_bytes / GB:.1f} GB of disk, but {free / GB:.1f} GB are free: use fewer "
@@ -139,7 +139,7 @@ def summary(result: dict[str, Any], name: str) -> str:
         f"{'all':10s} {'':9s} {'':9s} {result['peak_bytes'] / GB:9.2f} {duration(result['seconds']):>9s}"
         "   (estimated from these rates; it can be off by a factor of two)",
         "",
-        *([f"host memory: {host / GB:.1f} GB in the joint stage"] if (host := result["host_bytes"]) else []),
+        *([f"host memory: {host / GB:.1f} GB beside the device's"] if (host := result["host_bytes"]) else []),
         f"disk: at most {result['disk_bytes'] / GB:.1f} GB: "
         + ", ".join(f"{name} {size / GB:.1f}" for name, size in result["disk"].items() if size),
     ]

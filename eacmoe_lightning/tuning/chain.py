@@ -8,7 +8,7 @@ is room, a chain keeps its activations instead and runs once; the results are th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -65,6 +65,18 @@ class Chain:
         trained = {id(parameter): parameter for step in self.steps for parameter in step.trained}
         return _StepByStep.apply(self, *trained.values())
 
+    @torch.no_grad()
+    def forward_kept(self) -> tuple[list[Any], Tensor]:
+        """A forward pass without gradients: each step's input, in host memory, and the losses [B*T]."""
+        inputs: list[Any] = []
+
+        def keep(state: Any) -> Any:
+            inputs.append(tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), state))
+            return state
+
+        losses = self.forward(keep)
+        return inputs, losses
+
     def forward(self, take: Callable[[Any], Any]) -> Tensor:
         """The losses of a forward pass; `take` gets every step's input, and returns what the step is given."""
         state, total = None, torch.zeros((), device=self.device)
@@ -77,6 +89,31 @@ class Chain:
                 total = total + torch.cat([losses for _, losses in outputs])
         return total
 
+    def backward(
+        self, inputs: list[Any], gradient: Tensor
+    ) -> Iterator[tuple[Step, list[Tensor | None], list[Tensor | None]]]:
+        """A backward pass: each step, from the last to the first, with the gradients that it gives.
+
+        These are the gradients of the tensors in its input, in their order, and of what it trains; None where there is
+        none.
+
+        Args:
+            inputs: of `forward_kept`; emptied on the way.
+            gradient: of the losses [B*T].
+        """
+        handed: list[Tensor | None] = []  # gradients of the tensors in the step's output
+        for step in reversed(self.steps):
+            state, of_inputs, of_trained = inputs.pop(), [], []
+            with step.loaded():
+                for rows in self.parts(step):
+                    token = slice(*(index * len(gradient) // self.windows for index in (rows.start, rows.stop)))
+                    behind = [None if one is None else one[rows] for one in handed]
+                    one, other = _backward(self, step, _rows(state, rows), rows, behind, gradient[token])
+                    of_inputs.append(one)
+                    of_trained.append(other)
+            handed = [None if one[0] is None else torch.cat(one) for one in zip(*of_inputs, strict=True)]
+            yield step, handed, [_sum(one) for one in zip(*of_trained, strict=True)]
+
     def parts(self, step: Step) -> list[slice]:
         """The windows that a step runs at a time."""
         size = step.at_once or self.windows
@@ -86,31 +123,17 @@ class Chain:
 class _StepByStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Chain, *trained: Tensor) -> Tensor:
-        ctx.chain, ctx.trained, ctx.inputs = chain, trained, []
-
-        def keep(state: Any) -> Any:
-            ctx.inputs.append(tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), state))
-            return state
-
-        return chain.forward(keep)
+        ctx.chain, ctx.trained = chain, trained
+        ctx.inputs, losses = chain.forward_kept()
+        return losses
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        chain, sums = ctx.chain, {id(parameter): torch.zeros_like(parameter) for parameter in ctx.trained}
-        handed: list[Tensor | None] = []  # gradients of the tensors in the step's output
-        for step in reversed(chain.steps):
-            state, parts = ctx.inputs.pop(), chain.parts(step)
-            with step.loaded():
-                of_parts = []
-                for rows in parts:
-                    token = slice(*(index * len(gradient) // chain.windows for index in (rows.start, rows.stop)))
-                    behind = [None if one is None else one[rows] for one in handed]
-                    before, of_trained = _backward(chain, step, _rows(state, rows), rows, behind, gradient[token])
-                    of_parts.append(before)
-                    for parameter, one in zip(step.trained, of_trained, strict=True):
-                        if one is not None:
-                            sums[id(parameter)] += one
-            handed = [None if one[0] is None else torch.cat(one) for one in zip(*of_parts, strict=True)]
+        sums = {id(parameter): torch.zeros_like(parameter) for parameter in ctx.trained}
+        for step, _, of_trained in ctx.chain.backward(ctx.inputs, gradient):
+            for parameter, one in zip(step.trained, of_trained, strict=True):
+                if one is not None:
+                    sums[id(parameter)] += one
         return None, *sums.values()
 
 
@@ -142,6 +165,11 @@ def _backward(
 
 def _differs(end: Any) -> bool:
     return isinstance(end, Tensor) and end.requires_grad
+
+
+def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return sum(found[1:], found[0]) if found else None
 
 
 def _rows(state: Any, rows: slice) -> Any:
