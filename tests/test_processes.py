@@ -9,12 +9,13 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 from test_launchers import assert_same
 
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.job.block_callback import BlockCallback
+from eacmoe_lightning.planning.joint import JointMemory
 from eacmoe_lightning.run.block_file import read_stats
 from eacmoe_lightning.run.directory import RunDirectory
 
@@ -36,6 +37,13 @@ class KillOneProcess(BlockCallback):
     def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None:
         if trainer.global_rank == 1 and f"{block} {phase}" == self.what:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Streamed(Callback):
+    """Makes the joint stage stream the blocks, as that of a model which does not fit into memory."""
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        JointMemory.fits = lambda self, job, memory, host: host < float("inf")
 
 
 def launch(processes: int, *words: str) -> tuple[int, str]:
@@ -120,6 +128,22 @@ def test_two_processes_count_the_same_answers_as_one(tiny_model_dir, tmp_path):
         name: (text["windows"], text["selections"]) for name, text in two.items()
     }
     assert one["sums"]["selections"] < 3 * 4 * 64 * 2  # fewer than all tokens of four windows in three blocks
+
+
+def test_two_processes_that_stream_the_blocks_train_what_one_does_with_all_in_memory(tiny_model_dir, tmp_path):
+    options = OPTIONS | {
+        "model__quantizer": "rtn",  # has no ties to decide
+        "model__block_epochs": 0,
+        "model__joint_epochs": 1,
+        "model__joint_router_lr": 3e-4,
+    }
+    alone, run, model = tmp_path / "alone", tmp_path / "run", tiny_model_dir("qwen2_moe")
+    jobs.fit(model, alone, **options)
+    words = ["--trainer.callbacks", '[{"class_path": "test_processes.Streamed"}]']
+    status, output = launch(2, *jobs.options(model, run, **options), *words)
+    assert status == 0, output[-3000:]
+    assert "the joint stage streams the blocks" in output
+    assert_same(run, alone)
 
 
 def test_two_processes_keep_the_same_documents_apart_as_one(tiny_model_dir, tmp_path):

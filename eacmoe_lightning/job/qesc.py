@@ -251,6 +251,8 @@ class QESC(Comparison):
         if self.trainer.is_global_zero:
             if not resumes:
                 print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
+                if not resident:
+                    print("the joint stage streams the blocks, because they do not fit into memory together")
                 for text, share in self.trainer.datamodule.fullness.items():
                     print(f"the windows of {text} are {share:.0%} full")
             self.lock.take()

@@ -45,7 +45,6 @@ def check_memory(moe: MoEModel, recipe: Recipe, job: Job) -> bool:
             f"though only one block at a time is in memory, but {job.memory / GB:.1f} GB{there} are available. "
             f"--model.joint_epochs 0 leaves it out{smaller}, and so do smaller batches (--data.batch_size)"
         )
-    log.info("the joint stage streams the blocks, because not all of them fit into memory")
     return False
 
 
