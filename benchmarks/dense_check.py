@@ -1,6 +1,7 @@
 """Checks the dense weights that a tool returns: they lie on the requested grid, and nothing else has changed.
 
-The bits of a result are counted from what is found, so that tools with and without zero points compare.
+At 2 bits nearly every group lies on a symmetric grid with a scale of either sign, because its zero point is one of the
+two codes in the middle. So bits are counted as a tool stores its grid, not from what is found.
 """
 
 from __future__ import annotations
@@ -18,33 +19,40 @@ ROWS = 1 << 16  # groups that are looked at in one piece
 
 
 def inspect(
-    moe: MoEModel, original: MoEModel, bits_of: Callable[[str], int], group_size: int, trains: bool
+    moe: MoEModel,
+    original: MoEModel,
+    bits_of: Callable[[str], int],
+    group_size: int,
+    zero_point_bits: int | None,
+    trains: bool,
 ) -> dict[str, float]:
-    """The true bits per quantized weight, the share of them in symmetric weights, and what else differs.
+    """The true bits per quantized weight, and what else differs.
 
     Args:
         moe, original: a tool's result and the model that it was made from.
         bits_of: bits by part (`attention`, `experts`).
         group_size: inputs that share a scale.
+        zero_point_bits: bits in which a zero point is stored; None: as many as a code; 0: the grid is symmetric.
         trains: whether routers and norms may differ from the original's.
 
     Raises:
         RuntimeError: a weight is not on its grid, or something has changed that must not.
     """
-    stored = total = symmetric = zeroed = 0
+    stored = total = zeroed = 0
     quantized = set()
     for block in moe.blocks:
         for name, (part, weight) in block.weights().items():
-            on_grid, is_symmetric = look_at(weight, bits_of(part), group_size)
-            if not on_grid:
-                raise RuntimeError(f"{name} is not on a grid of {bits_of(part)} bits in groups of {group_size}")
+            bits = bits_of(part)
+            on_grid, in_middle = look_at(weight, bits, group_size)
+            if not on_grid or (zero_point_bits == 0 and not in_middle):
+                kind = "symmetric grid" if on_grid else "grid"
+                raise RuntimeError(f"{name} is not on a {kind} of {bits} bits in groups of {group_size}")
             quantized.add(name)
             total += weight.numel()
-            symmetric += weight.numel() * is_symmetric
-            stored += true_bits(weight.numel(), bits_of(part), group_size, is_symmetric)
+            stored += true_bits(weight.numel(), bits, group_size, bits if zero_point_bits is None else zero_point_bits)
             if part == "experts":
                 zeroed += int((weight == 0).all(-1).all(-1).sum())
-    figures = {"true_bits": stored / total, "symmetric": symmetric / total, "zeroed_expert_matrices": zeroed}
+    figures = {"true_bits": stored / total, "zeroed_expert_matrices": zeroed}
     return figures | unlike(moe, original, quantized, trains)
 
 
@@ -69,9 +77,9 @@ def unlike(moe: MoEModel, original: MoEModel, quantized: set[str], trains: bool)
     return {f"changed_{kind}": len(names) for kind, names in changed.items()}
 
 
-def true_bits(num_weights: int, bits: int, group_size: int, symmetric: bool) -> int:
-    """Bits that weights take with a scale, and a zero point where they are not symmetric, for every group."""
-    return num_weights * bits + num_weights // group_size * (SCALE_BITS + (0 if symmetric else bits))
+def true_bits(num_weights: int, bits: int, group_size: int, zero_point_bits: int) -> int:
+    """Bits that weights take with a scale and a zero point for every group."""
+    return num_weights * bits + num_weights // group_size * (SCALE_BITS + zero_point_bits)
 
 
 def look_at(weight: Tensor, bits: int, group_size: int) -> tuple[bool, bool]:

@@ -117,6 +117,7 @@ SETTINGS = {  # tool -> setting -> its options
         "best": {"enable_alg_ext": True, "sym": True, "iters": 1000},
     },
 }
+ZERO_POINT_BITS = {"ours": 8}  # in files of its format; others store zero points in as many bits as codes
 DEFAULT_SETTINGS = ["rtn", "default", "extension", "neuqi", "best", "block", "joint", "both"]
 PACKAGES = {  # tool -> arguments of each `pip install`
     "llm-compressor": [["torch==2.13.0"], ["llmcompressor==0.14.*"]],
@@ -167,7 +168,13 @@ def quantize(
 
 
 def judge(
-    weights: Path, original: MoEModel, texts: dict[str, torch.Tensor], batch_size: int, bits: int, trains: bool
+    weights: Path,
+    original: MoEModel,
+    texts: dict[str, torch.Tensor],
+    batch_size: int,
+    bits: int,
+    zero_point_bits: int | None,
+    trains: bool,
 ) -> dict:
     """Checks dense weights and measures them: a row's part that does not come from the tool.
 
@@ -175,14 +182,14 @@ def judge(
         weights: directory of a tool's result.
         texts: held-out windows [S, T] by text.
         bits: of the experts.
-        trains: whether the tool trains routers and norms.
+        zero_point_bits, trains: see `inspect`.
 
     Raises:
         RuntimeError: see `inspect`.
     """
     moe = MoEModel(load_original(str(weights), "float32"))
     bits_of = {"experts": bits, "attention": ATTENTION_BITS}.__getitem__
-    row = inspect(moe, original, bits_of, GROUP_SIZE, trains)
+    row = inspect(moe, original, bits_of, GROUP_SIZE, zero_point_bits, trains)
     measured = evaluate(original, moe, texts, batch_size)
     row["perplexity"] = {text: streams["compressed"] for text, streams in measured["perplexity"].items()}
     row["expert_shift"] = measured["expert_shift"]["mean"]
@@ -283,8 +290,9 @@ def main() -> None:
                 continue
             try:
                 result, weights = quantize(tool, setting, bits, seed, args.windows, model, work_dir, args.threads)
-                trains = "router_method" in options
-                row |= result | judge(weights, original, texts, heldout.heldout_batch_size, bits, trains)
+                zero_point_bits = 0 if options.get("sym") else ZERO_POINT_BITS.get(tool)
+                about = bits, zero_point_bits, "router_method" in options
+                row |= result | judge(weights, original, texts, heldout.heldout_batch_size, *about)
             except (RuntimeError, subprocess.CalledProcessError) as error:
                 row["error"] = str(error)
             rows.append(row)

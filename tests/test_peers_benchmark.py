@@ -61,8 +61,8 @@ def test_groups_of_one_value_or_zeros_are_on_every_grid():
 
 
 def test_true_bits_count_a_scale_and_a_zero_point_for_every_group():
-    assert true_bits(1280, 2, 128, symmetric=False) == 1280 * 2 + 10 * (16 + 2)
-    assert true_bits(1280, 2, 128, symmetric=True) == 1280 * 2 + 10 * 16
+    assert true_bits(1280, 2, 128, zero_point_bits=2) == 1280 * 2 + 10 * (16 + 2)
+    assert true_bits(1280, 2, 128, zero_point_bits=0) == 1280 * 2 + 10 * 16
 
 
 def rounded(trained: str | None = None) -> MoEModel:
@@ -84,21 +84,27 @@ def original() -> MoEModel:
     return MoEModel(load_original("bundled", "float32"))
 
 
-def inspected(moe: MoEModel, trains: bool, bits: int = 4) -> dict:
-    return inspect(moe, original(), lambda part: bits, 128, trains)
+def inspected(moe: MoEModel, trains: bool, bits: int = 4, zero_point_bits: int | None = 0) -> dict:
+    return inspect(moe, original(), lambda part: bits, 128, zero_point_bits, trains)
 
 
 def test_a_result_is_inspected():
     assert inspected(rounded(), trains=False) == {
         "true_bits": 4 + 16 / 128,
-        "symmetric": 1.0,
         "zeroed_expert_matrices": 0,
         "changed_routers": 0,
         "changed_norms": 0,
         "changed_others": 0,
     }
+    assert inspected(rounded(), trains=False, zero_point_bits=None)["true_bits"] == 4 + 20 / 128
     with pytest.raises(RuntimeError, match="not on a grid of 3 bits"):
         inspected(rounded(), trains=False, bits=3)
+    beside = rounded()
+    with torch.no_grad():
+        next(iter(beside.blocks[0].weights().values()))[1][:, :128] = torch.arange(128) % 16
+    assert inspected(beside, trains=False, zero_point_bits=None)["true_bits"] == 4 + 20 / 128
+    with pytest.raises(RuntimeError, match="not on a symmetric grid of 4 bits"):
+        inspected(beside, trains=False)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +176,8 @@ def test_the_benchmark_goes_on_where_it_was_ended(tmp_path):
     first = run("rtn")
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["setting"] for row in rows] == ["rtn"] and "error" not in rows[0]
-    assert rows[0]["true_bits"] == pytest.approx(4 + 20 / 128)
+    report = json.loads(next(tmp_path.glob("results/ours-4-rtn-2-0/scratch/run/report.json")).read_text())
+    assert rows[0]["true_bits"] == pytest.approx(report["bits"]["true"])
     made = (tmp_path / "results").stat().st_mtime_ns
     assert run("rtn") == first and (tmp_path / "results").stat().st_mtime_ns == made
     assert "| ours | rtn |" in first and Path(tmp_path / "results").is_dir()
