@@ -1,11 +1,12 @@
-"""Cost of calibration: seconds and memory of this package, GPTQModel and llm-compressor, and how our cost scales.
+"""Cost of calibration: seconds and memory of this package and its peers, and how our cost scales.
 
 Every tool quantizes the same model on the same windows to the same bits and group size. Each runs in a separate process
 and environment (gptq_quality.py builds them). The tools take turns for --rounds rounds, and medians are printed. Rows
 of --json:
 
     tool         ours (routers in closed form), the same with the paper's GPTQ (no activation order, scale search or
-                 refinement), ours with the joint stage, gptqmodel, llm-compressor
+                 refinement), ours with the block stage, the joint stage or both, gptqmodel, llm-compressor, AutoRound
+                 with its defaults and with its extension for low bits
     model        bundled, or `blocks`: random weights in the block shapes of Qwen1.5-MoE-A2.7B (hidden 2048, experts of
                  1408 top-4, a shared one of 5632), with --blocks blocks of --experts experts
     seconds      of quantizing, with router calibration, without loading and writing
@@ -34,12 +35,10 @@ import time
 from pathlib import Path
 
 import torch
-from gptq_quality import quantize
-from safetensors.torch import save_file
+from gptq_quality import WINDOW_LENGTH, draw_windows, quantize
 from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from eacmoe_lightning.evaluation.evaluate import evaluate
-from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import BUNDLED, load_original
 from eacmoe_lightning.quantization.column_loop import column_loop
@@ -48,14 +47,17 @@ from eacmoe_lightning.quantization.grid import Grid
 TOOLS = {  # row's tool -> tool and setting of gptq_quality.py
     "ours": ("ours", "routers"),
     "ours, the paper's GPTQ": ("ours", "paper"),
+    "ours, block stage": ("ours", "block"),
     "ours, joint stage": ("ours", "joint"),
+    "ours, both stages": ("ours", "both"),
     "gptqmodel": ("gptqmodel", "best"),
     "llm-compressor": ("llm-compressor", "best, routed tokens"),
+    "autoround": ("autoround", "default"),
+    "autoround, extension": ("autoround", "extension"),
 }
 QWEN = {"hidden_size": 2048, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
 SMALL = {"hidden_size": 512, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512}
 GROWTH = {"tokens": (8192, 16384, 32768), "experts": (8, 16, 32), "width": (256, 512, 1024), "blocks": (1, 2, 4)}
-WINDOW_LENGTH = 512
 
 
 def random_model(path: Path, blocks: int, experts: int, shape: dict[str, int]) -> Path:
@@ -80,17 +82,9 @@ def random_model(path: Path, blocks: int, experts: int, shape: dict[str, int]) -
     return path
 
 
-def windows(model: Path, number: int, work_dir: Path) -> TextWindows:
-    """Saves the calibration windows where `quantize` looks for them."""
-    data = TextWindows(tokenizer=str(model), seed=0, num_windows=number, window_length=WINDOW_LENGTH)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    save_file({"input_ids": data.calibration_windows.contiguous()}, work_dir / "windows-0.safetensors")
-    return data
-
-
-def measure(tool: str, bits: int, model: Path, work_dir: Path, threads: int) -> tuple[dict, Path]:
-    """One row of one tool, and the directory of its dense weights."""
-    result, weights = quantize(*TOOLS[tool], bits, 0, model, work_dir, threads)
+def measure(tool: str, bits: int, model: Path, number: int, work_dir: Path, threads: int) -> tuple[dict, Path]:
+    """One row of one tool on `number` windows, and the directory of its dense weights."""
+    result, weights = quantize(*TOOLS[tool], bits, 0, number, model, work_dir, threads)
     keys = ("seconds", "wall_seconds", "processor_seconds", "version")
     return {key: result[key] for key in keys} | {"peak_bytes": result["tree_peak_bytes"]}, weights
 
@@ -100,38 +94,40 @@ def compare(args: argparse.Namespace) -> list[dict]:
     if "blocks" in args.models:
         path = args.work / f"qwen-{args.blocks}x{args.experts}"
         models["blocks"] = random_model(path, args.blocks, args.experts, QWEN)
-    rows = []
+    rows: dict[tuple[str, str], dict] = {}
     for name in args.models:
-        work_dir, runs, perplexity, errors = args.work / name, {}, {}, {}
-        data = windows(models[name], args.windows, work_dir)
+        work_dir = args.work / name
+        data = draw_windows(models[name], 0, args.windows, work_dir)
         (work_dir / "environments").exists() or (work_dir / "environments").symlink_to(args.work / "environments")
         for round_, tool in itertools.product(range(args.rounds), args.tools):
-            if tool in errors:
+            about = {"tool": tool, "model": name, "bits": args.bits, "tokens": args.windows * WINDOW_LENGTH}
+            row = rows.setdefault((name, tool), about | {"perplexity": None, "runs": []})
+            if "error" in row:
                 continue
             try:
-                row, weights = measure(tool, args.bits, models[name], work_dir, args.threads)
+                run, weights = measure(tool, args.bits, models[name], args.windows, work_dir, args.threads)
             except (RuntimeError, subprocess.CalledProcessError) as error:
-                errors[tool] = str(error)
+                rows[name, tool] = about | {"error": str(error)}
                 continue
-            runs.setdefault(tool, []).append(row)
-            if name == "bundled" and tool not in perplexity:
+            row["runs"].append(run)
+            for key in ("seconds", "wall_seconds", "processor_seconds", "peak_bytes"):
+                row[key] = statistics.median(one[key] for one in row["runs"])
+            if name == "bundled" and round_ == 0:
                 moe = MoEModel(load_original(str(weights), "float32"))
                 texts = evaluate(None, moe, data.heldout_windows, data.heldout_batch_size)["perplexity"]
                 logs = [math.log(streams["original"]) for streams in texts.values()]
-                perplexity[tool] = math.exp(sum(logs) / len(logs))
+                row["perplexity"] = math.exp(sum(logs) / len(logs))
             shutil.rmtree(weights, ignore_errors=True)
-            print(f"{name} round {round_} {tool}: {row['seconds']:.0f} s", flush=True)
-        for tool in args.tools:
-            row = {"tool": tool, "model": name, "bits": args.bits, "tokens": args.windows * WINDOW_LENGTH}
-            if tool in errors:
-                row["error"] = errors[tool]
-            else:
-                for key in ("seconds", "wall_seconds", "processor_seconds", "peak_bytes"):
-                    row[key] = statistics.median(run[key] for run in runs[tool])
-                row |= {"perplexity": perplexity.get(tool), "runs": runs[tool]}
-            rows.append(row)
-            print(json.dumps({key: value for key, value in row.items() if key != "runs"}), flush=True)
-    return rows
+            print(f"{name} round {round_} {tool}: {run['seconds']:.0f} s", flush=True)
+            save(list(rows.values()), args.json)
+    for row in rows.values():
+        print(json.dumps({key: value for key, value in row.items() if key != "runs"}), flush=True)
+    return list(rows.values())
+
+
+def save(rows: list[dict], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(rows, indent=1))
 
 
 def grow(args: argparse.Namespace) -> list[dict]:
@@ -144,8 +140,9 @@ def grow(args: argparse.Namespace) -> list[dict]:
             shape = SMALL | {"moe_intermediate_size": sizes_of_run["width"]}
             name = "-".join(f"{key}{value}" for key, value in sizes_of_run.items())
             model = random_model(args.work / name / "model", sizes_of_run["blocks"], sizes_of_run["experts"], shape)
-            windows(model, sizes_of_run["tokens"] // WINDOW_LENGTH, args.work / name)
-            row, _ = measure("ours", args.bits, model, args.work / name, args.threads)
+            number = sizes_of_run["tokens"] // WINDOW_LENGTH
+            draw_windows(model, 0, number, args.work / name)
+            row, _ = measure("ours", args.bits, model, number, args.work / name, args.threads)
             seconds.append(row["seconds"])
             rows.append({"tool": "ours", "model": "growth", "of": size_name, **sizes_of_run, **row})
         exponent = _slope([math.log(size) for size in sizes], [math.log(value) for value in seconds])
@@ -198,8 +195,7 @@ def main() -> None:
     (args.work / "environments").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     rows = grow(args) if args.growth else compare(args)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+    save(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def measure(runs: list[str], paths: dict[str, Path], num_windows: int, length: int) -> dict[str, dict[str, dict]]:
-    """By run and text: `lost`, `kl` (nats per token) and `original`, the original's own loss. All are in memory."""
+    """By run and text, the figures of `compare`. All models are in memory."""
     opened = [open_model(run) for run in runs]
     original = open_model(opened[0].original)
     models = {run: one.in_memory().model for run, one in zip(runs, opened, strict=True)}
@@ -133,19 +133,25 @@ def measure(runs: list[str], paths: dict[str, Path], num_windows: int, length: i
     figures: dict[str, dict[str, dict]] = {run: {} for run in runs}
     for text, source in {**{name: f"bundled:{name}" for name in heldout_names()}, **paths}.items():
         windows = read_windows(str(source), original.directory, num_windows, length)
-        sums = {run: torch.zeros(3, dtype=torch.float64) for run in runs}
-        for ids in windows.split(4):
-            expected = log_probabilities(teacher, ids)
-            for run, model in models.items():
-                got = log_probabilities(model, ids)
-                nats = [-p[:, :-1].gather(-1, ids[:, 1:, None]).double().sum() for p in (got, expected)]
-                kl = (expected.exp() * (expected - got)).sum(-1)[:, :-1].double().sum()
-                sums[run] += torch.stack([nats[0] - nats[1], kl, nats[1]])
-        tokens = windows[:, 1:].numel()
-        for run in runs:
-            lost, kl, own = (sums[run] / tokens).tolist()
-            figures[run][text] = {"lost": lost, "kl": kl, "original": own}
+        for run, figure in compare(models, teacher, windows).items():
+            figures[run][text] = figure
     return figures
+
+
+def compare(
+    models: dict[str, torch.nn.Module], teacher: torch.nn.Module, windows: torch.Tensor
+) -> dict[str, dict[str, float]]:
+    """By model, in nats per token of the windows [S, T]: `lost`, `kl` and `original`, the original's own loss."""
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
+    for ids in windows.split(4):
+        expected = log_probabilities(teacher, ids)
+        for name, model in models.items():
+            got = log_probabilities(model, ids)
+            nats = [-p[:, :-1].gather(-1, ids[:, 1:, None]).double().sum() for p in (got, expected)]
+            kl = (expected.exp() * (expected - got)).sum(-1)[:, :-1].double().sum()
+            sums[name] += torch.stack([nats[0] - nats[1], kl, nats[1]])
+    tokens = windows[:, 1:].numel()
+    return {name: dict(zip(("lost", "kl", "original"), (s / tokens).tolist(), strict=True)) for name, s in sums.items()}
 
 
 @torch.no_grad()

@@ -1,20 +1,35 @@
-"""Plain GPTQ at equal settings: held-out perplexity of this package's, llm-compressor's and GPTQModel's results.
+"""Quality and cost of this package beside GPTQModel, llm-compressor and AutoRound, at equal bits on equal windows.
 
-Every tool quantizes the same MoE (float32, experts at --bits, attention at 4, groups of 128, asymmetric, routers
-unchanged) on the same 128 windows of 512 tokens, in a separate process and environment (gptq_tools.py), and returns
-dense dequantized weights. This script checks that these lie on the requested grid, and evaluates all of them with
-`eacmoe_lightning.evaluation.evaluate`. Settings of the tools (their options are in SETTINGS):
+Every tool quantizes the same MoE (float32, experts at --bits, attention at 4, groups of 128) on the same --windows of
+512 tokens in the same order, in batches of 4, in a separate process and environment (gptq_tools.py), and returns dense
+dequantized weights. This script checks that these lie on the requested grid and that embeddings, and of tools that do
+not train them routers and norms, are the original's (dense_check.py). It measures all of them in the same way on the
+held-out texts. Settings of the tools (their options are in SETTINGS; a tool without a setting is left out):
 
     rtn       round-to-nearest, the baseline without GPTQ
-    equal     what all tools support: min-max ranges, columns in natural order, damping 0.01, and every expert is
+    equal     what all GPTQ tools support: min-max ranges, columns in natural order, damping 0.01, and every expert is
               calibrated on the tokens routed to it, however few
-    default   the tool's defaults
-    best      with the tool's options for better accuracy
+    default   the tool's defaults; ours is plain GPTQ then. AutoRound: asymmetric, 200 iterations
+    best      with the tool's options for better accuracy. AutoRound: what it recommends for 2 bit, its extension with
+              1000 iterations
+    extension AutoRound's `enable_alg_ext` with 200 iterations. It changes symmetric grids only, so zero points, which
+              the other rows have, are left out
+    neuqi     AutoRound's search of scales and zero points, asymmetric, beside its extension
+    block, joint, both    ours with the block stage, the joint stage, or both, as configs/tiny-2.06.yaml has them, on
+              the same windows
 
-Each of --seeds draws other calibration windows, the same for all tools. The rows of different seeds show the noise.
+Each of --seeds draws other calibration windows, or the same in another order if they are all there are, the same for
+all tools, and seeds the tools. The rows of different seeds show the noise.
 
-    python benchmarks/gptq_quality.py --json gptq_quality.json
+    python benchmarks/gptq_quality.py
     python benchmarks/gptq_quality.py --tools ours llm-compressor --bits 2 --settings equal --seeds 0 1
+    python benchmarks/gptq_quality.py --bits 2 --windows 249 --heldout-windows 16 --settings default block joint both
+
+Rows are added to --json as they are made, and rows that it has are not made again: a run that was ended goes on with
+the next one. The table shows all of its rows on these windows: nats lost per token and the divergence KL(original ||
+result) in the calibrated domains, in German and on the texts of --far (far_texts.py writes them); bits per quantized
+weight, with scales of 16 bits and zero points; the share of tokens that are sent to other experts; seconds of
+quantizing, processor seconds of the whole process, and the highest memory of all its processes together.
 
 Requirements: this package installed (or PYTHONPATH=. in a checkout), Linux, and pip with a package index. Missing
 environments of the peers are created under --work: 1 GB each with torch's CPU build, about 6 GB with the CUDA build on
@@ -30,12 +45,19 @@ import json
 import math
 import os
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from dense_check import inspect
 from environments import python_of
+from far_texts import TEXTS as FAR
+from far_texts import compare
 from gptq_tools import ATTENTION_BITS, GROUP_SIZE
 from process_tree import run_watched
 from safetensors.torch import save_file
@@ -44,9 +66,11 @@ from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import load_original, resolve_model
+from eacmoe_lightning.text.windows import read_windows
 
 HERE = Path(__file__).resolve().parent
-NUM_WINDOWS, WINDOW_LENGTH = 128, 512
+WINDOW_LENGTH = 512
+STAGES = {"router_method": "ridge", "joint_epochs": 2}  # as in configs/tiny-2.06.yaml
 
 SETTINGS = {  # tool -> setting -> its options
     "ours": {
@@ -61,15 +85,18 @@ SETTINGS = {  # tool -> setting -> its options
         },
         "default": {},
         "best": {"refine": 3},
-        "routers": {"router_method": "ridge", "joint_epochs": 0},  # for calibration.py
+        "block": STAGES | {"joint_epochs": 0},
+        "joint": STAGES | {"block_epochs": 0},
+        "both": STAGES,
+        "routers": STAGES | {"block_epochs": 0, "joint_epochs": 0},  # for calibration.py
         "paper": {
             "router_method": "ridge",
+            "block_epochs": 0,
             "joint_epochs": 0,
             "act_order": False,
             "scale_search": False,
             "refine": 0,
         },
-        "joint": {"router_method": "ridge"},
     },
     "llm-compressor": {
         "equal": {"actorder": None, "observer": "memoryless_minmax", "dampening_frac": 0.01, "all_experts": False},
@@ -83,25 +110,47 @@ SETTINGS = {  # tool -> setting -> its options
         "default": {},
         "best": {"act_group_aware": True, "mse": 2.4},
     },
+    "autoround": {
+        "default": {},
+        "extension": {"enable_alg_ext": True, "sym": True},
+        "neuqi": {"enable_alg_ext": True, "enable_neuqi": True},
+        "best": {"enable_alg_ext": True, "sym": True, "iters": 1000},
+    },
 }
+ZERO_POINT_BITS = {"ours": 8}  # in files of its format; others store zero points in as many bits as codes
+DEFAULT_SETTINGS = ["rtn", "default", "extension", "neuqi", "best", "block", "joint", "both"]
 PACKAGES = {  # tool -> arguments of each `pip install`
     "llm-compressor": [["torch==2.13.0"], ["llmcompressor==0.14.*"]],
     "gptqmodel": [["torch==2.14.1"], ["gptqmodel==7.7.*"]],
+    "autoround": [["torch==2.13.0"], ["auto-round==0.16.1"]],
 }
 
 
+def draw_windows(model: Path, seed: int, number: int, work_dir: Path, num_heldout: int | None = None) -> TextWindows:
+    """The texts; the calibration windows are saved where `quantize` looks for them."""
+    sizes = {"num_windows": number, "window_length": WINDOW_LENGTH, "num_heldout_windows": num_heldout}
+    data = TextWindows(tokenizer=str(model), seed=seed, **sizes)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    save_file({"input_ids": data.calibration_windows.contiguous()}, windows_file(work_dir, seed, number))
+    return data
+
+
+def windows_file(work_dir: Path, seed: int, number: int) -> Path:
+    return work_dir / f"windows-{number}-{seed}.safetensors"
+
+
 def quantize(
-    tool: str, setting: str, bits: int, seed: int, model: Path, work_dir: Path, threads: int
+    tool: str, setting: str, bits: int, seed: int, number: int, model: Path, work_dir: Path, threads: int
 ) -> tuple[dict, Path]:
-    """Runs one tool. Returns its version, seconds and peak bytes, and the directory of its dense weights.
+    """Runs one tool on `number` windows. Returns its version and cost, and the directory of its dense weights.
 
     Raises:
         RuntimeError: the tool failed.
     """
-    place = work_dir / "results" / f"{tool}-{bits}-{setting.replace(', ', '-').replace(' ', '-')}-{seed}"
+    place = work_dir / "results" / f"{tool}-{bits}-{setting.replace(', ', '-').replace(' ', '-')}-{number}-{seed}"
     shutil.rmtree(place, ignore_errors=True)
     (place / "scratch").mkdir(parents=True)
-    job = {"model": str(model), "windows": str(work_dir / f"windows-{seed}.safetensors"), "seed": seed, "bits": bits}
+    job = {"model": str(model), "windows": str(windows_file(work_dir, seed, number)), "seed": seed, "bits": bits}
     job |= {"options": SETTINGS[tool][setting], "out": str(place / "dense")}
     is_ours = tool == "ours"
     checkout = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
@@ -118,31 +167,85 @@ def quantize(
     return result | {"wall_seconds": wall, "processor_seconds": processor, "tree_peak_bytes": peak}, place / "dense"
 
 
-def inspect(moe: MoEModel, bits: int) -> dict[str, int]:
-    """Checks that no group of a weight has more values than its bits allow, and counts expert matrices of zeros.
+def judge(
+    weights: Path,
+    original: MoEModel,
+    texts: dict[str, torch.Tensor],
+    batch_size: int,
+    bits: int,
+    zero_point_bits: int | None,
+    trains: bool,
+) -> dict:
+    """Checks dense weights and measures them: a row's part that does not come from the tool.
+
+    Args:
+        weights: directory of a tool's result.
+        texts: held-out windows [S, T] by text.
+        bits: of the experts.
+        zero_point_bits, trains: see `inspect`.
 
     Raises:
-        RuntimeError: a weight is not quantized.
+        RuntimeError: see `inspect`.
     """
-    zeroed = 0
-    for block in moe.blocks:
-        for name, (part, weight) in block.weights().items():
-            allowed = 2 ** (bits if part == "experts" else ATTENTION_BITS)
-            values = weight.unflatten(-1, (-1, GROUP_SIZE)).sort(-1).values  # [..., O, G, g]
-            num_values = int((values.diff(dim=-1) != 0).sum(-1).max()) + 1
-            if num_values > allowed:
-                raise RuntimeError(f"{name} is not quantized: {num_values} values in a group, {allowed} are allowed")
-            if part == "experts":
-                zeroed += int((weight == 0).all(-1).all(-1).sum())
-    return {"zeroed_expert_matrices": zeroed}
+    moe = MoEModel(load_original(str(weights), "float32"))
+    bits_of = {"experts": bits, "attention": ATTENTION_BITS}.__getitem__
+    row = inspect(moe, original, bits_of, GROUP_SIZE, zero_point_bits, trains)
+    measured = evaluate(original, moe, texts, batch_size)
+    row["perplexity"] = {text: streams["compressed"] for text, streams in measured["perplexity"].items()}
+    row["expert_shift"] = measured["expert_shift"]["mean"]
+    figures = {text: compare({"": moe.model}, original.model, windows)[""] for text, windows in texts.items()}
+    return row | {kind: {text: figure[kind] for text, figure in figures.items()} for kind in ("lost", "kl", "original")}
+
+
+def far_windows(folder: Path, model: Path, number: int | None) -> dict[str, torch.Tensor]:
+    return {name: read_windows(str(folder / f"{name}.txt"), model, number, WINDOW_LENGTH) for name in FAR}
 
 
 def show(row: dict) -> None:
     texts = row.get("perplexity", {})
     mean = f"{math.exp(sum(map(math.log, texts.values())) / len(texts)):9.3f} " if texts else row["error"]
     each = " ".join(f"{text} {value:.3f}" for text, value in texts.items())
-    cost = f" {row['seconds']:.0f} s {row['peak_bytes'] / 1e6:.0f} MB" if "seconds" in row else ""
+    cost = f" {row['seconds']:.0f} s {row['tree_peak_bytes'] / 1e6:.0f} MB" if "seconds" in row else ""
     print(f"{row['bits']:>2} {row['seed']:>2} {row['tool']:15s} {row['setting']:24s} {mean} {each}{cost}", flush=True)
+
+
+def table(rows: list[dict]) -> str:
+    """Means over the seeds of a tool's setting, with the standard deviation where there are several."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if "lost" in row:
+            groups.setdefault((row["bits"], row["tool"], row["setting"]), []).append(row)
+    titles = ["bits", "tool", "setting", "seeds", "true bits", *COLUMNS]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for (bits, tool, setting), same in groups.items():
+        cells = [str(bits), tool, setting, str(len(same)), f"{same[0]['true_bits']:.3f}"]
+        for figure, digits in COLUMNS.values():
+            values = [value for row in same if (value := figure(row)) is not None]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mean_of(kind: str, chosen: Callable[[str], bool], row: dict) -> float | None:
+    """Mean of `lost` or `kl` over the texts that are chosen by name; None if there are none."""
+    values = [value for text, value in row[kind].items() if chosen(text)]
+    return statistics.mean(values) if values else None
+
+
+TEXT_GROUPS: dict[str, Callable[[str], bool]] = {
+    "in": lambda text: text != "german" and text not in FAR,
+    "german": lambda text: text == "german",
+    "far": lambda text: text in FAR,
+}
+COLUMNS: dict[str, tuple[Callable[[dict], float | None], int]] = {  # title -> figure of a row, digits
+    **{f"lost, {name}": (partial(mean_of, "lost", chosen), 4) for name, chosen in TEXT_GROUPS.items()},
+    **{f"KL, {name}": (partial(mean_of, "kl", chosen), 4) for name, chosen in TEXT_GROUPS.items()},
+    "other experts, %": (lambda row: 100 * row["expert_shift"]["any"], 1),
+    "seconds": (lambda row: row["seconds"], 0),
+    "processor seconds": (lambda row: row["processor_seconds"], 0),
+    "peak MB": (lambda row: row["tree_peak_bytes"] / 1e6, 0),
+}
 
 
 def main() -> None:
@@ -150,47 +253,60 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="directory of an MoE with a tied output embedding")
     parser.add_argument("--tools", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument(
-        "--settings", nargs="+", default=["rtn", "equal", "default", "best"], help="settings of each tool"
+        "--settings", nargs="+", help="settings of each tool (default: all but equal)", default=DEFAULT_SETTINGS
     )
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 2], help="bits of the experts")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of the choice of calibration windows")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the choice of windows, and of the tools")
+    parser.add_argument("--windows", type=int, default=128, help=f"calibration windows of {WINDOW_LENGTH} tokens")
     parser.add_argument("--heldout-windows", type=int, help="windows per text (default: all)")
+    parser.add_argument("--far", type=Path, help="folder of texts that far_texts.py has written, measured too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("runs/gptq_quality"), help="environments, logs and weights")
-    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--json", type=Path, help="file for the rows (default: rows.json in --work)")
     args = parser.parse_args()
+    if unknown := set(args.settings) - {name.partition(",")[0] for settings in SETTINGS.values() for name in settings}:
+        parser.error(f"--settings: no tool has {', '.join(sorted(unknown))}")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the tool at work is ended, too
     torch.set_num_threads(args.threads)
     work_dir, model = args.work.resolve(), Path(resolve_model(args.model)).resolve()
-    work_dir.mkdir(parents=True, exist_ok=True)
-    sizes = {"num_windows": NUM_WINDOWS, "window_length": WINDOW_LENGTH, "num_heldout_windows": args.heldout_windows}
-    for seed in args.seeds:
-        data = TextWindows(tokenizer=str(model), seed=seed, **sizes)
-        save_file({"input_ids": data.calibration_windows.contiguous()}, work_dir / f"windows-{seed}.safetensors")
+    data = {seed: draw_windows(model, seed, args.windows, work_dir, args.heldout_windows) for seed in args.seeds}
+    heldout = data[args.seeds[0]]
+    texts = heldout.heldout_windows | (far_windows(args.far, model, args.heldout_windows) if args.far else {})
+    measured_on = {text: list(windows.shape) for text, windows in texts.items()}
+    shared = {"model": args.model, "windows": args.windows, "texts": measured_on, "group_size": GROUP_SIZE}
 
-    def perplexity(moe: MoEModel) -> dict[str, float]:
-        measured = evaluate(None, moe, data.heldout_windows, data.heldout_batch_size)["perplexity"]
-        return {text: streams["original"] for text, streams in measured.items()}
-
-    print(f"bits, seed, tool, setting, perplexity of {WINDOW_LENGTH} tokens (mean and each text), cost", flush=True)
+    path = args.json or work_dir / "rows.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = [row for row in rows if "error" not in row]
     original = MoEModel(load_original(str(model), "float32"))
-    rows: list[dict] = [{"tool": "original", "setting": "", "bits": 32, "seed": 0, "perplexity": perplexity(original)}]
-    show(rows[0])
     for seed, bits, tool in itertools.product(args.seeds, args.bits, args.tools):
         for setting, options in SETTINGS[tool].items():
             if setting.partition(",")[0] not in args.settings:
                 continue
-            row = {"tool": tool, "setting": setting, "bits": bits, "seed": seed, "options": options}
+            row = shared | {"tool": tool, "setting": setting, "bits": bits, "seed": seed, "options": options}
+            if made := next((old for old in rows if row.items() <= old.items()), None):
+                show(made)
+                continue
             try:
-                result, weights = quantize(tool, setting, bits, seed, model, work_dir, args.threads)
-                moe = MoEModel(load_original(str(weights), "float32"))
-                row |= result | inspect(moe, bits) | {"perplexity": perplexity(moe)}
+                result, weights = quantize(tool, setting, bits, seed, args.windows, model, work_dir, args.threads)
+                zero_point_bits = 0 if options.get("sym") else ZERO_POINT_BITS.get(tool)
+                about = bits, zero_point_bits, "router_method" in options
+                row |= result | judge(weights, original, texts, heldout.heldout_batch_size, *about)
             except (RuntimeError, subprocess.CalledProcessError) as error:
                 row["error"] = str(error)
             rows.append(row)
             show(row)
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1))
+            write_rows(path, rows)
+    print(table([row for row in rows if shared.items() <= row.items()]))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Writes the file whole, or leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_name(path.name + ".partial")
+    partial_file.write_text(json.dumps(rows, indent=1))
+    partial_file.replace(path)
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def ours(model: Path, input_ids: Tensor, job: dict) -> Result:
     arguments += [f"--data.{name}={value}" for name, value in text.items()] + ["--data.num_heldout_windows=1"]
     command_line(["fit", *arguments, *(f"--trainer.{name}={value}" for name, value in trainer.items())])
     cost = json.loads(Path("run/report.json").read_text())["cost"]
-    names = ("observe", "attention", "router", "experts", "replay", "joint")
-    phases = [cost[name] for name in names if name in cost]
+    others = ("read", "check", "evaluate", "write", "total_seconds")
+    phases = [phase for name, phase in cost.items() if name not in others]
     seconds, peak = sum(phase["seconds"] for phase in phases), max(phase["peak_bytes"] for phase in phases)
     return seconds, peak, dense(load("run", packed=False).state_dict()), __version__
 
@@ -115,6 +115,34 @@ def gptqmodel(model: Path, input_ids: Tensor, job: dict) -> Result:
     return seconds, peak, decode_gptq(Path("quantized"), job["bits"]), version("gptqmodel")
 
 
+def autoround(model: Path, input_ids: Tensor, job: dict) -> Result:
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    options = {"sym": False, "iters": 200} | job["options"]
+    grid = {"group_size": GROUP_SIZE, "sym": options["sym"]}
+    linears = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    tuning = AutoRound(
+        network,
+        AutoTokenizer.from_pretrained(model),
+        bits=job["bits"],
+        group_size=GROUP_SIZE,
+        layer_config={name: {"bits": ATTENTION_BITS, **grid} for name in linears if ".self_attn." in name},
+        dataset=torch.utils.data.DataLoader(input_ids, batch_size=BATCH_SIZE),
+        nsamples=len(input_ids),
+        seqlen=input_ids.shape[1],
+        batch_size=BATCH_SIZE,
+        seed=job["seed"],
+        device_map="cpu",
+        amp=False,  # float32, as the other tools
+        **options,
+    )
+    start = time.perf_counter()
+    network, _ = tuning.quantize()
+    return time.perf_counter() - start, peak_memory(), dense(network.state_dict()), version("auto-round")
+
+
 def decode_gptq(path: Path, bits: int) -> dict[str, Tensor]:
     """Dense weights [O, I] of a directory in the `gptq_v2` format."""
     packed = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
@@ -146,7 +174,7 @@ def peak_memory() -> int:
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
-TOOLS = {"ours": ours, "llm-compressor": llm_compressor, "gptqmodel": gptqmodel}
+TOOLS = {"ours": ours, "llm-compressor": llm_compressor, "gptqmodel": gptqmodel, "autoround": autoround}
 
 if __name__ == "__main__":
     work(sys.argv[1], json.loads(sys.argv[2]))

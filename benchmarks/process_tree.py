@@ -34,6 +34,8 @@ def run_watched(command: list[str], **options: Any) -> tuple[int, float, float, 
     try:
         code = process.wait()
     finally:
+        if process.poll() is None:  # this process is being ended
+            process.kill()
         done.set()
         watcher.join()
     return code, time.perf_counter() - start, _processor_seconds() - used, peak
