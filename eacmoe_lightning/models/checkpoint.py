@@ -28,10 +28,12 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from eacmoe_lightning.models.originals import OriginalFiles, no_model
 from eacmoe_lightning.models.transformers_loader import Misfit, empty_model, load_tensors, source_keys
 from eacmoe_lightning.models.unused import UNQUANTIZED, check_used
+from eacmoe_lightning.run.files import first_of
 
 log = logging.getLogger(__name__)
 
 CHUNK = 8 << 20  # bytes per read of the prefetching thread
+TOGETHER = 64 << 20  # bytes on disk that are converted in one call, whose fixed costs would exceed those of small ones
 
 
 class Checkpoint:
@@ -94,27 +96,51 @@ class Checkpoint:
             ValueError: a tensor has another shape than config.json says.
             FileNotFoundError: a file is missing or truncated.
         """
+        names = list(names)
+        owners = dict.fromkeys(self._made_with.get(name, name) for name in names)
         tensors: dict[str, Tensor] = {}
         with self._lock, self.files.reading() as reader, _no_progress_bar():
-            for name in names:
-                owner = self._made_with.get(name, name)
-                if name in tensors or owner not in self._sources:
-                    continue
+            for together in self._batches([owner for owner in owners if owner in self._sources]):
                 try:
-                    tensors |= self._convert({key: reader.lazy(key) for key in self._sources[owner]})
+                    tensors |= self._convert({owner: self._lazy(owner, reader) for owner in together})
                 except (OSError, SafetensorError) as error:
-                    raise FileNotFoundError(f"{name} of {self.name_or_path!r} cannot be read: {error}") from error
+                    named = first_of(together, "parameter")
+                    raise FileNotFoundError(f"{named} of {self.name_or_path!r} cannot be read: {error}") from error
         return {name: tensors[name] for name in names if name in tensors}
 
-    def _convert(self, slices: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameters that transformers builds from these tensors on disk; the loader's go back to meta."""
-        model = self._loader
-        missing, misfits = load_tensors(model, slices, self.dtype)
+    def _batches(self, owners: list[str]) -> Iterator[list[str]]:
+        """Parameters one after another, small ones together."""
+        batch: list[str] = []
+        size = 0
+        for owner in owners:
+            num_bytes = self.files.num_bytes(self._sources[owner])
+            if batch and size + num_bytes > TOGETHER:
+                yield batch
+                batch, size = [], 0
+            batch.append(owner)
+            size += num_bytes
+        if batch:
+            yield batch
+
+    def _lazy(self, owner: str, reader: Any) -> dict[str, Any]:
+        return {key: reader.lazy(key) for key in self._sources[owner]}
+
+    def _convert(self, slices: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+        """The parameters that transformers builds from these tensors on disk; the loader's go back to meta.
+
+        Args:
+            slices: by parameter, its tensors by their keys on disk.
+        """
+        model, together = self._loader, {key: tensor for of in slices.values() for key, tensor in of.items()}
+        missing, misfits = load_tensors(model, together, self.dtype)
         if misfits:
+            misfits.sort(key=lambda misfit: misfit.name)
+            by_owner = {self._made_with.get(misfit.name, misfit.name): misfit for misfit in reversed(misfits)}
+            first = next((owner for owner in slices if owner in by_owner), None)
+            misfit, made_of = by_owner.get(first, misfits[0]), slices.get(first, together)
             raise ValueError(
                 f"the weights in {self.name_or_path!r} (--model.name_or_path) do not fit its config.json: "
-                f"{_misfit(min(misfits, key=lambda misfit: misfit.name), slices)}. One of them is of another model, or "
-                "was changed: download both again"
+                f"{_misfit(misfit, made_of)}. One of them is of another model, or was changed: download both again"
             )
         taken = {}
         for name in model.state_dict().keys() - missing:
