@@ -5,8 +5,9 @@
 Random bfloat16 weights of the real shapes are written to disk as a checkpoint. Then `fit` takes the block through its
 phases in `--dtype`: check, read, observe, attention, router (closed form), experts, block, replay. Every row runs in a
 separate process, which reports seconds and peak memory by phase, next to what `plan` predicts from this machine's
-rates. `--paper` turns off activation order, scale search, refinement and the block stage. The line "experts" also gives
-the rate of GPTQ and its Hessians as a share of this machine's rate of matrix products.
+rates. `--paper` turns off activation order, scale search, refinement and the block stage; `--joint` adds one pass of
+the joint stage, which streams the blocks. The line "experts" also gives the rate of GPTQ and its Hessians as a share of
+this machine's rate of matrix products.
 
 `--blocks 2 4 8 16` does the same with a small shape and that many blocks: the peak must not grow with their number. It
 grows up to a point because glibc keeps pieces of freed tensors below 32 MiB. With MALLOC_MMAP_THRESHOLD_=1048576 in the
@@ -35,6 +36,7 @@ from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.transformers_loader import empty_model, original_names
+from eacmoe_lightning.planning.joint import JointMemory
 from eacmoe_lightning.planning.machine import measure as rates_of
 from eacmoe_lightning.planning.phases import plan
 from eacmoe_lightning.planning.sizes import job_of
@@ -112,9 +114,11 @@ def measure(
     **options: Any,
 ) -> dict:
     """Runs `fit` on the checkpoint in `folder`, and returns one row of the result: the costs up to the last block."""
+    if options.get("joint_epochs"):
+        JointMemory.fits = lambda memory, job, device, host: host < float("inf")  # blocks do not fit together
     if paper:
         options |= {"act_order": False, "scale_search": False, "refine": 0, "block_epochs": 0}
-    module = QESC(str(folder), dtype, bits=[3], joint_epochs=0, **options)
+    module = QESC(str(folder), dtype, bits=[3], **{"joint_epochs": 0, **options})
     data, run = RandomWindows(windows, length), RunDirectory(folder / "run")
     accelerator = "gpu" if torch.device(device).type == "cuda" else "cpu"
     trainer = calibration_trainer(run.path, progress_bar=False, accelerator=accelerator, devices=1, logger=False)
@@ -156,7 +160,8 @@ def row(shape: str, num_blocks: int, options: argparse.Namespace) -> dict:
         write_checkpoint(config_of(shape, num_blocks), folder)
         arguments = [
             shape,
-            *map(str, (num_blocks, options.windows, options.length, options.dtype, int(options.paper), scratch)),
+            *map(str, (num_blocks, options.windows, options.length, options.dtype, int(options.paper))),
+            *(scratch, str(int(options.joint))),
         ]
         done = subprocess.run([sys.executable, __file__, "--measure", *arguments], capture_output=True, text=True)
     if done.returncode:
@@ -173,12 +178,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32", help="dtype of the computation; bfloat16 is slow without AVX512")
     parser.add_argument("--paper", action="store_true", help="use the paper's GPTQ")
+    parser.add_argument("--joint", action="store_true", help="run a streamed joint stage too")
     parser.add_argument("--scratch", help="directory for the checkpoints; the system's temporary one by default")
-    parser.add_argument("--measure", nargs=7, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=8, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        shape, *numbers, dtype, paper, folder = options.measure
-        print(json.dumps(measure(shape, *map(int, numbers), dtype, bool(int(paper)), Path(folder))))
+        shape, *numbers, dtype, paper, folder, joint = options.measure
+        more = {"joint_epochs": int(joint)}
+        print(json.dumps(measure(shape, *map(int, numbers), dtype, bool(int(paper)), Path(folder), **more)))
         return
     rows = []
     for shape, num_blocks in [(s, 1) for s in options.shapes] + [("small", n) for n in options.blocks]:

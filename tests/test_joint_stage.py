@@ -71,7 +71,14 @@ def test_the_stage_is_the_whole_model_s_forward_and_backward_pass(family, tiny_m
     assert_equals_the_whole(folder, run)
 
 
-@pytest.mark.parametrize("options", [{}, {"model__joint_code_lr": 0}, {"model__joint_scale_lr": 0, "pruning__keep": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model__joint_code_lr": 1e-3},
+        {},
+        {"model__joint_scale_lr": 0, "model__joint_code_lr": 1e-3, "pruning__keep": 3},
+    ],
+)
 def test_streamed_blocks_give_the_bits_of_resident_ones(options, tiny_model_dir, tmp_path, monkeypatch):
     options = {"model__joint_epochs": 2, "data__heldout": "[]", **options}
     resident = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "resident", **options)

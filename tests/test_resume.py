@@ -23,6 +23,7 @@ OPTIONS = {
     "model__router_warm_start": "true",
     "model__router_epochs": 2,
     "model__joint_epochs": 1,
+    "model__joint_code_lr": 5e-5,
 }
 EVERY_STEP = {"checkpoint__every_n_train_steps": 1}
 # a checkpoint after every step, so also in the middle of an epoch
