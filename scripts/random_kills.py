@@ -34,7 +34,7 @@ from transformers import AutoTokenizer  # noqa: E402
 from eacmoe_lightning.cli import main  # noqa: E402
 from eacmoe_lightning.models.originals import BUNDLED  # noqa: E402
 
-SMALL = {"data__num_windows": 8, "data__num_heldout_windows": 2, "data__heldout": "bundled:prose"}
+SMALL = {"model__block_epochs": 2, "data__num_heldout_windows": 2, "data__heldout": "bundled:prose"}
 JOBS = {  # by model family
     "mixtral": {"model__joint_epochs": 1},
     "qwen3_moe": {"model__router_method": "sgd", "model__joint_epochs": 2, "checkpoint__every_n_train_steps": 1},

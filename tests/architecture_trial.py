@@ -200,8 +200,9 @@ def reason(module: nn.Module) -> str:
 
 def fit(original: Path, run: Path, dtype: str = "auto", **options) -> dict:
     """Runs a small job at 8 bit in this process and returns its report."""
-    options = {"bits": 8, "attention_bits": 8, "group_size": 32, "min_expert_tokens": 32, "joint_epochs": 0, **options}
-    module = QESC(str(original), dtype=dtype, **options)
+    small = {"bits": 8, "attention_bits": 8, "group_size": 32, "min_expert_tokens": 32}
+    passes = {"block_epochs": 1, "joint_epochs": 0}
+    module = QESC(str(original), dtype=dtype, **small | passes | options)
     trainer = calibration_trainer(run, progress_bar=False, accelerator="cpu")
     trainer.fit(module, text())
     return json.loads((run / "report.json").read_text())

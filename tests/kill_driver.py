@@ -1,8 +1,9 @@
-"""Runs one job repeatedly, ending each attempt at an exact place, and then once more to the end.
+"""Runs jobs repeatedly, ending each attempt at an exact place, and then once more to the end.
 
-`python kill_driver.py PLACES -- OPTIONS OF FIT`. PLACES is a JSON list of [kind, what, n] or [kind, what, n, how], one
-for each attempt, which ends when an event happens for the n-th time. `how` is a signal (SIGKILL without it), or `full`:
-from then on the system lets this process write no byte to any file, as on a full disk. Events:
+Each line of its input is a job: a JSON list of its places and of its options of `fit`. A place is [kind, what, n] or
+[kind, what, n, how], one for each attempt, which ends when an event happens for the n-th time. `how` is a signal
+(SIGKILL without it), or `full`: from then on the system lets this process write no byte to any file, as on a full disk.
+A line END follows the output of a job. Events:
 
     phase    a phase begins; what: "BLOCK PHASE", for example "0 experts" or "None joint"
     call     a function is called; what: its dotted name
@@ -101,6 +102,8 @@ def attempt(place: list | None, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    places, words = json.loads(sys.argv[1]), sys.argv[3:]
-    for place in [*places, None]:
-        print("STATUS", json.dumps([place, attempt(place, [*words, "--ckpt_path", "auto"])]), flush=True)
+    for line in sys.stdin:
+        places, words = json.loads(line)
+        for place in [*places, None]:
+            print("STATUS", json.dumps([place, attempt(place, [*words, "--ckpt_path", "auto"])]), flush=True)
+        print("END", flush=True)

@@ -20,11 +20,9 @@ from eacmoe_lightning.run.files import read_tensors
 OPTIONS = {"model__quantizer": "lattice", "model__bits": 2.75, "model__attention_bits": 4.5}
 
 
-@pytest.fixture(scope="module")
-def run(tiny_model_dir, tmp_path_factory):
-    return jobs.fit(
-        tiny_model_dir("qwen2_moe"), tmp_path_factory.mktemp("lattice") / "run", model__joint_epochs=2, **OPTIONS
-    )
+@pytest.fixture
+def run(fitted):
+    return fitted("qwen2_moe", model__joint_epochs=2, **OPTIONS)
 
 
 def test_stored_weights_take_the_requested_bits(run):

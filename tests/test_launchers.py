@@ -26,6 +26,8 @@ OPTIONS = {  # AdamW divides by the gradient's size: small rates limit the effec
     "model__router_lr": 2e-3,
     "model__joint_router_lr": 3e-4,
     "model__joint_code_lr": 1e-6,
+    "model__block_epochs": 2,
+    "model__joint_epochs": 2,
     "data__num_windows": 15,  # 15 = 7 + 8
     # GPTQ without searches: rounding differences between the processes do not grow, so all blocks can be compared
     "model__bits": 8,
@@ -63,10 +65,10 @@ def launch(launcher: str, *words: str) -> tuple[int, str]:
     return process.returncode, output
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, tiny_model_dir) -> Path:
+@pytest.fixture
+def alone(fitted) -> Path:
     """The same job in one process."""
-    return jobs.fit(tiny_model_dir("qwen2_moe"), tmp_path_factory.mktemp("alone") / "run", **OPTIONS)
+    return fitted("qwen2_moe", **OPTIONS)
 
 
 def codes(run: Path, block: str = "") -> torch.Tensor:

@@ -66,9 +66,9 @@ def in_one_and_two(model: Path, folder: Path, options: dict) -> tuple[Path, Path
     return alone, run
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, tiny_model_dir) -> Path:
-    return jobs.fit(tiny_model_dir("qwen2_moe"), tmp_path_factory.mktemp("alone") / "run", **OPTIONS)
+@pytest.fixture
+def alone(fitted) -> Path:
+    return fitted("qwen2_moe", **OPTIONS)
 
 
 def test_two_processes_continue_a_run_of_three_after_one_was_killed(alone, tiny_model_dir, tmp_path):

@@ -258,10 +258,10 @@ def test_without_texts_the_report_has_no_evaluation(tiny_model_dir, tmp_path, ca
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--pruning.keep", "5"], ["--pruning.alpha", "0.8"]])
 @torch.no_grad()
-def test_every_command_takes_the_result(options, tiny_model_dir, tmp_path, capsys):
+def test_every_command_takes_the_result(options, fitted, tiny_model_dir, tmp_path, capsys):
     """A finished run of `fit`, pruned, then `test`, `analyze` with all skipping rules, and `export`."""
     model = tiny_model_dir("qwen2_moe")
-    run, out = jobs.fit(model, tmp_path / "run", model__joint_epochs=1), tmp_path / "out"
+    run, out = fitted("qwen2_moe"), tmp_path / "out"
     arguments = ["--num_windows", "16", "--window_length", "64", "--num_heldout_windows", "3"]
     arguments += ["--texts", '["bundled:prose", "bundled:code"]', "--routers", "ridge"]
     main(["prune", "--model", str(run), "--output", str(out), *options, *arguments])

@@ -252,7 +252,8 @@ def test_a_pruned_model_in_our_format(family, uniform, tiny_model_dir, tmp_path)
 def kept_by_hand(model: Path, criterion: str, keep: int) -> list[list[int]]:
     """The best experts of every block over the calibration windows, from one pass of the original."""
     moe = MoEModel(AutoModelForCausalLM.from_pretrained(model).eval())
-    windows = token_windows(read_documents("bundled:calibration"), AutoTokenizer.from_pretrained(model), 16, 64, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    windows = token_windows(read_documents("bundled:calibration[:10%]"), tokenizer, 8, 64, seed=0)
     seen = []
     for block in moe.moe_blocks:
         block.experts.module.register_forward_pre_hook(lambda module, args: seen.append(args))

@@ -22,8 +22,10 @@ OPTIONS = {
     "model__router_method": "sgd",
     "model__router_warm_start": "true",
     "model__router_epochs": 2,
+    "model__block_epochs": 2,
     "model__joint_epochs": 1,
     "model__joint_code_lr": 5e-5,
+    "data__batch_size": 2,  # four batches
 }
 EVERY_STEP = {"checkpoint__every_n_train_steps": 1}
 # a checkpoint after every step, so also in the middle of an epoch
@@ -58,9 +60,7 @@ EPOCHS = [
     ["replace", "report.json", 1],
 ]
 
-
 # signals that a process may answer, and a disk that is full for whoever writes next
-ENDS = {"SIGTERM": 143, "SIGINT": 130, "full": 1}
 ANSWERED = [
     ["call", "eacmoe_lightning.job.qesc.check_original", 1, "SIGTERM"],  # the run directory does not exist
     ["phase", "0 attention", 1, "SIGTERM"],  # the run has begun and has no checkpoint
@@ -85,7 +85,7 @@ PRUNED = [
 ]
 
 # with documents that share windows
-PACKED = {"data__documents": "packed", "data__num_windows": 12}
+PACKED = {"data__documents": "packed", "data__num_windows": 12, "data__batch_size": 4}
 WHILE_PACKED = [
     ["call", "eacmoe_lightning.job.qesc.check_original", 1],
     ["phase", "1 attention", 1],
@@ -106,14 +106,13 @@ ON_LATTICE = [
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_model_dir) -> Callable[[str, dict], Path]:
-    done: dict[str, Path] = {}
+def undisturbed(once, tiny_model_dir) -> Callable[[str, dict], Path]:
+    """`undisturbed(family, options)`: the same job without an end before its end; each family has one set of them."""
 
     def run(family: str, more: dict) -> Path:
-        if family not in done:
-            done[family] = tmp_path_factory.mktemp("undisturbed") / family
-            attempts(tiny_model_dir(family), done[family], [], more)
-        return done[family]
+        return once(
+            f"undisturbed-{family}", lambda path: jobs.attempts(tiny_model_dir(family), path, [], OPTIONS | more)
+        )
 
     return run
 
@@ -123,18 +122,9 @@ def short_texts(tmp_path_factory) -> Path:
     return jobs.short_texts(tmp_path_factory.mktemp("short"))
 
 
-def attempts(model: Path, run: Path, places: list, more: dict) -> str:
-    """Runs the job, killing it at every place; returns the output of all attempts. Every kill must have happened."""
-    words = jobs.options(model, run, **OPTIONS | more)
-    output = jobs.finish(jobs.start("tests/kill_driver.py", json.dumps(places), "--", *words), timeout=900)
-    status = [json.loads(line) for line in re.findall(r"^STATUS (.*)$", output, re.MULTILINE)]
-    assert status == [[place, ENDS[place[3]] if place[3:] else -9] for place in places] + [[None, 0]], output[-4000:]
-    return output
-
-
 def test_a_job_that_a_signal_or_a_full_disk_ends_says_how_to_go_on(undisturbed, tiny_model_dir, tmp_path):
     """With exit codes that a scheduler takes for failures, one message each, and the same end."""
-    output = attempts(tiny_model_dir("qwen3_moe"), tmp_path / "run", ANSWERED, EVERY_STEP)
+    output = jobs.attempts(tiny_model_dir("qwen3_moe"), tmp_path / "run", ANSWERED, OPTIONS | EVERY_STEP)
     for how, number in collections.Counter(place[3] for place in ANSWERED).items():
         message = "error: " if how == "full" else f"stopped by {how}: the same command with --ckpt_path auto goes on"
         assert output.count(message) == number, output
@@ -144,13 +134,13 @@ def test_a_job_that_a_signal_or_a_full_disk_ends_says_how_to_go_on(undisturbed, 
         assert jobs.contents(tmp_path / "run" / part) == jobs.contents(reference / part)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory, tiny_model_dir) -> Path:
+@pytest.fixture
+def small(fitted) -> Path:
     """A finished run with SMALL options."""
-    return jobs.fit(tiny_model_dir("deepseek"), tmp_path_factory.mktemp("small") / "run", **SMALL)
+    return fitted("deepseek", **SMALL)
 
 
-SMALL = {"model__joint_epochs": 1, "data__num_windows": 4, "data__num_heldout_windows": 2}
+SMALL = {"data__num_windows": 4, "data__num_heldout_windows": 2}
 STATES = {  # what a killed job has left behind: parts of a finished run that are there, or are not
     "nothing": [],
     "an empty directory": [""],
@@ -245,7 +235,7 @@ def test_a_killed_job_ends_like_an_undisturbed_one(
 ):
     if options is PACKED:
         options = options | {"data__calibration": short_texts}
-    attempts(tiny_model_dir(family), tmp_path / "run", places, {**more, **options})
+    jobs.attempts(tiny_model_dir(family), tmp_path / "run", places, {**OPTIONS, **more, **options})
     reference = undisturbed(family, options)
     for part in ("blocks", "compressed"):
         assert jobs.contents(tmp_path / "run" / part) == jobs.contents(reference / part)

@@ -29,17 +29,15 @@ families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
 PROSE = 3  # held-out windows of 64 tokens
 
 
-@pytest.fixture(scope="module")
-def run_of(tmp_path_factory, tiny_model_dir) -> Callable[[str], Path]:
-    """`run_of(family)`: the run directory of `fit` with default options, run once per family."""
-    runs: dict[str, Path] = {}
+SMALL = {"model__block_epochs": 2, "data__batch_size": 2}  # so many steps that codes move
+DEFAULTS = {"model__block_epochs": None, "model__joint_epochs": None, "data__num_windows": 16}
+OPTIONS = {family: SMALL for family in tiny_models.MOE_FAMILIES} | {"qwen3_moe": DEFAULTS}  # the bundled model's family
 
-    def run(family: str) -> Path:
-        if family not in runs:
-            runs[family] = jobs.fit(tiny_model_dir(family), tmp_path_factory.mktemp("runs") / family)
-        return runs[family]
 
-    return run
+@pytest.fixture
+def run_of(fitted) -> Callable[[str], Path]:
+    """`run_of(family)`: the run directory of `fit`."""
+    return lambda family: fitted(family, **OPTIONS[family])
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +180,7 @@ def test_tensorboard_holds_the_scalars_of_every_block(run_of):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek"])
 def test_two_runs_are_byte_identical(family, run_of, tiny_model_dir, tmp_path):
-    again = jobs.fit(tiny_model_dir(family), tmp_path / "again")
+    again = jobs.fit(tiny_model_dir(family), tmp_path / "again", **OPTIONS[family])
     for part in ("compressed", "blocks"):
         assert jobs.contents(again / part) == jobs.contents(run_of(family) / part)
 

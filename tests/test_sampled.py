@@ -15,7 +15,6 @@ from test_architectures import REFUSED
 from test_chat import CHATML
 from test_launchers import assert_same
 from test_processes import launch
-from test_resume import attempts
 
 from eacmoe_lightning.job import sampling
 from eacmoe_lightning.job.data import TextWindows
@@ -388,8 +387,8 @@ def test_a_run_killed_while_it_samples_ends_like_an_undisturbed_one(tiny_model_d
         ["replace", "run.json", 1],  # sampled, but no run has begun
         ["phase", "1 experts", 1],
     ]
-    attempts(model, tmp_path / "killed", places, more)
-    attempts(model, tmp_path / "whole", [], more)
+    jobs.attempts(model, tmp_path / "killed", places, more)
+    jobs.attempts(model, tmp_path / "whole", [], more)
     for part in ("sampled", "blocks", "compressed"):
         assert jobs.contents(tmp_path / "killed" / part) == jobs.contents(tmp_path / "whole" / part)
 

@@ -236,7 +236,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=dtype)
-    persistent = {name for name in model.state_dict() if name in dict(model.named_buffers())}
+    persistent = model.state_dict().keys() & dict(model.named_buffers()).keys()
     model._move_missing_keys_from_meta_to_device(persistent, None, None, None)
     for parameter in model.parameters():  # values for them would be drawn, which takes longer than all the rest
         parameter._is_hf_initialized = True
