@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -57,7 +58,7 @@ def main(args: ArgsType = None) -> None:
         with Stopping(lambda: RESTART.get(command, "")):
             _run(command, words, args)
     except Exception as error:
-        if (message := _full_disk(error)) is not None:
+        if (message := _full_disk(error) or _lost_process(error, command)) is not None:
             _report(error, message)
         if not isinstance(error, (ValueError, FileNotFoundError, StoreError, MisconfigurationException)):
             raise
@@ -114,6 +115,21 @@ def _full_disk(error: BaseException) -> str | None:
     return (
         f"the disk or quota is full ({full[-1]}). Free some space and continue this run with --ckpt_path auto: all "
         "finished work is kept"
+    )
+
+
+def _lost_process(error: BaseException, command: str | None) -> str | None:
+    """The message for a process that other processes of the job have left alone; None for other errors.
+
+    NCCL's errors have a class of their own; gloo's are RuntimeErrors that name its source file.
+    """
+    is_gloo = type(error) is RuntimeError and "gloo/" in str(error)
+    is_taken_port = "EADDRINUSE" in str(error)
+    if is_taken_port or not (is_gloo or isinstance(error, torch.distributed.DistError)):
+        return None
+    return (
+        "another process of this job has ended or cannot be reached. If one has printed another error, that is the "
+        f"reason{RESTART.get(command, '')} ({str(error).strip().splitlines()[0]})"
     )
 
 

@@ -44,7 +44,7 @@ DOCUMENTS = {name: documents.read(jobs.ROOT / name, name) for name in (str(p.rel
 BLOCKS = [block for blocks, _ in DOCUMENTS.values() for block in blocks]
 SHELL, PYTHON = ("bash", "sh", "shell", "console"), ("python", "py")
 GIVEN = ("git", "cd", ".", "source", "ruff", "tensorboard", "export", "mkdir")  # other people's: taken as they are
-OURS = ("eacmoe", "python", "python3", "torchrun", "fabric", "srun", "pytest", "pip")
+OURS = ("eacmoe", "python", "python3", "torchrun", "fabric", "srun", "sbatch", "pytest", "pip")
 LAUNCHERS = ("fabric run", "python train.py")  # without what they launch
 INPUTS = ("model", "source", "evaluate", "name_or_path", "predict", "calibration", "heldout", "texts", "cross")
 BASES = {"--model.router_loss": RouterLoss, "--model.quantizer": Quantizer}  # their arguments are options too
@@ -104,6 +104,10 @@ def check(words: tuple[str, ...]) -> None:
         check(("python", launched["script"], *launched["script_args"]))
     elif program == "srun":
         check(rest[next(i for i, word in enumerate(rest) if word in OURS) :])
+    elif program == "sbatch":
+        script = next(i for i, word in enumerate(rest) if word.endswith(".sh"))
+        assert Path(rest[script]).is_file(), rest[script]
+        parse(("fit", *rest[script + 1 :]))
     elif program == "pip":
         check_pip(rest)
     elif program == "pytest":
@@ -360,6 +364,8 @@ def test_reading_a_document(tmp_path):
         "python benchmarks/pesf.py --nothing",
         "torchrun --nproc 2 train.py fit --config tinny",
         "torchrun --nothing 2 train.py fit --config tiny",
+        "sbatch --nodes 2 examples/slurm.sh --config tinny",
+        "sbatch examples/nothing.sh --config tiny",
         "fabric run --devices 2 train.py fit --config tiny --model.bitz 3",
         "pip install -e '.[nothing]'",
         "pytest tests/test_nothing.py",

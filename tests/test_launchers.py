@@ -1,4 +1,7 @@
-"""Two CPU processes, started by torchrun or `fabric run`, share one run directory and give the result of one."""
+"""Several CPU processes, started by torchrun or `fabric run`, share one run directory and give the result of one.
+
+Also under two agents of torchrun, as on two machines. `test_slurm.py` has those that SLURM starts.
+"""
 
 import json
 import os
@@ -54,11 +57,15 @@ LAUNCHERS = {
 }
 
 
-def launch(launcher: str, *words: str) -> tuple[int, str]:
-    """Runs a job of two processes; returns its exit status and output."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def launch(launcher: str, *words: str) -> tuple[int, str]:
+    """Runs a job of two processes; returns its exit status and output."""
+    port = free_port()
     command = [port if word == "PORT" else word for word in LAUNCHERS[launcher]]
     process = jobs.start(*command, *words)
     output = jobs.finish(process)
@@ -165,6 +172,91 @@ def test_a_second_start_of_several_processes_is_refused(tiny_model_dir, tmp_path
     with RunLock(run):
         status, output = launch("torchrun", "fit", *jobs.options(tiny_model_dir("qwen2_moe"), run, **OPTIONS))
     assert status != 0 and output.count(f"error: process {os.getpid()} on ") == 1, output[-4000:]
+
+
+RENDEZVOUS = {
+    "static": ["--master_addr", "127.0.0.1", "--master_port", "PORT"],
+    "c10d": ["--rdzv_backend", "c10d", "--rdzv_id", "fit", "--rdzv_endpoint", "127.0.0.1:PORT"],
+}
+SMALL = {  # with both stages
+    "model__block_epochs": 2,
+    "model__joint_epochs": 1,
+    "data__num_windows": 6,
+    "data__num_heldout_windows": 2,
+    "data__heldout": "[bundled:prose]",
+}
+
+
+def launch_agents(rendezvous: str, *words: str) -> list[tuple[int, str]]:
+    """Runs a job of two processes, each under an agent of torchrun; exit status and output of both agents."""
+    port = free_port()
+    place = [word.replace("PORT", port) for word in RENDEZVOUS[rendezvous]]
+    agents = [
+        jobs.start(
+            *("-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1"),
+            *(*place, "train.py", "fit", *words),
+        )
+        for rank in range(2)
+    ]
+    outputs = [jobs.finish(agent) for agent in agents]
+    return [(agent.returncode, output) for agent, output in zip(agents, outputs, strict=True)]
+
+
+class LoseNode(BlockCallback):
+    """Kills the second process and its agent when a phase begins, as a machine goes that loses power."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None:
+        if trainer.global_rank == 1 and f"{block} {phase}" == self.what:
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_two_agents_go_on_after_one_was_lost(tiny_model_dir, tmp_path):
+    """Lost in the block stage and in the joint stage; the end has the bits of one agent with two processes."""
+    model, run = tiny_model_dir("qwen2_moe"), tmp_path / "run"
+    status, output = launch("torchrun", "fit", *jobs.options(model, tmp_path / "undisturbed", **SMALL))
+    assert status == 0, output[-4000:]
+    words = [*jobs.options(model, run, **SMALL), "--ckpt_path", "auto"]
+    for what, rendezvous in (("1 block", "static"), ("None joint", "c10d")):
+        place = {"class_path": "test_launchers.LoseNode", "init_args": {"what": what}}
+        agents = launch_agents(rendezvous, *words, "--trainer.callbacks", json.dumps([place]))
+        assert sorted(status for status, _ in agents) == [-signal.SIGKILL, 1], agents
+        assert not (run / "compressed").exists()
+        if rendezvous == "static":  # with c10d the lost agent may have held the rendezvous, whose loss ends the other
+            message = "error: another process of this job has ended or cannot be reached"
+            assert agents[0][1].count(message) == 1 and "--ckpt_path auto goes on" in agents[0][1], agents[0][1]
+    agents = launch_agents("static", *words)
+    assert [status for status, _ in agents] == [0, 0], agents
+    for part in ("blocks", "compressed"):
+        assert jobs.contents(run / part) == jobs.contents(tmp_path / "undisturbed" / part)
+    assert not list(run.rglob("*.partial"))
+
+
+class FailOnce(BlockCallback):
+    """Kills the second process when a phase begins, unless torchrun has started it again."""
+
+    def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None:
+        restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        if trainer.global_rank == 1 and (block, phase) == (1, "block") and not restarts:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_job_that_torchrun_restarts_goes_on(tiny_model_dir, tmp_path):
+    """With `--max_restarts` torchrun starts the very same command again.
+
+    torch 2.13 keeps one store for all attempts unless it is told not to, and with gloo the second attempt may then find
+    the addresses of the first.
+    """
+    words = jobs.options(tiny_model_dir("qwen2_moe"), tmp_path / "run", **SMALL | {"model__joint_epochs": 0})
+    words += ["--trainer.callbacks", json.dumps([{"class_path": "test_launchers.FailOnce"}])]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1"]
+    process = jobs.start(*command, "train.py", "fit", *words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    output = jobs.finish(process)
+    assert process.returncode == 0 and "Restored all states from the checkpoint" in output, output[-4000:]
+    assert (tmp_path / "run" / "report.md").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,6 +26,7 @@ from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.stopping import Stopping
 
 log = logging.getLogger(__name__)
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # how often the job was started again
 DEFAULTS = {
     "max_epochs": -1,  # the module knows how many epochs its blocks take
     "num_sanity_val_steps": 0,
@@ -42,9 +46,9 @@ class CalibrationTrainer(Trainer):
 
         Args:
             ckpt_path: `auto` continues the run in the run directory and starts one where there is none; `last`
-                continues; None starts. A job that SLURM has requeued takes None for `auto`.
+                continues; None starts. A job that SLURM has requeued or torchrun restarted takes None for `auto`.
         """
-        if ckpt_path == "auto" or (ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0)):
+        if ckpt_path == "auto" or (ckpt_path is None and any(int(os.environ.get(name) or 0) for name in RESTARTS)):
             ckpt_path = "last" if RunDirectory(self.default_root_dir).manifest.exists() else None
         self.resumes = ckpt_path is not None
         with warnings.catch_warnings():  # a run that was killed before its first checkpoint starts from its beginning
@@ -69,11 +73,31 @@ class CalibrationTrainer(Trainer):
             super().save_checkpoint(filepath, *args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        with Stopping(self._farewell, self._pass_on) as self._stopping:
+        with Stopping(self._farewell, self._pass_on) as self._stopping, self._requeueing():
             try:
                 return super()._run(*args, **kwargs)
             finally:
                 self.lightning_module.free_run()
+
+    @contextmanager
+    def _requeueing(self) -> Iterator[None]:
+        """Sets Lightning's handler of the signal on which it requeues a SLURM job.
+
+        Lightning sets it once the model is set up, which may take hours. Until then the signal would end the job for
+        good.
+        """
+        connector, environment = self._signal_connector, self._accelerator_connector.cluster_environment
+        if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
+            yield
+            return
+        signum = environment.requeue_signal
+        before = signal.getsignal(signum)
+        if not connector._has_already_handler(signum):
+            connector._register_signal(signum, connector._slurm_sigusr_handler_fn)
+        try:
+            yield
+        finally:
+            connector._register_signal(signum, before)
 
     def _run_stage(self) -> Any:
         """Lightning leaves its loop at once if a resumed run has no epoch left; the hooks that end a run still run."""
