@@ -15,11 +15,7 @@ import tiny_models
 import torch
 import transformers
 from architecture_trial import STEPS, Trial, assert_perplexity, fit, text
-<<<<<<< HEAD
 from joint_trial import assert_equals_the_whole
-from test_resume import attempts
-=======
->>>>>>> wt-suite
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel

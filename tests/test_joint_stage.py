@@ -78,9 +78,10 @@ def test_the_stage_is_the_whole_model_s_forward_and_backward_pass(family, tiny_m
         {},
         {"model__joint_scale_lr": 0, "model__joint_code_lr": 1e-3, "pruning__keep": 3},
     ],
+    ids=["codes", "scales", "pruned"],
 )
 def test_streamed_blocks_give_the_bits_of_resident_ones(options, tiny_model_dir, tmp_path, monkeypatch):
-    options = {"model__joint_epochs": 2, "data__heldout": "[]", **options}
+    options = {"model__joint_epochs": 2, "data__heldout": "[]", "data__batch_size": 4, **options}
     resident = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "resident", **options)
     monkeypatch.setattr(joint.JointMemory, "fits", lambda self, job, memory, host: host < float("inf"))
     streamed = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "streamed", **options)

@@ -86,11 +86,11 @@ def _measured(streams: Streams, windows: slice, batch_size: int, seed: int) -> T
     numbers = torch.arange(len(ids)) + streams.first_window + windows.start
     head = _HeadStep(moe, ids, [seed + int(number) for number in numbers])
     chain = Chain([*blocks, head], len(ids), moe.device, nullcontext)
-    inputs, losses = chain.forward_kept()
+    inputs, _ = chain.forward_kept(runs_last=False)
     weights = torch.zeros(len(ids), len(moe.blocks), ids.shape[1])
     counts = streams.counts
-    gradient = torch.ones_like(losses) if counts is None else counts[windows].flatten().to(losses)
-    for step, of_inputs, _ in chain.backward(inputs, gradient):
+    gradient = torch.ones(ids.numel()) if counts is None else counts[windows].flatten().float()
+    for step, of_inputs, _ in chain.backward(inputs, gradient.to(moe.device)):
         before = len(moe.blocks) - 1 if step is head else step.block.index - 1
         hidden = next(one for one in of_inputs if one is not None)
         weights[:, before] = hidden.float().square().flatten(2).mean(-1).cpu()

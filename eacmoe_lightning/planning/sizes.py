@@ -200,6 +200,7 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     return {
         "hidden streams": streams,
         "router logits for the joint stage": teachers,
+        "weights of tokens": len(moe.blocks) * job.tokens * 4 if job.block_epochs and job.token_weights else 0,
         "checkpoints": checkpoint,
         "finished blocks": packed + (packed // len(moe.blocks) if job.block_epochs else 0),  # and one in training
         "compressed model": packed + unquantized,

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+STOP = object()  # ends a forward pass
+
 
 class Step(Protocol):
     """One step of a chain.
@@ -66,13 +68,16 @@ class Chain:
         return _StepByStep.apply(self, *trained.values())
 
     @torch.no_grad()
-    def forward_kept(self) -> tuple[list[Any], Tensor]:
-        """A forward pass without gradients: each step's input, in host memory, and the losses [B*T]."""
+    def forward_kept(self, runs_last: bool = True) -> tuple[list[Any], Tensor]:
+        """A forward pass without gradients: each step's input, in host memory, and the losses [B*T].
+
+        `runs_last` false leaves out the last step and its losses.
+        """
         inputs: list[Any] = []
 
         def keep(state: Any) -> Any:
             inputs.append(tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), state))
-            return state
+            return state if runs_last or len(inputs) < len(self.steps) else STOP
 
         losses = self.forward(keep)
         return inputs, losses
@@ -81,7 +86,9 @@ class Chain:
         """The losses of a forward pass; `take` gets every step's input, and returns what the step is given."""
         state, total = None, torch.zeros((), device=self.device)
         for step in self.steps:
-            state, parts = take(state), self.parts(step)
+            if (state := take(state)) is STOP:
+                break
+            parts = self.parts(step)
             with step.loaded():
                 outputs = [step.run(_rows(state, rows), rows) for rows in parts]
             state = _joined([output for output, _ in outputs])
@@ -105,13 +112,14 @@ class Chain:
         for step in reversed(self.steps):
             state, of_inputs, of_trained = inputs.pop(), [], []
             with step.loaded():
-                for rows in self.parts(step):
+                for rows in reversed(self.parts(step)):  # as autograd would, so that sums have the same order
                     token = slice(*(index * len(gradient) // self.windows for index in (rows.start, rows.stop)))
                     behind = [None if one is None else one[rows] for one in handed]
                     one, other = _backward(self, step, _rows(state, rows), rows, behind, gradient[token])
                     of_inputs.append(one)
                     of_trained.append(other)
-            handed = [None if one[0] is None else torch.cat(one) for one in zip(*of_inputs, strict=True)]
+            parts = zip(*reversed(of_inputs), strict=True)
+            handed = [None if part[0] is None else torch.cat(part) for part in parts]
             yield step, handed, [_sum(one) for one in zip(*of_trained, strict=True)]
 
     def parts(self, step: Step) -> list[slice]:
