@@ -38,9 +38,8 @@ def test_the_weights_are_gradients_of_the_whole_model(family, counts, tiny_model
             state, _ = block.forward(call.with_hidden(call.hidden.requires_grad_()) if block.index == 0 else call)
             states.append(hidden_of(state))
         logits = moe.head(state, window).float()
-        generator = torch.Generator().manual_seed(7 + number)
-        drawn = torch.multinomial(logits.detach().softmax(-1)[0], 1, generator=generator)
-        loss = -logits.log_softmax(-1)[0].gather(-1, drawn).squeeze(-1)
+        drawn = token_weights.draw(logits.detach(), 7 + number)
+        loss = -logits.log_softmax(-1).gather(-1, drawn).flatten()
         loss = loss.sum() if counts is None else loss[counts[number]].sum()
         for index, gradient in enumerate(torch.autograd.grad(loss, states)):
             expected[number, index] = gradient[0].square().mean(-1)
@@ -48,6 +47,12 @@ def test_the_weights_are_gradients_of_the_whole_model(family, counts, tiny_model
     for index in range(len(moe.blocks)):
         own = expected[:, index]
         torch.testing.assert_close(found[:, index], own / own[counted].mean(), rtol=1e-3, atol=1e-6)
+
+
+def test_tokens_are_drawn_from_the_distribution():
+    logits = torch.tensor([0.5, 0.25, 0.0, 0.25]).log().expand(1, 20_000, 4)
+    counts = torch.bincount(token_weights.draw(logits, 0).flatten(), minlength=4) / 20_000
+    torch.testing.assert_close(counts, torch.tensor([0.5, 0.25, 0.0, 0.25]), atol=0.02, rtol=0)
 
 
 def test_windows_at_a_time_do_not_change_the_bits(tiny_model_dir, tmp_path, monkeypatch):

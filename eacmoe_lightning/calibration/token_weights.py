@@ -139,6 +139,13 @@ class _HeadStep:
 
     def run(self, state: State, rows: slice) -> tuple[None, Tensor]:
         logits = self.moe.head(moved(state, self.moe.device), self.input_ids[rows]).float()
-        generator = torch.Generator(logits.device).manual_seed(self.seeds[rows.start])
-        drawn = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1), 1, generator=generator)
-        return None, -logits.log_softmax(-1).flatten(0, 1).gather(-1, drawn).squeeze(-1)
+        drawn = draw(logits.detach(), self.seeds[rows.start])
+        return None, -logits.log_softmax(-1).gather(-1, drawn).flatten()
+
+
+def draw(logits: Tensor, seed: int) -> Tensor:
+    """A token from each distribution: logits [B, T, V] -> [B, T, 1]."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    below = logits.softmax(-1).cumsum(-1)
+    uniform = torch.rand(*logits.shape[:-1], 1, generator=generator, device=logits.device)
+    return torch.searchsorted(below, uniform * below[..., -1:]).clamp(max=logits.shape[-1] - 1)
