@@ -23,6 +23,7 @@ OPTIONS = {
     "model__router_warm_start": "true",
     "model__router_epochs": 2,
     "model__block_epochs": 2,
+    "model__block_token_weights": "true",
     "model__joint_epochs": 1,
     "model__joint_code_lr": 5e-5,
     "data__batch_size": 2,  # four batches

@@ -1,8 +1,8 @@
 """The block stage: one block's weights are trained towards the original block's output.
 
 The block gets x_hat, the output of the compressed prefix; its target is what the original block makes of x, the
-original's own stream (`tuning.losses.reconstruction`). Tokens count by how much the original's predictions depend on
-them there (`calibration.token_weights`). Some calibration windows are held back: after every pass they
+original's own stream (`tuning.losses.reconstruction`). Tokens may count by how much the original's predictions
+depend on them there (`calibration.token_weights`). Some calibration windows are held back: after every pass they
 judge whether it was an improvement, and the best pass is taken, or the solver's result if none was better.
 """
 

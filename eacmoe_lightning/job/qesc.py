@@ -140,7 +140,7 @@ class QESC(Comparison):
         router_warm_start: bool = False,
         ridge: float = 1e-3,
         block_epochs: int = 2,
-        block_token_weights: bool = True,
+        block_token_weights: bool = False,
         block_selection: float = 0.05,
         block_router_lr: float = 3e-3,
         block_norm_lr: float = 5e-3,
