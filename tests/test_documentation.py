@@ -43,7 +43,8 @@ PATHS += [jobs.ROOT / "docs" / "findings" / "README.md"]
 DOCUMENTS = {name: documents.read(jobs.ROOT / name, name) for name in (str(p.relative_to(jobs.ROOT)) for p in PATHS)}
 BLOCKS = [block for blocks, _ in DOCUMENTS.values() for block in blocks]
 SHELL, PYTHON = ("bash", "sh", "shell", "console"), ("python", "py")
-GIVEN = ("git", "cd", ".", "source", "ruff", "tensorboard", "export", "mkdir")  # other people's: taken as they are
+# other people's: taken as they are
+GIVEN = ("git", "cd", ".", "source", "ruff", "tensorboard", "export", "mkdir", "scancel", "scontrol")
 OURS = ("eacmoe", "python", "python3", "torchrun", "fabric", "srun", "sbatch", "pytest", "pip")
 LAUNCHERS = ("fabric run", "python train.py")  # without what they launch
 INPUTS = ("model", "source", "evaluate", "name_or_path", "predict", "calibration", "heldout", "texts", "cross")
@@ -208,6 +209,7 @@ def known_options() -> set[str]:
     """The options of all commands, scripts and launchers."""
     scripts = [str(path) for folder in ("benchmarks", "examples", "recipes") for path in Path(folder).rglob("*.py")]
     ours = [help_of(command) for command in COMMANDS] + [script_options(path) for path in scripts]
+    ours += [OPTION.findall(path.read_text()) for path in Path("examples").glob("*.sh")]  # of sbatch
     return set().union(*ours, get_args_parser()._option_string_actions, ("--accelerator", "--devices"))
 
 
