@@ -23,7 +23,6 @@ OPTIONS = {
     "model__router_warm_start": "true",
     "model__router_epochs": 2,
     "model__block_epochs": 2,
-    "model__block_token_weights": "true",
     "model__joint_epochs": 1,
     "model__joint_code_lr": 5e-5,
     "data__batch_size": 2,  # four batches
@@ -45,8 +44,6 @@ STEPS = [
 ]
 # a checkpoint after every epoch, the default
 EPOCHS = [
-    ["call", "eacmoe_lightning.calibration.token_weights._measured", 1],  # while tokens are weighted
-    ["replace", "token_weights", 1],
     ["phase", "0 observe", 1],
     ["phase", "1 attention", 1],
     ["phase", "1 block", 2],  # between the passes of the block stage

@@ -70,7 +70,7 @@ class Streams:
         """Sets both streams to the input of block 0, the embedded tokens."""
         writer = self._new("block_000.x")
         for rows in self.slices:
-            hidden = self.moe.embed(*self.batch(rows))
+            hidden = self.moe.embed(*self._batch(rows))
             refuse_overflow("the embedding's output", hidden, self.dtype)
             writer.append(hidden)
         self.x = self.x_hat = writer.written()
@@ -106,7 +106,7 @@ class Streams:
         """
         old = {self.x.path: self.x, self.x_hat.path: self.x_hat}.values()
         self.x, self.x_hat = (
-            writer.finish(self.note) if keep else writer.written()
+            writer.finish(self._note) if keep else writer.written()
             for writer in (self._writers.pop("x"), self._writers.pop("x_hat"))
         )
         for file in old:
@@ -174,10 +174,10 @@ class Streams:
             yield self._call(block, self.x_hat, rows)
 
     def _call(self, block: Block, stream: StateFile, rows: slice | Tensor) -> Call:
-        ids, positions = self.batch(rows)
+        ids, positions = self._batch(rows)
         return self.moe.call(block.index, ids, moved(stream[rows], self.moe.device), positions)
 
-    def batch(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+    def _batch(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Token ids [B, T] of these windows, and their positions if they hold several documents."""
         positions = None if self.position_ids is None else self.to_device(self.position_ids[rows])
         return self.to_device(self.windows[rows]), positions
@@ -213,7 +213,7 @@ class Streams:
     def teacher_rows(self, block: Block, window_ids: Tensor) -> Tensor:
         """The original router's logits [b*T, E] of a block, for the experts that it still has; as `last_rows`."""
         if block.index not in self._teachers:
-            self._teachers[block.index] = HiddenFile.open(self._teacher_path(block.index), self.note)
+            self._teachers[block.index] = HiddenFile.open(self._teacher_path(block.index), self._note)
         return self._teachers[block.index][self.local(window_ids)].flatten(0, 1).float()[:, block.kept]
 
     # --- files ------------------------------------------------------------------------------------------
@@ -233,12 +233,7 @@ class Streams:
         return self._directory / f"teacher_{index:03d}"
 
     @property
-    def token_weights_path(self) -> Path:
-        return self._directory / "token_weights"
-
-    @property
-    def note(self) -> dict:
-        """What files of these windows have in common."""
+    def _note(self) -> dict:
         return {"windows": [self.first_window, len(self.windows)]}
 
     def write_teacher(self, index: int, logits: Tensor) -> None:
@@ -246,7 +241,7 @@ class Streams:
         if self.keep_teachers:
             writer = HiddenWriter(self._teacher_path(index), torch.float16)
             writer.append(logits.view(*self.windows.shape, -1))
-            writer.finish(self.note)
+            writer.finish(self._note)
 
     def can_read(self, index: int) -> bool:
         """Whether every process has stored its streams for block `index` and all earlier blocks' teacher logits."""
@@ -262,7 +257,7 @@ class Streams:
         Raises:
             StoreError: a file is damaged or holds other windows.
         """
-        self.x, self.x_hat = (StateFile.open(path, self.note) for path in self._paths(index))
+        self.x, self.x_hat = (StateFile.open(path, self._note) for path in self._paths(index))
 
 
 def concatenate(routings: list[Routing]) -> Routing:

@@ -53,7 +53,7 @@ def summary(report: dict[str, Any]) -> str:
     cost = report["cost"]
     starved = f"{report['experts']['starved']} starved experts; " if "experts" in report else ""
     lines.append(f"{starved}{cost['total_seconds']:.0f} s in total")
-    if calibration := sum(cost[phase]["seconds"] for phase in ("weights", *PHASES, "joint") if phase in cost):
+    if calibration := sum(cost[phase]["seconds"] for phase in (*PHASES, "joint") if phase in cost):
         stages = {"router per block": "router", "block stage": "block", "joint stage": "joint"}
         shares = [f"{k} {cost[phase]['seconds'] / calibration:.1%}" for k, phase in stages.items() if phase in cost]
         if shares:

@@ -14,8 +14,8 @@ from eacmoe_lightning.run.block_file import BlockStats
 class BlockCallback(Callback):
     """A callback with hooks for blocks and phases.
 
-    `phase` is one of `calibration.blocks.PHASES` and comes with a block index, or it is `weights`, `joint`, `write` or
-    `evaluate` and the block is None.
+    `phase` is one of `calibration.blocks.PHASES` and comes with a block index, or it is `joint`, `write` or `evaluate`
+    and the block is None.
     """
 
     def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None: ...

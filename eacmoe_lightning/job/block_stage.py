@@ -1,8 +1,7 @@
 """The block stage: one block's weights are trained towards the original block's output.
 
 The block gets x_hat, the output of the compressed prefix; its target is what the original block makes of x, the
-original's own stream (`tuning.losses.reconstruction`). Tokens may count by how much the original's predictions
-depend on them there (`calibration.token_weights`). Some calibration windows are held back: after every pass they
+original's own stream (`tuning.losses.reconstruction`). Some calibration windows are held back: after every pass they
 judge whether it was an improvement, and the best pass is taken, or the solver's result if none was better.
 """
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.calibration.blocks import Calibration
-from eacmoe_lightning.calibration.token_weights import TokenWeights
 from eacmoe_lightning.job.trained import TrainedParts
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.routers.losses import RouterLoss
@@ -54,7 +52,6 @@ class BlockStage:
     def __init__(self, parts: TrainedParts, router_loss: RouterLoss, weight: float) -> None:
         self.parts, self.router_loss, self.weight = parts, router_loss, weight
         self.calibration: Calibration  # the block loop, once it exists
-        self.token_weights: TokenWeights | None = None  # of the squared errors; None weights all tokens alike
         self.progress: Progress | None = None
 
     @property
@@ -85,9 +82,6 @@ class BlockStage:
         weights = {name.removeprefix(f"{block.name}."): weight for name, weight in weights.items()}
         state, routing = block.forward(call, weights=weights, expert=self.parts.expert(block))
         losses = reconstruction(hidden_of(state), target, self.progress.unit)
-        if self.token_weights is not None:
-            rows = self.token_weights.rows(block.index, self.calibration.streams.local(window_ids))
-            losses = losses * self.calibration.streams.to_device(rows)
         if block.calibrates and self.weight:
             students, teachers = {block.index: block.choice(routing.logits)}, {block.index: block.choice(teacher)}
             chosen = selection(students, teachers, self.router_loss, {block.index: block.top_k})

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning import targets
-from eacmoe_lightning.calibration import token_weights
 from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
@@ -98,8 +97,6 @@ class QESC(Comparison):
             input.
         block_epochs: Passes over the calibration text that train a block (router, norms, scales and codes) after its
             weights are solved, on the squared error of its output beside the original block's; 0 leaves the stage out.
-        block_token_weights: Whether that error counts each token by how much the original's predictions depend on it
-            at this block. One forward and one backward pass through the original, before the first block, tell.
         block_selection: Weight of the router loss beside that error; the loss is in units of the logits' spread.
         block_router_lr: Learning rate of the router in the block stage.
         block_norm_lr: Learning rate of the norms' weights in the block stage; 0 does not train them.
@@ -140,7 +137,6 @@ class QESC(Comparison):
         router_warm_start: bool = False,
         ridge: float = 1e-3,
         block_epochs: int = 2,
-        block_token_weights: bool = False,
         block_selection: float = 0.05,
         block_router_lr: float = 3e-3,
         block_norm_lr: float = 5e-3,
@@ -186,7 +182,7 @@ class QESC(Comparison):
         self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
         self.ridge, self.joint_selection = ridge, joint_selection
         self.block_epochs = 0 if router_method == "none" else block_epochs
-        self.block_selection, self.block_token_weights = block_selection, block_token_weights
+        self.block_selection = block_selection
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.stream_dtype = stream_dtype
@@ -323,7 +319,7 @@ class QESC(Comparison):
             **{
                 f"model.{name}": getattr(self, name)
                 for name in ("router_lr", "router_epochs", "router_warm_start", "ridge")
-                + ("block_epochs", "block_token_weights", "block_selection", "block_lr")
+                + ("block_epochs", "block_selection", "block_lr")
                 + ("joint_epochs", "joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
             },
             "data.calibration": stored_sources(data.calibration),
@@ -375,17 +371,6 @@ class QESC(Comparison):
             [name for name, _ in self.moe.norms()] if "norm" in self.kinds("block") else [],
         )  # fmt: skip
         self.block_stage.calibration = self.joint_stage.calibration = self.calibration
-
-    def on_train_start(self) -> None:
-        data = self.trainer.datamodule
-        if self.block_token_weights and self.kinds("block") and not self._all_blocks_exist:
-            with phase(self.trainer, None, "weights"):
-                weights = token_weights.measure(self.calibration.streams, data.batch_size, data.seed)
-            self.block_stage.token_weights = weights
-
-    @property
-    def _all_blocks_exist(self) -> bool:
-        return all(self.run.block(block.index).exists() for block in self.moe.blocks)
 
     # --- epochs: which block, which stage ---------------------------------------------------------------
 
@@ -615,7 +600,7 @@ class QESC(Comparison):
         """Writes missing blocks, shrinks all blocks to the experts kept, and frees the joint stage's model."""
         if self.parts.block is not None:
             self._end_interrupted(self.parts.block)
-        if not self._all_blocks_exist:
+        if not all(self.run.block(block.index).exists() for block in self.moe.blocks):
             self._advance(len(self.moe.blocks))
         for block in self.moe.blocks:
             self.calibration.shrink(block.index)

@@ -6,7 +6,6 @@ import torch
 
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.solver import experts_together, stack_bytes
-from eacmoe_lightning.calibration.token_weights import BORDER_BYTES, windows_together
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.sampling import batch_size, cache_bytes
@@ -69,8 +68,6 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     forward = sum(shapes.forward for shapes in of_blocks) + 2 * hidden * vocabulary
     if job.sampled_windows:
         _sample(phases["sample"], moe, job, forward)
-    if job.block_epochs and job.token_weights:
-        _token_weights(phases["weights"], moe, job, forward, in_blocks, outside_blocks)
     if job.joint_epochs:
         add_joint_stage(phases["joint"], moe, recipe, job, forward)
     block_size = max(num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks)
@@ -106,30 +103,6 @@ def _block_stage(cost: Cost, block: Block, shapes: Shapes, job: Job, here: float
         read_bytes=read,
         again_bytes=read,
     )
-
-
-def _token_weights(cost: Cost, moe: MoEModel, job: Job, forward: float, in_blocks: float, outside: float) -> None:
-    """Adds a forward and a backward pass through the original, of as many windows at a time as there is room for.
-
-    Args:
-        forward: operations of a token in a forward pass.
-        in_blocks, outside: bytes of the weights in blocks and outside of them.
-    """
-    itemsize, hidden, batch = moe.model.dtype.itemsize, moe.config.hidden_size, job.batch_size * job.window_length
-    together = windows_together(moe, job.window_length, job.batch_size, 4 * BORDER_BYTES)
-    borders = min(together, job.num_windows / job.processes) * len(moe.blocks) * job.window_length * hidden * itemsize
-    largest = max(num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks)
-    shapes = [Shapes(block, block.top_k, hidden, job) for block in moe.blocks]
-    activations = max(block_activations(one, hidden, itemsize, batch) for one in shapes)
-    passes = 2 * max(1, job.num_windows / job.processes / together)
-    cost.add(
-        outside + largest + activations + (borders if job.device == "cpu" else 0),
-        flops=4 * job.tokens / job.processes * forward,
-        read_bytes=passes * in_blocks * job.stored_share,
-        again_bytes=passes * in_blocks * job.stored_share,
-        loop_bytes=passes * LOADED * in_blocks,
-    )
-    cost.host_bytes = 0 if job.device == "cpu" else borders
 
 
 def _sample(cost: Cost, moe: MoEModel, job: Job, forward: float) -> None:

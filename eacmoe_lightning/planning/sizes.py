@@ -47,7 +47,6 @@ class Job:
         num_windows, window_length, batch_size: size of the calibration text and of a batch.
         heldout_tokens: number of tokens of the evaluation at the end.
         router_method, router_epochs, num_targets, block_epochs, joint_epochs: as in `fit`.
-        token_weights: whether the block stage weights tokens.
         block_kinds, joint_kinds: what the block and the joint stage train: of router, norm, scale and code.
         stream_bytes: bytes per number of the hidden streams on disk.
         processes: number of processes that share windows and experts.
@@ -69,7 +68,6 @@ class Job:
     joint_epochs: int
     stream_bytes: int
     block_epochs: int = 0
-    token_weights: bool = False
     block_kinds: tuple[str, ...] = ()
     joint_kinds: tuple[str, ...] = ()
     processes: int = 1
@@ -127,9 +125,7 @@ class Plan:
     """The estimated costs of `fit`."""
 
     phases: dict[str, Cost] = field(
-        default_factory=lambda: {
-            name: Cost() for name in ("check", "sample", "weights", *PHASES, "joint", "write", "evaluate")
-        }
+        default_factory=lambda: {name: Cost() for name in ("check", "sample", *PHASES, "joint", "write", "evaluate")}
     )
     disk: dict[str, int] = field(default_factory=dict)  # bytes by purpose
 
@@ -200,7 +196,6 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     return {
         "hidden streams": streams,
         "router logits for the joint stage": teachers,
-        "weights of tokens": len(moe.blocks) * job.tokens * 4 if job.block_epochs and job.token_weights else 0,
         "checkpoints": checkpoint,
         "finished blocks": packed + (packed // len(moe.blocks) if job.block_epochs else 0),  # and one in training
         "compressed model": packed + unquantized,
@@ -297,7 +292,6 @@ def job_of(
         router_epochs=module.router_epochs,
         num_targets=module.router_loss.num_targets(moe.num_experts, moe.top_k),
         block_epochs=module.block_epochs,
-        token_weights=module.block_token_weights,
         joint_epochs=module.joint_epochs,
         block_kinds=tuple(module.kinds("block")),
         joint_kinds=tuple(module.kinds("joint")),

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-STOP = object()  # ends a forward pass
-
 
 class Step(Protocol):
     """One step of a chain.
@@ -68,16 +66,13 @@ class Chain:
         return _StepByStep.apply(self, *trained.values())
 
     @torch.no_grad()
-    def forward_kept(self, runs_last: bool = True) -> tuple[list[Any], Tensor]:
-        """A forward pass without gradients: each step's input, in host memory, and the losses [B*T].
-
-        `runs_last` false leaves out the last step and its losses.
-        """
+    def forward_kept(self) -> tuple[list[Any], Tensor]:
+        """A forward pass without gradients: each step's input, in host memory, and the losses [B*T]."""
         inputs: list[Any] = []
 
         def keep(state: Any) -> Any:
             inputs.append(tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), state))
-            return state if runs_last or len(inputs) < len(self.steps) else STOP
+            return state
 
         losses = self.forward(keep)
         return inputs, losses
@@ -86,9 +81,7 @@ class Chain:
         """The losses of a forward pass; `take` gets every step's input, and returns what the step is given."""
         state, total = None, torch.zeros((), device=self.device)
         for step in self.steps:
-            if (state := take(state)) is STOP:
-                break
-            parts = self.parts(step)
+            state, parts = take(state), self.parts(step)
             with step.loaded():
                 outputs = [step.run(_rows(state, rows), rows) for rows in parts]
             state = _joined([output for output, _ in outputs])
