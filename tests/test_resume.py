@@ -48,6 +48,7 @@ EPOCHS = [
     ["phase", "1 attention", 1],
     ["phase", "1 block", 2],  # between the passes of the block stage
     ["call", "eacmoe_lightning.job.block_stage.BlockStage.finish", 1],
+    ["replace", "last.ckpt", 1],  # that of the last pass, when the block is written
     ["replace", "streams/", 2],  # while streams are written
     ["call", "eacmoe_lightning.quantization.gptq.fit_range", 3],
     ["phase", "2 replay", 1],

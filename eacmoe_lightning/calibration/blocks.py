@@ -84,7 +84,7 @@ class Calibration:
         self.moe, self.recipe, self.streams, self.run, self.ranks = moe, recipe, streams, run, ranks
         self.phase, self.pruning, self.trained_norms = phase, pruning, set(trained_norms)
         self.at: int | None = None  # the block that the streams have reached
-        self.entered = False  # whether that block has been observed and its attention solved
+        self.entered = False  # whether that block has been observed and its attention solved; True after the last one
         self.solved = False  # whether all its weights are
         self.solver: BlockSolver | None = None
         self.stats: BlockStats | None = None  # of the current block
@@ -113,11 +113,15 @@ class Calibration:
             StoreError: an earlier block's file is missing and cannot be computed again.
         """
         num_blocks = len(self.moe.blocks)
-        if self.at == index and (self.entered or index == num_blocks):
+        if self.at == index and self.entered:
             return
         self._bring_streams(index, routers)
+        if self.ranks.is_first:  # no checkpoint leads back to the blocks before
+            for i in range(index):
+                self.run.solved(i).unlink(missing_ok=True)
         if index < num_blocks:
             self._observe_and_solve_attention(take_solved and self.run.solved(index).exists())
+        self.entered = True
 
     def _observe_and_solve_attention(self, take_solved: bool = False) -> None:
         block, streams = self.block, self.streams
@@ -181,7 +185,7 @@ class Calibration:
         Args:
             router: [E, D] with a row for each expert of the original; a pruned block takes the rows of the experts it
                 kept. None if the block has no router to calibrate.
-            keep: write the results to a file until the block is left (see `enter`).
+            keep: write the results to a file until the next block is entered (see `enter`).
         """
         if self.solved:
             return
@@ -436,5 +440,3 @@ class Calibration:
         trained |= self.trained_norms
         others = {n: p for n, p in block.layer.named_parameters(block.name) if n in trained}
         write_block(self.run, self.stats, self.solver.solved, others, is_finished)
-        if is_finished:
-            self.run.solved(self.at).unlink(missing_ok=True)
