@@ -619,6 +619,7 @@ class QESC(Comparison):
             self._advance(len(self.moe.blocks))
         for block in self.moe.blocks:
             self.calibration.shrink(block.index)
+        self.calibration.remove_solved(len(self.moe.blocks))
         self.fit_state.compressed = None
         self._take_finished()
 
