@@ -84,7 +84,7 @@ class Calibration:
         self.moe, self.recipe, self.streams, self.run, self.ranks = moe, recipe, streams, run, ranks
         self.phase, self.pruning, self.trained_norms = phase, pruning, set(trained_norms)
         self.at: int | None = None  # the block that the streams have reached
-        self.entered = False  # whether that block has been observed and its attention solved; True after the last one
+        self.entered = False  # whether that block has been observed and its attention solved
         self.solved = False  # whether all its weights are
         self.solver: BlockSolver | None = None
         self.stats: BlockStats | None = None  # of the current block
@@ -113,15 +113,18 @@ class Calibration:
             StoreError: an earlier block's file is missing and cannot be computed again.
         """
         num_blocks = len(self.moe.blocks)
-        if self.at == index and self.entered:
+        if self.at == index and (self.entered or index == num_blocks):
             return
         self._bring_streams(index, routers)
-        if self.ranks.is_first:  # no checkpoint leads back to the blocks before
-            for i in range(index):
-                self.run.solved(i).unlink(missing_ok=True)
+        self.remove_solved(index)
         if index < num_blocks:
             self._observe_and_solve_attention(take_solved and self.run.solved(index).exists())
-        self.entered = True
+
+    def remove_solved(self, num_blocks: int) -> None:
+        """Removes what `solve` has kept of the first blocks, once no checkpoint leads back to them."""
+        if self.ranks.is_first:
+            for index in range(num_blocks):
+                self.run.solved(index).unlink(missing_ok=True)
 
     def _observe_and_solve_attention(self, take_solved: bool = False) -> None:
         block, streams = self.block, self.streams

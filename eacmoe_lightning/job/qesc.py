@@ -604,6 +604,7 @@ class QESC(Comparison):
             self._advance(len(self.moe.blocks))
         for block in self.moe.blocks:
             self.calibration.shrink(block.index)
+        self.calibration.remove_solved(len(self.moe.blocks))
         self.joint_stage.close()
 
     def block_stats(self) -> list[BlockStats]:
