@@ -89,13 +89,8 @@ class Chain:
                 total = total + torch.cat([losses for _, losses in outputs])
         return total
 
-    def backward(
-        self, inputs: list[Any], gradient: Tensor
-    ) -> Iterator[tuple[Step, list[Tensor | None], list[Tensor | None]]]:
-        """A backward pass: each step, from the last to the first, with the gradients that it gives.
-
-        These are the gradients of the tensors in its input, in their order, and of what it trains; None where there is
-        none.
+    def backward(self, inputs: list[Any], gradient: Tensor) -> Iterator[tuple[Step, list[Tensor | None]]]:
+        """A backward pass: each step, from the last to the first, with the gradients of what it trains.
 
         Args:
             inputs: of `forward_kept`; emptied on the way.
@@ -113,7 +108,7 @@ class Chain:
                     of_trained.append(other)
             parts = zip(*reversed(of_inputs), strict=True)
             handed = [None if part[0] is None else torch.cat(part) for part in parts]
-            yield step, handed, [_sum(one) for one in zip(*of_trained, strict=True)]
+            yield step, [_sum(one) for one in zip(*of_trained, strict=True)]
 
     def parts(self, step: Step) -> list[slice]:
         """The windows that a step runs at a time."""
@@ -131,7 +126,7 @@ class _StepByStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         sums = {id(parameter): torch.zeros_like(parameter) for parameter in ctx.trained}
-        for step, _, of_trained in ctx.chain.backward(ctx.inputs, gradient):
+        for step, of_trained in ctx.chain.backward(ctx.inputs, gradient):
             for parameter, one in zip(step.trained, of_trained, strict=True):
                 if one is not None:
                     sums[id(parameter)] += one
