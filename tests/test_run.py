@@ -194,6 +194,14 @@ def test_without_a_joint_stage_no_codes_of_other_blocks_come_into_memory(tiny_mo
     assert blocks == [{f"model.layers.{index}"} for index in range(3)]
 
 
+def test_blocks_stay_as_they_are_if_nothing_is_quantized(tiny_model_dir, tmp_path):
+    run = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", model__quantizer="none", model__joint_epochs=0)
+    report = json.loads((run / "report.json").read_text())
+    assert report["expert_shift"]["mean"]["after"]["any"] == 0
+    for perplexity in report["perplexity"].values():
+        assert perplexity["compressed"] == pytest.approx(perplexity["original"], rel=1e-4)
+
+
 # --- router methods
 
 

@@ -186,13 +186,19 @@ class TrainedParts:
 
     @contextmanager
     def holding(self, block: Block) -> Iterator[None]:
-        """The codes of a block's weights are in memory inside the `with` block; they stay if there is room for all."""
+        """The codes of a block's weights are in memory inside the `with` block; they stay if there is room for all.
+
+        Those of the block in training are there anyway.
+        """
+        if self.block is not None:
+            yield
+            return
         names = block.weights().keys()
         if not names & self.codes.keys():
             self.take_codes(read_block(self.run, block.index, is_checked=block.index not in self._checked)[0])
             self._checked.add(block.index)
         yield
-        if not self.resident and self.block is None:
+        if not self.resident:
             for name in names & self.codes.keys():
                 del self.codes[name]
 
