@@ -69,11 +69,11 @@ def at_once(stage: JointStage, windows: Tensor) -> Tensor:
                 block.watch_router(partial(note, block))
         logits = torch.func.functional_call(model.model, weights, kwargs=inputs(windows, None)).logits
     losses = distillation(logits, target).flatten()
-    choice = {block.index: block.choice for block in model.moe_blocks}
-    teachers = {b.index: choice[b.index](streams.teacher_rows(b, numbers)) for b in model.moe_blocks}
-    students = {index: choice[index](student) for index, student in students.items()}
-    top_k = {block.index: block.top_k for block in model.moe_blocks}
-    return losses + stage.weight * selection(students, teachers, stage.router_loss, top_k)
+    chosen = []
+    for block in model.moe_blocks:
+        student, teacher = block.choice(students[block.index]), block.choice(streams.teacher_rows(block, numbers))
+        chosen.append(selection(student, teacher, stage.router_loss, block.top_k))
+    return losses + stage.weight * torch.stack(chosen).mean(0)
 
 
 def gradients(stage: JointStage, losses: Tensor) -> dict[str, Tensor]:

@@ -202,15 +202,16 @@ def launch_agents(rendezvous: str, *words: str) -> list[tuple[int, str]]:
     return [(agent.returncode, output) for agent, output in zip(agents, outputs, strict=True)]
 
 
-class LoseNode(BlockCallback):
-    """Kills the second process and its agent when a phase begins, as a machine goes that loses power."""
+class KillOneProcess(BlockCallback):
+    """Kills the second process when a phase begins; with `agent` its agent too, as when a machine loses power."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, agent: bool = False) -> None:
+        self.what, self.agent = what, agent
 
     def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None:
         if trainer.global_rank == 1 and f"{block} {phase}" == self.what:
-            os.kill(os.getppid(), signal.SIGKILL)
+            if self.agent:
+                os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -221,7 +222,7 @@ def test_two_agents_go_on_after_one_was_lost(tiny_model_dir, tmp_path):
     assert status == 0, output[-4000:]
     words = [*jobs.options(model, run, **SMALL), "--ckpt_path", "auto"]
     for what, rendezvous in (("1 block", "static"), ("None joint", "c10d")):
-        place = {"class_path": "test_launchers.LoseNode", "init_args": {"what": what}}
+        place = {"class_path": "test_launchers.KillOneProcess", "init_args": {"what": what, "agent": True}}
         agents = launch_agents(rendezvous, *words, "--trainer.callbacks", json.dumps([place]))
         assert sorted(status for status, _ in agents) == [-signal.SIGKILL, 1], agents
         assert not (run / "compressed").exists()

@@ -1,8 +1,6 @@
 """Several processes give the result of one, even with uneven shares, and a run survives a killed process."""
 
 import json
-import os
-import signal
 import socket
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from safetensors.torch import load_file
 from test_launchers import assert_same
 
 from eacmoe_lightning.compressed.format import read_config
-from eacmoe_lightning.job.block_callback import BlockCallback
 from eacmoe_lightning.planning.joint import JointMemory
 from eacmoe_lightning.run.block_file import read_stats
 from eacmoe_lightning.run.directory import RunDirectory
@@ -26,17 +23,6 @@ OPTIONS = {
     "data__num_heldout_windows": 2,  # fewer than the processes
     "data__heldout": "[bundled:prose]",
 }
-
-
-class KillOneProcess(BlockCallback):
-    """Kills the second process when a phase begins."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def on_phase_start(self, trainer: Trainer, module: LightningModule, block: int | None, phase: str) -> None:
-        if trainer.global_rank == 1 and f"{block} {phase}" == self.what:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Streamed(Callback):
@@ -74,7 +60,7 @@ def alone(fitted) -> Path:
 def test_two_processes_continue_a_run_of_three_after_one_was_killed(alone, tiny_model_dir, tmp_path):
     """One of three is killed in block 1 and the job fails. Two processes continue it and get the result of one."""
     run, model = tmp_path / "run", tiny_model_dir("qwen2_moe")
-    killer = {"class_path": "test_processes.KillOneProcess", "init_args": {"what": "1 experts"}}
+    killer = {"class_path": "test_launchers.KillOneProcess", "init_args": {"what": "1 experts"}}
     words = jobs.options(model, run, **OPTIONS)
     status, output = launch(3, *words, "--trainer.callbacks", json.dumps([killer]))
     assert status != 0 and "Signal 9 (SIGKILL)" in output, output[-3000:]

@@ -218,7 +218,7 @@ def test_a_job_that_is_requeued_in_any_stage_ends_like_an_undisturbed_one(cluste
 @pytest.mark.slow
 def test_a_job_that_lost_a_task_has_failed(cluster, tiny_model_dir, tmp_path):
     run = tmp_path / "run"
-    place = {"class_path": "test_processes.KillOneProcess", "init_args": {"what": "1 block"}}
+    place = {"class_path": "test_launchers.KillOneProcess", "init_args": {"what": "1 block"}}
     words = [*jobs.options(tiny_model_dir("qwen2_moe"), run, **OPTIONS), "--trainer.callbacks", json.dumps([place])]
     state = cluster.finish(cluster.submit(run, *words))
     output = Path(f"{run}.out").read_text()

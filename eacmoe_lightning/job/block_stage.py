@@ -78,13 +78,10 @@ class BlockStage:
         """The loss of every token of windows with these global indices [b] -> [b, T], differentiable."""
         block = self.block
         call, target, teacher = self.calibration.block_rows(window_ids)
-        weights = self.parts.routers_and_norms([block]) | self.parts.decoded(block)
-        weights = {name.removeprefix(f"{block.name}."): weight for name, weight in weights.items()}
-        state, routing = block.forward(call, weights=weights, expert=self.parts.expert(block))
+        state, routing = self.parts.forward(block, call)
         losses = reconstruction(hidden_of(state), target, self.progress.unit)
         if block.calibrates and self.weight:
-            students, teachers = {block.index: block.choice(routing.logits)}, {block.index: block.choice(teacher)}
-            chosen = selection(students, teachers, self.router_loss, {block.index: block.top_k})
+            chosen = selection(block.choice(routing.logits), block.choice(teacher), self.router_loss, block.top_k)
             losses = losses + self.weight * chosen.view(losses.shape)
         return losses
 

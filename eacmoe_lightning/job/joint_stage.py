@@ -9,7 +9,7 @@ model fits, its blocks and activations stay there. Both give the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -63,25 +63,22 @@ class JointStage:
             input_ids, position_ids: [b, T], as in `MoEModel.call`.
         """
         streams = self.calibration.streams
-        of_blocks: list[BlockStep | HeadStep] = []
+        steps: list[BlockStep | HeadStep] = []
         for block in self.compressed.blocks:
             teacher = streams.teacher_rows(block, window_ids) if block.is_moe else None
-            of_blocks.append(BlockStep(self, block, input_ids, position_ids, teacher))
-        head = HeadStep(self, input_ids, streams.last_rows(window_ids))
-        moe, resident = self.parts.moe, self.parts.resident
-        return Chain([*of_blocks, head], len(input_ids), moe.device, self.precision, resident).losses()
+            steps.append(BlockStep(self, block, input_ids, position_ids, teacher))
+        steps.append(HeadStep(self, input_ids, streams.last_rows(window_ids)))
+        device, resident = self.parts.moe.device, self.parts.resident
+        return Chain(steps, len(input_ids), device, self.precision, resident).losses()
 
     @contextmanager
     def loaded(self, block: Block) -> Iterator[None]:
         """A block of the compressed model with its weights in memory; those in training only as their codes."""
-        parts, trained = self.parts, self.parts.trained_weights(block)
+        trained = self.parts.trained_weights(block)
         self.compressed.load(block.index, without=trained)
-        if not trained:
+        with self.parts.holding(block) if trained else nullcontext():
             yield
-        else:
-            with parts.holding(block):
-                yield
-        if not parts.resident:
+        if not self.parts.resident:
             self.compressed.release(block.index)
 
 
@@ -105,7 +102,7 @@ class BlockStep:
 
     def __post_init__(self) -> None:
         parts = self.stage.parts
-        self.trained = [*parts.of(self.block).values(), *parts.outside().values()]
+        self.trained = [*parts.of(self.block).values(), *parts.outside.values()]
 
     def loaded(self) -> AbstractContextManager[None]:
         return self.stage.loaded(self.block)
@@ -115,16 +112,14 @@ class BlockStep:
         positions = None if self.position_ids is None else self.position_ids[rows]
         state = None if state is None else moved(state, model.device)
         call = model.with_weights(
-            parts.as_stored(parts.outside()),
+            parts.as_stored(parts.outside),
             lambda: model.call(block.index, self.input_ids[rows], state, positions),
         )
-        weights = parts.routers_and_norms([block]) | parts.decoded(block)
-        weights = {name.removeprefix(f"{block.name}."): weight for name, weight in weights.items()}
-        output, routing = block.forward(call, weights=weights, expert=parts.expert(block))
+        output, routing = parts.forward(block, call)
         if self.teacher is None or not self.stage.weight:
             return output, None
-        students, teachers = {0: block.choice(routing.logits)}, {0: block.choice(self.teacher.to(model.device))}
-        chosen = selection(students, teachers, self.stage.router_loss, {0: block.top_k})
+        teacher = block.choice(self.teacher.to(model.device))
+        chosen = selection(block.choice(routing.logits), teacher, self.stage.router_loss, block.top_k)
         return output, self.stage.weight / len(model.moe_blocks) * chosen
 
 
@@ -144,11 +139,10 @@ class HeadStep:
     at_once: int | None = 1
 
     def __post_init__(self) -> None:
-        self.trained = list(self.stage.parts.outside().values())
+        self.trained = list(self.stage.parts.outside.values())
 
-    @contextmanager
-    def loaded(self) -> Iterator[None]:
-        yield
+    def loaded(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def run(self, state: State, rows: slice) -> tuple[None, Tensor]:
         parts, model, input_ids = self.stage.parts, self.stage.compressed, self.input_ids[rows]
@@ -156,5 +150,5 @@ class HeadStep:
             last_state = moved(rows_of(self.last_state, rows), model.device)
             target = parts.moe.head(last_state, input_ids).float().log_softmax(-1)
         state = moved(state, model.device)
-        logits = model.with_weights(parts.as_stored(parts.outside()), lambda: model.head(state, input_ids))
+        logits = model.with_weights(parts.as_stored(parts.outside), lambda: model.head(state, input_ids))
         return None, distillation(logits, target).flatten()

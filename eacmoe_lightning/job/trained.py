@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from eacmoe_lightning.compressed.finished import FinishedBlocks
-from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.block import Block, Call
+from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.block_file import read_block
 from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.hidden import State
 from eacmoe_lightning.tuning.codes import Matrix, Movable, codes_of, in_training, movable, trains_weights
 
 log = logging.getLogger(__name__)
@@ -250,6 +252,7 @@ class TrainedParts:
         trained |= {f"scale {name}": self.scales[name] for name in block.weights() if name in self.scales}
         return trained | {f"code {name}": self.moved[name].position for name in block.weights() if name in self.moved}
 
+    @cached_property
     def outside(self) -> dict[str, nn.Parameter]:
         """What is trained outside of the blocks: norms, by parameter name."""
         in_blocks = tuple(f"{block.name}." for block in self.moe.blocks)
@@ -274,6 +277,12 @@ class TrainedParts:
     @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:
         return {name: tensor.dtype for name, tensor in self.moe.model.state_dict().items()}
+
+    def forward(self, block: Block, call: Call) -> tuple[State, Routing | None]:
+        """Runs a block with its weights in training, as `Block.forward`; differentiable."""
+        weights = self.routers_and_norms([block]) | self.decoded(block)
+        weights = {name.removeprefix(f"{block.name}."): weight for name, weight in weights.items()}
+        return block.forward(call, weights=weights, expert=self.expert(block))
 
     def decoded(self, block: Block) -> dict[str, Tensor]:
         """The block's weights in training but for the experts', by parameter name, differentiable.

@@ -35,15 +35,17 @@ def check_memory(moe: MoEModel, recipe: Recipe, job: Job) -> bool:
         return True
     needed, host = joint_memory(moe, recipe, job, False), available_memory(torch.device("cpu"))
     if not needed.fits(job, job.memory, host):
-        trained = [kind for kind in ("code", "scale") if kind in job.joint_kinds]
-        smaller = "".join(f", --model.joint_{kind}_lr 0 makes it smaller" for kind in trained)
-        beside = "" if job.device == "cpu" else f", {needed.host / GB:.1f} GB of host memory"
-        device = needed.device + (needed.host if job.device == "cpu" else 0)
-        there = "" if job.device == "cpu" else f" and {host / GB:.1f} GB"
+        trained = [f"--model.joint_{kind}_lr 0" for kind in ("code", "scale") if kind in job.joint_kinds]
+        smaller = " or ".join([*trained, "smaller batches (--data.batch_size)"])
+        if job.device == "cpu":
+            memory, there = f"{(needed.device + needed.host) / GB:.1f} GB of memory", f"{job.memory / GB:.1f} GB"
+        else:
+            memory = f"{needed.device / GB:.1f} GB of memory and {needed.host / GB:.1f} GB of the host's"
+            there = f"{job.memory / GB:.1f} and {host / GB:.1f} GB"
         raise ValueError(
-            f"the joint stage (--model.joint_epochs {job.joint_epochs}) needs {device / GB:.1f} GB of memory{beside}, "
-            f"though only one block at a time is in memory, but {job.memory / GB:.1f} GB{there} are available. "
-            f"--model.joint_epochs 0 leaves it out{smaller}, and so do smaller batches (--data.batch_size)"
+            f"the joint stage (--model.joint_epochs {job.joint_epochs}) needs {memory}, though only one block at a "
+            f"time is in memory, but {there} are available. {smaller} make it smaller, --model.joint_epochs 0 leaves "
+            "it out"
         )
     return False
 

@@ -19,6 +19,7 @@ from eacmoe_lightning.planning.sizes import (
     num_bytes,
     packed_bytes,
     step_bytes,
+    vocabulary,
 )
 from eacmoe_lightning.tuning.codes import trains_weights
 
@@ -61,13 +62,12 @@ def joint_memory(moe: MoEModel, recipe: Recipe, job: Job, is_resident: bool) -> 
     trained = SCALE_BYTES * scales + MOVABLE * POSITION_BYTES * codes
     shapes = [Shapes(block, block.top_k, hidden, job) for block in moe.blocks]
     activations = [block_activations(one, hidden, itemsize, batch) for one in shapes]
-    logits = job.window_length * _vocabulary(moe) * LOGITS_BYTES
+    logits = job.window_length * vocabulary(moe) * LOGITS_BYTES
     borders = (len(moe.blocks) + 2) * batch * hidden * itemsize
-    in_file = packed_bytes(grids) / len(blocks)
-    weights = sum(blocks) if is_resident else max(blocks) + in_file
     if is_resident:
-        return JointMemory(2 * outside + weights + trained + sum(activations) + job.batch_size * logits, 0)
-    return JointMemory(2 * outside + weights + max(*activations, logits), trained + borders)
+        return JointMemory(2 * outside + sum(blocks) + trained + sum(activations) + job.batch_size * logits, 0)
+    in_file = packed_bytes(grids) / len(blocks)
+    return JointMemory(2 * outside + max(blocks) + in_file + max(*activations, logits), trained + borders)
 
 
 def is_resident(moe: MoEModel, recipe: Recipe, job: Job) -> bool:
@@ -82,11 +82,11 @@ def add_joint_stage(cost: Cost, moe: MoEModel, recipe: Recipe, job: Job, forward
         forward: operations of a token in a forward pass.
     """
     hidden, itemsize, resident = moe.config.hidden_size, moe.model.dtype.itemsize, is_resident(moe, recipe, job)
-    memory, head = joint_memory(moe, recipe, job, resident), 2 * hidden * _vocabulary(moe)
+    memory, head = joint_memory(moe, recipe, job, resident), 2 * hidden * vocabulary(moe)
     batch = job.batch_size * job.window_length
     shapes = [Shapes(block, block.top_k, hidden, job) for block in moe.blocks]
     activations = sum(block_activations(one, hidden, itemsize, batch) for one in shapes)
-    activations += batch * _vocabulary(moe) * LOGITS_BYTES
+    activations += batch * vocabulary(moe) * LOGITS_BYTES
     steps = job.steps(job.joint_epochs)
     read = 0 if resident else 2 * steps * packed_bytes(recipe.grids(moe))  # forward and backward
     forwards = 1 if resident else 2
@@ -108,7 +108,3 @@ def _block_bytes(block: Block, job: Job, itemsize: int) -> float:
     weights = [(part, weight.numel()) for part, weight in block.weights().values()]
     decoded = sum(2 * number * itemsize for part, number in weights if part != "experts")  # with gradients
     return everything + sum(number * (1 - itemsize) for _, number in weights) + decoded
-
-
-def _vocabulary(moe: MoEModel) -> int:
-    return moe.model.get_output_embeddings().weight.shape[0]

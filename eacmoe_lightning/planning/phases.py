@@ -24,6 +24,7 @@ from eacmoe_lightning.planning.sizes import (
     sampling_bytes,
     step_bytes,
     trained_bytes,
+    vocabulary,
 )
 from eacmoe_lightning.quantization.grid import Grid
 from eacmoe_lightning.routers import ridge
@@ -36,7 +37,7 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     phases, itemsize, hidden = result.phases, moe.model.dtype.itemsize, moe.config.hidden_size
     in_blocks = sum(num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks)
     outside_blocks = num_bytes(moe.model.parameters(), itemsize) - in_blocks
-    vocabulary = moe.model.get_output_embeddings().weight.shape[0]
+    logits = vocabulary(moe)
     stream = job.tokens * hidden * job.stream_bytes
     batch = job.batch_size * job.window_length
     share = 1 / job.processes
@@ -65,7 +66,7 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
             _experts(phases["experts"], shapes, recipe, job, here + routing)
         if job.block_epochs:
             _block_stage(phases["block"], block, shapes, job, here + routing, hidden, stream)
-    forward = sum(shapes.forward for shapes in of_blocks) + 2 * hidden * vocabulary
+    forward = sum(shapes.forward for shapes in of_blocks) + 2 * hidden * logits
     if job.sampled_windows:
         _sample(phases["sample"], moe, job, forward)
     if job.joint_epochs:
@@ -76,10 +77,10 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     evaluations = 1 if job.router_method == "none" or job.block_epochs else 2  # before and after calibration
     read, touched = (
         evaluations * (in_blocks * job.stored_share + codes),
-        sum(s.touched for s in of_blocks) + 6 * 4 * vocabulary,
+        sum(s.touched for s in of_blocks) + 6 * 4 * logits,
     )
     phases["evaluate"].add(
-        2 * (outside_blocks + block_size) + batch * 8 * hidden * itemsize + job.window_length * 8 * vocabulary,
+        2 * (outside_blocks + block_size) + batch * 8 * hidden * itemsize + job.window_length * 8 * logits,
         flops=2 * evaluations * job.heldout_tokens * share * forward,
         loop_bytes=2 * evaluations * job.heldout_tokens * share * touched,
         read_bytes=read,

@@ -152,6 +152,11 @@ def packed_bytes(grids: Iterable[WeightGrid], share: float = 1.0) -> int:
     return int(total)
 
 
+def vocabulary(moe: MoEModel) -> int:
+    """Number of logits of a token."""
+    return moe.model.get_output_embeddings().weight.shape[0]
+
+
 def stored_bytes(recipe: Recipe, kinds: Collection[str], quantized: int) -> int:
     """Bytes of a checkpoint while this many quantized weights are trained; routers and norms are small beside them."""
     codes = STORED_BYTES * MOVABLE * quantized if "code" in kinds else 0

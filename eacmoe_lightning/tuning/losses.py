@@ -7,9 +7,6 @@ selection       both: the router loss, beside the other
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor, nn
 
 from eacmoe_lightning.routers.losses import RouterLoss
@@ -32,16 +29,11 @@ def distillation(logits: Tensor, target: Tensor) -> Tensor:
     return nn.functional.kl_div(log_probabilities, target, reduction="none", log_target=True).sum(-1)
 
 
-def selection(
-    students: Mapping[int, Tensor], teachers: Mapping[int, Tensor], loss: RouterLoss, top_k: Mapping[int, int]
-) -> Tensor:
-    """The mean router loss over blocks: logits [N, E] and experts per token by block -> [N].
+def selection(student: Tensor, teacher: Tensor, loss: RouterLoss, top_k: int) -> Tensor:
+    """The router loss of a block: logits [N, E] of both routers and experts per token -> [N].
 
-    Each block's logits are divided by the standard deviation of the original's, because their size differs between
-    models and blocks.
+    The logits are divided by the standard deviation of the original's, because their size differs between models and
+    blocks.
     """
-    losses = []
-    for i, teacher in teachers.items():
-        spread = teacher.std(unbiased=False).clamp(min=1e-6)
-        losses.append(loss(students[i] / spread, teacher / spread, top_k[i]))
-    return torch.stack(losses).mean(0)
+    spread = teacher.std(unbiased=False).clamp(min=1e-6)
+    return loss(student / spread, teacher / spread, top_k)
