@@ -77,8 +77,9 @@ def test_the_stage_is_the_whole_model_s_forward_and_backward_pass(family, tiny_m
         {"model__joint_code_lr": 1e-3},
         {},
         {"model__joint_scale_lr": 0, "model__joint_code_lr": 1e-3, "pruning__keep": 3},
+        {"data__micro_batch_size": 1},
     ],
-    ids=["codes", "scales", "pruned"],
+    ids=["codes", "scales", "pruned", "micro-batches"],
 )
 def test_streamed_blocks_give_the_bits_of_resident_ones(options, tiny_model_dir, tmp_path, monkeypatch):
     options = {"model__joint_epochs": 2, "data__heldout": "[]", "data__batch_size": 4, **options}

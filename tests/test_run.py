@@ -194,6 +194,20 @@ def test_without_a_joint_stage_no_codes_of_other_blocks_come_into_memory(tiny_mo
     assert blocks == [{f"model.layers.{index}"} for index in range(3)]
 
 
+def test_micro_batches_train_like_whole_ones(tiny_model_dir, tmp_path):
+    options = {"model__joint_epochs": 0, "model__quantizer": "rtn", "model__router_method": "joint"}  # without ties
+    losses = []
+    for size in (None, 1, 3):
+        run = jobs.fit(tiny_model_dir("qwen2_moe"), tmp_path / str(size), data__micro_batch_size=size, **options)
+        blocks = json.loads((run / "report.json").read_text())["reconstruction"].values()
+        losses.append(torch.tensor([block["held_back"] for block in blocks]))
+    first = losses[0][0]
+    for other in losses[1:]:
+        torch.testing.assert_close(other[0, 0], first[0], rtol=1e-6, atol=0)  # before training
+        torch.testing.assert_close(other, losses[0], rtol=5e-3, atol=0)  # AdamW enlarges differences of rounding
+    assert abs(first[1] / first[0] - 1) > 0.02
+
+
 def test_blocks_stay_as_they_are_if_nothing_is_quantized(tiny_model_dir, tmp_path):
     run = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", model__quantizer="none", model__joint_epochs=0)
     report = json.loads((run / "report.json").read_text())

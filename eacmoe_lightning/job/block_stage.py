@@ -8,7 +8,8 @@ judge whether it was an improvement, and the best pass is taken, or the solver's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ from eacmoe_lightning.job.trained import TrainedParts
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.routers.losses import RouterLoss
 from eacmoe_lightning.run.block_file import Reconstruction
-from eacmoe_lightning.run.hidden import hidden_of
+from eacmoe_lightning.run.hidden import State, hidden_of
+from eacmoe_lightning.tuning.chain import Chain
 from eacmoe_lightning.tuning.losses import reconstruction, selection
 
 
@@ -47,10 +49,20 @@ class BlockStage:
     Args:
         parts: the trained parameters.
         router_loss, weight: the router loss beside the squared error, and its weight.
+        precision: the context of mixed precision in which training steps run.
+        at_once: windows that run through the block at a time; None: a batch of this process.
     """
 
-    def __init__(self, parts: TrainedParts, router_loss: RouterLoss, weight: float) -> None:
+    def __init__(
+        self,
+        parts: TrainedParts,
+        router_loss: RouterLoss,
+        weight: float,
+        precision: Callable[[], AbstractContextManager],
+        at_once: int | None = None,
+    ) -> None:
         self.parts, self.router_loss, self.weight = parts, router_loss, weight
+        self.precision, self.at_once = precision, at_once
         self.calibration: Calibration  # the block loop, once it exists
         self.progress: Progress | None = None
 
@@ -76,14 +88,10 @@ class BlockStage:
 
     def losses(self, window_ids: Tensor) -> Tensor:
         """The loss of every token of windows with these global indices [b] -> [b, T], differentiable."""
-        block = self.block
-        call, target, teacher = self.calibration.block_rows(window_ids)
-        state, routing = self.parts.forward(block, call)
-        losses = reconstruction(hidden_of(state), target, self.progress.unit)
-        if block.calibrates and self.weight:
-            chosen = selection(block.choice(routing.logits), block.choice(teacher), self.router_loss, block.top_k)
-            losses = losses + self.weight * chosen.view(losses.shape)
-        return losses
+        in_one = self.at_once is None or self.at_once >= len(window_ids)
+        step = WindowStep(self, window_ids, None if in_one else self.at_once)
+        chain = Chain([step], len(window_ids), self.parts.moe.device, self.precision, keeps_activations=in_one)
+        return chain.losses().view(len(window_ids), -1)
 
     @torch.no_grad()
     def end_pass(self, held_back: Iterable[Tensor], is_last: bool = False) -> None:
@@ -115,3 +123,33 @@ class BlockStage:
         parts.put(block, others)  # as they are stored, so that a resumed run goes on from the same values
         self.calibration.take_trained(trained, others, stats)
         self.progress = None
+
+
+@dataclass
+class WindowStep:
+    """The block in training on a batch's windows, as the only step of a chain (`tuning.chain.Step`).
+
+    Attributes:
+        stage: the stage that it belongs to.
+        window_ids: the windows' global indices [b].
+    """
+
+    stage: BlockStage
+    window_ids: Tensor
+    at_once: int | None
+
+    def __post_init__(self) -> None:
+        self.trained = list(self.stage.parts.of(self.stage.block).values())
+
+    def loaded(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def run(self, state: State, rows: slice) -> tuple[None, Tensor]:
+        stage, block = self.stage, self.stage.block
+        call, target, teacher = stage.calibration.block_rows(self.window_ids[rows])
+        output, routing = stage.parts.forward(block, call)
+        losses = reconstruction(hidden_of(output), target, stage.progress.unit).flatten()
+        if block.calibrates and stage.weight:
+            chosen = selection(block.choice(routing.logits), block.choice(teacher), stage.router_loss, block.top_k)
+            losses = losses + stage.weight * chosen
+        return None, losses

@@ -52,6 +52,9 @@ class TextWindows(L.LightningDataModule):
             their own (`self:64`) add theirs.
         window_length: Tokens per window (2048 in the paper).
         batch_size: Calibration windows per step, over all processes.
+        micro_batch_size: Windows that a step of the block or the joint stage runs through a block at a time, to save
+            memory; the step's gradients are summed. None runs a process's whole batch at once, without running it
+            forward twice.
         num_heldout_windows: Number of windows from the start of each held-out text; None takes all.
         heldout_batch_size: Held-out windows per step and process.
         tokenizer: The model whose tokenizer is taken, by name or path; set by `--model.name_or_path`.
@@ -85,6 +88,7 @@ class TextWindows(L.LightningDataModule):
         num_windows: int = 128,
         window_length: int = 2048,
         batch_size: int = 4,
+        micro_batch_size: int | None = None,
         num_heldout_windows: int | None = None,
         heldout_batch_size: int = 8,
         tokenizer: str = "bundled",
@@ -103,6 +107,7 @@ class TextWindows(L.LightningDataModule):
         super().__init__()
         for option, value in (
             ("batch_size", batch_size),
+            ("micro_batch_size", 1 if micro_batch_size is None else micro_batch_size),
             ("heldout_batch_size", heldout_batch_size),
         ):
             if value < 1:
@@ -123,6 +128,7 @@ class TextWindows(L.LightningDataModule):
         self.num_windows = num_windows
         self.window_length = window_length
         self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
         self.num_heldout_windows = num_heldout_windows
         self.heldout_batch_size = heldout_batch_size
         self.tokenizer = tokenizer

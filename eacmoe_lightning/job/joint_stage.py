@@ -32,6 +32,7 @@ class JointStage:
         parts: the trained parameters.
         router_loss, weight: the router loss beside the divergence, and its weight.
         precision: the context of mixed precision in which training steps run.
+        at_once: windows that run through a block at a time; None: a batch of this process.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class JointStage:
         router_loss: RouterLoss,
         weight: float,
         precision: Callable[[], AbstractContextManager],
+        at_once: int | None = None,
     ) -> None:
-        self.parts, self.router_loss, self.weight, self.precision = parts, router_loss, weight, precision
+        self.parts, self.router_loss, self.weight = parts, router_loss, weight
+        self.precision, self.at_once = precision, at_once
         self.calibration: Calibration  # the block loop, once it exists
         self.compressed: StreamedModel | None = None  # the compressed model before training
 
@@ -66,7 +69,7 @@ class JointStage:
         steps: list[BlockStep | HeadStep] = []
         for block in self.compressed.blocks:
             teacher = streams.teacher_rows(block, window_ids) if block.is_moe else None
-            steps.append(BlockStep(self, block, input_ids, position_ids, teacher))
+            steps.append(BlockStep(self, block, input_ids, position_ids, teacher, self.at_once))
         steps.append(HeadStep(self, input_ids, streams.last_rows(window_ids)))
         device, resident = self.parts.moe.device, self.parts.resident
         return Chain(steps, len(input_ids), device, self.precision, resident).losses()
@@ -98,7 +101,7 @@ class BlockStep:
     input_ids: Tensor
     position_ids: Tensor | None
     teacher: Tensor | None
-    at_once: int | None = None
+    at_once: int | None
 
     def __post_init__(self) -> None:
         parts = self.stage.parts
@@ -118,7 +121,8 @@ class BlockStep:
         output, routing = parts.forward(block, call)
         if self.teacher is None or not self.stage.weight:
             return output, None
-        teacher = block.choice(self.teacher.to(model.device))
+        teacher = self.teacher.view(len(self.input_ids), -1, self.teacher.shape[-1])[rows].flatten(0, 1)
+        teacher = block.choice(teacher.to(model.device))
         chosen = selection(block.choice(routing.logits), teacher, self.stage.router_loss, block.top_k)
         return output, self.stage.weight / len(model.moe_blocks) * chosen
 

@@ -273,8 +273,9 @@ class QESC(Comparison):
         moe.leave(json.loads(self.run.unquantized.read_text()))
         trains_norms = any("norm" in self.kinds(stage) for stage in ("block", "joint"))
         parts = TrainedParts(moe, self.run, trains_norms, resident)
-        block_stage = BlockStage(parts, self.router_loss, self.block_selection)
-        joint_stage = JointStage(parts, self.router_loss, self.joint_selection, self._autocast)
+        at_once = self.trainer.datamodule.micro_batch_size
+        block_stage = BlockStage(parts, self.router_loss, self.block_selection, self._autocast, at_once)
+        joint_stage = JointStage(parts, self.router_loss, self.joint_selection, self._autocast, at_once)
         self.fit_state = FitState(moe, parts, texts, block_stage, joint_stage)
         self.routers, self.norms = parts.routers, parts.norms  # submodules, so that Lightning knows their parameters
         self.trainer.fit_loop.epoch_loop.max_steps = -1
@@ -325,7 +326,8 @@ class QESC(Comparison):
             "data.calibration": stored_sources(data.calibration),
             **{
                 f"data.{name}": getattr(data, name)
-                for name in ("num_windows", "window_length", "batch_size", "seed", "held_back", "documents")
+                for name in ("num_windows", "window_length", "batch_size", "micro_batch_size", "seed", "held_back")
+                + ("documents",)
             },
             **{f"data.{name}": getattr(data, name) for name in ("temperature", "sample_start") if data.sampled_texts},
         }

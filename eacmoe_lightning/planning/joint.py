@@ -61,7 +61,8 @@ def joint_memory(moe: MoEModel, recipe: Recipe, job: Job, is_resident: bool) -> 
     codes = sum(math.prod(grid.shape) for grid in grids) if "code" in job.joint_kinds else 0
     trained = SCALE_BYTES * scales + MOVABLE * POSITION_BYTES * codes
     shapes = [Shapes(block, block.top_k, hidden, job) for block in moe.blocks]
-    activations = [block_activations(one, hidden, itemsize, batch) for one in shapes]
+    at_once = batch if is_resident else job.at_once * job.window_length
+    activations = [block_activations(one, hidden, itemsize, at_once) for one in shapes]
     logits = job.window_length * vocabulary(moe) * LOGITS_BYTES
     borders = (len(moe.blocks) + 2) * batch * hidden * itemsize
     if is_resident:

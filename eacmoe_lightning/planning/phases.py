@@ -92,15 +92,15 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
 def _block_stage(cost: Cost, block: Block, shapes: Shapes, job: Job, here: float, hidden: int, stream: float) -> None:
     """Adds the passes that train a block: forward and backward, on x_hat and the original block's output."""
     itemsize, quantized = next(block.layer.parameters()).element_size(), num_quantized_of(block)
-    share, epochs, tokens = 1 / job.processes, job.block_epochs, job.batch_size * job.window_length
-    activations = block_activations(shapes, hidden, itemsize, tokens)
+    share, epochs, parts = 1 / job.processes, job.block_epochs, job.batch_size / job.at_once
+    activations = block_activations(shapes, hidden, itemsize, job.at_once * job.window_length)
     read = 2 * epochs * stream * share
     decodes = trains_weights(job.block_kinds)
     in_memory = here - quantized * itemsize if decodes else here  # these weights are decoded from codes instead
     cost.add(
         in_memory + trained_bytes([block], job.block_kinds) + activations,
-        flops=4 * epochs * job.tokens * share * shapes.forward,  # experts' forward pass runs twice
-        loop_bytes=job.steps(epochs) * step_bytes(quantized, job.block_kinds, activations),
+        flops=(4 if parts == 1 else 5) * epochs * job.tokens * share * shapes.forward,  # experts' runs twice
+        loop_bytes=job.steps(epochs) * parts * step_bytes(quantized, job.block_kinds, activations),
         read_bytes=read,
         again_bytes=read,
     )

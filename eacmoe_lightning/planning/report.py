@@ -41,8 +41,8 @@ def warnings(
         if needed > memory:
             remedy = {
                 "sample": "self:RUN, a run directory whose compressed model writes, or self:URL, a server's address",
-                "joint": "--model.joint_code_lr 0 or smaller batches (--data.batch_size)",
-                "block": "--model.block_code_lr 0 or smaller batches (--data.batch_size)",
+                "joint": "--model.joint_code_lr 0 or --data.micro_batch_size 1",
+                "block": "--model.block_code_lr 0 or --data.micro_batch_size 1",
                 "router": "a smaller --model.solver_gib",
                 "experts": "a smaller --model.solver_gib",
             }.get(name, "smaller batches (--data.batch_size), fewer processes or a larger machine")

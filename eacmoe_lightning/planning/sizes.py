@@ -45,6 +45,7 @@ class Job:
 
     Attributes:
         num_windows, window_length, batch_size: size of the calibration text and of a batch.
+        micro_batch_size: windows that the stages that train run at a time; None: a batch.
         heldout_tokens: number of tokens of the evaluation at the end.
         router_method, router_epochs, num_targets, block_epochs, joint_epochs: as in `fit`.
         block_kinds, joint_kinds: what the block and the joint stage train: of router, norm, scale and code.
@@ -76,6 +77,7 @@ class Job:
     stored_share: float = 1.0
     sampled_windows: int = 0
     memory: float = math.inf
+    micro_batch_size: int | None = None
 
     def share(self, num_experts: int) -> float:
         """The share of a block's experts that pruning keeps."""
@@ -84,6 +86,11 @@ class Job:
     @property
     def tokens(self) -> int:
         return self.num_windows * self.window_length
+
+    @property
+    def at_once(self) -> int:
+        """The windows that the stages that train run through a block at a time."""
+        return min(self.batch_size, self.micro_batch_size or self.batch_size)
 
     def steps(self, epochs: int) -> float:
         """The steps of a process in this many passes, as shares of whole batches."""
@@ -292,6 +299,7 @@ def job_of(
         num_windows=data.num_calibration_windows,
         window_length=data.window_length,
         batch_size=data.batch_size,
+        micro_batch_size=data.micro_batch_size,
         heldout_tokens=heldout * data.window_length,
         router_method=module.router_method,
         router_epochs=module.router_epochs,
