@@ -86,8 +86,8 @@ SETTINGS = {  # tool -> setting -> its options
         "default": {},
         "best": {"refine": 3},
         "block": STAGES | {"joint_epochs": 0},
-        "joint": STAGES | {"block_epochs": 0},
-        "both": STAGES,
+        "joint": STAGES | {"block_epochs": 0, "joint_code_lr": 5e-5},
+        "both": STAGES | {"joint_code_lr": 5e-5},
         "routers": STAGES | {"block_epochs": 0, "joint_epochs": 0},  # for calibration.py
         "paper": {
             "router_method": "ridge",
