@@ -59,6 +59,10 @@ EPOCHS = [
     ["replace", "report.json", 1],
 ]
 
+# a checkpoint after every third epoch: the first leads back into the training of block 0
+EVERY_THIRD = {"checkpoint__every_n_epochs": 3}
+THIRDS = [["phase", "1 attention", 1], ["phase", "2 replay", 1]]
+
 # signals that a process may answer, and a disk that is full for whoever writes next
 ANSWERED = [
     ["call", "eacmoe_lightning.job.qesc.check_original", 1, "SIGTERM"],  # the run directory does not exist
@@ -223,11 +227,12 @@ def test_random_kills():
     [
         ("qwen3_moe", STEPS, EVERY_STEP, {}),
         ("deepseek", EPOCHS, {}, {}),
+        ("qwen3_moe", THIRDS, EVERY_THIRD, {}),
         ("mixtral", PRUNED, EVERY_STEP, PRUNING),
         ("qwen2_moe", ON_LATTICE, EVERY_STEP, LATTICE),
         ("phimoe", WHILE_PACKED, EVERY_STEP, PACKED),
     ],
-    ids=["checkpoints of steps", "checkpoints of epochs", "pruning", "lattice", "packed documents"],
+    ids=["checkpoints of steps", "checkpoints of epochs", "rare checkpoints", "pruning", "lattice", "packed documents"],
 )
 def test_a_killed_job_ends_like_an_undisturbed_one(
     family, places, more, options, undisturbed, short_texts, tiny_model_dir, tmp_path

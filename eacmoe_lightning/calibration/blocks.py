@@ -107,21 +107,20 @@ class Calibration:
         Args:
             routers: calibrated weights [E, D] of earlier blocks, needed where a block's file is missing and the block
                 is computed again. None if that is not possible.
-            take_solved: take the solver's results for this block from the file that `solve` has kept, if there is one.
+            take_solved: take the solver's results for this block from the file that `solve` has kept.
 
         Raises:
-            StoreError: an earlier block's file is missing and cannot be computed again.
+            StoreError: an earlier block's file, or that of `take_solved`, is missing and cannot be computed again.
         """
         num_blocks = len(self.moe.blocks)
         if self.at == index and (self.entered or index == num_blocks):
             return
         self._bring_streams(index, routers)
-        self.remove_solved(index)
         if index < num_blocks:
-            self._observe_and_solve_attention(take_solved and self.run.solved(index).exists())
+            self._observe_and_solve_attention(take_solved)
 
     def remove_solved(self, num_blocks: int) -> None:
-        """Removes what `solve` has kept of the first blocks, once no checkpoint leads back to them."""
+        """Removes what `solve` has kept of the first blocks; no checkpoint may lead back into their training."""
         if self.ranks.is_first:
             for index in range(num_blocks):
                 self.run.solved(index).unlink(missing_ok=True)
@@ -140,6 +139,11 @@ class Calibration:
             self._groups = block.input_groups(streams.first_call(block))
         self.entered, self.solved = True, take_solved
         if take_solved:
+            if not (path := self.run.solved(block.index)).exists():
+                raise StoreError(
+                    f"{path} is missing, from which the training of block {block.index} goes on: continue from another "
+                    "checkpoint (--ckpt_path), or start again in another directory (--trainer.default_root_dir)"
+                )
             quantized, _, self.stats = read_block(self.run, block.index, is_finished=False)
             self.solver.solved = quantized
             self._put(quantized, {})

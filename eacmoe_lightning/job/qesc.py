@@ -187,6 +187,7 @@ class QESC(Comparison):
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.stream_dtype = stream_dtype
         self.loss_watch = LossWatch()
+        self.resumes_at = 0  # the block to which the last checkpoint leads back
         self.block_routers: dict[str, Tensor] = {}  # routers that the blocks were solved with, from the joint stage on
 
     # --- the models -------------------------------------------------------------------------------------
@@ -345,6 +346,9 @@ class QESC(Comparison):
         self.refuse_divergence()
         checkpoint["block_routers"] = self.block_routers
         checkpoint["in_training"] = {"parts": self.parts.state(), "block": self.block_stage.state()}
+        if self.calibration is not None:
+            self.calibration.remove_solved(self.resumes_at)  # this checkpoint is not written yet: the one before may be
+            self.resumes_at = self.block_index if self.parts.block is None else self.parts.block
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
