@@ -42,7 +42,7 @@ def stage_of(original: Path, run: Path, is_resident: bool) -> Iterator[tuple[Joi
             streams.step(block.index + 1, keep=False)
     parts = TrainedParts(moe, directory, True, is_resident)
     parts.start(torch.optim.AdamW(parts.optimizer_groups()), None, ("router", "norm", "scale", "code"), 0.05)
-    stage = JointStage(parts, TopKMSE(), 0.2, nullcontext)
+    stage = JointStage(parts, {}, TopKMSE(), 0.2, nullcontext)
     stage.calibration = SimpleNamespace(streams=streams)
     stage.open()
     yield stage, windows
@@ -95,7 +95,7 @@ def assert_equals_the_whole(folder: Path, run: Path) -> None:
     The one decodes experts again in the backward pass, as it does in large blocks, the other keeps them.
     """
     with patch.object(trained, "KEPT_NUMBERS", 0), stage_of(folder, run, False) as (stage, windows):
-        losses = stage.losses(torch.arange(2), windows, None)
+        losses = stage.losses({"index": torch.arange(2), "input_ids": windows})
         found = gradients(stage, losses)
         assert not stage.parts.codes and all(p.is_meta for b in stage.compressed.blocks for p in b.layer.parameters())
     with stage_of(folder, run, True) as (stage, windows):

@@ -33,13 +33,13 @@ STEPS = [
     ["call", "eacmoe_lightning.quantization.gptq.fit_range", 5],  # inside GPTQ, before there is any checkpoint
     ["replace", "last.ckpt", 3],  # while a checkpoint is written, in the middle of an epoch
     ["phase", "0 experts", 1],
-    ["call", "eacmoe_lightning.job.block_stage.BlockStage.losses", 3],  # in the first pass of the block stage
-    ["call", "eacmoe_lightning.job.block_stage.BlockStage.losses", 5],  # in the second
+    ["call", "eacmoe_lightning.job.block_stage.BlockStage.window_losses", 3],  # in the first pass of the block stage
+    ["call", "eacmoe_lightning.job.block_stage.BlockStage.window_losses", 5],  # in the second
     ["replace", "blocks/block_001.solved", 1],  # while a solved block is written
     ["phase", "1 block", 1],
     ["replace", "blocks/block_001.safetensors", 1],  # while a block is written
     ["phase", "2 router", 1],
-    ["call", "eacmoe_lightning.job.qesc.QESC._joint_losses", 3],  # in the joint stage
+    ["call", "eacmoe_lightning.job.joint_stage.JointStage.losses", 3],  # in the joint stage
     ["replace", ".compressed.partial/weights-block-001", 1],  # while the compressed model is written
 ]
 # a checkpoint after every epoch, the default
@@ -52,7 +52,7 @@ EPOCHS = [
     ["replace", "streams/", 2],  # while streams are written
     ["call", "eacmoe_lightning.quantization.gptq.fit_range", 3],
     ["phase", "2 replay", 1],
-    ["call", "eacmoe_lightning.job.qesc.QESC._joint_losses", 2],
+    ["call", "eacmoe_lightning.job.joint_stage.JointStage.losses", 2],
     ["replace", "last.ckpt", 1],  # the checkpoint of the last epoch
     ["replace", ".compressed.partial/weights-rest", 1],
     ["call", "eacmoe_lightning.callbacks.routing_report.evaluate", 1],  # while the result is evaluated
@@ -71,7 +71,7 @@ ANSWERED = [
     ["call", "eacmoe_lightning.quantization.gptq.fit_range", 4, "SIGINT"],
     ["replace", "blocks/block_001", 1, "SIGTERM"],
     ["phase", "None joint", 1, "full"],
-    ["call", "eacmoe_lightning.job.qesc.QESC._joint_losses", 3, "SIGTERM"],
+    ["call", "eacmoe_lightning.job.joint_stage.JointStage.losses", 3, "SIGTERM"],
     ["phase", "None write", 1, "full"],
     ["replace", ".compressed.partial/weights-rest", 1, "SIGINT"],
     ["phase", "None evaluate", 1, "full"],
@@ -82,9 +82,9 @@ ANSWERED = [
 PRUNING = {"pruning__criterion": "reap", "pruning__alpha": 0.9}
 PRUNED = [
     ["phase", "1 attention", 1],  # the block is pruned and not yet written
-    ["call", "eacmoe_lightning.job.block_stage.BlockStage.losses", 3],
+    ["call", "eacmoe_lightning.job.block_stage.BlockStage.window_losses", 3],
     ["phase", "2 replay", 1],
-    ["call", "eacmoe_lightning.job.qesc.QESC._joint_losses", 2],
+    ["call", "eacmoe_lightning.job.joint_stage.JointStage.losses", 2],
 ]
 
 # with documents that share windows
@@ -92,10 +92,10 @@ PACKED = {"data__documents": "packed", "data__num_windows": 12, "data__batch_siz
 WHILE_PACKED = [
     ["call", "eacmoe_lightning.job.qesc.check_original", 1],
     ["phase", "1 attention", 1],
-    ["call", "eacmoe_lightning.job.qesc.QESC._router_losses", 8],
-    ["call", "eacmoe_lightning.job.block_stage.BlockStage.losses", 5],
+    ["call", "eacmoe_lightning.job.router_stage.RouterStage.losses", 8],
+    ["call", "eacmoe_lightning.job.block_stage.BlockStage.window_losses", 5],
     ["phase", "2 replay", 1],
-    ["call", "eacmoe_lightning.job.qesc.QESC._joint_losses", 2],
+    ["call", "eacmoe_lightning.job.joint_stage.JointStage.losses", 2],
 ]
 
 # with weights on a lattice
@@ -103,8 +103,8 @@ LATTICE = {"model__quantizer": "lattice", "model__bits": 2.75}
 ON_LATTICE = [
     ["call", "eacmoe_lightning.quantization.lattice.gptq_on_lattice", 4],
     ["phase", "2 experts", 1],
-    ["call", "eacmoe_lightning.job.block_stage.BlockStage.losses", 4],
-    ["call", "eacmoe_lightning.job.qesc.QESC._joint_losses", 2],
+    ["call", "eacmoe_lightning.job.block_stage.BlockStage.window_losses", 4],
+    ["call", "eacmoe_lightning.job.joint_stage.JointStage.losses", 2],
 ]
 
 

@@ -44,26 +44,30 @@ class Progress:
 
 
 class BlockStage:
-    """The block stage of the current block.
+    """The block stage of the current block (`job.stage.Stage`).
 
     Args:
         parts: the trained parameters.
+        rates: learning rates by kind of parameter.
         router_loss, weight: the router loss beside the squared error, and its weight.
         precision: the context of mixed precision in which training steps run.
         at_once: windows that run through the block at a time; None: a batch of this process.
     """
 
+    curve, rate_options, takes_steps = "reconstruction/block_{:03d}", "block_*_lr", True
+
     def __init__(
         self,
         parts: TrainedParts,
+        rates: dict[str, float],
         router_loss: RouterLoss,
         weight: float,
         precision: Callable[[], AbstractContextManager],
         at_once: int | None = None,
     ) -> None:
-        self.parts, self.router_loss, self.weight = parts, router_loss, weight
+        self.parts, self.rates, self.router_loss, self.weight = parts, rates, router_loss, weight
         self.precision, self.at_once = precision, at_once
-        self.calibration: Calibration  # the block loop, once it exists
+        self.calibration: Calibration
         self.progress: Progress | None = None
 
     @property
@@ -86,7 +90,15 @@ class BlockStage:
         self.progress = Progress(self.calibration.streams.added_square())
         self.end_pass(held_back)
 
-    def losses(self, window_ids: Tensor) -> Tensor:
+    def losses(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """As of every stage; windows that are held back have a loss of 0."""
+        taken = batch["weights"].any(1)
+        if not taken.any() or not any(self.rates.values()):
+            return None
+        losses = self.window_losses(batch["index"][taken])
+        return losses.new_zeros(batch["weights"].shape).index_put((taken,), losses).flatten()
+
+    def window_losses(self, window_ids: Tensor) -> Tensor:
         """The loss of every token of windows with these global indices [b] -> [b, T], differentiable."""
         in_one = self.at_once is None or self.at_once >= len(window_ids)
         step = WindowStep(self, window_ids, None if in_one else self.at_once)
@@ -99,7 +111,7 @@ class BlockStage:
         progress, streams = self.progress, self.calibration.streams
         total = torch.zeros(2, dtype=torch.float64)
         for index in held_back:
-            losses = streams.counted(self.losses(index).flatten(), streams.local(index)).double()
+            losses = streams.counted(self.window_losses(index).flatten(), streams.local(index)).double()
             total += torch.tensor([losses.sum().item(), losses.numel()], dtype=torch.float64)
         loss, tokens = self.calibration.ranks.sum(total).tolist()
         progress.held_back.append(loss / tokens if tokens else math.nan)

@@ -26,26 +26,30 @@ from eacmoe_lightning.tuning.losses import distillation, selection
 
 
 class JointStage:
-    """The joint stage of a run.
+    """The joint stage of a run (`job.stage.Stage`).
 
     Args:
         parts: the trained parameters.
+        rates: learning rates by kind of parameter.
         router_loss, weight: the router loss beside the divergence, and its weight.
         precision: the context of mixed precision in which training steps run.
         at_once: windows that run through a block at a time; None: a batch of this process.
     """
 
+    curve, rate_options, takes_steps = "loss/joint", "joint_*_lr", True
+
     def __init__(
         self,
         parts: TrainedParts,
+        rates: dict[str, float],
         router_loss: RouterLoss,
         weight: float,
         precision: Callable[[], AbstractContextManager],
         at_once: int | None = None,
     ) -> None:
-        self.parts, self.router_loss, self.weight = parts, router_loss, weight
+        self.parts, self.rates, self.router_loss, self.weight = parts, rates, router_loss, weight
         self.precision, self.at_once = precision, at_once
-        self.calibration: Calibration  # the block loop, once it exists
+        self.calibration: Calibration
         self.compressed: StreamedModel | None = None  # the compressed model before training
 
     def open(self) -> None:
@@ -58,13 +62,10 @@ class JointStage:
         self.compressed = None
         self.parts.codes.clear()
 
-    def losses(self, window_ids: Tensor, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        """The loss of every token of a batch [b*T], differentiable.
-
-        Args:
-            window_ids: [b], the windows' global indices.
-            input_ids, position_ids: [b, T], as in `MoEModel.call`.
-        """
+    def losses(self, batch: dict[str, Tensor]) -> Tensor | None:
+        window_ids, input_ids, position_ids = batch["index"], batch["input_ids"], batch.get("position_ids")
+        if not len(window_ids):
+            return None
         streams = self.calibration.streams
         steps: list[BlockStep | HeadStep] = []
         for block in self.compressed.blocks:

@@ -1,11 +1,9 @@
 """The LightningModule: router calibration as supervised training, block by block.
 
 Epochs walk through the model (`epochs.py`). `router_epochs` passes over the calibration windows calibrate the router of
-block 0: a batch of windows stands for its tokens at this block, the inputs are the router's inputs in the compressed
-stream, the targets are the original router's logits. Then `block_epochs` passes train the block as a whole (router,
-norms, scales, codes) towards the original block's output. So do the next blocks. After the last one, `joint_epochs`
-train all blocks together towards the original's output distribution. `tuning/` has the losses of these two stages.
-`callbacks.LayerwiseQuantization` quantizes the weights between epochs.
+block 0 (`router_stage.py`): a batch of windows stands for its tokens at this block. Then `block_epochs` passes train
+the block as a whole (`block_stage.py`). So do the next blocks. After the last one, `joint_epochs` train all blocks
+together (`joint_stage.py`). `callbacks.LayerwiseQuantization` quantizes the weights between epochs.
 
 The language model stays outside the module tree: only the trained parts (`trained.py`) are parameters of the module.
 """
@@ -35,7 +33,9 @@ from eacmoe_lightning.job.comparison import Comparison
 from eacmoe_lightning.job.divergence import LossWatch
 from eacmoe_lightning.job.epochs import Epoch, Epochs
 from eacmoe_lightning.job.joint_stage import JointStage
+from eacmoe_lightning.job.router_stage import RouterStage
 from eacmoe_lightning.job.sampling import SampledTexts
+from eacmoe_lightning.job.stage import Stage
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ class FitState:
         moe: the original model; its blocks are loaded and compressed one after another.
         parts: the trained parameters, which are parameters of the module too.
         sampled: the calibration texts that a model wrote.
-        block_stage: trains one block after another.
+        router_stage, block_stage: train a block's router, and then the block.
         joint_stage: trains all blocks together.
         calibration: the block loop; set in `on_fit_start`.
     """
@@ -72,6 +72,7 @@ class FitState:
     moe: StreamedModel
     parts: TrainedParts
     sampled: SampledTexts
+    router_stage: RouterStage
     block_stage: BlockStage
     joint_stage: JointStage
     calibration: Calibration | None = None
@@ -274,10 +275,13 @@ class QESC(Comparison):
         moe.leave(json.loads(self.run.unquantized.read_text()))
         trains_norms = any("norm" in self.kinds(stage) for stage in ("block", "joint"))
         parts = TrainedParts(moe, self.run, trains_norms, resident)
-        at_once = self.trainer.datamodule.micro_batch_size
-        block_stage = BlockStage(parts, self.router_loss, self.block_selection, self._autocast, at_once)
-        joint_stage = JointStage(parts, self.router_loss, self.joint_selection, self._autocast, at_once)
-        self.fit_state = FitState(moe, parts, texts, block_stage, joint_stage)
+        loss, precision, at_once = self.router_loss, self._autocast, self.trainer.datamodule.micro_batch_size
+        self.fit_state = FitState(
+            moe, parts, texts,
+            RouterStage(parts, loss, self.router_method, self.ridge, self.router_warm_start, self.router_lr),
+            BlockStage(parts, self.block_lr, loss, self.block_selection, precision, at_once),
+            JointStage(parts, self.joint_lr, loss, self.joint_selection, precision, at_once),
+        )  # fmt: skip
         self.routers, self.norms = parts.routers, parts.norms  # submodules, so that Lightning knows their parameters
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1) or self.trainer.max_epochs > self.num_epochs:
@@ -376,7 +380,8 @@ class QESC(Comparison):
             self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning,
             [name for name, _ in self.moe.norms()] if "norm" in self.kinds("block") else [],
         )  # fmt: skip
-        self.block_stage.calibration = self.joint_stage.calibration = self.calibration
+        for stage in (self.fit_state.router_stage, self.block_stage, self.joint_stage):
+            stage.calibration = self.calibration
 
     # --- epochs: which block, which stage ---------------------------------------------------------------
 
@@ -392,6 +397,12 @@ class QESC(Comparison):
     def epoch(self) -> Epoch:
         """The current epoch's place in the run."""
         return self.epochs.at(self.current_epoch)
+
+    @property
+    def stage(self) -> Stage:
+        """What the current epoch trains."""
+        state = self.fit_state
+        return {"router": state.router_stage, "block": state.block_stage, "joint": state.joint_stage}[self.epoch.stage]
 
     @property
     def block_index(self) -> int:
@@ -466,11 +477,7 @@ class QESC(Comparison):
         optimizer = self.optimizers(use_pl_optimizer=False)
         match self.epoch.stage:
             case "router":
-                block = self.moe.blocks[self.block_index]
-                closed_form = self.router_method == "ridge" or (self.router_method == "sgd" and self.router_warm_start)
-                if block.calibrates and closed_form:
-                    k = self.router_loss.num_targets(block.num_experts, block.top_k)
-                    self.parts.put_router(block, self.calibration.ridge_router(k, self.ridge))
+                self.fit_state.router_stage.start()
             case "block":
                 self.parts.start(optimizer, self.calibration.block, self.kinds("block"), self._reach)
                 with self._autocast():
@@ -509,58 +516,31 @@ class QESC(Comparison):
     @property
     def _reach(self) -> float:
         """How far the current stage can move a code: the sum of its learning rates."""
-        rates = self.block_lr if self.epoch.stage == "block" else self.joint_lr
         steps = self.epoch.passes * self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        return rates["code"] * steps * (1.0 if self.lr_schedule == "constant" else 0.5)
+        return self.stage.rates["code"] * steps * (1.0 if self.lr_schedule == "constant" else 0.5)
 
     # --- gradient steps -----------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        stage = self.epoch.stage
-        losses = {"router": self._router_losses, "block": self._block_losses, "joint": self._joint_losses}[stage](batch)
+        losses = self.stage.losses(batch)
         if losses is None:  # nothing to train here, or other processes hold all of this batch's windows
             loss = sum(weight.sum() for weight in (*self.parameters(), *self.parts.unregistered())) * 0
         else:
             loss = self._global_mean(losses, batch)
         if (bad := self.loss_watch.see(loss, batch_idx)) is not None:
             self._refuse_loss(bad)
-        names = {"router": "loss/block_{:03d}", "block": "reconstruction/block_{:03d}", "joint": "loss/joint"}
-        self.log(names[stage].format(self.block_index), loss, prog_bar=False)
+        self.log(self.stage.curve.format(self.block_index), loss, prog_bar=False)
         return loss
 
     def _refuse_loss(self, loss: Tensor) -> None:
         """Raises ValueError for a loss that is NaN or infinite."""
         stage = "the joint stage" if self.epoch.stage == "joint" else f"block {self.block_index}"
-        rates = {"router": "router_lr", "block": "block_*_lr", "joint": "joint_*_lr"}[self.epoch.stage]
         if self.moe.model.dtype == torch.float16:
             raise overflow(f"the loss of {stage} is {loss.item()}: a logit (final norm, head or router)", torch.float16)
         raise ValueError(
             f"the loss of {stage} is {loss.item()}: the steps have diverged. Another run (--trainer.default_root_dir) "
-            f"with smaller learning rates (--model.{rates}) may not"
+            f"with smaller learning rates (--model.{self.stage.rate_options}) may not"
         )
-
-    def _router_losses(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """The router loss of every token of this process's windows [n]."""
-        block = self.moe.blocks[self.block_index]
-        if not block.calibrates:
-            return None
-        x, teacher = self.calibration.router_rows(batch["index"])
-        student = block.router_logits(x.to(self.device), self.parts.router(block))
-        return self.router_loss(block.choice(student), block.choice(teacher.to(self.device)), block.top_k)
-
-    def _block_losses(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """The block stage's loss of every token of this process's windows [n]; those held back are left out."""
-        taken = batch["weights"].any(1)
-        if not taken.any() or not (self.kinds("block")):
-            return None
-        losses = self.block_stage.losses(batch["index"][taken])
-        return losses.new_zeros(batch["weights"].shape).index_put((taken,), losses).flatten()
-
-    def _joint_losses(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """KL divergence from the original's next-token distributions plus the router loss of all blocks [n]."""
-        if not len(batch["index"]):
-            return None
-        return self.joint_stage.losses(batch["index"], batch["input_ids"], batch.get("position_ids"))
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Mean over the counted tokens of the global batch, of which this process may hold only some, or none."""
@@ -576,21 +556,13 @@ class QESC(Comparison):
                 gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 weight.grad = self.ranks.sum(gradient) / self.trainer.world_size
 
-    @property
-    def takes_steps(self) -> bool:
-        """Whether the current epoch trains; with ridge or none a block's router epochs only measure the loss."""
-        if self.epoch.stage != "router":
-            return True
-        return self.router_method == "sgd" and self.moe.blocks[self.block_index].calibrates
-
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
-        if not self.takes_steps:
+        if not self.stage.takes_steps:
             optimizer_closure()
             return
         factor = self.schedule(epoch, batch_idx)
-        rates = {"router": {}, "block": self.block_lr, "joint": self.joint_lr}[self.epoch.stage]
         for group in optimizer.param_groups:
-            group["lr"] = factor * group["rms"] * rates.get(group["kind"], self.router_lr)
+            group["lr"] = factor * group["rms"] * self.stage.rates.get(group["kind"], 0.0)
         self.parts.gather_moments(optimizer)
         optimizer.step(closure=optimizer_closure)
 
