@@ -1,9 +1,9 @@
-"""The training-time twin of transformers' Qwen3-MoE: the same function, several times faster on CPU.
+"""The training-time twin of transformers' Qwen3-MoE and GLM-4-MoE: the same functions, several times faster on CPU.
 
 Weights are kept in fp32 and multiplied in bf16 (AMX); the router and all norms compute in fp32.
 Experts run over tokens sorted by expert, one matmul per expert, with a hand-written backward; the
 language-model loss never holds more than a chunk of logits. `export` copies the weights into a
-real Qwen3MoeForCausalLM and checks that both give the same loss.
+real model of transformers and checks that both give the same loss.
 
 Shapes: B batch, T sequence, N = B*T tokens, D hidden, F expert width, E experts, K top_k.
 """
@@ -22,7 +22,11 @@ ROWS = 128  # an expert's tokens are padded to a multiple of this: oneDNN compil
 
 @dataclass
 class Shape:
-    """Sizes of the model, named as in Qwen3MoeConfig where it has them."""
+    """Sizes of the model, named as in Qwen3MoeConfig and Glm4MoeConfig where these have them.
+
+    With `sigmoid` it is a GLM-4-MoE: scores are sigmoids, and a correction bias that training adjusts to even loads
+    (arXiv 2408.15664) takes part in the selection only.
+    """
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -35,6 +39,12 @@ class Shape:
     moe_intermediate_size: int = 128
     norm_topk_prob: bool = True
     rope_theta: float = 10_000.0
+    sigmoid: bool = False
+    n_shared_experts: int = 0
+    first_k_dense_replace: int = 0  # blocks at the start with an MLP of `intermediate_size` in place of experts
+    intermediate_size: int = 768
+    routed_scaling_factor: float = 1.0
+    partial_rotary_factor: float = 1.0
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -52,8 +62,9 @@ def attention_inputs(x, norm, w_qkv, q_norm, k_norm, cos, sin, heads, kv_heads):
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
 
     def rotate(z: Tensor) -> Tensor:
+        z, rest = z.split((cos.shape[-1], z.shape[-1] - cos.shape[-1]), dim=-1)
         a, b = z.chunk(2, dim=-1)
-        return (z * cos + torch.cat((-b, a), dim=-1) * sin).bfloat16()
+        return torch.cat((z * cos + torch.cat((-b, a), dim=-1) * sin, rest), dim=-1).bfloat16()
 
     return rotate(rms_norm(q, q_norm)), rotate(rms_norm(k, k_norm)), v
 
@@ -64,6 +75,11 @@ def attention_output(x, context, w_o, norm, router):
     x = x + (context.transpose(1, 2).flatten(2) @ w_o.T).float()
     h = rms_norm(x, norm)
     return x, h.bfloat16(), h @ router.T
+
+
+def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """A dense MLP in bf16: x [N,D] -> [N,D]."""
+    return (swiglu(x @ gate_up.bfloat16().T) @ down.bfloat16().T).float()
 
 
 @torch.compile(dynamic=False)
@@ -202,9 +218,9 @@ def overlap(outputs: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One decoder layer: grouped-query attention with q/k norms, router, experts."""
+    """One decoder layer: grouped-query attention with q/k norms; router, routed and shared experts, or an MLP."""
 
-    def __init__(self, s: Shape):
+    def __init__(self, s: Shape, is_dense: bool = False):
         super().__init__()
         heads, width = s.num_attention_heads + 2 * s.num_key_value_heads, s.hidden_size
         residual = (2 * s.num_hidden_layers) ** -0.5
@@ -214,30 +230,48 @@ class Block(nn.Module):
 
         self.qkv = matrix(heads * s.head_dim, width)
         self.o = matrix(width, s.num_attention_heads * s.head_dim, scale=residual)
-        self.gate_up = matrix(s.num_experts, 2 * s.moe_intermediate_size, width)
-        self.down = matrix(s.num_experts, width, s.moe_intermediate_size, scale=residual)
-        self.router = matrix(s.num_experts, width, scale=0.5)
+        self.is_dense = is_dense
+        if not is_dense:
+            self.gate_up = matrix(s.num_experts, 2 * s.moe_intermediate_size, width)
+            self.down = matrix(s.num_experts, width, s.moe_intermediate_size, scale=residual)
+            self.router = matrix(s.num_experts, width, scale=0.5)
+            self.register_buffer("correction", torch.zeros(s.num_experts))
+        always = s.intermediate_size if is_dense else s.n_shared_experts * s.moe_intermediate_size
+        if always:
+            self.shared_gate_up = matrix(2 * always, width)
+            self.shared_down = matrix(width, always, scale=residual)
         self.input_norm, self.post_norm = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
         self.q_norm, self.k_norm = nn.Parameter(torch.ones(s.head_dim)), nn.Parameter(torch.ones(s.head_dim))
         self.shape = s
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B,T,D] -> (x, router_logits [N,E], expert_ids [N,K], overlap)."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """x [B,T,D] -> (x, router_logits [N,E], expert_ids [N,K], overlap); a dense block has only the first."""
         s = self.shape
         q, k, v = attention_inputs(
             x, self.input_norm, self.qkv.bfloat16(), self.q_norm, self.k_norm, cos, sin,
             s.num_attention_heads, s.num_key_value_heads,
         )  # fmt: skip
         context = CausalAttention.apply(q, k, v)
-        x, h, logits = attention_output(x, context, self.o.bfloat16(), self.post_norm, self.router)
+        router = self.post_norm[None] if self.is_dense else self.router
+        x, h, logits = attention_output(x, context, self.o.bfloat16(), self.post_norm, router)
+        if self.is_dense:
+            return x + mlp(h, self.shared_gate_up, self.shared_down), None, None, None
         logits = logits.flatten(0, 1)
-        expert_weights, expert_ids = logits.softmax(-1).topk(s.num_experts_per_tok, dim=-1)
+        scores = logits.sigmoid() if s.sigmoid else logits.softmax(-1)
+        expert_ids = (scores + self.correction).topk(s.num_experts_per_tok, dim=-1).indices
+        expert_weights = scores.gather(1, expert_ids)
         if s.norm_topk_prob:
             expert_weights = expert_weights / expert_weights.sum(-1, keepdim=True)
+        expert_weights = expert_weights * s.routed_scaling_factor
         y, outputs = Experts.apply(
             h.flatten(0, 1), self.gate_up.bfloat16(), self.down.bfloat16(), expert_ids, expert_weights
         )
-        return x + y.unflatten(0, x.shape[:2]), logits, expert_ids, overlap(outputs)
+        x = x + y.unflatten(0, x.shape[:2])
+        if s.n_shared_experts:
+            x = x + mlp(h, self.shared_gate_up, self.shared_down)
+        return x, logits, expert_ids, overlap(outputs)
 
 
 class TinyMoE(nn.Module):
@@ -247,23 +281,36 @@ class TinyMoE(nn.Module):
         super().__init__()
         self.shape = shape
         self.embedding = nn.Parameter(torch.randn(shape.vocab_size, shape.hidden_size) * 0.02)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_hidden_layers))
+        self.blocks = nn.ModuleList(
+            Block(shape, number < shape.first_k_dense_replace) for number in range(shape.num_hidden_layers)
+        )
         self.norm = nn.Parameter(torch.ones(shape.hidden_size))
-        steps = torch.arange(0, shape.head_dim, 2) / shape.head_dim
+        width = int(shape.head_dim * shape.partial_rotary_factor)
+        steps = torch.arange(0, width, 2) / width
         angles = torch.outer(torch.arange(context), shape.rope_theta**-steps).repeat(1, 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens [B,T+1] -> (mean loss, balance loss and overlap averaged over blocks)."""
-        x, balances, overlaps = F.embedding(tokens[:, :-1], self.embedding), [], []
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """tokens [B,T+1] -> (mean loss, balance loss and overlap averaged over MoE blocks, their loads [blocks,E])."""
+        x, balances, overlaps, loads = F.embedding(tokens[:, :-1], self.embedding), [], [], []
         for block in self.blocks:
             x, logits, expert_ids, shared = block(x, self.cos, self.sin)
+            if block.is_dense:
+                continue
             balances.append(balance_loss(logits, expert_ids))
             overlaps.append(shared)
+            loads.append(expert_ids.flatten().bincount(minlength=self.shape.num_experts))
         h = rms_norm(x, self.norm).bfloat16().flatten(0, 1)
         loss = LanguageModelLoss.apply(h, self.embedding.bfloat16(), tokens[:, 1:].flatten())
-        return loss, torch.stack(balances).mean(), torch.stack(overlaps).mean()
+        return loss, torch.stack(balances).mean(), torch.stack(overlaps).mean(), torch.stack(loads)
+
+    @torch.no_grad()
+    def correct(self, loads: Tensor, step: float) -> None:
+        """Moves every correction by `step` towards even loads [blocks,E]."""
+        sparse = [block for block in self.blocks if not block.is_dense]
+        for block, load in zip(sparse, loads, strict=True):
+            block.correction += step * torch.sign(load.mean() - load)
 
 
 def balance_loss(router_logits: Tensor, expert_ids: Tensor) -> Tensor:

@@ -20,10 +20,14 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices may be stacked in a leading dimension; stacked gate and up matrices are split if 2F = D."""
+    """Matrices may be stacked in a leading dimension; those in `pairs` hold two, gate and up, and are split."""
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.0):
+    def __init__(
+        self, matrices: list[nn.Parameter], pairs: list[nn.Parameter], lr: float, momentum: float = 0.95,
+        decay: float = 0.0,
+    ):  # fmt: skip
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "decay": decay})
+        self.pairs = {id(p) for p in pairs}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -36,8 +40,8 @@ class Muon(torch.optim.Optimizer):
                 buffer = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 g = p.grad.lerp(buffer, group["momentum"])
                 g = g.view(-1, *p.shape[-2:]) if p.dim() == 2 else g
-                if p.dim() == 3 and p.shape[1] == p.shape[2]:  # gate and up: two matrices
-                    g = g.reshape(-1, p.shape[1] // 2, p.shape[2])
+                if id(p) in self.pairs:
+                    g = g.reshape(-1, g.shape[1] // 2, g.shape[2])
                 tall = g.shape[1] > g.shape[2]
                 g = g.mT if tall else g
                 by_size.setdefault(tuple(g.shape[1:]), []).append((p, tall, g))
@@ -52,7 +56,9 @@ class Muon(torch.optim.Optimizer):
 
 def build(model: nn.Module, matrix_lr: float, adam_lr: float, router_lr: float) -> list[torch.optim.Optimizer]:
     """The two optimizers; every group keeps its peak learning rate as `peak`."""
-    matrices = [p for name, p in model.named_parameters() if name.split(".")[-1] in ("qkv", "o", "gate_up", "down")]
+    pairs = [p for name, p in model.named_parameters() if name.endswith("gate_up")]
+    single = [p for name, p in model.named_parameters() if name.split(".")[-1] in ("qkv", "o", "down", "shared_down")]
+    matrices = [p for p in model.parameters() if any(p is one for one in (*pairs, *single))]
     routers = [p for name, p in model.named_parameters() if name.endswith("router")]
     known = {id(p) for p in matrices + routers}
     others = [p for p in model.parameters() if id(p) not in known]
@@ -60,7 +66,7 @@ def build(model: nn.Module, matrix_lr: float, adam_lr: float, router_lr: float) 
         [{"params": others, "lr": adam_lr}, {"params": routers, "lr": router_lr}],
         betas=(0.9, 0.95), weight_decay=0.0, fused=True,
     )  # fmt: skip
-    optimizers = [Muon(matrices, lr=matrix_lr), adam]
+    optimizers = [Muon(matrices, pairs, lr=matrix_lr), adam]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

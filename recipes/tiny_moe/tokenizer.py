@@ -1,5 +1,6 @@
 """Train the tokenizer (byte-level BPE, 4,096 entries, single digits) and encode the corpus.
 
+`--tokenizer` takes a trained one instead, so that a second model reads the same tokens as the first.
 Digits are split one by one, so that a number is always encoded the same way. `<|endoftext|>` ends
 documents and begins them (bos = eos); `<|pad|>` pads. The encoded corpus is one uint16 array per
 split and domain: documents in shuffled order, each followed by `<|endoftext|>`.
@@ -77,8 +78,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, default=Path("work/corpus"))
     parser.add_argument("--out", type=Path, default=Path("work/tokens"))
+    parser.add_argument("--tokenizer", type=Path, help="directory of a trained tokenizer")
     options = parser.parse_args()
-    tokenizer = train(sample(options.corpus))
+    if options.tokenizer:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.tokenizer)
+    else:
+        tokenizer = train(sample(options.corpus))
     tokenizer.save_pretrained(options.out / "tokenizer")
     for split in ("train", "heldout"):
         for domain in DOMAINS:

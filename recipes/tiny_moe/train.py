@@ -67,7 +67,9 @@ def train(options: argparse.Namespace) -> None:
     shape = Shape(
         hidden_size=options.hidden, num_attention_heads=options.heads, num_key_value_heads=options.heads // 2,
         num_hidden_layers=options.blocks, num_experts=options.experts, num_experts_per_tok=options.top_k,
-        moe_intermediate_size=options.expert_width, norm_topk_prob=options.renormalise,
+        moe_intermediate_size=options.expert_width, norm_topk_prob=options.renormalise, sigmoid=options.sigmoid,
+        n_shared_experts=options.shared, first_k_dense_replace=options.dense,
+        partial_rotary_factor=options.rotary, routed_scaling_factor=options.scaling,
     )  # fmt: skip
     model = TinyMoE(shape, CONTEXT)
     optimizers = build(model, options.matrix_lr, options.adam_lr, options.router_lr)
@@ -88,10 +90,12 @@ def train(options: argparse.Namespace) -> None:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-        loss, balance, overlap = model(batches.next(options.batch))
+        loss, balance, overlap, loads = model(batches.next(options.batch))
         (loss + options.balance * balance + options.diversity * overlap).backward()
-        figures = [loss.item(), balance.item(), overlap.item(), time.time() - begin]
-        *figures, elapsed = average_gradients(model, figures)
+        figures = [loss.item(), balance.item(), overlap.item(), time.time() - begin, *loads.flatten().tolist()]
+        *figures, elapsed = (averages := average_gradients(model, figures))[:4]
+        if options.sigmoid:
+            model.correct(torch.tensor(averages[4:]).view_as(loads), options.correction * factor)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -146,6 +150,12 @@ if __name__ == "__main__":
     parser.add_argument("--top_k", type=int, default=2)
     parser.add_argument("--expert_width", type=int, default=128)
     parser.add_argument("--renormalise", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--sigmoid", action="store_true", help="GLM-4-MoE: sigmoid scores with a correction bias")
+    parser.add_argument("--shared", type=int, default=0, help="shared experts, each as wide as a routed one")
+    parser.add_argument("--dense", type=int, default=0, help="blocks at the start with a dense MLP of width 768")
+    parser.add_argument("--rotary", type=float, default=1.0, help="share of a head that is rotated")
+    parser.add_argument("--scaling", type=float, default=1.0, help="factor of the routed experts' output")
+    parser.add_argument("--correction", type=float, default=1e-3, help="step of the correction bias at the peak rate")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the load-balancing loss")
     parser.add_argument("--diversity", type=float, default=0.0, help="weight of the overlap of a token's experts")
     parser.add_argument("--router_norm", type=float, default=0.08, help="largest norm of a router row; 0: no limit")
