@@ -1,4 +1,4 @@
-"""Records seconds and bytes of every phase in `costs.jsonl`, from which the report takes them, and shows them block by block."""
+"""Records seconds and bytes of every phase in `costs.jsonl` for the report, and logs them block by block."""
 
 from __future__ import annotations
 

@@ -235,9 +235,15 @@ def test_without_a_joint_stage_no_codes_of_other_blocks_come_into_memory(tiny_mo
 
 
 def test_blocks_stay_as_they_are_if_nothing_is_quantized(tiny_model_dir, tmp_path):
-    run = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", model__quantizer="none", model__joint_epochs=0)
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": f"{tmp_path}/logs"}}
+    run = jobs.fit(
+        tiny_model_dir("qwen3_moe"), tmp_path / "run", model__quantizer="none", model__joint_epochs=0,
+        trainer__logger=json.dumps(logger),
+    )  # fmt: skip
     report = json.loads((run / "report.json").read_text())
     assert report["expert_shift"]["mean"]["after"]["any"] == 0
+    (metrics,) = (tmp_path / "logs").rglob("metrics.csv")  # TensorBoard is not the only logger
+    assert "quality/loss_increase/prose" in metrics.read_text().splitlines()[0].split(",")
     for perplexity in report["perplexity"].values():
         assert perplexity["compressed"] == pytest.approx(perplexity["original"], rel=1e-4)
 
@@ -321,6 +327,10 @@ def test_evaluations_of_a_run_a_compressed_directory_and_an_original_agree(
     assert default["perplexity"]["prose"].keys() == streams and len(
         set(default["perplexity"]["prose"].values())
     ) == len(streams)
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
+    points = [(point.step, point.value) for point in events.Scalars(f"{stage}/perplexity/prose")]
+    assert points == [(0, pytest.approx(elsewhere["perplexity"]["prose"]["compressed"], rel=1e-5))]
+    assert {tag.partition("/")[0] for tag in events.Tags()["scalars"]} == {stage, f"{stage}_details"}
     original_only = evaluated(stage, tmp_path / "b", model, model)
     original = AutoModelForCausalLM.from_pretrained(model).eval()
     assert original_only["perplexity"]["prose"] == {"original": pytest.approx(perplexity(original, prose), rel=1e-4)}
