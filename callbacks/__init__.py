@@ -12,10 +12,12 @@ from eacmoe_lightning.callbacks.compressed_model import CompressedModel  # isort
 from eacmoe_lightning.callbacks.routing_report import RoutingReport  # isort: skip
 from eacmoe_lightning.callbacks.block_progress import BlockProgress  # isort: skip
 from eacmoe_lightning.callbacks.phase_cost import PhaseCost  # isort: skip
+from eacmoe_lightning.callbacks.board_layout import BoardLayout  # isort: skip
 from eacmoe_lightning.callbacks.token_scores import TokenScores  # isort: skip
 
 __all__ = [
     "BlockProgress",
+    "BoardLayout",
     "CompressedModel",
     "ExpertFrequency",
     "ExpertPruning",

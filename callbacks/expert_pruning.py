@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback
 
-from eacmoe_lightning.job.block_callback import BlockCallback
-from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.pruning.rule import PruningRule
-from eacmoe_lightning.run.block_file import BlockStats
 
 
-class ExpertPruning(BlockCallback):
+class ExpertPruning(Callback):
     """Removes the experts that matter least on the calibration text; without alpha and keep it does nothing.
 
     An expert is removed with its router row and its correction bias. If all blocks keep the same number of experts, as
@@ -39,12 +36,3 @@ class ExpertPruning(BlockCallback):
     ) -> None:
         is_off = alpha is None and keep is None
         self.rule = None if is_off else PruningRule(criterion, alpha, keep)
-
-    def on_block_end(self, trainer: Trainer, module: QESC, stats: BlockStats) -> None:
-        if stats.pruning is not None:
-            scalars = {
-                "pruning/experts": len(stats.pruning.kept),
-                "pruning/removed_selections": stats.pruning.removed_selections,
-            }
-            for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=stats.block)

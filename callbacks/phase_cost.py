@@ -1,4 +1,4 @@
-"""Records seconds and bytes of every phase in `costs.jsonl`, from which the report takes them, and in TensorBoard."""
+"""Records seconds and bytes of every phase in `costs.jsonl` for the report, and logs them block by block."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 
 from eacmoe_lightning.job.block_callback import BlockCallback
 from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.run.block_file import BlockStats
 from eacmoe_lightning.run.memory import Watch
 
 
@@ -25,10 +26,19 @@ class PhaseCost(BlockCallback):
         watch = self.started.pop(phase, None)
         if watch is None or not trainer.is_global_zero:
             return
-        cost = watch.cost()
-        module.run.add_cost(block, phase, cost)
-        if block is not None:
-            metrics = {f"seconds/{phase}": cost["seconds"]}
-            metrics |= {f"{n[:-6]}_megabytes/{phase}": size / 2**20 for n, size in cost.items() if n.endswith("_bytes")}
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=block)
+        module.run.add_cost(block, phase, watch.cost())
+
+    def on_block_end(self, trainer: Trainer, module: QESC, stats: BlockStats) -> None:
+        if not trainer.is_global_zero:
+            return
+        rows = [row for row in module.run.read_costs() if row["block"] == stats.block]
+        metrics = {"cost/peak_megabytes": max(row["peak_bytes"] for row in rows) / 2**20}
+        for row in rows:
+            for tag, value in (
+                (f"cost/seconds/{row['phase']}", row["seconds"]),
+                ("cost/read_megabytes", row["read_bytes"] / 2**20),
+                ("cost/written_megabytes", row["written_bytes"] / 2**20),
+            ):
+                metrics[tag] = metrics.get(tag, 0.0) + value
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=stats.block)

@@ -1,4 +1,4 @@
-"""Reports routing and quality: per block to TensorBoard, and at the end in `report.json` and `report.md`."""
+"""Reports routing and quality: per block to the logger, and at the end to it, `report.json` and `report.md`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import math
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from eacmoe_lightning.calibration.overflow import overflow
+from eacmoe_lightning.callbacks.board_layout import add_hyperparameters, board_writers
 from eacmoe_lightning.compressed.directory import CompressedWeights
+from eacmoe_lightning.evaluation import board
 from eacmoe_lightning.evaluation.coverage import coverage
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.evaluation.report import build, write
-from eacmoe_lightning.evaluation.report_text import summary
+from eacmoe_lightning.evaluation.report_text import markdown, summary
 from eacmoe_lightning.job.block_callback import BlockCallback, phase
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.models.streamed import StreamedModel, Weights
-from eacmoe_lightning.routers.expert_shift import RATES
 from eacmoe_lightning.run.block_file import BlockStats
 from eacmoe_lightning.run.provenance import origin
 
@@ -33,14 +35,8 @@ class RoutingReport(BlockCallback):
         self.evaluate = evaluate
 
     def on_block_end(self, trainer: Trainer, module: QESC, stats: BlockStats) -> None:
-        index = stats.block
-        scalars = {f"quantization_error/{name.split('.', 3)[-1]}": value for name, value in stats.error.items()}
-        for when, rates in stats.expert_shift.items():
-            scalars |= {f"expert_shift_{rate}/{when}": rates[rate] for rate in (*RATES, "selections")}
-        if stats.starved is not None:
-            scalars["experts/starved"] = len(stats.starved)
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=index)
+            logger.log_metrics(board.block_scalars(stats), step=stats.block)
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch < module.num_epochs:
@@ -67,9 +63,26 @@ class RoutingReport(BlockCallback):
             if sampled := module.fit_state.sampled.described():
                 report["sampled"] = sampled
             write(module.run, report)
+            self._log_result(trainer, module, report, result)
             module.run.drop_streams()
             print(summary(report))
         trainer.strategy.barrier()
+
+    def _log_result(self, trainer: Trainer, module: QESC, report: dict, result: dict[str, dict] | None) -> None:
+        """Logs the finished model's scalars, the run's hyperparameters, and the report as text."""
+        quality = board.heldout_scalars(result["after"], "quality") if result else {}
+        finished = board.report_scalars(report)
+        scalars = quality | finished
+        if result and result.get("before", result["after"]) is not result["after"]:
+            scalars |= board.heldout_scalars(result["before"], "before_calibration")
+        options = board.hyperparameters(module.settings(), trainer.datamodule.seed)
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=0)
+            if not isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(options)
+        for writer in board_writers(trainer):
+            add_hyperparameters(writer, options, board.compared(quality) + list(finished))
+            writer.add_text("report", markdown(report))
 
     @torch.no_grad()
     def _evaluate(self, trainer: Trainer, module: QESC) -> dict[str, dict]:

@@ -52,6 +52,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, dict[str, list[str]]]]]] = [
                     "CompressedModel": [],
                     "RoutingReport": [],
                     "PhaseCost": [],
+                    "BoardLayout": [],
                     "TokenScores": [],
                     "BlockProgress": [],
                 },

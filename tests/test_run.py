@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import (
+    EXPERIMENT_TAG,
+    SESSION_START_INFO_TAG,
+    parse_experiment_plugin_data,
+    parse_session_start_info_plugin_data,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -158,24 +165,57 @@ def test_the_report_is_complete_and_correct(family, run_of, tiny_model_dir, pros
     assert not list(run.rglob("*.partial"))
 
 
-def test_tensorboard_holds_the_scalars_of_every_block(run_of):
-    events = EventAccumulator(str(run_of("deepseek") / "tensorboard"))
-    events.Reload()
-    tags = events.Tags()["scalars"]
+def test_tensorboard_has_a_curve_over_the_blocks_for_each_of_their_values(run_of):
+    events = EventAccumulator(str(run_of("deepseek") / "tensorboard")).Reload()
+    report = json.loads((run_of("deepseek") / "report.json").read_text())
     for tag in (
-        "expert_shift_any/before",
-        "expert_shift_all/after",
+        "expert_shift/any/before",
+        "expert_shift/all/after",
         "experts/starved",
+        "experts/busiest_over_mean/original",
         "quantization_error/mlp.experts.down_proj",
     ):
-        assert [event.step for event in events.Scalars(tag)] == [1, 2]  # block 0 is dense
-    for tag in ("quantization_error/self_attn.q_proj.weight", "seconds/attention", "peak_megabytes/replay"):
-        assert [event.step for event in events.Scalars(tag)] == [0, 1, 2]
-    assert {"loss/block_001", "loss/block_002"} <= set(tags)
-    report = json.loads((run_of("deepseek") / "report.json").read_text())
+        assert [event.step for event in events.Scalars(tag)] == [1, 2], tag  # block 0 is dense
+    for tag in (
+        "quantization_error/self_attn.q_proj",
+        "cost/seconds/attention",
+        "cost/peak_megabytes",
+        "blocks/output_error/after_training",
+    ):
+        assert [event.step for event in events.Scalars(tag)] == [0, 1, 2], tag
     rates = {row["block"]: row["calibration"]["before"]["any"] for row in report["expert_shift"]["blocks"]}
-    assert {e.step: e.value for e in events.Scalars("expert_shift_any/before")} == pytest.approx(rates, rel=1e-5)
-    assert {"expert_load/original", "expert_load/compressed"} <= set(events.Tags()["histograms"])
+    assert {e.step: e.value for e in events.Scalars("expert_shift/any/before")} == pytest.approx(rates, rel=1e-5)
+    seconds = sum(
+        e.value for tag in events.Tags()["scalars"] if tag.startswith("cost/seconds/") for e in events.Scalars(tag)
+    )
+    of_blocks = sum(report["cost"][phase]["seconds"] for phase in PHASES)
+    assert seconds == pytest.approx(of_blocks, rel=1e-4)
+    for stage in ("router", "block_stage", "joint_stage"):
+        assert len({e.step for e in events.Scalars(f"{stage}/loss")}) == len(events.Scalars(f"{stage}/loss")) > 1
+    assert not [tag for kind in ("scalars", "images") for tag in events.Tags()[kind] if re.search(r"block_?\d", tag)]
+    assert set(events.Tags()["images"]) == {"selection_frequency/original", "selection_frequency/compressed"}
+
+
+def test_tensorboard_compares_finished_runs_by_their_results(run_of):
+    """With hyperparameters, and metrics that are scalars with the report's values."""
+    run = run_of("deepseek")
+    events, report = EventAccumulator(str(run / "tensorboard")).Reload(), json.loads((run / "report.json").read_text())
+    value = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for text, streams in report["perplexity"].items():
+        assert value[f"quality/perplexity/{text}"] == [(0, pytest.approx(streams["compressed"], rel=1e-5))]
+        assert value[f"quality_details/perplexity/{text}/original"] == [
+            (0, pytest.approx(streams["original"], rel=1e-5))
+        ]
+        lost = math.log(streams["compressed"] / streams["original"])
+        assert value[f"quality/loss_increase/{text}"] == [(0, pytest.approx(lost, rel=1e-4))]
+    content = events.PluginTagToContent("hparams")
+    experiment = parse_experiment_plugin_data(content[EXPERIMENT_TAG])
+    metrics = [metric.name.tag for metric in experiment.metric_infos]
+    assert metrics[0] == "quality/loss_increase/mean_of_texts" and set(metrics) <= set(value)
+    assert {"quality/loss_increase/prose", "size/bits_per_weight", "cost/total_seconds"} <= set(metrics)
+    chosen = dict(parse_session_start_info_plugin_data(content[SESSION_START_INFO_TAG]).hparams)
+    assert chosen["bits"].number_value == 3 and chosen["router_method"].string_value == "ridge"
+    assert chosen["block_epochs"].number_value == 2 and chosen["seed"].number_value == 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek"])
@@ -209,9 +249,15 @@ def test_micro_batches_train_like_whole_ones(tiny_model_dir, tmp_path):
 
 
 def test_blocks_stay_as_they_are_if_nothing_is_quantized(tiny_model_dir, tmp_path):
-    run = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", model__quantizer="none", model__joint_epochs=0)
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": f"{tmp_path}/logs"}}
+    run = jobs.fit(
+        tiny_model_dir("qwen3_moe"), tmp_path / "run", model__quantizer="none", model__joint_epochs=0,
+        trainer__logger=json.dumps(logger),
+    )  # fmt: skip
     report = json.loads((run / "report.json").read_text())
     assert report["expert_shift"]["mean"]["after"]["any"] == 0
+    (metrics,) = (tmp_path / "logs").rglob("metrics.csv")  # TensorBoard is not the only logger
+    assert "quality/loss_increase/prose" in metrics.read_text().splitlines()[0].split(",")
     for perplexity in report["perplexity"].values():
         assert perplexity["compressed"] == pytest.approx(perplexity["original"], rel=1e-4)
 
@@ -295,6 +341,10 @@ def test_evaluations_of_a_run_a_compressed_directory_and_an_original_agree(
     assert default["perplexity"]["prose"].keys() == streams and len(
         set(default["perplexity"]["prose"].values())
     ) == len(streams)
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
+    points = [(point.step, point.value) for point in events.Scalars(f"{stage}/perplexity/prose")]
+    assert points == [(0, pytest.approx(elsewhere["perplexity"]["prose"]["compressed"], rel=1e-5))]
+    assert {tag.partition("/")[0] for tag in events.Tags()["scalars"]} == {stage, f"{stage}_details"}
     original_only = evaluated(stage, tmp_path / "b", model, model)
     original = AutoModelForCausalLM.from_pretrained(model).eval()
     assert original_only["perplexity"]["prose"] == {"original": pytest.approx(perplexity(original, prose), rel=1e-4)}

@@ -143,6 +143,7 @@ def default_callbacks(progress_bar: bool = True) -> list[Callback]:
         callbacks.CompressedModel(),
         callbacks.RoutingReport(),
         callbacks.PhaseCost(),
+        callbacks.BoardLayout(),
         callbacks.TokenScores(),
     ]
     return [*chosen, callbacks.BlockProgress()] if progress_bar else chosen

@@ -54,7 +54,7 @@ class BlockStage:
         at_once: windows that run through the block at a time; None: a batch of this process.
     """
 
-    curve, rate_options, takes_steps = "reconstruction/block_{:03d}", "block_*_lr", True
+    curve, rate_options, takes_steps = "block_stage/loss", "block_*_lr", True
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
+from eacmoe_lightning.evaluation.board import heldout_scalars
 from eacmoe_lightning.evaluation.evaluate import Evaluation
 from eacmoe_lightning.evaluation.report_text import evaluation_summary
 from eacmoe_lightning.evaluation.streams import run_batches
@@ -133,10 +134,8 @@ class Comparison(LightningModule):
     def _finish_evaluation(self, stage: str) -> None:
         """Logs the result, prints it as a table and writes it to `<stage>.json` in the run directory."""
         result = self.compared.evaluation.compute(self.trainer.datamodule.heldout_names)
-        for text, values in result["perplexity"].items():
-            self.log_dict({f"perplexity/{text}/{stream}": value for stream, value in values.items()})
-        if shift := result["expert_shift"]:
-            self.log_dict({f"expert_shift/{rate}": value for rate, value in shift["mean"].items()})
+        # `step` is the points' place in TensorBoard; without it Lightning adds its epoch to that of `fit`
+        self.log_dict(heldout_scalars(result, stage) | {"step": 0.0}, sync_dist=True)
         if self.trainer.is_global_zero:
             write_json(self.run.path / f"{stage}.json", result | {"size_bytes": self.compared.size_bytes})
             print(evaluation_summary(result, self.compared.size_bytes))

@@ -36,7 +36,7 @@ class JointStage:
         at_once: windows that run through a block at a time; None: a batch of this process.
     """
 
-    curve, rate_options, takes_steps = "loss/joint", "joint_*_lr", True
+    curve, rate_options, takes_steps = "joint_stage/loss", "joint_*_lr", True
 
     def __init__(
         self,

@@ -492,7 +492,8 @@ class QESC(Comparison):
             self.enter_block()
             self._measure_held_back(self.epoch.number + 1)
             if not math.isnan(loss := self.block_stage.progress.held_back[-1]):
-                self.log(f"reconstruction/block_{self.block_index:03d}_held_back", loss)
+                # every process has the sum over all: `rank_zero_only` keeps `sync_dist` from summing again
+                self.log("block_stage/held_back", loss, sync_dist=True, rank_zero_only=True)
 
     def _measure_held_back(self, passes: int) -> None:
         """Measures the windows held back after this many passes, unless that is done."""
@@ -529,7 +530,7 @@ class QESC(Comparison):
             loss = self._global_mean(losses, batch)
         if (bad := self.loss_watch.see(loss, batch_idx)) is not None:
             self._refuse_loss(bad)
-        self.log(self.stage.curve.format(self.block_index), loss, prog_bar=False)
+        self.log(self.stage.curve, loss)
         return loss
 
     def _refuse_loss(self, loss: Tensor) -> None:

@@ -14,7 +14,7 @@ class Stage(Protocol):
 
     Attributes:
         rates: learning rate by kind of parameter (`TrainedParts.optimizer_groups`); others are not trained.
-        curve: name of its loss in the logs, with a place for the block's number.
+        curve: name of its loss in the logs.
         rate_options: the options of `fit` that set the rates.
         takes_steps: whether the present block is trained in steps.
         calibration: the block loop, once it exists.
