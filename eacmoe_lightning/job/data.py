@@ -54,6 +54,8 @@ class TextWindows(L.LightningDataModule):
         batch_size: Calibration windows per step, over all processes.
         num_heldout_windows: Number of windows from the start of each held-out text; None takes all.
         heldout_batch_size: Held-out windows per step and process.
+        noise_floor: Windows of each held-out text on which the evaluation measures the noise floor: the divergence of
+            the original, with its activations rounded to bfloat16, from itself. 0 leaves it out.
         tokenizer: The model whose tokenizer is taken, by name or path; set by `--model.name_or_path`.
         seed: Seed for the choice of the calibration windows and their order.
         trust_remote_code: Whether Python code beside the tokenizer may run; set by `--model.trust_remote_code`.
@@ -87,6 +89,7 @@ class TextWindows(L.LightningDataModule):
         batch_size: int = 4,
         num_heldout_windows: int | None = None,
         heldout_batch_size: int = 8,
+        noise_floor: int = 4,
         tokenizer: str = "bundled",
         seed: int = 0,
         trust_remote_code: bool = False,
@@ -125,6 +128,9 @@ class TextWindows(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_heldout_windows = num_heldout_windows
         self.heldout_batch_size = heldout_batch_size
+        if noise_floor < 0:
+            raise ValueError(f"--data.noise_floor={noise_floor} is a number of windows: pass 0 or more")
+        self.noise_floor = noise_floor
         self.tokenizer = tokenizer
         self.seed = seed
         self.trust_remote_code = trust_remote_code
