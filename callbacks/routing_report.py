@@ -94,14 +94,18 @@ class RoutingReport(BlockCallback):
         data.setup("validate")
         original = StreamedModel(module.original, module.device)
 
-        def evaluated(weights: Weights) -> dict:
-            subject = StreamedModel(weights, module.device)
-            scratch = module.run.scratch(module.global_rank)
+        def evaluated(weights: Weights, noise_floor: int = 0) -> dict:
             return evaluate(
-                original, subject, data.heldout_windows, data.heldout_batch_size, ranks=module.ranks, scratch=scratch
+                original,
+                StreamedModel(weights, module.device),
+                data.heldout_windows,
+                data.heldout_batch_size,
+                ranks=module.ranks,
+                scratch=module.run.scratch(module.global_rank),
+                noise_floor=noise_floor,
             )
 
-        after = evaluated(CompressedWeights(module.run.compressed))
+        after = evaluated(CompressedWeights(module.run.compressed), data.noise_floor)
         for text, values in after["perplexity"].items():
             for stream, value in values.items():
                 if not math.isfinite(value):

@@ -20,6 +20,7 @@ from eacmoe_lightning.commands.configs import NamedConfigParser
 from eacmoe_lightning.commands.fit import CommandLine
 from eacmoe_lightning.commands.plan import plan
 from eacmoe_lightning.commands.prune import prune
+from eacmoe_lightning.commands.report import report
 from eacmoe_lightning.commands.study import study
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.run.files import StoreError, is_disk_full
@@ -33,6 +34,7 @@ COMMANDS = {
     "test": "The same; --model.split_damage also says how much of the damage is selection.",
     "predict": "Log-likelihood of every token of a text.",
     "plan": "What `fit` with the same options will take, before anything runs.",
+    "report": inspect.getdoc(report).splitlines()[0],
 } | {name: inspect.getdoc(function).splitlines()[0] for name, function in FUNCTIONS.items()}
 
 
@@ -69,8 +71,8 @@ def _run(command: str | None, words: Sequence[str], args: ArgsType) -> None:
     if command in FUNCTIONS:
         program = f"{Path(sys.argv[0]).name} {command}"
         auto_cli(FUNCTIONS[command], args=words[1:], prog=program, as_positional=False, parser_class=NamedConfigParser)
-    elif command == "plan":
-        plan(words[1:])
+    elif command in ("plan", "report"):
+        (plan if command == "plan" else report)(words[1:])
     elif command in (None, "-h", "--help"):
         print(overview())
     elif command == "--version":

@@ -1,57 +1,184 @@
-"""A loss that is NaN or infinite ends a job before anything of it is stored, and is not waited for at every step."""
+"""Divergence from the original: the figures against a direct computation, streamed, and over several processes."""
 
+import json
 import math
 
 import jobs
 import pytest
+import tiny_models
 import torch
 
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.job.divergence import EVERY, LossWatch
-
-pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")
-SMALL = {"data__heldout": "[]", "data__num_windows": 8, "data__batch_size": 2, "model__quantizer": "rtn"}
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_the_first_bad_loss_is_kept_until_it_is_read(bad):
-    watch = LossWatch()
-    losses = [1.0, 2.0, bad, 3.0, 7 * bad, 4.0]
-    assert all(watch.see(torch.tensor(loss), step) is None for step, loss in enumerate(losses))
-    assert str(float(watch.bad())) == str(bad)
-    assert float(LossWatch().see(torch.tensor(bad), 0)) != 0  # the first step is read at once
-    assert str(float(watch.see(torch.tensor(5.0), EVERY))) == str(bad)
-    assert watch.see(torch.tensor(5.0), 0) is None and watch.bad() is None  # another epoch
+from eacmoe_lightning.evaluation import divergence
+from eacmoe_lightning.evaluation.divergence import PerToken, compare, joined, statistics
+from eacmoe_lightning.evaluation.evaluate import evaluate
+from eacmoe_lightning.evaluation.streams import AfterBlock, effect_of_selection, rounded, run_batches
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.models.streamed import StreamedModel
 
 
-def test_steps_in_between_read_nothing_from_the_device():
-    watch, unreadable = LossWatch(), torch.empty((), device="meta")  # `bool` of it is an error
-    for step in (*range(1, EVERY), *range(EVERY + 1, 2 * EVERY)):
-        assert watch.see(unreadable, step) is None
-    for step in (0, EVERY, 2 * EVERY):
-        with pytest.raises(RuntimeError, match="meta"):
-            watch.see(unreadable, step)
+def random_tokens(number: int = 2000) -> tuple[PerToken, dict]:
+    """Tokens of two random models, and their figures computed in another way."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(number, 50, generator=generator) * 3
+    other = base + 0.3 * torch.randn(number, 50, generator=generator)
+    targets = torch.randint(0, 50, (number,), generator=generator)
+    p, q = base.double().softmax(-1), other.double().softmax(-1)
+    rows = torch.arange(number)
+    change = q[rows, targets] - p[rows, targets]
+    kl = (p * (p / q).log()).sum(-1)
+    ratio = (p[rows, targets] / q[rows, targets]).log()
+    expected = {
+        "kl": kl,
+        "same_top": (p.argmax(-1) == q.argmax(-1)).double().mean(),
+        "mean_dp": change.mean(),
+        "rms_dp": change.square().mean().sqrt(),
+        "log_ppl_ratio": ratio.mean(),
+        "log_ppl_ratio_error": ratio.std() / math.sqrt(number),
+        "confidence": p.max(-1).values,
+    }
+    return compare(base, other, targets), expected
 
 
-@pytest.mark.parametrize(
-    ("options", "stage", "rate"),
-    [
-        ({"model__router_method": "sgd", "model__router_lr": 1e38, "model__joint_epochs": 0}, "block 0", "router_lr"),
-        ({"model__joint_router_lr": 1e38, "model__joint_epochs": 1}, "the joint stage", "joint_*_lr"),
-    ],
-)
-def test_diverging_steps_store_nothing(options, stage, rate, tiny_model_dir, tmp_path, capsys):
-    """They begin with the second step; the block, its checkpoint and the model would come at the epoch's end."""
-    words = ["fit", *jobs.options(tiny_model_dir("mixtral"), tmp_path, **SMALL | options)]
-    for resume in ([], ["--ckpt_path", "auto"]):
-        with pytest.raises(SystemExit):
-            main([*words, *resume])
-        error = capsys.readouterr().err
-        assert f"the loss of {stage} is " in error and f"(--model.{rate})" in error
-        finished = list((tmp_path / "blocks").glob("block_???.safetensors"))
-        assert len(finished) == (3 if stage == "the joint stage" else 0)
-        assert not (tmp_path / "compressed").exists()
-        for path in (tmp_path / "checkpoints").glob("*.ckpt"):
-            assert stage == "the joint stage"
-            weights = torch.load(path, weights_only=False)["state_dict"].values()
-            assert all(weight.isfinite().all() for weight in weights)
+def test_the_figures_are_those_of_a_direct_computation(monkeypatch):
+    tokens, expected = random_tokens()
+    found = statistics(tokens)
+    for name in ("same_top", "mean_dp", "rms_dp", "log_ppl_ratio", "log_ppl_ratio_error"):
+        assert found[name] == pytest.approx(float(expected[name]), rel=1e-4)
+    kl = expected["kl"]
+    assert found["kl"]["mean"] == pytest.approx(float(kl.mean()), rel=1e-5)
+    assert found["kl"]["error"] == pytest.approx(float(kl.std()) / math.sqrt(len(kl)), rel=1e-4)
+    for name, fraction in {"median": 0.5, "p90": 0.9, "p99": 0.99, "p99_9": 0.999, "max": 1.0}.items():
+        assert found["kl"][name] == pytest.approx(float(kl.quantile(fraction)), rel=1e-4)
+    for row in found["by_confidence"]:
+        inside = (expected["confidence"] >= row["from"]) & (expected["confidence"] < row["to"])
+        assert row["share"] == pytest.approx(float(inside.double().mean()))
+        assert row["kl"] == pytest.approx(float(kl[inside].mean()), rel=1e-4)
+    assert sum(row["share"] for row in found["by_confidence"]) == pytest.approx(1)
+    monkeypatch.setattr(divergence, "ROWS_AT_ONCE", 50 * 7)  # in parts, and the order of tokens does not matter
+    again, _ = random_tokens()
+    assert all(torch.equal(a, b) for a, b in zip(again, tokens, strict=True))
+    assert json.loads(json.dumps(found)) == found and statistics(joined([])) == {}
+
+
+def test_impossible_and_equal_predictions():
+    base = torch.tensor([[0.0, 1.0, -torch.inf], [2.0, 2.0, 2.0]])
+    other = torch.tensor([[0.0, 0.0, -torch.inf], [2.0, 2.0, 2.0]])
+    tokens = compare(base, other, torch.tensor([0, 1]))
+    p = torch.tensor([0.0, 1.0]).softmax(-1)
+    assert tokens.kl.tolist() == [pytest.approx(float((p * (2 * p).log()).sum())), 0.0]
+    assert compare(base, base, torch.tensor([0, 1])).kl.tolist() == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model_dir):
+    """An original, streamed, and the same in bfloat16 as the other model; token ids; both whole."""
+    folder = str(tiny_model_dir("qwen2_moe"))
+    original, subject = (StreamedModel(Checkpoint(folder, dtype)) for dtype in ("float32", "bfloat16"))
+    ids = torch.randint(0, tiny_models.VOCABULARY, (5, 32), generator=torch.Generator().manual_seed(0))
+    return original, subject, ids, (load_original(folder), load_original(folder, "bfloat16"))
+
+
+@torch.no_grad()
+def test_the_evaluation_gives_the_figures_of_whole_models(pair):
+    original, subject, ids, whole = pair
+    result = evaluate(original, subject, {"a": ids, "b": ids[:2]}, 2, split=True, noise_floor=3)["divergence"]
+    logits = [model(ids, use_cache=False).logits[:, :-1].flatten(0, 1) for model in whole]
+    expected = statistics(compare(*logits, ids[:, 1:].flatten()))
+    found = result["texts"]["a"]["compressed"]
+    assert found["tokens"] == expected["tokens"] == 5 * 31
+    for name in ("same_top", "mean_dp", "rms_dp", "log_ppl_ratio"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-5)
+    for name, value in expected["kl"].items():
+        assert found["kl"][name] == pytest.approx(value, rel=2e-2, abs=1e-6)
+    assert found["kl"]["mean"] > 0
+    assert result["texts"]["a"]["noise_floor"]["tokens"] == 3 * 31  # of the first windows
+    assert result["texts"]["b"]["noise_floor"]["tokens"] == 2 * 31
+    means = [result["texts"][text]["compressed"]["kl"]["mean"] for text in ("a", "b")]
+    assert result["mean"]["compressed"]["kl"] == pytest.approx(sum(means) / 2)
+    assert [row["block"] for row in result["blocks"]] == [0, 1, 2]
+    assert all(0 < row[name] < 1 for row in result["blocks"] for name in ("compressed", "noise_floor", "weight_damage"))
+
+
+@torch.no_grad()
+def test_the_noise_floor_is_the_original_with_rounded_hidden_states(pair):
+    original, _, ids, (whole, _) = pair
+    handles = [
+        block.layer.register_forward_hook(lambda layer, args, output, i=i: rounded(output, i))
+        for i, block in enumerate(MoEModel(whole).blocks)
+    ]
+    found = {}
+    run_batches(original, original, [ids], on_tokens=lambda j, name, t: found.update({name: t}), noise_floor=[0])
+    logits = whole(ids, use_cache=False).logits[:, :-1]
+    for handle in handles:
+        handle.remove()
+    base = whole(ids, use_cache=False).logits[:, :-1]
+    expected = compare(base.flatten(0, 1), logits.flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(found["noise_floor"].kl, expected.kl, rtol=5e-2, atol=1e-7)
+    assert float(found["noise_floor"].kl.mean()) > 0 and not found["compressed"].kl.any()
+
+
+def test_rounding_moves_by_at_most_a_rounding_error_in_every_dtype():
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        before = x.to(dtype)
+        after, _ = rounded((before, torch.arange(3)), seed=1)
+        moved = (after.float() - before.float()).abs() / before.float().abs()
+        assert after.dtype == dtype and 0 < float(moved.mean()) and float(moved.max()) <= 2**-7
+        assert torch.equal(after, rounded((before, None), seed=1)[0])
+
+
+@torch.no_grad()
+def test_the_effect_of_a_selection_is_that_of_forcing_it(pair):
+    """`weighted`: the block with the other selection forced on it moves its output by what the experts moved."""
+    original, subject, ids, _ = pair
+    seen: list[AfterBlock] = []
+    run_batches(original, subject, [ids], on_block=lambda j, after: seen.append(after))
+    other = seen[1].compressed_ids.clone()  # the second block, with other experts for every third token
+    other[::3] = (seen[1].ids[::3] + 1) % original.blocks[1].num_experts
+    with original.loaded(0) as first:
+        state, _ = first.forward(original.call(0, ids))
+    with original.loaded(1) as block:
+        moe = block.experts.module
+        outputs = []
+        handle = moe.register_forward_hook(lambda module, args, output: outputs.append((args, output)))
+        call = original.call(1, ids, state)
+        _, routing = block.forward(call)
+        block.forward(call, force_ids=other)
+        handle.remove()
+        (args, output), (_, forced) = outputs[:2]
+        found = effect_of_selection(block, routing.logits, *args, output, other)
+        skipping = effect_of_selection(block, routing.logits, *args, output, other + block.num_experts)
+    expected = (forced - output).norm(dim=-1) / output.norm(dim=-1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert int((found > 1e-6).sum()) >= len(other) // 3 and skipping is None
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(tiny_model_dir, tmp_path):
+    """3 windows in shares of 1 and 2, and a text of a single window, which one process does not have."""
+    from test_processes import launch
+
+    options = {
+        "model__block_epochs": 0, "model__joint_epochs": 0, "data__noise_floor": 2,
+        "data__heldout": "{prose: 'bundled:prose[:10%]', one: 'bundled:code[:10%]'}",
+    }  # fmt: skip
+    model = tiny_model_dir("qwen2_moe")
+    jobs.fit(model, tmp_path / "alone", **options)
+    status, output = launch(2, *jobs.options(model, tmp_path / "two", **options))
+    assert status == 0, output[-3000:]
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("alone", "two"))
+    for text, streams in one["divergence"]["texts"].items():
+        for stream, figures in streams.items():
+            other = two["divergence"]["texts"][text][stream]
+            assert other["tokens"] == figures["tokens"]
+            assert other["kl"] == pytest.approx(figures["kl"], rel=2e-2, abs=1e-7)
+            assert other["same_top"] == pytest.approx(figures["same_top"], abs=0.01)
+    assert two["divergence"]["mean"]["compressed"] == pytest.approx(one["divergence"]["mean"]["compressed"], rel=2e-2)
+    weighted = [report["expert_shift"]["mean"]["after"]["weighted"] for report in (one, two)]
+    assert weighted[0] == pytest.approx(weighted[1], rel=1e-2)
+    main(["validate", *jobs.options(model, tmp_path / "alone", **options)])
+    again = json.loads((tmp_path / "alone" / "validate.json").read_text())["divergence"]
+    assert again["mean"]["compressed"] == pytest.approx(one["divergence"]["mean"]["compressed"], rel=1e-4)

@@ -235,7 +235,7 @@ def test_evaluation_block_by_block_is_that_of_the_models(split, tiny_model_dir, 
         assert alone.keys() == together[j].keys()
         for name in alone:
             assert torch.equal(alone[name], together[j][name])
-    assert [(block, batch) for batch, block, *_ in selections] == [(b, j) for b in range(3) for j in range(3)]
+    assert [(after.moe_block, batch) for batch, after in selections] == [(b, j) for b in range(3) for j in range(3)]
     logits = whole[0].model(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
     expected = -logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(together[0]["original"], expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The report of a run: `report.json` with stable keys, and the same content to read in `report.md`.
+"""The report of a run: `report.json` with stable keys, the same to read in `report.md`, and `report.html`.
 
 Keys, with dots for nesting:
 
@@ -7,12 +7,23 @@ Keys, with dots for nesting:
     model.stored        dtype of the original's weights on disk, or the scheme that they are quantized by
     bits.nominal        as the paper counts
     bits.true           with scales and zero points, over the same weights
+    bits.all|original   everything in the files of weights, over all weights of the original: of the result and before
+    model.weights       their number, embeddings included
     size_bytes.original|compressed
     perplexity.<text>.original|compressed|before
                         before: the compressed model with the original's routers; left out if the block stage has
                         trained the weights together with the routers
-    expert_shift.mean.before|after.any|half|all|selections
-                        over the held-out texts
+    divergence.texts.<text>.compressed|noise_floor|before.<figure>
+                        from the original (evaluation/divergence.py, `statistics`): kl.mean|error|median|p90|p99|p99_9
+                        |max, same_top, mean_dp, rms_dp, log_ppl_ratio, each with its <figure>_error, tokens,
+                        by_confidence[].from|to|share|kl; nats and shares
+    divergence.mean.compressed|noise_floor|before.kl|kl_error|same_top|rms_dp|log_ppl_ratio
+                        plain mean over the texts
+    divergence.blocks[].block|compressed|noise_floor
+                        mean relative distance of the hidden states after each block from the original's
+    expert_shift.mean.before|after.any|half|all|selections|weighted
+                        over the held-out texts; weighted: mean over tokens of how far the changed selection alone moves
+                        the experts' output, relative to it (evaluation/streams.py, `effect_of_selection`)
     expert_shift.calibration.before|after, expert_shift.blocks[]
     router.method
     reconstruction.<block>.held_back|taken|moved
@@ -50,8 +61,8 @@ from typing import Any
 
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits, num_quantized
 from eacmoe_lightning.compressed.format import size_of
+from eacmoe_lightning.evaluation.report_html import html
 from eacmoe_lightning.evaluation.report_text import markdown
-from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.quantization.packing import STORED
@@ -105,7 +116,7 @@ def build(
 
 def head(
     run: RunDirectory,
-    moe: MoEModel,
+    moe: StreamedModel,
     name_or_path: str,
     size_bytes: int,
     bits: dict[str, float],
@@ -119,6 +130,8 @@ def head(
         bits: average bits of the quantized weights, `nominal` and `true`.
         blocks: see `build`.
     """
+    weights = sum(parameter.numel() for parameter in moe.weights.skeleton().parameters())  # also those pruned since
+    compressed = size_of(run.compressed)
     return {
         "model": {
             "name_or_path": name_or_path,
@@ -127,15 +140,16 @@ def head(
             "moe_blocks": len(moe.moe_blocks),
             "experts": len(next(s.expert_load["original"] for s in blocks if s.is_moe)),
             "top_k": moe.top_k,
+            "weights": weights,
         },
-        "bits": bits,
-        "size_bytes": {"original": size_bytes, "compressed": size_of(run.compressed)},
+        "bits": bits | {"all": 8 * compressed / weights, "original": 8 * size_bytes / weights},
+        "size_bytes": {"original": size_bytes, "compressed": compressed},
         "cost": cost(run),
     }
 
 
 def add_quality(report: dict[str, Any], blocks: list[BlockStats], evaluation: dict[str, dict] | None) -> None:
-    """Adds perplexity and expert-shift to a report; arguments as in `build`."""
+    """Adds perplexity, divergence and expert-shift to a report; arguments as in `build`."""
     moe_stats = [s for s in blocks if s.is_moe]
     calibration = {when: [s.expert_shift[when] for s in moe_stats] for when in ("before", "after")}
     report["expert_shift"] = {"calibration": {when: mean_rates(rows) for when, rows in calibration.items()}}
@@ -146,6 +160,7 @@ def add_quality(report: dict[str, Any], blocks: list[BlockStats], evaluation: di
         if "before" in evaluation:
             for text, values in evaluation["before"]["perplexity"].items():
                 report["perplexity"][text]["before"] = values["compressed"]
+        report["divergence"] = _divergence(evaluation)
         shifts = {when: result["expert_shift"] for when, result in evaluation.items()}
         report["expert_shift"]["mean"] = {when: shift["mean"] for when, shift in shifts.items()}
         report["expert_shift"]["texts"] = {
@@ -158,8 +173,23 @@ def add_quality(report: dict[str, Any], blocks: list[BlockStats], evaluation: di
     report["expert_shift"]["blocks"] = per_block
 
 
+def _divergence(evaluation: dict[str, dict]) -> dict[str, Any]:
+    """The divergence `after`, and beside it that of the compressed model `before`."""
+    after, before = evaluation["after"]["divergence"], evaluation.get("before", {}).get("divergence")
+    if before is None:
+        return after
+    return after | {
+        "mean": after["mean"] | {"before": before["mean"]["compressed"]},
+        "texts": {
+            text: streams | {"before": before["texts"][text]["compressed"]} for text, streams in after["texts"].items()
+        },
+    }
+
+
 def write(run: RunDirectory, report: dict[str, Any]) -> None:
+    """Writes the report's files to the run directory; `report.md` is the last."""
     write_json(run.path / "report.json", report)
+    write_atomically(run.path / "report.html", lambda partial: partial.write_text(html(report), "utf-8"))
     write_atomically(run.path / "report.md", lambda partial: partial.write_text(markdown(report)))
 
 

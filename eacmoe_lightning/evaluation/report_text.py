@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from eacmoe_lightning.calibration.blocks import PHASES
 from eacmoe_lightning.evaluation.coverage import coverage_lines
+from eacmoe_lightning.evaluation.figures import divergence_rows, figure_columns
 from eacmoe_lightning.routers.expert_shift import RATES
 from eacmoe_lightning.run.files import first_of
 
@@ -37,8 +39,13 @@ def summary(report: dict[str, Any]) -> str:
             lines.append(
                 f"{pruning['below_alpha']} experts are below alpha and stay: a token selects {report['model']['top_k']}"
             )
+    texts = (report.get("divergence") or {}).get("texts", {})
     for text, values in report["perplexity"].items():
-        lines.append(f"perplexity {text:10s} {values['original']:8.3f} -> {values['compressed']:8.3f}")
+        line = f"perplexity {text:10s} {values['original']:8.3f} -> {values['compressed']:8.3f}"
+        if figures := texts.get(text, {}).get("compressed"):
+            kl = figures["kl"]
+            line += f"; KL divergence {kl['mean']:.4f} ± {kl['error']:.4f}, same top token {figures['same_top']:.1%}"
+        lines.append(line)
     if not report["perplexity"]:
         lines.append(f"{NO_PERPLEXITY}; changed selections are those on the calibration text")
     for rate in RATES:
@@ -70,6 +77,18 @@ def evaluation_summary(result: dict[str, Any], size_bytes: dict[str, int]) -> st
         f"{text:12s} " + " ".join(f"{values[name]:16.3f}" for name in streams)
         for text, values in result["perplexity"].items()
     ]
+    if divergence := result["divergence"]:
+        streams = list(divergence["mean"])
+        lines.append(f"{'KL':12s} " + " ".join(f"{name:>16s}" for name in streams))
+        lines += [
+            f"{text:12s} " + " ".join(f"{values[n]['kl']['mean'] if values[n] else math.nan:16.5f}" for n in streams)
+            for text, values in divergence["texts"].items()
+        ]
+        lines.append(f"{'same top':12s} " + " ".join(f"{name:>16s}" for name in streams))
+        lines += [
+            f"{text:12s} " + " ".join(f"{values[n]['same_top'] if values[n] else math.nan:16.2%}" for n in streams)
+            for text, values in divergence["texts"].items()
+        ]
     if shift := result["expert_shift"]:
         rates = list(shift["mean"])
         lines.append(f"{'changed':12s} " + " ".join(f"{rate:>16s}" for rate in rates))
@@ -87,14 +106,21 @@ def markdown(report: dict[str, Any]) -> str:
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
         + f"  \n{report['machine']['processor']}, {report['machine']['threads']} threads",
         f"## Perplexity on held-out text\n\n{_perplexity_table(report['perplexity'])}",
-        "## Expert-shift per block\n\nShare of tokens with any, at least half, or all selections changed.\n\n"
+        *([_divergence_table(report)] if report.get("divergence") else []),
+        _size_table(report),
+        "## Expert-shift per block\n\nShare of tokens with any, at least half, or all selections changed. Weighted: "
+        "how far changed selections alone move the experts' output, relative to it, mean over all tokens.\n\n"
         + _table(
-            ["block", "text", *(f"{r} {w}" for r in RATES for w in ("before", "after"))],
+            ["block", "text", *(f"{r} {w}" for r in (*RATES, "weighted") for w in ("before", "after"))],
             [
                 [
                     row["block"],
                     text,
-                    *(f"{row[text][w][r]:.2%}" if w in row[text] else "" for r in RATES for w in ("before", "after")),
+                    *(
+                        f"{row[text][when][rate]:.2%}" if rate in row[text].get(when, {}) else ""
+                        for rate in (*RATES, "weighted")
+                        for when in ("before", "after")
+                    ),
                 ]
                 for row in shift["blocks"]
                 for text in ("calibration", "heldout")
@@ -122,6 +148,42 @@ def _perplexity_table(texts: dict[str, dict[str, float]]) -> str:
     return "`original`: the original model. `before`: the compressed model with the original's routers.\n\n" + _table(
         ["text", *streams], [[text, *(f"{values[s]:.3f}" for s in streams)] for text, values in texts.items()]
     )
+
+
+def _divergence_table(report: dict[str, Any]) -> str:
+    divergence = report["divergence"]
+    distances = [[row["block"], *(f"{row[s]:.2%}" for s in row if s != "block")] for row in divergence["blocks"]]
+    return (
+        "## Divergence from the original\n\nNames and formulas of llama.cpp's `--kl-divergence`; nats per token. "
+        "± is one standard error, as if tokens were independent. Noise floor: the original with its activations "
+        "rounded to bfloat16 after each block.\n\n"
+        + _table(["text", *figure_columns()], divergence_rows(report))
+        + "\n\nMean KL divergence by the original's highest probability, with the share of tokens:\n\n"
+        + _by_confidence(divergence["texts"])
+        + "\n\nDistance of the hidden states after each block from the original's, relative to their length:\n\n"
+        + _table(["block", *(s.replace("_", " ") for s in divergence["blocks"][0] if s != "block")], distances)
+    )
+
+
+def _by_confidence(texts: dict[str, Any]) -> str:
+    rows = {text: streams["compressed"]["by_confidence"] for text, streams in texts.items() if streams["compressed"]}
+    bins = [f"{row['from']:g} to {row['to']:g}" for row in next(iter(rows.values()), [])]
+    cells = [
+        [text, *("" if b["kl"] is None else f"{b['kl']:.4f} ({b['share']:.0%})" for b in bins_of)]
+        for text, bins_of in rows.items()
+    ]
+    return _table(["text", *bins], cells)
+
+
+def _size_table(report: dict[str, Any]) -> str:
+    bits, size = report["bits"], report["size_bytes"]
+    rows = [
+        ["files of weights", f"{size['original'] / 1e6:.1f} MB", f"{size['compressed'] / 1e6:.1f} MB"],
+        ["bits per weight, all weights and everything stored", f"{bits['original']:.2f}", f"{bits['all']:.2f}"],
+        ["bits per quantized weight, with scales and zero points", "", f"{bits['true']:.2f}"],
+        ["bits per quantized weight, codes alone", "", f"{bits['nominal']:.2f}"],
+    ]
+    return "## Size\n\n" + _table(["", "original", "compressed"], rows)
 
 
 def _table(head: list[str], rows: list[list]) -> str:

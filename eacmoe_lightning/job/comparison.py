@@ -18,6 +18,7 @@ from eacmoe_lightning.models.originals import stored_name
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.run.ranks import Ranks
 
 
 @dataclass
@@ -63,6 +64,10 @@ class Comparison(LightningModule):
     @property
     def run(self) -> RunDirectory:
         return RunDirectory(self.trainer.default_root_dir)
+
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.global_rank, self.trainer.world_size, self.trainer.strategy.root_device)
 
     def setup(self, stage: str) -> None:
         refuse_unsuitable(self.trainer, stage)
@@ -112,7 +117,10 @@ class Comparison(LightningModule):
 
     def _start_evaluation(self, split: bool) -> None:
         scratch = self.run.scratch(self.global_rank)
-        self.compared.evaluation = Evaluation(self.compared.original, self.compared.subject, split, scratch)
+        floor = self.trainer.datamodule.noise_floor
+        self.compared.evaluation = Evaluation(
+            self.compared.original, self.compared.subject, split, scratch, self.ranks, floor
+        )
 
     def on_validation_epoch_start(self) -> None:
         self._start_evaluation(split=False)
@@ -123,7 +131,7 @@ class Comparison(LightningModule):
     def _evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int, names: list[str]) -> None:
         """Only gathers: at the end all batches of all texts run through each block together."""
         if len(batch["input_ids"]):
-            self.compared.evaluation.add(names[dataloader_idx], batch["input_ids"])
+            self.compared.evaluation.add(names[dataloader_idx], batch["input_ids"], int(batch["index"][0]))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluation_step(batch, dataloader_idx, self.trainer.datamodule.heldout_names)

@@ -57,6 +57,8 @@ class TextWindows(L.LightningDataModule):
             forward twice.
         num_heldout_windows: Number of windows from the start of each held-out text; None takes all.
         heldout_batch_size: Held-out windows per step and process.
+        noise_floor: Windows of each held-out text on which the evaluation measures the noise floor: the divergence of
+            the original, with its activations rounded to bfloat16, from itself. 0 leaves it out.
         tokenizer: The model whose tokenizer is taken, by name or path; set by `--model.name_or_path`.
         seed: Seed for the choice of the calibration windows and their order.
         trust_remote_code: Whether Python code beside the tokenizer may run; set by `--model.trust_remote_code`.
@@ -91,6 +93,7 @@ class TextWindows(L.LightningDataModule):
         micro_batch_size: int | None = None,
         num_heldout_windows: int | None = None,
         heldout_batch_size: int = 8,
+        noise_floor: int = 4,
         tokenizer: str = "bundled",
         seed: int = 0,
         trust_remote_code: bool = False,
@@ -131,6 +134,9 @@ class TextWindows(L.LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.num_heldout_windows = num_heldout_windows
         self.heldout_batch_size = heldout_batch_size
+        if noise_floor < 0:
+            raise ValueError(f"--data.noise_floor={noise_floor} is a number of windows: pass 0 or more")
+        self.noise_floor = noise_floor
         self.tokenizer = tokenizer
         self.seed = seed
         self.trust_remote_code = trust_remote_code

@@ -49,7 +49,6 @@ from eacmoe_lightning.run.block_file import BlockStats, read_stats
 from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.memory import Watch, available_memory
-from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
 from eacmoe_lightning.text.sources import stored_sources
 from eacmoe_lightning.tuning.codes import trains_weights
@@ -413,10 +412,6 @@ class QESC(Comparison):
         """What the block or the joint stage trains: of router, norm, scale and code."""
         rates, epochs = (self.block_lr, self.block_epochs) if stage == "block" else (self.joint_lr, self.joint_epochs)
         return [kind for kind, lr in rates.items() if lr] if epochs else []
-
-    @property
-    def ranks(self) -> Ranks:
-        return Ranks(self.global_rank, self.trainer.world_size, self.trainer.strategy.root_device)
 
     def enter_block(self) -> None:
         """Advances the streams to the current epoch's block, and brings what its stage trains into memory.

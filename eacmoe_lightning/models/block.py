@@ -243,6 +243,15 @@ class Block:
         handles.append(self.router.register_forward_hook(hook, with_kwargs=True))
         return handles
 
+    def watch_experts(self, watcher: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> RemovableHandle:
+        """Calls `watcher` with what the experts read, x [N, D], ids [N, K], weights [N, K], and return, [N, D]."""
+
+        def show(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+            hidden, ids, weights, *_ = (*args, *kwargs.values())
+            watcher(hidden.reshape(-1, hidden.shape[-1]), ids, weights, output.reshape(-1, output.shape[-1]))
+
+        return self.experts.module.register_forward_hook(show, with_kwargs=True)
+
     def route(self, x: Tensor) -> Routing:
         """The router's output for its inputs [N, D]; only of routers that read nothing else (`routes_alone`)."""
         routings: list[Routing] = []

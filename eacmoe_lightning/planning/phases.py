@@ -79,10 +79,11 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
         evaluations * (in_blocks * job.stored_share + codes),
         sum(s.touched for s in of_blocks) + 6 * 4 * logits,
     )
+    evaluated = 2 * evaluations * job.heldout_tokens + job.floor_tokens  # tokens through all blocks
     phases["evaluate"].add(
         2 * (outside_blocks + block_size) + batch * 8 * hidden * itemsize + job.window_length * 8 * logits,
-        flops=2 * evaluations * job.heldout_tokens * share * forward,
-        loop_bytes=2 * evaluations * job.heldout_tokens * share * touched,
+        flops=evaluated * share * forward,
+        loop_bytes=evaluated * share * touched,
         read_bytes=read,
         again_bytes=read,
     )

@@ -47,6 +47,7 @@ class Job:
         num_windows, window_length, batch_size: size of the calibration text and of a batch.
         micro_batch_size: windows that the stages that train run at a time; None: a batch.
         heldout_tokens: number of tokens of the evaluation at the end.
+        floor_tokens: those among them on which it measures the noise floor.
         router_method, router_epochs, num_targets, block_epochs, joint_epochs: as in `fit`.
         block_kinds, joint_kinds: what the block and the joint stage train: of router, norm, scale and code.
         stream_bytes: bytes per number of the hidden streams on disk.
@@ -76,6 +77,7 @@ class Job:
     device: str = "cpu"
     stored_share: float = 1.0
     sampled_windows: int = 0
+    floor_tokens: int = 0
     memory: float = math.inf
     micro_batch_size: int | None = None
 
@@ -198,7 +200,7 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     streams, state_bytes = stream_use(moe, job)
     packed, itemsize = packed_bytes(recipe.grids(moe), job.share(moe.num_experts)), moe.model.dtype.itemsize
     unquantized = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
-    evaluated = 2 * job.heldout_tokens // job.window_length * state_bytes
+    evaluated = (2 * job.heldout_tokens + job.floor_tokens) // job.window_length * state_bytes
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
     in_training = [  # of the joint stage, and of the largest block
         (job.joint_kinds, num_quantized(moe) if job.joint_epochs else 0),
@@ -301,6 +303,7 @@ def job_of(
         batch_size=data.batch_size,
         micro_batch_size=data.micro_batch_size,
         heldout_tokens=heldout * data.window_length,
+        floor_tokens=min(heldout, len(data.heldout) * data.noise_floor) * data.window_length,
         router_method=module.router_method,
         router_epochs=module.router_epochs,
         num_targets=module.router_loss.num_targets(moe.num_experts, moe.top_k),

@@ -51,6 +51,15 @@ class Ranks:
         dist.all_gather(gathered, moved)
         return [other.to(tensor.device) for other in gathered]
 
+    def join(self, rows: Tensor) -> Tensor:
+        """The rows [n, ...] of all processes, ordered by rank; their numbers may differ."""
+        if self.world == 1:
+            return rows
+        counts = [int(count) for count in self.gather(torch.tensor([len(rows)]))]
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        return torch.cat([part[:count] for part, count in zip(self.gather(padded), counts, strict=True)])
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
