@@ -53,7 +53,7 @@ def heldout_scalars(result: dict[str, Any], group: str) -> Scalars:
     equal weights, but for the perplexity.
 
     Args:
-        result: `perplexity.<text>.<stream>`, `expert_shift.mean`, and any other part by text.
+        result: `perplexity.<text>.<stream>`, `expert_shift.mean`, `divergence.texts` and any other part by text.
         group: the first part of every tag.
     """
     texts = result["perplexity"].keys()
@@ -67,6 +67,12 @@ def heldout_scalars(result: dict[str, Any], group: str) -> Scalars:
             text: {"mean": math.log(streams["compressed"] / streams["original"])}
             for text, streams in parts["perplexity"].items()
         }
+    for text, streams in result.get("divergence", {}).get("texts", {}).items():
+        figures = streams.get("compressed", {})
+        for part in ("kl", "same_top", "rms_dp"):
+            if part in figures:
+                value = figures[part]
+                parts.setdefault(part, {})[text] = value if isinstance(value, dict) else {"mean": value}
     headline, details = {}, {}
     for part, by_text in parts.items():
         for text, values in by_text.items():
