@@ -1,9 +1,9 @@
 """Train the tiny MoE: `python train.py --name final --minutes 60`.
 
-The schedule follows wall-clock time, not steps, because throughput varies on a shared machine: a short
-warm-up, a constant rate, then a linear decay over the last third. `--resume` continues a run from its
-checkpoint, with another `--minutes` if needed. Started by torchrun, several processes share a run
-(see ranks.py), which is faster on a busy machine.
+The schedule is a short warm-up, a constant rate, then a linear decay over the last third. It follows
+wall-clock time, because throughput varies on a shared machine, or with `--million_tokens` what was read.
+`--resume` continues a run from its checkpoint, with another budget if needed. Started by torchrun, several
+processes share a run (see ranks.py), which is faster on a busy machine.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ranks import average_gradients, start
 
 MIX = {"prose": 0.24, "code": 0.22, "french": 0.15, "german": 0.11, "maths": 0.12, "dictionary": 0.09, "formal": 0.07}
 CONTEXT = 512
-DECAY_SHARE, FLOOR = 0.35, 0.03  # share of the time in which the rate decays; final rate over peak rate
+DECAY_SHARE, FLOOR = 0.35, 0.03  # share of the budget in which the rate decays; final rate over peak rate
 
 
 class Batches:
@@ -53,7 +53,7 @@ def evaluate(model: TinyMoE, tokens: Path, sequences: int, batch: int) -> dict[s
 
 
 def rate(progress: float, steps: int) -> float:
-    """Factor on the peak rate after a share `progress` of the time."""
+    """Factor on the peak rate after a share `progress` of the budget."""
     warm = min(1.0, (steps + 1) / 60)
     return warm * min(1.0, FLOOR + (1 - FLOOR) * max(0.0, 1 - progress) / DECAY_SHARE)
 
@@ -85,8 +85,12 @@ def train(options: argparse.Namespace) -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", shape, flush=True)
     budget, begin, last_save, mean = options.minutes * 60, time.time() - used, time.time(), []
     elapsed, since, tokens_then = used, time.time(), tokens
-    while elapsed < budget:
-        factor = rate(elapsed / budget, step)
+
+    def progress() -> float:
+        return tokens / (options.million_tokens * 1e6) if options.million_tokens else elapsed / budget
+
+    while progress() < 1:
+        factor = rate(progress(), step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -141,6 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=Path, default=Path("work/tokens"))
     parser.add_argument("--out", type=Path, default=Path("work/runs"))
     parser.add_argument("--minutes", type=float, default=70.0)
+    parser.add_argument("--million_tokens", type=float, help="train on so many tokens instead of for --minutes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8, help="sequences of 512 tokens per step")
     parser.add_argument("--hidden", type=int, default=256)
