@@ -8,7 +8,7 @@ judge whether it was an improvement, and the best pass is taken, or the solver's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.calibration.blocks import Calibration
-from eacmoe_lightning.job.trained import TrainedParts
+from eacmoe_lightning.job.stage import WeightStage
 from eacmoe_lightning.models.block import Block
-from eacmoe_lightning.routers.losses import RouterLoss
 from eacmoe_lightning.run.block_file import Reconstruction
 from eacmoe_lightning.run.hidden import State, hidden_of
 from eacmoe_lightning.tuning.chain import Chain
@@ -43,32 +41,11 @@ class Progress:
     best: dict[str, Tensor] | None = None
 
 
-class BlockStage:
-    """The block stage of the current block (`job.stage.Stage`).
+class BlockStage(WeightStage):
+    """The block stage of the current block."""
 
-    Args:
-        parts: the trained parameters.
-        rates: learning rates by kind of parameter.
-        router_loss, weight: the router loss beside the squared error, and its weight.
-        precision: the context of mixed precision in which training steps run.
-        at_once: windows that run through the block at a time; None: a batch of this process.
-    """
-
-    curve, rate_options, takes_steps = "block_stage/loss", "block_*_lr", True
-
-    def __init__(
-        self,
-        parts: TrainedParts,
-        rates: dict[str, float],
-        router_loss: RouterLoss,
-        weight: float,
-        precision: Callable[[], AbstractContextManager],
-        at_once: int | None = None,
-    ) -> None:
-        self.parts, self.rates, self.router_loss, self.weight = parts, rates, router_loss, weight
-        self.precision, self.at_once = precision, at_once
-        self.calibration: Calibration
-        self.progress: Progress | None = None
+    curve, rate_options = "block_stage/loss", "block_*_lr"
+    progress: Progress | None = None
 
     @property
     def block(self) -> Block:

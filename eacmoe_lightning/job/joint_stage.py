@@ -8,49 +8,26 @@ model fits, its blocks and activations stay there. Both give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.calibration.blocks import Calibration
-from eacmoe_lightning.job.trained import TrainedParts
+from eacmoe_lightning.job.stage import WeightStage
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.routers.losses import RouterLoss
 from eacmoe_lightning.run.hidden import State, moved, rows_of
 from eacmoe_lightning.tuning.chain import Chain
 from eacmoe_lightning.tuning.losses import distillation, selection
 
 
-class JointStage:
-    """The joint stage of a run (`job.stage.Stage`).
+class JointStage(WeightStage):
+    """The joint stage of a run."""
 
-    Args:
-        parts: the trained parameters.
-        rates: learning rates by kind of parameter.
-        router_loss, weight: the router loss beside the divergence, and its weight.
-        precision: the context of mixed precision in which training steps run.
-        at_once: windows that run through a block at a time; None: a batch of this process.
-    """
-
-    curve, rate_options, takes_steps = "joint_stage/loss", "joint_*_lr", True
-
-    def __init__(
-        self,
-        parts: TrainedParts,
-        rates: dict[str, float],
-        router_loss: RouterLoss,
-        weight: float,
-        precision: Callable[[], AbstractContextManager],
-        at_once: int | None = None,
-    ) -> None:
-        self.parts, self.rates, self.router_loss, self.weight = parts, rates, router_loss, weight
-        self.precision, self.at_once = precision, at_once
-        self.calibration: Calibration
-        self.compressed: StreamedModel | None = None  # the compressed model before training
+    curve, rate_options = "joint_stage/loss", "joint_*_lr"
+    compressed: StreamedModel | None = None  # the compressed model before training
 
     def open(self) -> None:
         """Brings the compressed model's head into memory; its blocks follow when they run."""
