@@ -203,7 +203,7 @@ def test_tensorboard_compares_finished_runs_by_their_results(run_of):
     value = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     for text, streams in report["perplexity"].items():
         assert value[f"quality/perplexity/{text}"] == [(0, pytest.approx(streams["compressed"], rel=1e-5))]
-        assert value[f"quality_details/perplexity/{text}/original"] == [
+        assert value[f"quality_details/perplexity/original/{text}"] == [
             (0, pytest.approx(streams["original"], rel=1e-5))
         ]
         lost = math.log(streams["compressed"] / streams["original"])
