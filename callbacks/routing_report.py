@@ -74,14 +74,15 @@ class RoutingReport(BlockCallback):
         finished = board.report_scalars(report)
         scalars = quality | finished
         if result and result.get("before", result["after"]) is not result["after"]:
-            scalars |= board.heldout_scalars(result["before"], "before_calibration")
+            before = board.heldout_scalars(result["before"], "before_calibration")
+            scalars |= {tag: value for tag, value in before.items() if tag.startswith("before_calibration/")}
         options = board.hyperparameters(module.settings(), trainer.datamodule.seed)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=0)
             if not isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(options)
         for writer in board_writers(trainer):
-            add_hyperparameters(writer, options, board.compared(quality) + list(finished))
+            add_hyperparameters(writer, options, board.compared(quality, finished))
             writer.add_text("report", markdown(report))
 
     @torch.no_grad()

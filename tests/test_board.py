@@ -35,25 +35,45 @@ def test_quality_is_one_scalar_a_text_and_its_mean():
             "quality/loss_increase/code": lost["code"],
             "quality/loss_increase/mean_of_texts": (lost["prose"] + lost["code"]) / 2,
             **{f"quality/expert_shift/{rate}": value for rate, value in RATES.items()},
-            **{f"quality_details/perplexity/{t}/original": v["original"] for t, v in RESULT["perplexity"].items()},
-            "quality_details/perplexity/prose/weight_damage": 10.5,
-            "quality_details/perplexity/code/weight_damage": 4.5,
+            **{f"quality_details/perplexity/original/{t}": v["original"] for t, v in RESULT["perplexity"].items()},
+            "quality_details/perplexity/weight_damage/prose": 10.5,
+            "quality_details/perplexity/weight_damage/code": 4.5,
+            **{f"quality_details/expert_shift/{r}/{t}": v for r, v in RATES.items() for t in ("prose", "code")},
         }
     )
 
 
-def test_any_figure_of_a_text_becomes_a_scalar():
-    """Also what the evaluation measures some day; curves and lists do not."""
-    divergence = {"mean": 0.1, "percentiles": {"99": 2.0}, "by_confidence": [0.1, 0.2]}
-    result = RESULT | {"kl": {"prose": divergence, "code": divergence | {"mean": 0.3}}, "other": {"german": {"a": 1}}}
+def test_the_divergence_is_among_what_models_are_judged_by():
+    figures = {"kl": {"mean": 0.1, "error": 0.01, "p99": 2.0}, "same_top": 0.9, "same_top_error": 0.1, "tokens": 63}
+    figures |= {"rms_dp": 0.05, "by_confidence": [{"from": 0.0, "to": 1.0, "kl": 0.1}]}
+    streams = {"compressed": figures, "noise_floor": {"kl": {"mean": 0.001}, "same_top": 0.99}}
+    result = RESULT | {"divergence": {"mean": {}, "texts": {"prose": streams, "code": streams}, "blocks": []}}
     scalars = heldout_scalars(result, "test")
-    new = {tag: value for tag, value in scalars.items() if tag not in heldout_scalars(RESULT, "test")}
-    assert new == pytest.approx(
+    texts, means = ("prose", "code"), ("prose", "code", "mean_of_texts")
+    assert {
+        tag: value for tag, value in scalars.items() if tag not in heldout_scalars(RESULT, "test")
+    } == pytest.approx(
         {
-            **{"test/kl/prose": 0.1, "test/kl/code": 0.3, "test/kl/mean_of_texts": 0.2},
-            **{f"test_details/kl/{text}/percentiles/99": 2.0 for text in ("prose", "code")},
+            **{f"test/{figure}/{text}": value for figure, value in (("kl", 0.1), ("same_top", 0.9)) for text in means},
+            **{
+                f"test_details/{figure}/{text}": value
+                for figure, value in (("kl/p99", 2.0), ("rms_dp", 0.05), ("noise_floor/kl", 0.001))
+                for text in texts
+            },
+            **{f"test_details/noise_floor/same_top/{text}": 0.99 for text in texts},
         }
     )
+
+
+def test_any_number_of_a_text_becomes_a_scalar():
+    """Also what the evaluation measures some day."""
+    answers = {"mean": 0.5, "flips": 3}
+    result = RESULT | {"answers": {"prose": answers, "code": answers}, "elsewhere": {"german": answers}}
+    scalars = heldout_scalars(result, "quality")
+    assert {tag: value for tag, value in scalars.items() if tag not in heldout_scalars(RESULT, "quality")} == {
+        **{f"quality/answers/{text}": 0.5 for text in ("prose", "code", "mean_of_texts")},
+        **{f"quality_details/answers/flips/{text}": 3 for text in ("prose", "code")},
+    }
 
 
 def test_an_original_alone_has_a_perplexity():
@@ -67,9 +87,14 @@ def test_runs_are_compared_by_quality_size_and_time():
         "size_bytes": {"original": 8e6, "compressed": 2e6},
         "cost": {"total_seconds": 60.0},
     }
-    assert report_scalars(report) == {"size/bits_per_weight": 3.2, "size/megabytes": 2.0, "cost/total_seconds": 60.0}
-    tags = compared(heldout_scalars(RESULT, "quality"))
-    assert tags == [f"quality/loss_increase/{text}" for text in ("mean_of_texts", "prose", "code")]
+    finished = report_scalars(report)
+    assert finished == {"size/bits_per_weight": 3.2, "size/megabytes": 2.0, "cost/total_seconds": 60.0}
+    tags = compared(heldout_scalars(RESULT, "quality"), finished)
+    assert tags == [
+        "quality/loss_increase/mean_of_texts",
+        *finished,
+        *("quality/loss_increase/prose", "quality/loss_increase/code"),
+    ]
 
 
 def test_hyperparameters_are_numbers_and_words():

@@ -203,14 +203,14 @@ def test_tensorboard_compares_finished_runs_by_their_results(run_of):
     value = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     for text, streams in report["perplexity"].items():
         assert value[f"quality/perplexity/{text}"] == [(0, pytest.approx(streams["compressed"], rel=1e-5))]
-        assert value[f"quality_details/perplexity/{text}/original"] == [
+        assert value[f"quality_details/perplexity/original/{text}"] == [
             (0, pytest.approx(streams["original"], rel=1e-5))
         ]
         lost = math.log(streams["compressed"] / streams["original"])
         assert value[f"quality/loss_increase/{text}"] == [(0, pytest.approx(lost, rel=1e-4))]
         kl = report["divergence"]["texts"][text]["compressed"]["kl"]
         assert value[f"quality/kl/{text}"] == [(0, pytest.approx(kl["mean"], rel=1e-5))]
-        assert value[f"quality_details/kl/{text}/p99"] == [(0, pytest.approx(kl["p99"], rel=1e-5))]
+        assert value[f"quality_details/kl/p99/{text}"] == [(0, pytest.approx(kl["p99"], rel=1e-5))]
     content = events.PluginTagToContent("hparams")
     experiment = parse_experiment_plugin_data(content[EXPERIMENT_TAG])
     metrics = [metric.name.tag for metric in experiment.metric_infos]

@@ -16,7 +16,7 @@ from eacmoe_lightning.run.block_file import BlockStats
 
 Scalars = dict[str, float]
 MEAN = "mean_of_texts"
-HEADLINE = ("compressed", "mean")  # of a text's figures, the one that stands for all
+JUDGED = ("kl", "same_top")  # of the divergence
 FIRST_OPTIONS = ("bits", "block_epochs", "joint_epochs", "model", "router_method")
 OPTIONS = (
     *("dtype", "quantizer", "bits", "attention_bits", "group_size", "router_method", "router_epochs", "router_lr"),
@@ -27,8 +27,8 @@ OPTIONS = (
 GUIDE = """
 | cards | horizontal axis | what they show |
 |---|---|---|
-| `quality` | none, one point a run | the finished model on held-out text: perplexity, what it lost to the original in nats per token, share of tokens whose experts changed |
-| `quality_details` | none | the same of the original, and further figures of each text |
+| `quality` | none, one point a run | the finished model on held-out text: perplexity; `loss_increase`, what it lost to the original in nats per token; `kl`, how far its predictions are from the original's (KL divergence, nats per token); `same_top`, share of tokens where both find the same token most likely; share of tokens whose experts changed |
+| `quality_details` | none | the original's perplexity, and further figures of each text |
 | `before_calibration` | none | the same with the original's routers, where no block was trained |
 | `blocks` | block | relative squared error of a block's output on windows it was not trained on, before and after its training; share of the quantized weights that the training changed; the pass that was taken |
 | `quantization_error` | block | relative squared error of each weight matrix's output |
@@ -47,50 +47,50 @@ selected how often (rows: blocks, columns: experts), TEXT has the report.
 def heldout_scalars(result: dict[str, Any], group: str) -> Scalars:
     """The scalars of an evaluation (`evaluate`).
 
-    Every part of the result that is keyed by the texts gives `GROUP/PART/TEXT` for the figure that stands for the text
-    (the compressed model's perplexity, the mean of a distribution) and `GROUP_details/PART/TEXT/NAME` for its other
-    numbers. `GROUP/loss_increase` is in nats per token. What stands for a text is averaged over the texts too, with
-    equal weights, but for the perplexity.
+    `GROUP/FIGURE/TEXT` is one of the figures by which a model is judged: `perplexity`, `loss_increase` (nats per
+    token), `kl`, `same_top`, or the `mean` of whatever else is measured by text. They are averaged over the texts too,
+    with equal weights, but for the perplexity. `GROUP/expert_shift/RATE` is over all texts.
+    `GROUP_details/FIGURE/TEXT` are the other numbers of a text. Standard errors and numbers of tokens are left to the
+    report.
 
     Args:
-        result: `perplexity.<text>.<stream>`, `expert_shift.mean`, `divergence.texts` and any other part by text.
+        result: parts by text, or with a part `texts` by text; `perplexity` and `expert_shift` among them.
         group: the first part of every tag.
     """
     texts = result["perplexity"].keys()
-    parts = {
-        name: by_text
-        for name, by_text in result.items()
-        if isinstance(by_text, dict) and by_text.keys() == texts and all(isinstance(v, dict) for v in by_text.values())
-    }
-    if all({"original", "compressed"} <= streams.keys() for streams in parts["perplexity"].values()):
+    parts = {name: part if part.keys() == texts else part.get("texts", {}) for name, part in result.items()}
+    if all({"original", "compressed"} <= streams.keys() for streams in result["perplexity"].values()):
         parts["loss_increase"] = {
             text: {"mean": math.log(streams["compressed"] / streams["original"])}
-            for text, streams in parts["perplexity"].items()
+            for text, streams in result["perplexity"].items()
         }
-    for text, streams in result.get("divergence", {}).get("texts", {}).items():
-        figures = streams.get("compressed", {})
-        for part in ("kl", "same_top", "rms_dp"):
-            if part in figures:
-                value = figures[part]
-                parts.setdefault(part, {})[text] = value if isinstance(value, dict) else {"mean": value}
-    headline, details = {}, {}
+    judged: dict[str, Scalars] = {}
+    details: Scalars = {}
     for part, by_text in parts.items():
-        for text, values in by_text.items():
-            for name, value in _numbers(values):
-                path, _, last = f"{part}/{name}".rpartition("/")
-                if last in HEADLINE or len(values) == 1:
-                    headline.setdefault(path, {})[text] = value
+        for text, values in by_text.items() if by_text.keys() == texts else ():
+            for name, value in _numbers(values) if isinstance(values, dict) else ():
+                figure = _figure(part, name, len(values) == 1)
+                if figure in (part, *JUDGED):
+                    judged.setdefault(figure, {})[text] = value
                 else:
-                    details[f"{group}_details/{part}/{text}/{name}"] = value
-    scalars = {f"{group}/{path}/{text}": value for path, row in headline.items() for text, value in row.items()}
+                    details[f"{group}_details/{figure}/{text}"] = value
+    scalars = {f"{group}/{figure}/{text}": value for figure, row in judged.items() for text, value in row.items()}
     scalars |= {
-        f"{group}/{path}/{MEAN}": sum(row.values()) / len(row)
-        for path, row in headline.items()
-        if path != "perplexity" and len(row) == len(texts)
+        f"{group}/{figure}/{MEAN}": sum(row.values()) / len(row)
+        for figure, row in judged.items()
+        if figure != "perplexity"
     }
     if shift := result["expert_shift"]:
         scalars |= {f"{group}/expert_shift/{rate}": value for rate, value in shift["mean"].items()}
     return scalars | details
+
+
+def _figure(part: str, name: str, is_only_one: bool) -> str:
+    """What a number is called: `compressed/kl/p99` of the divergence is `kl/p99`, `original/kl/mean` `original/kl`."""
+    words = [word for word in name.split("/") if word not in ("compressed", "mean")]
+    if is_only_one and len(words) == 1:
+        words = []  # the perplexity of an original that is evaluated alone
+    return "/".join(words if part == "divergence" else [part, *words])
 
 
 def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -98,7 +98,7 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) and name != "tokens" and not name.endswith("error"):
             yield f"{prefix}{name}", float(value)
 
 
@@ -111,10 +111,11 @@ def report_scalars(report: dict[str, Any]) -> Scalars:
     }
 
 
-def compared(quality: Scalars) -> list[str]:
-    """The tags of a finished model's quality by which HPARAMS compares runs, the mean over the texts first."""
+def compared(quality: Scalars, finished: Scalars) -> list[str]:
+    """The tags by which HPARAMS compares runs: quality over all texts, `finished`, quality by text."""
     tags = [tag for tag in quality if re.match("quality/(?!perplexity/|expert_shift/)", tag)]
-    return sorted(tags, key=lambda tag: not tag.endswith(f"/{MEAN}"))
+    means = [tag for tag in tags if tag.endswith(f"/{MEAN}")]
+    return [*means, *finished, *(tag for tag in tags if tag not in means)]
 
 
 def hyperparameters(settings: dict[str, Any], seed: int) -> dict[str, str | float]:
