@@ -9,7 +9,7 @@ import tiny_models
 import torch
 
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.evaluation import divergence
+from eacmoe_lightning.evaluation import divergence, report_html, report_text
 from eacmoe_lightning.evaluation.divergence import PerToken, compare, joined, statistics
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.evaluation.streams import AfterBlock, effect_of_selection, rounded, run_batches
@@ -182,3 +182,89 @@ def test_two_processes_give_the_figures_of_one(tiny_model_dir, tmp_path):
     main(["validate", *jobs.options(model, tmp_path / "alone", **options)])
     again = json.loads((tmp_path / "alone" / "validate.json").read_text())["divergence"]
     assert again["mean"]["compressed"] == pytest.approx(one["divergence"]["mean"]["compressed"], rel=1e-4)
+
+
+# --- the report
+
+
+def test_the_report_has_the_divergence_and_a_page_without_network(fitted, tmp_path, capsys):
+    run = fitted("qwen3_moe")
+    report = json.loads((run / "report.json").read_text())
+    for text, streams in report["divergence"]["texts"].items():
+        assert streams.keys() == {"compressed", "noise_floor"}
+        values, floor = streams["compressed"], streams["noise_floor"]
+        ratio = math.log(report["perplexity"][text]["compressed"] / report["perplexity"][text]["original"])
+        assert values["log_ppl_ratio"] == pytest.approx(ratio, abs=1e-5)
+        assert values["kl"]["mean"] > 10 * floor["kl"]["mean"] > 0 and values["same_top"] < floor["same_top"]
+    shift = report["expert_shift"]["mean"]["after"]
+    assert 0 < shift["weighted"] < 2 * shift["any"]
+    stored = sum(path.stat().st_size for path in (run / "compressed").glob("*.safetensors"))
+    assert report["bits"]["all"] == pytest.approx(8 * stored / report["model"]["weights"])
+    page = (run / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "http" not in page.replace("http-equiv", "")
+    for value in (report["divergence"]["mean"]["compressed"]["same_top"], shift["weighted"]):
+        assert f"{100 * value:.1f}\N{NO-BREAK SPACE}%" in page
+    text = (run / "report.md").read_text()
+    assert "## Divergence from the original" in text and "| prose, noise floor |" in text and "## Size" in text
+    assert "same top token" in report_text.summary(report)
+
+
+def test_the_page_escapes_all_text_and_needs_no_evaluation(fitted):
+    report = json.loads((fitted("qwen3_moe") / "report.json").read_text())
+    bad = "<script>alert('&')</script>"
+    report["model"]["name_or_path"] = report["command"] = report["machine"]["processor"] = bad
+    for part in ("perplexity", "tokens"):
+        if part in report:
+            report[part] = {bad: next(iter(report[part].values()))}
+    report["divergence"]["texts"] = {bad: next(iter(report["divergence"]["texts"].values()))}
+    page = report_html.html(report)
+    assert "<script" not in page and page.count("&lt;script&gt;") >= 4
+    del report["divergence"]
+    report["perplexity"] = {}
+    assert "KL divergence" not in report_html.html(report)
+    assert "Divergence" not in report_text.markdown(report)
+
+
+def copied(run, folder, change):
+    """A run directory with only a report, changed."""
+    report = json.loads((run / "report.json").read_text())
+    change(report)
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(report))
+    return str(folder)
+
+
+def test_runs_are_compared_by_size_and_divergence(fitted, tmp_path, capsys):
+    run = fitted("qwen3_moe")
+
+    def variant(name, size, kl):
+        def change(report):
+            report["size_bytes"]["compressed"] = size
+            report["divergence"]["mean"]["compressed"]["kl"] = kl
+
+        return copied(run, tmp_path / name, change)
+
+    runs = [variant("large", 3_000_000, 0.01), variant("small", 1_000_000, 0.2), variant("bad", 2_000_000, 0.5)]
+    main(["report", *runs, "--output", str(tmp_path / "pareto.html")])
+    lines = capsys.readouterr().out.splitlines()[1:4]
+    assert [line.split()[0] for line in lines] == [runs[1], runs[2], runs[0]]
+    assert ["another is smaller" in line for line in lines] == [False, True, False]
+    page = (tmp_path / "pareto.html").read_text()
+    assert page.count("<circle") == 3 and "http" not in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda report: report.pop("divergence"), "has no divergence"),
+        (lambda report: report["model"].update(name_or_path="other"), "cannot be compared: model"),
+        (lambda report: report["divergence"]["texts"].pop("code"), "cannot be compared: texts and tokens"),
+        (None, "has no report.json"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(change, message, fitted, tmp_path, capsys):
+    run = fitted("qwen3_moe")
+    other = str(tmp_path / "none") if change is None else copied(run, tmp_path / "other", change)
+    with pytest.raises(SystemExit):
+        main(["report", str(run), other, "--output", str(tmp_path / "pareto.html")])
+    assert message in capsys.readouterr().err and not (tmp_path / "pareto.html").exists()

@@ -31,6 +31,7 @@ from eacmoe_lightning.cli import COMMANDS, FUNCTIONS, main
 from eacmoe_lightning.commands.configs import NamedConfigParser, config_names, find_config
 from eacmoe_lightning.commands.fit import ParsedOnly, parse_fit
 from eacmoe_lightning.commands.plan import options as plan_options
+from eacmoe_lightning.commands.report import options as report_options
 from eacmoe_lightning.quantization.quantizers import Quantizer
 from eacmoe_lightning.routers.losses import RouterLoss
 from eacmoe_lightning.text.sampled import sampled_source
@@ -128,6 +129,8 @@ def parse(words: tuple[str, ...]) -> None:
         if command in FUNCTIONS:
             parser = auto_parser(FUNCTIONS[command], as_positional=False, parser_class=NamedConfigParser)
             parser.instantiate(parser.parse_args(rest))
+        elif command == "report":
+            report_options().parse_args(rest)
         elif command == "plan":
             parse_fit(plan_options().parse_known_args(rest)[1])
         else:

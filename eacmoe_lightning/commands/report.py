@@ -25,11 +25,8 @@ def report(words: Sequence[str]) -> None:
         FileNotFoundError: a directory holds no report.
         ValueError: a run has no divergence, or runs cannot be compared.
     """
-    parser = argparse.ArgumentParser(f"{Path(sys.argv[0]).name} report", description=report.__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories of fit or prune")
-    parser.add_argument("--output", default="pareto.html", help="the HTML file to write (default: %(default)s)")
-    options = parser.parse_args(words)
-    runs = {name: _read(Path(name)) for name in dict.fromkeys(options.runs)}
+    given = options().parse_args(words)
+    runs = {name: _read(Path(name)) for name in dict.fromkeys(given.runs)}
     first, (base, subject) = next(iter(runs.items()))
     for name, (other, divergence) in runs.items():
         for what, ours, theirs in (
@@ -43,14 +40,22 @@ def report(words: Sequence[str]) -> None:
                 )
     points = mark_best([point(name, *run) for name, run in runs.items()])
     written = page(base["model"]["name_or_path"], list(subject["texts"]), points)
-    write_atomically(Path(options.output), lambda partial: partial.write_text(written, "utf-8"))
+    write_atomically(Path(given.output), lambda partial: partial.write_text(written, "utf-8"))
     print(f"{'run':32s} {'MB':>10s} {'bits':>6s} {'KL':>9s} {'±':>8s} {'same top':>9s}")
     for row in points:
         print(
             f"{row['name']:32s} {row['size'] / 1e6:10.1f} {row['bits']:6.2f} {row['kl']:9.5f} {row['kl_error']:8.5f} "
             f"{row['same_top']:9.2%}{'' if row['best'] else '  (another is smaller and closer)'}"
         )
-    print(f"{options.output}: the plot")
+    print(f"{given.output}: the plot")
+
+
+def options() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(f"{Path(sys.argv[0]).name} report", description=report.__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories of fit or prune")
+    parser.add_argument("--output", default="pareto.html", help="the HTML file to write (default: %(default)s)")
+    return parser
 
 
 def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -94,7 +94,7 @@ def as_bytes(size: float) -> str:
 
 
 def as_percent(share: float) -> str:
-    return f"{100 * share:.{1 if share >= 0.01 else 2}f} %"
+    return f"{100 * share:.{1 if share >= 0.01 else 2}f}\N{NO-BREAK SPACE}%"
 
 
 def as_nats(value: float) -> str:
@@ -120,7 +120,7 @@ def _most(values) -> float:
 def _what(report: dict[str, Any]) -> str:
     removed = report.get("pruning", {}).get("removed", 0)
     pruned = f"{removed} of {report['pruning']['experts']} experts removed, " if removed else ""
-    return f"{pruned}{report['bits']['true']:.2f} bits per quantized weight"
+    return f"{pruned}compressed to {report['bits']['true']:.2f} bits per quantized weight"
 
 
 def _confidence(texts: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,143 @@
+"""Our KL divergence beside llama.cpp's, on the same tokens: `llama-perplexity --kl-divergence` on exports of a run.
+
+    python benchmarks/divergence_check.py runs/tiny-2.06 --llama-perplexity PATH/llama-perplexity
+
+Three models go to llama.cpp as GGUF: the original in float32 (its base), the run's codes, and the run decoded in
+float32, which shows what llama.cpp's arithmetic of codes adds. llama.cpp cuts the text into windows and writes their
+tokens into its base file, from which we take them; it counts the second half of each window alone, and so do we here.
+It stores the base's log-probabilities in 16 bits. `llama-perplexity` builds from llama.cpp's sources, for example those
+in the source distribution of llama-cpp-python:
+
+    cmake -S vendor/llama.cpp -B build -DLLAMA_CURL=OFF && cmake --build build --target llama-perplexity
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eacmoe_lightning.compressed.directory import save_compressed
+from eacmoe_lightning.compressed.opening import open_model
+from eacmoe_lightning.evaluation.divergence import PerToken, statistics
+from eacmoe_lightning.evaluation.streams import run_batches
+from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.text.sources import read_documents
+
+LINES = {  # our figure: llama.cpp's line
+    "log_ppl_ratio": r"Mean ln\(PPL\(Q\)/PPL\(base\)\)",
+    "kl.mean": "Mean    KLD",
+    "kl.median": "Median  KLD",
+    "kl.p90": "90.0%   KLD",
+    "kl.p99": "99.0%   KLD",
+    "kl.p99_9": "99.9%   KLD",
+    "kl.max": "Maximum KLD",
+    "same_top": "Same top p",
+    "mean_dp": "Mean    Δp",
+    "rms_dp": "RMS Δp",
+}
+PERCENT = ("same_top", "mean_dp", "rms_dp")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a finished run, in float32")
+    parser.add_argument("--llama-perplexity", required=True, help="the program")
+    parser.add_argument("--text", default="bundled:prose")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--work", type=Path, default=Path("runs/divergence_check"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    subject = open_model(args.run)
+    original = open_model(subject.original, "float32")
+    models = {"original": original.streamed(), "decoded": subject.streamed()}
+    exports = {name: in_float32(model, original.name, work / name) for name, model in models.items()}
+    exports["codes"] = as_gguf(args.run, work / "codes")
+    (work / "text.txt").write_text("\n".join(read_documents(args.text)))
+
+    base = work / "base.kld"
+    words = ["-f", str(work / "text.txt"), "-c", str(args.context), "-b", str(args.context)]
+    words += ["--chunks", str(args.windows), "-t", "1", "--kl-divergence-base", str(base)]
+    run(args.llama_perplexity, "-m", str(exports["original"]), *words)
+    tokens, first = tokens_of(base), args.context // 2
+    ours = statistics(second_half(models["original"], models["decoded"], tokens, first))
+    rows = {"ours": {name: value_of(ours, name) for name in LINES}}
+    for name in ("decoded", "codes"):
+        rows[f"llama.cpp, {name}"] = figures(
+            run(args.llama_perplexity, "-m", str(exports[name]), *words, "--kl-divergence")
+        )
+    print(f"{args.text}: {len(tokens)} windows of {args.context} tokens, {ours['tokens']} tokens counted")
+    print(f"{'':14s} " + " ".join(f"{name:>20s}" for name in rows))
+    for name in LINES:
+        print(f"{name:14s} " + " ".join(f"{row[name]:20.6f}" for row in rows.values()))
+    if args.json:
+        args.json.write_text(json.dumps(rows | {"tokens": ours["tokens"]}, indent=1) + "\n")
+
+
+def as_gguf(source: Path, out: Path) -> Path:
+    if not out.exists():
+        export(str(source), str(out), "gguf")
+    return out / "model.gguf"
+
+
+def in_float32(model: StreamedModel, name: str, folder: Path) -> Path:
+    """A GGUF file of a model whose weights are all float32."""
+    if not folder.exists():
+        save_compressed(folder, model, name, [{} for _ in model.blocks], {"method": "none", "quantizer": "none"})
+    return as_gguf(folder, folder.with_name(f"{folder.name}-gguf"))
+
+
+def run(program: str, *words: str) -> str:
+    done = subprocess.run([program, *words], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{program} failed: {done.stderr.strip()[-1500:]}")
+    return done.stdout + done.stderr
+
+
+def tokens_of(base: Path) -> Tensor:
+    """The windows [S, T] in a base file of llama-perplexity."""
+    with open(base, "rb") as file:
+        assert file.read(8) == b"_logits_"
+        length, _, windows = struct.unpack("<Iii", file.read(12))
+        return (
+            torch.from_numpy(np.frombuffer(file.read(4 * length * windows), dtype="<i4").copy()).long().view(-1, length)
+        )
+
+
+@torch.no_grad()
+def second_half(original: StreamedModel, subject: StreamedModel, tokens: Tensor, first: int) -> PerToken:
+    """The predictions at positions from `first` on."""
+    seen: list[PerToken] = []
+    run_batches(original, subject, tokens.split(4), on_tokens=lambda batch, name, part: seen.append(part))
+    rows = (torch.cat(values).view(len(tokens), -1)[:, first:].flatten() for values in zip(*seen, strict=True))
+    return PerToken(*rows)
+
+
+def value_of(statistics: dict, name: str) -> float:
+    group, _, key = name.rpartition(".")
+    return statistics[group][key] if group else statistics[key]
+
+
+def figures(output: str) -> dict[str, float]:
+    found = {}
+    for name, line in LINES.items():
+        match = re.search(rf"^{line}\s*:\s*(-?[\d.]+)", output, re.MULTILINE)
+        if match is None:
+            raise SystemExit(f"llama-perplexity printed no line {line}: {output[-1500:]}")
+        found[name] = float(match[1]) / (100 if name in PERCENT else 1)
+    return found
+
+
+if __name__ == "__main__":
+    main()
