@@ -3,6 +3,7 @@
 import json
 import math
 
+import architectures
 import jobs
 import pytest
 import tiny_models
@@ -154,6 +155,19 @@ def test_the_effect_of_a_selection_is_that_of_forcing_it(pair):
     expected = (forced - output).norm(dim=-1) / output.norm(dim=-1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert int((found > 1e-6).sum()) >= len(other) // 3 and skipping is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama4_text", "gemma4_text"])
+def test_where_the_effect_cannot_be_had_everything_else_is_there(family):
+    """Llama 4's experts read a row for each pair; no known rule gives Gemma 4's weights."""
+    if family not in architectures.ARCHITECTURES:
+        pytest.skip(f"this transformers has no {family}")
+    models = [MoEModel(architectures.build(family, seed).eval()) for seed in (0, 1)]
+    ids = torch.randint(5, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    result = evaluate(*models, {"a": ids}, 2)
+    assert "weighted" not in result["expert_shift"]["mean"] and result["expert_shift"]["mean"]["any"] > 0
+    assert result["divergence"]["mean"]["compressed"]["kl"] > 0
 
 
 @pytest.mark.slow

@@ -109,7 +109,8 @@ def markdown(report: dict[str, Any]) -> str:
         *([_divergence_table(report)] if report.get("divergence") else []),
         _size_table(report),
         "## Expert-shift per block\n\nShare of tokens with any, at least half, or all selections changed. Weighted: "
-        "how far changed selections alone move the experts' output, relative to it, mean over all tokens.\n\n"
+        "how far changed selections alone move the experts' output, relative to it, mean over all tokens; empty where "
+        "no known rule gives the router's weights.\n\n"
         + _table(
             ["block", "text", *(f"{r} {w}" for r in (*RATES, "weighted") for w in ("before", "after"))],
             [

@@ -221,11 +221,12 @@ def effect_of_selection(
         forced: [N, K], the other selection.
 
     Returns:
-        None if no known rule gives the router's weights, or if the other model skips experts.
+        None if no known rule gives the router's weights, if the experts read a row for each pair of a token and an
+        expert, or if the other model skips experts.
     """
-    effect = torch.zeros(len(x), device=x.device)
-    if int(forced.max()) >= block.num_experts:
+    if ids.shape != forced.shape or int(forced.max()) >= block.num_experts:
         return None
+    effect = torch.zeros(len(x), device=x.device)
     rows = num_changed(ids, forced).nonzero().squeeze(-1)
     if not len(rows):
         return effect
