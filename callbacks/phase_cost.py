@@ -32,7 +32,7 @@ class PhaseCost(BlockCallback):
         if not trainer.is_global_zero:
             return
         rows = [row for row in module.run.read_costs() if row["block"] == stats.block]
-        metrics = {"cost/peak_megabytes": max(row["peak_bytes"] for row in rows) / 2**20}
+        metrics = {"cost/peak_megabytes": max((row["peak_bytes"] for row in rows), default=0) / 2**20}
         for row in rows:
             for tag, value in (
                 (f"cost/seconds/{row['phase']}", row["seconds"]),

@@ -14,6 +14,7 @@ import jobs
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eacmoe_lightning.job.block_callback import BlockCallback
 
@@ -144,6 +145,20 @@ def small(fitted) -> Path:
 
 
 SMALL = {"data__num_windows": 4, "data__num_heldout_windows": 2}
+
+
+def curves(run: Path) -> dict[str, dict[int, float]]:
+    """The points of every curve of blocks and losses in TensorBoard by step, none of them out of order.
+
+    A kill after the last step of a pass costs its point of the windows held back.
+    """
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
+    points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    assert all([p.step for p in row] == sorted(p.step for p in row) for row in points.values())
+    left_out = ("cost/", "epoch", "block_stage/held_back")
+    return {tag: {p.step: p.value for p in row} for tag, row in points.items() if not tag.startswith(left_out)}
+
+
 STATES = {  # what a killed job has left behind: parts of a finished run that are there, or are not
     "nothing": [],
     "an empty directory": [""],
@@ -253,6 +268,7 @@ def test_a_killed_job_ends_like_an_undisturbed_one(
         assert len({len(row["kept"]) for row in reports[0]["pruning"]["blocks"].values()}) > 1
     frequencies = [(run / "expert_frequency.json").read_text() for run in (tmp_path / "run", reference)]
     assert frequencies[0] == frequencies[1]
+    assert curves(tmp_path / "run") == curves(reference)
     # `RunDirectory.start` removes the `.NAME.PID.partial` files of killed processes.
     partial = [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".") or "partial" in path.name]
     assert not partial

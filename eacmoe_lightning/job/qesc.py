@@ -26,7 +26,7 @@ from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.exports.linears import original_of
-from eacmoe_lightning.job.block_callback import phase
+from eacmoe_lightning.job.block_callback import phase, tell
 from eacmoe_lightning.job.block_stage import BlockStage
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
 from eacmoe_lightning.job.comparison import Comparison
@@ -447,13 +447,15 @@ class QESC(Comparison):
             self.calibration.shrink(index)
             self.parts.put_finished(self.moe.blocks[index])
             self.block_stage.progress = None
+            stats = read_stats(self.run, index)
         else:
             self._advance(index, take_solved=True)
             self.parts.take_codes(self.calibration.solver.solved)
             self._measure_held_back(self.block_epochs)
             self.block_stage.finish()
-            self.calibration.leave()
+            stats = self.calibration.leave()
         self.parts.stop(self.optimizers(use_pl_optimizer=False))
+        tell(self.trainer, "on_block_end", stats)
 
     def _advance(self, index: int, take_solved: bool = False) -> None:
         routers = self.block_routers or self.routers
