@@ -5,8 +5,10 @@
 Three models go to llama.cpp as GGUF: the original in float32 (its base), the run's codes, and the run decoded in
 float32, which shows what llama.cpp's arithmetic of codes adds. llama.cpp cuts the text into windows and writes their
 tokens into its base file, from which we take them; it counts the second half of each window alone, and so do we here.
-It stores the base's log-probabilities in 16 bits. `llama-perplexity` builds from llama.cpp's sources, for example those
-in the source distribution of llama-cpp-python:
+It stores the base's log-probabilities in 16 bits: our figures with that rounding stand beside ours. Its cache of keys
+and values is in float32, as our models are.
+
+`llama-perplexity` builds from llama.cpp's sources, for example those in the source distribution of llama-cpp-python:
 
     cmake -S vendor/llama.cpp -B build -DLLAMA_CURL=OFF && cmake --build build --target llama-perplexity
 """
@@ -18,6 +20,7 @@ import json
 import re
 import struct
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.compressed.opening import open_model
-from eacmoe_lightning.evaluation.divergence import PerToken, statistics
+from eacmoe_lightning.evaluation.divergence import PerToken, joined, statistics
 from eacmoe_lightning.evaluation.streams import run_batches
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.models.streamed import StreamedModel
@@ -69,10 +72,13 @@ def main() -> None:
     base = work / "base.kld"
     words = ["-f", str(work / "text.txt"), "-c", str(args.context), "-b", str(args.context)]
     words += ["--chunks", str(args.windows), "-t", "1", "--kl-divergence-base", str(base)]
+    words += ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]  # its cache is in float16 by default
     run(args.llama_perplexity, "-m", str(exports["original"]), *words)
     tokens, first = tokens_of(base), args.context // 2
     ours = statistics(second_half(models["original"], models["decoded"], tokens, first))
+    as_theirs = statistics(with_its_rounding(models["original"], models["decoded"], tokens, first))
     rows = {"ours": {name: value_of(ours, name) for name in LINES}}
+    rows["ours, its rounding"] = {name: value_of(as_theirs, name) for name in LINES}
     for name in ("decoded", "codes"):
         rows[f"llama.cpp, {name}"] = figures(
             run(args.llama_perplexity, "-m", str(exports[name]), *words, "--kl-divergence")
@@ -99,10 +105,14 @@ def in_float32(model: StreamedModel, name: str, folder: Path) -> Path:
 
 
 def run(program: str, *words: str) -> str:
-    done = subprocess.run([program, *words], capture_output=True, text=True)
+    """What a program prints; through a file, since llama.cpp's logger may lose the end of a pipe."""
+    with tempfile.TemporaryFile("w+") as printed:
+        done = subprocess.run([program, *words], stdout=printed, stderr=subprocess.PIPE, text=True)
+        printed.seek(0)
+        output = printed.read()
     if done.returncode:
         raise SystemExit(f"{program} failed: {done.stderr.strip()[-1500:]}")
-    return done.stdout + done.stderr
+    return output
 
 
 def tokens_of(base: Path) -> Tensor:
@@ -122,6 +132,24 @@ def second_half(original: StreamedModel, subject: StreamedModel, tokens: Tensor,
     run_batches(original, subject, tokens.split(4), on_tokens=lambda batch, name, part: seen.append(part))
     rows = (torch.cat(values).view(len(tokens), -1)[:, first:].flatten() for values in zip(*seen, strict=True))
     return PerToken(*rows)
+
+
+@torch.no_grad()
+def with_its_rounding(original: StreamedModel, subject: StreamedModel, tokens: Tensor, first: int) -> PerToken:
+    """The same with the base's log-probabilities as llama-perplexity stores them and sums over them."""
+    parts = []
+    for window in tokens:
+        base, other = (model.logits(window[None])[0, first:-1].float() for model in (original, subject))
+        targets, top = window[first + 1 :, None], base.max(-1, keepdim=True).values
+        lowest = torch.maximum(base.min(-1, keepdim=True).values, top - 16)  # what is less probable gets this
+        step = (top - lowest) / 65535
+        base_log = step * ((base - lowest) / step).round().clamp(min=0) + lowest - base.logsumexp(-1, keepdim=True)
+        log = other.log_softmax(-1)
+        kl = torch.where(base_log > -16, base_log.exp() * (base_log - log), 0.0).sum(-1)
+        same_top = (base_log.argmax(-1) == log.argmax(-1)).float()
+        nll = (-each.gather(-1, targets).squeeze(-1) for each in (base_log, log))
+        parts.append(PerToken(*nll, kl, same_top, base_log.max(-1).values.exp()))
+    return joined(parts)
 
 
 def value_of(statistics: dict, name: str) -> float:

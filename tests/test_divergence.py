@@ -261,7 +261,7 @@ def test_runs_are_compared_by_size_and_divergence(fitted, tmp_path, capsys):
     runs = [variant("large", 3_000_000, 0.01), variant("small", 1_000_000, 0.2), variant("bad", 2_000_000, 0.5)]
     main(["report", *runs, "--output", str(tmp_path / "pareto.html")])
     lines = capsys.readouterr().out.splitlines()[1:4]
-    assert [line.split()[0] for line in lines] == [runs[1], runs[2], runs[0]]
+    assert [line.split()[0] for line in lines] == ["small", "bad", "large"]
     assert ["another is smaller" in line for line in lines] == [False, True, False]
     page = (tmp_path / "pareto.html").read_text()
     assert page.count("<circle") == 3 and "http" not in page

@@ -38,7 +38,9 @@ def report(words: Sequence[str]) -> None:
                     f"{first} and {name} cannot be compared: {what} {ours} and {theirs}. Evaluate both on the same "
                     "texts (`validate --data.heldout ... --data.num_heldout_windows ...`)"
                 )
-    points = mark_best([point(name, *run) for name, run in runs.items()])
+    names = [Path(name).name for name in runs]
+    shown = names if len(set(names)) == len(names) else list(runs)
+    points = mark_best([point(name, *run) for name, run in zip(shown, runs.values(), strict=True)])
     written = page(base["model"]["name_or_path"], list(subject["texts"]), points)
     write_atomically(Path(given.output), lambda partial: partial.write_text(written, "utf-8"))
     print(f"{'run':32s} {'MB':>10s} {'bits':>6s} {'KL':>9s} {'±':>8s} {'same top':>9s}")
