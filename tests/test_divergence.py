@@ -8,6 +8,7 @@ import jobs
 import pytest
 import tiny_models
 import torch
+from test_processes import launch
 
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.evaluation import divergence, report_html, report_text
@@ -172,13 +173,8 @@ def test_where_the_effect_cannot_be_had_everything_else_is_there(family):
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tiny_model_dir, tmp_path):
-    """3 windows in shares of 1 and 2, and a text of a single window, which one process does not have."""
-    from test_processes import launch
-
-    options = {
-        "model__block_epochs": 0, "model__joint_epochs": 0, "data__noise_floor": 2,
-        "data__heldout": "{prose: 'bundled:prose[:10%]', one: 'bundled:code[:10%]'}",
-    }  # fmt: skip
+    """3 windows of each text, in shares of 1 and 2."""
+    options = {"model__block_epochs": 0, "model__joint_epochs": 0, "data__noise_floor": 2}
     model = tiny_model_dir("qwen2_moe")
     jobs.fit(model, tmp_path / "alone", **options)
     status, output = launch(2, *jobs.options(model, tmp_path / "two", **options))

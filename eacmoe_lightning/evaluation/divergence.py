@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ROWS_AT_ONCE = 1 << 24  # logits that are in float32 at a time, of each model
+ROWS_AT_ONCE = 1 << 22  # logits that are in float32 at a time, of each model
 PERCENTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p99_9": 0.999}
 CONFIDENCE = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)  # edges of the bins
 

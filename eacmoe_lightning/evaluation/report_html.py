@@ -137,9 +137,8 @@ def _confidence(texts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _shifts(blocks: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
     """Change rates after calibration by block, and whether they are those of held-out text."""
     on_heldout = all("heldout" in row for row in blocks) and bool(blocks)
-    return [{"block": row["block"], **row["heldout" if on_heldout else "calibration"]["after"]} for row in blocks], (
-        on_heldout
-    )
+    text = "heldout" if on_heldout else "calibration"
+    return [row[text]["after"] | {"block": row["block"]} for row in blocks], on_heldout
 
 
 def _provenance(report: dict[str, Any]) -> list[tuple[str, str]]:
