@@ -37,10 +37,10 @@ assert scripts == ["eacmoe"], scripts
 # Configs and kernels are in the archives, and in the package.
 (sdist,), (wheel,) = (PLACE / "dist").glob("*.tar.gz"), (PLACE / "dist").glob("*.whl")
 in_sdist, in_wheel = names_in(sdist), names_in(wheel)
-in_checkout = {path.name for path in (CHECKOUT / "configs").iterdir()}
+in_checkout = {path.name for path in (CHECKOUT / "configs").rglob("*.yaml")}
 for names in (in_sdist, in_wheel):
     assert in_checkout == {Path(name).name for name in names if name.startswith("eacmoe_lightning/configs/")}
-assert config_names() == sorted(Path(name).stem for name in in_checkout)
+assert config_names() == sorted(path.stem for path in (CHECKOUT / "configs").glob("*.yaml"))
 for name in config_names():
     assert yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
 sources = {f"eacmoe_lightning/csrc/{path.name}" for path in (CHECKOUT / "eacmoe_lightning" / "csrc").iterdir()}

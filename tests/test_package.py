@@ -67,7 +67,7 @@ def test_an_unknown_command(capsys):
     with pytest.raises(SystemExit) as end:
         main(["fitt", "--config", "tiny"])
     assert end.value.code == 1
-    assert "there is no command fitt: fit, validate, test, predict, plan, analyze" in capsys.readouterr().err
+    assert "there is no command fitt: fit, validate, test, predict, plan, report, analyze" in capsys.readouterr().err
 
 
 # --- configs

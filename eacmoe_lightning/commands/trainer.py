@@ -20,10 +20,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from eacmoe_lightning import callbacks
+from eacmoe_lightning.commands.tasks import rules_of, run_tasks
+from eacmoe_lightning.evaluation.harness import Asking
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.job.trainer_options import NEVER
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.stopping import Stopping
+from eacmoe_lightning.skipping.selection import Survivors
 
 log = logging.getLogger(__name__)
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # how often the job was started again
@@ -58,8 +61,56 @@ class CalibrationTrainer(Trainer):
     def validate(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> Any:
         return super().validate(*args, ckpt_path=_no_checkpoint("validate", ckpt_path), **kwargs)
 
-    def test(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> Any:
-        return super().test(*args, ckpt_path=_no_checkpoint("test", ckpt_path), **kwargs)
+    def test(
+        self,
+        model: Any = None,
+        *args: Any,
+        ckpt_path: Any = None,
+        tasks: list[str] | str | None = None,
+        include_path: str | None = None,
+        num_fewshot: int | None = None,
+        limit: float | None = None,
+        task_batch_size: int = 8,
+        apply_chat_template: bool = False,
+        confirm_run_unsafe_code: bool = False,
+        pesf: list[float] | float | None = None,
+        survivors: Survivors = "keep",
+        rescue: float | None = None,
+        overwrite: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Lightning's `test`, or tasks of lm-eval-harness.
+
+        Args:
+            ckpt_path: None; an evaluation needs no checkpoint.
+            tasks: Names of lm-eval's tasks, groups and tags, as `arc_easy,piqa` or a list: the original and the model
+                answer them instead of being evaluated on held-out text. The package has `bundled` (needs no hub),
+                `zero_shot` and `generated`.
+            include_path: A folder with further tasks as lm-eval's YAML files.
+            num_fewshot: Examples before each question; null takes what the task says.
+            limit: Only so many questions of each task, or this share of them if below 1.
+            task_batch_size: Sequences per batch.
+            apply_chat_template: Whether prompts go through the tokenizer's chat template.
+            confirm_run_unsafe_code: Whether code that the models write may run (HumanEval).
+            pesf: One or more values of PESF's alpha; the model answers once for each, and 0 skips no expert. null takes
+                the rule that the model is stored with.
+            survivors: PESF's treatment of the other experts of a token when one is skipped.
+            rescue: A share in [0, 1]: PESF runs a rare expert for a token that gives it at least this share of the
+                token's largest weight. null rescues none, as in the paper.
+            overwrite: Whether results of other options are replaced; otherwise they are refused.
+        """
+        ckpt_path = _no_checkpoint("test", ckpt_path)
+        if tasks is None:
+            return super().test(model, *args, ckpt_path=ckpt_path, **kwargs)
+        asking = Asking(num_fewshot, limit, apply_chat_template, confirm_run_unsafe_code)
+        rules = rules_of(pesf, survivors, rescue)
+        if self.world_size > 1:
+            raise ValueError(f"--tasks runs in one process, not in {self.world_size}: pass --trainer.devices 1")
+        run, device = RunDirectory(self.default_root_dir), self.strategy.root_device
+        subject, original = model.find_models(run)
+        return run_tasks(
+            run.path, subject, original, tasks, asking, include_path, rules, task_batch_size, overwrite, device
+        )
 
     def predict(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> Any:
         return super().predict(*args, ckpt_path=_no_checkpoint("predict", ckpt_path), **kwargs)

@@ -81,27 +81,33 @@ class Comparison(LightningModule):
                 )
 
     def _open_models(self) -> Compared:
-        """The model to evaluate and the original to compare it with.
-
-        Raises:
-            FileNotFoundError: there is no model to evaluate, or its original is missing.
-        """
-        if self.evaluate is None and not (self.run.manifest.exists() or self.run.compressed.exists()):
-            raise FileNotFoundError(
-                f"there is no run in {self.run.path} (--trainer.default_root_dir): run `fit` first, or pass a run "
-                "directory, a compressed directory or an original model with --model.evaluate"
-            )
         device = self.trainer.strategy.root_device
-        subject = open_model(
-            self.evaluate or self.run.path, self.dtype_name, "--model.evaluate", self.trust_remote_code
-        )
-        if not subject.is_compressed:
+        subject, original = self.find_models(self.run, self.trainer.is_global_zero)
+        if original is None:
             return Compared(subject.streamed(device), None, {"original": subject.size_bytes})
-        original = self._original_of(subject)
         size_bytes = {"original": original.size_bytes, "compressed": subject.size_bytes}
         return Compared(subject.streamed(device), original.streamed(device), size_bytes)
 
-    def _original_of(self, subject: OpenedModel) -> OpenedModel:
+    def find_models(self, run: RunDirectory, is_checked: bool = True) -> tuple[OpenedModel, OpenedModel | None]:
+        """The model to evaluate, and the original to compare it with; None if it is itself one.
+
+        Args:
+            run: the run directory.
+            is_checked: whether the original's weights are compared with those that the model was made from.
+
+        Raises:
+            FileNotFoundError: there is no model to evaluate, or its original is missing.
+            ValueError: the model was made from other weights.
+        """
+        if self.evaluate is None and not (run.manifest.exists() or run.compressed.exists()):
+            raise FileNotFoundError(
+                f"there is no run in {run.path} (--trainer.default_root_dir): run `fit` first, or pass a run "
+                "directory, a compressed directory or an original model with --model.evaluate"
+            )
+        subject = open_model(self.evaluate or run.path, self.dtype_name, "--model.evaluate", self.trust_remote_code)
+        return subject, self._original_of(subject, is_checked) if subject.is_compressed else None
+
+    def _original_of(self, subject: OpenedModel, is_checked: bool) -> OpenedModel:
         """The original named by `--model.name_or_path`, or else by the subject's config, in the subject's dtype.
 
         Raises:
@@ -111,7 +117,7 @@ class Comparison(LightningModule):
         name = subject.original if self.name_or_path == "bundled" else self.name_or_path
         dtype = str(subject.weights.dtype).rpartition(".")[2]
         original = open_model(name, dtype, "--model.name_or_path", self.trust_remote_code)
-        if self.trainer.is_global_zero:
+        if is_checked:
             subject.refuse_other_original(original)
         return original
 
