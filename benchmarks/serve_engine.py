@@ -27,6 +27,7 @@ def resident() -> int:
 
 def run(directory: str, prompts: list[list[int]], new_tokens: int, options: dict) -> dict:
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     before = resident()
     llm = LLM(model=directory, **{"dtype": "bfloat16", "max_model_len": 512, "enforce_eager": True} | options)
@@ -42,6 +43,8 @@ def run(directory: str, prompts: list[list[int]], new_tokens: int, options: dict
     start = time.perf_counter()
     llm.generate(inputs, SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True), use_tqdm=False)
     seen["tokens_per_second"] = len(prompts) * new_tokens / (time.perf_counter() - start)
+    del llm
+    cleanup_dist_env_and_memory()
     return seen
 
 

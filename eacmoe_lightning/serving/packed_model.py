@@ -70,15 +70,15 @@ class PackedModel:
 
     Args:
         path: the compressed directory.
+        dtype: of the tensors that are not quantized: `auto` (as calibrated), `float32`, `bfloat16` or `float16`.
 
     Raises:
         FileNotFoundError: `path` holds no compressed model.
         ValueError: a newer version of this package wrote it, or its blocks have different numbers of experts.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.source = Source(path)
-        self._experts: dict[int, tuple[Block, dict[str, tuple[int | tuple[int, ...], int]]]] = {}
+    def __init__(self, path: str | Path, dtype: str = "auto") -> None:
+        self.source = Source(path, dtype)
 
     @cached_property
     def linears(self) -> dict[str, PackedRows]:
@@ -160,7 +160,7 @@ class PackedModel:
             owner, _, leaf = name.rpartition(".")
             module, tensor = packed.get_submodule(owner), tensors.pop(prefix + name)
             if leaf in module._parameters:
-                tensor = torch.nn.Parameter(tensor, requires_grad=False)
+                tensor = torch.nn.Parameter(tensor.to(self.source.dtype), requires_grad=False)
             setattr(module, leaf, tensor)
         return packed
 

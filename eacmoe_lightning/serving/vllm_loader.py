@@ -51,7 +51,8 @@ class EacmoeLoader(DefaultModelLoader):
             return super().get_all_weights(model_config, model)
         self.counter_before_loading_weights = time.perf_counter()
         directory = local_directory(model_config.model, model_config.revision)
-        return PackedModel(directory).tensors(self._experts)
+        dtype = str(model_config.dtype).removeprefix("torch.")
+        return PackedModel(directory, dtype).tensors(self._experts)
 
     def _fill(self, layer: RoutedExperts) -> None:
         """Gives a layer its experts."""
