@@ -12,7 +12,10 @@ models of other architectures (--families), 3 bit in groups of 32, with dimensio
     logprobs   largest difference of the log-probability of a prompt's token
     yardstick  the same between transformers in this dtype and in float32: the effect of rounding alone
 
---python PATH uses an existing environment; --dense adds the originals, without quantization.
+--python PATH uses an existing environment; --dense adds the originals, without quantization. With --serve, `vllm serve`
+runs the first of the models, and OpenAI's client asks it for one completion of each prompt and for 32 at once:
+
+    equal      of the 32, those that are what the prompt alone gives
 """
 
 from __future__ import annotations
@@ -69,6 +72,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", default=[])
     parser.add_argument("--sources", nargs="*", type=Path, default=[])
     parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--serve", nargs="*", metavar="OPTION", help="with options of `vllm serve`, without dashes")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--new_tokens", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path("runs/serve_check"))
@@ -89,8 +93,17 @@ def main() -> None:
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     (work / "prompts.json").write_text(json.dumps(prompts))
     python = args.python or vllm_python(work / "environment")
-    seen = run_vllm(python, list(subjects.values()), args.dtype, args.new_tokens, work)
     rows = []
+    if args.serve is not None:
+        name, directory = next(iter(subjects.items()))
+        options = ["--dtype", args.dtype, *(f"--{option}" for option in args.serve)]
+        row = run_vllm(python, [directory], args.dtype, args.new_tokens, work, options)
+        rows.append({"served": name, "dtype": args.dtype, "options": options, **row})
+        print(json.dumps(rows[-1]), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        return
+    seen = run_vllm(python, list(subjects.values()), args.dtype, args.new_tokens, work)
     for name, directory in subjects.items():
         row = {"model": name, "dtype": args.dtype, "vllm": seen["vllm"]}
         result = seen["models"][str(directory)]
@@ -161,16 +174,22 @@ def round_model(folder: Path, original: str, group_size: int, case: str) -> Path
     return folder
 
 
-def run_vllm(python: str, models: list[Path], dtype: str, new_tokens: int, work: Path) -> dict:
-    """What vLLM makes of the models, see `serve_engine.py`."""
+def run_vllm(
+    python: str, models: list[Path], dtype: str, new_tokens: int, work: Path, serve: list[str] | None = None
+) -> dict:
+    """What vLLM makes of the models, see `serve_engine.py`; `serve`: options of `vllm serve`."""
     out = work / "seen.json"
     out.unlink(missing_ok=True)
     job = {"models": [str(path) for path in models], "prompts": str(work / "prompts.json"), "new_tokens": new_tokens}
-    job |= {"out": str(out), "options": {"dtype": dtype}}
+    job |= {"out": str(out), "options": {"dtype": dtype}, "serve_options": serve}
+    mode = [] if serve is None else ["serve"]
     env = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     with open(work / "vllm.log", "w") as log:
         subprocess.run(
-            [python, str(HERE / "serve_engine.py"), json.dumps(job)], env=os.environ | env, stdout=log, stderr=log
+            [python, str(HERE / "serve_engine.py"), *mode, json.dumps(job)],
+            env=os.environ | env,
+            stdout=log,
+            stderr=log,
         )
     if not out.exists():
         raise SystemExit(f"vLLM did not start: see {work / 'vllm.log'}")

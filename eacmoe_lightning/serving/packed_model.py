@@ -152,7 +152,9 @@ class PackedModel:
         prefix = f"{block.name}.{block.experts_name}."
         names = [name for name, (part, _) in block.weights().items() if part == "experts"]
         with torch.device("meta"):
-            packed = PackedExperts(block.experts.module, {name.removeprefix(prefix): self._grid(name) for name in names})
+            packed = PackedExperts(
+                block.experts.module, {name.removeprefix(prefix): self._grid(name) for name in names}
+            )
         needed = {name for name, _ in packed.named_parameters()} | {name for name, _ in packed.named_buffers()}
         if missing := sorted(name for name in needed if prefix + name not in tensors):
             raise StoreError(f"{self.source.path} lacks {first_of([prefix + n for n in missing], 'tensor')}")

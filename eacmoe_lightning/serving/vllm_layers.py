@@ -174,7 +174,8 @@ class PackedLinearMethod(LinearMethodBase):
         start = 0
         for linear, height in zip(self.linears, rows, strict=True):
             codes, scale, zero_point = (
-                getattr(layer, name)[start : start + height] for name in ("weight_packed", "weight_scale", "weight_zero_point")
+                getattr(layer, name)[start : start + height]
+                for name in ("weight_packed", "weight_scale", "weight_zero_point")
             )
             groups = in_features // linear.group_size
             part = codes[:, : in_features // 8 * linear.bits], scale[:, :groups], zero_point[:, :groups]

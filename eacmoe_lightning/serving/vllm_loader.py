@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader import DefaultModelLoader
 
@@ -45,6 +45,8 @@ class EacmoeLoader(DefaultModelLoader):
         for layer in model.modules():
             if isinstance(layer, RoutedExperts) and isinstance(layer.quant_method, PackedExpertsMethod):
                 self._fill(layer)
+        if self._experts and get_pp_group().world_size == 1:
+            raise ValueError(f"{type(model).__name__} of vLLM has no routed experts in the layers {[*self._experts]}")
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         if model_config.quantization != METHOD:
@@ -57,14 +59,14 @@ class EacmoeLoader(DefaultModelLoader):
     def _fill(self, layer: RoutedExperts) -> None:
         """Gives a layer its experts."""
         experts = self._experts.pop(layer_number(layer.layer_name))
-        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        device = torch.get_default_device()  # vLLM's, inside its loading
-        layer.packed_experts = shard_experts(experts, rank, size).to(device)
         if experts.num_experts != layer.local_num_experts:
             raise ValueError(
                 f"{layer.layer_name} has {layer.local_num_experts} experts in vLLM, and {experts.num_experts} in the "
                 "compressed directory"
             )
+        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        device = torch.get_default_device()  # vLLM loads within its device's context
+        layer.packed_experts = shard_experts(experts, rank, size).to(device)
         OWN_GATING[layer.layer_name] = layer.packed_experts
 
 

