@@ -4,9 +4,9 @@
     python serve_engine.py serve JOB
 
 with JOB = {"models": directories, "prompts": lists of token ids as .json, "new_tokens": n, "out": .json, "options": of
-`LLM`}. Writes for each model the greedy tokens and the log-probability of every token of the prompts; for a model that
-vLLM refuses, its error. `serve` starts `vllm serve` for the first of the models and asks it through OpenAI's client: for one
-completion, and for 32 at once.
+`LLM`, "serve_options": of `vllm serve`}. Writes for each model the greedy tokens and the log-probability of every token
+of the prompts; for a model that vLLM refuses, its error. `serve` starts `vllm serve` for the first of the models and
+asks it through OpenAI's client: for one completion of each prompt, then for 32 at once.
 """
 
 from __future__ import annotations
