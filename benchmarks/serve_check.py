@@ -142,6 +142,8 @@ def random_model(folder: Path, family: str) -> Path:
         if "kv_lora_rank" in settings:
             settings |= LATENT
             del settings["head_dim"]
+        if family == "deepseek_v3":
+            settings["topk_method"] = "noaux_tc"  # without it vLLM builds no correction bias
         config = AutoConfig.for_model(architectures.model_type(family), **settings)
         model = tiny_models.build_random(config)
         original = folder.with_name(f"{family}-original")
