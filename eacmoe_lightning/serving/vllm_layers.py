@@ -99,6 +99,8 @@ class EacmoeConfig(QuantizationConfig):
             return PackedExpertsMethod(layer.moe_config) if number in self.model.expert_blocks else None
         if not isinstance(layer, LinearBase):
             return None
+        if not prefix:
+            raise ValueError("vLLM's model gives one of its linears no name, so it cannot be said which weight it has")
         parts = self._parts(prefix)
         quantized = [self.linears[part] for part in parts if part in self.linears]
         if not quantized:
