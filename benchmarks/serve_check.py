@@ -16,6 +16,9 @@ models of other architectures (--families), 3 bit in groups of 32, with dimensio
 runs the first of the models, and OpenAI's client asks it for one completion of each prompt and for 32 at once:
 
     equal      of the 32, those that are what the prompt alone gives
+
+--layer ROUNDS measures memory and speed of one layer of Qwen1.5-MoE's size with random weights, 3 bit and in bfloat16,
+in turn, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from pathlib import Path
 
 import torch
 from environments import python_of
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig
 
 from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.compressed.loading import load
@@ -73,6 +76,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="*", type=Path, default=[])
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--serve", nargs="*", metavar="OPTION", help="with options of `vllm serve`, without dashes")
+    parser.add_argument("--layer", type=int, default=0, metavar="ROUNDS")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--new_tokens", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path("runs/serve_check"))
@@ -103,7 +107,14 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
         return
-    seen = run_vllm(python, list(subjects.values()), args.dtype, args.new_tokens, work)
+    for _ in range(args.layer):
+        packed = one_layer(work / "models" / "layer")
+        for name, directory in (("3 bit", packed), ("bfloat16", packed.with_name("layer-original"))):
+            seen = run_vllm(python, [directory], "bfloat16", args.new_tokens, work)
+            rows.append({"layer": name, "vllm": seen["vllm"], **seen["models"][str(directory)]})
+            rows[-1] = {key: value for key, value in rows[-1].items() if key not in ("tokens", "logprobs")}
+            print(json.dumps(rows[-1]), flush=True)
+    seen = run_vllm(python, list(subjects.values()), args.dtype, args.new_tokens, work) if subjects else None
     for name, directory in subjects.items():
         row = {"model": name, "dtype": args.dtype, "vllm": seen["vllm"]}
         result = seen["models"][str(directory)]
@@ -153,7 +164,22 @@ def random_model(folder: Path, family: str) -> Path:
     return folder
 
 
-def round_model(folder: Path, original: str, group_size: int, case: str) -> Path:
+def one_layer(folder: Path) -> Path:
+    """A compressed directory of one random layer with Qwen1.5-MoE's dimensions."""
+    if not folder.exists():
+        sizes = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 1}
+        sizes |= {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408}
+        config = Qwen2MoeConfig(vocab_size=4096, shared_expert_intermediate_size=5632, **sizes)
+        original = folder.with_name("layer-original")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(original)
+        AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(original)
+        round_model(folder, str(original), 128, "3", clip_search=False)
+    return folder
+
+
+def round_model(folder: Path, original: str, group_size: int, case: str, clip_search: bool = True) -> Path:
     """A compressed directory of a model rounded to nearest; `pruned`: without every fourth expert."""
     moe, blocks, left, width = MoEModel(load_original(original, "float32")), [], {}, width_of(case)
     for block in moe.blocks:
@@ -166,7 +192,10 @@ def round_model(folder: Path, original: str, group_size: int, case: str) -> Path
                 continue
             stack = weight if part == "experts" else weight[None]
             bits = tuple(width(name, expert) for expert in range(len(stack)))
-            experts = [round_to_nearest(w, Grid(b, group_size)) for w, b in zip(stack, bits, strict=True)]
+            experts = [
+                round_to_nearest(w, Grid(b, group_size, clip_search=clip_search))
+                for w, b in zip(stack, bits, strict=True)
+            ]
             tensors = [torch.stack([getattr(e, field) for e in experts]) for field in Quantized.FIELDS]
             q = Quantized(*tensors, bits if len(set(bits)) > 1 else bits[0])
             quantized[name] = q if part == "experts" else Quantized(q.codes[0], q.scale[0], q.zero_point[0], bits[0])
