@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="*", type=Path, default=[])
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--serve", nargs="*", metavar="OPTION", help="with options of `vllm serve`, without dashes")
+    parser.add_argument("--options", type=json.loads, default={}, help="of vLLM's LLM class, as JSON")
     parser.add_argument("--layer", type=int, default=0, metavar="ROUNDS")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--new_tokens", type=int, default=16)
@@ -101,7 +102,7 @@ def main() -> None:
     if args.serve is not None:
         name, directory = next(iter(subjects.items()))
         options = ["--dtype", args.dtype, *(f"--{option}" for option in args.serve)]
-        row = run_vllm(python, [directory], args.dtype, args.new_tokens, work, options)
+        row = run_vllm(python, [directory], {}, args.new_tokens, work, options)
         rows.append({"served": name, "dtype": args.dtype, "options": options, **row})
         print(json.dumps(rows[-1]), flush=True)
         if args.json:
@@ -110,11 +111,12 @@ def main() -> None:
     for _ in range(args.layer):
         packed = one_layer(work / "models" / "layer")
         for name, directory in (("3 bit", packed), ("bfloat16", packed.with_name("layer-original"))):
-            seen = run_vllm(python, [directory], "bfloat16", args.new_tokens, work)
+            seen = run_vllm(python, [directory], {"dtype": "bfloat16"}, args.new_tokens, work)
             rows.append({"layer": name, "vllm": seen["vllm"], **seen["models"][str(directory)]})
             rows[-1] = {key: value for key, value in rows[-1].items() if key not in ("tokens", "logprobs")}
             print(json.dumps(rows[-1]), flush=True)
-    seen = run_vllm(python, list(subjects.values()), args.dtype, args.new_tokens, work) if subjects else None
+    settings = {"dtype": args.dtype} | args.options
+    seen = run_vllm(python, list(subjects.values()), settings, args.new_tokens, work) if subjects else None
     for name, directory in subjects.items():
         row = {"model": name, "dtype": args.dtype, "vllm": seen["vllm"]}
         result = seen["models"][str(directory)]
@@ -206,13 +208,13 @@ def round_model(folder: Path, original: str, group_size: int, case: str, clip_se
 
 
 def run_vllm(
-    python: str, models: list[Path], dtype: str, new_tokens: int, work: Path, serve: list[str] | None = None
+    python: str, models: list[Path], options: dict, new_tokens: int, work: Path, serve: list[str] | None = None
 ) -> dict:
     """What vLLM makes of the models, see `serve_engine.py`; `serve`: options of `vllm serve`."""
     out = work / "seen.json"
     out.unlink(missing_ok=True)
     job = {"models": [str(path) for path in models], "prompts": str(work / "prompts.json"), "new_tokens": new_tokens}
-    job |= {"out": str(out), "options": {"dtype": dtype}, "serve_options": serve}
+    job |= {"out": str(out), "options": options, "serve_options": serve}
     mode = [] if serve is None else ["serve"]
     env = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     with open(work / "vllm.log", "w") as log:

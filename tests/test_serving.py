@@ -185,7 +185,7 @@ def test_vllm_generates_the_tokens_of_transformers(tmp_path):
     prompts = [[869, 376, 846], [857, 2422, 1976, 322, 569]]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     directory = serve_check.bundled(tmp_path / "each", "each")
-    seen = serve_check.run_vllm(sys.executable, [directory], "float32", 8, tmp_path)
+    seen = serve_check.run_vllm(sys.executable, [directory], {"dtype": "float32"}, 8, tmp_path)
     compared = serve_check.compare(directory, "float32", prompts, seen["models"][str(directory)])
     assert compared["tokens"] == "16 of 16" and compared["logprobs"] < 1e-3
 
