@@ -23,6 +23,7 @@ ROOMS = (  # each may import from itself and from earlier ones
     ("compressed",),
     ("evaluation",),
     ("exports",),
+    ("serving",),
     ("offload",),
     ("planning",),
     ("study",),

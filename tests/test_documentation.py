@@ -45,7 +45,7 @@ DOCUMENTS = {name: documents.read(jobs.ROOT / name, name) for name in (str(p.rel
 BLOCKS = [block for blocks, _ in DOCUMENTS.values() for block in blocks]
 SHELL, PYTHON = ("bash", "sh", "shell", "console"), ("python", "py")
 # other people's: taken as they are
-GIVEN = ("git", "cd", ".", "source", "ruff", "tensorboard", "export", "mkdir", "scancel", "scontrol")
+GIVEN = ("git", "cd", ".", "source", "ruff", "tensorboard", "export", "mkdir", "scancel", "scontrol", "vllm")
 OURS = ("eacmoe", "python", "python3", "torchrun", "fabric", "srun", "sbatch", "pytest", "pip")
 LAUNCHERS = ("fabric run", "python train.py")  # without what they launch
 INPUTS = ("model", "source", "evaluate", "name_or_path", "predict", "calibration", "heldout", "texts", "cross")

@@ -54,7 +54,7 @@ def test_one_console_command():
 def test_help_names_every_command(words, capsys):
     main(words)
     said = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "plan", "analyze", "export", "prune", "study"):
+    for command in ("fit", "validate", "test", "predict", "plan", "report", "analyze", "export", "prune", "study"):
         assert f"\n{command} " in said
 
 

@@ -1,0 +1,1 @@
+"""Compressed models in vLLM: `vllm serve runs/tiny/compressed`."""
