@@ -88,7 +88,7 @@ def check(words: tuple[str, ...]) -> None:
     if program == "eacmoe":
         parse(rest)
     elif program in ("python", "python3") and rest[0] == "-m":
-        assert rest[1] in ("build", "venv") or find_spec(rest[1]), rest[1]
+        assert rest[1].partition(".")[0] in ("build", "venv", *GIVEN) or find_spec(rest[1]), rest[1]
     elif program in ("python", "python3"):
         assert Path(rest[0]).is_file(), rest[0]
         if rest[0] == "train.py":
