@@ -276,6 +276,7 @@ def test_the_same_command_asks_nothing_again_and_others_are_refused(asked, fitte
 
 
 @needs_lm_eval
+@pytest.mark.slow
 def test_packed_and_dense_weights_answer_alike(asked, fitted, tmp_path):
     """The dense export is loaded by transformers alone and asked by lm-eval's own class."""
     from lm_eval import simple_evaluate

@@ -225,15 +225,24 @@ def ask(lm: Any, unit: Unit, asking: Asking) -> dict[str, Any]:
     Raises:
         ValueError: lm-eval refuses the task.
     """
-    import lm_eval
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
 
     started = time.perf_counter()
-    found = lm_eval.simple_evaluate(
+    for task in unit.tasks.values():  # as simple_evaluate does, which then collects the environment for many seconds
+        default = task.get_config("num_fewshot")
+        if asking.num_fewshot is not None and default != 0:
+            task.set_config("num_fewshot", asking.num_fewshot)
+        elif default is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    found = evaluate(
         lm,
-        tasks=[unit.spec],
-        num_fewshot=asking.num_fewshot,
+        TaskManager(include_defaults=False).load([unit.spec]),
         limit=asking.limit,
         apply_chat_template=asking.apply_chat_template,
+        fewshot_as_multiturn=True,
         confirm_run_unsafe_code=asking.confirm_run_unsafe_code,
         bootstrap_iters=SAMPLES,
     )
