@@ -194,7 +194,7 @@ def test_experts_that_stay_below_alpha_are_named(tokenizer, tmp_path, capsys, ca
 def test_an_original_becomes_an_ordinary_smaller_model(tiny_model_dir, tmp_path):
     model = tiny_model_dir("phimoe")
     report = prune(str(model), str(tmp_path / "out"), PruningRule("reap", keep=3), **OPTIONS)
-    assert report["bits"] == {"nominal": 32, "true": 32}
+    assert report["bits"].items() >= {"nominal": 32, "true": 32}.items()
     ours = load(tmp_path / "out")
     elsewhere, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "dense", output_loading_info=True)
     assert elsewhere.config.num_local_experts == 3 and not info["missing_keys"]

@@ -328,7 +328,7 @@ def test_a_run_that_only_prunes(tiny_model_dir, tmp_path, capsys):
     for reloaded in (AutoModelForCausalLM.from_pretrained(run / "dense").eval(), load(run)):
         assert torch.equal(reloaded(tokens).logits, expected.model(tokens).logits)
     report = json.loads((run / "report.json").read_text())
-    assert report["bits"] == {"nominal": 32, "true": 32} and not report["quantization_error"]
+    assert report["bits"].items() >= {"nominal": 32, "true": 32}.items() and not report["quantization_error"]
     # a model with different numbers of experts stays in our format
     run = jobs.fit(model, tmp_path / "alpha", pruning__alpha=0.9, **options)
     blocks = json.loads((run / "report.json").read_text())["pruning"]["blocks"]

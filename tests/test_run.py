@@ -214,7 +214,7 @@ def test_tensorboard_compares_finished_runs_by_their_results(run_of):
     content = events.PluginTagToContent("hparams")
     experiment = parse_experiment_plugin_data(content[EXPERIMENT_TAG])
     metrics = [metric.name.tag for metric in experiment.metric_infos]
-    assert metrics[0] == "quality/loss_increase/mean_of_texts" and set(metrics) <= set(value)
+    assert metrics[0] == "quality/kl/mean_of_texts" and set(metrics) <= set(value)
     assert {"quality/loss_increase/prose", "size/bits_per_weight", "cost/total_seconds"} <= set(metrics)
     chosen = dict(parse_session_start_info_plugin_data(content[SESSION_START_INFO_TAG]).hparams)
     assert chosen["bits"].number_value == 3 and chosen["router_method"].string_value == "ridge"

@@ -81,7 +81,7 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     )
     evaluated = 2 * evaluations * job.heldout_tokens + job.floor_tokens  # tokens through all blocks
     phases["evaluate"].add(
-        2 * (outside_blocks + block_size) + batch * 8 * hidden * itemsize + job.window_length * 12 * logits,
+        2 * outside_blocks + max(2 * block_size + batch * 8 * hidden * itemsize, job.window_length * 12 * logits),
         flops=evaluated * share * forward,
         loop_bytes=evaluated * share * touched,
         read_bytes=read,
