@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 
 from eacmoe_lightning.compressed.opening import open_model
+from eacmoe_lightning.evaluation import divergence
 from eacmoe_lightning.text.sources import heldout_names
 from eacmoe_lightning.text.windows import read_windows
 
@@ -142,21 +143,26 @@ def compare(
     models: dict[str, torch.nn.Module], teacher: torch.nn.Module, windows: torch.Tensor
 ) -> dict[str, dict[str, float]]:
     """By model, in nats per token of the windows [S, T]: `lost`, `kl` and `original`, the original's own loss."""
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
+    parts: dict[str, list[divergence.PerToken]] = {name: [] for name in models}
     for ids in windows.split(4):
-        expected = log_probabilities(teacher, ids)
+        expected, targets = next_token_logits(teacher, ids), ids[:, 1:].flatten()
         for name, model in models.items():
-            got = log_probabilities(model, ids)
-            nats = [-p[:, :-1].gather(-1, ids[:, 1:, None]).double().sum() for p in (got, expected)]
-            kl = (expected.exp() * (expected - got)).sum(-1)[:, :-1].double().sum()
-            sums[name] += torch.stack([nats[0] - nats[1], kl, nats[1]])
-    tokens = windows[:, 1:].numel()
-    return {name: dict(zip(("lost", "kl", "original"), (s / tokens).tolist(), strict=True)) for name, s in sums.items()}
+            parts[name].append(divergence.compare(expected, next_token_logits(model, ids), targets))
+    tokens = {name: divergence.joined(own) for name, own in parts.items()}
+    return {
+        name: {
+            "lost": float((own.nll.double() - own.base_nll.double()).mean()),
+            "kl": float(own.kl.double().mean()),
+            "original": float(own.base_nll.double().mean()),
+        }
+        for name, own in tokens.items()
+    }
 
 
 @torch.no_grad()
-def log_probabilities(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids).logits.float().log_softmax(-1)
+def next_token_logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Token ids [B, T] -> logits [B * (T-1), V] of every token but the first."""
+    return model(ids).logits[:, :-1].flatten(0, 1)
 
 
 def table(figures: dict[str, dict[str, dict]]) -> str:

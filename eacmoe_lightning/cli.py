@@ -27,6 +27,7 @@ from eacmoe_lightning.run.files import StoreError, is_disk_full
 from eacmoe_lightning.run.stopping import Stopping
 from eacmoe_lightning.version import __version__
 
+PARSERS = {"plan": plan, "report": report}  # they parse their words themselves
 FUNCTIONS = {"analyze": analyze, "export": export, "prune": prune, "study": study}  # their arguments are the options
 COMMANDS = {
     "fit": "Calibrates and quantizes a model, and writes the compressed one with a report.",
@@ -71,8 +72,8 @@ def _run(command: str | None, words: Sequence[str], args: ArgsType) -> None:
     if command in FUNCTIONS:
         program = f"{Path(sys.argv[0]).name} {command}"
         auto_cli(FUNCTIONS[command], args=words[1:], prog=program, as_positional=False, parser_class=NamedConfigParser)
-    elif command in ("plan", "report"):
-        (plan if command == "plan" else report)(words[1:])
+    elif command in PARSERS:
+        PARSERS[command](words[1:])
     elif command in (None, "-h", "--help"):
         print(overview())
     elif command == "--version":

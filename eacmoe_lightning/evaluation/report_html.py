@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from eacmoe_lightning.evaluation.figures import divergence_rows, figure_columns
+from eacmoe_lightning.evaluation.divergence_table import COLUMNS, divergence_rows
 from eacmoe_lightning.evaluation.streams import NOISE_FLOOR
 
 ASSETS = files("eacmoe_lightning") / "assets" / "report"
@@ -81,7 +81,7 @@ def html(report: dict[str, Any]) -> str:
         most_seconds=_most(phase["seconds"] for phase in phases),
         peak=max((phase["peak_bytes"] for phase in phases), default=0),
         machine=report["machine"]["processor"],
-        table={"columns": figure_columns(), "rows": divergence_rows(report)},
+        table={"columns": COLUMNS, "rows": divergence_rows(report)},
         provenance=_provenance(report),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from eacmoe_lightning.calibration.blocks import PHASES
 from eacmoe_lightning.evaluation.coverage import coverage_lines
-from eacmoe_lightning.evaluation.figures import divergence_rows, figure_columns
+from eacmoe_lightning.evaluation.divergence_table import COLUMNS, divergence_rows
 from eacmoe_lightning.routers.expert_shift import RATES
 from eacmoe_lightning.run.files import first_of
 
@@ -158,7 +158,7 @@ def _divergence_table(report: dict[str, Any]) -> str:
         "## Divergence from the original\n\nNames and formulas of llama.cpp's `--kl-divergence`; nats per token. "
         "± is one standard error, as if tokens were independent. Noise floor: the original with its activations "
         "rounded to bfloat16 after each block.\n\n"
-        + _table(["text", *figure_columns()], divergence_rows(report))
+        + _table(["text", *COLUMNS], divergence_rows(report))
         + "\n\nMean KL divergence by the original's highest probability, with the share of tokens:\n\n"
         + _by_confidence(divergence["texts"])
         + "\n\nDistance of the hidden states after each block from the original's, relative to their length:\n\n"

@@ -7,19 +7,15 @@ from typing import Any
 
 from eacmoe_lightning.evaluation.streams import NOISE_FLOOR
 
+COLUMNS = (  # after the text's
+    *("PPL(base)", "PPL(Q)", "Mean ln(PPL(Q)/PPL(base))", "Mean KLD", "Median", "90%", "99%", "99.9%", "Maximum"),
+    *("Same top p", "Mean Δp", "RMS Δp", "tokens"),
+)
 STREAMS = {"before": "before", "compressed": "compressed", NOISE_FLOOR: "noise floor"}
 
 
-def figure_columns() -> list[str]:
-    """The columns after the text's."""
-    return [
-        "PPL(base)", "PPL(Q)", "Mean ln(PPL(Q)/PPL(base))", "Mean KLD", "Median", "90%", "99%", "99.9%", "Maximum",
-        "Same top p", "Mean Δp", "RMS Δp", "tokens",
-    ]  # fmt: skip
-
-
 def divergence_rows(report: dict[str, Any]) -> list[list[str]]:
-    """A row for each text and for the noise floor beside it: its name, and the cells of `figure_columns`."""
+    """A row for each text and for the noise floor beside it: its name, and the cells of `COLUMNS`."""
     rows = []
     for text, streams in (report.get("divergence") or {}).get("texts", {}).items():
         perplexity = report["perplexity"][text]
