@@ -382,8 +382,9 @@ TARGETS = (
         symmetric=False,
         group_sizes=None,
         mixing="weight",
-        note="codes are stored in ggml's blocks of 32: 4.5 bits a weight up to 3 bit and for symmetric 4 bit, 5.5 for "
-        "asymmetric 4 bit and symmetric 5 bit, 8.5 above; asymmetric 8 bit becomes float16",
+        note="K-quants (`--model.quantizer kquant`) are copied; codes on our grid are stored in ggml's blocks of 32: "
+        "4.5 bits a weight up to 3 bit and for symmetric 4 bit, 5.5 for asymmetric 4 and symmetric 5 bit, 8.5 above; "
+        "asymmetric 8 bit becomes float16",
     ),
     Target(
         engine="transformers",
