@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from statistics import mean
 
@@ -88,15 +89,14 @@ def quantize(program: Path, dense: Path, like: Path, out: Path, options: list[st
         if name in ("token_embd.weight", "output.weight"):
             flag = "--token-embedding-type" if name.startswith("token") else "--output-tensor-type"
             options = [*options, flag, types.get(name, kind).lower()]
-    words = [
-        word
-        for name, kind in asked.items()
-        for word in ("--tensor-type", f"^{name[: -len('.weight')]}$={kind.lower()}")
-    ]
+    words = []
+    for name, kind in asked.items():
+        words += ["--tensor-type", f"^{re.escape(name)}$={kind.lower()}"]
     run(program, *options, *words, str(dense), str(out), "Q8_0", str(threads))
     made = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out).tensors}
     different = {name: (kind, made[name]) for name, kind in types.items() if made[name] != kind}
     if different:
+        out.unlink()
         raise SystemExit(f"{program} gave other types than {like} has: {different}")
 
 
