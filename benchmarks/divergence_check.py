@@ -60,9 +60,7 @@ def main() -> None:
     rows = {"ours": {name: value_of(ours, name) for name in LINES}}
     rows["ours, its rounding"] = {name: value_of(as_theirs, name) for name in LINES}
     for name in ("decoded", "codes"):
-        rows[f"llama.cpp, {name}"] = divergence(
-            run(args.llama_perplexity, "-m", str(exports[name]), *words, "--kl-divergence")
-        )
+        rows[f"llama.cpp, {name}"] = divergence(args.llama_perplexity, "-m", str(exports[name]), *words)
     print(f"{args.text}: {len(tokens)} windows of {args.context} tokens, {ours['tokens']} tokens counted")
     print(f"{'':14s} " + " ".join(f"{name:>20s}" for name in rows))
     for name in LINES:

@@ -72,8 +72,7 @@ def main() -> None:
         words += ["--chunks", str(args.windows), *threads, "--kl-divergence-base", str(base)]
         run(args.llama_bin / "llama-perplexity", "-m", str(dense), *words)
         for name, file in files.items():
-            output = run(args.llama_bin / "llama-perplexity", "-m", str(file), *words, "--kl-divergence")
-            rows[name]["texts"][text] = divergence(output)
+            rows[name]["texts"][text] = divergence(args.llama_bin / "llama-perplexity", "-m", str(file), *words)
         base.unlink()
     show(rows, list(texts), list(far))
     if args.json:

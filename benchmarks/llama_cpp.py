@@ -29,6 +29,7 @@ LINES = {  # our figure: llama-perplexity's line
     "mean_dp": "Mean    Δp",
     "rms_dp": "RMS Δp",
 }
+TRIES = 5
 PERCENT = ("same_top", "mean_dp", "rms_dp")
 IN_FLOAT32 = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")  # its cache of keys and values is in float16 by default
 
@@ -58,12 +59,14 @@ def unquantized_gguf(model: StreamedModel, name: str, folder: Path) -> Path:
     return as_gguf(folder, folder.with_name(f"{folder.name}-gguf"))
 
 
-def divergence(output: str) -> dict[str, float]:
-    """The figures that `llama-perplexity --kl-divergence` prints, shares as shares."""
-    found = {}
-    for name, line in LINES.items():
-        match = re.search(rf"^{line}\s*:\s*(-?[\d.]+)", output, re.MULTILINE)
-        if match is None:
-            raise SystemExit(f"llama-perplexity printed no line {line}: {output[-1500:]}")
-        found[name] = float(match[1]) / (100 if name in PERCENT else 1)
-    return found
+def divergence(program: str | Path, *words: str) -> dict[str, float]:
+    """The figures that `llama-perplexity --kl-divergence` prints, shares as shares.
+
+    Its logger sometimes loses the end of what it prints; then it runs again.
+    """
+    for _ in range(TRIES):
+        output = run(program, *words, "--kl-divergence")
+        matches = {name: re.search(rf"^{line}\s*:\s*(-?[\d.]+)", output, re.MULTILINE) for name, line in LINES.items()}
+        if None not in matches.values():
+            return {name: float(match[1]) / (100 if name in PERCENT else 1) for name, match in matches.items()}
+    raise SystemExit(f"{program} printed no line for {[n for n, match in matches.items() if match is None]}: {output}")
