@@ -32,6 +32,8 @@ from eacmoe_lightning.commands.configs import NamedConfigParser, config_names, f
 from eacmoe_lightning.commands.fit import ParsedOnly, parse_fit
 from eacmoe_lightning.commands.plan import options as plan_options
 from eacmoe_lightning.commands.report import options as report_options
+from eacmoe_lightning.commands.table import options as table_options
+from eacmoe_lightning.commands.table import read_table
 from eacmoe_lightning.quantization.quantizers import Quantizer
 from eacmoe_lightning.routers.losses import RouterLoss
 from eacmoe_lightning.text.sampled import sampled_source
@@ -131,6 +133,10 @@ def parse(words: tuple[str, ...]) -> None:
             parser.instantiate(parser.parse_args(rest))
         elif command == "report":
             report_options().parse_args(rest)
+        elif command == "table":
+            given, more = table_options().parse_known_args(rest)
+            read_table(given.table)
+            parse_fit(more)
         elif command == "plan":
             parse_fit(plan_options().parse_known_args(rest)[1])
         else:
