@@ -6,7 +6,8 @@
 For every run the original is quantized by `llama-quantize` to the run's own types, tensor by tensor, so the files have
 the same size: without an importance matrix, and with one (`llama-imatrix`) of the run's calibration text. All files
 then meet the original in `llama-perplexity --kl-divergence`, on the run's held-out texts and those of --far
-(far_texts.py). `llama_cpp.py` says how to build the three programs.
+(far_texts.py). `llama_cpp.py` says how to build the three programs. `--also NAME=FILE` adds files of other tools, such
+as AutoRound's (gguf_autoround.py).
 
 The table shows nats lost per token and the mean divergence KL(original || file).
 """
@@ -32,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="finished runs of one original, for the target llama.cpp")
     parser.add_argument("--llama-bin", type=Path, required=True, help="folder of the three programs")
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=FILE", help="GGUF files of other tools")
     parser.add_argument("--calibration", default="bundled:calibration", help="text of the importance matrix")
     parser.add_argument("--heldout", nargs="+", default=["bundled:prose", "bundled:code", "bundled:german"])
     parser.add_argument("--far", type=Path, help="folder of texts")
@@ -61,6 +63,8 @@ def main() -> None:
             if not file.exists():
                 quantize(args.llama_bin / "llama-quantize", dense, ours, file, options, args.threads)
             files[f"{path.name}: {name}"] = file
+
+    files |= {name: Path(file) for name, _, file in (each.partition("=") for each in args.also)}
 
     texts = {source.rpartition(":")[2]: "\n".join(read_documents(source)) for source in args.heldout}
     far = {file.stem: file.read_text() for file in sorted(args.far.glob("*.txt"))} if args.far else {}
