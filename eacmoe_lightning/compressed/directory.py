@@ -25,6 +25,7 @@ from eacmoe_lightning.compressed.format import (
     original_config,
     read_config,
     size_of,
+    write_config,
 )
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.draft import read_draft, without_draft
@@ -99,8 +100,8 @@ def save_compressed(
             shutil.copyfile(file, partial / file.name)
         if moe.model.can_generate():
             moe.model.generation_config.save_pretrained(partial)
-        write_json(
-            partial / "config.json",
+        write_config(
+            partial,
             {
                 "model_type": METHOD,
                 "format_version": _format_version(moe, weights),
@@ -181,7 +182,7 @@ def save_packed(path: str | Path, model: PreTrainedModel) -> None:
             shutil.copyfile(draft, partial / DRAFT)
         model.generation_config.save_pretrained(partial)
         dtype = str(model.dtype).rpartition(".")[2]
-        write_json(partial / "config.json", config | {"dtype": dtype} | stored.stored_rule(model))
+        write_config(partial, config | {"dtype": dtype} | stored.stored_rule(model))
 
 
 def _write_weights(directory: Path, shards: Iterable[tuple[str, dict[str, Tensor]]]) -> None:

@@ -6,8 +6,9 @@ original's config with a quantization config, so transformers picks the original
 file straight into them. Weights on a lattice or in llama.cpp's blocks have no packed
 modules: `load` decodes them.
 
-Without this package, transformers refuses the directory because it does not know the model type. (With the original's
-model type and an unknown quantization method, it would only warn and leave the weights random.)
+Without this package, transformers refuses the directory: it asks for `trust_remote_code=True`, and then for the package
+(`format.CODE`). (With the original's model type and an unknown quantization method, it would only warn and leave the
+weights random.)
 """
 
 from __future__ import annotations
