@@ -31,6 +31,7 @@ class WeightGrid:
         bits, group_size, symmetric: the grid.
         experts: the experts of a stack that have this grid; None: all.
         on_lattice: whether the matrix has one step and codes stored at their entropy, instead of groups.
+        kquant: its type, if it is in llama.cpp's blocks.
     """
 
     name: str
@@ -42,6 +43,7 @@ class WeightGrid:
     symmetric: bool
     experts: tuple[int, ...] | None = None
     on_lattice: bool = False
+    kquant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,13 @@ class Target:
         on_lattice = [w for w in weights if w.on_lattice]
         if on_lattice and self.format != "dense":
             return [_counted(on_lattice, self._lattice)]
+        in_blocks = [w for w in weights if w.kquant]
+        if in_blocks and self.format not in ("gguf", "dense"):
+            return [_counted(in_blocks, self._in_blocks)]
         if original is not None and (unreadable := self._unreadable(weights, original)):
             return [unreadable]
         left = self.left_decoded(weights, original)
-        weights = [w for w in weights if not w.on_lattice and w not in left]
+        weights = [w for w in weights if not w.on_lattice and not w.kquant and w not in left]
         problems = [_counted([w for w in weights if w.bits not in self.bits], self._bits)]
         problems += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
         groups = [w for w in weights if self.group_sizes is not None and w.group_size not in self.group_sizes]
@@ -218,6 +223,12 @@ class Target:
         return (
             f"{weight.name} is on a lattice, but {self.name} loads group-wise codes only: calibrate with "
             "--model.quantizer gptq, or export with --format dense"
+        )
+
+    def _in_blocks(self, weight: WeightGrid) -> str:
+        return (
+            f"{weight.name} is in llama.cpp's blocks ({weight.kquant}), but {self.name} loads group-wise codes only: "
+            "calibrate with --model.quantizer gptq, or export with --format gguf or --format dense"
         )
 
     def _bits(self, weight: WeightGrid) -> str:
@@ -371,8 +382,9 @@ TARGETS = (
         symmetric=False,
         group_sizes=None,
         mixing="weight",
-        note="codes are stored in ggml's blocks of 32: 4.5 bits a weight up to 3 bit and for symmetric 4 bit, 5.5 for "
-        "asymmetric 4 bit and symmetric 5 bit, 8.5 above; asymmetric 8 bit becomes float16",
+        note="K-quants (`--model.quantizer kquant`) are copied; codes on our grid are stored in ggml's blocks of 32: "
+        "4.5 bits a weight up to 3 bit and for symmetric 4 bit, 5.5 for asymmetric 4 and symmetric 5 bit, 8.5 above; "
+        "asymmetric 8 bit becomes float16",
     ),
     Target(
         engine="transformers",

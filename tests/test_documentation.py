@@ -28,10 +28,14 @@ from transformers import AutoTokenizer
 
 import eacmoe_lightning
 from eacmoe_lightning.cli import COMMANDS, FUNCTIONS, main
+from eacmoe_lightning.commands.chat import options as chat_options
 from eacmoe_lightning.commands.configs import NamedConfigParser, config_names, find_config
 from eacmoe_lightning.commands.fit import ParsedOnly, parse_fit
 from eacmoe_lightning.commands.plan import options as plan_options
 from eacmoe_lightning.commands.report import options as report_options
+from eacmoe_lightning.commands.serve import options as serve_options
+from eacmoe_lightning.commands.table import options as table_options
+from eacmoe_lightning.commands.table import read_table
 from eacmoe_lightning.quantization.quantizers import Quantizer
 from eacmoe_lightning.routers.losses import RouterLoss
 from eacmoe_lightning.text.sampled import sampled_source
@@ -46,6 +50,7 @@ BLOCKS = [block for blocks, _ in DOCUMENTS.values() for block in blocks]
 SHELL, PYTHON = ("bash", "sh", "shell", "console"), ("python", "py")
 # other people's: taken as they are
 GIVEN = ("git", "cd", ".", "source", "ruff", "tensorboard", "export", "mkdir", "scancel", "scontrol", "vllm")
+GIVEN += ("transformers", "llama-server", "curl")
 OURS = ("eacmoe", "python", "python3", "torchrun", "fabric", "srun", "sbatch", "pytest", "pip")
 LAUNCHERS = ("fabric run", "python train.py")  # without what they launch
 INPUTS = ("model", "source", "evaluate", "name_or_path", "predict", "calibration", "heldout", "texts", "cross")
@@ -131,6 +136,14 @@ def parse(words: tuple[str, ...]) -> None:
             parser.instantiate(parser.parse_args(rest))
         elif command == "report":
             report_options().parse_args(rest)
+        elif command == "table":
+            given, more = table_options().parse_known_args(rest)
+            read_table(given.table)
+            parse_fit(more)
+        elif command in ("serve", "chat"):  # what they do not know goes to the server
+            given, _ = (serve_options if command == "serve" else chat_options)().parse_known_args(rest)
+            if given.model is not None:
+                check_input("--model", given.model)
         elif command == "plan":
             parse_fit(plan_options().parse_known_args(rest)[1])
         else:

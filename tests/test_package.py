@@ -54,7 +54,8 @@ def test_one_console_command():
 def test_help_names_every_command(words, capsys):
     main(words)
     said = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "plan", "report", "analyze", "export", "prune", "study"):
+    commands = "fit validate test predict plan report table serve chat analyze export prune study"
+    for command in commands.split():
         assert f"\n{command} " in said
 
 
@@ -67,7 +68,8 @@ def test_an_unknown_command(capsys):
     with pytest.raises(SystemExit) as end:
         main(["fitt", "--config", "tiny"])
     assert end.value.code == 1
-    assert "there is no command fitt: fit, validate, test, predict, plan, report, analyze" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "there is no command fitt: fit, validate, test, predict, plan, report, table, serve, chat, analyze" in said
 
 
 # --- configs

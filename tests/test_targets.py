@@ -114,8 +114,9 @@ def test_a_target_changes_nothing_but_what_it_needs():
     plain = QESC(bits=4).recipe.record()
     assert not plain["symmetric"]
     assert QESC(bits=4, target="vllm").recipe == QESC(bits=4, symmetric=True).recipe
-    for engine in ("gptqmodel", "llama.cpp"):
-        assert QESC(bits=4, target=engine).recipe.record() == plain
+    assert QESC(bits=4, target="gptqmodel").recipe.record() == plain
+    assert QESC(bits=4, target="llama.cpp").recipe.record() == plain | {"quantizer": "kquant"}
+    assert QESC(bits=4, target="llama.cpp", quantizer="gptq").recipe.record() == plain
 
 
 @pytest.mark.filterwarnings("ignore")

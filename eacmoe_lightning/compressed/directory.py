@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from eacmoe_lightning.compressed.format import (
     DRAFT,
     INDEX,
+    KQUANTS,
     LATTICE,
     METHOD,
     REST,
@@ -24,6 +25,7 @@ from eacmoe_lightning.compressed.format import (
     original_config,
     read_config,
     size_of,
+    write_config,
 )
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.draft import read_draft, without_draft
@@ -32,6 +34,7 @@ from eacmoe_lightning.models.originals import OriginalFiles, load_tokenizer, pro
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.pruned_config import pruned_config
 from eacmoe_lightning.models.transformers_loader import empty_model
+from eacmoe_lightning.quantization.kquant import KQuant
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
@@ -97,8 +100,8 @@ def save_compressed(
             shutil.copyfile(file, partial / file.name)
         if moe.model.can_generate():
             moe.model.generation_config.save_pretrained(partial)
-        write_json(
-            partial / "config.json",
+        write_config(
+            partial,
             {
                 "model_type": METHOD,
                 "format_version": _format_version(moe, weights),
@@ -112,7 +115,8 @@ def save_compressed(
                     "bits": {name: weight["bits"] for name, weight in weights.items()},
                     "group_sizes": {name: weight["group_size"] for name, weight in weights.items()},
                 }
-                | ({LATTICE: on_lattice} if (on_lattice := [n for n, w in weights.items() if w[LATTICE]]) else {}),
+                | ({LATTICE: on_lattice} if (on_lattice := [n for n, w in weights.items() if w[LATTICE]]) else {})
+                | ({KQUANTS: kinds} if (kinds := {n: k for n, w in weights.items() if (k := w[KQUANTS])}) else {}),
             }
             | {key: value for key, value in source_config.items() if key == stored.KEY},
         )
@@ -149,11 +153,17 @@ def _with_draft(
 
 
 def _described(weight: QuantizedWeight) -> dict[str, Any]:
-    return {"bits": weight.bits, "group_size": weight.group_size, LATTICE: isinstance(weight, Lattice)}
+    kind = weight.kind if isinstance(weight, KQuant) else None
+    return {
+        **{"bits": weight.bits, "group_size": weight.group_size},
+        **{LATTICE: isinstance(weight, Lattice), KQUANTS: kind},
+    }
 
 
 def _format_version(moe: MoEModel, weights: dict[str, dict[str, Any]]) -> int:
     """The lowest format version that can hold these weights: see `format.FORMAT_VERSION`."""
+    if any(weight[KQUANTS] for weight in weights.values()):
+        return 4
     if any(weight[LATTICE] for weight in weights.values()):
         return 3
     return 2 if moe.is_pruned or any(not isinstance(weight["bits"], int) for weight in weights.values()) else 1
@@ -172,7 +182,7 @@ def save_packed(path: str | Path, model: PreTrainedModel) -> None:
             shutil.copyfile(draft, partial / DRAFT)
         model.generation_config.save_pretrained(partial)
         dtype = str(model.dtype).rpartition(".")[2]
-        write_json(partial / "config.json", config | {"dtype": dtype} | stored.stored_rule(model))
+        write_config(partial, config | {"dtype": dtype} | stored.stored_rule(model))
 
 
 def _write_weights(directory: Path, shards: Iterable[tuple[str, dict[str, Tensor]]]) -> None:

@@ -4,15 +4,19 @@
     weights-block-003.safetensors, weights-rest.safetensors, weights.safetensors.index.json
     weights-draft.safetensors     the original's draft layers (`models/draft.py`), if it has any; not in the index
     tokenizer, generation config
+    configuration_eacmoe.py       imports this package; transformers runs it if the user passes trust_remote_code=True
 
 Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
 (uint8), under the model's parameter names; all other tensors are stored unchanged. If the experts of a stack differ in
 bits, the config has a list of bits and `.codes` is flat, one expert after another (format version 2). A pruned model's
 config lists under `kept_experts` the experts that its blocks still have (version 2 as well). Weights on a lattice have
 `.stream`, `.ends`, `.shape` and `.scale` (`quantization/packing.py`), and the config lists their names under `lattice`
-(version 3).
+(version 3). Weights in llama.cpp's blocks have one tensor, `.blocks`, and the config lists their types under `kquants`
+(version 4).
 
-`load` reads such a directory, and so does transformers once this package is imported (`loading.py`).
+`load` reads such a directory, and so does transformers once this package is imported (`loading.py`). transformers looks
+for no entry points of packages, so somebody has to import it: the user, or `configuration_eacmoe.py`, to which the
+config's `auto_map` leads.
 """
 
 from __future__ import annotations
@@ -24,19 +28,38 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from eacmoe_lightning.models.transformers_loader import knows_config
+from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.version import __version__
 
-FORMAT_VERSION = 3  # 3: weights on a lattice; 2: experts of a stack differ in bits, or some were removed; 1: all others
-LATTICE = "lattice"  # key of the config's `quantization`
+FORMAT_VERSION = 4  # see the module's docstring
+LATTICE, KQUANTS = "lattice", "kquants"  # keys of the config's `quantization`
 SHARD, REST = "weights-block-{:03d}.safetensors", "weights-rest.safetensors"
 DRAFT = "weights-draft.safetensors"
 METHOD = "eacmoe"  # model type and quantization method
 INDEX = "weights.safetensors.index.json"
+CODE = "configuration_eacmoe.py"
+CODE_TEXT = '''"""Opens this compressed model in transformers, in an environment that has the package eacmoe-lightning.
+
+transformers runs this file if you pass `trust_remote_code=True`. It only imports the package, so you may as well write
+
+    import eacmoe_lightning
+
+before `from_pretrained`, and trust nothing.
+"""
+
+from eacmoe_lightning.compressed.loading import CompressedConfig  # noqa: F401
+'''
 
 
 def is_compressed(path: str | Path) -> bool:
     config = Path(path) / "config.json"
     return config.exists() and json.loads(config.read_text()).get("model_type") == METHOD
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    """Writes config.json, and the file that lets transformers open the directory without an import of this package."""
+    (directory / CODE).write_text(CODE_TEXT)
+    write_json(directory / "config.json", config | {"auto_map": {"AutoConfig": f"{Path(CODE).stem}.CompressedConfig"}})
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -80,6 +103,11 @@ def check_format(config: dict[str, Any]) -> None:
             f"the compressed model has format version {config['format_version']}, but this eacmoe-lightning "
             f"({__version__}) reads up to {FORMAT_VERSION}: install a newer one"
         )
+
+
+def runs_packed(config: dict[str, Any]) -> bool:
+    """Whether packed modules hold the weights of a compressed directory, by its config: those on the grid alone."""
+    return LATTICE not in config["quantization"] and KQUANTS not in config["quantization"]
 
 
 def size_of(path: str | Path) -> int:

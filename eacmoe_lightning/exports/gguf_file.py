@@ -24,6 +24,8 @@ from eacmoe_lightning.exports.gguf_tensors import DENSE, Entry, by_rows, plan, s
 from eacmoe_lightning.exports.gguf_tokenizer import add_tokenizer
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.quantization.kquant import KQuant
+from eacmoe_lightning.quantization.kquant_bytes import to_bytes
 from eacmoe_lightning.targets import Target, WeightGrid
 from eacmoe_lightning.version import __version__
 
@@ -100,8 +102,10 @@ def _blocks(source: Source) -> Iterator[dict[str, Tensor | Quantized]]:
 def _encoded(entry: Entry, value: Tensor | Quantized) -> Tensor:
     """One tensor as the file stores it."""
     dtype = {kind: dtype for dtype, kind in DENSE.items()}.get(entry.type)
-    if isinstance(value, Quantized) and entry.is_transposed:
+    if entry.is_transposed and not isinstance(value, Tensor):
         value = value.dequantize()
+    if isinstance(value, KQuant):
+        return entry.take(to_bytes(value))
     if isinstance(value, Quantized):
         parts = (entry.take(part) for part in (value.codes, value.scale, value.zero_point))
         return ggml_blocks.to_blocks(Quantized(*parts, value.bits), entry.type)

@@ -1,0 +1,193 @@
+"""`eacmoe serve` and `eacmoe chat`: OpenAI's client against transformers' server, and what both commands refuse.
+
+Tests that run the server are skipped where its packages are not installed (`pip install -e ".[test,serve]"`).
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import jobs
+import pytest
+import tiny_models
+import torch
+from transformers import AutoTokenizer
+
+import eacmoe_lightning
+from eacmoe_lightning.cli import main
+from eacmoe_lightning.commands.serve import check_loads, check_port, open_served, read_template
+from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.serving.transformers_server import BATCHES, CONTINUE, Served, missing_packages, serve
+from eacmoe_lightning.skipping.stored import KEY as SKIPPING
+
+sys.path.append(str(jobs.ROOT / "benchmarks"))
+import serve_check
+
+MISSING = missing_packages()
+needs_server = pytest.mark.skipif(bool(MISSING), reason=f"not installed (extra: serve): {', '.join(MISSING)}")
+RUN = "import sys; sys.argv[0] = 'eacmoe'; from eacmoe_lightning.cli import main; main()"
+
+
+@pytest.fixture(scope="session")
+def directory(once, tokenizer):
+    """A tiny compressed model, whose tokenizer has no chat template."""
+
+    def make(folder):
+        folder.mkdir()
+        tiny_models.save("qwen3_moe", folder / "original", tokenizer)
+        serve_check.round_model(folder / "compressed", str(folder / "original"), 32, "3")
+
+    return once("served", make) / "compressed"
+
+
+# --- what is refused before anything is loaded
+
+
+@pytest.mark.skipif(not MISSING, reason="the server's packages are installed")
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_without_the_packages_one_error_names_the_extra(command, directory, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, str(directory), *(["--engine", "transformers"] if command == "serve" else [])])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.count("error: ") == 1
+    assert f"needs {', '.join(MISSING)}, which" in said and "pip install 'eacmoe-lightning[serve]'" in said
+
+
+def test_models_that_cannot_be_served(tmp_path, directory):
+    with pytest.raises(FileNotFoundError, match=r"\(MODEL\).*no such directory"):
+        open_served(str(tmp_path / "none"))
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"\(MODEL\) has no compressed model yet"):
+        open_served(str(tmp_path))
+    (tmp_path / "model.gguf").touch()
+    for given in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(ValueError, match=f"`llama-server -m {tmp_path / 'model.gguf'}`"):
+            open_served(str(given))
+    export(str(directory), str(tmp_path / "gptq"), "gptq_v2")
+    with pytest.raises(ValueError, match=r"\(MODEL\) is quantized by 'gptq'.*--engine vllm"):
+        check_loads(open_served(str(tmp_path / "gptq")))
+    for loads in (directory, directory.parent / "original"):
+        check_loads(open_served(str(loads)))
+
+
+def test_options_that_cannot_be_met(tmp_path):
+    with pytest.raises(ValueError, match=r"--chat_template .*none\.jinja.*`continue`"):
+        read_template(str(tmp_path / "none.jinja"))
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"--port {port} on localhost \(--host\).*in use"):
+            check_port("localhost", port)
+    check_port("localhost", port)
+    with pytest.raises(ValueError, match="--port 70000"):
+        check_port("localhost", 70000)
+
+
+def test_a_model_that_skips_experts_takes_no_batches(tmp_path, directory):
+    for file in directory.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((directory / "config.json").read_text()) | {SKIPPING: {"rule": "pesf", "alpha": 0.3}}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{BATCHES}: this model skips experts"):
+        serve(Served("it", open_served(str(tmp_path))), [BATCHES])
+
+
+# --- conversations
+
+
+def test_without_a_chat_template_conversations_are_refused_or_continued(directory):
+    messages = [{"role": "user", "content": "I begin."}, {"role": "user", "content": "The whale"}]
+    refusing = Served("it", open_served(str(directory))).tokenizer()
+    with pytest.raises(ValueError, match="/v1/completions.*--chat_template FILE.*--chat_template continue"):
+        refusing.apply_chat_template(messages)
+    opened = open_served(str(directory))
+    continuing = Served("it", opened, CONTINUE).tokenizer()
+    expected = AutoTokenizer.from_pretrained(directory)("The whale")["input_ids"]
+    assert continuing.apply_chat_template(messages)["input_ids"] == expected
+    continuing = Served("it", opened, "{% for m in messages %}<{{ m.content }}>{% endfor %}").tokenizer()
+    assert continuing.apply_chat_template(messages, tokenize=False) == "<I begin.><The whale>"
+
+
+# --- the server
+
+
+def start(*words: str, **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(jobs.ROOT)}
+    return subprocess.Popen([sys.executable, "-P", "-c", RUN, *words], env=environment, text=True, **options)
+
+
+@pytest.mark.slow
+@needs_server
+def test_a_client_of_openai(directory, tmp_path):
+    import openai
+
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    with open(tmp_path / "log", "w") as log:
+        server = start("serve", str(directory), "--engine", "transformers", "--port", port, "--name", "it", stderr=log)
+        try:
+            answers = _ask(openai, f"http://localhost:{port}", server)
+        finally:
+            server.terminate()
+            code = server.wait(60)
+    assert code == 143 and "stopped by SIGTERM" in (tmp_path / "log").read_text()  # as schedulers expect
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), eacmoe_lightning.load(directory)
+    for prompt, answer in answers.items():
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        assert answer == tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _ask(openai, url: str, server: subprocess.Popen) -> dict[str, str]:
+    """Completions of the server by prompt, after all else was asked of it."""
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"{url}/health").close()
+            break
+        except OSError:
+            assert server.poll() is None, "the server has ended"
+            time.sleep(0.2)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["it"]
+    options = {"model": "it", "max_tokens": 12, "temperature": 0}
+    complete = client.completions.create
+    answers = {prompt: complete(prompt=prompt, **options) for prompt in ("The whale", "def f(", "Il est", "x = 2")}
+    assert all(answer.model == "it" and answer.usage.completion_tokens <= 12 for answer in answers.values())
+    texts = {prompt: answer.choices[0].text for prompt, answer in answers.items()}
+    stream = complete(prompt="The whale", stream=True, **options)
+    assert "".join(part.choices[0].text for part in stream) == texts["The whale"]
+    with ThreadPoolExecutor(4) as pool:
+        together = pool.map(lambda prompt: complete(prompt=prompt, **options).choices[0].text, texts)
+        assert [*together] == [*texts.values()]
+    chat = client.chat.completions.create
+    for ask, status, message in (
+        (lambda: complete(**options | {"model": "other"}, prompt="x"), 400, "requested 'other'"),
+        (lambda: complete(**options | {"max_tokens": "many"}, prompt="x"), 400, "invalid literal"),
+        (lambda: complete(**options, prompt="x", extra_body={"nonsense": 1}), 422, "nonsense"),
+        (lambda: chat(**options, messages=[{"role": "user", "content": "x"}]), 400, "has no chat template"),
+    ):
+        with pytest.raises(openai.APIStatusError, match=message) as refused:
+            ask()
+        assert refused.value.status_code == status
+    return texts
+
+
+@pytest.mark.slow
+@needs_server
+def test_a_chat_in_the_terminal(directory):
+    words = ("chat", str(directory), "max_new_tokens=8", "do_sample=False")
+    done = start(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said, errors = done.communicate("The whale\nn\n!exit\n", timeout=300)
+    assert done.returncode == 0, errors
+    model, tokenizer = eacmoe_lightning.load(directory), AutoTokenizer.from_pretrained(directory)
+    inputs = tokenizer("The whale", return_tensors="pt")
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    first = tokenizer.decode(output, skip_special_tokens=True).split()[0]
+    assert first in said and "8 tokens in" in said and "The whale" not in said  # the prompt is not repeated
