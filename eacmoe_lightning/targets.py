@@ -134,6 +134,7 @@ class Target:
         trial: the exports that it has run; None: none.
         bits: supported bits.
         symmetric: whether the zero point must be the middle code.
+        symmetric_bits: by part, the bits at which it must be although it need not be at others.
         group_sizes: supported group sizes; None: any.
         mixing: where routed experts must have the same bits and group size: across the whole `model`, within a `block`,
             or only within a `weight`. Attention and shared experts may differ.
@@ -159,6 +160,7 @@ class Target:
     mixing: Literal["model", "block", "weight"]
     multiple: int = 1
     fuses: bool = False
+    symmetric_bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     names: Literal["original", "unstacked"] = "original"
     packs: Mapping[str, re.Pattern[str]] | None = None
     fails: Mapping[str, str] = field(default_factory=dict)
@@ -192,7 +194,10 @@ class Target:
         left = self.left_decoded(weights, original)
         weights = [w for w in weights if not w.on_lattice and w not in left]
         problems = [_counted([w for w in weights if w.bits not in self.bits], self._bits)]
-        problems += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
+        shared_symmetry = self.format != "compressed-tensors"  # gptq says once whether zero points count
+        asymmetric = [w for w in weights if not (all(v.symmetric for v in weights) if shared_symmetry else w.symmetric)]
+        middle = [w for w in asymmetric if self.symmetric or w.bits in self.symmetric_bits.get(w.part, ())]
+        problems += [_counted(middle, self._asymmetric)]
         groups = [w for w in weights if self.group_sizes is not None and w.group_size not in self.group_sizes]
         problems += [_counted(groups, self._group_size)]
         problems += [_counted([w for w in weights if not self._fits(w)], self._multiple)]
@@ -272,9 +277,10 @@ class Target:
         )
 
     def _asymmetric(self, weight: WeightGrid) -> str:
+        only = "symmetric weights only" if self.symmetric else f"{weight.part} of {weight.bits} bits only if symmetric"
         return (
-            f"{weight.name} is asymmetric, but {self.name} loads symmetric weights only: calibrate with "
-            "--model.symmetric true, or export with --format gptq_v2 or --format dense"
+            f"{weight.name} is asymmetric, but {self.name} loads {only}: calibrate with --model.symmetric true, or "
+            "export with --format gptq_v2 or --format dense"
         )
 
     def _group_size(self, weight: WeightGrid) -> str:
@@ -343,6 +349,9 @@ REOPENED = "every weight, and logits on random tokens, by `export` itself"
 GPTQMODEL, LLAMA_CPP = gptqmodel.VERSION, "llama-cpp-python 0.3.36"
 COMPRESSED_TENSORS = "transformers 5.23 with compressed-tensors 0.20.0"
 MARLIN_GROUPS = (32, 64, 128)
+# With Humming's schemas vLLM and SGLang cut the zero points of fused linears at n // (32 / bits), which for 5 bits is
+# one word short in floating point.
+FUSED_ZERO_POINTS = {"attention": (5,), "shared": (5,)}
 GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 
 TARGETS = (
@@ -355,8 +364,8 @@ TARGETS = (
         symmetric=True,
         group_sizes=None,
         mixing="model",
-        note="experts are decoded when they are loaded; compressed-tensors before 0.18 packs 3, 5, 6 and 7 bit in another "
-        "way",
+        note="experts are decoded when they are loaded; compressed-tensors before 0.18 packs 3, 5, 6 and 7 bit in "
+        "another way",
     ),
     Target(
         engine="vllm",
@@ -369,8 +378,9 @@ TARGETS = (
         mixing="block",
         multiple=32,
         fuses=True,
-        note="4 bit and symmetric 8 bit run in Marlin kernels, everything else in Humming's; on SM90 all of it in "
-        "Humming's; one scheme for gate, up and down of a block's experts",
+        symmetric_bits={"experts": (8,)},
+        note="4 bit and symmetric 8 bit run in Marlin kernels, everything else in Humming's; one scheme for gate, up "
+        "and down of a block's experts; no kernel takes asymmetric experts of 8 bits",
     ),
     Target(
         engine="sglang",
@@ -438,6 +448,7 @@ TARGETS = (
         mixing="block",
         multiple=32,
         fuses=True,
+        symmetric_bits=FUSED_ZERO_POINTS,
         launch=HUMMING,
         note="Humming takes zero points as they are stored, which is wrong for gptq and right for gptq_v2",
     ),
@@ -465,6 +476,7 @@ TARGETS = (
         mixing="block",
         multiple=32,
         fuses=True,
+        symmetric_bits=FUSED_ZERO_POINTS,
         launch=HUMMING,
         note="2, 3, 5, 6 and 7 bit, and asymmetric experts, which SGLang loads in no other format",
     ),

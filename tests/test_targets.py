@@ -53,6 +53,12 @@ def linear(name: str, block: int = 0, **fields) -> WeightGrid:
             [*BOTH, linear("q_proj", bits=8), linear("k_proj"), linear("v_proj")],
             "0.self_attn.q_proj, model.layers.0.self_attn.k_proj and .* have 4 bits.*8 bits.*loads them as one linear",
         ),
+        (VLLM, [expert(symmetric=False, bits=8)], "is asymmetric.*loads experts of 8 bits only if symmetric"),
+        (
+            targets.find("gptq_v2", "vllm"),
+            [expert(symmetric=False), linear("o_proj", bits=5)],
+            "o_proj.weight is asymmetric.*loads attention of 5 bits only if symmetric",
+        ),
         (VLLM, [expert(symmetric=False, shape=(8, 240, 512))], "240 x 512, but both must be multiples of 32"),
     ],
 )
@@ -67,10 +73,10 @@ def test_what_vllm_loads_since_0_32():
     """Any width, zero points, blocks that differ, and linears that differ from others but not within a whole."""
     experts = [
         expert(block, projection, bits=bits, symmetric=False)
-        for block, bits in enumerate(range(2, 9))
+        for block, bits in enumerate(range(2, 8))
         for projection in ("gate_up_proj", "down_proj")
     ]
-    attention = [linear(name, bits=8 if name == "o_proj" else 5) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    attention = [linear(name, bits=8 if name == "o_proj" else 6) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     for form in ("compressed-tensors", "gptq_v2"):
         (row,) = targets.find(form, "vllm")
         assert row.problems([*experts, *attention]) == []

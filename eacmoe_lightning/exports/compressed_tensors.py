@@ -50,18 +50,19 @@ def require_library() -> None:
 
 def write(source: Source, weights: list[WeightGrid], row: Target, directory: Path) -> None:
     """Fills the directory with shards and config."""
-    symmetric = all(weight.symmetric for weight in weights)
+    linears, symmetric = source.linear_names(row.names), symmetry(weights)
+    has_none = {name: symmetric[scheme_of(weight)] for weight in weights for name in linears[weight.name]}
 
     def shards() -> Iterator[dict[str, Tensor]]:
         for shard in source.shards(row.names):
             tensors = dict(shard.dense)
             for linear in shard.linears:
-                tensors |= to_tensors(linear.name, linear.quantized, source.dtype, symmetric)
+                tensors |= to_tensors(linear.name, linear.quantized, source.dtype, has_none[linear.name])
             yield tensors
 
     ignored = source.unquantized_modules()
     ignored += fused_names(ignored) + [f"re:{re.escape(prefix)}.*" for prefix in draft_prefixes(source.draft)]
-    config = quantization_config(weights, source.linear_names(row.names), ignored)
+    config = quantization_config(weights, linears, ignored)
     write_checkpoint(source, directory, shards(), config)
 
 
@@ -105,6 +106,16 @@ def to_tensors(linear: str, quantized: Quantized, dtype: torch.dtype, symmetric:
     return tensors
 
 
+def scheme_of(weight: WeightGrid) -> tuple[int, int, bool]:
+    """What weights of one config group have in common: bits, group size, and whether they are experts."""
+    return weight.bits, weight.group_size, weight.part == "experts"
+
+
+def symmetry(weights: list[WeightGrid]) -> dict[tuple[int, int, bool], bool]:
+    """By scheme, whether all of its weights are symmetric, so that no zero points are stored."""
+    return {key: all(w.symmetric for w in weights if scheme_of(w) == key) for key in map(scheme_of, weights)}
+
+
 def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]], ignored: list[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
@@ -113,13 +124,13 @@ def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]]
         linears: module names of each weight's linears in the original, by parameter name.
         ignored: modules with matrices that are not quantized.
     """
-    symmetric = all(weight.symmetric for weight in weights)
+    symmetric = symmetry(weights)
     experts = [weight for weight in weights if weight.part == "experts"]
     one_scheme = len({(weight.bits, weight.group_size) for weight in experts}) == 1
-    targets: dict[tuple[int, int], list[str]] = {}
+    targets: dict[tuple[int, int, bool], list[str]] = {}
     for weight in sorted(weights, key=lambda w: w.part != "experts"):  # the experts' groups first
         names = [EXPERTS if one_scheme else experts_of(weight)] if weight.part == "experts" else linears[weight.name]
-        group_targets = targets.setdefault((weight.bits, weight.group_size), [])
+        group_targets = targets.setdefault(scheme_of(weight), [])
         group_targets.extend(name for name in names if name not in group_targets)
     groups = {
         f"group_{i}": {
@@ -128,7 +139,7 @@ def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]]
             "weights": {
                 "num_bits": bits,
                 "type": "int",
-                "symmetric": symmetric,
+                "symmetric": symmetric[bits, group_size, is_expert],
                 "strategy": "group",
                 "group_size": group_size,
                 "dynamic": False,
@@ -137,7 +148,7 @@ def quantization_config(weights: list[WeightGrid], linears: dict[str, list[str]]
             "output_activations": None,
             "format": "pack-quantized",
         }
-        for i, ((bits, group_size), names) in enumerate(targets.items())
+        for i, ((bits, group_size, is_expert), names) in enumerate(targets.items())
     }
     return {
         "quant_method": "compressed-tensors",
