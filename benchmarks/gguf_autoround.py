@@ -35,7 +35,7 @@ def main() -> None:
         network,
         AutoTokenizer.from_pretrained(args.model),
         scheme=f"GGUF:Q{args.bits}_K_S",
-        layer_config=types | {name: "GGUF:BF16" for name in ("model.embed_tokens", "lm_head")},
+        layer_config=types | {name: "BF16" for name in ("model.embed_tokens", "lm_head")},
         dataset=torch.utils.data.DataLoader(input_ids, batch_size=BATCH_SIZE),
         nsamples=len(input_ids),
         seqlen=input_ids.shape[1],

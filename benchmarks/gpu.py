@@ -18,6 +18,8 @@ Parts:
     block     one block of Qwen3-30B-A3B's shapes calibrated, seconds by phase; the column loop in Triton and in torch
     fit       `fit` of the bundled model on the GPU beside the same on the CPU: perplexities and seconds
     memory    what models loaded at 3 bit and in bf16 take on the GPU, beside the size of the files
+    formats   exports for vLLM and SGLang: Humming's products by its schemas of their formats, every width; vLLM itself,
+              where it is installed, on exports of the bundled model
 
 Rows are printed as they come and appended to --output, a JSON object a line. Every part runs in a process of its own
 (in miniature in one): what breaks it, as an illegal access does for good, does not reach the next. The exit code is 0
@@ -40,7 +42,7 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("kernels", "experts", "pesf", "block", "fit", "memory")
+PARTS = ("kernels", "experts", "pesf", "block", "fit", "memory", "formats")
 COMMANDS = ("wheels", "install")
 
 

@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SCRIPT = BENCHMARKS / "gpu.py"
 TRITON = importlib.util.find_spec("triton")
 needs_triton = pytest.mark.skipif(TRITON is None, reason="Triton is not installed: the GPU's code is not tested")
-PARTS = ("kernels", "experts", "pesf", "block", "fit", "memory")
+PARTS = ("kernels", "experts", "pesf", "block", "fit", "memory", "formats")
 
 
 def run(*words: str, code: int = 0) -> str:
@@ -90,6 +90,8 @@ def test_block_fit_and_memory_in_miniature(rows):
     assert models == [(name, bits) for name in ("bundled", "qwen3, 2 blocks") for bits in (16, 3)]
     assert rows["memory"][1]["file_bytes"] < 0.3 * rows["memory"][0]["file_bytes"]
     assert 0 < rows["memory"][-1]["logits_error"] < 1e-5  # Triton's products beside decoded weights
+    products = [(r["format"], r["bits"], r["symmetric"]) for r in rows["formats"] if r["reader"] == "decoded"]
+    assert len(set(products)) == len(products) == 2 * 7 * 2
 
 
 def test_without_a_gpu_it_says_what_to_do():
