@@ -11,7 +11,7 @@ import torch
 from test_processes import launch
 
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.evaluation import divergence, report_html, report_text
+from eacmoe_lightning.evaluation import divergence, pareto, report_html, report_text
 from eacmoe_lightning.evaluation.divergence import PerToken, compare, joined, statistics
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.evaluation.streams import AfterBlock, effect_of_selection, rounded, run_batches
@@ -255,12 +255,22 @@ def test_runs_are_compared_by_size_and_divergence(fitted, tmp_path, capsys):
         return copied(run, tmp_path / name, change)
 
     runs = [variant("large", 3_000_000, 0.01), variant("small", 1_000_000, 0.2), variant("bad", 2_000_000, 0.5)]
+    capsys.readouterr()  # of a run that was made for this test
     main(["report", *runs, "--output", str(tmp_path / "pareto.html")])
     lines = capsys.readouterr().out.splitlines()[1:4]
     assert [line.split()[0] for line in lines] == ["small", "bad", "large"]
     assert ["another is smaller" in line for line in lines] == [False, True, False]
     page = (tmp_path / "pareto.html").read_text()
     assert page.count("<circle") == 3 and "http" not in page
+
+
+def test_of_many_points_those_on_the_line_are_named():
+    figures = {"bits": 3.0, "kl_error": 0.001, "same_top": 0.9, "rms_dp": 0.01, "log_ppl_ratio": 0.02}
+    points = [{"name": f"run{i}", "size": 1000 + i, "kl": 0.1 if i else 0.2, **figures} for i in range(14)]
+    written = pareto.page("model", ["prose"], points, "a model of this test")
+    assert "Each point is a model of this test." in written and written.count("<title>run") == 14
+    assert [f">run{i}</text>" in written for i in range(14)] == [True, True, *[False] * 12]
+    assert ">run2</text>" in pareto.page("model", ["prose"], points[:3])
 
 
 @pytest.mark.parametrize(

@@ -246,17 +246,14 @@ LOAD = "from transformers import AutoModelForCausalLM as A; m = A.from_pretraine
 
 
 def in_a_process(program: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
-    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def test_without_the_package_transformers_asks_for_trust(folder_of):
     folder = folder_of("mixtral")
-    for trust in (None, False):
-        done = in_a_process(LOAD.format(str(folder), trust))
-        assert done.returncode != 0 and "trust_remote_code=True" in done.stderr.splitlines()[-1]
-        assert f"inspect the repository content at {folder}" in done.stderr
+    done = in_a_process(LOAD.format(str(folder), None))
+    assert done.returncode != 0 and "trust_remote_code=True" in done.stderr.splitlines()[-1]
+    assert f"inspect the repository content at {folder}" in done.stderr
     code = next(folder.glob("*.py")).read_text()  # what a reader of that content finds
     assert "import eacmoe_lightning" in code.splitlines()[4]
 
@@ -265,9 +262,6 @@ def test_with_trust_transformers_needs_no_import(folder_of):
     folder = str(folder_of("mixtral"))
     done = in_a_process(f"{LOAD.format(folder, True)}; print(type(m.model.layers[0].mlp.experts).__name__)")
     assert done.stdout.split() == ["PackedExperts"], done.stderr
-    absent = "import sys; sys.modules['eacmoe_lightning'] = None; "  # as where it is not installed
-    done = in_a_process(absent + LOAD.format(folder, True))
-    assert done.returncode != 0 and "import of eacmoe_lightning" in done.stderr.splitlines()[-1]
 
 
 def test_a_flipped_bit_is_named(folder_of, tmp_path):

@@ -11,7 +11,7 @@ import tiny_models
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.evaluation.choice_task import accuracy, answer, make_questions
@@ -142,6 +142,9 @@ def test_a_cell_is_a_full_run_of_the_disturbed_model(family, texts):
             measured = measurement.measure()
             _check(measurement, measured, moe, texts)
         assert measured["nats"] != measurement.baseline["nats"]
+        gone = [measured["nats"][name] - nats for name, nats in measurement.baseline["nats"].items()]
+        assert measured["divergence"]["log_ppl_ratio"] == pytest.approx(sum(gone) / len(gone), abs=1e-6)
+        assert measured["divergence"]["kl"] == pytest.approx(_divergence(moe, texts, index), rel=1e-4)
         any_changed = [
             (a.sort(-1).values != b.sort(-1).values).any(-1).float().mean().item()
             for a, b in zip(untouched.values(), expected.values(), strict=True)
@@ -151,6 +154,20 @@ def test_a_cell_is_a_full_run_of_the_disturbed_model(family, texts):
     measurement.seek(0)
     again = measurement.measure()
     assert again["nats"] == measurement.baseline["nats"] and again["expert_shift"]["any"] == 0
+    assert again["divergence"]["kl"] == 0 and again["divergence"]["same_top"] == 1
+
+
+@torch.no_grad()
+def _divergence(moe, texts, index):
+    """Mean over the texts of the KL divergence of full runs, with the errors of the cell from without."""
+    windows = [text.windows for text in texts.values()]
+    base = [moe.model(ids).logits[:, :-1].log_softmax(-1) for ids in windows]
+    with disturbed(moe.blocks, {index: [0, 3, 6]}, "sz3", lambda b, e: HALF, partial(stable_seed, 0)):
+        other = [moe.model(ids).logits[:, :-1].log_softmax(-1) for ids in windows]
+    means = [
+        kl_div(q, p, log_target=True, reduction="sum") / p[..., 0].numel() for p, q in zip(base, other, strict=True)
+    ]
+    return float(sum(means) / len(means))
 
 
 @torch.no_grad()
@@ -241,6 +258,9 @@ def _check_report(output):
     text = (output / "study.md").read_text()
     assert "shallow" in text and "paper, Gaussian 0.5" in text and "random-2" in text
     assert (output / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    page, sz3 = (output / "pareto.html").read_text(), [row for row in study["rows"] if row["kind"] == "sz3"]
+    assert page.count("<circle") == len(sz3) == CELLS / 2 and 0 < page.count("on the line</td>") < len(sz3)
+    assert all(row["kl"] > 0 for row in study["rows"])
     events = EventAccumulator(str(output / "tensorboard")).Reload()
     assert events.Tags()["images"] == ["heat map"]
     assert len(events.Tags()["scalars"]) == 3 * CELLS / 2  # two bounds on each curve

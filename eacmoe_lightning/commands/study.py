@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.compressed.opening import open_model
+from eacmoe_lightning.compressed.card import stored_parts
+from eacmoe_lightning.compressed.opening import OpenedModel, open_model
+from eacmoe_lightning.evaluation import pareto
 from eacmoe_lightning.evaluation.choice_task import make_questions
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import fingerprint, stored_name, tokenizer_of
@@ -27,6 +29,7 @@ from eacmoe_lightning.study.results import Results
 from eacmoe_lightning.text.sources import name_sources, read_documents, stored_source
 from eacmoe_lightning.text.windows import check_length, check_tokens, digest, read_sizes, token_windows
 
+POINT = "the model with the experts of some blocks stored by a codec, each weight within an error bound"
 QUESTION_WINDOWS = 4  # windows per question: the question's window and others for the wrong continuations
 
 
@@ -57,7 +60,8 @@ def study(
     experts it measures only the new cells.
 
     Args:
-        output: Directory for the results: cells.json, study.json, study.csv, study.md, heatmap.png and tensorboard.
+        output: Directory for the results: cells.json, study.json, study.csv, study.md, heatmap.png, tensorboard and,
+            for the cells of codecs, pareto.html (size against KL divergence).
         model: A run directory, a compressed directory or an original model (`bundled`, a directory or a hub id).
         dtype: Dtype of the model, in which errors are bounded.
         device: Device that the model runs on.
@@ -132,7 +136,8 @@ def study(
                 moe, later, sensitivity, measurement.load, kinds[0], bounds_to_spend, results, Path(output)
             )
             sections.append(spend.markdown(spent, sensitivity))
-        _write(Path(output), model, measurement, rows, sections)
+        points = report.points(cells, results.rows, opened.size_bytes, expert_bits(opened, moe))
+        _write(Path(output), model, measurement, rows, sections, points)
         return {"baseline": measurement.baseline, "rows": rows}
 
 
@@ -210,8 +215,23 @@ def _cells_to_fit(
     return cells
 
 
-def _write(output: Path, model: str, measurement: Measurement, rows: list[dict[str, Any]], sections: list[str]) -> None:
-    """Writes the report as JSON, CSV, Markdown, a heat map and TensorBoard."""
+def expert_bits(opened: OpenedModel, moe: MoEModel) -> float:
+    """Bits that a weight of a model's experts takes on disk; of an original, the mean over all of its weights."""
+    if opened.is_compressed and "experts" in (parts := stored_parts(opened.directory, moe)):
+        number, _, size = parts["experts"]
+        return 8 * size / number
+    return 8 * opened.size_bytes / sum(parameter.numel() for parameter in moe.model.parameters())
+
+
+def _write(
+    output: Path,
+    model: str,
+    measurement: Measurement,
+    rows: list[dict[str, Any]],
+    sections: list[str],
+    points: list[dict[str, Any]],
+) -> None:
+    """Writes the report as JSON, CSV, Markdown, a heat map, TensorBoard and, if a codec was measured, a Pareto plot."""
     from eacmoe_lightning.study import heatmap  # importing matplotlib takes a second
 
     baseline = measurement.baseline
@@ -229,4 +249,8 @@ def _write(output: Path, model: str, measurement: Measurement, rows: list[dict[s
     figure = heatmap.draw(rows)
     heatmap.write(figure, output / "heatmap.png")
     heatmap.log_to_tensorboard(output / "tensorboard", figure, rows)
-    print(f"{output}: study.md, study.json, study.csv, heatmap.png; tensorboard --logdir {output}")
+    if points:
+        written = pareto.page(model, list(measurement.texts), points, POINT)
+        write_atomically(output / "pareto.html", lambda partial: partial.write_text(written, "utf-8"))
+    files = ["study.md", "study.json", "study.csv", "heatmap.png", *(["pareto.html"] if points else [])]
+    print(f"{output}: {', '.join(files)}; tensorboard --logdir {output}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from eacmoe_lightning.compressed import card
 from eacmoe_lightning.compressed.format import (
     DRAFT,
     INDEX,
@@ -30,7 +31,13 @@ from eacmoe_lightning.compressed.format import (
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.draft import read_draft, without_draft
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import OriginalFiles, load_tokenizer, processor_files, resolve_model
+from eacmoe_lightning.models.originals import (
+    OriginalFiles,
+    license_files,
+    load_tokenizer,
+    processor_files,
+    resolve_model,
+)
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.pruned_config import pruned_config
 from eacmoe_lightning.models.transformers_loader import empty_model
@@ -96,7 +103,7 @@ def save_compressed(
         if draft:
             write_tensors(partial / DRAFT, draft)
         load_tokenizer(source, trust_remote_code).save_pretrained(partial)
-        for file in processor_files(source):
+        for file in (*processor_files(source), *license_files(source)):
             shutil.copyfile(file, partial / file.name)
         if moe.model.can_generate():
             moe.model.generation_config.save_pretrained(partial)
@@ -120,6 +127,9 @@ def save_compressed(
             }
             | {key: value for key, value in source_config.items() if key == stored.KEY},
         )
+        if card.is_edited(Path(path) / card.NAME):
+            shutil.copyfile(Path(path) / card.NAME, partial / card.NAME)
+        card.write_card(partial, moe)
 
 
 def _draft(source: str, is_compressed: bool, model: PreTrainedModel) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from eacmoe_lightning.evaluation.report_html import render
 
+ALL_NAMES = 12  # of more points, only those on the line have their names in the plot
+RUNS = "a compressed model"  # what a point is
 WIDTH, HEIGHT = 720, 440
 LEFT, RIGHT, TOP, BOTTOM = 80, 690, 30, 380  # edges of the plot, in the same units
 
@@ -34,8 +36,15 @@ def mark_best(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def page(model: str, texts: list[str], points: list[dict[str, Any]]) -> str:
-    """The plot and its table as one HTML file without network."""
+def page(model: str, texts: list[str], points: list[dict[str, Any]], kind: str = RUNS) -> str:
+    """The plot and its table as one HTML file without network.
+
+    Args:
+        model: the original's name.
+        texts: on which the divergence was measured.
+        points: as `point` makes them.
+        kind: what a point is.
+    """
     rows = mark_best(points)
     factor, unit = (1e9, "GB") if max(row["size"] for row in rows) >= 1e9 else (1e6, "MB")
     x, x_ticks = _axis([row["size"] / factor for row in rows], LEFT, RIGHT)
@@ -46,6 +55,7 @@ def page(model: str, texts: list[str], points: list[dict[str, Any]]) -> str:
             "y": round(y(row["kl"]), 1),
             "label": row["name"],
             "best": row["best"],
+            "is_named": row["best"] or len(rows) <= ALL_NAMES,
         }
         for row in rows
     ]
@@ -57,7 +67,7 @@ def page(model: str, texts: list[str], points: list[dict[str, Any]]) -> str:
         "x": x_ticks, "y": y_ticks, "points": places,
         "line": " ".join(f"{place['x']},{place['y']}" for place in places if place["best"]),
     }  # fmt: skip
-    return render("pareto.html.jinja", name=model, texts=texts, rows=rows, plot=plot)
+    return render("pareto.html.jinja", name=model, kind=kind, texts=texts, rows=rows, plot=plot)
 
 
 def _axis(values: list[float], start: float, end: float):

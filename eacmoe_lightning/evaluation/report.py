@@ -60,9 +60,12 @@ from dataclasses import asdict
 from typing import Any
 
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits, num_quantized
+from eacmoe_lightning.compressed.card import add_quality_to_card, write_card
+from eacmoe_lightning.compressed.directory import CompressedWeights
 from eacmoe_lightning.compressed.format import size_of
 from eacmoe_lightning.evaluation.report_html import html
 from eacmoe_lightning.evaluation.report_text import markdown
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.quantization.packing import STORED
@@ -187,9 +190,13 @@ def _divergence(evaluation: dict[str, dict]) -> dict[str, Any]:
 
 
 def write(run: RunDirectory, report: dict[str, Any]) -> None:
-    """Writes the report's files to the run directory; `report.md` is the last."""
+    """Writes the report's files to the run directory, and its figures into the cards; `report.md` is the last."""
     write_json(run.path / "report.json", report)
     write_atomically(run.path / "report.html", lambda partial: partial.write_text(html(report), "utf-8"))
+    if run.compressed.exists():
+        write_card(run.compressed, MoEModel(CompressedWeights(run.compressed).skeleton()), report)
+        if run.dense.exists():
+            add_quality_to_card(run.dense, report)
     write_atomically(run.path / "report.md", lambda partial: partial.write_text(markdown(report)))
 
 

@@ -12,11 +12,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eacmoe_lightning.compressed.card import NAME
 from eacmoe_lightning.compressed.format import CODE, INDEX
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.run.files import StoreError, digest, write_atomically, write_json
 
-FORMAT_FILES = ("config.json", INDEX, CODE)  # of a compressed directory: not copied
+FORMAT_FILES = ("config.json", INDEX, CODE, NAME)  # of a compressed directory: not copied
 
 
 def write_checkpoint(

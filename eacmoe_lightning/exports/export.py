@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from eacmoe_lightning import targets
+from eacmoe_lightning.compressed.card import write_export_card
 from eacmoe_lightning.exports import compressed_tensors, dense, gguf_file, gptq
 from eacmoe_lightning.exports.check import Difference
 from eacmoe_lightning.exports.linears import original_of
@@ -59,11 +60,14 @@ def export(
     writer = WRITERS[row.format]
     if row.format in NEED_LIBRARY:
         writer.require_library()
+    has_run, verdict = _verdict(row, weights, original.model_type)
     place.parent.mkdir(parents=True, exist_ok=True)
     with whole_directory(place) as partial:
         try:
             writer.write(opened, weights, row, partial)
             difference = writer.read_back(opened, row, partial)
+            seen = [f"For {row.engine}: {verdict}.", f"Read back after writing: {difference}."]
+            write_export_card(opened.path, opened.moe, partial, row.format, seen)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -75,13 +79,17 @@ def export(
         print(f"start {row.engine} with {row.launch}: without it, {row.engine} refuses this format or these weights")
     if SKIPPING in opened.directory_config:
         print(f"warning: {row.engine} does not know this model's skipping rule and runs every selected expert")
-    if original.model_type in row.fails:
-        print(f"warning: {row.fails[original.model_type]}")
-    elif row.trial is None:
-        print(f"warning: {row.engine} was never run on an export of this package: try it before you serve it")
-    elif untried := row.trial.untried(weights):
-        settings = ", ".join(untried)
-        print(f"warning: {row.trial.version} was never run on an export with {settings}: try it before you serve it")
-    else:
-        print(f"{row.trial.version} has run such exports; checked: {row.trial.how}")
+    print(verdict if has_run else f"warning: {verdict}")
     return difference
+
+
+def _verdict(row: targets.Target, weights: list[targets.WeightGrid], model_type: str) -> tuple[bool, str]:
+    """Whether the engine is known to run such an export, and what is known."""
+    if model_type in row.fails:
+        return False, row.fails[model_type]
+    if row.trial is None:
+        return False, f"{row.engine} was never run on an export of this package: try it before you serve it"
+    if untried := row.trial.untried(weights):
+        settings = ", ".join(untried)
+        return False, f"{row.trial.version} was never run on an export with {settings}: try it before you serve it"
+    return True, f"{row.trial.version} has run such exports; checked: {row.trial.how}"

@@ -43,6 +43,7 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "chat_template.json",
 )
+LICENSE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -160,6 +161,11 @@ def processor_files(name_or_path: str) -> list[Path]:
         except OSError:
             continue  # the model has no such file
     return found
+
+
+def license_files(name_or_path: str) -> list[Path]:
+    """The license and the notices beside a model that is on this machine."""
+    return sorted(file for name in LICENSE_FILES for file in local_directory(name_or_path).glob(name) if file.is_file())
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

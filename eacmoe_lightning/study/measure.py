@@ -1,8 +1,9 @@
-"""What errors do to a model: perplexity, accuracy and changed selections, at the cost of the blocks from them on.
+"""What errors do to a model: perplexity, KL divergence, accuracy and changed selections.
 
 Held-out sequences run through the untouched model block by block. If the first disturbed block of a cell is b, the
 hidden states before b are those of the untouched model, and only the blocks from b on run again. Cells are measured in
-the order of their first block, so one set of hidden states is enough.
+the order of their first block, so one set of hidden states is enough. Another set, after the last block, gives the
+untouched model's predictions, from which the divergence is measured.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from eacmoe_lightning.evaluation.choice_task import Questions, accuracy, choose
+from eacmoe_lightning.evaluation.divergence import PerToken, compare, joined, mean_over_texts, statistics
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
@@ -38,6 +40,7 @@ class _Batch:
     first: int  # position of the first scored token
     is_window: bool
     state: State | None = None  # before block `Measurement.at`; None before block 0
+    last: State | None = None  # after the untouched model's last block; of windows
     ids: list[Tensor] = field(default_factory=list)  # the untouched model's selections, per MoE block [N, K]
 
 
@@ -83,7 +86,8 @@ class Measurement:
         """Measures the model as it is now, from the block of `seek` on.
 
         Returns:
-            `nats.<text>`, mean nats per token; `accuracy.<text>`; `expert_shift.<rate>`, over all windows and MoE
+            `nats.<text>`, mean nats per token; `divergence`, from the untouched model (`divergence.mean_over_texts`);
+            `accuracy.<text>`; `expert_shift.<rate>`, over all windows and MoE
             blocks; `expert_shift_blocks.<index>`, the share of changed selections in each block from `seek` on.
         """
         return self._run(remember=False)
@@ -92,6 +96,7 @@ class Measurement:
     def _run(self, remember: bool) -> dict[str, Any]:
         nats = {name: 0.0 for name in self.texts}
         scores: dict[str, list[Tensor]] = {name: [] for name in self.texts}
+        tokens_of: dict[str, list[PerToken]] = {name: [] for name in self.texts}
         moe_index = {block.index: i for i, block in enumerate(self.moe.moe_blocks)}
         counts = torch.zeros(len(moe_index), 4, dtype=torch.int64, device=self.moe.device)
         for batch in self.batches:
@@ -106,9 +111,17 @@ class Measurement:
                 else:
                     position = moe_index[block.index]
                     counts[position] += change_counts(batch.ids[position], routing.ids)
-            nll = self._score(batch, state)
+            targets = batch.input_ids[:, batch.first :].to(self.moe.device)
+            logits = self._logits(batch, state).float()
+            nll = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            nll = nll.view_as(targets)
             if batch.is_window:
                 nats[batch.text] += nll.double().sum().item()
+                if remember:
+                    batch.last = state
+                else:
+                    base = self._logits(batch, batch.last)
+                    tokens_of[batch.text].append(compare(base.flatten(0, 1), logits.flatten(0, 1), targets.flatten()))
             else:
                 scores[batch.text].append(-nll)
         result: dict[str, Any] = {
@@ -122,6 +135,7 @@ class Measurement:
             },
         }
         if not remember:
+            result["divergence"] = mean_over_texts([statistics(joined(parts)) for parts in tokens_of.values()])
             tokens = sum(text.windows.numel() for text in self.texts.values())
             rates = [
                 change_rates(row, tokens, block.top_k) for row, block in zip(counts, self.moe.moe_blocks, strict=True)
@@ -132,14 +146,12 @@ class Measurement:
             }
         return result
 
-    def _score(self, batch: _Batch, state: State) -> Tensor:
-        """Nats [B, n] of the scored tokens; the head runs for these alone."""
+    def _logits(self, batch: _Batch, state: State) -> Tensor:
+        """Logits [B, n, V] from which the scored tokens are predicted; the head runs for these alone."""
         scored, ids = slice(batch.first - 1, -1), batch.input_ids.to(self.moe.device)
         if isinstance(state, dict):
             state = state | {"shared": {}}  # which the head does not read
-        logits = self.moe.head(rows_of(state, (slice(None), scored)), ids[:, scored]).float()
-        targets = ids[:, batch.first :]
-        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        return self.moe.head(rows_of(state, (slice(None), scored)), ids[:, scored])
 
 
 def _batches(name: str, text: Text, batch_tokens: int) -> list[_Batch]:

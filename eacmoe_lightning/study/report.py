@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from eacmoe_lightning.routers.expert_shift import RATES
@@ -31,11 +31,33 @@ def row_of(cell: Cell, measured: dict[str, Any], baseline: dict[str, Any]) -> di
     row["relative_error"] = measured["disturbance"]["relative_error"]
     row["bits"] = measured["disturbance"].get("bits")
     row["lost"] = lost(measured, baseline)
+    row["kl"] = measured.get("divergence", {}).get("kl")  # older studies did not measure it
     row["accuracy"] = _mean(measured["accuracy"][text] for text in baseline["accuracy"])
     row |= {f"perplexity {text}": math.exp(measured["nats"][text]) for text in baseline["nats"]}
     row |= {f"accuracy {text}": measured["accuracy"][text] for text in baseline["accuracy"]}
     row |= {f"changed {rate}": measured["expert_shift"][rate] for rate in (*RATES, "selections")}
     return row
+
+
+def points(
+    cells: Iterable[Cell], results: Mapping[str, dict[str, Any]], size_bytes: int, expert_bits: float
+) -> list[dict[str, Any]]:
+    """The places of cells whose errors are a codec's in a plot of size against divergence (`evaluation/pareto.py`).
+
+    Args:
+        cells: noises are left out, since they store nothing.
+        results: of `Measurement.measure` by the cell's key, with that of `Disturbance.summary` under `disturbance`.
+        size_bytes: of the untouched model's files of weights.
+        expert_bits: that a weight of its experts takes there.
+    """
+    places = []
+    for cell in cells:
+        measured = results[cell.key]
+        disturbance, divergence = measured["disturbance"], measured.get("divergence")
+        if divergence and disturbance.get("stored_bytes"):
+            saved = disturbance["num_weights"] * expert_bits / 8 - disturbance["stored_bytes"]
+            places.append({"name": cell.key, "size": size_bytes - saved, "bits": disturbance["bits"], **divergence})
+    return places
 
 
 def lost(measured: dict[str, Any], baseline: dict[str, Any]) -> float:
