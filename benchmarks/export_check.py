@@ -55,7 +55,7 @@ HERE = Path(__file__).resolve().parent
 GROUP_SIZE, WINDOWS_PER_TEXT, WINDOW_LENGTH = 128, 4, 128
 PACKAGES = {
     "gptqmodel": [["torch==2.14.1"], ["gptqmodel==7.7.*"]],
-    "llama.cpp": [["llama-cpp-python==0.3.36", "gguf>=0.17", "numpy"]],
+    "llama.cpp": [["llama-cpp-python==0.3.36", "gguf>=0.18", "numpy"]],
 }
 FORMATS = {"gptqmodel": ("gptq", "gptq_v2"), "llama.cpp": ("gguf",)}
 CASES = {  # name: bits of attention, of gate and up, of down; symmetric

@@ -79,7 +79,7 @@ SHAPES: dict[str, Any] = {
     ),
 }
 LLAMA_FORMATS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_0"}  # llama.cpp's closest formats: 2.6, 3.4 and 4.5 bits a weight
-LLAMA_PACKAGES = ["llama-cpp-python==0.3.36", "gguf>=0.17", "numpy"]
+LLAMA_PACKAGES = ["llama-cpp-python==0.3.36", "gguf>=0.18", "numpy"]
 ONNX_BITS = 4  # the smallest width of its CPU kernel for experts (QMoE)
 ONNX_PACKAGES = ["onnxruntime==1.32.*", "onnx", "numpy"]
 

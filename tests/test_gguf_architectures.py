@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eacmoe_lightning import load
 from eacmoe_lightning.exports.export import export
-from eacmoe_lightning.exports.gguf_architectures import SIGMOID, SOFTMAX, architecture_of, keys_of
+from eacmoe_lightning.exports.gguf_architectures import SIGMOID, SOFTMAX, architecture_of, keys_of, warn_of_rounding
 from eacmoe_lightning.exports.gguf_tensors import plan, widths_of
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.transformers_loader import empty_model
@@ -134,6 +134,9 @@ def test_the_keys_describe_the_router(name, tmp_path):
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, r"norm\.eps=.*architecture deepseek2 has"),
         ("deepseek_v3", {"rope_parameters": gguf_models.YARN}, "scaling="),
+        ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank, at 26 blocks=32"),
+        ("qwen3_next", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types="),
+        ("qwen3_next", {"linear_value_head_dim": 32}, "linear_value_head_dim=32"),
         ("glm4_moe", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
@@ -154,7 +157,7 @@ def test_other_computations_are_refused(name, changes, message):
 
 def test_limits_of_yarn_that_llama_cpp_rounds_are_named():
     with pytest.warns(UserWarning, match="truncate=false"):
-        architecture_of(empty("gpt_oss", rope_parameters=gguf_models.YARN | {"truncate": False}))
+        warn_of_rounding(empty("gpt_oss", rope_parameters=gguf_models.YARN | {"truncate": False}))
 
 
 # --- rows that change places

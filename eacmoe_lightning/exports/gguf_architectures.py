@@ -18,6 +18,7 @@ from eacmoe_lightning.models.moe import MoEModel
 
 SOFTMAX, SIGMOID = 1, 2  # values of llama.cpp's expert_gating_func
 KINDS = ("linear_attention", "full_attention")
+LITE = (26, 27)  # numbers of blocks at which llama.cpp takes deepseek2 for a model whose queries are not latent
 ROPE_TYPES = ("default", "yarn", "ntk_alpha")
 QKV = ("attn_q", "attn_k", "attn_v")
 REMEDY = "export with --format dense, and convert that with llama.cpp's scripts if they know the model"
@@ -89,6 +90,7 @@ ARCHITECTURES = {  # by transformers' model_type
     ),
     "deepseek_v3": Architecture("deepseek2", latent=True, **DEEPSEEK_V3, expects={"rope_interleave": True}),
     "glm4_moe": Architecture("glm4moe", partial_rotary=True, **DEEPSEEK_V3),
+    "solar_open": Architecture("glm4moe", partial_rotary=True, **DEEPSEEK_V3),
     "glm4_moe_lite": Architecture("deepseek2", latent=True, **DEEPSEEK_V3, expects={"rope_interleave": True}),
     "dots1": Architecture("dots1", multi_head=True, needs_head=True, **DEEPSEEK_V3),
     "gpt_oss": Architecture(
@@ -136,7 +138,7 @@ def architecture_of(moe: MoEModel) -> Architecture:
     Raises:
         ValueError: llama.cpp has none, or would compute something else.
     """
-    config, kind = moe.config, moe.config.model_type
+    kind = moe.config.model_type
     architecture = ARCHITECTURES.get(kind)
     if architecture is None:
         why = " (llama.cpp weights its experts by another rule)" if kind == "phimoe" else ""
@@ -153,13 +155,17 @@ def architecture_of(moe: MoEModel) -> Architecture:
         raise ValueError(
             f"blocks {dense} have no experts, and llama.cpp's architecture {architecture.name} expects some: {REMEDY}"
         )
-    if _rope(config).get("truncate") is False:
+    return architecture
+
+
+def warn_of_rounding(moe: MoEModel) -> None:
+    """Warns of the one difference that every GGUF file of such a model has (gpt-oss)."""
+    if _rope(moe.config).get("truncate") is False:
         warnings.warn(
             "the model blends rotary frequencies by YaRN without rounding the limits (truncate=false), and llama.cpp "
-            "rounds them to whole frequencies, as in every GGUF of such a model",
+            "rounds them to whole frequencies, as in every GGUF file of such a model",
             stacklevel=2,
         )
-    return architecture
 
 
 def keys_of(moe: MoEModel, architecture: Architecture, widths: Mapping[str, int]) -> dict[str, Any]:
@@ -241,7 +247,7 @@ def _rotary_keys(moe: MoEModel) -> dict[str, Any]:
     if rope.get("rope_type") == "yarn":
         keys = {
             "rope_scaling_type": gguf.RopeScalingType.YARN,
-            "rope_scaling_factor": float(rope["factor"]),
+            "rope_scaling_factor": _yarn_factor(moe.config),
             "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
             "rope_scaling_yarn_beta_fast": float(rope.get("beta_fast") or 32),
             "rope_scaling_yarn_beta_slow": float(rope.get("beta_slow") or 1),
@@ -265,8 +271,11 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
         pattern = [KINDS[(i + 1) % every == 0] for i in range(len(kinds))]
         yield "layer_types", kinds, pattern
         yield "linear_value_head_dim", config.linear_value_head_dim, config.linear_key_head_dim
+    yield "experts selected in each block", [block.top_k for block in moe.moe_blocks], [moe.top_k] * len(moe.moe_blocks)
     for option, supported in architecture.expects.items():
         yield option, getattr(config, option, supported), supported
+    if architecture.latent and len(moe.blocks) in LITE:
+        yield f"q_lora_rank, at {len(moe.blocks)} blocks", config.q_lora_rank, None
     if architecture.multi_head:
         yield "num_key_value_heads", config.num_key_value_heads, config.num_attention_heads
     if architecture.normalizes is not None and config.model_type != "deepseek_v2":  # which does not read the option
@@ -297,10 +306,10 @@ def _attention_factors(config: PreTrainedConfig, architecture: Architecture) -> 
         scaling = float(config.attention_multiplier)
     if rope.get("rope_type") != "yarn":
         return 1.0, scaling
-    grown = 0.1 * math.log(rope["factor"])
+    grown, share = 0.1 * math.log(_yarn_factor(config)), rope.get("mscale_all_dim") or 0.0
     if not architecture.latent:
         return 1 + grown, scaling
-    return 1.0, scaling * (1 + grown * (rope.get("mscale_all_dim") or math.nan)) ** 2
+    return (1.0 if share else 1 + grown), scaling * (1 + grown * (share or 1)) ** 2
 
 
 def _rotary_dimensions(moe: MoEModel) -> int:
@@ -310,6 +319,11 @@ def _rotary_dimensions(moe: MoEModel) -> int:
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
     return getattr(config, "rope_parameters", None) or {}
+
+
+def _yarn_factor(config: PreTrainedConfig) -> float:
+    rope = _rope(config)
+    return float(rope.get("factor") or config.max_position_embeddings / rope["original_max_position_embeddings"])
 
 
 def _head(config: PreTrainedConfig) -> int:

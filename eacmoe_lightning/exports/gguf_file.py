@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eacmoe_lightning.exports import ggml_blocks
 from eacmoe_lightning.exports.check import Difference, Reference
-from eacmoe_lightning.exports.gguf_architectures import Architecture, architecture_of, keys_of
+from eacmoe_lightning.exports.gguf_architectures import Architecture, architecture_of, keys_of, warn_of_rounding
 from eacmoe_lightning.exports.gguf_tensors import DENSE, Entry, by_rows, plan, shapes_of, widths_of
 from eacmoe_lightning.exports.gguf_tokenizer import add_tokenizer
 from eacmoe_lightning.exports.source import Source
@@ -53,6 +53,7 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
 
     architecture = architecture_of(source.moe)
     entries = plan(source.moe, _types(source, weights), architecture)
+    warn_of_rounding(source.moe)
     if source.draft:
         warnings.warn(f"the file has no place for the {len(source.draft)} tensors of the draft layers", stacklevel=2)
     writer = gguf.GGUFWriter(directory / FILE, architecture.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,10 +37,12 @@ NAMES = {  # of tensors whose parameters the `gguf` package's tables do not have
     ".linear_attn.dt_bias": "ssm_dt.bias",
     ".linear_attn.conv1d.weight": "ssm_conv1d.weight",
 }
-GATE_AND_UP = {  # the same for parameters that hold the rows of gate and up
+SPLIT = {  # the same for parameters whose rows are those of two tensors
     ".experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
     ".experts.gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
     "shared_mlp.input_linear.weight": ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
+    ".kv_b_proj.weight": ("attn_k_b.weight", "attn_v_b.weight"),
+    ".in_proj_qkvz.weight": ("attn_qkv.weight", "attn_gate.weight"),
 }
 
 
@@ -124,12 +126,8 @@ def plan(moe: MoEModel, types: Mapping[str, str], architecture: Architecture) ->
     for parameter, shape in shapes_of(moe).items():
         index = next((i for i, block in enumerate(blocks) if parameter.startswith(f"{block.name}.")), len(blocks))
         prefix = f"blk.{blocks[index].index}." if index < len(blocks) else ""
-        if pair := _by_ending(GATE_AND_UP, parameter):
+        if pair := _by_ending(SPLIT, parameter):
             names = [prefix + name for name in pair]
-        elif architecture.latent and parameter.endswith(".kv_b_proj.weight"):
-            names = [f"{prefix}attn_k_b.weight", f"{prefix}attn_v_b.weight"]
-        elif parameter.endswith(".in_proj_qkvz.weight"):
-            names = [f"{prefix}attn_qkv.weight", f"{prefix}attn_gate.weight"]
         elif name := _by_ending(NAMES, parameter):
             names = [prefix + name]
         else:
@@ -164,26 +162,13 @@ def _entries(
     """The tensors that a parameter becomes."""
     dim = -1 if len(shape) == 1 or names[0].endswith(".bias") else -2
     rows = torch.arange(shape[dim])
-    if names[0].endswith("attn_k_b.weight"):  # of each head, rows for its key and rows for its value
-        heads, width = config.num_attention_heads, shape[-1]
-        keys, values = rows.view(heads, -1).split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        key_shape, value_shape = (heads, width, keys.shape[1]), (heads, values.shape[1], width)
-        decoded = kind if kind in DENSE.values() else "F16"  # the file's rows are the columns of the quantized weight
-        return [
-            Entry(names[0], parameter, key_shape, decoded, keys.flatten(), heads=heads, is_transposed=True),
-            Entry(names[1], parameter, value_shape, kind, values.flatten(), heads=heads),
-        ]
-    if names[0].endswith("attn_qkv.weight"):  # of each key head: query, key, values and gates
-        key, heads = config.linear_key_head_dim, config.linear_num_key_heads
-        value = config.linear_value_head_dim * config.linear_num_value_heads // heads
-        *qkv, gates = rows.view(heads, -1).split([key, key, value, value], dim=1)
-        qkv, gates = torch.cat([part.flatten() for part in qkv]), gates.flatten()
-        parts = zip(names, (qkv, gates), strict=True)
-        return [Entry(name, parameter, (len(part), shape[-1]), kind, part) for name, part in parts]
     if len(names) == 2:
-        gate, up = (rows[0::2], rows[1::2]) if architecture.alternates else rows.chunk(2)
-        half = (*shape[:dim], len(gate), *shape[len(shape) + dim + 1 :])
-        return [Entry(n, parameter, half, kind, r, dim) for n, r in zip(names, (gate, up), strict=True)]
+        parts = _halves(_stem(names[0]), rows, architecture, config)
+        pair = [
+            Entry(name, parameter, (*shape[:dim], len(part), *shape[dim:][1:]), kind, part, dim)
+            for name, part in zip(names, parts, strict=True)
+        ]
+        return _by_head(*pair, config.num_attention_heads) if _stem(names[0]) == "attn_k_b" else pair
     change = None
     if parameter.endswith(".A_log"):
         change = MINUS_EXP
@@ -194,6 +179,31 @@ def _entries(
         return [Entry(names[0], parameter, tuple(n for n in shape if n > 1) or shape, kind, change=change)]
     rows = rows.view(heads, 2, -1).transpose(1, 2).flatten()
     return [Entry(names[0], parameter, shape, kind, rows, dim)]
+
+
+def _halves(first: str, rows: Tensor, architecture: Architecture, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
+    """The rows of each of the two tensors of a parameter, by the stem of the first."""
+    if first == "attn_k_b":  # each head has rows for keys, then for values
+        sizes = [config.qk_nope_head_dim, config.v_head_dim]
+        keys, values = rows.view(config.num_attention_heads, -1).split(sizes, dim=1)
+        return keys.flatten(), values.flatten()
+    if first == "attn_qkv":  # each key head has rows for its query, its key, its values and their gates
+        key, heads = config.linear_key_head_dim, config.linear_num_key_heads
+        value = config.linear_value_head_dim * config.linear_num_value_heads // heads
+        *qkv, gates = rows.view(heads, -1).split([key, key, value, value], dim=1)
+        return torch.cat([part.flatten() for part in qkv]), gates.flatten()
+    return (rows[0::2], rows[1::2]) if architecture.alternates else rows.chunk(2)
+
+
+def _by_head(keys: Entry, values: Entry, heads: int) -> list[Entry]:
+    """Both with a matrix for each head; that of the keys is transposed, so its quantized columns become rows."""
+    shapes = [(heads, entry.shape[0] // heads, entry.shape[1]) for entry in (keys, values)]
+    kind = keys.type if keys.type in DENSE.values() else "F16"
+    transposed = (heads, shapes[0][2], shapes[0][1])
+    return [
+        replace(keys, shape=transposed, type=kind, heads=heads, is_transposed=True),
+        replace(values, shape=shapes[1], heads=heads),
+    ]
 
 
 def _dense_type(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
