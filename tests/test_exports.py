@@ -217,10 +217,11 @@ def test_what_the_target_does_not_load_is_refused(form, target, folder_of, tmp_p
         ((8, False), "gptqmodel", "GPTQModel 7.7.0 was never run on an export with 8 bit asymmetric"),
         (SYMMETRIC, "vllm", "vllm was never run on an export of this package"),
         (SYMMETRIC, "gptqmodel", "GPTQModel 7.7.0 has run such exports; checked: logits"),
+        (ASYMMETRIC, "sglang", "start sglang with --quantization humming"),
     ],
 )
 def test_the_command_says_what_the_engine_has_run(setting, target, message, folder_of, tmp_path, capsys):
-    form = {"vllm": "gptq", "gptqmodel": "gptq_v2"}[target]
+    form = "gptq" if target == "vllm" else "gptq_v2"
     export(str(folder_of("mixtral", setting)), str(tmp_path / "out"), form, target)
     assert message in capsys.readouterr().out
 

@@ -165,9 +165,10 @@ def test_warnings_name_what_will_fail():
     messages = warnings(costs, grids, original_of(moe), memory=10**12, free=10**12)
     split = [line for line in messages if line.startswith("tensor parallelism over 2")]
     assert len(split) == 1 and "2048 x 1408 in groups of 128" in split[0]  # 11 groups do not halve
-    assert not any("vllm" in line and "refused" in line for line in messages)
+    assert not any(server in line and "refused" in line for line in messages for server in ("vllm", "sglang"))
     messages = warnings(costs, Recipe(bits=(3,)).grids(moe), original_of(moe), memory=10**9, free=10**6)
-    assert any("--target vllm will be refused" in line and "3 bits" in line for line in messages)
+    assert any("compressed-tensors --target sglang will be refused" in line and "3 bits" in line for line in messages)
+    assert not any("compressed-tensors --target vllm" in line for line in messages)
     assert any("GB of memory, but 1.0 GB are available" in line for line in messages)
     assert any("GB of disk, but 0.0 GB are free" in line for line in messages)
 

@@ -76,7 +76,7 @@ def export(
         print(f"{len(left)} linears that {row.engine} does not load packed are decoded: {names}")
     print(f"{output}: {row.format} for {row.engine} ({row.version}). Reloaded: {difference}")
     if row.launch:
-        print(f"start {row.engine} with {row.launch}: without it, {row.engine} refuses this format or these weights")
+        print(f"start {row.engine} with {row.launch}")
     if SKIPPING in opened.directory_config:
         print(f"warning: {row.engine} does not know this model's skipping rule and runs every selected expert")
     print(verdict if has_run else f"warning: {verdict}")
