@@ -8,46 +8,26 @@ tokens into its base file, from which we take them; it counts the second half of
 It stores the base's log-probabilities in 16 bits: our figures with that rounding stand beside ours. Its cache of keys
 and values is in float32, as our models are.
 
-`llama-perplexity` builds from llama.cpp's sources, for example those in the source distribution of llama-cpp-python:
-
-    cmake -S vendor/llama.cpp -B build -DLLAMA_CURL=OFF && cmake --build build --target llama-perplexity
+`llama_cpp.py` says how to build `llama-perplexity`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import struct
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from llama_cpp import IN_FLOAT32, LINES, as_gguf, divergence, run, unquantized_gguf
 from torch import Tensor
 
-from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.evaluation.divergence import PerToken, joined, statistics
 from eacmoe_lightning.evaluation.streams import run_batches
-from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.text.sources import read_documents
-
-LINES = {  # our figure: llama.cpp's line
-    "log_ppl_ratio": r"Mean ln\(PPL\(Q\)/PPL\(base\)\)",
-    "kl.mean": "Mean    KLD",
-    "kl.median": "Median  KLD",
-    "kl.p90": "90.0%   KLD",
-    "kl.p99": "99.0%   KLD",
-    "kl.p99_9": "99.9%   KLD",
-    "kl.max": "Maximum KLD",
-    "same_top": "Same top p",
-    "mean_dp": "Mean    Δp",
-    "rms_dp": "RMS Δp",
-}
-PERCENT = ("same_top", "mean_dp", "rms_dp")
 
 
 def main() -> None:
@@ -65,14 +45,14 @@ def main() -> None:
     subject = open_model(args.run)
     original = open_model(subject.original, "float32")
     models = {"original": original.streamed(), "decoded": subject.streamed()}
-    exports = {name: in_float32(model, original.name, work / name) for name, model in models.items()}
+    exports = {name: unquantized_gguf(model, original.name, work / name) for name, model in models.items()}
     exports["codes"] = as_gguf(args.run, work / "codes")
     (work / "text.txt").write_text("\n".join(read_documents(args.text)))
 
     base = work / "base.kld"
     words = ["-f", str(work / "text.txt"), "-c", str(args.context), "-b", str(args.context)]
     words += ["--chunks", str(args.windows), "-t", "1", "--kl-divergence-base", str(base)]
-    words += ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]  # its cache is in float16 by default
+    words += IN_FLOAT32
     run(args.llama_perplexity, "-m", str(exports["original"]), *words)
     tokens, first = tokens_of(base), args.context // 2
     ours = statistics(second_half(models["original"], models["decoded"], tokens, first))
@@ -80,39 +60,13 @@ def main() -> None:
     rows = {"ours": {name: value_of(ours, name) for name in LINES}}
     rows["ours, its rounding"] = {name: value_of(as_theirs, name) for name in LINES}
     for name in ("decoded", "codes"):
-        rows[f"llama.cpp, {name}"] = figures(
-            run(args.llama_perplexity, "-m", str(exports[name]), *words, "--kl-divergence")
-        )
+        rows[f"llama.cpp, {name}"] = divergence(args.llama_perplexity, "-m", str(exports[name]), *words)
     print(f"{args.text}: {len(tokens)} windows of {args.context} tokens, {ours['tokens']} tokens counted")
     print(f"{'':14s} " + " ".join(f"{name:>20s}" for name in rows))
     for name in LINES:
         print(f"{name:14s} " + " ".join(f"{row[name]:20.6f}" for row in rows.values()))
     if args.json:
         args.json.write_text(json.dumps(rows | {"tokens": ours["tokens"]}, indent=1) + "\n")
-
-
-def as_gguf(source: Path, out: Path) -> Path:
-    if not out.exists():
-        export(str(source), str(out), "gguf")
-    return out / "model.gguf"
-
-
-def in_float32(model: StreamedModel, name: str, folder: Path) -> Path:
-    """A GGUF file of a model whose weights are all float32."""
-    if not folder.exists():
-        save_compressed(folder, model, name, [{} for _ in model.blocks], {"method": "none", "quantizer": "none"})
-    return as_gguf(folder, folder.with_name(f"{folder.name}-gguf"))
-
-
-def run(program: str, *words: str) -> str:
-    """What a program prints; through a file, since llama.cpp's logger may lose the end of a pipe."""
-    with tempfile.TemporaryFile("w+") as printed:
-        done = subprocess.run([program, *words], stdout=printed, stderr=subprocess.PIPE, text=True)
-        printed.seek(0)
-        output = printed.read()
-    if done.returncode:
-        raise SystemExit(f"{program} failed: {done.stderr.strip()[-1500:]}")
-    return output
 
 
 def tokens_of(base: Path) -> Tensor:
@@ -155,16 +109,6 @@ def with_its_rounding(original: StreamedModel, subject: StreamedModel, tokens: T
 def value_of(statistics: dict, name: str) -> float:
     group, _, key = name.rpartition(".")
     return statistics[group][key] if group else statistics[key]
-
-
-def figures(output: str) -> dict[str, float]:
-    found = {}
-    for name, line in LINES.items():
-        match = re.search(rf"^{line}\s*:\s*(-?[\d.]+)", output, re.MULTILINE)
-        if match is None:
-            raise SystemExit(f"llama-perplexity printed no line {line}: {output[-1500:]}")
-        found[name] = float(match[1]) / (100 if name in PERCENT else 1)
-    return found
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     python benchmarks/export_check.py --json export_check.json
     python benchmarks/export_check.py --engines llama.cpp --cases 3 --sources runs/tiny runs/tiny-2.06
-    python benchmarks/export_check.py --engines llama.cpp --cases --families mixtral qwen2_moe deepseek
+    python benchmarks/export_check.py --engines llama.cpp --cases --families gguf
     python benchmarks/export_check.py --engines gptqmodel --cases --families all
 
 Models: the bundled one, rounded to nearest in groups of 128 (CASES); the runs or compressed directories in --sources;
 and with --families tiny random models of other architectures (tests/architectures.py), 3 bit in groups of 32, Mixtral's
-with a sentencepiece tokenizer; "all" are those that `eacmoe_lightning/gptqmodel.py` lists.
+with a sentencepiece tokenizer. "all" are those that `eacmoe_lightning/gptqmodel.py` lists, "gguf" those of
+tests/gguf_models.py, for llama.cpp.
 `eacmoe_lightning.exports.export` exports each model. The engine loads it in a separate environment and runs it on the
 bundled held-out texts. Missing environments are created under --work: GPTQModel's takes 6 GB, llama.cpp is compiled for
 some minutes. Rows:
@@ -29,6 +30,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +39,7 @@ import torch
 from environments import python_of
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from eacmoe_lightning import gptqmodel
 from eacmoe_lightning.compressed.directory import save_compressed
@@ -79,8 +82,7 @@ def main() -> None:
     pythons = dict(choice.split("=", 1) for choice in args.python)
     subjects = {case: rounded(work / "models" / case.replace(" ", "-"), *CASES[case]) for case in args.cases}
     subjects |= {str(path): path for path in args.sources}
-    families = sorted(gptqmodel.PACKED) if args.families == ["all"] else args.families
-    subjects |= {family: random_model(work / "models" / family, family) for family in families if can_build(family)}
+    subjects |= {name: random_model(work / "models" / name, build) for name, build in models_of(args.families).items()}
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     texts = {name: read_documents(f"bundled:{name}") for name in heldout_names()}
     windows = [token_windows(documents, tokenizer, WINDOWS_PER_TEXT, WINDOW_LENGTH) for documents in texts.values()]
@@ -118,7 +120,8 @@ def main() -> None:
                     same = [list(seen[f"ids_{i}"]) == encoding.ids for i, encoding in enumerate(theirs)]
                     row["tokens"] = sum(same) / len(same)
                     control, _ = run_engine(python, engine, out, work, decoded=work / "decoded")
-                    row["control"] = relative(torch.from_numpy(control["logits"]), ours)
+                    control = compare(ours, torch.from_numpy(control["logits"]), tokens)
+                    row["control"], row["control_same_token"] = control["logits"], control["same_token"]
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     if args.json:
@@ -130,25 +133,28 @@ def rounded(folder: Path, attention: int, up: int, down: int, symmetric: bool) -
     return folder if folder.exists() else round_model(folder, "bundled", GROUP_SIZE, attention, up, down, symmetric)
 
 
-def can_build(family: str) -> bool:
-    """Whether the tests have a tiny model of this architecture."""
+def models_of(families: list[str]) -> dict[str, Callable[[], PreTrainedModel]]:
+    """What builds each of the tests' tiny models, by its name."""
     sys.path.append(str(HERE.parent / "tests"))
     import architectures
+    import gguf_models
 
-    return family in architectures.ARCHITECTURES
+    if families == ["gguf"]:
+        return {name: partial(gguf_models.build, name) for name in gguf_models.NAMES}
+    families = sorted(gptqmodel.PACKED) if families == ["all"] else families
+    return {name: partial(architectures.build, name) for name in families if name in architectures.ARCHITECTURES}
 
 
-def random_model(folder: Path, family: str) -> Path:
+def random_model(folder: Path, build: Callable[[], PreTrainedModel]) -> Path:
     """A compressed directory of one of the tests' tiny models."""
-    import architectures
     from test_gguf import sentencepiece_tokenizer
 
     if not folder.exists():
-        original = folder.with_name(f"{family}-original")
-        architectures.build(family).save_pretrained(original)
+        original = folder.with_name(f"{folder.name}-original")
+        build().save_pretrained(original)
         AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(original)
         round_model(folder, str(original), 32, 4, 3, 3, False)
-        if family == "mixtral":
+        if folder.name == "mixtral":
             sentencepiece_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 

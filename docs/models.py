@@ -39,7 +39,7 @@ type, but real ones can have settings that these do not have: `eacmoe plan` and 
 | PESF | skipping rarely selected experts equals giving them the weight 0 |
 | dense | the export reloads in plain transformers with equal logits, under the original's tensor names |
 | gptq_v2 | {engine} loads the type's experts packed, and the export decodes to the same weights and logits |
-| GGUF | llama.cpp's computation of the type is known to `--format gguf` |
+| GGUF | llama.cpp computes it alike, with [these exceptions](exports.md#gguf-by-architecture) |
 
 The last two are empty for types that the engine does not load, and the export is refused.
 

@@ -24,12 +24,14 @@ from eacmoe_lightning.commands.prune import prune
 from eacmoe_lightning.commands.report import report
 from eacmoe_lightning.commands.serve import serve
 from eacmoe_lightning.commands.study import study
+from eacmoe_lightning.commands.table import table
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.run.files import StoreError, is_disk_full
 from eacmoe_lightning.run.stopping import Stopping
 from eacmoe_lightning.version import __version__
 
-PARSERS = {"plan": plan, "report": report, "serve": serve, "chat": chat}  # they parse their words themselves
+# they parse their words themselves
+PARSERS = {"plan": plan, "report": report, "table": table, "serve": serve, "chat": chat}
 FUNCTIONS = {"analyze": analyze, "export": export, "prune": prune, "study": study}  # their arguments are the options
 COMMANDS = {
     "fit": "Calibrates and quantizes a model, and writes the compressed one with a report.",
@@ -38,6 +40,7 @@ COMMANDS = {
     "predict": "Log-likelihood of every token of a text.",
     "plan": "What `fit` with the same options will take, before anything runs.",
     "report": inspect.getdoc(report).splitlines()[0],
+    "table": inspect.getdoc(table).splitlines()[0],
     "serve": inspect.getdoc(serve).splitlines()[0],
     "chat": inspect.getdoc(chat).splitlines()[0],
 } | {name: inspect.getdoc(function).splitlines()[0] for name, function in FUNCTIONS.items()}
@@ -45,7 +48,7 @@ COMMANDS = {
 
 RESTART = {  # what a message says when a signal ends the command
     "fit": ": the same command with --ckpt_path auto goes on, and all finished work is kept",
-    **dict.fromkeys(("prune", "study"), ": the same command goes on, and all finished work is kept"),
+    **dict.fromkeys(("prune", "study", "table"), ": the same command goes on, and all finished work is kept"),
 }
 
 

@@ -17,6 +17,15 @@ from eacmoe_lightning import gptqmodel
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "gguf", "dense")
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")  # tensor parallelism splits them along their inputs
+FUSED: dict[str, tuple[str, ...]] = {  # linears of the same inputs that vLLM and SGLang load as one, by its name there
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),  # vLLM
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),  # SGLang
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class WeightGrid:
         bits, group_size, symmetric: the grid.
         experts: the experts of a stack that have this grid; None: all.
         on_lattice: whether the matrix has one step and codes stored at their entropy, instead of groups.
+        kquant: its type, if it is in llama.cpp's blocks.
     """
 
     name: str
@@ -42,6 +52,7 @@ class WeightGrid:
     symmetric: bool
     experts: tuple[int, ...] | None = None
     on_lattice: bool = False
+    kquant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,20 @@ def by_bits(bits: int | Sequence[int]) -> list[tuple[int, tuple[int, ...] | None
     if len(widths) == 1:
         return [(*widths, None)]
     return [(width, tuple(e for e, b in enumerate(bits) if b == width)) for width in sorted(widths)]
+
+
+def wholes_of(module: str) -> list[str]:
+    """The names that vLLM and SGLang give to the linear that a module is part of; none: they load it alone."""
+    parent, _, linear = module.rpartition(".")
+    return [f"{parent}.{whole}" for whole, parts in FUSED.items() if linear in parts]
+
+
+def fused_names(modules: Iterable[str]) -> list[str]:
+    """Those of `wholes_of` these modules whose parts are all among them, sorted."""
+    modules = set(modules)
+    wholes = {whole for module in modules for whole in wholes_of(module)}
+    parts = {whole: FUSED[whole.rpartition(".")[2]] for whole in wholes}
+    return sorted(w for w in wholes if all(f"{w.rpartition('.')[0]}.{part}" in modules for part in parts[w]))
 
 
 @dataclass(frozen=True)
@@ -111,15 +136,19 @@ class Target:
         trial: the exports that it has run; None: none.
         bits: supported bits.
         symmetric: whether the zero point must be the middle code.
+        symmetric_bits: by part, the bits at which it must be although it need not be at others.
         group_sizes: supported group sizes; None: any.
         mixing: where routed experts must have the same bits and group size: across the whole `model`, within a `block`,
             or only within a `weight`. Attention and shared experts may differ.
-        multiple: a number of which all in_features and out_features must be multiples.
+        multiple: a number of which in_features and out_features must be multiples where zero points are stored
+            (compressed-tensors stores none of symmetric weights).
+        fuses: whether it loads the linears of `FUSED` as one, so that they must have the same bits and group size.
         names: names under which it looks for weights: those of the `original` checkpoint, or those of transformers'
             modules with the stacks of experts split (`unstacked`).
         packs: the linears that it loads packed, by model type: unstacked names of modules. Types that are not there are
             refused. None: all linears of all types.
         fails: by model type, why the engine does not run what it loads.
+        launch: the option that the engine must be started with.
         note: a remark for readers of the table.
     """
 
@@ -132,9 +161,12 @@ class Target:
     group_sizes: tuple[int, ...] | None
     mixing: Literal["model", "block", "weight"]
     multiple: int = 1
+    fuses: bool = False
+    symmetric_bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     names: Literal["original", "unstacked"] = "original"
     packs: Mapping[str, re.Pattern[str]] | None = None
     fails: Mapping[str, str] = field(default_factory=dict)
+    launch: str = ""
     note: str = ""
 
     @property
@@ -159,17 +191,23 @@ class Target:
         on_lattice = [w for w in weights if w.on_lattice]
         if on_lattice and self.format != "dense":
             return [_counted(on_lattice, self._lattice)]
+        in_blocks = [w for w in weights if w.kquant]
+        if in_blocks and self.format not in ("gguf", "dense"):
+            return [_counted(in_blocks, self._in_blocks)]
         if original is not None and (unreadable := self._unreadable(weights, original)):
             return [unreadable]
         left = self.left_decoded(weights, original)
-        weights = [w for w in weights if not w.on_lattice and w not in left]
+        weights = [w for w in weights if not w.on_lattice and not w.kquant and w not in left]
         problems = [_counted([w for w in weights if w.bits not in self.bits], self._bits)]
-        problems += [_counted([w for w in weights if self.symmetric and not w.symmetric], self._asymmetric)]
+        shared_symmetry = self.format != "compressed-tensors"  # gptq says once whether zero points count
+        asymmetric = [w for w in weights if not (all(v.symmetric for v in weights) if shared_symmetry else w.symmetric)]
+        middle = [w for w in asymmetric if self.symmetric or w.bits in self.symmetric_bits.get(w.part, ())]
+        problems += [_counted(middle, self._asymmetric)]
         groups = [w for w in weights if self.group_sizes is not None and w.group_size not in self.group_sizes]
         problems += [_counted(groups, self._group_size)]
         problems += [_counted([w for w in weights if not self._fits(w)], self._multiple)]
-        problems += [self._mixed([w for w in weights if w.part == "experts"])]
-        cut = [w for w in weights if not _divides(w, tensor_parallel)]
+        problems += [self._mixed([w for w in weights if w.part == "experts"]), self._unlike(weights)]
+        cut = [w for w in weights if not self._divides(w, tensor_parallel)]
         problems += [_counted(cut, lambda w: self._tensor_parallel(w, tensor_parallel))]
         return [problem for problem in problems if problem]
 
@@ -180,12 +218,28 @@ class Target:
         """
         weights = list(weights)
         unfit = [w for w in weights if w.part != "experts" and not self._fits(w)]
+        if self.fuses:
+            unfit = [w for whole in _wholes(weights) if any(w in unfit for w in whole) for w in whole]
         few = sum(prod(w.shape) for w in unfit) <= MAX_DECODED * sum(prod(w.shape) for w in weights)
         return [w for w in weights if (few and w in unfit) or (w.part != "experts" and not self._packs(w, original))]
 
     def _fits(self, weight: WeightGrid) -> bool:
-        """Whether rows and columns of the linears in a weight are multiples of `multiple`."""
-        return not any(n % self.multiple for n in _linear_shape(weight))
+        """Whether rows and columns of the linears in a weight are multiples of `multiple`, if zero points need it."""
+        return not self._stores_zero_points(weight) or not any(n % self.multiple for n in _linear_shape(weight))
+
+    def _stores_zero_points(self, weight: WeightGrid) -> bool:
+        return self.format != "compressed-tensors" or not weight.symmetric
+
+    def _divides(self, weight: WeightGrid, devices: int) -> bool:
+        """Whether a weight can be split for tensor parallelism with whole groups, and whole words of zero points, on
+        every device."""
+        out_features, in_features = _linear_shape(weight)
+        if devices == 1:
+            return True
+        if weight.name.removesuffix(".weight").rpartition(".")[2] in ROW_PARALLEL:
+            return in_features % (devices * weight.group_size) == 0
+        words = 32 if self.multiple > 1 and self._stores_zero_points(weight) else 1
+        return out_features % devices == 0 and out_features // devices * weight.bits % words == 0
 
     def _packs(self, weight: WeightGrid, original: Original | None) -> bool:
         """Whether the engine loads a weight packed."""
@@ -220,6 +274,12 @@ class Target:
             "--model.quantizer gptq, or export with --format dense"
         )
 
+    def _in_blocks(self, weight: WeightGrid) -> str:
+        return (
+            f"{weight.name} is in llama.cpp's blocks ({weight.kquant}), but {self.name} loads group-wise codes only: "
+            "calibrate with --model.quantizer gptq, or export with --format gguf or --format dense"
+        )
+
     def _bits(self, weight: WeightGrid) -> str:
         option = {"attention": "attention_bits", "shared": "shared_expert_bits", "experts": "bits"}[weight.part]
         return (
@@ -228,9 +288,10 @@ class Target:
         )
 
     def _asymmetric(self, weight: WeightGrid) -> str:
+        only = "symmetric weights only" if self.symmetric else f"{weight.part} of {weight.bits} bits only if symmetric"
         return (
-            f"{weight.name} is asymmetric, but {self.name} loads symmetric weights only: calibrate with "
-            "--model.symmetric true, or export with --format gptq_v2 or --format dense"
+            f"{weight.name} is asymmetric, but {self.name} loads {only}: calibrate with --model.symmetric true, or "
+            "export with --format gptq_v2 or --format dense"
         )
 
     def _group_size(self, weight: WeightGrid) -> str:
@@ -267,6 +328,19 @@ class Target:
                 )
         return None
 
+    def _unlike(self, weights: list[WeightGrid]) -> str | None:
+        """Why linears that the engine loads as one are refused: the first whose parts have different grids."""
+        for whole in _wholes(weights) if self.fuses else []:
+            grids = {(w.bits, w.group_size) for w in whole}
+            if len(grids) > 1:
+                names = _either([w.name.removesuffix(".weight") for w in whole], "and")
+                listed = _either([f"{bits} bits in groups of {group}" for bits, group in sorted(grids)], "and")
+                return (
+                    f"{names} have {listed}, but {self.name} loads them as one linear with one grid: quantize them "
+                    "alike, or use another --target"
+                )
+        return None
+
     def _tensor_parallel(self, weight: WeightGrid, devices: int) -> str:
         out_features, in_features = weight.shape[-2:]
         return (
@@ -278,11 +352,17 @@ class Target:
 
 ONE_LINEAR_EACH = ("compressed-tensors", "gptq", "gptq_v2")
 MAX_DECODED = 0.05  # largest share of the weights that an export writes decoded because a format cannot pack them
-READ = "sources of September 2026, read but not run"
+VLLM = "vLLM 0.32.0 and 0.33.0, sources read and the loaders of 0.32.0 run"
+SGLANG = "SGLang 0.5.23, sources read"
+HUMMING = "--quantization humming"
 LOGITS = "logits, perplexity and the most likely tokens on the bundled held-out texts (benchmarks/export_check.py)"
 REOPENED = "every weight, and logits on random tokens, by `export` itself"
 GPTQMODEL, LLAMA_CPP = gptqmodel.VERSION, "llama-cpp-python 0.3.36"
 COMPRESSED_TENSORS = "transformers 5.23 with compressed-tensors 0.20.0"
+MARLIN_GROUPS = (32, 64, 128)
+# With Humming's schemas vLLM and SGLang cut the zero points of fused linears at n // (32 / bits), which for 5 bits is
+# one word short in floating point.
+FUSED_ZERO_POINTS = {"attention": (5,), "shared": (5,)}
 GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 
 TARGETS = (
@@ -295,30 +375,35 @@ TARGETS = (
         symmetric=True,
         group_sizes=None,
         mixing="model",
-        note="experts are decoded when they are loaded; releases before 0.15 pack 3 bit differently",
+        note="experts are decoded when they are loaded; compressed-tensors before 0.18 packs 3, 5, 6 and 7 bit in "
+        "another way",
     ),
     Target(
         engine="vllm",
         format="compressed-tensors",
-        version=READ,
+        version=VLLM,
         trial=None,
-        bits=(4, 8),
-        symmetric=True,
-        group_sizes=(32, 64, 128),
-        mixing="model",
-        note="experts run in Marlin kernels; one scheme for gate, up and down of all experts; the expert width on each "
-        "device must be a multiple of the group size",
+        bits=(2, 3, 4, 5, 6, 7, 8),
+        symmetric=False,
+        group_sizes=MARLIN_GROUPS,
+        mixing="block",
+        multiple=32,
+        fuses=True,
+        symmetric_bits={"experts": (8,)},
+        note="4 bit and symmetric 8 bit run in Marlin kernels, everything else in Humming's; one scheme for gate, up "
+        "and down of a block's experts; no kernel takes asymmetric experts of 8 bits",
     ),
     Target(
         engine="sglang",
         format="compressed-tensors",
-        version=READ,
+        version=SGLANG,
         trial=None,
         bits=(4, 8),
         symmetric=True,
-        group_sizes=(32, 64, 128),
-        mixing="model",
-        note="experts take the scheme of the target `Linear`, so the export names it for them",
+        group_sizes=MARLIN_GROUPS,
+        mixing="block",
+        fuses=True,
+        note="experts run in Marlin kernels; zero points of experts would be read in AWQ's order and decode wrongly",
     ),
     Target(
         engine="gptqmodel",
@@ -353,14 +438,58 @@ TARGETS = (
     Target(
         engine="vllm",
         format="gptq",
-        version=READ,
+        version=VLLM,
         trial=None,
         bits=(4, 8),
         symmetric=True,
-        group_sizes=(32, 64, 128),
+        group_sizes=MARLIN_GROUPS,
         mixing="block",
         multiple=32,
-        note="reads the bits of a block from one of its experts",
+        fuses=True,
+        note="experts run in Marlin kernels",
+    ),
+    Target(
+        engine="vllm",
+        format="gptq_v2",
+        version=VLLM,
+        trial=None,
+        bits=(2, 3, 4, 5, 6, 7, 8),
+        symmetric=False,
+        group_sizes=MARLIN_GROUPS,
+        mixing="block",
+        multiple=32,
+        fuses=True,
+        symmetric_bits=FUSED_ZERO_POINTS,
+        launch=HUMMING,
+        note="Humming takes zero points as they are stored, which is wrong for gptq and right for gptq_v2",
+    ),
+    Target(
+        engine="sglang",
+        format="gptq",
+        version=SGLANG,
+        trial=None,
+        bits=(4, 8),
+        symmetric=True,
+        group_sizes=MARLIN_GROUPS,
+        mixing="model",
+        multiple=32,
+        fuses=True,
+        note="experts run in Marlin kernels, and have the bits that hold where `dynamic` names none",
+    ),
+    Target(
+        engine="sglang",
+        format="gptq_v2",
+        version=SGLANG,
+        trial=None,
+        bits=(2, 3, 4, 5, 6, 7, 8),
+        symmetric=False,
+        group_sizes=MARLIN_GROUPS,
+        mixing="block",
+        multiple=32,
+        fuses=True,
+        symmetric_bits=FUSED_ZERO_POINTS,
+        launch=HUMMING,
+        note="2, 3, 5, 6 and 7 bit, and asymmetric experts, which SGLang loads in no other format",
     ),
     Target(
         engine="llama.cpp",
@@ -371,8 +500,9 @@ TARGETS = (
         symmetric=False,
         group_sizes=None,
         mixing="weight",
-        note="codes are stored in ggml's blocks of 32: 4.5 bits a weight up to 3 bit and for symmetric 4 bit, 5.5 for "
-        "asymmetric 4 bit and symmetric 5 bit, 8.5 above; asymmetric 8 bit becomes float16",
+        note="K-quants (`--model.quantizer kquant`) are copied; codes on our grid are stored in ggml's blocks of 32: "
+        "4.5 bits a weight up to 3 bit and for symmetric 4 bit, 5.5 for asymmetric 4 and symmetric 5 bit, 8.5 above; "
+        "asymmetric 8 bit becomes float16",
     ),
     Target(
         engine="transformers",
@@ -438,13 +568,14 @@ def _linear_shape(weight: WeightGrid) -> tuple[int, int]:
     return weight.shape[-2] // parts, weight.shape[-1]
 
 
-def _divides(weight: WeightGrid, devices: int) -> bool:
-    """Whether a weight can be split for tensor parallelism with whole groups on every device."""
-    out_features, in_features = weight.shape[-2:]
-    linear = weight.name.removesuffix(".weight").rpartition(".")[2]
-    if linear in ROW_PARALLEL:
-        return in_features % (devices * weight.group_size) == 0 or devices == 1
-    return out_features % devices == 0
+def _wholes(weights: Iterable[WeightGrid]) -> list[list[WeightGrid]]:
+    """Weights that vLLM and SGLang load as one linear, together; all others, but stacks of experts, alone."""
+    wholes: dict[str, list[WeightGrid]] = {}
+    for weight in weights:
+        if weight.part != "experts":
+            module = weight.name.removesuffix(".weight")
+            wholes.setdefault((wholes_of(module) or [module])[0], []).append(weight)
+    return list(wholes.values())
 
 
 def _counted(weights: list[WeightGrid], describe) -> str | None:

@@ -5,8 +5,10 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import architectures
+import gguf_models
 import torch
 from safetensors import safe_open
+from test_packed_loading import compress
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -169,8 +171,14 @@ class Trial:
         export(str(self.run), str(self.folder / "gptq"), "gptq_v2")
 
     def gguf(self) -> None:
-        """The export of an architecture whose computation in llama.cpp is known; of others it is refused."""
-        export(str(self.run), str(self.folder / "gguf"), "gguf")
+        """The export of a type that llama.cpp runs, with the settings that it computes; of others it is refused."""
+        source = self.run
+        if self.name in gguf_models.CHANGES:
+            original, source = self.folder / "gguf-original", self.folder / "gguf-compressed"
+            gguf_models.build(self.name).save_pretrained(original)
+            self.tokenizer.save_pretrained(original)
+            compress(original, source)
+        export(str(source), str(self.folder / "gguf"), "gguf")
 
     def left(self) -> dict[str, str]:
         """The matrices of blocks that are neither quantized nor routers nor biases: name in the block -> why."""

@@ -199,7 +199,12 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
 
     No vector has its initial value, which is often 0 or 1: so a lost norm, scale or attention sink is noticed.
     """
-    model = tiny_models.build_random(config_of(name), seed)
+    return build_from(config_of(name), seed)
+
+
+def build_from(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The same from a configuration."""
+    model = tiny_models.build_random(config, seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for key, tensor in model.state_dict().items():

@@ -34,6 +34,8 @@ from eacmoe_lightning.commands.fit import ParsedOnly, parse_fit
 from eacmoe_lightning.commands.plan import options as plan_options
 from eacmoe_lightning.commands.report import options as report_options
 from eacmoe_lightning.commands.serve import options as serve_options
+from eacmoe_lightning.commands.table import options as table_options
+from eacmoe_lightning.commands.table import read_table
 from eacmoe_lightning.quantization.quantizers import Quantizer
 from eacmoe_lightning.routers.losses import RouterLoss
 from eacmoe_lightning.text.sampled import sampled_source
@@ -134,6 +136,10 @@ def parse(words: tuple[str, ...]) -> None:
             parser.instantiate(parser.parse_args(rest))
         elif command == "report":
             report_options().parse_args(rest)
+        elif command == "table":
+            given, more = table_options().parse_known_args(rest)
+            read_table(given.table)
+            parse_fit(more)
         elif command in ("serve", "chat"):  # what they do not know goes to the server
             given, _ = (serve_options if command == "serve" else chat_options)().parse_known_args(rest)
             if given.model is not None:

@@ -19,7 +19,7 @@ from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.exports.check import Reference
-from eacmoe_lightning.exports.compressed_tensors import to_tensors
+from eacmoe_lightning.exports.compressed_tensors import decode, to_tensors
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.models.moe import MoEModel
@@ -85,15 +85,22 @@ def test_a_dense_export_is_the_decoded_model(family, folder_of, tiny_model_dir, 
 # --- compressed-tensors
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_compressed_tensors_library_decodes_our_words(bits):
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_compressed_tensors_library_decodes_our_words(bits, symmetric):
     library = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(bits))
-    quantized = round_to_nearest(weight, Grid(bits, 32, symmetric=True))
-    stored = to_tensors("linear", quantized, torch.float32)
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(bits)) + 0.3
+    quantized = round_to_nearest(weight, Grid(bits, 32, symmetric))
+    stored = to_tensors("linear", quantized, torch.float32, symmetric)
     codes = library.unpack_from_int32(stored["linear.weight_packed"], bits, torch.Size(stored["linear.weight_shape"]))
-    steps = codes.float().unflatten(-1, (2, 32)) * stored["linear.weight_scale"][..., None]
-    assert torch.equal(steps.flatten(-2), quantized.dequantize())
+    steps = codes.float().unflatten(-1, (2, 32))
+    if not symmetric:
+        zero_point = stored["linear.weight_zero_point"]
+        steps -= library.unpack_from_int32(zero_point, bits, torch.Size([48, 2]), packed_dim=0)[..., None]
+    assert torch.equal((steps * stored["linear.weight_scale"][..., None]).flatten(-2), quantized.dequantize())
+    config = {"config_groups": {"group_0": {"targets": ["linear"], "weights": {"num_bits": bits, "group_size": 32}}}}
+    config["config_groups"]["group_0"]["weights"]["symmetric"] = symmetric
+    assert torch.equal(decode(stored, config)["linear.weight"], quantized.dequantize())
 
 
 @pytest.mark.parametrize(
@@ -197,10 +204,10 @@ def in_memory(state: dict[str, Tensor], name: str) -> Tensor:
 # --- what goes wrong
 
 
-@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
-def test_what_the_target_does_not_load_is_refused(form, folder_of, tmp_path):
+@pytest.mark.parametrize(("form", "target"), [("compressed-tensors", "transformers"), ("gptq", None)])
+def test_what_the_target_does_not_load_is_refused(form, target, folder_of, tmp_path):
     with pytest.raises(ValueError, match="asymmetric.*--model.symmetric true"):
-        export(str(folder_of("mixtral", ASYMMETRIC)), str(tmp_path / "out"), form)
+        export(str(folder_of("mixtral", ASYMMETRIC)), str(tmp_path / "out"), form, target)
     assert not (tmp_path / "out").exists()
 
 
@@ -275,3 +282,5 @@ def test_experts_with_different_bits(tiny_model_dir, tokens, tmp_path):  # noqa:
     assert [len(stored[name.format(e)]) * 32 // 64 for e in range(8)] == [3, 4, 8, 2] * 2  # words along 64 inputs
     with pytest.raises(ValueError, match="the experts of the model have 2 bits.*8 bits.*would decode the others wrong"):
         export(str(folder), str(tmp_path / "out"), "compressed-tensors")
+    with pytest.raises(ValueError, match="the experts of block 0 have 2 bits.*8 bits.*would decode the others wrong"):
+        export(str(folder), str(tmp_path / "out"), target="vllm")

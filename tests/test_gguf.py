@@ -226,7 +226,7 @@ def test_what_llama_cpp_computes_differently_is_refused(folder_of, tmp_path):  #
         export(str(folder_of("phimoe", ASYMMETRIC)), str(tmp_path / "out"), "gguf")
     for change, option in (
         ({"norm_topk_prob": False}, "norm_topk_prob=False"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='yarn'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='linear'"),
     ):
         folder = shutil.copytree(folder_of("qwen3_moe", ASYMMETRIC), tmp_path / option.split("=")[0])
         config = json.loads((folder / "config.json").read_text())

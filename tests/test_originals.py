@@ -21,9 +21,10 @@ from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models import originals
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import BUNDLED
+from eacmoe_lightning.models.originals import BUNDLED, load_original, read_config, resolve_model, stored_name
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
 from eacmoe_lightning.run.files import StoreError
@@ -559,3 +560,34 @@ def test_classes_that_are_registered_first_need_no_trust(tiny_model_dir, tmp_pat
     (tmp_path / "own.py").write_text(CODE)
     output = run(tmp_path, ["plan", *jobs.options(folder, tmp_path / "run")], REGISTERS)
     assert "3 blocks" in output, output
+
+
+# --- models of this project
+
+
+def test_testbeds_of_a_checkout_go_by_name(tmp_path, monkeypatch):
+    """`bundled:NAME` is a directory of `testbeds/`; an installed package has none and says so."""
+    assert resolve_model("bundled") == str(BUNDLED)
+    directory = Path(resolve_model("bundled:fine-moe"))
+    assert read_config("bundled:fine-moe")[0].model_type == "glm4_moe"
+    assert stored_name("bundled:fine-moe") == "bundled:fine-moe" and stored_name(str(directory)) == str(directory)
+    with pytest.raises(FileNotFoundError, match="no model bundled:fine: there are bundled and bundled:fine-moe"):
+        resolve_model("bundled:fine")
+    monkeypatch.setattr(originals, "TESTBEDS", tmp_path / "testbeds")
+    with pytest.raises(FileNotFoundError, match="in a checkout of the repository"):
+        resolve_model("bundled:fine-moe")
+
+
+def test_the_second_testbed_runs_with_every_block_taken_apart():
+    """Its habits: a dense first block, sigmoid scores with a correction, a shared expert, weights not renormalised."""
+    moe = MoEModel(load_original("bundled:fine-moe", "float32"))
+    assert [block.is_moe for block in moe.blocks] == [False, True, True, True, True]
+    assert (moe.num_experts, moe.top_k) == (16, 4)
+    ids = torch.randint(4096, (1, 24), generator=torch.Generator().manual_seed(0))
+    state = None
+    for index, block in enumerate(moe.blocks):
+        state, routing = block.forward(moe.call(index, ids, state))
+        if routing is not None:
+            weights = routing.logits.sigmoid().gather(-1, routing.ids)
+            torch.testing.assert_close(routing.weights, weights)
+    torch.testing.assert_close(moe.head(state, ids), moe.model(ids).logits)

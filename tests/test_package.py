@@ -54,7 +54,7 @@ def test_one_console_command():
 def test_help_names_every_command(words, capsys):
     main(words)
     said = capsys.readouterr().out
-    commands = "fit validate test predict plan report serve chat analyze export prune study"
+    commands = "fit validate test predict plan report table serve chat analyze export prune study"
     for command in commands.split():
         assert f"\n{command} " in said
 
@@ -69,7 +69,7 @@ def test_an_unknown_command(capsys):
         main(["fitt", "--config", "tiny"])
     assert end.value.code == 1
     said = capsys.readouterr().err
-    assert "there is no command fitt: fit, validate, test, predict, plan, report, serve, chat, analyze" in said
+    assert "there is no command fitt: fit, validate, test, predict, plan, report, table, serve, chat, analyze" in said
 
 
 # --- configs

@@ -11,7 +11,7 @@ from eacmoe_lightning.cli import main
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.targets import WeightGrid
 
-VLLM = targets.find("compressed-tensors", "vllm")
+VLLM, SGLANG = (targets.find("compressed-tensors", engine) for engine in ("vllm", "sglang"))
 ROUTED = "model.layers.{}.mlp.experts.{}"
 
 
@@ -25,25 +25,80 @@ def expert(block: int = 0, projection: str = "down_proj", **fields) -> WeightGri
 BOTH = [expert(), expert(projection="gate_up_proj")]
 
 
+def linear(name: str, block: int = 0, **fields) -> WeightGrid:
+    """A 4-bit symmetric linear of attention that vLLM loads, with some fields replaced."""
+    fields = {"shape": (256, 256), "bits": 4, "group_size": 128, "symmetric": True} | fields
+    return WeightGrid(f"model.layers.{block}.self_attn.{name}.weight", block, "attention", **fields)
+
+
 @pytest.mark.parametrize(
-    ("weights", "message"),
+    ("rows", "weights", "message"),
     [
-        ([expert(bits=3)], "has 3 bits.*loads 4 or 8.*--model.bits"),
-        ([expert(symmetric=False)], "asymmetric.*--model.symmetric true.*--format gptq_v2"),
-        ([expert(group_size=256)], "groups of 256.*32, 64 or 128.*--model.group_size"),
+        (SGLANG, [expert(bits=3)], "has 3 bits.*loads 4 or 8.*--model.bits"),
+        (SGLANG, [expert(symmetric=False)], "asymmetric.*--model.symmetric true.*--format gptq_v2"),
+        (VLLM, [expert(group_size=256)], "groups of 256.*32, 64 or 128.*--model.group_size"),
         (
+            targets.find("gptq", "sglang"),
             [expert(), expert(1, bits=8)],
             "experts of the model have 4 bits.*and 8 bits.*would decode the others wrongly",
         ),
-        ([expert(), expert(projection="gate_up_proj", bits=8)], "experts of the model have 4 bits.*and 8 bits"),
-        ([expert(experts=(0, 1)), expert(experts=(2, 3), bits=8)], "experts of the model have 4 bits.*and 8 bits"),
+        (VLLM, [expert(), expert(projection="gate_up_proj", bits=8)], "experts of block 0 have 4 bits.*and 8 bits"),
+        (
+            VLLM,
+            [expert(experts=(0, 1)), expert(experts=(2, 3), bits=8)],
+            "experts of block 0 have 4 bits.*and 8 bits",
+        ),
+        (
+            VLLM,
+            [*BOTH, linear("q_proj", bits=8), linear("k_proj"), linear("v_proj")],
+            "0.self_attn.q_proj, model.layers.0.self_attn.k_proj and .* have 4 bits.*8 bits.*loads them as one linear",
+        ),
+        (VLLM, [expert(symmetric=False, bits=8)], "is asymmetric.*loads experts of 8 bits only if symmetric"),
+        (
+            targets.find("gptq_v2", "vllm"),
+            [expert(symmetric=False), linear("o_proj", bits=5)],
+            "o_proj.weight is asymmetric.*loads attention of 5 bits only if symmetric",
+        ),
+        (VLLM, [expert(symmetric=False, shape=(8, 240, 512))], "240 x 512, but both must be multiples of 32"),
     ],
 )
-def test_what_vllm_does_not_load_is_refused(weights, message):
-    assert targets.choose(VLLM, BOTH) == VLLM[0]
+def test_what_servers_do_not_load_is_refused(rows, weights, message):
+    assert targets.choose(rows, BOTH) == rows[0]
     with pytest.raises(ValueError, match=message) as refused:
-        targets.choose(VLLM, weights)
-    assert "vllm (compressed-tensors, unverified)" in str(refused.value)
+        targets.choose(rows, weights)
+    assert f"{rows[0].engine} ({rows[0].format}, unverified)" in str(refused.value) or "multiples" in message
+
+
+def test_what_vllm_loads_since_0_32():
+    """Any width, zero points, blocks that differ, and linears that differ from others but not within a whole."""
+    experts = [
+        expert(block, projection, bits=bits, symmetric=False)
+        for block, bits in enumerate(range(2, 8))
+        for projection in ("gate_up_proj", "down_proj")
+    ]
+    attention = [linear(name, bits=8 if name == "o_proj" else 6) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    for form in ("compressed-tensors", "gptq_v2"):
+        (row,) = targets.find(form, "vllm")
+        assert row.problems([*experts, *attention]) == []
+    (sglang,) = targets.find("gptq_v2", "sglang")
+    assert sglang.problems([*experts, *attention]) == [] and sglang.launch == "--quantization humming"
+
+
+def test_zero_points_need_rows_that_fill_words():
+    """48 rows are no multiple of 32: symmetric weights store no zero points in compressed-tensors."""
+    narrow = expert(shape=(8, 48, 512))
+    assert VLLM[0].problems([narrow]) == []
+    assert "multiples of 32" in VLLM[0].problems([replace(narrow, symmetric=False)])[0]
+    halves = replace(narrow, name=ROUTED.format(0, "gate_up_proj"), shape=(8, 192, 512), bits=3)  # 96 rows each
+    assert VLLM[0].problems([replace(halves, symmetric=False)], tensor_parallel=2)  # 48 rows of 3 bits: 4.5 words
+    assert VLLM[0].problems([halves], tensor_parallel=2) == []
+
+
+def test_a_part_that_is_left_decoded_leaves_its_whole_decoded():
+    (row,) = targets.find("gptq", "vllm")
+    narrow = linear("in_proj_b", shape=(4, 256))
+    whole = [narrow, linear("in_proj_a", shape=(32, 256))]
+    assert row.left_decoded([*BOTH, *whole, linear("o_proj")]) == whole
 
 
 def test_what_no_trial_covered_is_reported():
@@ -113,18 +168,19 @@ def test_a_target_changes_nothing_but_what_it_needs():
     """A target is part of a run's identity only through the options that it changes."""
     plain = QESC(bits=4).recipe.record()
     assert not plain["symmetric"]
-    assert QESC(bits=4, target="vllm").recipe == QESC(bits=4, symmetric=True).recipe
-    for engine in ("gptqmodel", "llama.cpp"):
+    assert QESC(bits=4, target="sglang").recipe == QESC(bits=4, symmetric=True).recipe
+    for engine in ("gptqmodel", "vllm"):
         assert QESC(bits=4, target=engine).recipe.record() == plain
+    assert QESC(bits=4, target="llama.cpp").recipe.record() == plain | {"quantizer": "kquant"}
+    assert QESC(bits=4, target="llama.cpp", quantizer="gptq").recipe.record() == plain
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": "3"}, "has 3 bits"),
-        ({"bits": "4", "symmetric": "false"}, "loads symmetric weights only"),
         ({"bits": "4", "overrides": "{1: {experts.3: 8}}"}, "would decode the others wrongly"),
+        ({"bits": "4", "group_size": "16"}, "loads 32, 64 or 128"),
         ({"bits": "4", "tensor_parallel": "4"}, "--tensor_parallel 4"),
     ],
 )

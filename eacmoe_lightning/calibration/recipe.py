@@ -10,13 +10,15 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from math import prod
 from typing import Any, Literal
 
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.quantization.gptq import DAMPING
 from eacmoe_lightning.quantization.grid import Grid, Quantized
-from eacmoe_lightning.quantization.quantizers import GPTQ, LatticeGPTQ, Quantizer, RoundToNearest
+from eacmoe_lightning.quantization.kquant import SIMPLE, KQuant, type_of
+from eacmoe_lightning.quantization.quantizers import GPTQ, KQuantGPTQ, LatticeGPTQ, Quantizer, RoundToNearest
 from eacmoe_lightning.targets import WeightGrid, by_bits
 
 MAX_UNFIT = 0.05  # largest share of a block's weights that stays unquantized because no group fits
@@ -25,6 +27,7 @@ QUANTIZERS: dict[str, Callable[[Recipe], Quantizer | None]] = {  # by the names 
     "gptq": lambda recipe: GPTQ(recipe.damping, recipe.act_order, recipe.scale_search, recipe.refine),
     "rtn": lambda recipe: RoundToNearest(),
     "lattice": lambda recipe: LatticeGPTQ(recipe.damping, recipe.act_order),
+    "kquant": lambda recipe: KQuantGPTQ(recipe.damping, recipe.act_order, recipe.scale_search, recipe.refine),
     "none": lambda recipe: None,
 }
 SOME_EXPERTS = re.compile(r"experts(?:\.(0|[1-9]\d*))?(?:\.(gate_up_proj|up_proj|down_proj))?")  # keys of overrides
@@ -46,8 +49,10 @@ class Recipe:
         symmetric: Fix the zero point to the middle code; null does so only where the target needs it.
         clip_search: Choose the range of each group that gives the least error instead of its minimum and maximum.
         quantizer: gptq; rtn (round-to-nearest, the baseline); lattice (one step per matrix, codes stored at their
-            entropy; bits are stored bits and may be fractional, groups do not apply); none (weights stay as they are,
-            for pruning alone); or the class path of a `Quantizer`.
+            entropy; bits are stored bits and may be fractional, groups do not apply); kquant (llama.cpp's blocks:
+            Q2_K to Q6_K by the bits, Q8_0, and Q4_0, Q5_0 or Q8_0 where rows are no multiple of 256; groups are the
+            types' own); none (weights stay as they are, for pruning alone); or the class path of a `Quantizer`. null
+            takes kquant for the target llama.cpp, otherwise gptq.
         damping: Added to the Hessian's diagonal, as a share of its mean.
         act_order: Let GPTQ visit the groups, and the inputs within each, in order of falling importance.
         scale_search: Choose each group's scale and zero point by the loss that GPTQ's column loop adds.
@@ -65,7 +70,7 @@ class Recipe:
     group_size: int = 128
     symmetric: bool | None = None
     clip_search: bool = True
-    quantizer: Literal["gptq", "rtn", "lattice", "none"] | Quantizer = "gptq"
+    quantizer: Literal["gptq", "rtn", "lattice", "kquant", "none"] | Quantizer | None = None
     damping: float = DAMPING
     act_order: bool = True
     scale_search: bool = True
@@ -75,6 +80,8 @@ class Recipe:
     solver_gib: float = 2.0
 
     def __post_init__(self) -> None:
+        if self.quantizer is None:
+            object.__setattr__(self, "quantizer", "gptq")
         if not self.parts:
             raise ValueError("bits=[] (--model.bits) is empty: pass one number, or one for each part of the blocks")
         if isinstance(self.quantizer, str) and self.quantizer not in QUANTIZERS:
@@ -104,6 +111,11 @@ class Recipe:
             for part, bits in parts.items():
                 if part == "group_size":
                     _check_group_size(f"overrides.{block}.group_size", bits)
+                elif self.in_blocks and re.match(r"experts\.\d", part):
+                    raise ValueError(
+                        f"overrides.{block}.{part} (--model.overrides): llama.cpp has one type for all experts of a "
+                        "projection. Pass experts.down_proj or experts.gate_up_proj, or --model.quantizer gptq"
+                    )
                 elif part in PARTS or SOME_EXPERTS.fullmatch(part):
                     self._check_bits(f"overrides.{block}.{part}", bits)
                 else:
@@ -127,6 +139,11 @@ class Recipe:
         """Whether weights are quantized on the group-wise grid."""
         return self.solver is not None and self.solver.result is Quantized
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether weights are quantized in llama.cpp's blocks."""
+        return self.solver is not None and self.solver.result is KQuant
+
     @cached_property
     def solver(self) -> Quantizer | None:
         """The quantizer object; None if nothing is quantized."""
@@ -147,8 +164,15 @@ class Recipe:
         if self.solver is not None and self.solver.any_rate:
             if not 1 <= bits <= 8:
                 raise ValueError(f"{option}={bits} (--model.{option}) is not from 1 to 8 stored bits per weight")
-        elif not isinstance(bits, int) or not 2 <= bits <= 8:
+            return
+        widths = self.solver.widths if self.solver is not None else Quantizer.widths
+        if not isinstance(bits, int) or not 2 <= bits <= 8:
             raise ValueError(f"{option}={bits} (--model.{option}) is not a whole number from 2 to 8")
+        if bits not in widths:
+            raise ValueError(
+                f"{option}={bits} (--model.{option}) is not among the bits of {self.quantizer_name} "
+                f"(--model.quantizer): {', '.join(map(str, widths))}"
+            )
 
     def grid(self, block: int, num_blocks: int, part: str) -> Grid:
         """The grid of one part (`attention`, `shared`, `experts`) of one block."""
@@ -177,6 +201,11 @@ class Recipe:
                 bits, group_size = grid.bits, grid.group_size if self.has_groups else shape[-1]
                 if part == "experts":
                     bits = self.expert_bits(block.index, len(moe.blocks), name.rpartition(".")[2], block.expert_numbers)
+                if self.in_blocks:
+                    kind = type_of(min(bits) if part == "experts" else bits, shape[-1])
+                    groups = dict(group_size=kind.group, symmetric=kind.grid.symmetric, kquant=kind.name)
+                    grids.append(WeightGrid(name, block.index, part, shape, kind.bits, **groups))
+                    continue
                 common = dict(group_size=group_size, symmetric=grid.symmetric, on_lattice=not self.has_groups)
                 for width, experts in by_bits(bits):
                     rows = shape if experts is None else (len(experts), *shape[1:])
@@ -207,30 +236,42 @@ class Recipe:
         for block in moe.blocks if self.quantizes else ():
             self._check_experts(block)
             for name, (part, weight) in block.weights().items():
-                group_size, in_features = self.grid(block.index, len(moe.blocks), part).group_size, weight.shape[-1]
-                if self.has_groups and in_features % group_size:
-                    fitting = max((g for g in (8, 16, 32, 64, 128, 256) if in_features % g == 0), default=None)
-                    remedy = "No group size fits: it has to be a multiple of 8, so use --model.quantizer lattice"
-                    if fitting is not None:
-                        remedy = (
-                            f"Pass {fitting} for all blocks, or for this one alone: "
-                            f"--model.overrides '{{{block.index}: {{group_size: {fitting}}}}}'"
-                        )
+                multiple, in_features = self._multiple(block, len(moe.blocks), part), weight.shape[-1]
+                if in_features % multiple == 0:
+                    continue
+                if self.in_blocks:
                     raise ValueError(
-                        f"{name}: in_features={in_features} is not a multiple of group_size={group_size} "
-                        f"(--model.group_size). {remedy}"
+                        f"{name}: in_features={in_features} is not a multiple of {SIMPLE}, llama.cpp's smallest block. "
+                        "Use --model.quantizer gptq or lattice, and export with --format dense"
                     )
+                fitting = max((g for g in (8, 16, 32, 64, 128, 256) if in_features % g == 0), default=None)
+                remedy = "No group size fits: it has to be a multiple of 8, so use --model.quantizer lattice"
+                if fitting is not None:
+                    remedy = (
+                        f"Pass {fitting} for all blocks, or for this one alone: "
+                        f"--model.overrides '{{{block.index}: {{group_size: {fitting}}}}}'"
+                    )
+                raise ValueError(
+                    f"{name}: in_features={in_features} is not a multiple of group_size={multiple} "
+                    f"(--model.group_size). {remedy}"
+                )
+
+    def _multiple(self, block: Block, num_blocks: int, part: str) -> int:
+        """A number of which the inputs of a weight must be a multiple."""
+        if self.in_blocks:
+            return SIMPLE
+        return self.grid(block.index, num_blocks, part).group_size if self.has_groups else 1
 
     def _leave_unfit(self, moe: MoEModel) -> None:
-        """Excludes the linears of small weight that no group size of the recipe fits (`MAX_UNFIT`)."""
-        for block in moe.blocks if self.quantizes and self.has_groups else ():
-            grids = {name: self.grid(block.index, len(moe.blocks), part) for name, part in block.linears.items()}
-            unfit = [name for name, grid in grids.items() if block.linear(name).in_features % grid.group_size]
+        """Excludes the linears of small weight that no group of the recipe fits (`MAX_UNFIT`)."""
+        for block in moe.blocks if self.quantizes else ():
+            multiples = {name: self._multiple(block, len(moe.blocks), part) for name, part in block.linears.items()}
+            unfit = [name for name, multiple in multiples.items() if block.linear(name).in_features % multiple]
             total = sum(weight.numel() for _, weight in block.weights().values())
             if sum(block.linear(name).weight.numel() for name in unfit) <= MAX_UNFIT * total:
                 for name in unfit:
-                    width, group_size = block.linear(name).in_features, grids[name].group_size
-                    block.leave(name, f"its {width} inputs are no multiple of the group size {group_size}")
+                    width = block.linear(name).in_features
+                    block.leave(name, f"its {width} inputs are no multiple of the group size {multiples[name]}")
 
     def _check_experts(self, block: Block) -> None:
         """Raises ValueError if overrides name experts or projections that the block does not have."""
@@ -261,12 +302,5 @@ def nominal_bits(moe: MoEModel, recipe: Recipe) -> float:
     """Average bits over the quantized weights as the paper counts them, without scales and zero points."""
     if not recipe.quantizes:
         return 8.0 * moe.model.dtype.itemsize
-    total = weighted = 0
-    for block in moe.blocks:
-        for name, (part, weight) in block.weights().items():
-            total += weight.numel()
-            bits = [recipe.grid(block.index, len(moe.blocks), part).bits]
-            if part == "experts":
-                bits = recipe.expert_bits(block.index, len(moe.blocks), name.rpartition(".")[2], block.expert_numbers)
-            weighted += weight.numel() * sum(bits) / len(bits)
-    return weighted / total
+    sizes = [(prod(grid.shape), grid.bits) for grid in recipe.grids(moe)]
+    return sum(size * bits for size, bits in sizes) / sum(size for size, _ in sizes)

@@ -167,7 +167,7 @@ class BlockSolver:
             The quantized stack and the relative squared output errors [S], the same in all processes.
         """
         grid, num, world = self._grid("experts"), len(weight), self.ranks.world
-        stack = self.quantizer.result.empty(weight.shape, grid, weight.device)
+        stack = self.quantizer.result.empty(weight.shape, replace(grid, bits=bits[0]), weight.device)
         error = torch.empty(num, device=weight.device)
         by_width = sorted(range(num), key=lambda i: bits[i])
         shares = [by_width[num * r // world : num * (r + 1) // world] for r in range(world)]

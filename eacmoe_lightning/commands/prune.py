@@ -21,7 +21,7 @@ from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.compressed.finished import FinishedBlocks
-from eacmoe_lightning.compressed.format import LATTICE, read_config
+from eacmoe_lightning.compressed.format import KQUANTS, LATTICE, read_config
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.evaluation.report import add_quality, head, removed_experts, write
@@ -32,6 +32,7 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import fingerprint, stored_name
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.quantization.kquant import TYPES
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.routers.losses import TopKMSE
 from eacmoe_lightning.run.block_file import read_block
@@ -245,7 +246,10 @@ def average_bits(moe: MoEModel, directory: Path) -> dict[str, float]:
     for name, widths in quantization["bits"].items():
         widths = widths if isinstance(widths, list) else [widths]
         codes += weights[name] * sum(widths) / len(widths)
-        if name not in quantization.get(LATTICE, ()):  # the bits of lattice weights include their scales
+        if name in quantization.get(KQUANTS, {}):
+            kind = TYPES[quantization[KQUANTS][name]]
+            grids += weights[name] * (kind.true_bits - kind.bits)
+        elif name not in quantization.get(LATTICE, ()):  # the bits of lattice weights include their scales
             grids += weights[name] / quantization["group_sizes"][name] * (16 + 8)  # a scale and a zero point
     total = sum(weights[name] for name in quantization["bits"])
     return {"nominal": codes / total, "true": (codes + grids) / total}

@@ -17,6 +17,7 @@ from eacmoe_lightning.compressed import card
 from eacmoe_lightning.compressed.format import (
     DRAFT,
     INDEX,
+    KQUANTS,
     LATTICE,
     METHOD,
     REST,
@@ -40,6 +41,7 @@ from eacmoe_lightning.models.originals import (
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.pruned_config import pruned_config
 from eacmoe_lightning.models.transformers_loader import empty_model
+from eacmoe_lightning.quantization.kquant import KQuant
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
@@ -120,7 +122,8 @@ def save_compressed(
                     "bits": {name: weight["bits"] for name, weight in weights.items()},
                     "group_sizes": {name: weight["group_size"] for name, weight in weights.items()},
                 }
-                | ({LATTICE: on_lattice} if (on_lattice := [n for n, w in weights.items() if w[LATTICE]]) else {}),
+                | ({LATTICE: on_lattice} if (on_lattice := [n for n, w in weights.items() if w[LATTICE]]) else {})
+                | ({KQUANTS: kinds} if (kinds := {n: k for n, w in weights.items() if (k := w[KQUANTS])}) else {}),
             }
             | {key: value for key, value in source_config.items() if key == stored.KEY},
         )
@@ -160,11 +163,17 @@ def _with_draft(
 
 
 def _described(weight: QuantizedWeight) -> dict[str, Any]:
-    return {"bits": weight.bits, "group_size": weight.group_size, LATTICE: isinstance(weight, Lattice)}
+    kind = weight.kind if isinstance(weight, KQuant) else None
+    return {
+        **{"bits": weight.bits, "group_size": weight.group_size},
+        **{LATTICE: isinstance(weight, Lattice), KQUANTS: kind},
+    }
 
 
 def _format_version(moe: MoEModel, weights: dict[str, dict[str, Any]]) -> int:
     """The lowest format version that can hold these weights: see `format.FORMAT_VERSION`."""
+    if any(weight[KQUANTS] for weight in weights.values()):
+        return 4
     if any(weight[LATTICE] for weight in weights.values()):
         return 3
     return 2 if moe.is_pruned or any(not isinstance(weight["bits"], int) for weight in weights.values()) else 1

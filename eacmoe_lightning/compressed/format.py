@@ -11,7 +11,8 @@ Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes)
 bits, the config has a list of bits and `.codes` is flat, one expert after another (format version 2). A pruned model's
 config lists under `kept_experts` the experts that its blocks still have (version 2 as well). Weights on a lattice have
 `.stream`, `.ends`, `.shape` and `.scale` (`quantization/packing.py`), and the config lists their names under `lattice`
-(version 3).
+(version 3). Weights in llama.cpp's blocks have one tensor, `.blocks`, and the config lists their types under `kquants`
+(version 4).
 
 `load` reads such a directory, and so does transformers once this package is imported (`loading.py`). transformers looks
 for no entry points of packages, so somebody has to import it: the user, or `configuration_eacmoe.py`, to which the
@@ -30,8 +31,8 @@ from eacmoe_lightning.models.transformers_loader import knows_config
 from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.version import __version__
 
-FORMAT_VERSION = 3  # 3: weights on a lattice; 2: experts of a stack differ in bits, or some were removed; 1: all others
-LATTICE = "lattice"  # key of the config's `quantization`
+FORMAT_VERSION = 4  # see the module's docstring
+LATTICE, KQUANTS = "lattice", "kquants"  # keys of the config's `quantization`
 SHARD, REST = "weights-block-{:03d}.safetensors", "weights-rest.safetensors"
 DRAFT = "weights-draft.safetensors"
 METHOD = "eacmoe"  # model type and quantization method
@@ -102,6 +103,11 @@ def check_format(config: dict[str, Any]) -> None:
             f"the compressed model has format version {config['format_version']}, but this eacmoe-lightning "
             f"({__version__}) reads up to {FORMAT_VERSION}: install a newer one"
         )
+
+
+def runs_packed(config: dict[str, Any]) -> bool:
+    """Whether packed modules hold the weights of a compressed directory, by its config: those on the grid alone."""
+    return LATTICE not in config["quantization"] and KQUANTS not in config["quantization"]
 
 
 def size_of(path: str | Path) -> int:

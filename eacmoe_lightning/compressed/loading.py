@@ -3,7 +3,8 @@
 Importing this module registers two things with transformers. Reading a config of model type `eacmoe` gives the
 original's config with a quantization config, so transformers picks the original's model class. The quantization method
 `eacmoe` inserts packed modules (`runtime/packed_modules.py`) before the weights are loaded, so packed bytes go from the
-file straight into them. Weights on a lattice have no packed modules: `load` decodes them.
+file straight into them. Weights on a lattice or in llama.cpp's blocks have no packed
+modules: `load` decodes them.
 
 Without this package, transformers refuses the directory: it asks for `trust_remote_code=True`, and then for the package
 (`format.CODE`). (With the original's model type and an unknown quantization method, it would only warn and leave the
@@ -25,12 +26,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from eacmoe_lightning.compressed.directory import CompressedWeights, save_packed
 from eacmoe_lightning.compressed.format import (
     INDEX,
-    LATTICE,
     METHOD,
     check_format,
     is_compressed,
     original_config,
     read_config,
+    runs_packed,
 )
 from eacmoe_lightning.models.find import find_blocks
 from eacmoe_lightning.models.originals import read_config as read_original_config
@@ -55,7 +56,7 @@ def load(
         path: a compressed directory, or a run directory that holds one.
         dtype: `auto` (the dtype of the calibration), `float32`, `bfloat16` or `float16`.
         packed: whether quantized weights stay packed in memory; otherwise they are decoded to an ordinary model.
-            Weights on a lattice (`--model.quantizer lattice`) are always decoded.
+            Weights on a lattice or in llama.cpp's blocks (`--model.quantizer lattice`, `kquant`) are always decoded.
         activations: `exact`, or `int8` for faster products with rounded activations, at the loss in quality that
             docs/findings/int8-activations.md reports.
         trust_remote_code: whether Python code beside the original, by its name in the config, may run.
@@ -72,7 +73,7 @@ def load(
         read_original_config(config["original"]["name_or_path"], True)  # registers the classes
     original = original_config(config)
     torch_dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
-    if packed and LATTICE not in config["quantization"]:
+    if packed and runs_packed(config):
         model = auto_class(original).from_pretrained(path, dtype=torch_dtype)
         set_activations(model, activations)
         return model
@@ -146,10 +147,10 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config: PackedConfig = self.quantization_config
-        if LATTICE in config.directory_config["quantization"]:
+        if not runs_packed(config.directory_config):
             raise ValueError(
-                "this model's weights lie on a lattice and are stored at their entropy: open it with "
-                "eacmoe_lightning.load, which decodes them"
+                "this model's weights lie on a lattice or in llama.cpp's blocks, for which there are no packed "
+                "modules: open it with eacmoe_lightning.load, which decodes them"
             )
         shrink_as_pruned(model.config.get_text_config(), find_blocks(model)[1])
         pack_modules(model, config.bits, config.group_sizes)

@@ -14,7 +14,7 @@ from eacmoe_lightning.compressed.format import is_compressed, read_config, size_
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import fingerprint, load_original, local_directory
+from eacmoe_lightning.models.originals import fingerprint, is_bundled, load_original, local_directory
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.streamed import StreamedModel
 
@@ -56,7 +56,8 @@ class OpenedModel:
             )
 
     def __str__(self) -> str:
-        return self.name if self.name in ("bundled", str(self.directory)) else f"{self.name} ({self.directory})"
+        is_short = is_bundled(self.name) or self.name == str(self.directory)
+        return self.name if is_short else f"{self.name} ({self.directory})"
 
     @property
     def size_bytes(self) -> int:

@@ -32,8 +32,8 @@ def export(
     Args:
         source: A run directory or a compressed directory.
         output: The directory to write; it must be empty or not exist.
-        format: compressed-tensors (pack-quantized, symmetric), gptq (zero points less 1, symmetric), gptq_v2 (true
-            zero points), gguf (for llama.cpp) or dense (decoded, as large as the original); null: the first of the
+        format: compressed-tensors (pack-quantized), gptq (zero points less 1, symmetric), gptq_v2 (true zero points),
+            gguf (for llama.cpp) or dense (decoded, as large as the original); null: the first of the
             target's formats that can hold the model.
         target: The engine that will load the export; null: the first that loads the format. A model that the engine is
             known not to load, or to load wrongly, is refused.
@@ -75,6 +75,8 @@ def export(
         names = left[0].name + (" ..." if len(left) > 1 else "")
         print(f"{len(left)} linears that {row.engine} does not load packed are decoded: {names}")
     print(f"{output}: {row.format} for {row.engine} ({row.version}). Reloaded: {difference}")
+    if row.launch:
+        print(f"start {row.engine} with {row.launch}: without it, {row.engine} refuses this format or these weights")
     if SKIPPING in opened.directory_config:
         print(f"warning: {row.engine} does not know this model's skipping rule and runs every selected expert")
     print(verdict if has_run else f"warning: {verdict}")

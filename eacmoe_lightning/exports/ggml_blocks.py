@@ -29,6 +29,8 @@ def exact_type(grids: list[WeightGrid]) -> str:
     Args:
         grids: the grids of one weight: one, or several if its experts have different bits.
     """
+    if grids[0].kquant:
+        return grids[0].kquant
     ranges = [_steps(grid) for grid in grids]
     if all(grid.group_size % BLOCK == 0 for grid in grids):
         for name, (least, most) in RANGES.items():

@@ -26,15 +26,28 @@ if TYPE_CHECKING:
 SPACE = "\u2581"  # sentencepiece's character for a space
 SAMPLE, PIECE = 100_000, 1_000  # characters compared in total, and characters in one comparison
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-CASED = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|"
+ENDINGS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+CASED = ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+UPPER, LOWER = r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
+WORD = r"[^\r\n\p{L}\p{N}]?"
+GPT4O = rf"{WORD}{UPPER}*{LOWER}+{ENDINGS}?|{WORD}{UPPER}+{LOWER}*{ENDINGS}?|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS = {  # llama.cpp's rules by name: expressions that split the text into words, applied one after another
     "gpt-2": [GPT2],
     "smollm": [r"\p{N}", GPT2],
     "qwen2": [CASED + r"\p{N}" + REST],
     "llama-bpe": [CASED + r"\p{N}{1,3}" + REST],
+    "dbrx": [CASED + r"\p{N}{1,3}" + REST],
+    "gpt-4o": [GPT4O + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
+    "deepseek-v3": [
+        r"\p{N}{1,3}",
+        "[一-龥\u3040-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ],
     "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
 }
+WHOLE = ("llama-bpe",)  # of these, those that take a word as it is if the vocabulary has it
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> None:
@@ -149,6 +162,7 @@ def words_of(tokenizer: Tokenizer) -> tuple[str, float]:
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         variant.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
         variant.normalizer = None
+        variant.model.ignore_merges = name in WHOLE
         ids = [encoding.ids for encoding in variant.encode_batch_fast(pieces, add_special_tokens=False)]
         shares[name] = sum(a != b for a, b in zip(ids, expected, strict=True)) / len(pieces)
     best = min(shares, key=shares.get)

@@ -33,7 +33,7 @@ from eacmoe_lightning.models.draft import draft_prefixes
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.packing import pack
 from eacmoe_lightning.run.files import write_json
-from eacmoe_lightning.targets import Target, WeightGrid
+from eacmoe_lightning.targets import Target, WeightGrid, fused_names, wholes_of
 from eacmoe_lightning.version import __version__
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -50,9 +50,10 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
                 tensors |= to_tensors(linear.name, linear.quantized, is_v2)
             yield tensors
 
-    modules = [f"{re.escape(name)}$" for name in source.ordinary_linears()]
+    ordinary = source.unquantized_modules() if row.fuses else source.ordinary_linears()
+    modules = [f"{re.escape(name)}$" for name in ordinary + (fused_names(ordinary) if row.fuses else [])]
     modules += [re.escape(prefix) for prefix in draft_prefixes(source.draft)]
-    config = quantization_config(weights, source.linear_names(row.names), is_v2, modules)
+    config = quantization_config(weights, source.linear_names(row.names), is_v2, modules, row.fuses)
     write_checkpoint(source, directory, shards(), config)
     write_json(directory / "quantize_config.json", config)  # readers of v1 look here
 
@@ -95,7 +96,11 @@ def to_int32(codes: Tensor, bits: int) -> Tensor:
 
 
 def quantization_config(
-    weights: list[WeightGrid], linears: dict[str, list[str]], is_v2: bool, unquantized: Iterable[str] = ()
+    weights: list[WeightGrid],
+    linears: dict[str, list[str]],
+    is_v2: bool,
+    unquantized: Iterable[str] = (),
+    fuses: bool = False,
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
@@ -105,15 +110,17 @@ def quantization_config(
         is_v2: whether the format is gptq_v2.
         unquantized: regular expressions for modules that no reader may take for quantized ones: linears that are
             written as ordinary weights, and draft layers.
+        fuses: whether readers load linears of the same inputs as one, under names of their own; and take the grid of
+            experts from where `dynamic` names none.
     """
     counts = Counter()
-    for weight in weights:
+    for weight in [w for w in weights if w.part == "experts"] if fuses else weights:
         counts[weight.bits, weight.group_size] += weight.shape[0] if len(weight.shape) == 3 else 1
     (bits, group_size), _ = counts.most_common(1)[0]
     dynamic = {f"-:{pattern}": {} for pattern in unquantized}
     for weight in weights:
         if (weight.bits, weight.group_size) != (bits, group_size):
-            pattern = f"+:{_pattern(weight, weights, linears[weight.name])}"
+            pattern = f"+:{_pattern(weight, weights, linears[weight.name], fuses)}"
             dynamic[pattern] = {"bits": weight.bits, "group_size": weight.group_size}
     symmetric = all(weight.symmetric for weight in weights)
     return {
@@ -131,11 +138,16 @@ def quantization_config(
     }
 
 
-def _pattern(weight: WeightGrid, weights: list[WeightGrid], linears: list[str]) -> str:
-    """A regular expression for one weight's linears, under their checkpoint names and those in transformers."""
+def _pattern(weight: WeightGrid, weights: list[WeightGrid], linears: list[str], fuses: bool) -> str:
+    """A regular expression for one weight's linears, under their checkpoint names and those in transformers; if readers
+    fuse linears, also under the name of the whole, and whatever they have before the number of the layer."""
+    path = weight.name[: re.match(r"\D*\d+\.", weight.name).end()]
+    layer = r".*\b" + re.escape(".".join(path.rsplit(".", 3)[-3:])) if fuses else re.escape(path)
     if weight.part != "experts":
-        return "|".join(f"{re.escape(name)}$" for name in sorted({*linears, weight.name.removesuffix(".weight")}))
-    layer = re.escape(weight.name[: re.match(r"\D*\d+\.", weight.name).end()])
+        names = {*linears, weight.name.removesuffix(".weight")}
+        if fuses:
+            names |= {whole for name in names for whole in wholes_of(name)}
+        return "|".join(f"{layer}{re.escape(name.removeprefix(path))}$" for name in sorted(names))
     siblings = [w for w in weights if w.part == "experts" and w.block == weight.block]
     if len({(w.bits, w.group_size) for w in siblings}) == 1:
         return rf"{layer}.*\bexperts(\.|$)"
@@ -174,14 +186,14 @@ def decode(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tens
                 f"{linear}: qweight is {qweight.shape} and scales are {scales.shape}, which does not fit "
                 f"{out_features} x {in_features} at {bits} bits in groups of {group_size}"
             )
-        codes = _read_bits(qweight.T, bits)  # [O, I]
-        zero_point = _read_bits(qzeros, bits) + (config["checkpoint_format"] == "gptq")  # [G, O]
+        codes = read_bits(qweight.T, bits)  # [O, I]
+        zero_point = read_bits(qzeros, bits) + (config["checkpoint_format"] == "gptq")  # [G, O]
         steps = codes.T - zero_point[g_idx]  # [I, O]
         weights[f"{linear}.weight"] = torch.from_numpy((steps.astype(np.float32) * scales[g_idx].astype(np.float32)).T)
     return weights | tensors
 
 
-def _read_bits(words: np.ndarray, bits: int) -> np.ndarray:
+def read_bits(words: np.ndarray, bits: int) -> np.ndarray:
     """int32 [R, W] -> int32 [R, W * 32 / bits], starting at the lowest bit of the first word."""
     stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
     return stream.reshape(len(words), -1, bits).astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from eacmoe_lightning.calibration.overflow import refuse_overflow
 from eacmoe_lightning.compressed.directory import CompressedWeights, save_compressed
-from eacmoe_lightning.compressed.format import LATTICE, read_config
+from eacmoe_lightning.compressed.format import read_config, runs_packed
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
@@ -80,7 +80,7 @@ def _checked_logits(moe: StreamedModel, directory: Path, tokens: Tensor) -> Tens
     Raises:
         StoreError: a block does not run packed, or gives something else.
     """
-    is_packed, state = LATTICE not in read_config(directory)["quantization"], None  # lattices are always decoded
+    is_packed, state = runs_packed(read_config(directory)), None
     for index, block in enumerate(moe.blocks):
         with moe.loaded(index):
             call = moe.call(index, tokens, state)

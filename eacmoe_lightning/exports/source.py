@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.directory import untied
-from eacmoe_lightning.compressed.format import DRAFT, LATTICE, REST, SHARD, original_config, read_config
+from eacmoe_lightning.compressed.format import DRAFT, KQUANTS, LATTICE, REST, SHARD, original_config, read_config
 from eacmoe_lightning.compressed.opening import open_compressed
 from eacmoe_lightning.exports.linears import WEIGHT, Rows, original_linears, unstacked_linears
 from eacmoe_lightning.models.block import Block
@@ -22,6 +22,7 @@ from eacmoe_lightning.models.pruned_config import has_shapes_of
 from eacmoe_lightning.models.shrink import KEPT
 from eacmoe_lightning.models.transformers_loader import empty_model, original_names
 from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.quantization.kquant import TYPES
 from eacmoe_lightning.quantization.packing import take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.files import StoreError, first_of, read_tensors
@@ -120,6 +121,11 @@ class Source:
         """Weights quantized on a lattice; all others are on the group-wise grid."""
         return self.quantization.get(LATTICE, [])
 
+    @property
+    def in_blocks(self) -> dict[str, str]:
+        """Weights in llama.cpp's blocks, with their types."""
+        return self.quantization.get(KQUANTS, {})
+
     def decode(self, names: Iterable[str]) -> None:
         """Has these weights written decoded, as if they were not quantized."""
         for name in names:
@@ -135,15 +141,17 @@ class Source:
         for block in self.moe.blocks:
             path = self.path / SHARD.format(block.index)
             tensors, _ = read_tensors(path)
-            names = [
-                f"{name}.{kind}"
-                for name in self.quantized(block)
-                for kind in (("stream", "scale") if name in self.on_lattice else ("codes", "scale", "zero_point"))
-            ]
+            names = [f"{name}.{kind}" for name in self.quantized(block) for kind in self._kinds(name)]
             if missing := [name for name in names if name not in tensors]:
                 raise StoreError(f"{path} lacks {first_of(missing, 'tensor')}: restore it from a backup")
             yield block, tensors
         yield None, read_tensors(self.path / REST)[0]
+
+    def _kinds(self, name: str) -> tuple[str, ...]:
+        """The kinds of tensors that a weight needs."""
+        if name in self.in_blocks:
+            return ("blocks",)
+        return ("stream", "scale") if name in self.on_lattice else ("codes", "scale", "zero_point")
 
     def grids(self) -> list[WeightGrid]:
         """The grid of each quantized weight, one for each width of its experts; zero points show the symmetry."""
@@ -154,6 +162,11 @@ class Source:
                 if name in self.on_lattice:
                     shape = tuple(weight.shape)
                     grids.append(WeightGrid(name, block.index, part, shape, bits, group_size, False, on_lattice=True))
+                    continue
+                if name in self.in_blocks:
+                    kind = TYPES[self.in_blocks[name]]
+                    groups = dict(group_size=kind.group, symmetric=kind.grid.symmetric, kquant=kind.name)
+                    grids.append(WeightGrid(name, block.index, part, tuple(weight.shape), bits, **groups))
                     continue
                 zero_point = tensors[f"{name}.zero_point"]
                 for width, experts in by_bits(bits):

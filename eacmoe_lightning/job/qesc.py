@@ -160,6 +160,8 @@ class QESC(Comparison):
         super().__init__(name_or_path, dtype, evaluate, split_damage, trust_remote_code)
         self.targets = targets.for_calibration(target) if target else []
         self.tensor_parallel = tensor_parallel
+        if recipe.get("quantizer") is None:
+            recipe["quantizer"] = "kquant" if target == "llama.cpp" else "gptq"
         self.recipe = Recipe(**recipe)
         if self.recipe.symmetric is None:
             self.recipe = replace(self.recipe, symmetric=bool(self.targets) and self.targets[0].symmetric)

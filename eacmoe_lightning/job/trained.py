@@ -330,9 +330,11 @@ class TrainedParts:
 
     def trained(self, name: str, weight: QuantizedWeight) -> QuantizedWeight:
         """A weight as it is now, from what it was at the start of training."""
-        scale = {"scale": self.scales[name].detach().to(weight.scale.device).half()} if name in self.scales else {}
         codes = {"codes": codes_of(weight, self.moved[name])} if name in self.moved else {}
-        return replace(weight, **scale, **codes)
+        changed = replace(weight, **codes)
+        if name in self.scales:
+            changed = changed.with_scale(self.scales[name].detach().to(weight.scale.device).half())
+        return changed
 
     def finished(self) -> FinishedBlocks:
         """The compressed model with all trained parameters, after the last epoch."""

@@ -35,6 +35,7 @@ RANGE, CHUNK = 1 << 28, 1 << 22  # bytes of a file that one thread hashes, and t
 PROBE = "Any text has tokens: 1, 2, 3."
 SETTLED = 2.0  # seconds: the times of a file that has changed less long ago may not show the next change
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny-moe"
+TESTBEDS = Path(__file__).parent.parent.parent / "testbeds"  # in a checkout only: too large for the wheel
 QUANTIZATION = "quantization_config"
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -46,8 +47,29 @@ LICENSE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def resolve_model(name_or_path: str) -> str:
-    """The directory of the bundled MoE for `bundled`; a directory or a hub id unchanged."""
-    return str(BUNDLED) if name_or_path == "bundled" else str(name_or_path)
+    """The directory of the bundled MoE for `bundled`, of another testbed for `bundled:NAME`; all else unchanged.
+
+    Raises:
+        FileNotFoundError: there is no such testbed, or this is no checkout.
+    """
+    name = str(name_or_path)
+    if not is_bundled(name):
+        return name
+    directory = TESTBEDS / name.removeprefix("bundled:") if ":" in name else BUNDLED
+    if not directory.is_dir():
+        known = sorted(path.name for path in TESTBEDS.glob("*") if path.is_dir())
+        there = (
+            f"there are bundled and {', '.join(f'bundled:{one}' for one in known)}"
+            if known
+            else ("models other than `bundled` are in a checkout of the repository, not in the installed package")
+        )
+        raise FileNotFoundError(f"there is no model {name}: {there}")
+    return str(directory)
+
+
+def is_bundled(name_or_path: str) -> bool:
+    """Whether a name stands for a model of this project: `bundled` or `bundled:NAME`."""
+    return name_or_path == "bundled" or name_or_path.startswith("bundled:")
 
 
 def no_model(name_or_path: str, reason: object, option: str = "--model.name_or_path") -> FileNotFoundError:
@@ -319,7 +341,7 @@ def load_original(name_or_path: str, dtype: str = "auto", trust_remote_code: boo
 def stored_name(name_or_path: str) -> str:
     """A model's name as runs and compressed directories store it: of a local directory, the absolute path."""
     path = Path(name_or_path).expanduser()
-    return os.path.abspath(path) if name_or_path != "bundled" and path.is_dir() else str(name_or_path)
+    return os.path.abspath(path) if not is_bundled(name_or_path) and path.is_dir() else str(name_or_path)
 
 
 def fingerprint(name_or_path: str) -> str:

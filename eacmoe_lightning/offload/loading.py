@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed.directory import CompressedWeights
-from eacmoe_lightning.compressed.format import LATTICE, SHARD, read_config
+from eacmoe_lightning.compressed.format import SHARD, read_config, runs_packed
 from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
@@ -61,7 +61,7 @@ def load_offloaded(
     """
     opened, parsed = open_model(name_or_path, dtype, "name_or_path"), codec_named(codec)
     options |= {"cache_bytes": cache_bytes, "device": device}
-    if opened.is_compressed and LATTICE not in read_config(opened.directory)["quantization"]:
+    if opened.is_compressed and runs_packed(read_config(opened.directory)):
         return _load_packed(opened.directory, parsed, directory, dtype, options)
     streamed = opened.streamed(device)
     about = _about(str(opened.directory), parsed, streamed.weights.dtype)

@@ -21,6 +21,7 @@ from eacmoe_lightning.planning.sizes import (
     step_bytes,
     vocabulary,
 )
+from eacmoe_lightning.quantization.kquant import TYPES
 from eacmoe_lightning.tuning.codes import trains_weights
 
 LOGITS_BYTES = 24  # of each number in a window's logits: both models' in float32, their softmax and gradients
@@ -57,7 +58,9 @@ def joint_memory(moe: MoEModel, recipe: Recipe, job: Job, is_resident: bool) -> 
     outside = num_bytes(moe.model.parameters(), itemsize) - in_blocks
     blocks = [_block_bytes(block, job, itemsize) for block in moe.blocks]
     grids = recipe.grids(moe)
-    scales = sum(math.prod(grid.shape) / grid.group_size for grid in grids) if "scale" in job.joint_kinds else 0
+    scales = 0
+    if "scale" in job.joint_kinds:
+        scales = sum(math.prod(g.shape) / (TYPES[g.kquant].block if g.kquant else g.group_size) for g in grids)
     codes = sum(math.prod(grid.shape) for grid in grids) if "code" in job.joint_kinds else 0
     trained = SCALE_BYTES * scales + MOVABLE * POSITION_BYTES * codes
     shapes = [Shapes(block, block.top_k, hidden, job) for block in moe.blocks]

@@ -24,6 +24,7 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.sampling import working_bytes
 from eacmoe_lightning.planning.states import passed_on
 from eacmoe_lightning.quantization.gram import TILE
+from eacmoe_lightning.quantization.kquant import TYPES
 from eacmoe_lightning.targets import WeightGrid
 from eacmoe_lightning.tuning.codes import trains_weights
 
@@ -157,7 +158,8 @@ def packed_bytes(grids: Iterable[WeightGrid], share: float = 1.0) -> int:
     for grid in grids:
         *stack, rows, columns = grid.shape
         number = stack[0] * share if grid.part == "experts" else 1
-        total += number * rows * (columns * grid.bits / 8 + 3 * columns / grid.group_size)
+        bits = TYPES[grid.kquant].true_bits if grid.kquant else grid.bits + 24 / grid.group_size
+        total += number * rows * columns * bits / 8
     return int(total)
 
 

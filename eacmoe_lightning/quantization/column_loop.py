@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.quantization.grid import Grid, encode, fit_scale, ranges
+from eacmoe_lightning.quantization.grid import Grid, encode, fit_scale, ranges, rounding_error
 
 LEVELS = ("portable", "avx2", "avx512")  # instruction sets of csrc/column_loop.cpp
 UNROLL = 4  # columns that csrc/column_loop.cpp takes at a time
@@ -66,8 +66,27 @@ def fit_range(value: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Te
     if not grid.clip_search or not _is_compiled(value):
         return fit_scale(value, grid, importance.unsqueeze(1))
     scale, zero = ranges(value, grid)
-    chosen = _compiled(value, value, None, importance, scale, zero, grid)[2].unsqueeze(-1)
+    chosen = least_error(value, importance, scale, zero, grid).unsqueeze(-1)
     return scale.gather(-1, chosen)[..., 0], zero.gather(-1, chosen)[..., 0]
+
+
+def least_error(value: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Which scale and zero point round a group of columns with the least weighted squared error.
+
+    Args:
+        value: float32 [S, O, g], may be a view of a wider tensor.
+        importance: [S, g].
+        scale, zero: float32 [S, O, C], the candidates.
+
+    Returns:
+        Index of the best candidate [S, O], the first one among equals.
+    """
+    if _is_compiled(value):
+        return _compiled(value, value, None, importance, scale, zero, grid)[2]
+    weights = importance.unsqueeze(1)
+    candidates = zip(scale.unbind(-1), zero.unbind(-1), strict=True)
+    errors = [rounding_error(value, one, origin, grid, weights) for one, origin in candidates]
+    return torch.stack(errors, -1).argmin(-1)
 
 
 def loop_in_torch(value, old, factor, weight, scale, zero, grid) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,6 +21,9 @@ One call solves a stack of problems, such as the experts of a block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -70,11 +73,73 @@ def solve(
         ValueError: in_features is not a multiple of group_size, or a Hessian cannot be factored even with 10^4 times
             the damping.
     """
-    lead, (rows, columns) = weight.shape[:-2], weight.shape[-2:]
-    if columns % grid.group_size:
+    if (columns := weight.shape[-1]) % grid.group_size:
         raise ValueError(
             f"in_features={columns} is not a multiple of group_size={grid.group_size} (--model.group_size)"
         )
+
+    def orders(importance: Tensor) -> tuple[Tensor, ...]:
+        order, groups = visiting_orders(importance, grid.group_size)
+        return order, groups, groups
+
+    def rows(w: Tensor, system: System) -> SolvedRows:
+        return _solve_rows(w, system, grid, search, refine)
+
+    (codes, scale, zero), error = solve_by_rows(weight, hessian, damping, orders if act_order else None, rows)
+    return Quantized(codes, scale, zero, grid.bits), error
+
+
+@dataclass(frozen=True)
+class System:
+    """What all rows of a stack of S problems share, with the inputs in the order in which they are visited.
+
+    Attributes:
+        h: [S, I, I], damped; `factor` and `pivot` are its F [S, I, I] and p [S, I].
+        added: [S], the damping in it.
+    """
+
+    h: Tensor
+    factor: Tensor
+    pivot: Tensor
+    added: Tensor
+
+
+@dataclass(frozen=True)
+class SolvedRows:
+    """Some rows [S, O, I] as a solver leaves them.
+
+    Attributes:
+        tensors: [S, O, *] each, as they are stored, in the order of visiting.
+        loss, zero_loss: [S] float64, the loss and the loss of a weight of zeros, without the damping.
+    """
+
+    tensors: tuple[Tensor, ...]
+    loss: Tensor
+    zero_loss: Tensor
+
+
+def solve_by_rows(
+    weight: Tensor,
+    hessian: Tensor,
+    damping: float,
+    orders: Callable[[Tensor], tuple[Tensor, ...]] | None,
+    solve_rows: Callable[[Tensor, System], SolvedRows],
+) -> tuple[list[Tensor], Tensor]:
+    """The frame of a solver: checks, order, damping and factoring once, then as many rows at a time as caches hold.
+
+    Args:
+        weight: [..., O, I]; `hessian`: [..., I, I].
+        orders: from the importance of the inputs [S, I], where the last dimension of each of the solver's tensors comes
+            from, [S, *] each; the first is the order of the inputs. None: everything in its place.
+        solve_rows: solves rows w [S, O', I], float32.
+
+    Returns:
+        The solver's tensors [..., O, *], every entry in its place, and the relative squared output errors [...].
+
+    Raises:
+        NotFinite, ValueError: as `solve`.
+    """
+    lead, (rows, columns) = weight.shape[:-2], weight.shape[-2:]
     flat = weight.detach().reshape(-1, rows, columns)  # [S, O, I]
     h = hessian.float().reshape(-1, columns, columns)  # [S, I, I]
     if not torch.isfinite(h).all():
@@ -83,17 +148,17 @@ def solve(
     dead = diagonal <= 0
     live = (diagonal * ~dead).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)  # [S, 1]
     diagonal = torch.where(dead, torch.where(live > 0, live, 1.0), diagonal)
-    if act_order:
-        order, group_order = _orders(diagonal, grid.group_size)  # [S, I], [S, G]
+    places: tuple[Tensor, ...] = ()
+    if orders is not None:
+        places = orders(diagonal)
+        order = places[0]
         h, diagonal = in_order(in_order(h, order, 0), order, 1), diagonal.gather(1, order)
     else:
         h = h.clone()
     h.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
-    factor, pivot, added = damped_factor(h, damping)
+    system = System(h, *damped_factor(h, damping))
 
-    codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
-    scale = torch.empty(*flat.shape[:2], columns // grid.group_size, dtype=torch.float16, device=flat.device)
-    zero = torch.empty(scale.shape, dtype=torch.uint8, device=flat.device)
+    results: list[Tensor] = []
     loss = zero_loss = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
     together = rows_together(len(flat), columns, flat.device)
     for part in (slice(start, start + together) for start in range(0, rows, together)):
@@ -101,45 +166,39 @@ def solve(
         if not torch.isfinite(w).all():
             raise NotFinite
         w = w.masked_fill(dead.unsqueeze(1), 0)  # inputs that are always zero: no output depends on their weights
-        w = in_order(w, order, 1) if act_order else w
-        solved, part_loss, part_zero_loss = _solve_rows(w, h, factor, pivot, added, grid, search, refine)
-        loss, zero_loss = loss + part_loss, zero_loss + part_zero_loss
-        if act_order:
-            orders = (order, group_order, group_order)
-            solved = (in_order(t, places.argsort(-1), 1) for t, places in zip(solved, orders, strict=True))
-        for result, tensor in zip((codes, scale, zero), solved, strict=True):
+        solved = solve_rows(in_order(w, order, 1) if places else w, system)
+        loss, zero_loss = loss + solved.loss, zero_loss + solved.zero_loss
+        tensors = solved.tensors
+        if places:
+            tensors = tuple(in_order(t, place.argsort(-1), 1) for t, place in zip(tensors, places, strict=True))
+        results = results or [t.new_empty(len(flat), rows, t.shape[-1]) for t in tensors]
+        for result, tensor in zip(results, tensors, strict=True):
             result[:, part] = tensor
     error = (loss.clamp(min=0) / zero_loss.clamp(min=1e-30)).float().reshape(lead)
-    codes, scale, zero = (tensor.unflatten(0, lead) if lead else tensor[0] for tensor in (codes, scale, zero))
-    return Quantized(codes, scale, zero, grid.bits), error
+    return [tensor.unflatten(0, lead) if lead else tensor[0] for tensor in results], error
 
 
-def _solve_rows(
-    w: Tensor, h: Tensor, factor: Tensor, pivot: Tensor, added: Tensor, grid: Grid, search: bool, refine: int
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """Solves some rows [S, O, I]; rows do not depend on each other.
-
-    Returns:
-        Codes, scale and zero point; their loss [S] and the loss of a weight of zeros [S], both float64 and without
-        the damping.
-    """
+def _solve_rows(w: Tensor, system: System, grid: Grid, search: bool, refine: int) -> SolvedRows:
+    """Solves some rows [S, O, I]; rows do not depend on each other. The tensors are codes, scale and zero point."""
+    h, factor, pivot = system.h, system.factor, system.pivot
     codes, scale, zero, residual = _columns(w, factor, pivot, grid, search)
     root = pivot.sqrt().unsqueeze(1)
-    loss, zero_loss = _squares(residual.mul_(root)), _squares(_by_factor(w, factor).mul_(root))
+    loss, zero_loss = squares(residual.mul_(root)), squares(by_factor(w, factor).mul_(root))
     if refine:
-        gradient = _by_transposed(residual.mul_(root), factor)  # (W - Q) H
+        gradient = by_transposed(residual.mul_(root), factor)  # (W - Q) H
         for sweeps_left in reversed(range(refine)):
             loss -= _sweep(gradient, h, codes, scale, zero, grid, sweeps_left > 0)
     delta = (_steps(codes, zero) * scale.unsqueeze(-1)).flatten(-2).sub_(w)
-    return (codes, scale, zero), loss - added * _squares(delta), zero_loss - added * _squares(w)
+    loss, zero_loss = loss - system.added * squares(delta), zero_loss - system.added * squares(w)
+    return SolvedRows((codes, scale.half(), zero.to(torch.uint8)), loss, zero_loss)
 
 
-def _squares(x: Tensor) -> Tensor:
+def squares(x: Tensor) -> Tensor:
     """Sum of squares over the last two dimensions, [S]; float64, because nearly equal sums are subtracted later."""
     return torch.linalg.vector_norm(x, dim=-1).double().square().sum(-1)
 
 
-def _orders(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def visiting_orders(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """The orders of inputs [S, I] and of groups [S, G] by falling importance; a group's inputs stay together."""
     importance = diagonal.unflatten(-1, (-1, group_size))  # [S, G, g]
     groups = importance.mean(-1).argsort(dim=-1, descending=True, stable=True)
@@ -208,13 +267,13 @@ def _columns(
     return codes, scale, zero, value
 
 
-def _by_factor(x: Tensor, factor: Tensor) -> Tensor:
+def by_factor(x: Tensor, factor: Tensor) -> Tensor:
     """x F, [S, O, I], skipping tiles of F below the diagonal."""
     ends = range(TILE, x.shape[-1] + TILE, TILE)
     return torch.cat([x[:, :, :end] @ factor[:, :end, end - TILE : end] for end in ends], -1)
 
 
-def _by_transposed(x: Tensor, factor: Tensor) -> Tensor:
+def by_transposed(x: Tensor, factor: Tensor) -> Tensor:
     """x F^T, [S, O, I], skipping tiles of F below the diagonal."""
     starts = range(0, x.shape[-1], TILE)
     return torch.cat([x[:, :, start:] @ factor[:, start : start + TILE, start:].mT for start in starts], -1)

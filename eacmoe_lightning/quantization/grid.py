@@ -11,7 +11,7 @@ All functions take any leading dimensions (experts): [..., O, I]. The experts of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -90,6 +90,10 @@ class Quantized:
         steps = codes.unflatten(-1, (-1, self.group_size)).float() - self.zero_point[..., None].float()
         return (steps * scale[..., None].float()).flatten(-2).to(dtype)
 
+    def with_scale(self, scale: Tensor) -> Quantized:
+        """The same codes with trained scales, float16."""
+        return replace(self, scale=scale)
+
     def positions(self, weight: Tensor) -> Tensor:
         """The positions of weights [..., O, I] on the axis of codes, float32."""
         groups = weight.float().unflatten(-1, (-1, self.group_size))
@@ -124,10 +128,10 @@ def fit_scale(groups: Tensor, grid: Grid, importance: Tensor | None = None) -> t
     if not grid.clip_search:
         return _range_to_scale(low, high, grid)
     best_scale, best_zero = _range_to_scale(low, high, grid)
-    best_error = _rounding_error(groups, best_scale, best_zero, grid, importance)
+    best_error = rounding_error(groups, best_scale, best_zero, grid, importance)
     for shrink in SHRINKS[1:]:
         scale, zero = _range_to_scale(low * shrink, high * shrink, grid)
-        error = _rounding_error(groups, scale, zero, grid, importance)
+        error = rounding_error(groups, scale, zero, grid, importance)
         better = error < best_error
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
         best_error = torch.where(better, error, best_error)
@@ -165,7 +169,8 @@ def _range_to_scale(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tens
     return scale, (-low / scale).round().clamp(0, grid.max_code)
 
 
-def _rounding_error(groups, scale, zero, grid, importance) -> Tensor:
+def rounding_error(groups: Tensor, scale: Tensor, zero: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
+    """The squared error [...] of rounding groups [..., g], weighted by their importance [..., g]."""
     code = encode(groups, scale[..., None], zero[..., None], grid)
     error = ((code - zero[..., None]) * scale[..., None] - groups).square_()
     return (error if importance is None else error * importance).sum(-1)

@@ -10,7 +10,7 @@ same rate if d_j is proportional to p_j^-1/2: `column_steps`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -72,6 +72,10 @@ class Lattice:
         """
         scale, codes = self.scale if scale is None else scale, self.codes if codes is None else codes
         return (codes.float() * scale.float()).to(dtype)
+
+    def with_scale(self, scale: Tensor) -> Lattice:
+        """The same codes with trained scales, float16."""
+        return replace(self, scale=scale)
 
     def positions(self, weight: Tensor) -> Tensor:
         """The positions of weights [..., O, I] on the axis of codes, float32."""

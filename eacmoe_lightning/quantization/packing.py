@@ -1,4 +1,4 @@
-"""How codes are stored on disk and in memory: eight codes in `bits` bytes, or a lattice's codes at their entropy."""
+"""How weights are stored: eight codes in `bits` bytes, a lattice's codes at their entropy, or llama.cpp's blocks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from eacmoe_lightning.quantization.entropy_coding import decode_codes, encode_codes
 from eacmoe_lightning.quantization.grid import Bits, Quantized
+from eacmoe_lightning.quantization.kquant import KQuant, type_of
+from eacmoe_lightning.quantization.kquant_bytes import from_bytes, to_bytes
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 
@@ -56,10 +58,13 @@ def packed(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
 
     On the group-wise grid the kinds are `.codes`, `.scale` and `.zero_point`. On a lattice they are `.stream` (the
     entropy-coded matrices, one after another), `.ends` [S] (where each ends in the stream), `.shape` of the codes, and
-    `.scale`.
+    `.scale`. In llama.cpp's blocks there is one, `.blocks` uint8 [..., O, bytes of a row].
     """
     tensors = {}
     for name, weight in quantized.items():
+        if isinstance(weight, KQuant):
+            tensors[f"{name}.blocks"] = to_bytes(weight)
+            continue
         tensors[f"{name}.scale"] = weight.scale
         if isinstance(weight, Lattice):
             codes = weight.codes.cpu().flatten(0, -3) if weight.codes.ndim > 2 else weight.codes.cpu()[None]
@@ -72,16 +77,18 @@ def packed(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
     return tensors
 
 
-STORED = (".codes", ".scale", ".zero_point", ".stream", ".ends", ".shape")  # kinds of tensors of a quantized weight
+STORED = (".codes", ".scale", ".zero_point", ".stream", ".ends", ".shape", ".blocks")  # of a quantized weight
 
 
 def quantized_names(tensors: Iterable[str]) -> set[str]:
     """The names of the weights that are stored quantized among the tensors of a file."""
-    return {name.rpartition(".")[0] for name in tensors if name.endswith((".codes", ".stream"))}
+    return {name.rpartition(".")[0] for name in tensors if name.endswith((".codes", ".stream", ".blocks"))}
 
 
 def take_quantized(tensors: dict[str, Tensor], name: str, bits: Bits | list[int], in_features: int) -> QuantizedWeight:
     """Removes one weight's tensors from those of a file and decodes them; a lattice ignores bits and in_features."""
+    if f"{name}.blocks" in tensors:
+        return from_bytes(tensors.pop(f"{name}.blocks"), type_of(bits, in_features).name)
     scale = tensors.pop(f"{name}.scale")
     if f"{name}.stream" in tensors:
         stream, ends, shape = (tensors.pop(f"{name}.{what}") for what in ("stream", "ends", "shape"))

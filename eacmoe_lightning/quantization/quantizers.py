@@ -3,6 +3,7 @@
     gptq     the group-wise grid, solved by GPTQ with refinement (`gptq.py`)
     rtn      the same grid, rounded to nearest: the baseline
     lattice  one step per matrix, codes stored at their entropy (`lattice.py`)
+    kquant   llama.cpp's blocks (`kquant.py`), solved by GPTQ with refinement (`kquant_gptq.py`)
 
 To add one, subclass `Quantizer` and pass its class path: `--model.quantizer my_module.MyQuantizer`.
 """
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.configurable import Configurable
-from eacmoe_lightning.quantization import gptq, lattice
+from eacmoe_lightning.quantization import gptq, kquant_gptq, lattice
 from eacmoe_lightning.quantization.grid import SCALE_FACTORS, ZERO_OFFSETS, Grid, Quantized, round_to_nearest
+from eacmoe_lightning.quantization.kquant import BITS, SUPER, KQuant, type_of
 from eacmoe_lightning.quantization.lattice import Lattice
 
-QuantizedWeight = Quantized | Lattice
+QuantizedWeight = Quantized | Lattice | KQuant
 LOOP_RATE = 0.73  # flop rate of the column loop, as a share of a matrix product's
 RANGE_BYTES = 200  # cache traffic of the range search per weight
 LATTICE_LOOPS = 3  # typical number of column loops until the rate is met, at most `lattice.RATE_TRIES`
@@ -44,11 +46,13 @@ class Quantizer(Configurable, ABC):
             `nothing`. Inputs stay in the process that computed them, so a quantizer that needs them requires a run
             with one process.
         result: the type of the quantized weight.
-        any_rate: whether bits may be fractional.
+        widths: the bits that it can be asked for.
+        any_rate: whether bits may be fractional, from 1 to 8, instead.
     """
 
     needs: Literal["hessian", "inputs", "nothing"] = "hessian"
     result: type[QuantizedWeight] = Quantized
+    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     any_rate: bool = False
 
     @abstractmethod
@@ -133,3 +137,30 @@ class LatticeGPTQ(Quantizer):
 
     def working_bytes(self, num: int, rows: int, columns: int, device: torch.device) -> int:
         return 4 * num * (3 * columns * columns + 6 * rows * columns)
+
+
+class KQuantGPTQ(Quantizer):
+    """GPTQ on llama.cpp's blocks; for the arguments see `kquant_gptq.solve`. The group size follows from the bits."""
+
+    result, widths = KQuant, BITS
+
+    def __init__(
+        self, damping: float = gptq.DAMPING, act_order: bool = True, scale_search: bool = True, refine: int = 1
+    ) -> None:
+        self.damping, self.act_order, self.scale_search, self.refine = damping, act_order, scale_search, refine
+
+    def solve(self, weight: Tensor, statistics: Tensor, grid: Grid) -> tuple[KQuant, Tensor]:
+        kind = type_of(grid.bits, weight.shape[-1])
+        options = self.damping, self.act_order, self.scale_search, self.refine
+        return kquant_gptq.solve(weight, statistics, kind, *options)
+
+    def arithmetic(self, rows: int, columns: int, grid: Grid) -> Arithmetic:
+        """As GPTQ on groups, with the products within blocks besides."""
+        kind = type_of(grid.bits, columns)
+        own = GPTQ(self.damping, self.act_order, self.scale_search, self.refine).arithmetic(rows, columns, kind.grid)
+        within = (1 + 3 * self.refine) * 2 * rows * columns * kind.block if kind.is_super else 0
+        return Arithmetic(own.flops + within, own.loop_bytes)
+
+    def working_bytes(self, num: int, rows: int, columns: int, device: torch.device) -> int:
+        blocks = 4 * num * min(rows, gptq.rows_together(num, columns, device)) * 6 * SUPER
+        return gptq.working_bytes(num, rows, columns, device) + blocks

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.compressed.format import LATTICE, check_format
+from eacmoe_lightning.compressed.format import KQUANTS, LATTICE, check_format
 from eacmoe_lightning.exports.linears import Rows, original_linears
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.models.block import Block
@@ -46,14 +46,19 @@ def check_servable(config: Mapping[str, Any]) -> None:
     """Refuses what a server cannot run, from the config.json of a compressed directory alone.
 
     Raises:
-        ValueError: a newer version wrote it, its weights lie on a lattice, or its blocks have different numbers of
-            experts.
+        ValueError: a newer version wrote it, its weights lie on a lattice or in llama.cpp's blocks, or its blocks have
+            different numbers of experts.
     """
     check_format(dict(config))
     if LATTICE in config["quantization"]:
         raise ValueError(
             "this model's weights lie on a lattice and are stored at their entropy, which no server decodes: export it "
             "with `eacmoe export --format dense` and serve that"
+        )
+    if KQUANTS in config["quantization"]:
+        raise ValueError(
+            "this model's weights are in llama.cpp's blocks: export it with `eacmoe export --format gguf` and serve "
+            "that with llama.cpp"
         )
     original = config["original"]["config"]
     kept = (original.get("text_config") or original).get(KEPT) or {}

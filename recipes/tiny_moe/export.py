@@ -33,7 +33,8 @@ def empty_model(model: TinyMoE, context: int, balance: float) -> PreTrainedModel
     if s.sigmoid:
         sizes["n_routed_experts"] = sizes.pop("num_experts")
         shared["rope_parameters"]["partial_rotary_factor"] = rotary
-        return Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, **shared, use_qk_norm=True, n_group=1, topk_group=1))
+        glm = dict(use_qk_norm=True, n_group=1, topk_group=1, num_nextn_predict_layers=0)
+        return Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, **shared, **glm))
     sizes = {key: value for key, value in sizes.items() if key not in ONLY_GLM}
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(

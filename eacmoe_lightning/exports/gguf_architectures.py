@@ -1,0 +1,334 @@
+"""How llama.cpp computes each model type: the table behind GGUF exports.
+
+For each architecture, llama.cpp has a fixed computation (`src/models/*.cpp`; read in llama-cpp-python 0.3.36) and reads
+some of its options from keys of the file. A model that it would compute differently is refused here.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from eacmoe_lightning.models.moe import MoEModel
+
+SOFTMAX, SIGMOID = 1, 2  # values of llama.cpp's expert_gating_func
+KINDS = ("linear_attention", "full_attention")
+ROPE_TYPES = ("default", "yarn", "ntk_alpha")
+QKV = ("attn_q", "attn_k", "attn_v")
+REMEDY = "export with --format dense, and convert that with llama.cpp's scripts if they know the model"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp computes a model type.
+
+    Attributes:
+        name: llama.cpp's name for the architecture.
+        reorders: whether transformers rotates the two halves of a head where llama.cpp rotates adjacent rows. The rows
+            of the query and key projections are then reordered.
+        partial_rotary: whether a part of each head may stay as it is.
+        latent: whether keys and values are made of a latent vector (DeepSeek's MLA).
+        multi_head: whether each query head must have a key and value head of its own.
+        layers: the kinds of layers that there may be.
+        leading_dense: whether the first blocks may be dense.
+        gating: the key for what turns the router's logits into scores; None: there is none.
+        normalizes: whether the weights of the selected experts are divided by their sum; None: a key says so.
+        scales: whether a key has a factor for these weights.
+        grouped: whether keys have groups of experts, which are ranked by the sum of their two best scores.
+        alternates: whether the rows of gate and up alternate in memory.
+        norms_less_one: whether the model has the weights of norms less 1.
+        biases: the linears and experts whose biases are added.
+        needs_head: whether the file must have an output matrix where it equals the embedding.
+        expects: options of the config, and their values in llama.cpp's computation.
+        keys: further keys: name of the writer's method without `add_` -> option of the config, or a constant.
+    """
+
+    name: str
+    reorders: bool = False
+    partial_rotary: bool = False
+    latent: bool = False
+    multi_head: bool = False
+    layers: tuple[str, ...] = ("full_attention",)
+    leading_dense: bool = False
+    gating: int | None = None
+    normalizes: bool | None = True
+    scales: bool = False
+    grouped: bool = False
+    alternates: bool = False
+    norms_less_one: bool = False
+    biases: tuple[str, ...] = QKV
+    needs_head: bool = False
+    expects: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, str | int] = field(default_factory=dict)
+
+
+DEEPSEEK_V3 = {"leading_dense": True, "gating": SIGMOID, "normalizes": None, "scales": True, "grouped": True}
+GRANITE = Architecture(
+    "granitemoe",
+    reorders=True,
+    biases=(*QKV, "attn_output"),
+    keys={
+        "logit_scale": "logits_scaling",
+        "residual_scale": "residual_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "attention_scale": "attention_multiplier",
+    },
+)
+ARCHITECTURES = {  # by transformers' model_type
+    "mixtral": Architecture("llama", reorders=True),
+    "qwen2_moe": Architecture("qwen2moe", normalizes=False),
+    "qwen3_moe": Architecture("qwen3moe"),
+    "deepseek": Architecture("deepseek", reorders=True, leading_dense=True, normalizes=False),
+    "deepseek_v2": Architecture(
+        "deepseek2", latent=True, leading_dense=True, gating=SOFTMAX, normalizes=False, scales=True
+    ),
+    "deepseek_v3": Architecture("deepseek2", latent=True, **DEEPSEEK_V3, expects={"rope_interleave": True}),
+    "glm4_moe": Architecture("glm4moe", partial_rotary=True, **DEEPSEEK_V3),
+    "glm4_moe_lite": Architecture("deepseek2", latent=True, **DEEPSEEK_V3, expects={"rope_interleave": True}),
+    "dots1": Architecture("dots1", multi_head=True, needs_head=True, **DEEPSEEK_V3),
+    "gpt_oss": Architecture(
+        "gpt-oss",
+        layers=("full_attention", "sliding_attention"),
+        alternates=True,
+        biases=(*QKV, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+        needs_head=True,
+        expects={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    ),
+    "olmoe": Architecture("olmoe", multi_head=True, normalizes=False, needs_head=True, expects={"clip_qkv": None}),
+    "granitemoe": GRANITE,
+    "granitemoeshared": GRANITE,
+    "ernie4_5_moe": Architecture(
+        "ernie4_5-moe", leading_dense=True, expects={"use_bias": False}, keys={"interleave_moe_layer_step": 1}
+    ),
+    "hunyuan_v1_moe": Architecture("hunyuan-moe"),
+    "minimax_m2": Architecture("minimax-m2", partial_rotary=True, gating=SIGMOID, needs_head=True),
+    "lfm2_moe": Architecture(
+        "lfm2moe",
+        layers=("full_attention", "conv"),
+        leading_dense=True,
+        gating=SIGMOID,
+        expects={"use_expert_bias": True, "conv_bias": False},
+        keys={"shortconv_l_cache": "conv_L_cache"},
+    ),
+    "qwen3_next": Architecture(
+        "qwen3next",
+        partial_rotary=True,
+        layers=("full_attention", "linear_attention"),
+        norms_less_one=True,
+        keys={
+            "ssm_conv_kernel": "linear_conv_kernel_dim",
+            "ssm_state_size": "linear_key_head_dim",
+            "ssm_group_count": "linear_num_key_heads",
+            "ssm_time_step_rank": "linear_num_value_heads",
+        },
+    ),
+}
+
+
+def architecture_of(moe: MoEModel) -> Architecture:
+    """llama.cpp's architecture for a model.
+
+    Raises:
+        ValueError: llama.cpp has none, or would compute something else.
+    """
+    config, kind = moe.config, moe.config.model_type
+    architecture = ARCHITECTURES.get(kind)
+    if architecture is None:
+        why = " (llama.cpp weights its experts by another rule)" if kind == "phimoe" else ""
+        raise ValueError(f"--format gguf knows {', '.join(ARCHITECTURES)}, not {kind}{why}: {REMEDY}")
+    for option, value, supported in _compared(moe, architecture):
+        same = math.isclose(value, supported, rel_tol=1e-6) if isinstance(supported, float) else value == supported
+        if not same:
+            raise ValueError(
+                f"the model has {option}={value!r}, but llama.cpp's architecture {architecture.name} has "
+                f"{supported!r}: {REMEDY}"
+            )
+    dense = [block.index for block in moe.blocks if not block.is_moe]
+    if dense != (list(range(len(dense))) if architecture.leading_dense else []):
+        raise ValueError(
+            f"blocks {dense} have no experts, and llama.cpp's architecture {architecture.name} expects some: {REMEDY}"
+        )
+    if _rope(config).get("truncate") is False:
+        warnings.warn(
+            "the model blends rotary frequencies by YaRN without rounding the limits (truncate=false), and llama.cpp "
+            "rounds them to whole frequencies, as in every GGUF of such a model",
+            stacklevel=2,
+        )
+    return architecture
+
+
+def keys_of(moe: MoEModel, architecture: Architecture, widths: Mapping[str, int]) -> dict[str, Any]:
+    """The sizes and options that llama.cpp builds the model from: name of the writer's method without `add_` -> value.
+
+    Args:
+        moe: the model.
+        architecture: from `architecture_of`.
+        widths: in_features of the down projections: `ffn_down_exps`, and `ffn_down_shexp` and `ffn_down` if there are
+            shared experts and dense blocks.
+    """
+    import gguf
+
+    config, expert = moe.config, widths["ffn_down_exps"]
+    feed_forward = widths.get("ffn_down", config.intermediate_size)
+    keys = {
+        "vocab_size": config.vocab_size,
+        "block_count": len(moe.blocks),
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": feed_forward,
+        "head_count": config.num_attention_heads,
+        "layer_norm_rms_eps": _epsilon(config),
+        "expert_count": moe.num_experts,
+        "expert_used_count": moe.top_k,
+        "expert_feed_forward_length": expert,
+    }
+    keys |= _attention_keys(config, architecture) | _rotary_keys(moe)
+    if shared := widths.get("ffn_down_shexp"):
+        keys |= {"expert_shared_feed_forward_length": shared, "expert_shared_count": shared // expert}
+    if architecture.leading_dense:
+        keys["leading_dense_block_count"] = len(moe.blocks) - len(moe.moe_blocks)
+    if architecture.gating:
+        keys["expert_gating_func"] = gguf.ExpertGatingFuncType(architecture.gating)
+    if architecture.normalizes is None:
+        keys["expert_weights_norm"] = config.norm_topk_prob
+    if architecture.scales:
+        keys["expert_weights_scale"] = float(config.routed_scaling_factor)
+    if architecture.grouped and _groups(config) != (1, 1):
+        keys["expert_group_count"], keys["expert_group_used_count"] = _groups(config)
+    for name, value in architecture.keys.items():
+        keys[name] = getattr(config, value) if isinstance(value, str) else value
+    return keys
+
+
+def _attention_keys(config: PreTrainedConfig, architecture: Architecture) -> dict[str, Any]:
+    if architecture.latent:  # one key and value head, which holds the latent vector
+        head = config.qk_nope_head_dim + config.qk_rope_head_dim
+        keys = {
+            "head_count_kv": 1,
+            "key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+            "value_length": config.kv_lora_rank,
+            "kv_lora_rank": config.kv_lora_rank,
+            "key_length_mla": head,
+            "value_length_mla": config.v_head_dim,
+        }
+        return keys | {"q_lora_rank": config.q_lora_rank or 0}
+    kinds = getattr(config, "layer_types", None) or []
+    heads: int | list[int] = config.num_key_value_heads
+    if "conv" in kinds:
+        heads = [heads if kind == "full_attention" else 0 for kind in kinds]
+    keys = {"head_count_kv": heads, "key_length": _head(config), "value_length": _head(config)}
+    if "linear_attention" in kinds:
+        keys["ssm_inner_size"] = config.linear_num_value_heads * config.linear_value_head_dim
+        keys["full_attention_interval"] = _interval(kinds)
+    if "sliding_attention" in kinds:
+        keys["sliding_window"] = config.sliding_window
+        keys["sliding_window_pattern"] = [kind == "sliding_attention" for kind in kinds]
+    return keys
+
+
+def _rotary_keys(moe: MoEModel) -> dict[str, Any]:
+    import gguf
+
+    rope, dimensions = _rope(moe.config), _rotary_dimensions(moe)
+    base, keys = rope["rope_theta"], {}
+    if rope.get("rope_type") == "ntk_alpha":  # HunYuan's: a constant change of the base
+        base *= rope["alpha"] ** (dimensions / (dimensions - 2))
+    if rope.get("rope_type") == "yarn":
+        keys = {
+            "rope_scaling_type": gguf.RopeScalingType.YARN,
+            "rope_scaling_factor": float(rope["factor"]),
+            "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
+            "rope_scaling_yarn_beta_fast": float(rope.get("beta_fast") or 32),
+            "rope_scaling_yarn_beta_slow": float(rope.get("beta_slow") or 1),
+        }
+        if share := rope.get("mscale_all_dim"):
+            keys["rope_scaling_yarn_log_mul"] = 0.1 * share  # llama.cpp takes the factor .1 out again
+    return {"rope_dimension_count": dimensions, "rope_freq_base": float(base)} | keys
+
+
+def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, Any, Any]]:
+    """Options and properties of the model, their values, and the values that llama.cpp computes with."""
+    config = moe.config
+    kinds, kind = getattr(config, "layer_types", None) or [], _rope(config).get("rope_type") or "default"
+    yield "hidden_act", getattr(config, "hidden_act", "silu"), "silu"
+    yield "rope_type", kind, kind if kind in ROPE_TYPES else "default"
+    yield "layer_types", kinds, [kind for kind in kinds if kind in architecture.layers]
+    if not kinds:
+        yield "sliding_window", getattr(config, "sliding_window", None) or None, None
+    if "linear_attention" in kinds:
+        every = _interval(kinds)
+        pattern = [KINDS[(i + 1) % every == 0] for i in range(len(kinds))]
+        yield "layer_types", kinds, pattern
+        yield "linear_value_head_dim", config.linear_value_head_dim, config.linear_key_head_dim
+    for option, supported in architecture.expects.items():
+        yield option, getattr(config, option, supported), supported
+    if architecture.multi_head:
+        yield "num_key_value_heads", config.num_key_value_heads, config.num_attention_heads
+    if architecture.normalizes is not None and config.model_type != "deepseek_v2":  # which does not read the option
+        yield "norm_topk_prob", getattr(config, "norm_topk_prob", architecture.normalizes), architecture.normalizes
+    if not architecture.scales:
+        yield "routed_scaling_factor", getattr(config, "routed_scaling_factor", None) or 1.0, 1.0
+    if not architecture.grouped:
+        yield "n_group and topk_group", _groups(config), (1, 1)
+    if not architecture.partial_rotary and not architecture.latent:
+        yield "partial_rotary_factor", _rotary_dimensions(moe) / _head(config), 1.0
+    rotated, scaling = _attention_factors(config, architecture)
+    for name, module in moe.model.named_modules():
+        if "RMSNorm" in type(module).__name__:
+            epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+            yield f"{name}.eps", float(epsilon), float(_epsilon(config))
+        elif isinstance(factor := getattr(module, "attention_scaling", None), float):
+            yield f"{name}.attention_scaling", factor, rotated
+        elif isinstance(factor := getattr(module, "scaling", None), float):
+            yield f"{name}.scaling", factor, scaling
+
+
+def _attention_factors(config: PreTrainedConfig, architecture: Architecture) -> tuple[float, float]:
+    """By what llama.cpp multiplies rotated queries and keys, and the products of both."""
+    rope = _rope(config)
+    head = config.qk_nope_head_dim + config.qk_rope_head_dim if architecture.latent else _head(config)
+    scaling = head**-0.5
+    if "attention_scale" in architecture.keys:
+        scaling = float(config.attention_multiplier)
+    if rope.get("rope_type") != "yarn":
+        return 1.0, scaling
+    grown = 0.1 * math.log(rope["factor"])
+    if not architecture.latent:
+        return 1 + grown, scaling
+    return 1.0, scaling * (1 + grown * (rope.get("mscale_all_dim") or math.nan)) ** 2
+
+
+def _rotary_dimensions(moe: MoEModel) -> int:
+    """How many of a head's dimensions are rotated."""
+    return next(2 * len(module.inv_freq) for module in moe.model.modules() if hasattr(module, "inv_freq"))
+
+
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def _head(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _interval(kinds: list[str]) -> int:
+    """Every how many layers one has full attention."""
+    return kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+
+
+def _epsilon(config: PreTrainedConfig) -> float:
+    return config.rms_norm_eps if hasattr(config, "rms_norm_eps") else config.norm_eps
+
+
+def _groups(config: PreTrainedConfig) -> tuple[int, int]:
+    """Number of groups of experts, and of those that a token may select from."""
+    groups = getattr(config, "n_group", None) or 1
+    chosen = getattr(config, "topk_group", None) or groups
+    if getattr(config, "topk_method", None) == "greedy" or groups == chosen:
+        return 1, 1
+    return groups, chosen

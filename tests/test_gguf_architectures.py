@@ -1,0 +1,201 @@
+"""GGUF files of every architecture, without llama.cpp: against its own converter, its router, and its limits.
+
+`gguf_reference.json` holds what llama.cpp's converter makes of the same models (`benchmarks/gguf_reference.py` writes
+it); `benchmarks/export_check.py --families gguf` runs them in llama.cpp.
+"""
+
+import json
+from pathlib import Path
+
+import gguf_models
+import numpy as np
+import pytest
+import torch
+from test_packed_loading import compress
+from torch import Tensor
+
+from eacmoe_lightning import load
+from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.exports.gguf_architectures import SIGMOID, SOFTMAX, architecture_of, keys_of
+from eacmoe_lightning.exports.gguf_tensors import plan, widths_of
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.transformers_loader import empty_model
+
+gguf = pytest.importorskip("gguf")
+REFERENCE = json.loads(Path(__file__).with_name("gguf_reference.json").read_text())
+QUICK = ("deepseek_v2", "ernie4_5_moe", "glm4_moe", "glm4_moe-plain", "gpt_oss")
+WITHOUT = {  # keys that the converter writes with the value that llama.cpp has without them
+    "expert_gating_func": SOFTMAX,
+    "expert_group_count": 1,
+    "expert_group_used_count": 1,
+    "expert_weights_scale": 1.0,
+    "nextn_predict_layers": 0,
+    "rope.scaling.type": "none",
+}
+
+
+def empty(name: str, **changes) -> MoEModel:
+    return MoEModel(empty_model(gguf_models.config_of(name, **changes), torch.float32))
+
+
+def keys(moe: MoEModel, directory: Path) -> dict:
+    """The keys as they stand in a file, without the architecture before them."""
+    architecture = architecture_of(moe)
+    writer = gguf.GGUFWriter(directory / "keys.gguf", architecture.name)
+    for name, value in keys_of(moe, architecture, widths_of(plan(moe, {}, architecture))).items():
+        getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    fields = gguf.GGUFReader(directory / "keys.gguf").fields
+    prefix = f"{architecture.name}."
+    return {n.removeprefix(prefix): field.contents() for n, field in fields.items() if n.startswith(prefix)}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_tensors_and_keys_are_those_of_llama_cpps_converter(name, tmp_path):
+    moe, expected = empty(name), REFERENCE[name]
+    architecture = architecture_of(moe)
+    assert architecture.name == expected["architecture"]
+    tensors = {entry.name: list(entry.shape) for entry in plan(moe, {}, architecture)}
+    reference = {
+        pattern.replace("blk.N", f"blk.{block}"): shape
+        for pattern, (shape, blocks) in expected["tensors"].items()
+        for block in blocks or [""]
+    }
+    assert tensors == reference
+    written = keys(moe, tmp_path)
+    if layers := expected["keys"].pop("attention.recurrent_layers", None):  # in newer files, instead of the interval
+        assert layers == [(i + 1) % written["full_attention_interval"] > 0 for i in range(len(layers))]
+        del expected["keys"]["full_attention_interval"]
+    for key, value in expected["keys"].items():
+        assert written.get(key, WITHOUT.get(key)) == pytest.approx(value), key
+
+
+# --- routers
+
+
+def routed(logits: Tensor, bias: Tensor | None, keys: dict, architecture) -> tuple[Tensor, Tensor]:
+    """llama.cpp's `build_moe_ffn` from logits [N, E]: experts [N, K] and their weights."""
+    gating = keys.get("expert_gating_func", architecture.gating)
+    scores = logits.sigmoid() if gating == SIGMOID else logits.softmax(-1)
+    chosen = scores if bias is None else scores + bias
+    if groups := keys.get("expert_group_count"):
+        grouped = chosen.unflatten(-1, (groups, -1))
+        best = grouped.topk(2).values.sum(-1).topk(keys["expert_group_used_count"]).indices
+        kept = torch.zeros(best.shape[0], groups).scatter(1, best, 1).bool()
+        chosen = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+    ids = chosen.topk(keys["expert_used_count"]).indices
+    weights = scores.gather(1, ids)
+    if keys.get("expert_weights_norm", architecture.normalizes):
+        weights = weights / weights.sum(-1, keepdim=True)
+    return ids, weights * keys.get("expert_weights_scale", 1.0)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in gguf_models.NAMES]
+)
+@torch.no_grad()
+def test_the_keys_describe_the_router(name, tmp_path):
+    model, seen = gguf_models.build(name), []
+    moe = MoEModel(model)
+    written, architecture = keys(moe, tmp_path), architecture_of(moe)
+    block = moe.moe_blocks[-1]
+    block.watch_router(lambda routing, _: seen.append(routing))
+    model(torch.randint(1, 4096, (2, 64), generator=torch.Generator().manual_seed(0)))
+    biases = [entry.parameter for entry in plan(moe, {}, architecture) if "exp_probs_b" in entry.name]
+    state = model.state_dict()
+    bias = state[biases[-1]].flatten() if biases else None
+    ids, weights = routed(seen[0].logits.float(), bias, written, architecture)
+    dense = torch.zeros(seen[0].logits.shape)
+    expected = dense.scatter(1, seen[0].ids, seen[0].weights.float())
+    torch.testing.assert_close(dense.scatter(1, ids, weights), expected, rtol=1e-4, atol=1e-6)
+
+
+# --- what llama.cpp computes differently
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("olmoe", {"clip_qkv": 8.0}, r"clip_qkv=8.0, but llama.cpp's architecture olmoe has None"),
+        ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+        ("dots1", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types="),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias=True"),
+        ("ernie4_5_moe", {"moe_layer_start_index": 0, "moe_layer_interval": 2}, r"blocks \[0, 2\] have no experts"),
+        ("lfm2_moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5"),
+        ("lfm2_moe", {"use_expert_bias": False}, "use_expert_bias=False"),
+        (
+            "deepseek_v2",
+            {"topk_method": "group_limited_greedy", "n_group": 2},
+            r"n_group and topk_group=\(2, 1\), but llama.cpp's architecture deepseek2 has \(1, 1\)",
+        ),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, r"norm\.eps=.*architecture deepseek2 has"),
+        ("deepseek_v3", {"rope_parameters": gguf_models.YARN}, "scaling="),
+        ("glm4_moe", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+        (
+            "qwen3_moe",
+            {"rope_parameters": gguf_models.YARN | {"attention_factor": 1.5}},
+            r"attention_scaling=1.5, but llama.cpp's architecture qwen3moe has 1.13",
+        ),
+        ("qwen3_moe", {"rope_parameters": gguf_models.YARN | {"rope_type": "linear"}}, "rope_type='linear'"),
+        ("hunyuan_v1_moe", {"attention_bias": True}, "o_proj.bias: llama.cpp's architecture hunyuan-moe has no such"),
+    ],
+)
+def test_other_computations_are_refused(name, changes, message):
+    with pytest.raises(ValueError, match=f"(?s){message}.*--format dense"):
+        moe = empty(name, **changes)
+        plan(moe, {}, architecture_of(moe))
+
+
+def test_limits_of_yarn_that_llama_cpp_rounds_are_named():
+    with pytest.warns(UserWarning, match="truncate=false"):
+        architecture_of(empty("gpt_oss", rope_parameters=gguf_models.YARN | {"truncate": False}))
+
+
+# --- rows that change places
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """`exported(name)`: the tensors of a file by name, float32, and our decoded model's parameters."""
+
+    def make(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        folder = tmp_path_factory.mktemp(name)
+        gguf_models.build(name).save_pretrained(folder / "original")
+        gguf_models.tokenizer().save_pretrained(folder / "original")
+        compress(folder / "original", folder / "compressed", symmetric=True)
+        export(str(folder / "compressed"), str(folder / "out"), "gguf")
+        reader = gguf.GGUFReader(folder / "out" / "model.gguf")
+        stored = {t.name: gguf.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1]) for t in reader.tensors}
+        state = load(folder / "compressed", packed=False).state_dict()
+        return stored, {name: tensor.numpy() for name, tensor in state.items()}
+
+    return make
+
+
+def test_gate_and_up_of_gpt_oss_alternate_in_columns(exported):
+    stored, state = exported("gpt_oss")
+    both = state["model.layers.1.mlp.experts.gate_up_proj"].swapaxes(1, 2)
+    np.testing.assert_array_equal(stored["blk.1.ffn_gate_exps.weight"], both[:, 0::2])
+    np.testing.assert_array_equal(stored["blk.1.ffn_up_exps.weight"], both[:, 1::2])
+    biases = state["model.layers.1.mlp.experts.gate_up_proj_bias"]
+    np.testing.assert_array_equal(stored["blk.1.ffn_up_exps.bias"], biases[:, 1::2])
+    down = state["model.layers.1.mlp.experts.down_proj"].swapaxes(1, 2)
+    np.testing.assert_array_equal(stored["blk.1.ffn_down_exps.weight"], down)
+    np.testing.assert_array_equal(stored["blk.1.attn_sinks.weight"], state["model.layers.1.self_attn.sinks"])
+
+
+def test_keys_and_values_of_latent_attention_are_split_by_head(exported):
+    """As in llama.cpp's conversion: 4 heads, each with 16 rows of its key and 16 of its value."""
+    stored, state = exported("deepseek_v3")
+    heads = state["model.layers.1.self_attn.kv_b_proj.weight"].reshape(4, 32, 32)
+    np.testing.assert_array_equal(stored["blk.1.attn_v_b.weight"], heads[:, 16:])
+    keys = heads[:, :16].swapaxes(1, 2).astype(np.float16)
+    np.testing.assert_array_equal(stored["blk.1.attn_k_b.weight"], keys.astype(np.float32))
+    bias = state["model.layers.1.mlp.gate.e_score_correction_bias"]
+    np.testing.assert_array_equal(stored["blk.1.exp_probs_b.bias"], bias)

@@ -1,0 +1,86 @@
+"""`eacmoe table`: its rows are ordinary runs of `fit`, and the table repeats what their reports say."""
+
+import json
+import math
+
+import jobs
+import pytest
+import yaml
+
+from eacmoe_lightning.cli import main
+from eacmoe_lightning.commands.table import TABLES, read_table
+
+WITHOUT_CHOICES = {"trainer.default_root_dir", "model.bits"}
+
+
+def base(model) -> list[str]:
+    """Options of a small `fit` as words."""
+    words = jobs.options(model, "unused", model__joint_epochs=0, model__block_epochs=0)
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for pair in pairs if pair[0][2:] not in WITHOUT_CHOICES for word in pair]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TABLES.glob("*.yaml")))
+def test_tables_of_the_package_have_their_published_rows(name):
+    plan = read_table(name)
+    for rows in plan.get("published", {}).values():
+        assert rows.keys() <= plan["rows"].keys() | {"original"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rows": {"a": {"model.bits": 2}}}, "needs a title"),
+        ({"title": "t", "rows": {}}, "needs a title"),
+        ({"title": "t", "rows": {"a": {}}, "colums": []}, "colums is not a key"),
+        ({"title": "t", "rows": {"a": {"model.bits": 2}, "b": {"model.bits": 11}}}, "--model.bits"),
+        ({"title": "t", "rows": {"a": {"model.bits": 2}, "b": {"model.bitz": 2}}}, "model.bitz"),
+    ],
+)
+def test_a_bad_table_is_refused_before_any_row_is_run(content, message, tiny_model_dir, tmp_path, capsys):
+    file = tmp_path / "table.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit):
+        main(["table", str(file), "--output", str(tmp_path / "out"), *base(tiny_model_dir("mixtral"))])
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")
+def test_a_table_repeats_the_reports_of_its_runs(tiny_model_dir, tmp_path, capsys):
+    model, out = tiny_model_dir("mixtral"), tmp_path / "out"
+    loss = {"model.router_loss.class_path": "eacmoe_lightning.routers.losses.TopKMSE", "model.router_method": "sgd"}
+    rows = {
+        "GPTQ": {"model.router_method": "none"},
+        "K": loss | {"model.router_loss.init_args.k": "K"},
+        "2 K": loss | {"model.router_loss.init_args.k": "2 K"},
+        "9 K": loss | {"model.router_loss.init_args.k": "9 K"},  # 8 experts: E
+        "E": loss | {"model.router_loss.init_args.k": "E"},  # so this is the row above again
+    }
+    published = {str(model): {"K": {"prose": 4.25}}}
+    plan = {"title": "k", "split": True, "options": {"model.bits": 2}, "rows": rows, "published": published}
+    file = tmp_path / "table.yaml"
+    file.write_text(yaml.safe_dump(plan))
+    words = ["table", str(file), "--output", str(out), "--seeds", "0", "1", *base(model)]
+    main(words)
+    table = json.loads((out / "table.json").read_text())
+    assert table["rows"].keys() == {"original", "GPTQ", "K", "2 K", "9 K"}
+    reports = [json.loads((out / f"seed_{seed}" / "2-K" / "report.json").read_text()) for seed in (0, 1)]
+    assert [report["config"]["model.router_loss"]["init_args"]["k"] for report in reports] == [4, 4]
+    row = table["rows"]["2 K"]
+    for text in ("prose", "code"):
+        values = [report["perplexity"][text] for report in reports]
+        assert row[text]["values"] == [value["compressed"] for value in values]
+        assert row[text]["mean"] == pytest.approx(sum(row[text]["values"]) / 2)
+        assert row[text]["spread"] == pytest.approx(abs(row[text]["values"][0] - row[text]["values"][1]) / math.sqrt(2))
+        assert table["rows"]["original"][text]["mean"] == values[0]["original"]
+        assert row[f"{text}, weights"]["mean"] > 0
+    assert row["KL"]["values"] == [report["divergence"]["mean"]["compressed"]["kl"] for report in reports]
+    printed = capsys.readouterr().out
+    assert "prose (paper)" in printed and "| 4.25 |" in printed and "±" in printed
+    main(words)  # nothing is run again
+    assert json.loads((out / "table.json").read_text()) == table
+    assert ": runs" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*words, "--data.num_windows", "6"])
+    assert "other settings" in capsys.readouterr().err
