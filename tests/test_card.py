@@ -95,6 +95,17 @@ def test_what_the_base_models_card_says_is_passed_on(run, tmp_path):
     assert (data["base_model"], data["base_model_relation"]) == ("somebody/base-7b", "quantized")
 
 
+def test_how_it_loads_depends_on_its_weights(run):
+    directory = run / "compressed"
+    heading = "## How to load it"
+    assert "packed in memory" in section(directory / NAME, heading)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization"]["lattice"] = []  # as if some were on one
+    (directory / "config.json").write_text(json.dumps(config))
+    write_card(directory, opened(directory))
+    assert "Weights are decoded as they are loaded" in section(directory / NAME, heading)
+
+
 def test_licenses_travel_with_the_model(run, tiny_model_dir, tmp_path):
     base = shutil.copytree(tiny_model_dir("qwen3_moe"), tmp_path / "base")
     (base / "LICENSE.txt").write_text("Do as you like.")

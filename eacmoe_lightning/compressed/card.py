@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import cached_file
 
-from eacmoe_lightning.compressed.format import DRAFT, METHOD, read_config
+from eacmoe_lightning.compressed.format import DRAFT, METHOD, read_config, runs_packed
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.run.files import write_atomically
@@ -34,12 +34,15 @@ QUALITY, MADE = "## Quality", "## How it was made"
 PAPER = "EAC-MoE, [arXiv 2508.01625](https://arxiv.org/abs/2508.01625)"
 LIBRARIES = {"gguf": "gguf", "gptq": "gptqmodel", "gptq_v2": "gptqmodel"}  # by export format; others: transformers
 LOAD = (
-    "```python\nimport eacmoe_lightning\nfrom transformers import AutoTokenizer\n\n"
-    'model = eacmoe_lightning.load("{0}")\ntokenizer = AutoTokenizer.from_pretrained("{0}")\n```\n\n'
-    "needs the package eacmoe-lightning; with `trust_remote_code=True` `AutoModelForCausalLM.from_pretrained` needs no "
-    "import of it. Weights stay packed in memory. `fit` and `prune` reload what they write and compare its logits. "
-    "vLLM 0.32 was seen to serve such directories on CPUs, through the package's plugin."
+    '```python\nimport eacmoe_lightning\nfrom transformers import AutoTokenizer\n\npath = "path/to/this/directory"\n'
+    "model = eacmoe_lightning.load(path)\ntokenizer = AutoTokenizer.from_pretrained(path)\n```\n\n"
+    "needs the package eacmoe-lightning. `fit` and `prune` reload what they write and compare its logits. "
 )
+PACKED = (
+    "Weights stay packed in memory. With `trust_remote_code=True` `AutoModelForCausalLM.from_pretrained` needs no "
+    "import of the package. vLLM 0.32 was seen to serve such directories on CPUs, through the package's plugin."
+)
+DECODED = "Weights are decoded as they are loaded; `eacmoe export` writes the model for other engines."
 
 
 def write_card(directory: Path, moe: MoEModel, report: dict[str, Any] | None = None) -> None:
@@ -52,7 +55,7 @@ def write_card(directory: Path, moe: MoEModel, report: dict[str, Any] | None = N
     """
     config = read_config(directory)
     sections = {
-        "## How to load it": LOAD.format("path/to/this/directory"),
+        "## How to load it": LOAD + (PACKED if runs_packed(config) else DECODED),
         "## Bits": bits_by_part(directory, moe, directory),
         QUALITY: quality(report),
         MADE: _made(config, report) + _commands(command_of(report)),

@@ -66,7 +66,8 @@ def export(
         try:
             writer.write(opened, weights, row, partial)
             difference = writer.read_back(opened, row, partial)
-            seen = [f"For {row.engine}: {verdict}.", f"Read back after writing: {difference}."]
+            launch = [f"Start {row.engine} with `{row.launch}`."] if row.launch else []
+            seen = [f"For {row.engine}: {verdict}.", *launch, f"Read back after writing: {difference}."]
             write_export_card(opened.path, opened.moe, partial, row.format, seen)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
