@@ -34,6 +34,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "olmoe-tied": dict(clip_qkv=None, num_key_value_heads=4, tie_word_embeddings=True),
     "qwen3_next": dict(mlp_only_layers=[], norm_topk_prob=True),
     "qwen3_moe-yarn": dict(rope_parameters=YARN),
+    "solar_open": dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}),
 }  # fmt: skip
 NAMES = sorted({*CHANGES, *ARCHITECTURES})
 
