@@ -168,7 +168,7 @@ class Trial:
 
     def gptq_v2(self) -> None:
         """The export decodes to the same model by the format's rules (`export` checks that)."""
-        export(str(self.run), str(self.folder / "gptq"), "gptq_v2")
+        export(str(self.run), str(self.folder / "gptq"), "gptq_v2", "gptqmodel")
 
     def gguf(self) -> None:
         """The export of a type that llama.cpp runs, with the settings that it computes; of others it is refused."""
