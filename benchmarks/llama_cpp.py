@@ -29,7 +29,7 @@ LINES = {  # our figure: llama-perplexity's line
     "mean_dp": "Mean    Δp",
     "rms_dp": "RMS Δp",
 }
-TRIES = 5
+TRIES = 20
 PERCENT = ("same_top", "mean_dp", "rms_dp")
 IN_FLOAT32 = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")  # its cache of keys and values is in float16 by default
 
