@@ -79,7 +79,7 @@ def solve(
         )
 
     def orders(importance: Tensor) -> tuple[Tensor, ...]:
-        order, groups = visiting_orders(importance, grid.group_size)
+        order, groups = _orders(importance, grid.group_size)
         return order, groups, groups
 
     def rows(w: Tensor, system: System) -> SolvedRows:
@@ -180,25 +180,54 @@ def solve_by_rows(
 
 def _solve_rows(w: Tensor, system: System, grid: Grid, search: bool, refine: int) -> SolvedRows:
     """Solves some rows [S, O, I]; rows do not depend on each other. The tensors are codes, scale and zero point."""
-    h, factor, pivot = system.h, system.factor, system.pivot
-    codes, scale, zero, residual = _columns(w, factor, pivot, grid, search)
-    root = pivot.sqrt().unsqueeze(1)
-    loss, zero_loss = squares(residual.mul_(root)), squares(by_factor(w, factor).mul_(root))
-    if refine:
-        gradient = by_transposed(residual.mul_(root), factor)  # (W - Q) H
-        for sweeps_left in reversed(range(refine)):
-            loss -= _sweep(gradient, h, codes, scale, zero, grid, sweeps_left > 0)
-    delta = (_steps(codes, zero) * scale.unsqueeze(-1)).flatten(-2).sub_(w)
-    loss, zero_loss = loss - system.added * squares(delta), zero_loss - system.added * squares(w)
+    codes, scale, zero, residual = _columns(w, system.factor, system.pivot, grid, search)
+
+    def sweep(gradient: Tensor, keep_gradient: bool) -> Tensor:
+        return _sweep(gradient, system.h, codes, scale, zero, grid, keep_gradient)
+
+    def decoded() -> Tensor:
+        return (_steps(codes, zero) * scale.unsqueeze(-1)).flatten(-2)
+
+    loss, zero_loss = refined_losses(w, residual, system, refine, sweep, decoded)
     return SolvedRows((codes, scale.half(), zero.to(torch.uint8)), loss, zero_loss)
 
 
-def squares(x: Tensor) -> Tensor:
+def refined_losses(
+    w: Tensor,
+    residual: Tensor,
+    system: System,
+    refine: int,
+    sweep: Callable[[Tensor, bool], Tensor],
+    decoded: Callable[[], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Refines rows that the columns have left, and measures them.
+
+    Args:
+        w: [S, O, I].
+        residual: (W - Q) F [S, O, I] after the last column; overwritten.
+        refine: number of sweeps.
+        sweep: improves the rows, given (W - Q) H and whether that is needed afterwards; the decrease of the loss [S].
+        decoded: the decoded rows [S, O, I] as they are then.
+
+    Returns:
+        The loss, and the loss of a weight of zeros (`SolvedRows`).
+    """
+    root = system.pivot.sqrt().unsqueeze(1)
+    loss, zero_loss = _squares(residual.mul_(root)), _squares(_by_factor(w, system.factor).mul_(root))
+    if refine:
+        gradient = _by_transposed(residual.mul_(root), system.factor)  # (W - Q) H
+        for sweeps_left in reversed(range(refine)):
+            loss -= sweep(gradient, sweeps_left > 0)
+    delta = decoded().sub_(w)
+    return loss - system.added * _squares(delta), zero_loss - system.added * _squares(w)
+
+
+def _squares(x: Tensor) -> Tensor:
     """Sum of squares over the last two dimensions, [S]; float64, because nearly equal sums are subtracted later."""
     return torch.linalg.vector_norm(x, dim=-1).double().square().sum(-1)
 
 
-def visiting_orders(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def _orders(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """The orders of inputs [S, I] and of groups [S, G] by falling importance; a group's inputs stay together."""
     importance = diagonal.unflatten(-1, (-1, group_size))  # [S, G, g]
     groups = importance.mean(-1).argsort(dim=-1, descending=True, stable=True)
@@ -267,13 +296,13 @@ def _columns(
     return codes, scale, zero, value
 
 
-def by_factor(x: Tensor, factor: Tensor) -> Tensor:
+def _by_factor(x: Tensor, factor: Tensor) -> Tensor:
     """x F, [S, O, I], skipping tiles of F below the diagonal."""
     ends = range(TILE, x.shape[-1] + TILE, TILE)
     return torch.cat([x[:, :, :end] @ factor[:, :end, end - TILE : end] for end in ends], -1)
 
 
-def by_transposed(x: Tensor, factor: Tensor) -> Tensor:
+def _by_transposed(x: Tensor, factor: Tensor) -> Tensor:
     """x F^T, [S, O, I], skipping tiles of F below the diagonal."""
     starts = range(0, x.shape[-1], TILE)
     return torch.cat([x[:, :, start:] @ factor[:, start : start + TILE, start:].mT for start in starts], -1)

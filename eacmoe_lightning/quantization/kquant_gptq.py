@@ -15,16 +15,7 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.quantization.column_loop import column_loop, least_error
-from eacmoe_lightning.quantization.gptq import (
-    DAMPING,
-    TURNS,
-    SolvedRows,
-    System,
-    by_factor,
-    by_transposed,
-    solve_by_rows,
-    squares,
-)
+from eacmoe_lightning.quantization.gptq import DAMPING, TURNS, SolvedRows, System, refined_losses, solve_by_rows
 from eacmoe_lightning.quantization.grid import SCALE_FACTORS, SHRINKS
 from eacmoe_lightning.quantization.kquant import BlockType, KQuant
 
@@ -134,14 +125,14 @@ class _Rows:
 
 def _solve_rows(w: Tensor, system: System, kind: BlockType, search: bool, refine: int) -> SolvedRows:
     rows, residual = _columns(w, system, kind, search)
-    root = system.pivot.sqrt().unsqueeze(1)
-    loss, zero_loss = squares(residual.mul_(root)), squares(by_factor(w, system.factor).mul_(root))
-    if refine:
-        gradient = by_transposed(residual.mul_(root), system.factor)  # (W - Q) H
-        for _ in range(refine):
-            loss -= _sweep(gradient, system.h, rows)
-    delta = rows.decoded(0, w.shape[-1]).sub_(w)
-    loss, zero_loss = loss - system.added * squares(delta), zero_loss - system.added * squares(w)
+
+    def sweep(gradient: Tensor, keep_gradient: bool) -> Tensor:
+        return _sweep(gradient, system.h, rows)
+
+    def decoded() -> Tensor:
+        return rows.decoded(0, w.shape[-1])
+
+    loss, zero_loss = refined_losses(w, residual, system, refine, sweep, decoded)
     return SolvedRows(rows.fields(), loss, zero_loss)
 
 

@@ -139,15 +139,10 @@ class LatticeGPTQ(Quantizer):
         return 4 * num * (3 * columns * columns + 6 * rows * columns)
 
 
-class KQuantGPTQ(Quantizer):
+class KQuantGPTQ(GPTQ):
     """GPTQ on llama.cpp's blocks; for the arguments see `kquant_gptq.solve`. The group size follows from the bits."""
 
     result, widths = KQuant, BITS
-
-    def __init__(
-        self, damping: float = gptq.DAMPING, act_order: bool = True, scale_search: bool = True, refine: int = 1
-    ) -> None:
-        self.damping, self.act_order, self.scale_search, self.refine = damping, act_order, scale_search, refine
 
     def solve(self, weight: Tensor, statistics: Tensor, grid: Grid) -> tuple[KQuant, Tensor]:
         kind = type_of(grid.bits, weight.shape[-1])
@@ -157,10 +152,10 @@ class KQuantGPTQ(Quantizer):
     def arithmetic(self, rows: int, columns: int, grid: Grid) -> Arithmetic:
         """As GPTQ on groups, with the products within blocks besides."""
         kind = type_of(grid.bits, columns)
-        own = GPTQ(self.damping, self.act_order, self.scale_search, self.refine).arithmetic(rows, columns, kind.grid)
+        own = super().arithmetic(rows, columns, kind.grid)
         within = (1 + 3 * self.refine) * 2 * rows * columns * kind.block if kind.is_super else 0
         return Arithmetic(own.flops + within, own.loop_bytes)
 
     def working_bytes(self, num: int, rows: int, columns: int, device: torch.device) -> int:
         blocks = 4 * num * min(rows, gptq.rows_together(num, columns, device)) * 6 * SUPER
-        return gptq.working_bytes(num, rows, columns, device) + blocks
+        return super().working_bytes(num, rows, columns, device) + blocks
