@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.quantization.kquant import SIMPLE, TYPES, KQuant
+from eacmoe_lightning.quantization.kquant_bytes import to_bytes
 from eacmoe_lightning.targets import WeightGrid
 
-BLOCK = 32
-RANGES = {"Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_0": (-128, 127)}  # the smallest first
+SMALLEST_FIRST = [TYPES[name] for name in ("Q4_0", "Q5_0", "Q8_0")]
 
 
 def exact_type(grids: list[WeightGrid]) -> str:
@@ -32,10 +33,10 @@ def exact_type(grids: list[WeightGrid]) -> str:
     if grids[0].kquant:
         return grids[0].kquant
     ranges = [_steps(grid) for grid in grids]
-    if all(grid.group_size % BLOCK == 0 for grid in grids):
-        for name, (least, most) in RANGES.items():
-            if all(least <= lowest and highest <= most for lowest, highest in ranges):
-                return name
+    if all(grid.group_size % SIMPLE == 0 for grid in grids):
+        for kind in SMALLEST_FIRST:
+            if all(-kind.offset <= lowest and highest < kind.offset for lowest, highest in ranges):
+                return kind.name
     return "F16"
 
 
@@ -62,15 +63,6 @@ def to_blocks(quantized: Quantized, name: str) -> Tensor:
         experts = zip(*parts, strict=True)
         return torch.stack([to_blocks(Quantized(*expert, quantized.bits), name) for expert in experts])
     groups = quantized.codes.unflatten(-1, (-1, quantized.group_size)).to(torch.int16)
-    steps = (groups - quantized.zero_point[..., None]).flatten(-2).unflatten(-1, (-1, BLOCK))  # [O, blocks, 32]
-    scale = quantized.scale.repeat_interleave(quantized.group_size // BLOCK, dim=-1)  # [O, blocks]
-    head = scale.unsqueeze(-1).contiguous().view(torch.uint8)  # two bytes
-    if name == "Q8_0":
-        return torch.cat([head, steps.to(torch.int8).view(torch.uint8)], dim=-1).flatten(-2)
-    codes = (steps - RANGES[name][0]).to(torch.uint8)
-    low, high = (codes & 15).unflatten(-1, (2, BLOCK // 2)).unbind(-2)  # a byte holds a code of each half of a block
-    nibbles = low | high << 4
-    if name == "Q4_0":
-        return torch.cat([head, nibbles], dim=-1).flatten(-2)
-    fifth = (codes >> 4).unflatten(-1, (4, 8)) << torch.arange(8, dtype=torch.uint8)
-    return torch.cat([head, fifth.sum(-1, dtype=torch.uint8), nibbles], dim=-1).flatten(-2)
+    steps = (groups - quantized.zero_point[..., None]).flatten(-2)  # [O, I]
+    scale = quantized.scale.repeat_interleave(quantized.group_size // SIMPLE, dim=-1)  # [O, blocks]
+    return to_bytes(KQuant.simple((steps + TYPES[name].offset).to(torch.uint8), scale, name))

@@ -130,6 +130,12 @@ class KQuant:
         sizes += 2 * [(shape[-1] // kind.block, torch.float16)] + 2 * [(shape[-1] // kind.group, torch.int16)]
         return cls(*(torch.empty(*shape[:-1], size, dtype=dtype, device=device) for size, dtype in sizes), kind.name)
 
+    @classmethod
+    def simple(cls, codes: Tensor, scale: Tensor, kind: str) -> KQuant:
+        """A weight of a type whose blocks are groups, from codes [..., O, I] and scales [..., O, I / block]."""
+        zeros = torch.zeros_like(scale)
+        return cls(codes, scale, zeros, torch.ones_like(scale, dtype=torch.int16), zeros.to(torch.int16), kind)
+
     @property
     def type(self) -> BlockType:
         return TYPES[self.kind]
