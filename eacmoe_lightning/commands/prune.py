@@ -21,8 +21,9 @@ from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.compressed.finished import FinishedBlocks
-from eacmoe_lightning.compressed.format import KQUANTS, LATTICE, read_config
+from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
+from eacmoe_lightning.compressed.sizes import stored_parts
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.evaluation.report import add_quality, head, removed_experts, write
 from eacmoe_lightning.evaluation.report_text import summary
@@ -32,7 +33,6 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import fingerprint, stored_name
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
-from eacmoe_lightning.quantization.kquant import TYPES
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.routers.losses import TopKMSE
 from eacmoe_lightning.run.block_file import read_block
@@ -238,21 +238,12 @@ def describe(given: OpenedModel) -> dict[str, Any]:
 
 def average_bits(moe: MoEModel, directory: Path) -> dict[str, float]:
     """Average bits of the quantized weights: `nominal` as the paper counts, `true` with scales and zero points."""
-    quantization = read_config(directory)["quantization"]
-    weights = {name: weight.numel() for block in moe.blocks for name, (_, weight) in block.weights().items()}
-    if not quantization["bits"]:
+    parts = stored_parts(directory, moe).values()
+    if not parts:
         return dict.fromkeys(("nominal", "true"), nominal_bits(moe, NOTHING))
-    codes = grids = 0.0
-    for name, widths in quantization["bits"].items():
-        widths = widths if isinstance(widths, list) else [widths]
-        codes += weights[name] * sum(widths) / len(widths)
-        if name in quantization.get(KQUANTS, {}):
-            kind = TYPES[quantization[KQUANTS][name]]
-            grids += weights[name] * (kind.true_bits - kind.bits)
-        elif name not in quantization.get(LATTICE, ()):  # the bits of lattice weights include their scales
-            grids += weights[name] / quantization["group_sizes"][name] * (16 + 8)  # a scale and a zero point
-    total = sum(weights[name] for name in quantization["bits"])
-    return {"nominal": codes / total, "true": (codes + grids) / total}
+    total = sum(number for number, _, _ in parts)
+    codes, stored = sum(number * bits for number, bits, _ in parts), sum(size for _, _, size in parts)
+    return {"nominal": codes / total, "true": 8 * stored / total}
 
 
 @contextmanager

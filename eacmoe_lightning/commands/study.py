@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.compressed.card import stored_parts
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
+from eacmoe_lightning.compressed.sizes import stored_parts
 from eacmoe_lightning.evaluation import pareto
 from eacmoe_lightning.evaluation.choice_task import make_questions
 from eacmoe_lightning.models.moe import MoEModel

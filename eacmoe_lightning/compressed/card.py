@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import cached_file
 
 from eacmoe_lightning.compressed.format import DRAFT, METHOD, read_config, runs_packed
+from eacmoe_lightning.compressed.sizes import stored_parts
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.run.files import write_atomically
@@ -95,7 +96,8 @@ def bits_by_part(source: Path, moe: MoEModel, directory: Path) -> str:
     parts, counted = stored_parts(source, moe), sum(parameter.numel() for parameter in moe.model.parameters())
     files = [file for kind in ("*.safetensors", "*.gguf") for file in directory.glob(kind) if file.name != DRAFT]
     total, rest = sum(file.stat().st_size for file in files), counted - sum(number for number, _, _ in parts.values())
-    rows = [(PARTS[part], number, f"{codes:.3g}", size) for part, (number, codes, size) in parts.items()]
+    listed = [(title, *parts[part]) for part, title in PARTS.items() if part in parts]
+    rows = [(title, number, f"{codes:.3g}", size) for title, number, codes, size in listed]
     rows.append(("routers, norms, embeddings, others", rest, "", total - sum(size for _, _, size in parts.values())))
     lines = ["| part | weights | bits of the codes | bits with everything stored |", "|---|---|---|---|"]
     for part, number, codes, size in rows:
@@ -113,33 +115,6 @@ def add_quality_to_card(directory: Path, report: dict[str, Any]) -> None:
     text = path.read_text("utf-8")
     body = text[: text.rstrip().rfind("\n") + 1]
     _put(directory, body.replace(MADE, f"{QUALITY}\n\n{table}\n\n{MADE}", 1))
-
-
-def stored_parts(directory: Path, moe: MoEModel) -> dict[str, tuple[int, float, int]]:
-    """By part, the number of quantized weights, the mean bits of their codes, and the bytes of all that they store."""
-    sizes, bits = tensor_sizes(directory), read_config(directory)["quantization"]["bits"]
-    parts: dict[str, tuple[int, float, int]] = {}
-    for block in moe.blocks:
-        for name, (part, weight) in block.weights().items():
-            if name not in bits:
-                continue
-            width = sum(bits[name]) / len(bits[name]) if isinstance(bits[name], list) else bits[name]
-            stored = sum(size for tensor, size in sizes.items() if tensor.startswith(f"{name}."))
-            number, codes, size = parts.get(part, (0, 0.0, 0))
-            total = number + weight.numel()
-            parts[part] = total, (number * codes + weight.numel() * width) / total, size + stored
-    return {part: parts[part] for part in PARTS if part in parts}
-
-
-def tensor_sizes(directory: Path) -> dict[str, int]:
-    """The bytes of each tensor in the safetensors files of a directory, from their headers."""
-    sizes = {}
-    for file in directory.glob("*.safetensors"):
-        with open(file, "rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        header.pop("__metadata__", None)
-        sizes |= {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
-    return sizes
 
 
 def quality(report: dict[str, Any] | None) -> str:
