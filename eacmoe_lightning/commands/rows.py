@@ -25,7 +25,7 @@ def fit_row(
 
     Args:
         options: options of `fit`, without the run directory.
-        words: further options as words of the command line; `options` go before them.
+        words: further options as words of the command line; `options` override them.
 
     Returns:
         `options`, `report` (the run's), and with `split` also `test`.

@@ -32,9 +32,9 @@ FORMATS = {"bits": "{:.2f}", "changed": "{:.2%}", "seconds": "{:.0f}", "lost": "
 def table(words: Sequence[str]) -> None:
     """Runs the jobs of one of the paper's tables, or of your own, and writes the table.
 
-    All other options are those of `fit` and apply to every row; those of the table's file go before them. Each row is a
-    `fit` in a directory of its own, so the same command goes on after an interruption, and finished rows are not made
-    again. `table.json` and `table.md` hold the result.
+    All other options are those of `fit` and apply to every row, unless the table's file sets them. Each row is a `fit`
+    in a directory of its own, so the same command goes on after an interruption, and finished rows are not made again.
+    `table.json` and `table.md` hold the result.
 
     Args:
         words: the command's words.

@@ -3,8 +3,7 @@
 Importing this module registers two things with transformers. Reading a config of model type `eacmoe` gives the
 original's config with a quantization config, so transformers picks the original's model class. The quantization method
 `eacmoe` inserts packed modules (`runtime/packed_modules.py`) before the weights are loaded, so packed bytes go from the
-file straight into them. Weights on a lattice or in llama.cpp's blocks have no packed
-modules: `load` decodes them.
+file straight into them. Weights on a lattice or in llama.cpp's blocks have no packed modules: `load` decodes them.
 
 Without this package, transformers refuses the directory: it asks for `trust_remote_code=True`, and then for the package
 (`format.CODE`). (With the original's model type and an unknown quantization method, it would only warn and leave the
