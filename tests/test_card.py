@@ -2,17 +2,19 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
-from eacmoe_lightning.compressed.card import NAME, QUALITY, bits_by_part, is_edited, section, write_card
+from eacmoe_lightning.compressed.card import NAME, QUALITY, bits_by_part, command_of, is_edited, section, write_card
 from eacmoe_lightning.compressed.directory import CompressedWeights, save_compressed
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.files import read_tensors
+from eacmoe_lightning.run.provenance import origin
 
 
 @pytest.fixture
@@ -49,6 +51,22 @@ def test_a_run_leaves_a_card_with_its_figures(run):
     assert data.library_name == "transformers" and {"qwen3_moe", "quantized", "custom_code"} <= {*data.tags}
     assert data.base_model is None  # a directory is no name on the hub
     assert f"\n```bash\n{Path(report['command'].split()[0]).name}" in text
+
+
+def test_the_command_of_a_card_says_nothing_of_where_and_that_it_went_on(monkeypatch):
+    """So that the card of a resumed job has the bytes of an undisturbed one's; words of a shell stay whole."""
+    words = ["fit", "--model.bits", "3", "--data.heldout", "[bundled:prose, bundled:code]"]
+    command = "train.py fit --model.bits 3 --data.heldout '[bundled:prose, bundled:code]'"
+    places = (
+        [],
+        ["--ckpt_path", "auto", "--trainer.default_root_dir", "/runs/a b"],
+        ["--trainer.default_root_dir=b", "--ckpt_path=runs/b/last.ckpt"],
+    )
+    for place in places:
+        monkeypatch.setattr(sys, "argv", ["/somewhere/train.py", *words, *place])
+        assert command_of(origin({}, 0)) == command_of(None) == command
+        monkeypatch.setattr(sys, "argv", ["/somewhere/train.py", words[0], *place, *words[1:]])
+        assert command_of(None) == command
 
 
 def test_bits_are_those_of_the_files(run):

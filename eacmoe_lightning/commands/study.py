@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -235,7 +236,7 @@ def _write(
     from eacmoe_lightning.study import heatmap  # importing matplotlib takes a second
 
     baseline = measurement.baseline
-    description = {"command": " ".join(sys.argv), "commit": commit(), "processor": processor()}
+    description = {"command": shlex.join(sys.argv), "commit": commit(), "processor": processor()}
     write_json(
         output / "study.json",
         {**description, "model": model, "baseline": baseline, "rows": rows, "depths": report.depth_summary(rows)},

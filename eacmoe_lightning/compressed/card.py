@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,9 +164,15 @@ def report_beside(directory: Path) -> dict[str, Any] | None:
 
 
 def command_of(report: dict[str, Any] | None) -> str:
-    """The command that made a report, or that runs now, without the folder of its program."""
-    program, _, options = (report["command"] if report else " ".join(sys.argv)).partition(" ")
-    return f"{Path(program).name} {options}".strip()
+    """The command that made a report, or that runs now, without the folder of its program.
+
+    Options that only say where a run was written and that it went on are left out: the card of a job that was
+    killed and resumed, in another folder or here, has the bytes of an undisturbed one's.
+    """
+    program, _, options = (report["command"] if report else shlex.join(sys.argv)).partition(" ")
+    for option in (r"--ckpt_path", r"--trainer\.default_root_dir"):
+        options = re.sub(rf"(^|\s){option}[\s=]('[^']*'|\S+)", "", options)
+    return f"{Path(program).name} {options.strip()}".strip()
 
 
 def base_data(name_or_path: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -17,7 +18,7 @@ PACKAGES = ("eacmoe-lightning", "torch", "lightning", "transformers", "torchmetr
 def origin(config: dict[str, Any], seed: int, num_processes: int = 1) -> dict[str, Any]:
     """The provenance of a report's figures, as the report stores it."""
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "config": config,
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "commit": commit(),
