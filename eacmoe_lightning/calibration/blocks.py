@@ -24,10 +24,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.calibration.inputs import BlockInputs
 from eacmoe_lightning.calibration.overflow import overflow_in
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.solver import BlockSolver
-from eacmoe_lightning.calibration.streams import Streams, concatenate
+from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.checkpoint import put
 from eacmoe_lightning.models.experts import Groups
@@ -49,7 +50,6 @@ from eacmoe_lightning.run.block_file import (
 )
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import REMEDY, StoreError
-from eacmoe_lightning.run.hidden import HiddenFile
 from eacmoe_lightning.run.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,7 @@ class Calibration:
         self.solver: BlockSolver | None = None
         self.stats: BlockStats | None = None  # of the current block
         self._teacher: Routing | None = None  # the original router's output on x, for all tokens of this process
-        self._router_input: HiddenFile | None = None  # [S, T, R] what the router reads in the compressed stream
-        self._routes_alone = True  # whether the router needs nothing else to select experts
+        self.inputs: BlockInputs | None = None  # of the current block
 
     @property
     def block(self) -> Block:
@@ -136,7 +135,7 @@ class Calibration:
                 self._observe()
             if scores is not None:
                 self._prune(scores)
-            self._groups = block.input_groups(streams.first_call(block))
+            self.inputs = BlockInputs(block, streams)
         self.entered, self.solved = True, take_solved
         if take_solved:
             if not (path := self.run.solved(block.index)).exists():
@@ -151,9 +150,8 @@ class Calibration:
         with self.phase(block.index, "attention"), self._overflow_named():
             self._solve_part("attention")
             if block.is_moe:
-                self._router_input = streams.keep_router_input(block)
-                self._routes_alone = block.routes_alone(streams.first_call(block))
-                self._count_shift("before", self._route())
+                self.inputs.keep_router_input()
+                self._count_shift("before", self.inputs.route())
                 self._count_sources()
 
     def _observe(self) -> None:
@@ -202,7 +200,8 @@ class Calibration:
                 block.router_weight.copy_(router[block.kept])
             self._solve_part("shared")
             if block.is_moe and self.recipe.quantizes:
-                self._solve_experts()
+                with self.inputs.of_experts() as (rows, routing):
+                    self.solver.solve_experts(rows, routing)
             if block.is_moe:
                 self.stats.starved = self.solver.starved
         self.stats.error = self.solver.error
@@ -235,34 +234,17 @@ class Calibration:
         self._write()
         self.moe.release(self.at)
         self.at, self.entered, self.solved = self.at + 1, False, False
-        if self._router_input is not None:
-            self._router_input.delete()
-        self._teacher = self._router_input = None
+        self.inputs.delete()
+        self._teacher = self.inputs = None
         streams.step(self.at)
         return self.stats
-
-    def _solve_experts(self) -> None:
-        """Quantizes the experts on their inputs, which are the router's in most models."""
-        block, streams, inputs = self.block, self.streams, self._router_input
-        call = streams.first_call(block)
-        differs = not torch.equal(block.input_of(block.experts.module, call), block.router_input(call))
-        if differs:
-            inputs = streams.keep_expert_input(block)
-        rows, routing = inputs.flatten(0, 1), self._without_others(self._route())
-        self.solver.solve_experts(rows, routing if len(rows) == len(routing.ids) else routing.by_pair())
-        if differs:
-            inputs.delete()
 
     def _overflow_named(self) -> AbstractContextManager:
         return overflow_in(f"{self.block.name} (block {self.at}), with the compressed weights", self.moe.model.dtype)
 
     def _solve_part(self, part: str) -> None:
-        """Quantizes the linears of one part, one group that shares its input at a time, in the order they run."""
-        for names in self._groups if self.recipe.quantizes else ():
-            if self.block.linears[names[0]] == part:
-                inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]), part == "shared")
-                counted = (self.streams.counted(x, r) for r, x in zip(self.streams.slices, inputs, strict=True))
-                self.solver.solve_linears(names, counted)
+        if self.recipe.quantizes:
+            self.inputs.solve_part(self.solver, part)
 
     # --- the router's training rows ---------------------------------------------------------------------
 
@@ -272,9 +254,7 @@ class Calibration:
         Returns:
             Inputs [b*T, D] and teacher logits [b*T, E] of the experts that the block still has.
         """
-        local = self.streams.local(window_ids)
-        teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
-        return self._router_input[local].flatten(0, 1), teacher[local].flatten(0, 1)[:, self.block.kept]
+        return self.inputs.rows(self._teacher, self.streams.local(window_ids))
 
     @torch.no_grad()
     def ridge_router(self, num_targets: int, strength: float) -> Tensor:
@@ -300,9 +280,8 @@ class Calibration:
 
     def _ridge_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches on the model's device: inputs [n, D], teacher logits [n, E] of the experts that the block has."""
-        teacher = self._teacher.logits.view(*self._router_input.shape[:2], -1)
         for rows in self.streams.slices:
-            x, target = self._router_input[rows].flatten(0, 1), teacher[rows].flatten(0, 1)[:, self.block.kept]
+            x, target = self.inputs.rows(self._teacher, rows)
             yield tuple(self.streams.to_device(self.streams.counted(part, rows)) for part in (x, target))
 
     # --- the block stage's training rows -----------------------------------------------------------------
@@ -355,22 +334,6 @@ class Calibration:
     def _counted(self, routing: Routing) -> Routing:
         """The routing of the tokens that count."""
         return Routing(*(self.streams.counted(part) for part in (routing.logits, routing.ids, routing.weights)))
-
-    def _without_others(self, routing: Routing) -> Routing:
-        """The routing with tokens that do not count selecting no expert: an id beyond them, and logits of -inf."""
-        counts = self.streams.counts
-        if counts is None:
-            return routing
-        others = ~counts.flatten().unsqueeze(1)
-        ids = routing.ids.masked_fill(others, self.block.num_experts)
-        return Routing(routing.logits.masked_fill(others, -torch.inf), ids, routing.weights)
-
-    def _route(self) -> Routing:
-        block, streams = self.block, self.streams
-        if not self._routes_alone:
-            return concatenate([block.routing(call) for call in streams.calls(block)])
-        batches = (streams.to_device(self._router_input[rows].flatten(0, 1)) for rows in streams.slices)
-        return concatenate([block.route(x) for x in batches])
 
     # --- between blocks -----------------------------------------------------------------------------------
 

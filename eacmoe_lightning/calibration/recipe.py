@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.quantization.gptq import DAMPING
 from eacmoe_lightning.quantization.grid import Grid, Quantized
-from eacmoe_lightning.quantization.kquant import SIMPLE, KQuant, type_of
+from eacmoe_lightning.quantization.kquant import SIMPLE, TYPES, KQuant, type_of
 from eacmoe_lightning.quantization.quantizers import GPTQ, KQuantGPTQ, LatticeGPTQ, Quantizer, RoundToNearest
 from eacmoe_lightning.targets import WeightGrid, by_bits
 
@@ -160,6 +160,13 @@ class Recipe:
             options["quantizer"] = self.quantizer.settings()
         return options | {"bits": list(self.parts)}
 
+    def uniform(self, width: int | float) -> Recipe:
+        """This recipe with one width for every weight; group sizes of blocks stay."""
+        groups = {
+            b: {"group_size": parts["group_size"]} for b, parts in self.overrides.items() if "group_size" in parts
+        }
+        return replace(self, bits=width, attention_bits=width, shared_expert_bits=width, overrides=groups)
+
     def _check_bits(self, option: str, bits: int | float) -> None:
         if self.solver is not None and self.solver.any_rate:
             if not 1 <= bits <= 8:
@@ -291,6 +298,16 @@ class Recipe:
 def _check_group_size(option: str, group_size: int) -> None:
     if not isinstance(group_size, int) or group_size < 8 or group_size % 8:
         raise ValueError(f"{option}={group_size} (--model.{option}) is not a positive multiple of 8")
+
+
+def stored_bits(grid: WeightGrid) -> float:
+    """Bits that a weight takes in a compressed directory: its code, and its share of a float16 scale and a zero point.
+
+    On a lattice `bits` counts everything already.
+    """
+    if grid.kquant:
+        return TYPES[grid.kquant].true_bits
+    return grid.bits if grid.on_lattice else grid.bits + 24 / grid.group_size
 
 
 def num_quantized(moe: MoEModel) -> int:

@@ -41,6 +41,7 @@ class Streams:
         counts: bool [S, T], the tokens that count in what is measured and solved; None: all of them.
         sources: bool [C, S], the windows of each calibration text; None does not tell them apart.
         position_ids: int64 [S, T], as in `MoEModel.call`.
+        is_one: whether x_hat is x, because no block is compressed; then only x advances.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class Streams:
         counts: Tensor | None = None,
         sources: Tensor | None = None,
         position_ids: Tensor | None = None,
+        is_one: bool = False,
     ) -> None:
         self.moe, self.windows, self.first_window, self.run, self.ranks = moe, windows, first_window, run, ranks
         self.dtype, self.keep_teachers, self.counts, self.sources = dtype, keep_teachers, counts, sources
-        self.position_ids = position_ids
+        self.position_ids, self.names = position_ids, ("x",) if is_one else ("x", "x_hat")
         self.slices = [slice(i, i + batch_size) for i in range(0, len(windows), batch_size)]
         self.x: StateFile
         self.x_hat: StateFile
@@ -105,10 +107,9 @@ class Streams:
         because the last checkpoint may need them; older ones are deleted.
         """
         old = {self.x.path: self.x, self.x_hat.path: self.x_hat}.values()
-        self.x, self.x_hat = (
-            writer.finish(self._note) if keep else writer.written()
-            for writer in (self._writers.pop("x"), self._writers.pop("x_hat"))
-        )
+        written = [self._writers.pop(name) for name in self.names]
+        files = [writer.finish(self._note) if keep else writer.written() for writer in written]
+        self.x, self.x_hat = files[0], files[-1]
         for file in old:
             if file.path.name.startswith("."):  # a partial file, never finished
                 file.delete()
@@ -226,7 +227,7 @@ class Streams:
         return StateWriter(self._directory / name, self.dtype)
 
     def _paths(self, index: int) -> list[Path]:
-        return [self._directory / f"block_{index:03d}.{name}" for name in ("x", "x_hat")]
+        return [self._directory / f"block_{index:03d}.{name}" for name in self.names]
 
     def _teacher_path(self, index: int) -> Path:
         """The file of the original router's logits of one block, for the joint stage."""
@@ -257,7 +258,8 @@ class Streams:
         Raises:
             StoreError: a file is damaged or holds other windows.
         """
-        self.x, self.x_hat = (StateFile.open(path, self._note) for path in self._paths(index))
+        files = [StateFile.open(path, self._note) for path in self._paths(index)]
+        self.x, self.x_hat = files[0], files[-1]
 
 
 def concatenate(routings: list[Routing]) -> Routing:

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 
 from eacmoe_lightning.calibration.blocks import PHASES
-from eacmoe_lightning.calibration.recipe import Recipe, num_quantized
+from eacmoe_lightning.calibration.recipe import Recipe, num_quantized, stored_bits
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.sampling import working_bytes
 from eacmoe_lightning.planning.states import passed_on
 from eacmoe_lightning.quantization.gram import TILE
-from eacmoe_lightning.quantization.kquant import TYPES
 from eacmoe_lightning.targets import WeightGrid
 from eacmoe_lightning.tuning.codes import trains_weights
 
@@ -58,6 +57,7 @@ class Job:
         device: the type of device that it runs on, `cpu` or `cuda`.
         stored_share: bytes of the original's files per byte that its weights take in memory.
         sampled_windows: number of windows that the original itself writes.
+        measured_widths, probe_windows: widths and windows of the sensitivities that the run measures; 0: it does not.
         memory: bytes of the device's memory, which decide whether the joint stage streams the blocks.
     """
 
@@ -78,6 +78,8 @@ class Job:
     device: str = "cpu"
     stored_share: float = 1.0
     sampled_windows: int = 0
+    measured_widths: int = 0
+    probe_windows: int = 0
     floor_tokens: int = 0
     memory: float = math.inf
     micro_batch_size: int | None = None
@@ -135,7 +137,9 @@ class Plan:
     """The estimated costs of `fit`."""
 
     phases: dict[str, Cost] = field(
-        default_factory=lambda: {name: Cost() for name in ("check", "sample", *PHASES, "joint", "write", "evaluate")}
+        default_factory=lambda: {
+            name: Cost() for name in ("check", "sample", "sensitivity", *PHASES, "joint", "write", "evaluate")
+        }
     )
     disk: dict[str, int] = field(default_factory=dict)  # bytes by purpose
 
@@ -158,8 +162,7 @@ def packed_bytes(grids: Iterable[WeightGrid], share: float = 1.0) -> int:
     for grid in grids:
         *stack, rows, columns = grid.shape
         number = stack[0] * share if grid.part == "experts" else 1
-        bits = TYPES[grid.kquant].true_bits if grid.kquant else grid.bits + 24 / grid.group_size
-        total += number * rows * columns * bits / 8
+        total += number * rows * columns * stored_bits(grid) / 8
     return int(total)
 
 
@@ -319,6 +322,7 @@ def job_of(
         device=device,
         stored_share=stored_share,
         memory=memory,
+        **module.chosen_bits.measured(data.num_calibration_windows),
         sampled_windows=sum(
             data.windows_by_text[name] for name, source in data.sampled_texts.items() if source.model is None
         ),
