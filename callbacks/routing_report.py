@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from eacmoe_lightning.budget.picture import allocation_map, pixels
 from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.callbacks.board_layout import add_hyperparameters, board_writers
 from eacmoe_lightning.compressed.directory import CompressedWeights
@@ -62,6 +63,8 @@ class RoutingReport(BlockCallback):
             report["coverage"] = coverage(moe_stats, data.windows_by_text, data.fullness)
             if sampled := module.fit_state.sampled.described():
                 report["sampled"] = sampled
+            if module.chosen_bits.size:
+                report["allocation"] = module.chosen_bits.result(module.run)
             write(module.run, report)
             self._log_result(trainer, module, report, result)
             module.run.drop_streams()
@@ -84,6 +87,9 @@ class RoutingReport(BlockCallback):
         for writer in board_writers(trainer):
             add_hyperparameters(writer, options, board.compared(quality, finished))
             writer.add_text("report", markdown(report))
+            if module.chosen_bits.size:
+                shown = pixels(allocation_map(module.recipe.grids(module.moe)))
+                writer.add_image("bits chosen by size", shown, dataformats="HWC")
 
     @torch.no_grad()
     def _evaluate(self, trainer: Trainer, module: QESC) -> dict[str, dict]:

@@ -22,16 +22,18 @@ from eacmoe_lightning.commands.fit import CommandLine
 from eacmoe_lightning.commands.plan import plan
 from eacmoe_lightning.commands.prune import prune
 from eacmoe_lightning.commands.report import report
+from eacmoe_lightning.commands.sensitivity import sensitivity
 from eacmoe_lightning.commands.serve import serve
 from eacmoe_lightning.commands.study import study
 from eacmoe_lightning.commands.table import table
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.run.files import StoreError, is_disk_full
+from eacmoe_lightning.run.provenance import remember_command
 from eacmoe_lightning.run.stopping import Stopping
 from eacmoe_lightning.version import __version__
 
 # they parse their words themselves
-PARSERS = {"plan": plan, "report": report, "table": table, "serve": serve, "chat": chat}
+PARSERS = {"plan": plan, "sensitivity": sensitivity, "report": report, "table": table, "serve": serve, "chat": chat}
 FUNCTIONS = {"analyze": analyze, "export": export, "prune": prune, "study": study}  # their arguments are the options
 COMMANDS = {
     "fit": "Calibrates and quantizes a model, and writes the compressed one with a report.",
@@ -39,6 +41,7 @@ COMMANDS = {
     "test": "The same; --model.split_damage also says how much of the damage is selection.",
     "predict": "Log-likelihood of every token of a text.",
     "plan": "What `fit` with the same options will take, before anything runs.",
+    "sensitivity": inspect.getdoc(sensitivity).splitlines()[0],
     "report": inspect.getdoc(report).splitlines()[0],
     "table": inspect.getdoc(table).splitlines()[0],
     "serve": inspect.getdoc(serve).splitlines()[0],
@@ -48,7 +51,9 @@ COMMANDS = {
 
 RESTART = {  # what a message says when a signal ends the command
     "fit": ": the same command with --ckpt_path auto goes on, and all finished work is kept",
-    **dict.fromkeys(("prune", "study", "table"), ": the same command goes on, and all finished work is kept"),
+    **dict.fromkeys(
+        ("prune", "sensitivity", "study", "table"), ": the same command goes on, and all finished work is kept"
+    ),
 }
 
 
@@ -63,10 +68,12 @@ def main(args: ArgsType = None) -> None:
         sys.path.append(os.getcwd())  # for class paths of the user's own modules, as `python train.py` finds them
     words = sys.argv[1:] if args is None else args
     command = words[0] if words else None
+    remember_command(args if isinstance(args, list) else None)
     threading.excepthook = _quiet_if_disk_is_full
     try:
         with Stopping(lambda: RESTART.get(command, "")):
             _run(command, words, args)
+        remember_command(None)
     except Exception as error:
         if (message := _full_disk(error) or _lost_process(error, command)) is not None:
             _report(error, message)

@@ -28,6 +28,11 @@ FUSED: dict[str, tuple[str, ...]] = {  # linears of the same inputs that vLLM an
 }
 
 
+# What may have bits of its own among routed experts: one width for those of the whole model, for those of a block, for
+# each projection of a block's, or for each projection of each expert.
+Granularity = Literal["model", "block", "projection", "expert"]
+
+
 @dataclass(frozen=True)
 class WeightGrid:
     """How one weight is quantized, or will be.
@@ -176,6 +181,18 @@ class Target:
     @property
     def name(self) -> str:
         return f"{self.engine} ({self.format}{'' if self.verified else ', unverified'})"
+
+    @property
+    def granularity(self) -> Granularity:
+        """What may have bits of its own: in a GGUF file, all experts of a projection are one tensor of one type."""
+        if self.mixing != "weight":
+            return self.mixing
+        return "projection" if self.format == "gguf" else "expert"
+
+    def widths(self, part: str, symmetric: bool) -> tuple[int, ...]:
+        """The bits at which it loads weights of a part that are symmetric or not."""
+        only_symmetric = () if symmetric else self.symmetric_bits.get(part, ())
+        return tuple(b for b in self.bits if b not in only_symmetric and symmetric >= self.symmetric)
 
     def problems(
         self, weights: Iterable[WeightGrid], original: Original | None = None, tensor_parallel: int = 1

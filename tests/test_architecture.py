@@ -26,6 +26,7 @@ ROOMS = (  # each may import from itself and from earlier ones
     ("serving",),
     ("offload",),
     ("planning",),
+    ("budget",),
     ("study",),
     ("analysis",),
     ("job",),

@@ -14,7 +14,7 @@ from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.files import read_tensors
-from eacmoe_lightning.run.provenance import origin
+from eacmoe_lightning.run.provenance import origin, remember_command
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ def test_a_run_leaves_a_card_with_its_figures(run):
 
 def test_the_command_of_a_card_says_nothing_of_where_and_that_it_went_on(monkeypatch):
     """So that the card of a resumed job has the bytes of an undisturbed one's; words of a shell stay whole."""
+    remember_command(None)  # of an earlier test that ended with an error
     words = ["fit", "--model.bits", "3", "--data.heldout", "[bundled:prose, bundled:code]"]
     command = "train.py fit --model.bits 3 --data.heldout '[bundled:prose, bundled:code]'"
     places = (
@@ -67,6 +68,12 @@ def test_the_command_of_a_card_says_nothing_of_where_and_that_it_went_on(monkeyp
         assert command_of(origin({}, 0)) == command_of(None) == command
         monkeypatch.setattr(sys, "argv", ["/somewhere/train.py", words[0], *place, *words[1:]])
         assert command_of(None) == command
+    remember_command([*words, "--ckpt_path", "last"])  # as `main([...])` from Python does
+    monkeypatch.setattr(sys, "argv", ["notebook"])
+    try:
+        assert command_of(None) == command.replace("train.py", "eacmoe")
+    finally:
+        remember_command(None)
 
 
 def test_bits_are_those_of_the_files(run):

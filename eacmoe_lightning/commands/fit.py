@@ -136,6 +136,8 @@ def _store_absolute_paths(config: Namespace) -> None:
             section[option] = stored_name(section[option])
     if data.get("chat_template") is not None:
         data["chat_template"] = os.path.abspath(os.path.expanduser(data["chat_template"]))
+    if model.get("sensitivity") is not None:
+        model["sensitivity"] = os.path.abspath(os.path.expanduser(model["sensitivity"]))
     for option in ("calibration", "heldout", "predict"):
         data[option] = stored_sources(data.get(option))
 

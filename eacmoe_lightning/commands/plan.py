@@ -6,13 +6,21 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import fields
+from collections import defaultdict
+from dataclasses import fields, replace
+from math import prod
 from pathlib import Path
 
 import torch
 
+from eacmoe_lightning.budget.sensitivity import read
+from eacmoe_lightning.budget.target import allocate, allocator_of, rest_bytes
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.exports.linears import original_of
+from eacmoe_lightning.job.chosen_bits import refuse_other
+from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.planning.machine import Rates, measure
 from eacmoe_lightning.planning.phases import plan as plan_run
 from eacmoe_lightning.planning.report import report, summary, warnings
@@ -56,6 +64,7 @@ def plan(words: list[str]) -> None:
     module, data, folder = parse_fit(words)
     moe = load_shapes(module.name_or_path, module.dtype_name, module.trust_remote_code)
     module.recipe.check(moe)
+    by_size = _choose_bits(module, moe)
     share = stored_share(module.name_or_path, moe)
     device, folder = torch.device(chosen.device), _existing(Path(folder))
     memory = getattr(chosen, "available.memory") or available_memory(device)
@@ -77,9 +86,39 @@ def plan(words: list[str]) -> None:
             f"{rates.flops32 / 1e9:.1f} in float32: --model.dtype float32 is faster, at twice the memory per block",
         )
     result = report(costs, moe, job, rates, int(host), messages)
-    print(summary(result, module.name_or_path))
+    print("\n".join([summary(result, module.name_or_path), *by_size]))
     if chosen.json:
         chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _choose_bits(module: QESC, moe: MoEModel) -> list[str]:
+    """Gives the module the widths of the size that was asked for, and says what will come out; nothing without one.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `fit`.
+    """
+    chosen, size = module.chosen_bits, module.chosen_bits.size
+    if not size:
+        return []
+    rest = rest_bytes(moe, module.name_or_path, module.trust_remote_code)
+    allocator = allocator_of(module.recipe, moe, module.targets)
+    wanted = size.check(allocator, rest)
+    if chosen.path is None:
+        bits = 8 * wanted / allocator.num_weights
+        return [f"by size: {bits:.3f} bits a weight; what it loses is known once `eacmoe sensitivity` has measured it"]
+    found = read(chosen.path)
+    refuse_other(found, module.recipe, fingerprint(module.name_or_path), chosen.path)
+    allocation = allocate(size, module.recipe, moe, module.targets, found, rest, module.tensor_parallel)
+    module.recipe = replace(module.recipe, overrides=allocation.overrides)
+    lines = [f"by size: {(allocation.nbytes + rest) / 1e9:.4g} GB with everything; {allocation.described()}"]
+    shares: dict[tuple[str, float], int] = defaultdict(int)
+    for grid in module.recipe.grids(moe):
+        shares[grid.part, grid.bits] += prod(grid.shape)
+    for part in dict.fromkeys(part for part, _ in shares):
+        total = sum(number for (of, _), number in shares.items() if of == part)
+        widths = sorted((bits, number / total) for (of, bits), number in shares.items() if of == part)
+        lines.append(f"  {part}: " + ", ".join(f"{share:.0%} at {bits:g}" for bits, share in widths))
+    return lines
 
 
 def _existing(folder: Path) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ from eacmoe_lightning.models.originals import fingerprint, stored_name, tokenize
 from eacmoe_lightning.offload.codecs import Bound
 from eacmoe_lightning.run.files import write_atomically, write_json
 from eacmoe_lightning.run.lock import RunLock
-from eacmoe_lightning.run.provenance import commit, processor
+from eacmoe_lightning.run.provenance import command_line, commit, processor
 from eacmoe_lightning.study import budget, report, spend
 from eacmoe_lightning.study.cells import Cell, block_groups, choose_experts, plan, stable_seed
 from eacmoe_lightning.study.disturb import NOISES, disturbed
@@ -236,7 +234,7 @@ def _write(
     from eacmoe_lightning.study import heatmap  # importing matplotlib takes a second
 
     baseline = measurement.baseline
-    description = {"command": shlex.join(sys.argv), "commit": commit(), "processor": processor()}
+    description = {"command": command_line(), "commit": commit(), "processor": processor()}
     write_json(
         output / "study.json",
         {**description, "model": model, "baseline": baseline, "rows": rows, "depths": report.depth_summary(rows)},

@@ -10,8 +10,6 @@ import hashlib
 import json
 import logging
 import re
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from eacmoe_lightning.compressed.sizes import stored_parts
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.run.files import write_atomically
+from eacmoe_lightning.run.provenance import command_line
 from eacmoe_lightning.version import __version__
 
 log = logging.getLogger(__name__)
@@ -169,7 +168,7 @@ def command_of(report: dict[str, Any] | None) -> str:
     Options that only say where a run was written and that it went on are left out: the card of a job that was
     killed and resumed, in another folder or here, has the bytes of an undisturbed one's.
     """
-    program, _, options = (report["command"] if report else shlex.join(sys.argv)).partition(" ")
+    program, _, options = (report["command"] if report else command_line()).partition(" ")
     for option in (r"--ckpt_path", r"--trainer\.default_root_dir"):
         options = re.sub(rf"(^|\s){option}[\s=]('[^']*'|\S+)", "", options)
     return f"{Path(program).name} {options.strip()}".strip()

@@ -25,6 +25,13 @@ def summary(report: dict[str, Any]) -> str:
         f"bits {bits['nominal']:.2f} nominal, {bits['true']:.2f} with scales and zero points; "
         f"{size['original'] / 1e6:.1f} MB{stored} -> {size['compressed'] / 1e6:.1f} MB",
     ]
+    if allocation := report.get("allocation"):
+        asked = ", ".join(f"{name} {value:g}" for name, value in allocation["asked"].items())
+        parts = ", ".join(f"{part} {nats:.4f}" for part, nats in allocation["predicted_by_part"].items() if nats)
+        lines.append(
+            f"bits chosen for {asked}; predicted for GPTQ alone, on calibration text: KL divergence "
+            f"{allocation['predicted']:.4f} ({parts})"
+        )
     if unquantized := report.get("unquantized"):
         lines.append(f"unquantized (report.md says why): {first_of(list(unquantized), 'linear')}")
     if uncalibrated := report["router"].get("uncalibrated"):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning import targets
+from eacmoe_lightning.budget.target import SizeTarget
 from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
@@ -29,6 +30,7 @@ from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.job.block_callback import phase, tell
 from eacmoe_lightning.job.block_stage import BlockStage
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
+from eacmoe_lightning.job.chosen_bits import ChosenBits
 from eacmoe_lightning.job.comparison import Comparison
 from eacmoe_lightning.job.divergence import LossWatch
 from eacmoe_lightning.job.epochs import Epoch, Epochs
@@ -120,6 +122,12 @@ class QESC(Comparison):
             model; null takes the run directory (trainer.default_root_dir).
         split_damage: Let test split the damage into that of the weights and that of the selections (EAC-MoE, table 1).
         trust_remote_code: Whether Python code that came with the model may run, where transformers has no class for it.
+        target_bits: Bits of a quantized weight, scales and zero points included, that the result shall have. Widths are
+            chosen for attention, shared and routed experts, in place of bits, attention_bits and shared_expert_bits;
+            overrides stay.
+        target_gb: The same as gigabytes (10^9 bytes) of the compressed directory with everything in it.
+        sensitivity: Output of `eacmoe sensitivity`, from which widths are chosen; null measures it before the first
+            block.
         pruning: Rule for removing experts; on the command line it is set by `--pruning`.
         **recipe: Options of `Recipe`: bits, groups and quantizer of every weight.
     """
@@ -154,6 +162,9 @@ class QESC(Comparison):
         evaluate: str | None = None,
         split_damage: bool = False,
         trust_remote_code: bool = False,
+        target_bits: float | None = None,
+        target_gb: float | None = None,
+        sensitivity: str | None = None,
         pruning: PruningRule | None = None,
         **recipe: Any,
     ) -> None:
@@ -165,6 +176,8 @@ class QESC(Comparison):
         self.recipe = Recipe(**recipe)
         if self.recipe.symmetric is None:
             self.recipe = replace(self.recipe, symmetric=bool(self.targets) and self.targets[0].symmetric)
+        self.asked = self.recipe  # before bits are chosen by size
+        self.chosen_bits = ChosenBits(SizeTarget(target_bits, target_gb), sensitivity)
         for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge)):
             if value <= 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is not positive")
@@ -235,7 +248,12 @@ class QESC(Comparison):
         self.recipe.check(moe, self.trainer.world_size)
         if self.pruning is not None:
             self.pruning.check(moe)
-        if self.targets:
+        if self.chosen_bits.size:
+            self.chosen_bits.check(
+                self.asked, moe, self.targets, self.trainer.world_size, self.pruning is not None, self.fingerprint,
+                self.name_or_path, self.trust_remote_code,
+            )  # fmt: skip
+        elif self.targets:
             targets.choose(self.targets, self.recipe.grids(moe), original_of(moe), self.tensor_parallel)
         for block in moe.moe_blocks:
             self.router_loss.num_targets(block.num_experts, block.top_k)  # raises now if its k does not fit the model
@@ -274,6 +292,8 @@ class QESC(Comparison):
                     self.run.add_cost(None, "sample", sampled)
         self.trainer.strategy.barrier()
         moe.leave(json.loads(self.run.unquantized.read_text()))
+        if self.chosen_bits.size:
+            self._choose_bits(moe)
         trains_norms = any("norm" in self.kinds(stage) for stage in ("block", "joint"))
         parts = TrainedParts(moe, self.run, trains_norms, resident)
         loss, precision, at_once = self.router_loss, self._autocast, self.trainer.datamodule.micro_batch_size
@@ -287,6 +307,19 @@ class QESC(Comparison):
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1) or self.trainer.max_epochs > self.num_epochs:
             self.trainer.fit_loop.max_epochs = self.num_epochs
+
+    def _choose_bits(self, moe: StreamedModel) -> None:
+        """Takes the widths that have the size that was asked for, from the run directory if they are chosen."""
+        if self.trainer.is_global_zero:
+            watch = Watch()
+            is_new = self.chosen_bits.take(
+                self.run, self.asked, moe, self.targets, self.trainer.datamodule, self.fingerprint, self.name_or_path,
+                self.tensor_parallel, self.trust_remote_code,
+            )  # fmt: skip
+            if is_new:
+                self.run.add_cost(None, "sensitivity", watch.cost())
+        self.trainer.strategy.barrier()
+        self.recipe = self.chosen_bits.recipe(self.run, self.asked)
 
     def teardown(self, stage: str) -> None:
         self.free_run()
@@ -319,7 +352,8 @@ class QESC(Comparison):
             },
             "model.name_or_path": self.name_or_path,
             "model.dtype": self.dtype_name,
-            **{f"model.{name}": value for name, value in self.recipe.record().items()},
+            **{f"model.{name}": value for name, value in self.asked.record().items()},
+            **self.chosen_bits.settings(),
             **{f"pruning.{name}": value for name, value in (vars(self.pruning) if self.pruning else {}).items()},
             "model.router_method": self.router_method,
             "model.router_loss": self.router_loss.settings(),

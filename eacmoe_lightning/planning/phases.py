@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from eacmoe_lightning.calibration.recipe import Recipe
@@ -69,6 +71,8 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
     forward = sum(shapes.forward for shapes in of_blocks) + 2 * hidden * logits
     if job.sampled_windows:
         _sample(phases["sample"], moe, job, forward)
+    if job.measured_widths:
+        _sensitivity(phases["sensitivity"], moe, of_blocks, recipe, job, outside_blocks)
     if job.joint_epochs:
         add_joint_stage(phases["joint"], moe, recipe, job, forward)
     block_size = max(num_bytes(block.layer.parameters(), itemsize) for block in moe.blocks)
@@ -126,6 +130,33 @@ def _sample(cost: Cost, moe: MoEModel, job: Job, forward: float) -> None:
         loop_bytes=steps * (size - unused + kept) + LOADED * size,
         read_bytes=size * job.stored_share,
     )
+
+
+def _sensitivity(
+    cost: Cost, moe: MoEModel, of_blocks: list[Shapes], recipe: Recipe, job: Job, outside_blocks: int
+) -> None:
+    """Adds the solves of every width, and the probes of all earlier parts, which run through each block."""
+    job, itemsize, hidden = replace(job, processes=1), moe.model.dtype.itemsize, moe.config.hidden_size
+    probes, stream = 0, job.tokens * hidden * itemsize
+    for block, shapes in zip(moe.blocks, of_blocks, strict=True):
+        size = num_bytes(block.layer.parameters(), itemsize)
+        here = outside_blocks + 2 * size + job.batch_size * job.window_length * itemsize * (
+            8 * hidden + shapes.activations
+        )  # fmt: skip
+        passes = len({name for name, *_ in shapes.attention}) * job.measured_widths
+        cost.add(here, read_bytes=size * job.stored_share + (2 + passes) * stream, written_bytes=stream)
+        cost.add(flops=job.tokens * (2 * shapes.forward + passes * shapes.attention_forward))
+        for _ in range(job.measured_widths):
+            _linears(cost, shapes.attention + shapes.shared, recipe, job, here, 1.0)
+            if block.is_moe:
+                _experts(cost, shapes, recipe, job, here)
+        begun = job.measured_widths * len({part for part, _ in block.weights().values()})
+        tokens = job.probe_windows * job.window_length * (probes + begun + 1)
+        states = 2 * tokens * hidden * itemsize
+        cost.add(flops=tokens * shapes.forward, loop_bytes=tokens * shapes.touched, again_bytes=states)
+        cost.add(read_bytes=states / 2, written_bytes=states / 2)
+        probes += begun
+    cost.add(flops=2 * job.probe_windows * job.window_length * (probes + 1) * hidden * vocabulary(moe))
 
 
 def _linears(

@@ -3,6 +3,7 @@
     run.json               what this run is (options and the original model's fingerprint)
     blocks/block_003.safetensors   the compressed block 3: codes, scales, zero points, router, statistics
     sampled/text_0/windows.safetensors   windows that the original wrote, if `self` calibrates
+    sensitivity/, allocation.json   what bits were chosen from, and which, if a size was given
     costs.jsonl            seconds, peak memory and disk traffic of each phase
     streams/rank_0_of_1/block_003.x, .x_hat   both hidden streams as block 3 receives them
     checkpoints/  tensorboard/  compressed/  report.json  report.md

@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,23 @@ import torch
 PACKAGES = ("eacmoe-lightning", "torch", "lightning", "transformers", "torchmetrics", "datasets")
 
 
+_given: list[str] = []  # the words of a command that Python code runs; empty: those of the process
+
+
+def remember_command(words: Sequence[str] | None) -> None:
+    """Keeps the words of a command that Python code runs, `cli.main([...])`; None: those of the process count."""
+    _given[:] = words or []
+
+
+def command_line() -> str:
+    """The command that runs, quoted as a shell reads it."""
+    return shlex.join(["eacmoe", *_given] if _given else sys.argv)
+
+
 def origin(config: dict[str, Any], seed: int, num_processes: int = 1) -> dict[str, Any]:
     """The provenance of a report's figures, as the report stores it."""
     return {
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
         "config": config,
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "commit": commit(),

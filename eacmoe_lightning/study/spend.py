@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.budget.optimizer import Point, allocate
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.offload.codecs import Bound
 from eacmoe_lightning.run.files import write_json
-from eacmoe_lightning.study.budget import LADDER, Point, Sensitivity, allocate, frequencies
+from eacmoe_lightning.study.budget import LADDER, Sensitivity, frequencies
 from eacmoe_lightning.study.cells import stable_seed
 from eacmoe_lightning.study.disturb import disturb, disturbed
 from eacmoe_lightning.study.measure import Measurement
@@ -124,7 +125,7 @@ def spend(
         budget = evaluate("one bound", same_bound, bound)["bytes"]
         for choice, (by_block, by_expert) in CHOICES.items():
             allocation = allocate(damages(points, load, sensitivity.nats, by_block, by_expert), budget)
-            chosen = {place: Bound("mean", point.bound) for place, point in allocation.items()}
+            chosen = {place: Bound("mean", point.choice) for place, point in allocation.items()}
             evaluate(choice, chosen, bound)
             if by_block and by_expert:
                 codecs = {

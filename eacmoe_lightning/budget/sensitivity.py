@@ -1,0 +1,131 @@
+"""Sensitivities: what each weight of a model loses at each width, in nats of KL divergence per token.
+
+Measured are, at some widths, the damage D_p(w) of a block's part p quantized alone (attention, shared experts, routed
+experts), and the error e_ij(w) of each projection j of each routed expert i (`measure.py`). A part's damage is shared
+out among the experts by what they do to the block's output:
+
+    d_ij(w) = D(w) (n_i + s n) e_ij(w) / sum over k, l of (n_k + s n) e_kl(w)
+
+n_i is the number of tokens that select expert i, n its mean over the block's experts. s n tokens are added to each,
+because other texts select other experts: an allocation by calibrated frequencies alone would fit the calibration text.
+Between measured widths the logarithm is linear in the width. Beyond the last one the damage falls by the last measured
+ratio per bit, at least by a half and at most to a quarter, the ratio of squared rounding errors.
+
+An allocation's damage is the sum over its weights: errors of different weights are nearly uncorrelated, and the
+divergence is quadratic in small errors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from eacmoe_lightning.run.files import StoreError, write_json
+
+FILE, BLOCKS = "sensitivity.json", "blocks"
+SMOOTHING = 0.1  # s
+FASTEST, SLOWEST = 0.25, 0.5  # damage at one bit more, as a share
+LEAST = 1e-12  # nats; keeps logarithms finite
+
+
+def probe_name(block: int, part: str, width: float) -> str:
+    return f"{block:03d}.{part}.{width:g}"
+
+
+def interpolated(measured: Mapping[float, float], width: float) -> float:
+    """The value at a width from values at some widths (see the module), made to fall with the width."""
+    widths = sorted(measured)
+    values = list(accumulate((max(measured[w], LEAST) for w in widths), min))
+    if width >= widths[-1]:
+        ratio = (values[-1] / values[-2]) ** (1 / (widths[-1] - widths[-2])) if len(widths) > 1 else FASTEST
+        return values[-1] * min(max(ratio, FASTEST), SLOWEST) ** (width - widths[-1])
+    i = next(i for i, high in enumerate(widths) if width <= high and i)  # below the first one too
+    share = (width - widths[i - 1]) / (widths[i] - widths[i - 1])
+    return math.exp((1 - share) * math.log(values[i - 1]) + share * math.log(values[i]))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The sensitivities of one model.
+
+    Attributes:
+        identity: what they were measured on.
+        widths: measured bits, ascending.
+        blocks: by block, its result (`measure.measure`): `name`, `relative_error`, and with experts `load` and `error`.
+        damage: nats by probe (`probe_name`).
+        smoothing: s of the module's formula.
+    """
+
+    identity: dict[str, Any]
+    widths: tuple[float, ...]
+    blocks: list[dict[str, Any]]
+    damage: dict[str, float]
+    smoothing: float = SMOOTHING
+
+    def part(self, block: int, part: str, width: float) -> float:
+        """Nats that a block loses with one of its parts at this width; routed experts all together."""
+        return interpolated(
+            {w: self.damage[n] for w in self.widths if (n := probe_name(block, part, w)) in self.damage}, width
+        )
+
+    def experts(self, block: int, width: float) -> dict[str, list[float]]:
+        """By projection, the nats of each routed expert of a block with this weight alone at this width."""
+        errors = {
+            projection: [self._weights[block][e] * self._error(block, projection, e, width) for e in range(len(load))]
+            for projection in self.blocks[block]["error"]
+            if (load := self.blocks[block]["load"])
+        }
+        total = sum(sum(values) for values in errors.values())
+        damage = self.part(block, "experts", width)
+        return {projection: [damage * e / total for e in values] for projection, values in errors.items()}
+
+    def _error(self, block: int, projection: str, expert: int, width: float) -> float:
+        by_width = self.blocks[block]["error"][projection]
+        return interpolated({w: by_width[f"{w:g}"][expert] for w in self.widths}, width)
+
+    @cached_property
+    def _weights(self) -> dict[int, list[float]]:
+        """n_i + s n of every block with experts."""
+        loads = {block["block"]: block["load"] for block in self.blocks if "load" in block}
+        return {b: [n + self.smoothing * max(sum(load), 1) / len(load) for n in load] for b, load in loads.items()}
+
+
+def write(
+    output: Path,
+    identity: dict[str, Any],
+    widths: Sequence[float],
+    blocks: list[dict[str, Any]],
+    damage: dict[str, float],
+) -> Sensitivity:
+    content = {"identity": identity, "widths": list(widths), "damage": damage, "blocks": blocks}
+    write_json(output / FILE, content)
+    return read(output)
+
+
+def read(path: str | Path) -> Sensitivity:
+    """Sensitivities that `eacmoe sensitivity` has measured.
+
+    Args:
+        path: its output.
+
+    Raises:
+        FileNotFoundError: there are none, or the measurement is not finished.
+        StoreError: the file is damaged.
+    """
+    file = Path(path) / FILE
+    if not file.exists():
+        more = ""
+        if (Path(path) / BLOCKS).is_dir():
+            more = ": the measurement is not finished; the same `eacmoe sensitivity` goes on"
+        raise FileNotFoundError(f"{path} (--model.sensitivity) holds no {FILE}{more}")
+    try:
+        content = json.loads(file.read_text())
+        return Sensitivity(content["identity"], tuple(content["widths"]), content["blocks"], dict(content["damage"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{file} is damaged ({error!r}): measure again into another directory") from error

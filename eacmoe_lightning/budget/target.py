@@ -1,0 +1,168 @@
+"""The size that a user asks for, in bits a weight or in gigabytes, and the allocation that has it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from eacmoe_lightning import targets
+from eacmoe_lightning.budget.allocation import Allocation, Allocator, possible_widths
+from eacmoe_lightning.budget.sensitivity import Sensitivity
+from eacmoe_lightning.calibration.recipe import PARTS, Recipe, num_quantized
+from eacmoe_lightning.exports.linears import original_of
+from eacmoe_lightning.models.draft import read_draft
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import (
+    OriginalFiles,
+    license_files,
+    load_tokenizer,
+    processor_files,
+    read_config,
+    resolve_model,
+)
+
+CARD_BYTES = 16_384  # model card, generation config, code that imports this package
+HEADER_BYTES = 160  # of a tensor in the header of its file and in the index, besides its names
+CLOSE = 0.99  # of the size that was asked for: what comes out has at least this share
+
+
+@dataclass(frozen=True)
+class SizeTarget:
+    """A size: options of the command line.
+
+    Attributes:
+        bits: bits of a quantized weight, with its share of scales and zero points (--model.target_bits).
+        gb: gigabytes (10^9 bytes) of the compressed directory, with everything in it (--model.target_gb).
+
+    Raises:
+        ValueError: both are given, or one is not positive.
+    """
+
+    bits: float | None = None
+    gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.gb is not None:
+            raise ValueError("target_bits (--model.target_bits) and target_gb (--model.target_gb): pass one of them")
+        for option, value in (("target_bits", self.bits), ("target_gb", self.gb)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{option}={value} (--model.{option}) is not positive")
+
+    def __bool__(self) -> bool:
+        return self.bits is not None or self.gb is not None
+
+    def nbytes(self, moe: MoEModel, rest: int) -> float:
+        """Bytes for all quantized weights, if everything else in the directory takes `rest`."""
+        return self.bits * num_quantized(moe) / 8 if self.gb is None else self.gb * 1e9 - rest
+
+    def described(self, nbytes: float, moe: MoEModel, rest: int) -> str:
+        """As an option, the size at which the quantized weights take this many bytes."""
+        if self.gb is None:
+            return f"--model.target_bits {8 * nbytes / num_quantized(moe):.4g}"
+        return f"--model.target_gb {(nbytes + rest) / 1e9:.6g}"
+
+    def check(self, allocator: Allocator, rest: int) -> float:
+        """The bytes for the quantized weights; needs no sensitivities.
+
+        Raises:
+            ValueError: no allocation has this size; the message names the nearest size that can be had.
+        """
+        moe, wanted = allocator.moe, self.nbytes(allocator.moe, rest)
+        asked = f"target_bits={self.bits}" if self.gb is None else f"target_gb={self.gb}"
+        option = "--model.target_bits" if self.gb is None else "--model.target_gb"
+        if wanted < allocator.smallest:
+            # rounded up, so that it can be had
+            least = self.described(allocator.smallest * 1.0005, moe, rest)
+            raise ValueError(
+                f"{asked} ({option}) is below what the smallest widths take: pass {least} or more, a larger "
+                "--model.group_size, or --model.quantizer lattice, which has rates down to 1.5 bits"
+            )
+        if wanted * CLOSE > allocator.largest:
+            most = self.described(allocator.largest, moe, rest)
+            raise ValueError(f"{asked} ({option}) is above what the largest widths take: pass {most} or less")
+        return wanted
+
+
+def allocator_of(
+    recipe: Recipe,
+    moe: MoEModel,
+    rows: Sequence[targets.Target],
+    sensitivity: Sensitivity | None = None,
+) -> Allocator:
+    """An allocator for the widths and units that a target loads.
+
+    Args:
+        rows: of the target's formats (`targets.for_calibration`); the first one counts. Empty: no target.
+    """
+    widths = possible_widths(recipe)
+    if not rows:
+        return Allocator(recipe, moe, sensitivity, "projection" if recipe.in_blocks else "expert", widths)
+    if not recipe.in_blocks:
+        loaded = {part: rows[0].widths(part, bool(recipe.symmetric)) for part in PARTS}
+        widths = {part: [w for w in possible if w in loaded[part]] for part, possible in widths.items()}
+    return Allocator(recipe, moe, sensitivity, rows[0].granularity, widths)
+
+
+def allocate(
+    target: SizeTarget,
+    recipe: Recipe,
+    moe: MoEModel,
+    rows: Sequence[targets.Target],
+    sensitivity: Sensitivity,
+    rest: int,
+    tensor_parallel: int = 1,
+) -> Allocation:
+    """The widths that have the size with the least damage.
+
+    Args:
+        rest: bytes of everything but the quantized weights (`rest_bytes`).
+
+    Raises:
+        ValueError: no allocation has this size within 1 %, or the target does not load the one that does.
+    """
+    allocator = allocator_of(recipe, moe, rows, sensitivity)
+    wanted = target.check(allocator, rest)
+    allocation = allocator.allocate(wanted)
+    if allocation.nbytes + (rest if target.gb else 0) < CLOSE * (wanted + (rest if target.gb else 0)):
+        nearest = target.described(allocation.nbytes * 1.0005, moe, rest)
+        raise ValueError(
+            f"no choice of widths comes within 1 % of the size that was asked for: the nearest below it is {nearest}"
+        )
+    if rows:
+        chosen = replace(recipe, overrides=allocation.overrides)
+        targets.choose(list(rows), chosen.grids(moe), original_of(moe), tensor_parallel)
+    return allocation
+
+
+def rest_bytes(moe: MoEModel, name_or_path: str, trust_remote_code: bool = False) -> int:
+    """The most bytes that a compressed directory takes besides its quantized weights: an estimate, a little high.
+
+    Embeddings, head, routers, norms and draft layers; tokenizer, processor and licenses; config, index and headers.
+    """
+    source = resolve_model(name_or_path)
+    config = read_config(source)[0]
+    stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
+    quantized = {name for block in moe.blocks for name in block.weights()}
+    trained = {name for name, _ in moe.norms()} | {block.router_parameter_name for block in moe.calibrated_blocks}
+    total, seen = CARD_BYTES, set()
+    for name, tensor in moe.model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue  # tied
+        seen.add(id(tensor))
+        total += HEADER_BYTES + 2 * len(name)
+        if name in quantized:
+            numbers = tensor.shape[0] if tensor.ndim == 3 else 1
+            total += 3 * (HEADER_BYTES + 2 * len(name)) + 12 * numbers  # codes, scales, zero points; bits in the config
+            continue
+        is_narrow = tensor.is_floating_point() and name not in trained
+        total += tensor.numel() * min(tensor.element_size(), stored_dtype.itemsize if is_narrow else 8)
+    total += sum(tensor.nbytes for tensor in read_draft(OriginalFiles(source), moe.model).values())
+    total += len(json.dumps(config.to_dict(), indent=2, default=str))
+    total += sum(file.stat().st_size for file in (*processor_files(source), *license_files(source)))
+    with tempfile.TemporaryDirectory() as folder:
+        load_tokenizer(source, trust_remote_code).save_pretrained(folder)
+        total += sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    return total

@@ -1,0 +1,68 @@
+"""`eacmoe sensitivity` measures what each weight of a model loses at each width, for any number of sizes afterwards."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from eacmoe_lightning.budget import picture
+from eacmoe_lightning.budget.target import allocator_of
+from eacmoe_lightning.commands.fit import parse_fit
+from eacmoe_lightning.job.chosen_bits import measured
+from eacmoe_lightning.job.sampling import SampledTexts
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.lock import RunLock
+from eacmoe_lightning.run.ranks import Ranks
+
+
+def options() -> argparse.ArgumentParser:
+    """The options of `sensitivity` in addition to those of `fit`."""
+    program = f"{Path(sys.argv[0]).name} sensitivity"
+    parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False, add_help=False)
+    parser.add_argument("--output", type=Path, required=True, help="directory for the sensitivities, new or unfinished")
+    parser.add_argument("--widths", type=float, nargs="+", default=[2, 3, 4], help="bits that are measured")
+    parser.add_argument("--probe_windows", type=int, help="calibration windows on which damage is measured alone; 8")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
+    return parser
+
+
+def sensitivity(words: list[str]) -> None:
+    """Measures what each weight of a model loses at each width, once, for any number of sizes.
+
+    It takes the options of `fit` (model, quantizer, groups, calibration text) and those of `options`. `fit` and `plan`
+    read the result as `--model.sensitivity`. A killed measurement goes on with the same command.
+
+    Raises:
+        ValueError, FileNotFoundError: as in `fit`, for options that do not suit the model.
+    """
+    parser = options()
+    if "-h" in words or "--help" in words:
+        parser.print_help()  # those of fit follow
+        parse_fit(words)
+    chosen, words = parser.parse_known_args(words)
+    module, data, _ = parse_fit(words)
+    widths = sorted(int(width) if width == int(width) else width for width in set(chosen.widths))
+    for width in widths:
+        module.recipe.uniform(width)  # raises now
+    weights = Checkpoint(module.name_or_path, module.dtype_name, module.trust_remote_code)
+    moe = StreamedModel(weights, torch.device(chosen.device))
+    data.check_model(moe, "fit")
+    module.recipe.check(moe)
+    run, ranks = RunDirectory(chosen.output), Ranks()
+    texts = SampledTexts(data, run, moe, ranks, module.name_or_path, module.dtype_name, module.trust_remote_code)
+    texts.check()
+    with RunLock(chosen.output, "--output"):
+        texts.prepare(continues=(chosen.output / "identity.json").exists())
+        texts.make()
+        found = measured(
+            chosen.output, module.recipe, moe, data, fingerprint(module.name_or_path), num_probes=chosen.probe_windows,
+            widths=widths,
+        )  # fmt: skip
+        allocator = allocator_of(module.recipe, moe, module.targets, found)
+        picture.write(chosen.output, found, allocator, module.name_or_path)

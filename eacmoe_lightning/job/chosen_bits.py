@@ -1,0 +1,165 @@
+"""Bits chosen by size: `fit` measures sensitivities before its first block, unless they are given, and allocates once.
+
+The run directory keeps both: `sensitivity/` and `allocation.json`. A job that goes on reads the allocation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from eacmoe_lightning import targets
+from eacmoe_lightning.budget import sensitivity as sensitivities
+from eacmoe_lightning.budget.measure import WIDTHS, Text, default_probes, identity_of, measure
+from eacmoe_lightning.budget.sensitivity import Sensitivity
+from eacmoe_lightning.budget.target import SizeTarget, allocate, allocator_of, rest_bytes
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.files import write_json
+
+FILE = "allocation.json"
+
+
+class ChosenBits:
+    """The bits of a run whose size was given.
+
+    Args:
+        size: what was asked for.
+        sensitivity: output of `eacmoe sensitivity`; None: the run measures them.
+    """
+
+    def __init__(self, size: SizeTarget, sensitivity: str | None) -> None:
+        self.size, self.path = size, sensitivity
+        if sensitivity is not None and not size:
+            raise ValueError(
+                "sensitivity (--model.sensitivity) serves a size: pass --model.target_bits or --model.target_gb too"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on besides the recipe, by option; nothing if no size was given."""
+        if not self.size:
+            return {}
+        chosen = {"model.target_bits": self.size.bits, "model.target_gb": self.size.gb}
+        if self.path is not None:
+            file = Path(self.path) / sensitivities.FILE
+            content = file.read_bytes() if file.exists() else b""
+            chosen["model.sensitivity"] = hashlib.sha256(content).hexdigest()
+        return chosen
+
+    def measured(self, num_windows: int) -> dict[str, int]:
+        """Of `planning.sizes.Job`, what says how much a run measures."""
+        if not self.size or self.path is not None:
+            return {}
+        return {"measured_widths": len(WIDTHS), "probe_windows": default_probes(num_windows)}
+
+    def check(
+        self,
+        recipe: Recipe,
+        moe: StreamedModel,
+        rows: list[targets.Target],
+        processes: int,
+        has_pruning: bool,
+        fingerprint: str,
+        name_or_path: str,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Checks that there is an allocation of this size, before anything long starts.
+
+        Args:
+            rows: of the target's formats; empty: no target.
+            processes: of the run.
+            fingerprint, name_or_path: of the original.
+
+        Raises:
+            FileNotFoundError: there are no sensitivities at the given path.
+            ValueError: the size cannot be had, or the sensitivities are of another model or other settings.
+        """
+        if not recipe.quantizes:
+            raise ValueError(
+                "--model.quantizer none has no bits to choose: leave out --model.target_bits and target_gb"
+            )
+        if has_pruning:
+            raise ValueError(
+                "a size (--model.target_bits, --model.target_gb) cannot be met while a rule removes experts, whose "
+                "number is not known before: fit with the size alone, and remove experts with `eacmoe prune` first"
+            )
+        if self.path is None and processes > 1:
+            raise ValueError(
+                f"{processes} processes cannot measure sensitivities: run `eacmoe sensitivity` with the same options "
+                "in one, and pass its --output as --model.sensitivity"
+            )
+        self.size.check(allocator_of(recipe, moe, rows), rest_bytes(moe, name_or_path, trust_remote_code))
+        if self.path is not None:
+            refuse_other(sensitivities.read(self.path), recipe, fingerprint, self.path)
+
+    def take(
+        self,
+        run: RunDirectory,
+        recipe: Recipe,
+        moe: StreamedModel,
+        rows: list[targets.Target],
+        data: TextWindows,
+        fingerprint: str,
+        name_or_path: str,
+        tensor_parallel: int = 1,
+        trust_remote_code: bool = False,
+    ) -> bool:
+        """Writes the allocation, unless the run directory has it; for the first process. Arguments as in `check`.
+
+        Returns:
+            Whether it was missing.
+        """
+        if (run.path / FILE).exists():
+            return False
+        if self.path is not None:
+            found = sensitivities.read(self.path)
+        else:
+            found = measured(run.path / "sensitivity", recipe, moe, data, fingerprint)
+        rest = rest_bytes(moe, name_or_path, trust_remote_code)
+        allocation = allocate(self.size, recipe, moe, rows, found, rest, tensor_parallel)
+        write_json(run.path / FILE, allocation.record())
+        print(allocation.described())
+        return True
+
+    def result(self, run: RunDirectory) -> dict[str, Any]:
+        """For the report: what was asked for, the bits that came out and the damage that was predicted."""
+        found = json.loads((run.path / FILE).read_text())
+        asked = {"target_bits": self.size.bits, "target_gb": self.size.gb}
+        predicted = {"predicted": found["damage"], "predicted_by_part": found["by_part"]}
+        return {"asked": {name: value for name, value in asked.items() if value}, "bits": found["bits"], **predicted}
+
+    @staticmethod
+    def recipe(run: RunDirectory, recipe: Recipe) -> Recipe:
+        """The recipe with the run's allocation."""
+        overrides = json.loads((run.path / FILE).read_text())["overrides"]
+        return replace(recipe, overrides={int(block): keys for block, keys in overrides.items()})
+
+
+def refuse_other(found: Sensitivity, recipe: Recipe, fingerprint: str, path: str) -> None:
+    """Raises ValueError if sensitivities are of another original, or of weights quantized otherwise."""
+    now = json.loads(json.dumps(identity_of(recipe, fingerprint)))
+    different = [key for key, value in now.items() if found.identity.get(key) != value]
+    if "model.fingerprint" in different:
+        raise ValueError(f"{path} (--model.sensitivity) holds sensitivities of another model than --model.name_or_path")
+    if different:
+        key = different[0]
+        raise ValueError(
+            f"{path} (--model.sensitivity) was measured with {key}={found.identity.get(key)!r}, and this run has "
+            f"{now[key]!r} (--{key}): measure again with this setting, or pass that one"
+        )
+
+
+def measured(output: Path, recipe: Recipe, moe: StreamedModel, data: TextWindows, fingerprint: str, **more: Any):
+    """`measure` on the calibration windows of a data module; `more` are its further arguments."""
+    num_probes = more.pop("num_probes", None) or default_probes(len(data.calibration_windows))
+    identity = identity_of(recipe, fingerprint) | {"data.calibration_digest": data.calibration_digest}
+    text = Text(data.calibration_windows, data.calibration_weights, data.calibration_positions)
+    return measure(
+        moe, recipe, text, output, identity, num_probes=num_probes, batch_size=data.batch_size, seed=data.seed,
+        on_block=lambda block: print(f"sensitivity: block {block} of {len(moe.blocks)} measured", flush=True), **more,
+    )  # fmt: skip

@@ -1,0 +1,318 @@
+"""Bits chosen by size: sensitivities against direct computation, allocations, targets, and `fit`."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eacmoe_lightning import targets
+from eacmoe_lightning.budget import measure as measuring
+from eacmoe_lightning.budget.allocation import Allocator
+from eacmoe_lightning.budget.measure import Text, measure
+from eacmoe_lightning.budget.probes import Probes
+from eacmoe_lightning.budget.sensitivity import Sensitivity, interpolated, read
+from eacmoe_lightning.budget.target import SizeTarget, allocate, allocator_of, rest_bytes
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.cli import main
+from eacmoe_lightning.compressed.format import read_config
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.streamed import StreamedModel
+
+RECIPE = Recipe(group_size=32, min_expert_tokens=32, symmetric=False)
+WINDOWS = torch.randint(0, 256, (10, 32), generator=torch.Generator().manual_seed(1))
+OPTIONS = {"model__block_epochs": 0, "model__joint_epochs": 0, "data__heldout": "[bundled:prose]"}
+
+
+def streamed(folder: Path) -> StreamedModel:
+    return StreamedModel(Checkpoint(str(folder), "float32"))
+
+
+def measured(folder: Path, output: Path, **more) -> Sensitivity:
+    return measure(streamed(folder), RECIPE, Text(WINDOWS), output, {}, num_probes=2, batch_size=3, **more)
+
+
+@pytest.fixture
+def sensitivity(once, tiny_model_dir):
+    """`sensitivity(family)`: the sensitivities of a tiny model, measured once."""
+
+    def of(family: str) -> tuple[StreamedModel, Sensitivity]:
+        folder = once(f"sensitivity-{family}", lambda path: measured(tiny_model_dir(family), path))
+        moe = streamed(tiny_model_dir(family))
+        RECIPE.check(moe)
+        return moe, read(folder)
+
+    return of
+
+
+# --- what is measured
+
+
+@torch.no_grad()
+def test_a_probe_is_the_whole_model_with_one_part_changed(tiny_model_dir, tmp_path):
+    folder = tiny_model_dir("deepseek")  # its first block is dense
+    moe, generator = streamed(folder), torch.Generator().manual_seed(0)
+    probes = Probes(moe, WINDOWS, 4, tmp_path)
+    changes = {}
+    for index in range(len(moe.blocks)):
+        with moe.loaded(index) as block:
+            for part in ("attention", "shared", "experts"):
+                weights = {n: w for n, (of, w) in block.weights().items() if of == part}
+                original = {n: w.clone() for n, w in weights.items()}
+                for name, weight in weights.items():
+                    weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
+                    changes[f"{index}.{part}", name] = block.as_parameter(name, weight.clone())
+                if weights:
+                    probes.add(block, f"{index}.{part}")
+                for name, weight in weights.items():
+                    weight.copy_(original[name])
+            probes.advance(block)
+    found = probes.divergences()
+    assert len(found) == 8
+    for probe in found:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        base = model(WINDOWS, use_cache=False).logits[:, :-1].log_softmax(-1)
+        for (name, parameter), value in changes.items():
+            if name == probe:
+                model.get_parameter(parameter).copy_(value)
+        other = model(WINDOWS, use_cache=False).logits[:, :-1].log_softmax(-1)
+        kl = (base.exp() * (base - other)).sum(-1).mean()
+        assert found[probe] == pytest.approx(float(kl), rel=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_errors_of_experts_are_those_of_the_experts_outputs(family, tiny_model_dir, tmp_path, monkeypatch):
+    """Recomputed with the experts' own forward pass and one weight of one expert replaced."""
+    kept = {}
+    errors_of = measuring._expert_errors
+
+    def keep(block, original, rows, routing):
+        errors = errors_of(block, original, rows, routing)
+        quantized = {n: w.clone() for n, (part, w) in block.weights().items() if part == "experts"}
+        kept[block.index] = (original, quantized, rows[:], routing, errors)
+        return errors
+
+    monkeypatch.setattr(measuring, "_expert_errors", keep)
+    found = measured(tiny_model_dir(family), tmp_path, widths=(2,))
+    moe = streamed(tiny_model_dir(family))
+    original, quantized, x, routing, errors = kept[1]
+    with moe.loaded(1) as block:
+        before = block.experts.module(x, routing.ids, routing.weights)
+        load = torch.bincount(routing.ids.flatten(), minlength=block.num_experts)
+        weights = {n: w for n, (part, w) in block.weights().items() if part == "experts"}
+        for name, weight in weights.items():
+            projection = name.rpartition(".")[2]
+            for e in range(block.num_experts):
+                weight[e] = quantized[name][e]
+                change = block.experts.module(x, routing.ids, routing.weights) - before
+                weight[e] = original[name][e]
+                if load[e] >= measuring.FEWEST:
+                    expected = float(change.square().sum() / load[e])
+                    assert errors[projection][e] == pytest.approx(expected, rel=1e-3)
+                    assert found.blocks[1]["error"][projection]["2"][e] == errors[projection][e]
+        assert found.blocks[1]["load"] == load.tolist() and int(load.max()) <= measuring.TOKENS
+
+
+def test_a_killed_measurement_goes_on_to_the_same_bits(tiny_model_dir, tmp_path):
+    class Killed(Exception): ...
+
+    def kill(at: int, block: int) -> None:
+        if block == at:
+            raise Killed
+
+    for at in (0, 1):
+        with pytest.raises(Killed):
+            measured(tiny_model_dir("deepseek"), tmp_path / "killed", on_block=partial(kill, at))
+    measured(tiny_model_dir("deepseek"), tmp_path / "killed")
+    measured(tiny_model_dir("deepseek"), tmp_path / "whole")
+    assert jobs.contents(tmp_path / "killed") == jobs.contents(tmp_path / "whole")
+    assert not (tmp_path / "killed" / "streams").exists()
+    again = read(tmp_path / "whole")
+    assert measured(tiny_model_dir("deepseek"), tmp_path / "whole") == again
+    with pytest.raises(ValueError, match="--output.*widths was .2, 3, 4. and is now .2, 4.*another --output"):
+        measured(tiny_model_dir("deepseek"), tmp_path / "whole", widths=(2, 4))
+
+
+# --- from sensitivities to widths
+
+
+def test_between_and_beyond_measured_widths():
+    at = {2: 16.0, 3: 4.0, 4: 2.0}
+    assert [interpolated(at, w) for w in (2, 3, 4)] == pytest.approx([16, 4, 2])
+    assert interpolated(at, 2.5) == pytest.approx(8) and interpolated(at, 1) == pytest.approx(64)
+    assert interpolated(at, 5) == pytest.approx(1) and interpolated(at, 6) == pytest.approx(0.5)
+    assert interpolated({2: 64.0, 3: 1.0}, 4) == pytest.approx(1 / 4)  # no faster than rounding errors fall
+    assert interpolated({2: 1.0, 3: 2.0}, 4) == pytest.approx(0.5)  # a loss that grows with the bits is noise
+    assert interpolated({3: 4.0}, 5) == pytest.approx(1 / 4)
+
+
+def test_experts_share_their_blocks_damage(sensitivity):
+    moe, found = sensitivity("qwen3_moe")
+    for block in moe.moe_blocks:
+        for width in (2, 2.5, 4, 6):
+            experts = found.experts(block.index, width)
+            assert sum(map(sum, experts.values())) == pytest.approx(found.part(block.index, "experts", width))
+            assert min(map(min, experts.values())) > 0  # also of an expert that no calibration token selects
+
+
+def test_the_size_is_met_and_more_bytes_lose_less(sensitivity):
+    moe, found = sensitivity("deepseek")
+    for granularity in ("expert", "projection", "block", "model"):
+        allocator = Allocator(RECIPE, moe, found, granularity)
+        last = float("inf")
+        for bits in (2.9, 3.2, 4, 5):
+            allocation = allocator.allocate(bits * allocator.num_weights / 8)
+            recipe = replace(RECIPE, overrides=allocation.overrides)
+            grids = recipe.grids(moe)
+            sizes = sum(torch.Size(g.shape).numel() * (g.bits + 24 / 32) / 8 for g in grids)
+            assert sizes == pytest.approx(allocation.nbytes) and allocation.bits <= bits
+            assert allocation.damage < last
+            last = allocation.damage
+            widths = {(g.block, g.name.rpartition(".")[2]): set() for g in grids if g.part == "experts"}
+            for g in grids:
+                if g.part == "experts":
+                    widths[g.block, g.name.rpartition(".")[2]].add(g.bits)
+            if granularity != "expert":
+                assert all(len(w) == 1 for w in widths.values())
+            if granularity in ("block", "model"):
+                assert all(len({*w}) == 1 for w in widths.values())
+                by_block = {b: {w for (c, _), ws in widths.items() if c == b for w in ws} for b, _ in widths}
+                assert all(len(w) == 1 for w in by_block.values())
+            if granularity == "model":
+                assert len({w for ws in widths.values() for w in ws}) == 1
+
+
+def test_overrides_stay_and_count(sensitivity):
+    moe, found = sensitivity("qwen3_moe")
+    fixed = {0: {"attention": 8, "experts.1": 7, "experts.2.down_proj": 6}, 1: {"experts.down_proj": 5}}
+    recipe = replace(RECIPE, overrides=fixed)
+    allocator = Allocator(recipe, moe, found)
+    allocation = allocator.allocate(4.0 * allocator.num_weights / 8)
+    chosen = replace(RECIPE, overrides=allocation.overrides)
+    assert chosen.grid(0, 2, "attention").bits == 8
+    assert chosen.expert_bits(0, 2, "gate_up_proj", [1]) == chosen.expert_bits(0, 2, "down_proj", [1]) == (7,)
+    assert chosen.expert_bits(0, 2, "down_proj", [2]) == (6,)
+    assert set(chosen.expert_bits(1, 2, "down_proj", range(4))) == {5}
+    assert allocation.bits <= 4 and allocation.bits > 3.9
+
+
+@pytest.mark.parametrize("engine", targets.ENGINES)
+def test_what_comes_out_is_what_the_target_loads(engine, sensitivity):
+    """At a low, a middle and a high size; refused sizes name one that can be had."""
+    moe, found = sensitivity("qwen3_moe")
+    rows = targets.for_calibration(engine)
+    recipe = replace(RECIPE, symmetric=rows[0].symmetric)
+    allocator = allocator_of(recipe, moe, rows)
+    for share in (0, 0.4, 1):
+        bits = 8 * (allocator.smallest + share * (allocator.largest - allocator.smallest)) / allocator.num_weights
+        try:
+            allocation = allocate(SizeTarget(bits=bits * 1.0001), recipe, moe, rows, found, 0)
+        except ValueError as error:
+            assert "comes within 1 %" in str(error) and 0 < share < 1
+            nearest = float(str(error).rpartition("--model.target_bits ")[2])
+            allocation = allocate(SizeTarget(bits=nearest), recipe, moe, rows, found, 0)
+        chosen = replace(recipe, overrides=allocation.overrides)
+        assert targets.choose(rows, chosen.grids(moe)).engine == engine
+
+
+def test_a_lattice_has_rates_between_the_measured_widths(sensitivity):
+    moe, found = sensitivity("qwen3_moe")
+    recipe = Recipe(quantizer="lattice", symmetric=False)
+    allocator = Allocator(recipe, moe, found)
+    allocation = allocator.allocate(1.8 * allocator.num_weights / 8)
+    assert 1.78 < allocation.bits <= 1.8
+
+
+# --- fit
+
+
+@pytest.mark.parametrize("size", ["target_bits", "target_gb"])
+def test_a_run_has_the_size_that_was_asked_for(size, tiny_model_dir, sensitivity, tmp_path):
+    folder = tiny_model_dir("deepseek")
+    moe, _ = sensitivity("deepseek")
+    wanted = 3.3
+    if size == "target_gb":
+        allocator = allocator_of(RECIPE, moe, [])
+        wanted = (3.3 * allocator.num_weights / 8 + rest_bytes(moe, str(folder))) / 1e9
+    run = jobs.fit(folder, tmp_path / "run", **OPTIONS, **{f"model__{size}": wanted})
+    report = json.loads((run / "report.json").read_text())
+    got = report["bits"]["true"]
+    if size == "target_gb":
+        got = sum(file.stat().st_size for file in (run / "compressed").iterdir()) / 1e9
+    assert 0.99 * wanted <= got <= wanted
+    chosen = json.loads((run / "allocation.json").read_text())
+    assert chosen["bits"] == pytest.approx(report["bits"]["true"], rel=1e-6)
+    assert report["allocation"]["predicted"] == pytest.approx(chosen["damage"])
+    assert "sensitivity" in report["cost"] and (run / "sensitivity" / "sensitivity.json").exists()
+    widths = read_config(run / "compressed")["quantization"]["bits"]
+    assert len({w for bits in widths.values() for w in (bits if isinstance(bits, list) else [bits])}) > 1
+
+
+def test_a_job_that_goes_on_keeps_its_widths(tiny_model_dir, tmp_path):
+    """Killed while it measures and in the first block; sensitivities of a command give the same as those of the run."""
+    model, options = tiny_model_dir("qwen3_moe"), OPTIONS | {"model__target_bits": 3.2}
+    places = [["call", "eacmoe_lightning.budget.probes.Probes.advance", 2], ["phase", "0 experts", 1]]
+    jobs.attempts(model, tmp_path / "killed", places, options)
+    jobs.fit(model, tmp_path / "whole", **options)
+    for part in ("blocks", "compressed", "sensitivity"):
+        assert jobs.contents(tmp_path / "killed" / part) == jobs.contents(tmp_path / "whole" / part)
+    words = jobs.options(model, tmp_path / "given", **options)
+    main(["sensitivity", "--output", str(tmp_path / "found"), "--device", "cpu", *jobs.options(model, "none")])
+    main(["fit", *words, "--model.sensitivity", str(tmp_path / "found")])
+    given, whole = (jobs.contents(tmp_path / name / "compressed") for name in ("given", "whole"))
+    assert {n for n in whole if given[n] != whole[n]} == {"README.md"}  # which names the command
+    for name in ("heatmap.png", "curve.png", "sensitivity.md", "curve.json"):
+        assert (tmp_path / "found" / name).stat().st_size
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target_bits": 2}, "target_bits=2.0 .*below.*--model.target_bits 2.75.* or more"),
+        ({"target_bits": 9}, "above what the largest widths take: pass --model.target_bits 8.75 or less"),
+        ({"target_gb": 1e-6}, "target_gb=1e-06 .*--model.target_gb 0.0"),
+        ({"target_bits": 3, "target_gb": 1}, "pass one of them"),
+        ({"target_bits": -1}, "target_bits=-1.0 .*not positive"),
+        ({"sensitivity": "somewhere"}, "serves a size: pass --model.target_bits or --model.target_gb too"),
+        ({"target_bits": 3, "sensitivity": "somewhere"}, "somewhere .--model.sensitivity. holds no sensitivity.json"),
+        ({"target_bits": 3, "quantizer": "none"}, "no bits to choose"),
+    ],
+)
+def test_bad_sizes(options, message, tiny_model_dir, tmp_path, capsys):
+    words = {f"model__{name}": value for name, value in options.items()}
+    if options.get("quantizer") == "none":
+        words["pruning__keep"] = 3
+    with pytest.raises(SystemExit):
+        jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", **OPTIONS | words)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_sensitivities_of_something_else_are_refused(tiny_model_dir, tmp_path, capsys):
+    model = tiny_model_dir("qwen3_moe")
+    found = tmp_path / "found"
+    main(["sensitivity", "--output", str(found), "--widths", "2", "4", *jobs.options(model, "none")])
+    given = {**OPTIONS, "model__target_bits": 4, "model__sensitivity": found}
+    for other, more, message in (
+        ("qwen2_moe", {}, "sensitivities of another model"),
+        ("qwen3_moe", {"model__group_size": 16}, "measured with model.group_size=32.*this run has 16"),
+    ):
+        with pytest.raises(SystemExit):
+            jobs.fit(tiny_model_dir(other), tmp_path / "run", **given | more)
+        assert re.search(message, capsys.readouterr().err)
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(found, unfinished)
+    (unfinished / "sensitivity.json").unlink()
+    with pytest.raises(SystemExit):
+        jobs.fit(model, tmp_path / "run", **given | {"model__sensitivity": unfinished})
+    assert "the measurement is not finished" in capsys.readouterr().err
+    main(["plan", *jobs.options(model, tmp_path / "run", **given), "--available.memory", "1e12"])
+    out = capsys.readouterr().out
+    assert "predicted KL divergence" in out and "experts: " in out and "attention: " in out
