@@ -33,7 +33,7 @@ class CompressedModel(Callback):
             "router_method": module.router_method,
             **{name: value for name, value in module.recipe.record().items() if name != "bits"},
             **({"unquantized": moe.unquantized} if moe.unquantized else {}),
-            **({"pruning": vars(module.pruning)} if module.pruning else {}),
+            **({"pruning": module.pruning.record()} if module.pruning else {}),
         }
         blocks = (finished.quantized(block.index) for block in moe.blocks)
         tokens = trainer.datamodule.calibration_windows[:1, :128]

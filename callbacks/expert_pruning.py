@@ -25,14 +25,15 @@ class ExpertPruning(Callback):
         criterion: Score of an expert: frequency (number of tokens that select it; EAC-MoE, section 4.3) or reap (mean
             of router weight times output norm over these tokens; REAP).
         alpha: Removes the experts that score below this share of their block's mean; a block keeps at least top_k.
-        keep: Number of experts that each block keeps; used instead of alpha.
+        keep: Number of experts that each block keeps; used instead of alpha. auto, with --model.target_bits or
+            target_gb: the number with which the model of this size loses least.
     """
 
     def __init__(
         self,
         criterion: Literal["frequency", "reap"] = "frequency",
         alpha: float | None = None,
-        keep: int | None = None,
+        keep: int | Literal["auto"] | None = None,
     ) -> None:
         is_off = alpha is None and keep is None
         self.rule = None if is_off else PruningRule(criterion, alpha, keep)

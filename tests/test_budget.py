@@ -16,14 +16,19 @@ from eacmoe_lightning import targets
 from eacmoe_lightning.budget import measure as measuring
 from eacmoe_lightning.budget.allocation import Allocator
 from eacmoe_lightning.budget.measure import Text, measure
-from eacmoe_lightning.budget.probes import Probes
+from eacmoe_lightning.budget.probes import Probes, without_experts
 from eacmoe_lightning.budget.sensitivity import Sensitivity, interpolated, read
 from eacmoe_lightning.budget.target import SizeTarget, allocate, allocator_of, rest_bytes
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.format import read_config
+from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.compressed.sizes import stored_parts
 from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.shrink import keep_experts
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.run.hidden import hidden_of
 
 RECIPE = Recipe(group_size=32, min_expert_tokens=32, symmetric=False)
 WINDOWS = torch.randint(0, 256, (10, 32), generator=torch.Generator().manual_seed(1))
@@ -272,6 +277,38 @@ def test_a_job_that_goes_on_keeps_its_widths(tiny_model_dir, tmp_path):
         assert (tmp_path / "found" / name).stat().st_size
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek"])
+def test_a_block_without_experts_selects_like_one_that_has_lost_them(family, tiny_model_dir):
+    moe, dropped = streamed(tiny_model_dir(family)), [0, 2]
+    index = moe.moe_blocks[-1].index
+    state = torch.randn(2, 16, moe.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with moe.loaded(index) as block:
+        call = moe.call(index, WINDOWS[:2, :16], state)
+        with without_experts(block, dropped):
+            output, routing = block.forward(call)
+        keep_experts(block, [e for e in range(block.num_experts) if e not in dropped])
+        expected, shrunk = block.forward(call)
+        assert torch.equal(routing.ids.sort().values, block.original_ids(shrunk.ids).sort().values)
+        torch.testing.assert_close(hidden_of(output), hidden_of(expected))
+
+
+def test_experts_and_bits_share_one_size(tiny_model_dir, tmp_path):
+    """Below what 2 bits for all experts take; the run keeps the experts that were counted, on the widths chosen."""
+    model = tiny_model_dir("qwen3_moe")
+    options = OPTIONS | {"model__target_bits": 2.3, "pruning__keep": "auto", "pruning__criterion": "reap"}
+    run = jobs.fit(model, tmp_path / "run", **options)
+    chosen, report = (json.loads((run / name).read_text()) for name in ("allocation.json", "report.json"))
+    assert chosen["kept"] == {number: block["kept"] for number, block in report["pruning"]["blocks"].items()}
+    weights = sum(w.numel() for block in streamed(model).blocks for _, w in block.weights().values())
+    stored = sum(parts[2] for parts in stored_parts(run / "compressed", MoEModel(load(run, packed=False))).values())
+    assert 0.99 * 2.3 <= 8 * stored / weights <= 2.3
+    assert report["allocation"]["predicted_by_part"]["pruning"] > 0 and report["pruning"]["removed"] > 0
+    plenty = jobs.fit(model, tmp_path / "plenty", **options | {"model__target_bits": 6})
+    assert json.loads((plenty / "allocation.json").read_text())["kept"] is None
+    assert "pruning" not in json.loads((plenty / "report.json").read_text())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -283,10 +320,12 @@ def test_a_job_that_goes_on_keeps_its_widths(tiny_model_dir, tmp_path):
         ({"sensitivity": "somewhere"}, "serves a size: pass --model.target_bits or --model.target_gb too"),
         ({"target_bits": 3, "sensitivity": "somewhere"}, "somewhere .--model.sensitivity. holds no sensitivity.json"),
         ({"target_bits": 3, "quantizer": "none"}, "no bits to choose"),
+        ({"target_bits": 3, "pruning__keep": 3}, "met together with --pruning.keep auto"),
+        ({"pruning__keep": "auto"}, "needs a size"),
     ],
 )
 def test_bad_sizes(options, message, tiny_model_dir, tmp_path, capsys):
-    words = {f"model__{name}": value for name, value in options.items()}
+    words = {name if "__" in name else f"model__{name}": value for name, value in options.items()}
     if options.get("quantizer") == "none":
         words["pruning__keep"] = 3
     with pytest.raises(SystemExit):

@@ -44,9 +44,10 @@ class Allocation:
     Attributes:
         overrides: for `Recipe.overrides`.
         nbytes: of all quantized weights with their scales and zero points.
-        bits: the same per weight.
+        bits: the same per quantized weight of the original.
         damage: predicted nats of KL divergence per token.
-        by_part: the predicted damage of attention, shared and routed experts.
+        by_part: the predicted damage of attention, shared and routed experts, and that of `pruning`.
+        kept: by block, the experts that stay; None: all.
     """
 
     overrides: dict[int, dict[str, int | float]]
@@ -54,11 +55,18 @@ class Allocation:
     bits: float
     damage: float
     by_part: dict[str, float]
+    kept: dict[int, list[int]] | None = None
+
+    @property
+    def keep(self) -> int | None:
+        """The number of experts that every block keeps; None: all."""
+        return len(next(iter(self.kept.values()))) if self.kept else None
 
     def described(self) -> str:
         """A line for the terminal."""
         parts = ", ".join(f"{part} {nats:.4f}" for part, nats in self.by_part.items() if nats)
-        return f"bits by size: {self.bits:.4f} bits a weight; predicted KL divergence {self.damage:.4f} ({parts})"
+        experts = f", {self.keep} experts in each block" if self.kept else ""
+        return f"by size: {self.bits:.4f} bits a weight{experts}; predicted KL divergence {self.damage:.4f} ({parts})"
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -74,6 +82,7 @@ class Allocator:
         sensitivity: of this model; None: only sizes are known, and every damage is 0.
         granularity: see `targets.Granularity`.
         widths: possible bits by part.
+        kept: by block, the experts that stay; the others take no bytes. None: all.
 
     Raises:
         ValueError: a part has no possible width.
@@ -86,8 +95,10 @@ class Allocator:
         sensitivity: Sensitivity | None,
         granularity: Granularity = "expert",
         widths: dict[str, Sequence[int | float]] | None = None,
+        kept: dict[int, list[int]] | None = None,
     ) -> None:
         self.recipe, self.moe, self.sensitivity, self.granularity = recipe, moe, sensitivity, granularity
+        self.kept = kept or {}
         self.widths = widths or possible_widths(recipe)
         if none := [part for part, possible in self.widths.items() if not possible]:
             raise ValueError(f"the target (--model.target) loads no width that the quantizer has for {none[0]} weights")
@@ -131,7 +142,11 @@ class Allocator:
             overrides[block] |= given
         nbytes = sum(point.nbytes for point in points.values())
         return Allocation(
-            {block: _shortened(overrides[block], self.moe.blocks[block]) for block in sorted(overrides)},
+            {
+                block.index: _shortened(overrides[block.index], block, self._experts(block))
+                for block in self.moe.blocks
+                if block.index in overrides
+            },
             nbytes, 8 * nbytes / self.num_weights, sum(by_part.values()), by_part,
         )  # fmt: skip
 
@@ -169,7 +184,7 @@ class Allocator:
             of_experts = cache(partial(self._damage_of_experts, block.index))
             for name, numel in sizes["experts"].items():
                 projection = name.rpartition(".")[2]
-                for e in range(block.num_experts):
+                for e in self._experts(block):
 
                     def damage(width: float, damages=of_experts, projection=projection, e=e) -> float:
                         return damages(width)[projection][e] if self.sensitivity else 0.0
@@ -177,6 +192,9 @@ class Allocator:
                     key = f"experts.{e}.{projection}"
                     units[block.index, key] = self._unit(block.index, key, "experts", {name: numel}, damage)
         return units
+
+    def _experts(self, block: Block) -> Sequence[int]:
+        return self.kept.get(block.index, range(block.num_experts))
 
     def _damage_of_part(self, block: int, part: str, width: float) -> float:
         return self.sensitivity.part(block, part, width) if self.sensitivity else 0.0
@@ -220,13 +238,12 @@ def _merged(units: list[tuple[Key, Unit]]) -> Unit:
     return Unit(points, [key for _, unit in units for key in unit.keys])
 
 
-def _shortened(keys: dict[str, int | float], block: Block) -> dict[str, int | float]:
+def _shortened(keys: dict[str, int | float], block: Block, numbers: Sequence[int]) -> dict[str, int | float]:
     """The overrides of a block with one key where all routed experts, or all of a projection, have the same width."""
     if not block.is_moe:
         return keys
     experts = {
-        projection: [keys.get(f"experts.{e}.{projection}") for e in range(block.num_experts)]
-        for projection in block.experts.projections
+        projection: [keys.get(f"experts.{e}.{projection}") for e in numbers] for projection in block.experts.projections
     }
     if any(None in widths for widths in experts.values()):
         return keys
@@ -237,5 +254,5 @@ def _shortened(keys: dict[str, int | float], block: Block) -> dict[str, int | fl
         if len(set(widths)) == 1:
             short[f"experts.{projection}"] = widths[0]
         else:
-            short |= {f"experts.{e}.{projection}": width for e, width in enumerate(widths)}
+            short |= {f"experts.{e}.{projection}": width for e, width in zip(numbers, widths, strict=True)}
     return short

@@ -11,6 +11,9 @@ the routed experts are quantized one after another as `fit` would, all else bein
 Damage says how much a block's experts matter beside those of other blocks, and beside attention; errors share it out
 among them (`sensitivity.py`).
 
+With `drops`, further probes miss a share of the experts in every block, those with the lowest scores: what pruning
+alone would lose.
+
 A directory holds the results of finished blocks and the hidden states before the next, so a killed measurement goes on.
 """
 
@@ -20,21 +23,25 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.budget.probes import Probes
-from eacmoe_lightning.budget.sensitivity import BLOCKS, FILE, Sensitivity, probe_name, read, write
+from eacmoe_lightning.budget.probes import Probes, without_experts
+from eacmoe_lightning.budget.sensitivity import BLOCKS, FILE, Sensitivity, drop_name, probe_name, read, write
 from eacmoe_lightning.calibration.inputs import BlockInputs
 from eacmoe_lightning.calibration.recipe import PARTS, Recipe
 from eacmoe_lightning.calibration.solver import BlockSolver
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.experts import Groups
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.pruning.scores import measured as scored
 from eacmoe_lightning.quantization.gram import tokens_by_expert
 from eacmoe_lightning.routers.expert_shift import expert_load
 from eacmoe_lightning.run.directory import RunDirectory, refuse_other_settings
@@ -44,6 +51,7 @@ from eacmoe_lightning.run.lock import LOCK
 from eacmoe_lightning.run.ranks import Ranks
 
 WIDTHS = (2, 3, 4)  # that are measured by default
+DROPS = (0.125, 0.25, 0.375, 0.5)  # shares of the experts that are measured as missing
 PROBES = 8  # windows that the probes run on by default, at most a quarter of all
 TOKENS = 512  # of an expert, on which its error is measured
 FEWEST = 16  # an expert with fewer tokens borrows those with the highest logits for it
@@ -102,6 +110,8 @@ def measure(
     num_probes: int = PROBES,
     batch_size: int = 8,
     seed: int = 0,
+    drops: Sequence[float] = (),
+    criterion: str = "reap",
     on_block: Callable[[int], None] = lambda block: None,
 ) -> Sensitivity:
     """Measures a model, or goes on where a killed measurement ended.
@@ -116,6 +126,8 @@ def measure(
         num_probes: windows among the calibration windows that only the probes run on.
         batch_size: windows per forward pass.
         seed: chooses these windows.
+        drops: shares of the experts that probes miss in every block.
+        criterion: the score of an expert (`pruning.scores`).
         on_block: called after each block.
 
     Raises:
@@ -125,6 +137,8 @@ def measure(
     for_solver, for_probes = split(text, num_probes, seed)
     run, num_blocks = RunDirectory(output), len(moe.blocks)
     identity = identity | {"widths": list(widths), "probe_windows": num_probes, "seed": seed}
+    if drops:
+        identity |= {"drops": list(drops), "pruning.criterion": criterion}
     _claim(run, identity)
     if (output / FILE).exists():
         return read(output)
@@ -147,7 +161,14 @@ def measure(
         for index in range(start, num_blocks):
             with moe.loaded(index) as block:
                 result = _measure_block(block, num_blocks, recipe, streams, probes, widths, ranks)
-                streams.advance(block, "x")
+                if drops and block.is_moe:
+                    counted = [partial(streams.counted, rows=rows) for rows in streams.slices]
+                    with scored(block, criterion, counted) as scores:
+                        streams.advance(block, "x")
+                    result["kept"] = _probe_drops(block, scores.finish(ranks), drops, probes, criterion)
+                    result["probes"] += [drop_name(share) for share in drops if index == moe.moe_blocks[0].index]
+                else:
+                    streams.advance(block, "x")
                 probes.advance(block)
             streams.step(index + 1)
             write_json(output / BLOCKS / f"block_{index:03d}.json", result)
@@ -215,6 +236,27 @@ def _measure_block(
                 weight.copy_(original[name])
     inputs.delete()
     return result
+
+
+def _probe_drops(
+    block: Block, scores: Tensor, drops: Sequence[float], probes: Probes, criterion: str
+) -> dict[str, list[int]]:
+    """Runs the probes that miss a share of the experts; by share, the experts that stay (as pruning chooses them)."""
+    kept, groups = {}, Groups.of(block).number
+    for share in drops:
+        number = keep_of(block, share)
+        kept[f"{share:g}"] = PruningRule(criterion, keep=number).choose(scores, block.top_k, groups)
+        dropped = sorted(set(range(block.num_experts)) - set(kept[f"{share:g}"]))
+        with without_experts(block, dropped):
+            probes.add(block, drop_name(share))
+    return kept
+
+
+def keep_of(block: Block, share: float) -> int:
+    """The number of experts that a block keeps if this share of them is dropped: all groups keep the same number."""
+    groups = Groups.of(block)
+    of_group = max(round((1 - share) * block.num_experts / groups.number), groups.least(block.top_k))
+    return max(of_group * groups.number, block.top_k)
 
 
 def _expert_errors(

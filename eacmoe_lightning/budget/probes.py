@@ -1,14 +1,15 @@
 """What one disturbed part does to a model's predictions, for many parts in one reading of the model.
 
-A probe is the model with one part of one block quantized, all else being the original. Up to that block its hidden
-states are the original's; from there on it has hidden states of its own, which run through the later blocks beside the
-original's. They lie in files, and one block is in memory at a time. After the last block the predictions of every probe
-are compared with the original's.
+A probe is the model with one part of one block quantized, all else being the original; or with experts missing in
+every block. Up to its first change its hidden states are the original's; from there on it has hidden states of its own,
+which run through the later blocks beside the original's. They lie in files, and one block is in memory at a time. After
+the last block the predictions of every probe are compared with the original's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,9 +18,36 @@ from torch import Tensor
 from eacmoe_lightning.evaluation.divergence import compare
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.routing import Routing
+from eacmoe_lightning.routers.router_weights import weight_rule
 from eacmoe_lightning.run.hidden import HiddenFile, State, StateFile, StateWriter, moved
 
 ORIGINAL = "original"
+
+
+@contextmanager
+def without_experts(block: Block, dropped: Sequence[int]) -> Iterator[None]:
+    """The block selects among its other experts, with the weights that its router would give them without these.
+
+    Groups of experts are not looked at.
+
+    Raises:
+        ValueError: no known rule gives the router's weights.
+    """
+    dropped = torch.tensor(dropped, dtype=torch.int64)
+
+    def select(routing: Routing, _: Tensor | None) -> Routing:
+        gone = dropped.to(routing.logits.device)
+        rule = weight_rule(block.router, routing.logits, routing.weights, routing.ids)
+        ids = block.choice(routing.logits).index_fill(1, gone, -torch.inf).topk(routing.ids.shape[1]).indices
+        logits = routing.logits.index_fill(1, gone, -torch.inf)
+        return Routing(logits, ids, rule(logits, ids))
+
+    handle = block.watch_router(select)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Probes:
@@ -54,16 +82,17 @@ class Probes:
         self._next: dict[str, StateFile] = {}
 
     def add(self, block: Block, name: str) -> None:
-        """Begins a probe: the original's states run through the block with the weights that it has now."""
-        self._next[name] = self._through(block, name, ORIGINAL)
+        """Runs a probe through the block as it is now: a new one from the original's states, another from its own."""
+        self._next[name] = self._through(block, name, name if name in self._files else ORIGINAL)
 
     def advance(self, block: Block) -> None:
-        """Runs the original and all probes of earlier blocks through the block, which is the original's again.
+        """Runs the original and all other probes through the block, which is the original's again.
 
         Then the probes stand before the next block. Finished files survive a kill; those of the block before stay too.
         """
         for name in (ORIGINAL, *self.names):
-            self._next[name] = self._through(block, name, name)
+            if name not in self._next:
+                self._next[name] = self._through(block, name, name)
         self._files, self._next = self._next, {}
         self.names = sorted(set(self._files) - {ORIGINAL})
         for file in self.directory.glob("block_*"):

@@ -38,6 +38,10 @@ def probe_name(block: int, part: str, width: float) -> str:
     return f"{block:03d}.{part}.{width:g}"
 
 
+def drop_name(share: float) -> str:
+    return f"all.drop.{share:g}"
+
+
 def interpolated(measured: Mapping[float, float], width: float) -> float:
     """The value at a width from values at some widths (see the module), made to fall with the width."""
     widths = sorted(measured)
@@ -57,7 +61,8 @@ class Sensitivity:
     Attributes:
         identity: what they were measured on.
         widths: measured bits, ascending.
-        blocks: by block, its result (`measure.measure`): `name`, `relative_error`, and with experts `load` and `error`.
+        blocks: by block, its result (`measure.measure`): `name`, `relative_error`, and with experts `load`, `error`
+            and `kept`, the experts that stay by share of those dropped.
         damage: nats by probe (`probe_name`).
         smoothing: s of the module's formula.
     """
@@ -73,6 +78,16 @@ class Sensitivity:
         return interpolated(
             {w: self.damage[n] for w in self.widths if (n := probe_name(block, part, w)) in self.damage}, width
         )
+
+    @property
+    def drops(self) -> dict[float, float]:
+        """By share of the experts that every block misses, the nats that the whole model loses; 0 of them loses 0."""
+        measured = {share: self.damage[drop_name(share)] for share in self.identity.get("drops", [])}
+        return {0.0: 0.0} | measured
+
+    def kept(self, share: float) -> dict[int, list[int]]:
+        """By block, the experts that stay if this share is dropped."""
+        return {b["block"]: b["kept"][f"{share:g}"] for b in self.blocks if "kept" in b}
 
     def experts(self, block: int, width: float) -> dict[str, list[float]]:
         """By projection, the nats of each routed expert of a block with this weight alone at this width."""

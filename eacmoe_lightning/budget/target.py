@@ -64,8 +64,12 @@ class SizeTarget:
             return f"--model.target_bits {8 * nbytes / num_quantized(moe):.4g}"
         return f"--model.target_gb {(nbytes + rest) / 1e9:.6g}"
 
-    def check(self, allocator: Allocator, rest: int) -> float:
+    def check(self, allocator: Allocator, rest: int, largest: Allocator | None = None) -> float:
         """The bytes for the quantized weights; needs no sensitivities.
+
+        Args:
+            allocator: whose smallest choices count.
+            largest: whose largest choices count, if others do.
 
         Raises:
             ValueError: no allocation has this size; the message names the nearest size that can be had.
@@ -74,14 +78,15 @@ class SizeTarget:
         asked = f"target_bits={self.bits}" if self.gb is None else f"target_gb={self.gb}"
         option = "--model.target_bits" if self.gb is None else "--model.target_gb"
         if wanted < allocator.smallest:
-            # rounded up, so that it can be had
-            least = self.described(allocator.smallest * 1.0005, moe, rest)
+            least = self.described(allocator.smallest * 1.0005, moe, rest)  # rounded, it can be had
             raise ValueError(
                 f"{asked} ({option}) is below what the smallest widths take: pass {least} or more, a larger "
-                "--model.group_size, or --model.quantizer lattice, which has rates down to 1.5 bits"
+                "--model.group_size, --model.quantizer lattice, which has rates down to 1.5 bits, or --pruning.keep "
+                "auto, which drops experts too"
             )
-        if wanted * CLOSE > allocator.largest:
-            most = self.described(allocator.largest, moe, rest)
+        largest = (largest or allocator).largest
+        if wanted * CLOSE > largest:
+            most = self.described(largest, moe, rest)
             raise ValueError(f"{asked} ({option}) is above what the largest widths take: pass {most} or less")
         return wanted
 
@@ -91,19 +96,22 @@ def allocator_of(
     moe: MoEModel,
     rows: Sequence[targets.Target],
     sensitivity: Sensitivity | None = None,
+    kept: dict[int, list[int]] | None = None,
 ) -> Allocator:
     """An allocator for the widths and units that a target loads.
 
     Args:
         rows: of the target's formats (`targets.for_calibration`); the first one counts. Empty: no target.
+        kept: by block, the experts that stay; None: all.
     """
     widths = possible_widths(recipe)
     if not rows:
-        return Allocator(recipe, moe, sensitivity, "projection" if recipe.in_blocks else "expert", widths)
+        granularity = "projection" if recipe.in_blocks else "expert"
+        return Allocator(recipe, moe, sensitivity, granularity, widths, kept)
     if not recipe.in_blocks:
         loaded = {part: rows[0].widths(part, bool(recipe.symmetric)) for part in PARTS}
         widths = {part: [w for w in possible if w in loaded[part]] for part, possible in widths.items()}
-    return Allocator(recipe, moe, sensitivity, rows[0].granularity, widths)
+    return Allocator(recipe, moe, sensitivity, rows[0].granularity, widths, kept)
 
 
 def allocate(
@@ -114,19 +122,35 @@ def allocate(
     sensitivity: Sensitivity,
     rest: int,
     tensor_parallel: int = 1,
+    drops: bool = False,
 ) -> Allocation:
     """The widths that have the size with the least damage.
 
     Args:
         rest: bytes of everything but the quantized weights (`rest_bytes`).
+        drops: whether experts may be dropped too, the same number in every block: the share among those measured with
+            which pruning and the bits of what stays lose least together.
 
     Raises:
         ValueError: no allocation has this size within 1 %, or the target does not load the one that does.
     """
-    allocator = allocator_of(recipe, moe, rows, sensitivity)
-    wanted = target.check(allocator, rest)
-    allocation = allocator.allocate(wanted)
-    if allocation.nbytes + (rest if target.gb else 0) < CLOSE * (wanted + (rest if target.gb else 0)):
+    choices, errors = [], []
+    for share, lost in sensitivity.drops.items() if drops else [(0.0, 0.0)]:
+        kept = sensitivity.kept(share) if share else None
+        allocator = allocator_of(recipe, moe, rows, sensitivity, kept)
+        try:
+            found = allocator.allocate(target.check(allocator, rest))
+        except ValueError as error:
+            errors.append(error)
+            continue
+        by_part = found.by_part | ({"pruning": lost} if kept else {})
+        choices.append(replace(found, damage=found.damage + lost, by_part=by_part, kept=kept))
+    if not choices:
+        raise errors[-1]
+    allocation = min(choices, key=lambda choice: choice.damage)
+    fixed = rest if target.gb else 0
+    wanted = target.nbytes(moe, rest)
+    if allocation.nbytes + fixed < CLOSE * (wanted + fixed):
         nearest = target.described(allocation.nbytes * 1.0005, moe, rest)
         raise ValueError(
             f"no choice of widths comes within 1 % of the size that was asked for: the nearest below it is {nearest}"

@@ -171,7 +171,8 @@ class Calibration:
     def _prune(self, scores: ExpertScores) -> None:
         """Removes the experts that the pruning rule does not keep from the current block."""
         block, values = self.block, scores.finish(self.ranks)
-        kept = self.pruning.choose(values, block.top_k, Groups.of(block).number)
+        known = self.pruning.kept and self.pruning.kept[block.index]
+        kept = known or self.pruning.choose(values, block.top_k, Groups.of(block).number)
         removed = sorted(set(range(block.num_experts)) - set(kept))
         share = float(scores.load[removed].sum() / scores.load.sum())
         below = self.pruning.below_alpha(values, kept)

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from eacmoe_lightning.budget.sensitivity import read
-from eacmoe_lightning.budget.target import allocate, allocator_of, rest_bytes
+from eacmoe_lightning.budget.target import allocate, rest_bytes
+from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.exports.linears import original_of
-from eacmoe_lightning.job.chosen_bits import refuse_other
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import fingerprint
@@ -101,14 +101,16 @@ def _choose_bits(module: QESC, moe: MoEModel) -> list[str]:
     if not size:
         return []
     rest = rest_bytes(moe, module.name_or_path, module.trust_remote_code)
-    allocator = allocator_of(module.recipe, moe, module.targets)
-    wanted = size.check(allocator, rest)
+    chosen.check(
+        module.recipe, moe, module.targets, 1, fingerprint(module.name_or_path), module.name_or_path,
+        module.trust_remote_code,
+    )  # fmt: skip
     if chosen.path is None:
-        bits = 8 * wanted / allocator.num_weights
+        bits = 8 * size.nbytes(moe, rest) / num_quantized(moe)
         return [f"by size: {bits:.3f} bits a weight; what it loses is known once `eacmoe sensitivity` has measured it"]
     found = read(chosen.path)
-    refuse_other(found, module.recipe, fingerprint(module.name_or_path), chosen.path)
-    allocation = allocate(size, module.recipe, moe, module.targets, found, rest, module.tensor_parallel)
+    allocation = allocate(size, module.recipe, moe, module.targets, found, rest, module.tensor_parallel, chosen.drops)
+    module.pruning = replace(module.pruning, keep=allocation.keep, kept=allocation.kept) if allocation.kept else None
     module.recipe = replace(module.recipe, overrides=allocation.overrides)
     lines = [f"by size: {(allocation.nbytes + rest) / 1e9:.4g} GB with everything; {allocation.described()}"]
     shares: dict[tuple[str, float], int] = defaultdict(int)

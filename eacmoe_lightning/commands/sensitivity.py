@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from eacmoe_lightning.budget import picture
+from eacmoe_lightning.budget.measure import DROPS
 from eacmoe_lightning.budget.target import allocator_of
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.job.chosen_bits import measured
@@ -28,6 +29,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="directory for the sensitivities, new or unfinished")
     parser.add_argument("--widths", type=float, nargs="+", default=[2, 3, 4], help="bits that are measured")
     parser.add_argument("--probe_windows", type=int, help="calibration windows on which damage is measured alone; 8")
+    parser.add_argument(
+        "--drops", type=float, nargs="*", default=DROPS, help="shares of the experts that are measured as missing"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
     return parser
 
@@ -62,7 +66,8 @@ def sensitivity(words: list[str]) -> None:
         texts.make()
         found = measured(
             chosen.output, module.recipe, moe, data, fingerprint(module.name_or_path), num_probes=chosen.probe_windows,
-            widths=widths,
+            widths=widths, drops=sorted(chosen.drops) if moe.calibrated_blocks == moe.moe_blocks else (),
+            criterion=module.pruning.criterion if module.pruning else "reap",
         )  # fmt: skip
         allocator = allocator_of(module.recipe, moe, module.targets, found)
         picture.write(chosen.output, found, allocator, module.name_or_path)

@@ -113,7 +113,7 @@ def build(
     report["model"]["stored"] = files.description
     add_quality(report, blocks, evaluation)
     if pruning:
-        report["pruning"] = removed_experts(vars(pruning), moe_stats)
+        report["pruning"] = removed_experts(pruning.record(), moe_stats)
     return report
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from eacmoe_lightning import targets
 from eacmoe_lightning.budget import sensitivity as sensitivities
-from eacmoe_lightning.budget.measure import WIDTHS, Text, default_probes, identity_of, measure
+from eacmoe_lightning.budget.measure import DROPS, WIDTHS, Text, default_probes, identity_of, keep_of, measure
 from eacmoe_lightning.budget.sensitivity import Sensitivity
 from eacmoe_lightning.budget.target import SizeTarget, allocate, allocator_of, rest_bytes
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import write_json
 
@@ -31,14 +32,24 @@ class ChosenBits:
     Args:
         size: what was asked for.
         sensitivity: output of `eacmoe sensitivity`; None: the run measures them.
+        pruning: the run's rule; with `keep=auto` experts are dropped too.
     """
 
-    def __init__(self, size: SizeTarget, sensitivity: str | None) -> None:
-        self.size, self.path = size, sensitivity
+    def __init__(self, size: SizeTarget, sensitivity: str | None, pruning: PruningRule | None = None) -> None:
+        self.size, self.path, self.pruning = size, sensitivity, pruning
+        if self.drops and not size:
+            raise ValueError(
+                "keep=auto (--pruning.keep) needs a size: pass --model.target_bits or --model.target_gb too"
+            )
         if sensitivity is not None and not size:
             raise ValueError(
                 "sensitivity (--model.sensitivity) serves a size: pass --model.target_bits or --model.target_gb too"
             )
+
+    @property
+    def drops(self) -> bool:
+        """Whether experts may be dropped to meet the size."""
+        return self.pruning is not None and self.pruning.keep == "auto"
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on besides the recipe, by option; nothing if no size was given."""
@@ -63,7 +74,6 @@ class ChosenBits:
         moe: StreamedModel,
         rows: list[targets.Target],
         processes: int,
-        has_pruning: bool,
         fingerprint: str,
         name_or_path: str,
         trust_remote_code: bool = False,
@@ -83,19 +93,30 @@ class ChosenBits:
             raise ValueError(
                 "--model.quantizer none has no bits to choose: leave out --model.target_bits and target_gb"
             )
-        if has_pruning:
+        if self.pruning is not None and not self.drops:
             raise ValueError(
-                "a size (--model.target_bits, --model.target_gb) cannot be met while a rule removes experts, whose "
-                "number is not known before: fit with the size alone, and remove experts with `eacmoe prune` first"
+                "a size (--model.target_bits, --model.target_gb) is met together with --pruning.keep auto, which "
+                "chooses the number of experts, or without pruning"
             )
         if self.path is None and processes > 1:
             raise ValueError(
                 f"{processes} processes cannot measure sensitivities: run `eacmoe sensitivity` with the same options "
                 "in one, and pass its --output as --model.sensitivity"
             )
-        self.size.check(allocator_of(recipe, moe, rows), rest_bytes(moe, name_or_path, trust_remote_code))
         if self.path is not None:
-            refuse_other(sensitivities.read(self.path), recipe, fingerprint, self.path)
+            found = sensitivities.read(self.path)
+            refuse_other(found, recipe, fingerprint, self.path)
+            if self.drops and len(found.drops) == 1:
+                raise ValueError(
+                    f"{self.path} (--model.sensitivity) says nothing of missing experts, which --pruning.keep auto "
+                    "needs: measure with --drops"
+                )
+        kept = None
+        if self.drops:
+            most = max(DROPS if self.path is None else found.drops)
+            kept = {block.index: list(range(keep_of(block, most))) for block in moe.moe_blocks}
+        rest = rest_bytes(moe, name_or_path, trust_remote_code)
+        self.size.check(allocator_of(recipe, moe, rows, kept=kept), rest, allocator_of(recipe, moe, rows))
 
     def take(
         self,
@@ -119,9 +140,10 @@ class ChosenBits:
         if self.path is not None:
             found = sensitivities.read(self.path)
         else:
-            found = measured(run.path / "sensitivity", recipe, moe, data, fingerprint)
+            more = {"drops": DROPS, "criterion": self.pruning.criterion} if self.drops else {}
+            found = measured(run.path / "sensitivity", recipe, moe, data, fingerprint, **more)
         rest = rest_bytes(moe, name_or_path, trust_remote_code)
-        allocation = allocate(self.size, recipe, moe, rows, found, rest, tensor_parallel)
+        allocation = allocate(self.size, recipe, moe, rows, found, rest, tensor_parallel, self.drops)
         write_json(run.path / FILE, allocation.record())
         print(allocation.described())
         return True
@@ -133,11 +155,14 @@ class ChosenBits:
         predicted = {"predicted": found["damage"], "predicted_by_part": found["by_part"]}
         return {"asked": {name: value for name, value in asked.items() if value}, "bits": found["bits"], **predicted}
 
-    @staticmethod
-    def recipe(run: RunDirectory, recipe: Recipe) -> Recipe:
-        """The recipe with the run's allocation."""
-        overrides = json.loads((run.path / FILE).read_text())["overrides"]
-        return replace(recipe, overrides={int(block): keys for block, keys in overrides.items()})
+    def chosen(self, run: RunDirectory, recipe: Recipe) -> tuple[Recipe, PruningRule | None]:
+        """The recipe with the run's widths, and the rule that keeps its experts; None if all stay."""
+        found = json.loads((run.path / FILE).read_text())
+        recipe = replace(recipe, overrides={int(block): keys for block, keys in found["overrides"].items()})
+        if not found["kept"]:
+            return recipe, None
+        kept = {int(block): numbers for block, numbers in found["kept"].items()}
+        return recipe, replace(self.pruning, keep=len(next(iter(kept.values()))), kept=kept)
 
 
 def refuse_other(found: Sensitivity, recipe: Recipe, fingerprint: str, path: str) -> None:

@@ -177,7 +177,7 @@ class QESC(Comparison):
         if self.recipe.symmetric is None:
             self.recipe = replace(self.recipe, symmetric=bool(self.targets) and self.targets[0].symmetric)
         self.asked = self.recipe  # before bits are chosen by size
-        self.chosen_bits = ChosenBits(SizeTarget(target_bits, target_gb), sensitivity)
+        self.chosen_bits = ChosenBits(SizeTarget(target_bits, target_gb), sensitivity, pruning)
         for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge)):
             if value <= 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is not positive")
@@ -190,7 +190,7 @@ class QESC(Comparison):
         ):
             if value < 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is negative")
-        self.pruning = pruning
+        self.pruning = self.asked_pruning = pruning
         self.fit_state: FitState | None = None
         self.lock: RunLock | None = None  # on the run directory, held by the first process
         self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
@@ -250,8 +250,8 @@ class QESC(Comparison):
             self.pruning.check(moe)
         if self.chosen_bits.size:
             self.chosen_bits.check(
-                self.asked, moe, self.targets, self.trainer.world_size, self.pruning is not None, self.fingerprint,
-                self.name_or_path, self.trust_remote_code,
+                self.asked, moe, self.targets, self.trainer.world_size, self.fingerprint, self.name_or_path,
+                self.trust_remote_code,
             )  # fmt: skip
         elif self.targets:
             targets.choose(self.targets, self.recipe.grids(moe), original_of(moe), self.tensor_parallel)
@@ -319,7 +319,7 @@ class QESC(Comparison):
             if is_new:
                 self.run.add_cost(None, "sensitivity", watch.cost())
         self.trainer.strategy.barrier()
-        self.recipe = self.chosen_bits.recipe(self.run, self.asked)
+        self.recipe, self.pruning = self.chosen_bits.chosen(self.run, self.asked)
 
     def teardown(self, stage: str) -> None:
         self.free_run()
@@ -354,7 +354,10 @@ class QESC(Comparison):
             "model.dtype": self.dtype_name,
             **{f"model.{name}": value for name, value in self.asked.record().items()},
             **self.chosen_bits.settings(),
-            **{f"pruning.{name}": value for name, value in (vars(self.pruning) if self.pruning else {}).items()},
+            **{
+                f"pruning.{name}": value
+                for name, value in (self.asked_pruning.record() if self.asked_pruning else {}).items()
+            },
             "model.router_method": self.router_method,
             "model.router_loss": self.router_loss.settings(),
             **{

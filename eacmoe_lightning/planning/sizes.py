@@ -318,7 +318,7 @@ def job_of(
         joint_kinds=tuple(module.kinds("joint")),
         stream_bytes=dtype.itemsize,
         processes=processes,
-        kept_experts=module.pruning.keep if module.pruning else None,
+        kept_experts=module.pruning.keep if module.pruning and module.pruning.keep != "auto" else None,
         device=device,
         stored_share=stored_share,
         memory=memory,

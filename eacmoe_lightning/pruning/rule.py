@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ class PruningRule:
             rule c_i < alpha * l * K / E (EAC-MoE, section 4.3) over the whole calibration text. A block keeps at least
             its top_k best experts, because each token selects that many; `below_alpha` names the ones that only stay
             for this reason.
-        keep: number of experts that stay in each block, instead of alpha.
+        keep: number of experts that stay in each block, instead of alpha; `auto`: as the size of the run says
+            (`budget.target`).
+        kept: by block, the experts that stay, if they are known already; `keep` is their number.
 
     Raises:
         ValueError: the criterion is unknown, alpha is outside (0, 1], or not exactly one of alpha and keep is given.
@@ -30,7 +33,8 @@ class PruningRule:
 
     criterion: str = "frequency"
     alpha: float | None = None
-    keep: int | None = None
+    keep: int | Literal["auto"] | None = None
+    kept: dict[int, list[int]] | None = None
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -42,6 +46,10 @@ class PruningRule:
         if self.alpha is not None and not 0 < self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} (--pruning.alpha) is not in (0, 1]")
 
+    def record(self) -> dict[str, Any]:
+        """The options."""
+        return {name: value for name, value in vars(self).items() if name != "kept"}
+
     def check(self, moe: MoEModel) -> None:
         """Raises ValueError if this rule does not fit the model; called before anything is computed."""
         for block in moe.moe_blocks:
@@ -50,6 +58,8 @@ class PruningRule:
                 raise ValueError(
                     f"{block.name}: its router has no matrix with one row per expert, so no expert can be removed"
                 )
+            if self.keep == "auto":
+                continue
             if self.alpha is not None:
                 if groups.number > 1:
                     raise ValueError(
