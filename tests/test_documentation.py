@@ -33,6 +33,7 @@ from eacmoe_lightning.commands.configs import NamedConfigParser, config_names, f
 from eacmoe_lightning.commands.fit import ParsedOnly, parse_fit
 from eacmoe_lightning.commands.plan import options as plan_options
 from eacmoe_lightning.commands.report import options as report_options
+from eacmoe_lightning.commands.sensitivity import options as sensitivity_options
 from eacmoe_lightning.commands.serve import options as serve_options
 from eacmoe_lightning.commands.table import options as table_options
 from eacmoe_lightning.commands.table import read_table
@@ -144,8 +145,8 @@ def parse(words: tuple[str, ...]) -> None:
             given, _ = (serve_options if command == "serve" else chat_options)().parse_known_args(rest)
             if given.model is not None:
                 check_input("--model", given.model)
-        elif command == "plan":
-            parse_fit(plan_options().parse_known_args(rest)[1])
+        elif command in ("plan", "sensitivity"):
+            parse_fit((plan_options if command == "plan" else sensitivity_options)().parse_known_args(rest)[1])
         else:
             ParsedOnly([command, *rest])
     except SystemExit as end:

@@ -69,7 +69,7 @@ def test_an_unknown_command(capsys):
         main(["fitt", "--config", "tiny"])
     assert end.value.code == 1
     said = capsys.readouterr().err
-    assert "there is no command fitt: fit, validate, test, predict, plan, report, table, serve, chat, analyze" in said
+    assert "there is no command fitt: fit, validate, test, predict, plan, sensitivity, report, table" in said
 
 
 # --- configs
