@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from eacmoe_lightning.budget.picture import allocation_map, pixels
+from eacmoe_lightning.budget.picture import pixels
 from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.callbacks.board_layout import add_hyperparameters, board_writers
 from eacmoe_lightning.compressed.directory import CompressedWeights
@@ -88,8 +88,9 @@ class RoutingReport(BlockCallback):
             add_hyperparameters(writer, options, board.compared(quality, finished))
             writer.add_text("report", markdown(report))
             if module.chosen_bits.size:
-                shown = pixels(allocation_map(module.recipe.grids(module.moe)))
-                writer.add_image("bits chosen by size", shown, dataformats="HWC")
+                figures = module.chosen_bits.figures(module.run, module.recipe, module.moe, report)
+                for name, figure in figures.items():
+                    writer.add_image(name, pixels(figure), dataformats="HWC")
 
     @torch.no_grad()
     def _evaluate(self, trainer: Trainer, module: QESC) -> dict[str, dict]:

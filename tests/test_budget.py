@@ -10,6 +10,7 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from eacmoe_lightning import targets
@@ -256,6 +257,9 @@ def test_a_run_has_the_size_that_was_asked_for(size, tiny_model_dir, sensitivity
     assert chosen["bits"] == pytest.approx(report["bits"]["true"], rel=1e-6)
     assert report["allocation"]["predicted"] == pytest.approx(chosen["damage"])
     assert "sensitivity" in report["cost"] and (run / "sensitivity" / "sensitivity.json").exists()
+    assert "## Bits chosen by size" in (run / "report.md").read_text() and len(report["allocation"]["curve"]) > 5
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert {"loss of each weight", "bits chosen by size", "size and divergence"} <= {*board.Tags()["images"]}
     widths = read_config(run / "compressed")["quantization"]["bits"]
     assert len({w for bits in widths.values() for w in (bits if isinstance(bits, list) else [bits])}) > 1
 

@@ -47,10 +47,15 @@ def curve(allocator: Allocator) -> list[dict[str, float]]:
     return [{"bits": row.bits, "nbytes": row.nbytes, "damage": row.damage} for row in rows]
 
 
-def curve_figure(rows: list[dict[str, float]]) -> Figure:
+def curve_figure(rows: list[dict[str, float]], measured: dict[str, tuple[float, float]] | None = None) -> Figure:
+    """The curve, and beside it what was measured: by text, bits and divergence."""
     figure = Figure((6, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["bits"] for row in rows], [row["damage"] for row in rows], marker=".")
+    for text, point in (measured or {}).items():
+        axes.plot(*point, "x", label=f"this run, {text}")
+    if measured:
+        axes.legend(fontsize=7)
     axes.set_yscale("log")
     axes.set_xlabel("bits a weight, with scales and zero points")
     axes.set_ylabel("predicted KL divergence, nats a token")

@@ -26,6 +26,7 @@ from eacmoe_lightning.models.originals import (
 
 CARD_BYTES = 16_384  # model card, generation config, code that imports this package
 HEADER_BYTES = 160  # of a tensor in the header of its file and in the index, besides its names
+AROUND = (0.9, 1.1)  # sizes beside the one that was asked for
 CLOSE = 0.99  # of the size that was asked for: what comes out has at least this share
 
 
@@ -159,6 +160,28 @@ def allocate(
         chosen = replace(recipe, overrides=allocation.overrides)
         targets.choose(list(rows), chosen.grids(moe), original_of(moe), tensor_parallel)
     return allocation
+
+
+def around(
+    target: SizeTarget,
+    recipe: Recipe,
+    moe: MoEModel,
+    rows: Sequence[targets.Target],
+    sensitivity: Sensitivity,
+    rest: int,
+    drops: bool = False,
+) -> str:
+    """What somewhat smaller and larger models would lose, as a line for people; arguments as in `allocate`."""
+    found = []
+    for factor in AROUND:
+        other = SizeTarget(*(size and size * factor for size in (target.bits, target.gb)))
+        try:
+            allocation = allocate(other, recipe, moe, rows, sensitivity, rest, drops=drops)
+        except ValueError:
+            found.append(f"{factor:.0%} of the size cannot be had")
+            continue
+        found.append(f"{factor:.0%} of the size would lose {allocation.damage:.4f}")
+    return "; ".join(found)
 
 
 def rest_bytes(moe: MoEModel, name_or_path: str, trust_remote_code: bool = False) -> int:

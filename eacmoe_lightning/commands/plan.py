@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from eacmoe_lightning.budget.sensitivity import read
-from eacmoe_lightning.budget.target import allocate, rest_bytes
+from eacmoe_lightning.budget.target import allocate, around, rest_bytes
 from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.exports.linears import original_of
@@ -110,9 +110,10 @@ def _choose_bits(module: QESC, moe: MoEModel) -> list[str]:
         return [f"by size: {bits:.3f} bits a weight; what it loses is known once `eacmoe sensitivity` has measured it"]
     found = read(chosen.path)
     allocation = allocate(size, module.recipe, moe, module.targets, found, rest, module.tensor_parallel, chosen.drops)
+    beside = around(size, module.recipe, moe, module.targets, found, rest, chosen.drops)
     module.pruning = replace(module.pruning, keep=allocation.keep, kept=allocation.kept) if allocation.kept else None
     module.recipe = replace(module.recipe, overrides=allocation.overrides)
-    lines = [f"by size: {(allocation.nbytes + rest) / 1e9:.4g} GB with everything; {allocation.described()}"]
+    lines = [f"by size: {(allocation.nbytes + rest) / 1e9:.4g} GB with everything; {allocation.described()}", beside]
     shares: dict[tuple[str, float], int] = defaultdict(int)
     for grid in module.recipe.grids(moe):
         shares[grid.part, grid.bits] += prod(grid.shape)

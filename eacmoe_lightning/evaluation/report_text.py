@@ -115,6 +115,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"## Perplexity on held-out text\n\n{_perplexity_table(report['perplexity'])}",
         *([_divergence_table(report)] if report.get("divergence") else []),
         _size_table(report),
+        *([_allocation_table(report)] if "allocation" in report else []),
         "## Expert-shift per block\n\nShare of tokens with any, at least half, or all selections changed. Weighted: "
         "how far changed selections alone move the experts' output, relative to it, mean over all tokens; empty where "
         "no known rule gives the router's weights.\n\n"
@@ -192,6 +193,21 @@ def _size_table(report: dict[str, Any]) -> str:
         ["bits per quantized weight, codes alone", "", f"{bits['nominal']:.2f}"],
     ]
     return "## Size\n\n" + _table(["", "original", "compressed"], rows)
+
+
+def _allocation_table(report: dict[str, Any]) -> str:
+    allocation = report["allocation"]
+    asked = ", ".join(f"{name} {value:g}" for name, value in allocation["asked"].items())
+    texts = (report.get("divergence") or {}).get("texts", {})
+    measured = ", ".join(f"{text} {streams['compressed']['kl']['mean']:.4f}" for text, streams in texts.items())
+    rows = [[f"{row['bits']:.3f}", f"{row['nbytes'] / 1e9:.4g}", f"{row['damage']:.4f}"] for row in allocation["curve"]]
+    return (
+        f"## Bits chosen by size\n\nFor {asked}: {allocation['bits']:.4f} bits a weight, for which a divergence of "
+        f"{allocation['predicted']:.4f} was predicted (GPTQ alone, calibration text)"
+        + (f"; measured on held-out text: {measured}" if measured else "")
+        + ". Other sizes:\n\n"
+        + _table(["bits", "GB of quantized weights", "predicted divergence"], rows)
+    )
 
 
 def _table(head: list[str], rows: list[list]) -> str:

@@ -11,11 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from eacmoe_lightning import targets
+from eacmoe_lightning.budget import picture
 from eacmoe_lightning.budget import sensitivity as sensitivities
 from eacmoe_lightning.budget.measure import DROPS, WIDTHS, Text, default_probes, identity_of, keep_of, measure
 from eacmoe_lightning.budget.sensitivity import Sensitivity
-from eacmoe_lightning.budget.target import SizeTarget, allocate, allocator_of, rest_bytes
+from eacmoe_lightning.budget.target import SizeTarget, allocate, allocator_of, around, rest_bytes
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.streamed import StreamedModel
@@ -144,16 +147,36 @@ class ChosenBits:
             found = measured(run.path / "sensitivity", recipe, moe, data, fingerprint, **more)
         rest = rest_bytes(moe, name_or_path, trust_remote_code)
         allocation = allocate(self.size, recipe, moe, rows, found, rest, tensor_parallel, self.drops)
-        write_json(run.path / FILE, allocation.record())
-        print(allocation.described())
+        sizes = picture.curve(allocator_of(recipe, moe, rows, found, allocation.kept))
+        write_json(run.path / FILE, allocation.record() | {"curve": sizes})
+        beside = around(self.size, recipe, moe, rows, found, rest, self.drops)
+        print(f"{allocation.described()}; {beside}")
         return True
 
     def result(self, run: RunDirectory) -> dict[str, Any]:
         """For the report: what was asked for, the bits that came out and the damage that was predicted."""
         found = json.loads((run.path / FILE).read_text())
         asked = {"target_bits": self.size.bits, "target_gb": self.size.gb}
-        predicted = {"predicted": found["damage"], "predicted_by_part": found["by_part"]}
-        return {"asked": {name: value for name, value in asked.items() if value}, "bits": found["bits"], **predicted}
+        return {
+            "asked": {name: value for name, value in asked.items() if value},
+            "bits": found["bits"],
+            "predicted": found["damage"],
+            "predicted_by_part": found["by_part"],
+            "curve": found["curve"],
+        }
+
+    def figures(
+        self, run: RunDirectory, recipe: Recipe, moe: StreamedModel, report: dict[str, Any]
+    ) -> dict[str, Figure]:
+        """For TensorBoard: what weights lose, the bits that were chosen, and sizes beside this run's divergence."""
+        found = sensitivities.read(run.path / "sensitivity" if self.path is None else self.path)
+        bits, texts = report["allocation"]["bits"], (report.get("divergence") or {}).get("texts", {})
+        points = {text: (bits, streams["compressed"]["kl"]["mean"]) for text, streams in texts.items()}
+        return {
+            "loss of each weight": picture.heat_map(found),
+            "bits chosen by size": picture.allocation_map(recipe.grids(moe)),
+            "size and divergence": picture.curve_figure(report["allocation"]["curve"], points),
+        }
 
     def chosen(self, run: RunDirectory, recipe: Recipe) -> tuple[Recipe, PruningRule | None]:
         """The recipe with the run's widths, and the rule that keeps its experts; None if all stay."""
