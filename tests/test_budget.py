@@ -359,3 +359,14 @@ def test_sensitivities_of_something_else_are_refused(tiny_model_dir, tmp_path, c
     main(["plan", *jobs.options(model, tmp_path / "run", **given), "--available.memory", "1e12"])
     out = capsys.readouterr().out
     assert "predicted KL divergence" in out and "experts: " in out and "attention: " in out
+
+
+@pytest.mark.parametrize(
+    "options", [{"target": "llama.cpp", "target_bits": 4.947}, {"quantizer": "lattice", "target_bits": 2.3}]
+)
+def test_other_grids_have_the_size_too(options, tiny_model_dir, tmp_path):
+    """llama.cpp's blocks, whose types have sizes of their own, and a lattice, which has any rate."""
+    words = {f"model__{name}": value for name, value in options.items()}
+    run = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", **OPTIONS, **words)
+    report = json.loads((run / "report.json").read_text())
+    assert 0.99 * options["target_bits"] <= report["bits"]["true"] <= options["target_bits"] * 1.0001

@@ -18,11 +18,13 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.quantization.gptq import DAMPING
 from eacmoe_lightning.quantization.grid import Grid, Quantized
 from eacmoe_lightning.quantization.kquant import SIMPLE, TYPES, KQuant, type_of
+from eacmoe_lightning.quantization.lattice import RATE_TOLERANCE
 from eacmoe_lightning.quantization.quantizers import GPTQ, KQuantGPTQ, LatticeGPTQ, Quantizer, RoundToNearest
 from eacmoe_lightning.targets import WeightGrid, by_bits
 
 MAX_UNFIT = 0.05  # largest share of a block's weights that stays unquantized because no group fits
 PARTS = ("attention", "shared", "experts")
+STREAM_BITS = 64 + 32  # of a matrix on a lattice: where its stream ends, and up to a word of padding
 QUANTIZERS: dict[str, Callable[[Recipe], Quantizer | None]] = {  # by the names of `--model.quantizer`
     "gptq": lambda recipe: GPTQ(recipe.damping, recipe.act_order, recipe.scale_search, recipe.refine),
     "rtn": lambda recipe: RoundToNearest(),
@@ -303,11 +305,13 @@ def _check_group_size(option: str, group_size: int) -> None:
 def stored_bits(grid: WeightGrid) -> float:
     """Bits that a weight takes in a compressed directory: its code, and its share of a float16 scale and a zero point.
 
-    On a lattice `bits` counts everything already.
+    On a lattice they are the most: `bits` up to the tolerance of its rate, and what pads and ends each matrix's stream.
     """
     if grid.kquant:
         return TYPES[grid.kquant].true_bits
-    return grid.bits if grid.on_lattice else grid.bits + 24 / grid.group_size
+    if grid.on_lattice:
+        return grid.bits + RATE_TOLERANCE + STREAM_BITS / prod(grid.shape[-2:])
+    return grid.bits + 24 / grid.group_size
 
 
 def num_quantized(moe: MoEModel) -> int:
