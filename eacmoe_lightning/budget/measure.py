@@ -52,7 +52,7 @@ from eacmoe_lightning.run.ranks import Ranks
 
 WIDTHS = (2, 3, 4)  # that are measured by default
 DROPS = (0.125, 0.25, 0.375, 0.5)  # shares of the experts that are measured as missing
-PROBES = 8  # windows that the probes run on by default, at most a quarter of all
+PROBE_TOKENS = 4096  # that the probes run on by default, in at most a quarter of the windows
 TOKENS = 512  # of an expert, on which its error is measured
 FEWEST = 16  # an expert with fewer tokens borrows those with the highest logits for it
 
@@ -69,8 +69,9 @@ class Text:
         return Text(*(None if part is None else part[rows] for part in vars(self).values()))
 
 
-def default_probes(num_windows: int) -> int:
-    return max(1, min(PROBES, num_windows // 4))
+def default_probes(num_windows: int, window_length: int) -> int:
+    """The number of windows that the probes run on."""
+    return max(1, min(PROBE_TOKENS // window_length, num_windows // 4))
 
 
 def split(text: Text, num_probes: int, seed: int) -> tuple[Text, Text]:
@@ -89,7 +90,7 @@ def split(text: Text, num_probes: int, seed: int) -> tuple[Text, Text]:
     return text.of(order[num_probes:].sort().values), text.of(order[:num_probes].sort().values)
 
 
-def identity_of(recipe: Recipe, fingerprint: str) -> dict[str, Any]:
+def identity_of(recipe: Recipe, fingerprint: str | None) -> dict[str, Any]:
     """What sensitivities depend on besides the text: the original and how weights are quantized, but for bits.
 
     Args:
@@ -107,7 +108,7 @@ def measure(
     output: Path,
     identity: dict[str, Any],
     widths: Sequence[int | float] = WIDTHS,
-    num_probes: int = PROBES,
+    num_probes: int = 8,
     batch_size: int = 8,
     seed: int = 0,
     drops: Sequence[float] = (),
@@ -172,6 +173,7 @@ def measure(
                 probes.advance(block)
             streams.step(index + 1)
             write_json(output / BLOCKS / f"block_{index:03d}.json", result)
+            probes.forget(index)
             finished.append(result)
             on_block(index)
     damage = probes.divergences()

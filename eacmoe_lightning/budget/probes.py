@@ -88,15 +88,19 @@ class Probes:
     def advance(self, block: Block) -> None:
         """Runs the original and all other probes through the block, which is the original's again.
 
-        Then the probes stand before the next block. Finished files survive a kill; those of the block before stay too.
+        Then the probes stand before the next block. Finished files survive a kill; those before the block stay until
+        `forget`.
         """
         for name in (ORIGINAL, *self.names):
             if name not in self._next:
                 self._next[name] = self._through(block, name, name)
         self._files, self._next = self._next, {}
         self.names = sorted(set(self._files) - {ORIGINAL})
+
+    def forget(self, index: int) -> None:
+        """Deletes the states at the input of this block and of earlier ones."""
         for file in self.directory.glob("block_*"):
-            if int(file.name[6:9]) < block.index:
+            if int(file.name[6:9]) <= index:
                 file.unlink()
 
     def read(self, index: int, names: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -188,6 +189,7 @@ def rest_bytes(moe: MoEModel, name_or_path: str, trust_remote_code: bool = False
     """The most bytes that a compressed directory takes besides its quantized weights: an estimate, a little high.
 
     Embeddings, head, routers, norms and draft layers; tokenizer, processor and licenses; config, index and headers.
+    Draft layers and tokenizer count if their files are there (`plan` needs neither).
     """
     source = resolve_model(name_or_path)
     config = read_config(source)[0]
@@ -206,10 +208,11 @@ def rest_bytes(moe: MoEModel, name_or_path: str, trust_remote_code: bool = False
             continue
         is_narrow = tensor.is_floating_point() and name not in trained
         total += tensor.numel() * min(tensor.element_size(), stored_dtype.itemsize if is_narrow else 8)
-    total += sum(tensor.nbytes for tensor in read_draft(OriginalFiles(source), moe.model).values())
+    with suppress(FileNotFoundError):
+        total += sum(tensor.nbytes for tensor in read_draft(OriginalFiles(source), moe.model).values())
     total += len(json.dumps(config.to_dict(), indent=2, default=str))
     total += sum(file.stat().st_size for file in (*processor_files(source), *license_files(source)))
-    with tempfile.TemporaryDirectory() as folder:
+    with suppress(FileNotFoundError, OSError, ValueError), tempfile.TemporaryDirectory() as folder:
         load_tokenizer(source, trust_remote_code).save_pretrained(folder)
         total += sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
     return total

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import fields, replace
 from math import prod
 from pathlib import Path
@@ -101,10 +102,10 @@ def _choose_bits(module: QESC, moe: MoEModel) -> list[str]:
     if not size:
         return []
     rest = rest_bytes(moe, module.name_or_path, module.trust_remote_code)
-    chosen.check(
-        module.recipe, moe, module.targets, 1, fingerprint(module.name_or_path), module.name_or_path,
-        module.trust_remote_code,
-    )  # fmt: skip
+    name, original = module.name_or_path, None
+    with suppress(FileNotFoundError):  # without weights
+        original = fingerprint(name) if chosen.path else None
+    chosen.check(module.recipe, moe, module.targets, 1, original, name, module.trust_remote_code)
     if chosen.path is None:
         bits = 8 * size.nbytes(moe, rest) / num_quantized(moe)
         return [f"by size: {bits:.3f} bits a weight; what it loses is known once `eacmoe sensitivity` has measured it"]

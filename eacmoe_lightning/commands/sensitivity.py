@@ -28,7 +28,7 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False, add_help=False)
     parser.add_argument("--output", type=Path, required=True, help="directory for the sensitivities, new or unfinished")
     parser.add_argument("--widths", type=float, nargs="+", default=[2, 3, 4], help="bits that are measured")
-    parser.add_argument("--probe_windows", type=int, help="calibration windows on which damage is measured alone; 8")
+    parser.add_argument("--probe_windows", type=int, help="calibration windows for the probes; 4096 tokens")
     parser.add_argument(
         "--drops", type=float, nargs="*", default=DROPS, help="shares of the experts that are measured as missing"
     )

@@ -65,11 +65,11 @@ class ChosenBits:
             chosen["model.sensitivity"] = hashlib.sha256(content).hexdigest()
         return chosen
 
-    def measured(self, num_windows: int) -> dict[str, int]:
+    def measured(self, num_windows: int, window_length: int) -> dict[str, int]:
         """Of `planning.sizes.Job`, what says how much a run measures."""
         if not self.size or self.path is not None:
             return {}
-        return {"measured_widths": len(WIDTHS), "probe_windows": default_probes(num_windows)}
+        return {"measured_widths": len(WIDTHS), "probe_windows": default_probes(num_windows, window_length)}
 
     def check(
         self,
@@ -77,7 +77,7 @@ class ChosenBits:
         moe: StreamedModel,
         rows: list[targets.Target],
         processes: int,
-        fingerprint: str,
+        fingerprint: str | None,
         name_or_path: str,
         trust_remote_code: bool = False,
     ) -> None:
@@ -86,7 +86,7 @@ class ChosenBits:
         Args:
             rows: of the target's formats; empty: no target.
             processes: of the run.
-            fingerprint, name_or_path: of the original.
+            fingerprint, name_or_path: of the original; without a fingerprint only its blocks are compared.
 
         Raises:
             FileNotFoundError: there are no sensitivities at the given path.
@@ -108,7 +108,7 @@ class ChosenBits:
             )
         if self.path is not None:
             found = sensitivities.read(self.path)
-            refuse_other(found, recipe, fingerprint, self.path)
+            refuse_other(found, recipe, fingerprint, [block.name for block in moe.blocks], self.path)
             if self.drops and len(found.drops) == 1:
                 raise ValueError(
                     f"{self.path} (--model.sensitivity) says nothing of missing experts, which --pruning.keep auto "
@@ -188,12 +188,14 @@ class ChosenBits:
         return recipe, replace(self.pruning, keep=len(next(iter(kept.values()))), kept=kept)
 
 
-def refuse_other(found: Sensitivity, recipe: Recipe, fingerprint: str, path: str) -> None:
+def refuse_other(found: Sensitivity, recipe: Recipe, fingerprint: str | None, blocks: list[str], path: str) -> None:
     """Raises ValueError if sensitivities are of another original, or of weights quantized otherwise."""
     now = json.loads(json.dumps(identity_of(recipe, fingerprint)))
     different = [key for key, value in now.items() if found.identity.get(key) != value]
-    if "model.fingerprint" in different:
+    is_other = "model.fingerprint" in different and fingerprint is not None
+    if is_other or [block["name"] for block in found.blocks] != blocks:
         raise ValueError(f"{path} (--model.sensitivity) holds sensitivities of another model than --model.name_or_path")
+    different = [key for key in different if key != "model.fingerprint"]
     if different:
         key = different[0]
         raise ValueError(
@@ -204,7 +206,7 @@ def refuse_other(found: Sensitivity, recipe: Recipe, fingerprint: str, path: str
 
 def measured(output: Path, recipe: Recipe, moe: StreamedModel, data: TextWindows, fingerprint: str, **more: Any):
     """`measure` on the calibration windows of a data module; `more` are its further arguments."""
-    num_probes = more.pop("num_probes", None) or default_probes(len(data.calibration_windows))
+    num_probes = more.pop("num_probes", None) or default_probes(*data.calibration_windows.shape)
     identity = identity_of(recipe, fingerprint) | {"data.calibration_digest": data.calibration_digest}
     text = Text(data.calibration_windows, data.calibration_weights, data.calibration_positions)
     return measure(

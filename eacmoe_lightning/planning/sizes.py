@@ -219,7 +219,13 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
         "finished blocks": packed + (packed // len(moe.blocks) if job.block_epochs else 0),  # and one in training
         "compressed model": packed + unquantized,
         "hidden states of the evaluation": evaluated,
+        "hidden states of sensitivities": job.probe_windows * 2 * (num_probes(moe, job) + 1) * state_bytes,
     }
+
+
+def num_probes(moe: MoEModel, job: Job) -> int:
+    """The parts of all blocks at each measured width (`budget.measure`)."""
+    return job.measured_widths * sum(len({part for part, _ in block.weights().values()}) for block in moe.blocks)
 
 
 def stream_use(moe: MoEModel, job: Job) -> tuple[int, int]:
@@ -322,7 +328,7 @@ def job_of(
         device=device,
         stored_share=stored_share,
         memory=memory,
-        **module.chosen_bits.measured(data.num_calibration_windows),
+        **module.chosen_bits.measured(data.num_calibration_windows, data.window_length),
         sampled_windows=sum(
             data.windows_by_text[name] for name, source in data.sampled_texts.items() if source.model is None
         ),
