@@ -8,7 +8,7 @@ tokens into its base file, from which we take them; it counts the second half of
 It stores the base's log-probabilities in 16 bits: our figures with that rounding stand beside ours. Its cache of keys
 and values is in float32, as our models are.
 
-`llama_cpp.py` says how to build `llama-perplexity`.
+`llama_programs.py` says how to build `llama-perplexity`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from llama_cpp import IN_FLOAT32, LINES, as_gguf, divergence, run, unquantized_gguf
+from llama_programs import IN_FLOAT32, LINES, as_gguf, divergence, run, unquantized_gguf
 from torch import Tensor
 
 from eacmoe_lightning.compressed.opening import open_model

@@ -6,7 +6,7 @@
 For every run the original is quantized by `llama-quantize` to the run's own types, tensor by tensor, so the files have
 the same size: without an importance matrix, and with one (`llama-imatrix`) of the run's calibration text. All files
 then meet the original in `llama-perplexity --kl-divergence`, on the run's held-out texts and those of --far
-(far_texts.py). `llama_cpp.py` says how to build the three programs. `--also NAME=FILE` adds files of other tools, such
+(far_texts.py). `llama_programs.py` says how to build the three programs. `--also NAME=FILE` adds files of other tools, such
 as AutoRound's (gguf_autoround.py).
 
 The table shows nats lost per token and the mean divergence KL(original || file).
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 import gguf
-from llama_cpp import IN_FLOAT32, as_gguf, divergence, run, unquantized_gguf
+from llama_programs import IN_FLOAT32, as_gguf, divergence, run, unquantized_gguf
 
 from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.text.sources import read_documents

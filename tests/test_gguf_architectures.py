@@ -57,7 +57,7 @@ def test_tensors_and_keys_are_those_of_llama_cpps_converter(name, tmp_path):
     moe, expected = empty(name), REFERENCE[name]
     architecture = architecture_of(moe)
     assert architecture.name == expected["architecture"]
-    tensors = {entry.name: list(entry.shape) for entry in plan(moe, {}, architecture)}
+    tensors = {entry.name: [n for n in entry.shape if n > 1] for entry in plan(moe, {}, architecture)}
     reference = {
         pattern.replace("blk.N", f"blk.{block}"): shape
         for pattern, (shape, blocks) in expected["tensors"].items()
@@ -65,6 +65,8 @@ def test_tensors_and_keys_are_those_of_llama_cpps_converter(name, tmp_path):
     }
     assert tensors == reference
     written = keys(moe, tmp_path)
+    if expected["keys"]["context_length"] == 2**20:  # "for those who use the default", which is a lot of memory
+        expected["keys"]["context_length"] = moe.config.max_position_embeddings
     if layers := expected["keys"].pop("attention.recurrent_layers", None):  # in newer files, instead of the interval
         assert layers == [(i + 1) % written["full_attention_interval"] > 0 for i in range(len(layers))]
         del expected["keys"]["full_attention_interval"]
@@ -137,6 +139,16 @@ def test_the_keys_describe_the_router(name, tmp_path):
         ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank, at 26 blocks=32"),
         ("qwen3_next", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types="),
         ("qwen3_next", {"linear_value_head_dim": 32}, "linear_value_head_dim=32"),
+        ("qwen3_5_moe_text", {"head_dim": 16}, "mrope_section longer than a head=True"),
+        (
+            "qwen3_5_moe_text",
+            {"rope_parameters": gguf_models.SECTIONED | {"mrope_section": [1, 2, 1], "partial_rotary_factor": 1.0}},
+            r"rotated pairs in no mrope_section=\[3",
+        ),
+        ("granitemoehybrid", {"mamba_n_groups": 2}, "mamba_n_groups=2"),
+        ("granitemoehybrid", {"mamba_conv_bias": False}, "mamba_conv_bias=False"),
+        ("granitemoehybrid", {"time_step_limit": (0.0, 0.1)}, r"time_step_limit=\(0.0, 0.1\)"),
+        ("granitemoehybrid", {"mamba_proj_bias": True}, "in_proj.bias: llama.cpp's architecture granitehybrid has no"),
         ("glm4_moe", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
@@ -202,3 +214,29 @@ def test_keys_and_values_of_latent_attention_are_split_by_head(exported):
     np.testing.assert_array_equal(stored["blk.1.attn_k_b.weight"], keys.astype(np.float32))
     bias = state["model.layers.1.mlp.gate.e_score_correction_bias"]
     np.testing.assert_array_equal(stored["blk.1.exp_probs_b.bias"], bias)
+
+
+VALUE_HEADS = [0, 2, 1, 3]  # of each round over the key heads: in the model the two of a key head are adjacent
+
+
+def test_value_heads_of_qwen3_5_are_in_rounds_over_the_key_heads(exported):
+    """As in llama.cpp's conversion: 4 value heads of 32, and 2 key heads."""
+    stored, state = exported("qwen3_5_moe_text")
+    parts = {name.rpartition("linear_attn.")[2]: t for name, t in state.items() if "layers.0.linear_attn" in name}
+    out = parts["out_proj.weight"].reshape(64, 4, 32)[:, VALUE_HEADS].reshape(64, 128)
+    np.testing.assert_array_equal(stored["blk.0.ssm_out.weight"], out)
+    for name, parameter in {"attn_qkv.weight": "in_proj_qkv.weight", "ssm_conv1d.weight": "conv1d.weight"}.items():
+        keys, values = np.split(parts[parameter].reshape(256, -1), 2)
+        values = values.reshape(4, 32, -1)[VALUE_HEADS].reshape(keys.shape)
+        np.testing.assert_array_equal(stored[f"blk.0.{name}"], np.concatenate([keys, values]))
+    gates = parts["in_proj_z.weight"].reshape(4, 32, 64)[VALUE_HEADS].reshape(128, 64)
+    np.testing.assert_array_equal(stored["blk.0.attn_gate.weight"], gates)
+    np.testing.assert_array_equal(stored["blk.0.ssm_alpha.weight"], parts["in_proj_a.weight"][VALUE_HEADS])
+    np.testing.assert_array_equal(stored["blk.0.ssm_dt.bias"], parts["dt_bias"][VALUE_HEADS])
+
+
+@pytest.mark.slow
+def test_columns_of_value_heads_that_share_a_block_are_written_as_float16(exported):
+    stored, state = exported("qwen3_5_moe_text-cut")  # heads of 16 in blocks of 32
+    out = state["model.layers.0.linear_attn.out_proj.weight"].reshape(64, 4, 16)[:, VALUE_HEADS].reshape(64, 64)
+    np.testing.assert_array_equal(stored["blk.0.ssm_out.weight"], out.astype(np.float16).astype(np.float32))

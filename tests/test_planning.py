@@ -173,6 +173,17 @@ def test_warnings_name_what_will_fail():
     assert any("GB of disk, but 0.0 GB are free" in line for line in messages)
 
 
+def test_a_run_for_one_engine_is_warned_of_that_engine_only(tmp_path, capsys):
+    tiny_models.config_of("mixtral").save_pretrained(tmp_path)
+    rates = ["--rate.flops", "1e12", "--rate.flops32", "1e12", "--rate.memory", "1e11", "--rate.disk", "1e9"]
+    words = ["plan", "--config", "tiny", "--model.name_or_path", str(tmp_path), "--model.bits", "3", *rates]
+    main([*words, "--model.quantizer", "kquant"])
+    assert "--target vllm will be refused" in capsys.readouterr().out
+    main([*words, "--model.target", "llama.cpp"])
+    assert "will be refused" not in capsys.readouterr().out
+
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -28,6 +28,7 @@ from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.serving.packed_model import CONSTANTS
 
 sys.path.append(str(jobs.ROOT / "benchmarks"))
 from serve_check import LATENT
@@ -109,8 +110,7 @@ def exported(tmp_path_factory, tokenizer):
             if "kv_lora_rank" in settings:
                 settings |= LATENT
                 del settings["head_dim"]
-            if family == "deepseek_v3":
-                settings["topk_method"] = "noaux_tc"  # without it vLLM builds no correction bias
+            settings |= CONSTANTS.get(family, {})
             for name in ("model_type", "layer_types", "mlp_layer_types"):
                 settings.pop(name, None)
             config = AutoConfig.for_model(architectures.model_type(family), **settings)

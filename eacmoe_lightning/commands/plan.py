@@ -28,6 +28,7 @@ from eacmoe_lightning.planning.report import report, summary, warnings
 from eacmoe_lightning.planning.shapes import load_shapes, stored_share
 from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.run.memory import available_memory
+from eacmoe_lightning.targets import TARGETS
 
 CPU = torch.device("cpu")
 
@@ -79,7 +80,8 @@ def plan(words: list[str]) -> None:
     free = getattr(chosen, "available.disk") or shutil.disk_usage(folder).free
     grids = module.recipe.grids(moe)
     host = memory if device.type == "cpu" else getattr(chosen, "available.host_memory") or available_memory(CPU)
-    messages = warnings(costs, grids, original_of(moe), int(memory), int(free), chosen.processes, int(host))
+    targets = module.targets or TARGETS
+    messages = warnings(costs, grids, original_of(moe), int(memory), int(free), chosen.processes, int(host), targets)
     if rates.flops < rates.flops32 / 2:
         messages.insert(
             0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -18,6 +18,8 @@ from eacmoe_lightning.models.moe import MoEModel
 
 SOFTMAX, SIGMOID = 1, 2  # values of llama.cpp's expert_gating_func
 KINDS = ("linear_attention", "full_attention")
+WITHOUT_HEADS = ("conv", "linear_attention", "mamba")
+SECTIONS = [11, 11, 10]  # how Qwen3.5 divides rotated pairs between time, height and width, where its config does not
 LITE = (26, 27)  # numbers of blocks at which llama.cpp takes deepseek2 for a model whose queries are not latent
 ROPE_TYPES = ("default", "yarn", "ntk_alpha")
 QKV = ("attn_q", "attn_k", "attn_v")
@@ -36,6 +38,8 @@ class Architecture:
         latent: whether keys and values are made of a latent vector (DeepSeek's MLA).
         multi_head: whether each query head must have a key and value head of its own.
         layers: the kinds of layers that there may be.
+        recurrent: what the layers without attention are, if they hold a state space: `delta net`, where one in every so
+            many layers has full attention, or `mamba`.
         leading_dense: whether the first blocks may be dense.
         gating: the key for what turns the router's logits into scores; None: there is none.
         normalizes: whether the weights of the selected experts are divided by their sum; None: a key says so.
@@ -43,6 +47,8 @@ class Architecture:
         grouped: whether keys have groups of experts, which are ranked by the sum of their two best scores.
         alternates: whether the rows of gate and up alternate in memory.
         norms_less_one: whether the model has the weights of norms less 1.
+        tiles_values: whether linear attention's value head n belongs to key head n modulo their number; in the model
+            those of a key head are adjacent.
         biases: the linears and experts whose biases are added.
         needs_head: whether the file must have an output matrix where it equals the embedding.
         expects: options of the config, and their values in llama.cpp's computation.
@@ -55,6 +61,7 @@ class Architecture:
     latent: bool = False
     multi_head: bool = False
     layers: tuple[str, ...] = ("full_attention",)
+    recurrent: str | None = None
     leading_dense: bool = False
     gating: int | None = None
     normalizes: bool | None = True
@@ -62,6 +69,7 @@ class Architecture:
     grouped: bool = False
     alternates: bool = False
     norms_less_one: bool = False
+    tiles_values: bool = False
     biases: tuple[str, ...] = QKV
     needs_head: bool = False
     expects: Mapping[str, Any] = field(default_factory=dict)
@@ -80,6 +88,18 @@ GRANITE = Architecture(
         "attention_scale": "attention_multiplier",
     },
 )
+DELTA_NET = {
+    "partial_rotary": True,
+    "layers": ("full_attention", "linear_attention"),
+    "recurrent": "delta net",
+    "norms_less_one": True,
+    "keys": {
+        "ssm_conv_kernel": "linear_conv_kernel_dim",
+        "ssm_state_size": "linear_key_head_dim",
+        "ssm_group_count": "linear_num_key_heads",
+        "ssm_time_step_rank": "linear_num_value_heads",
+    },
+}
 ARCHITECTURES = {  # by transformers' model_type
     "mixtral": Architecture("llama", reorders=True),
     "qwen2_moe": Architecture("qwen2moe", normalizes=False),
@@ -104,6 +124,26 @@ ARCHITECTURES = {  # by transformers' model_type
     "olmoe": Architecture("olmoe", multi_head=True, normalizes=False, needs_head=True, expects={"clip_qkv": None}),
     "granitemoe": GRANITE,
     "granitemoeshared": GRANITE,
+    "granitemoehybrid": replace(
+        GRANITE,
+        name="granitehybrid",
+        layers=("full_attention", "attention", "linear_attention", "mamba"),  # the names of all versions
+        recurrent="mamba",
+        biases=(*GRANITE.biases, "ssm_conv1d"),
+        expects={
+            "mamba_expand": 2,
+            "mamba_n_groups": 1,
+            "mamba_conv_bias": True,
+            "time_step_limit": (0.0, math.inf),
+        },
+        keys={
+            **GRANITE.keys,
+            "ssm_conv_kernel": "mamba_d_conv",
+            "ssm_state_size": "mamba_d_state",
+            "ssm_group_count": "mamba_n_groups",
+            "ssm_time_step_rank": "mamba_n_heads",
+        },
+    ),
     "ernie4_5_moe": Architecture(
         "ernie4_5-moe", leading_dense=True, expects={"use_bias": False}, keys={"interleave_moe_layer_step": 1}
     ),
@@ -117,17 +157,10 @@ ARCHITECTURES = {  # by transformers' model_type
         expects={"use_expert_bias": True, "conv_bias": False},
         keys={"shortconv_l_cache": "conv_L_cache"},
     ),
-    "qwen3_next": Architecture(
-        "qwen3next",
-        partial_rotary=True,
-        layers=("full_attention", "linear_attention"),
-        norms_less_one=True,
-        keys={
-            "ssm_conv_kernel": "linear_conv_kernel_dim",
-            "ssm_state_size": "linear_key_head_dim",
-            "ssm_group_count": "linear_num_key_heads",
-            "ssm_time_step_rank": "linear_num_value_heads",
-        },
+    "qwen3_next": Architecture("qwen3next", **DELTA_NET),
+    "qwen3_5_moe_text": Architecture("qwen35moe", **DELTA_NET, tiles_values=True),
+    "exaone_moe": Architecture(
+        "exaone-moe", layers=("full_attention", "sliding_attention"), needs_head=True, **DEEPSEEK_V3
     ),
 }
 
@@ -180,7 +213,7 @@ def keys_of(moe: MoEModel, architecture: Architecture, widths: Mapping[str, int]
     import gguf
 
     config, expert = moe.config, widths["ffn_down_exps"]
-    feed_forward = widths.get("ffn_down", config.intermediate_size)
+    feed_forward = widths.get("ffn_down", getattr(config, "intermediate_size", expert))
     keys = {
         "vocab_size": config.vocab_size,
         "block_count": len(moe.blocks),
@@ -224,14 +257,16 @@ def _attention_keys(config: PreTrainedConfig, architecture: Architecture) -> dic
         }
         return keys | {"q_lora_rank": config.q_lora_rank or 0}
     kinds = getattr(config, "layer_types", None) or []
-    heads: int | list[int] = config.num_key_value_heads
-    if "conv" in kinds:
-        heads = [heads if kind == "full_attention" else 0 for kind in kinds]
-    keys = {"head_count_kv": heads, "key_length": _head(config), "value_length": _head(config)}
-    if "linear_attention" in kinds:
+    keys = {"head_count_kv": config.num_key_value_heads, "key_length": _head(config), "value_length": _head(config)}
+    if architecture.recurrent == "delta net":
         keys["ssm_inner_size"] = config.linear_num_value_heads * config.linear_value_head_dim
         keys["full_attention_interval"] = _interval(kinds)
-    if "sliding_attention" in kinds:
+    elif {*kinds} & {*WITHOUT_HEADS}:
+        keys["head_count_kv"] = [0 if kind in WITHOUT_HEADS else config.num_key_value_heads for kind in kinds]
+    if architecture.recurrent == "mamba":
+        keys["ssm_inner_size"] = config.mamba_n_heads * config.mamba_d_head
+        keys["rope_scaling_finetuned"] = config.position_embedding_type == "rope"  # whether anything is rotated
+    if "sliding_attention" in architecture.layers:
         keys["sliding_window"] = config.sliding_window
         keys["sliding_window_pattern"] = [kind == "sliding_attention" for kind in kinds]
     return keys
@@ -241,7 +276,7 @@ def _rotary_keys(moe: MoEModel) -> dict[str, Any]:
     import gguf
 
     rope, dimensions = _rope(moe.config), _rotary_dimensions(moe)
-    base, keys = rope["rope_theta"], {}
+    base, keys = rope.get("rope_theta", 10000.0), {}
     if rope.get("rope_type") == "ntk_alpha":  # HunYuan's: a constant change of the base
         base *= rope["alpha"] ** (dimensions / (dimensions - 2))
     if rope.get("rope_type") == "yarn":
@@ -254,6 +289,8 @@ def _rotary_keys(moe: MoEModel) -> dict[str, Any]:
         }
         if share := rope.get("mscale_all_dim"):
             keys["rope_scaling_yarn_log_mul"] = 0.1 * share  # llama.cpp takes the factor .1 out again
+    if sections := _sections(moe.config):
+        keys["rope_dimension_sections"] = [*sections, 0]
     return {"rope_dimension_count": dimensions, "rope_freq_base": float(base)} | keys
 
 
@@ -266,7 +303,7 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
     yield "layer_types", kinds, [kind for kind in kinds if kind in architecture.layers]
     if not kinds:
         yield "sliding_window", getattr(config, "sliding_window", None) or None, None
-    if "linear_attention" in kinds:
+    if architecture.recurrent == "delta net":
         every = _interval(kinds)
         pattern = [KINDS[(i + 1) % every == 0] for i in range(len(kinds))]
         yield "layer_types", kinds, pattern
@@ -276,6 +313,10 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
         yield option, getattr(config, option, supported), supported
     if architecture.latent and len(moe.blocks) in LITE:
         yield f"q_lora_rank, at {len(moe.blocks)} blocks", config.q_lora_rank, None
+    if sections := _sections(config):  # pair n is number n // 3 of section n % 3, and rotated if it is in one
+        pairs = [n % sum(sections) for n in range(_rotary_dimensions(moe) // 2)]
+        yield "mrope_section longer than a head", sum(sections) > _head(config), False
+        yield "rotated pairs in no mrope_section", [n for n in pairs if n // 3 >= sections[n % 3]], []
     if architecture.multi_head:
         yield "num_key_value_heads", config.num_key_value_heads, config.num_attention_heads
     if architecture.normalizes is not None and config.model_type != "deepseek_v2":  # which does not read the option
@@ -287,7 +328,7 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
     if not architecture.partial_rotary and not architecture.latent:
         yield "partial_rotary_factor", _rotary_dimensions(moe) / _head(config), 1.0
     rotated, scaling = _attention_factors(config, architecture)
-    for name, module in moe.model.named_modules():
+    for name, module in moe.decoder.named_modules():
         if "RMSNorm" in type(module).__name__:
             epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
             yield f"{name}.eps", float(epsilon), float(_epsilon(config))
@@ -314,7 +355,14 @@ def _attention_factors(config: PreTrainedConfig, architecture: Architecture) -> 
 
 def _rotary_dimensions(moe: MoEModel) -> int:
     """How many of a head's dimensions are rotated."""
-    return next(2 * len(module.inv_freq) for module in moe.model.modules() if hasattr(module, "inv_freq"))
+    rotations = (2 * len(module.inv_freq) for module in moe.decoder.modules() if hasattr(module, "inv_freq"))
+    return next(rotations, _head(moe.config))
+
+
+def _sections(config: PreTrainedConfig) -> list[int]:
+    """How the rotated pairs are divided between time, height and width, which are equal in text."""
+    is_divided = config.model_type == "qwen3_5_moe_text"
+    return list(_rope(config).get("mrope_section") or SECTIONS) if is_divided else []
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:

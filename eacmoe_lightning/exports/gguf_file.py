@@ -103,8 +103,11 @@ def _blocks(source: Source) -> Iterator[dict[str, Tensor | Quantized]]:
 def _encoded(entry: Entry, value: Tensor | Quantized) -> Tensor:
     """One tensor as the file stores it."""
     dtype = {kind: dtype for dtype, kind in DENSE.items()}.get(entry.type)
-    if entry.is_transposed and not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) and (entry.is_transposed or (entry.moves_columns and dtype)):
         value = value.dequantize()
+    if entry.moves_columns and not isinstance(value, Tensor):
+        is_kquant = isinstance(value, KQuant)
+        return entry.take_blocks(to_bytes(value) if is_kquant else ggml_blocks.to_blocks(value, entry.type))
     if isinstance(value, KQuant):
         return entry.take(to_bytes(value))
     if isinstance(value, Quantized):

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from eacmoe_lightning.compressed.directory import untied
 from eacmoe_lightning.exports.gguf_architectures import Architecture
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.quantization.kquant import TYPES
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,13 @@ NAMES = {  # of tensors whose parameters the `gguf` package's tables do not have
     ".router.weight": "ffn_gate_inp.weight",
     ".experts.down_proj": "ffn_down_exps.weight",
     ".experts.down_proj_bias": "ffn_down_exps.bias",
-    ".linear_attn.A_log": "ssm_a",
-    ".linear_attn.dt_bias": "ssm_dt.bias",
-    ".linear_attn.conv1d.weight": "ssm_conv1d.weight",
+    ".A_log": "ssm_a",
+    ".mamba.D": "ssm_d",
+    ".dt_bias": "ssm_dt.bias",
+    ".conv1d.weight": "ssm_conv1d.weight",
+    ".conv1d.bias": "ssm_conv1d.bias",
 }
+COLUMNS = (".mamba.A_log", ".mamba.D")  # vectors that are a column in the file
 SPLIT = {  # the same for parameters whose rows are those of two tensors
     ".experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
     ".experts.gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
@@ -56,7 +60,7 @@ class Entry:
         shape: its shape in the file, [..., O, I], or [..., O] of biases and norms.
         type: its ggml type.
         rows: which of the parameter's rows, in the file's order; None: all.
-        dim: the dimension of the parameter that has the rows, counted from the last.
+        dim: the dimension of the parameter that has the rows, counted from the last; -1 of a matrix: its columns.
         heads: the matrices into which the rows are split; 0: one.
         is_transposed: whether each of these matrices is transposed.
         change: of the values; only of tensors that are not quantized.
@@ -71,6 +75,16 @@ class Entry:
     heads: int = 0
     is_transposed: bool = False
     change: Change | None = None
+
+    @property
+    def moves_columns(self) -> bool:
+        return self.rows is not None and self.dim == -1 and len(self.shape) > 1
+
+    def take_blocks(self, data: Tensor) -> Tensor:
+        """Its bytes [O, bytes of a row] of a quantized matrix's, whose columns change places."""
+        size = TYPES[self.type].block
+        order = self.rows[::size] // size
+        return data.unflatten(-1, (len(order), -1)).index_select(-2, order).flatten(-2)
 
     def take(self, parameter: Tensor) -> Tensor:
         """Its rows of a parameter [..., O, *] or [..., O]."""
@@ -87,7 +101,9 @@ class Entry:
         if self.rows is None:
             parameter.copy_(tensor.reshape(parameter.shape))
         else:
-            parameter.index_copy_(parameter.ndim + self.dim, self.rows, tensor)
+            shape = list(parameter.shape)
+            shape[self.dim] = len(self.rows)
+            parameter.index_copy_(parameter.ndim + self.dim, self.rows, tensor.reshape(shape))
 
 
 def by_rows(moe: MoEModel, name: str, tensor: Tensor) -> Tensor:
@@ -175,10 +191,28 @@ def _entries(
     elif architecture.norms_less_one and names[0].endswith("_norm.weight") and _stem(names[0]) != "ssm_norm":
         change = PLUS_ONE
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(_stem(names[0]), 0)
-    if not architecture.reorders or not heads:
-        return [Entry(names[0], parameter, tuple(n for n in shape if n > 1) or shape, kind, change=change)]
-    rows = rows.view(heads, 2, -1).transpose(1, 2).flatten()
-    return [Entry(names[0], parameter, shape, kind, rows, dim)]
+    if architecture.reorders and heads:
+        rows = rows.view(heads, 2, -1).transpose(1, 2).flatten()
+        return [Entry(names[0], parameter, shape, kind, rows, dim)]
+    in_file = (*shape, 1) if parameter.endswith(COLUMNS) else tuple(n for n in shape if n > 1) or shape
+    entry = Entry(names[0], parameter, in_file, kind, change=change)
+    return [_tiled(entry, shape, config) if architecture.tiles_values and ".linear_attn." in parameter else entry]
+
+
+def _tiled(entry: Entry, shape: tuple[int, ...], config: PreTrainedConfig) -> Entry:
+    """The entry with linear attention's value heads in the file's order, wherever it has an entry for each.
+
+    Quantized columns change places block by block, so no two heads may share one.
+    """
+    stem, keys, values = _stem(entry.name), config.linear_num_key_heads, config.linear_num_value_heads
+    if stem == "ssm_norm" or keys == values:
+        return entry
+    dim = -1 if stem == "ssm_out" else -len(shape)
+    before = 2 * keys * config.linear_key_head_dim if stem in ("attn_qkv", "ssm_conv1d") else 0
+    order = torch.arange(before, shape[dim]).view(keys, values // keys, -1).transpose(0, 1).flatten()
+    entry = replace(entry, rows=torch.cat([torch.arange(before), order]), dim=dim)
+    is_cut = entry.moves_columns and entry.type in TYPES and config.linear_value_head_dim % TYPES[entry.type].block
+    return replace(entry, type="F16") if is_cut else entry
 
 
 def _halves(first: str, rows: Tensor, architecture: Architecture, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:

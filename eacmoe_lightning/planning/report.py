@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.planning.machine import Rates
 from eacmoe_lightning.planning.sizes import Job, Plan, num_bytes
-from eacmoe_lightning.targets import TARGETS, Original, WeightGrid
+from eacmoe_lightning.targets import TARGETS, Original, Target, WeightGrid
 
 PYTHON_BYTES = 600 << 20  # the interpreter with torch and transformers
 DEVICES = (2, 4, 8)  # device counts that engines may split linear layers over
@@ -24,6 +25,7 @@ def warnings(
     free: int,
     processes: int = 1,
     host_memory: float = math.inf,
+    targets: Sequence[Target] = TARGETS,
 ) -> list[str]:
     """The expected failures, each with a remedy.
 
@@ -34,6 +36,7 @@ def warnings(
         memory, free: available bytes of memory and of disk.
         processes: number of processes that share the memory.
         host_memory: available bytes beside an accelerator's memory.
+        targets: the formats and engines that the exports are for.
     """
     messages = []
     for name, cost in costs.phases.items():
@@ -61,7 +64,7 @@ def warnings(
             "--trainer.default_root_dir"
         )
     split_problems: dict[str, str] = {}  # weight -> message
-    for target in TARGETS:
+    for target in targets:
         if refused := target.problems(grids, original):
             reasons = "; ".join(problem.partition(": ")[0] for problem in refused)
             messages.append(f"export --format {target.format} --target {target.engine} will be refused: {reasons}")

@@ -5,6 +5,7 @@ Nothing here imports vLLM.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,8 @@ from eacmoe_lightning.quantization.packing import expert_codes
 from eacmoe_lightning.run.files import StoreError, first_of
 from eacmoe_lightning.runtime.packed_modules import PackedExperts, PackedWeight
 
+NOAUX = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+CONSTANTS = dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm_moe_dsa"), NOAUX)  # of transformers' router, by type
 STORED = {"codes": "weight_packed", "scale": "weight_scale", "zero_point": "weight_zero_point"}  # as servers call them
 
 
@@ -67,6 +70,25 @@ def check_servable(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"this model has {min(numbers)} to {max(numbers)} experts in its blocks, but a server builds all blocks "
             "with one number: prune with --pruning.keep, which keeps the same number in every block"
+        )
+
+
+def check_router_options(config: Any) -> None:
+    """Refuses a config without what vLLM's router reads from it and the router of transformers has as constants.
+
+    Originals on the hub have these options. Models that transformers made do not, and vLLM would route by softmax.
+
+    Args:
+        config: the original's, as vLLM uses it.
+
+    Raises:
+        ValueError: an option is missing or says something else.
+    """
+    constants = CONSTANTS.get(config.model_type, {})
+    if any(getattr(config, name, None) != value for name, value in constants.items()):
+        raise ValueError(
+            f"vLLM's router of {config.model_type} reads options that this model's config.json lacks: start it with "
+            f"--hf-overrides '{json.dumps(constants)}'"
         )
 
 

@@ -17,7 +17,14 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from eacmoe_lightning.compressed.format import METHOD
 from eacmoe_lightning.runtime.packed_modules import PackedExperts
-from eacmoe_lightning.serving.packed_model import PackedModel, PackedRows, check_servable, divisors, layer_number
+from eacmoe_lightning.serving.packed_model import (
+    PackedModel,
+    PackedRows,
+    check_router_options,
+    check_servable,
+    divisors,
+    layer_number,
+)
 from eacmoe_lightning.skipping.stored import KEY as SKIPPING
 
 log = logging.getLogger(__name__)
@@ -70,6 +77,8 @@ class EacmoeConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         self.directory = local_directory(model_name, revision)
+        if hf_config is not None:
+            check_router_options(hf_config.get_text_config())
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self._mappers.append(hf_to_vllm_mapper)

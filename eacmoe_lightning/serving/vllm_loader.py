@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.model_loader import DefaultModelLoader
+from vllm.platforms import current_platform
 
 from eacmoe_lightning.compressed.format import METHOD
 from eacmoe_lightning.run.files import StoreError, first_of
@@ -47,6 +49,8 @@ class EacmoeLoader(DefaultModelLoader):
                 self._fill(layer)
         if self._experts and get_pp_group().world_size == 1:
             raise ValueError(f"{type(model).__name__} of vLLM has no routed experts in the layers {[*self._experts]}")
+        if model_config.use_mla and current_platform.is_cpu():
+            _rotate_in_torch(model)
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         if model_config.quantization != METHOD:
@@ -68,6 +72,17 @@ class EacmoeLoader(DefaultModelLoader):
         device = torch.get_default_device()  # vLLM loads within its device's context
         layer.packed_experts = shard_experts(experts, rank, size).to(device)
         OWN_GATING[layer.layer_name] = layer.packed_experts
+
+
+def _rotate_in_torch(model: nn.Module) -> None:
+    """Has rotations computed by torch, as they are when vLLM compiles the model.
+
+    With --enforce-eager vLLM 0.32 uses its operator for CPUs, which rotates queries [T, heads, D] wrongly; those of
+    latent attention have that shape.
+    """
+    for module in model.modules():
+        if isinstance(module, RotaryEmbeddingBase):
+            module._forward_method = module.forward_native
 
 
 class _Unfilled:
