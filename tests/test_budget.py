@@ -258,6 +258,7 @@ def test_a_run_has_the_size_that_was_asked_for(size, tiny_model_dir, sensitivity
     assert report["allocation"]["predicted"] == pytest.approx(chosen["damage"])
     assert "sensitivity" in report["cost"] and (run / "sensitivity" / "sensitivity.json").exists()
     assert "## Bits chosen by size" in (run / "report.md").read_text() and len(report["allocation"]["curve"]) > 5
+    assert "bits chosen for" in (run / "report.html").read_text()
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert {"loss of each weight", "bits chosen by size", "size and divergence"} <= {*board.Tags()["images"]}
     widths = read_config(run / "compressed")["quantization"]["bits"]

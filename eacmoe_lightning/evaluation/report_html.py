@@ -141,12 +141,18 @@ def _shifts(blocks: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
     return [row[text]["after"] | {"block": row["block"]} for row in blocks], on_heldout
 
 
+def _asked(allocation: dict[str, Any]) -> str:
+    asked = ", ".join(f"{name} {value:g}" for name, value in allocation["asked"].items())
+    return f"{asked}: {allocation['bits']:.4f} bits a weight, predicted KL divergence {allocation['predicted']:.4f}"
+
+
 def _provenance(report: dict[str, Any]) -> list[tuple[str, str]]:
     model, machine = report["model"], report["machine"]
     return [
         ("model", f"{model['name_or_path']} ({model['type']}): {model['blocks']} blocks, {model['experts']} experts, "
                   f"{model['top_k']} for each token"),
         ("command", report["command"]),
+        *([("bits chosen for", _asked(report["allocation"]))] if "allocation" in report else []),
         ("router calibration", report["router"]["method"]),
         ("commit", report["commit"]),
         ("seed", str(report["seed"])),
