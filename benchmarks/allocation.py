@@ -16,6 +16,9 @@ others at 2 (0: its 2.06 bits, 0.5: 2.54, 1: 3.03). Rows:
     expert      chosen by size, each projection of each expert by itself
     drawn       --drawn allocations with widths drawn for every part and expert; no equal size
 
+With --mixes, at each of these bits a weight of the original: all experts with the bits that fit, and 1/8, 1/4 and 1/2 of
+them dropped (by REAP's score) with more bits for the others; `auto` is the share that is predicted to lose least.
+
 The table has the KL divergence from the original on held-out text: the calibrated domains, German, and the texts of
 --far (far_texts.py writes them). Rows are added to --json as they are made; rows that it has are not made again.
 """
@@ -34,9 +37,11 @@ import numpy as np
 
 from eacmoe_lightning.budget.allocation import Allocation, Allocator
 from eacmoe_lightning.budget.sensitivity import Sensitivity, read
+from eacmoe_lightning.budget.target import SizeTarget, allocate
 from eacmoe_lightning.cli import main as run
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.planning.shapes import load_shapes
+from eacmoe_lightning.pruning.rule import PruningRule
 
 ROWS = ("half", "random", "frequency", "block", "expert", "drawn")
 
@@ -50,6 +55,7 @@ def main() -> None:
     parser.add_argument("--config", default="tiny")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS[:-1])
     parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.25, 0.5, 1], help="of the experts at 3 bits")
+    parser.add_argument("--mixes", type=float, nargs="*", default=[], help="bits of the sizes with fewer experts")
     parser.add_argument("--drawn", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--heldout", nargs="+", default=["prose", "code", "german"], help="bundled texts")
@@ -71,7 +77,31 @@ def main() -> None:
                 rows.append({"name": name, "share": share, "seed": seed, "predicted": allocation.damage} | measured)
                 file.write_text(json.dumps(rows, indent=1))
                 print(rows[-1], flush=True)
+        for name, bits, words, predicted in mixes(args, allocator, found):
+            if (name, bits, seed) not in done:
+                measured = evaluate(args, [*options, *words], f"{name}-{bits:g}-{seed}".replace("/", "."))
+                rows.append({"name": name, "share": bits, "seed": seed, "predicted": predicted} | measured)
+                file.write_text(json.dumps(rows, indent=1))
+                print(rows[-1], flush=True)
     print(table(rows))
+
+
+def mixes(
+    args: argparse.Namespace, allocator: Allocator, found: Sensitivity
+) -> Iterator[tuple[str, float, list[str], float]]:
+    """Names, bits, options of `fit` and predicted losses of the rows with fewer experts."""
+    moe, number = allocator.moe, allocator.moe.num_experts
+    for bits in args.mixes:
+        for share in (0, 1 / 8, 1 / 4, 1 / 2):
+            keep = round((1 - share) * number)
+            rule = PruningRule("reap", keep=keep) if share else None
+            try:
+                allocation = allocate(SizeTarget(bits=bits), allocator.recipe, moe, [], found, 0, pruning=rule)
+            except ValueError:
+                continue  # there is no such size
+            words = ["--model.target_bits", str(bits), "--model.sensitivity", str(args.work / "sensitivity-0")]
+            words += ["--pruning.keep", str(keep), "--pruning.criterion", "reap"] if share else []
+            yield f"{keep} of {number} experts", bits, words, allocation.damage
 
 
 def sensitivities(args: argparse.Namespace, options: list[str], seed: int) -> tuple[Allocator, Sensitivity]:
@@ -125,14 +155,19 @@ def allocations(
 
 
 def fit(args: argparse.Namespace, options: list[str], allocation: Allocation, name: str) -> dict:
-    """Fits with these widths; true bits and the mean KL divergence by text."""
+    """Fits with these widths."""
+    return evaluate(args, [*options, "--model.overrides", json.dumps(allocation.overrides)], name)
+
+
+def evaluate(args: argparse.Namespace, options: list[str], name: str) -> dict:
+    """Fits with these options; true bits and the mean KL divergence by text."""
     folder = args.work / "runs" / name
     texts = {text: f"bundled:{text}" for text in args.heldout}
     texts |= {f"far_{path.stem}": str(path.resolve()) for path in sorted(args.far.glob("*.txt"))} if args.far else {}
     words = [
         *("--trainer.default_root_dir", str(folder), "--trainer.enable_progress_bar", "false", "--ckpt_path", "auto"),
-        *("--model.overrides", json.dumps(allocation.overrides), "--data.heldout", json.dumps(texts)),
-        *("--data.num_heldout_windows", str(args.heldout_windows), "--data.noise_floor", "0"),
+        *("--data.heldout", json.dumps(texts), "--data.num_heldout_windows", str(args.heldout_windows)),
+        *("--data.noise_floor", "0"),
     ]
     run(["fit", *options, *words])
     report = json.loads((folder / "report.json").read_text())
@@ -159,10 +194,11 @@ def table(rows: list[dict]) -> str:
                 lines.append(f"rank correlation of predicted and measured divergence, {text}: {rho:.3f} ({len(drawn)})")
     lines += ["| experts at 3 bit | chosen by | true bits | predicted | in | German | far |", "|---" * 7 + "|"]
     places = dict.fromkeys((row["share"], row["name"]) for row in rows if row not in drawn)
-    for share, name in sorted(places, key=lambda place: (place[0], ROWS.index(place[1]))):
+    for share, name in sorted(places, key=lambda place: (place[0], (*ROWS, place[1]).index(place[1]))):
         of_seeds = [row for row in rows if (row["share"], row["name"]) == (share, name)]
         cells = [_over([row[key] for row in of_seeds]) for key in ("bits", "predicted", "in", "german", "far")]
-        lines.append(f"| {share:.0%} | {name} | {' | '.join(cells)} |")
+        what = f"{share:.0%}" if name in ROWS else f"{share:g} bits"
+        lines.append(f"| {what} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

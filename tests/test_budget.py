@@ -228,6 +228,11 @@ def test_what_comes_out_is_what_the_target_loads(engine, sensitivity):
         assert targets.choose(rows, chosen.grids(moe)).engine == engine
 
 
+def test_missing_experts_between_measured_shares():
+    found = Sensitivity({"drops": [0.5, 0.25]}, (2,), [], {"all.drop.0.25": 1.0, "all.drop.0.5": 4.0})
+    assert [found.dropped(share) for share in (0.125, 0.25, 0.375, 0.5, 0.75)] == [0.5, 1, 2.5, 4, 7]
+
+
 def test_a_lattice_has_rates_between_the_measured_widths(sensitivity):
     moe, found = sensitivity("qwen3_moe")
     recipe = Recipe(quantizer="lattice", symmetric=False)
@@ -309,6 +314,9 @@ def test_experts_and_bits_share_one_size(tiny_model_dir, tmp_path):
     stored = sum(parts[2] for parts in stored_parts(run / "compressed", MoEModel(load(run, packed=False))).values())
     assert 0.99 * 2.3 <= 8 * stored / weights <= 2.3
     assert report["allocation"]["predicted_by_part"]["pruning"] > 0 and report["pruning"]["removed"] > 0
+    given = options | {"pruning__keep": 5, "model__target_bits": 3, "model__sensitivity": run / "sensitivity"}
+    fewer = json.loads((jobs.fit(model, tmp_path / "fewer", **given) / "allocation.json").read_text())
+    assert {len(numbers) for numbers in fewer["kept"].values()} == {5} and 2.97 < fewer["bits"] <= 3
     plenty = jobs.fit(model, tmp_path / "plenty", **options | {"model__target_bits": 6})
     assert json.loads((plenty / "allocation.json").read_text())["kept"] is None
     assert "pruning" not in json.loads((plenty / "report.json").read_text())
@@ -325,7 +333,8 @@ def test_experts_and_bits_share_one_size(tiny_model_dir, tmp_path):
         ({"sensitivity": "somewhere"}, "serves a size: pass --model.target_bits or --model.target_gb too"),
         ({"target_bits": 3, "sensitivity": "somewhere"}, "somewhere .--model.sensitivity. holds no sensitivity.json"),
         ({"target_bits": 3, "quantizer": "none"}, "no bits to choose"),
-        ({"target_bits": 3, "pruning__keep": 3}, "met together with --pruning.keep auto"),
+        ({"target_bits": 3, "pruning__alpha": 0.3}, "pass --pruning.keep, a number or auto"),
+        ({"target_bits": 3, "pruning__keep": 99}, "keep=99"),
         ({"pruning__keep": "auto"}, "needs a size"),
     ],
 )

@@ -166,7 +166,11 @@ def measure(
                     counted = [partial(streams.counted, rows=rows) for rows in streams.slices]
                     with scored(block, criterion, counted) as scores:
                         streams.advance(block, "x")
-                    result["kept"] = _probe_drops(block, scores.finish(ranks), drops, probes, criterion)
+                    result["score"] = scores.finish(ranks).tolist()
+                    for share in drops:
+                        kept = kept_of(block, result["score"], keep_of(block, share), criterion)
+                        with without_experts(block, sorted({*range(block.num_experts)} - {*kept})):
+                            probes.add(block, drop_name(share))
                     result["probes"] += [drop_name(share) for share in drops if index == moe.moe_blocks[0].index]
                 else:
                     streams.advance(block, "x")
@@ -240,25 +244,17 @@ def _measure_block(
     return result
 
 
-def _probe_drops(
-    block: Block, scores: Tensor, drops: Sequence[float], probes: Probes, criterion: str
-) -> dict[str, list[int]]:
-    """Runs the probes that miss a share of the experts; by share, the experts that stay (as pruning chooses them)."""
-    kept, groups = {}, Groups.of(block).number
-    for share in drops:
-        number = keep_of(block, share)
-        kept[f"{share:g}"] = PruningRule(criterion, keep=number).choose(scores, block.top_k, groups)
-        dropped = sorted(set(range(block.num_experts)) - set(kept[f"{share:g}"]))
-        with without_experts(block, dropped):
-            probes.add(block, drop_name(share))
-    return kept
-
-
 def keep_of(block: Block, share: float) -> int:
     """The number of experts that a block keeps if this share of them is dropped: all groups keep the same number."""
     groups = Groups.of(block)
     of_group = max(round((1 - share) * block.num_experts / groups.number), groups.least(block.top_k))
     return max(of_group * groups.number, block.top_k)
+
+
+def kept_of(block: Block, scores: Sequence[float], number: int, criterion: str) -> list[int]:
+    """The experts that stay, as `PruningRule` chooses them by these scores [E]."""
+    rule = PruningRule(criterion, keep=number)
+    return rule.choose(torch.tensor(scores, dtype=torch.float64), block.top_k, Groups.of(block).number)
 
 
 def _expert_errors(

@@ -62,7 +62,7 @@ class Sensitivity:
         identity: what they were measured on.
         widths: measured bits, ascending.
         blocks: by block, its result (`measure.measure`): `name`, `relative_error`, and with experts `load`, `error`
-            and `kept`, the experts that stay by share of those dropped.
+            and, if missing experts were measured, `score`.
         damage: nats by probe (`probe_name`).
         smoothing: s of the module's formula.
     """
@@ -80,14 +80,16 @@ class Sensitivity:
         )
 
     @property
-    def drops(self) -> dict[float, float]:
-        """By share of the experts that every block misses, the nats that the whole model loses; 0 of them loses 0."""
-        measured = {share: self.damage[drop_name(share)] for share in self.identity.get("drops", [])}
-        return {0.0: 0.0} | measured
+    def drops(self) -> list[float]:
+        """The shares of the experts, ascending, that were measured as missing in every block."""
+        return sorted(self.identity.get("drops", []))
 
-    def kept(self, share: float) -> dict[int, list[int]]:
-        """By block, the experts that stay if this share is dropped."""
-        return {b["block"]: b["kept"][f"{share:g}"] for b in self.blocks if "kept" in b}
+    def dropped(self, share: float) -> float:
+        """Nats that the whole model loses without this share of the experts: linear between measured shares and 0."""
+        points = [(0.0, 0.0), *((measured, self.damage[drop_name(measured)]) for measured in self.drops)]
+        i = next((i for i, (right, _) in enumerate(points) if share <= right and i), len(points) - 1)
+        (left, low), (right, high) = points[i - 1], points[i]
+        return low + (high - low) * (share - left) / (right - left)
 
     def experts(self, block: int, width: float) -> dict[str, list[float]]:
         """By projection, the nats of each routed expert of a block with this weight alone at this width."""

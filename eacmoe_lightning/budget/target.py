@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eacmoe_lightning import targets
 from eacmoe_lightning.budget.allocation import Allocation, Allocator, possible_widths
+from eacmoe_lightning.budget.measure import keep_of, kept_of
 from eacmoe_lightning.budget.sensitivity import Sensitivity
 from eacmoe_lightning.calibration.recipe import PARTS, Recipe, num_quantized
 from eacmoe_lightning.exports.linears import original_of
@@ -24,6 +25,7 @@ from eacmoe_lightning.models.originals import (
     read_config,
     resolve_model,
 )
+from eacmoe_lightning.pruning.rule import PruningRule
 
 CARD_BYTES = 16_384  # model card, generation config, code that imports this package
 HEADER_BYTES = 160  # of a tensor in the header of its file and in the index, besides its names
@@ -124,27 +126,28 @@ def allocate(
     sensitivity: Sensitivity,
     rest: int,
     tensor_parallel: int = 1,
-    drops: bool = False,
+    pruning: PruningRule | None = None,
 ) -> Allocation:
     """The widths that have the size with the least damage.
 
     Args:
         rest: bytes of everything but the quantized weights (`rest_bytes`).
-        drops: whether experts may be dropped too, the same number in every block: the share among those measured with
-            which pruning and the bits of what stays lose least together.
+        pruning: whether experts may be dropped too, the same number in every block: with `keep=auto` the share among
+            those measured with which pruning and the bits of what stays lose least together.
 
     Raises:
         ValueError: no allocation has this size within 1 %, or the target does not load the one that does.
     """
     choices, errors = [], []
-    for share, lost in sensitivity.drops.items() if drops else [(0.0, 0.0)]:
-        kept = sensitivity.kept(share) if share else None
+    for kept in possible_experts(moe, sensitivity, pruning):
         allocator = allocator_of(recipe, moe, rows, sensitivity, kept)
         try:
             found = allocator.allocate(target.check(allocator, rest))
         except ValueError as error:
             errors.append(error)
             continue
+        share = 1 - len(next(iter(kept.values()))) / moe.num_experts if kept else 0.0
+        lost = sensitivity.dropped(share) if kept else 0.0
         by_part = found.by_part | ({"pruning": lost} if kept else {})
         choices.append(replace(found, damage=found.damage + lost, by_part=by_part, kept=kept))
     if not choices:
@@ -163,6 +166,22 @@ def allocate(
     return allocation
 
 
+def possible_experts(
+    moe: MoEModel, sensitivity: Sensitivity, pruning: PruningRule | None
+) -> list[dict[int, list[int]] | None]:
+    """What may stay, by block; None: all experts."""
+    if pruning is None:
+        return [None]
+    numbers = [pruning.keep]
+    if pruning.keep == "auto":
+        numbers = dict.fromkeys(keep_of(moe.moe_blocks[0], share) for share in sensitivity.drops)
+    chosen = [
+        {b.index: kept_of(b, sensitivity.blocks[b.index]["score"], n, pruning.criterion) for b in moe.moe_blocks}
+        for n in numbers
+    ]
+    return [None, *chosen] if pruning.keep == "auto" else chosen
+
+
 def around(
     target: SizeTarget,
     recipe: Recipe,
@@ -170,14 +189,14 @@ def around(
     rows: Sequence[targets.Target],
     sensitivity: Sensitivity,
     rest: int,
-    drops: bool = False,
+    pruning: PruningRule | None = None,
 ) -> str:
     """What somewhat smaller and larger models would lose, as a line for people; arguments as in `allocate`."""
     found = []
     for factor in AROUND:
         other = SizeTarget(*(size and size * factor for size in (target.bits, target.gb)))
         try:
-            allocation = allocate(other, recipe, moe, rows, sensitivity, rest, drops=drops)
+            allocation = allocate(other, recipe, moe, rows, sensitivity, rest, pruning=pruning)
         except ValueError:
             found.append(f"{factor:.0%} of the size cannot be had")
             continue

@@ -112,8 +112,8 @@ def _choose_bits(module: QESC, moe: MoEModel) -> list[str]:
         bits = 8 * size.nbytes(moe, rest) / num_quantized(moe)
         return [f"by size: {bits:.3f} bits a weight; what it loses is known once `eacmoe sensitivity` has measured it"]
     found = read(chosen.path)
-    allocation = allocate(size, module.recipe, moe, module.targets, found, rest, module.tensor_parallel, chosen.drops)
-    beside = around(size, module.recipe, moe, module.targets, found, rest, chosen.drops)
+    allocation = allocate(size, module.recipe, moe, module.targets, found, rest, module.tensor_parallel, chosen.pruning)
+    beside = around(size, module.recipe, moe, module.targets, found, rest, chosen.pruning)
     module.pruning = replace(module.pruning, keep=allocation.keep, kept=allocation.kept) if allocation.kept else None
     module.recipe = replace(module.recipe, overrides=allocation.overrides)
     lines = [f"by size: {(allocation.nbytes + rest) / 1e9:.4g} GB with everything; {allocation.described()}", beside]

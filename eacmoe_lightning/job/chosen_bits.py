@@ -35,12 +35,12 @@ class ChosenBits:
     Args:
         size: what was asked for.
         sensitivity: output of `eacmoe sensitivity`; None: the run measures them.
-        pruning: the run's rule; with `keep=auto` experts are dropped too.
+        pruning: the run's rule; with `keep` experts are dropped too.
     """
 
     def __init__(self, size: SizeTarget, sensitivity: str | None, pruning: PruningRule | None = None) -> None:
         self.size, self.path, self.pruning = size, sensitivity, pruning
-        if self.drops and not size:
+        if pruning is not None and pruning.keep == "auto" and not size:
             raise ValueError(
                 "keep=auto (--pruning.keep) needs a size: pass --model.target_bits or --model.target_gb too"
             )
@@ -48,11 +48,6 @@ class ChosenBits:
             raise ValueError(
                 "sensitivity (--model.sensitivity) serves a size: pass --model.target_bits or --model.target_gb too"
             )
-
-    @property
-    def drops(self) -> bool:
-        """Whether experts may be dropped to meet the size."""
-        return self.pruning is not None and self.pruning.keep == "auto"
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on besides the recipe, by option; nothing if no size was given."""
@@ -96,10 +91,10 @@ class ChosenBits:
             raise ValueError(
                 "--model.quantizer none has no bits to choose: leave out --model.target_bits and target_gb"
             )
-        if self.pruning is not None and not self.drops:
+        if self.pruning is not None and self.pruning.keep is None:
             raise ValueError(
-                "a size (--model.target_bits, --model.target_gb) is met together with --pruning.keep auto, which "
-                "chooses the number of experts, or without pruning"
+                "alpha (--pruning.alpha) keeps a number of experts that is not known before, so no size "
+                "(--model.target_bits, --model.target_gb) can be met: pass --pruning.keep, a number or auto"
             )
         if self.path is None and processes > 1:
             raise ValueError(
@@ -109,17 +104,19 @@ class ChosenBits:
         if self.path is not None:
             found = sensitivities.read(self.path)
             refuse_other(found, recipe, fingerprint, [block.name for block in moe.blocks], self.path)
-            if self.drops and len(found.drops) == 1:
+            if self.pruning is not None and found.identity.get("pruning.criterion") != self.pruning.criterion:
                 raise ValueError(
-                    f"{self.path} (--model.sensitivity) says nothing of missing experts, which --pruning.keep auto "
-                    "needs: measure with --drops"
+                    f"{self.path} (--model.sensitivity) does not say what the model loses without experts chosen by "
+                    f"{self.pruning.criterion} (--pruning.criterion): measure with this option, and with --drops"
                 )
-        kept = None
-        if self.drops:
+        kept, is_free = None, self.pruning is not None and self.pruning.keep == "auto"
+        if self.pruning is not None:
             most = max(DROPS if self.path is None else found.drops)
-            kept = {block.index: list(range(keep_of(block, most))) for block in moe.moe_blocks}
+            numbers = {b.index: keep_of(b, most) if is_free else self.pruning.keep for b in moe.moe_blocks}
+            kept = {index: list(range(number)) for index, number in numbers.items()}
+        largest = allocator_of(recipe, moe, rows, kept=None if is_free else kept)
         rest = rest_bytes(moe, name_or_path, trust_remote_code)
-        self.size.check(allocator_of(recipe, moe, rows, kept=kept), rest, allocator_of(recipe, moe, rows))
+        self.size.check(allocator_of(recipe, moe, rows, kept=kept), rest, largest)
 
     def take(
         self,
@@ -143,13 +140,13 @@ class ChosenBits:
         if self.path is not None:
             found = sensitivities.read(self.path)
         else:
-            more = {"drops": DROPS, "criterion": self.pruning.criterion} if self.drops else {}
+            more = {"drops": DROPS, "criterion": self.pruning.criterion} if self.pruning else {}
             found = measured(run.path / "sensitivity", recipe, moe, data, fingerprint, **more)
         rest = rest_bytes(moe, name_or_path, trust_remote_code)
-        allocation = allocate(self.size, recipe, moe, rows, found, rest, tensor_parallel, self.drops)
+        allocation = allocate(self.size, recipe, moe, rows, found, rest, tensor_parallel, self.pruning)
         sizes = picture.curve(allocator_of(recipe, moe, rows, found, allocation.kept))
         write_json(run.path / FILE, allocation.record() | {"curve": sizes})
-        beside = around(self.size, recipe, moe, rows, found, rest, self.drops)
+        beside = around(self.size, recipe, moe, rows, found, rest, self.pruning)
         print(f"{allocation.described()}; {beside}")
         return True
 
