@@ -16,8 +16,8 @@ others at 2 (0: its 2.06 bits, 0.5: 2.54, 1: 3.03). Rows:
     expert      chosen by size, each projection of each expert by itself
     drawn       --drawn allocations with widths drawn for every part and expert; no equal size
 
-With --mixes, at each of these bits a weight of the original: all experts with the bits that fit, and 1/8, 1/4 and 1/2 of
-them dropped (by REAP's score) with more bits for the others; `auto` is the share that is predicted to lose least.
+With --mixes, at each of these bits a weight of the original: all experts with the bits that fit, and 1/8, 1/4 and 1/2
+of them dropped (by the score of REAP) with more bits for the others.
 
 The table has the KL divergence from the original on held-out text: the calibrated domains, German, and the texts of
 --far (far_texts.py writes them). Rows are added to --json as they are made; rows that it has are not made again.
@@ -77,7 +77,7 @@ def main() -> None:
                 rows.append({"name": name, "share": share, "seed": seed, "predicted": allocation.damage} | measured)
                 file.write_text(json.dumps(rows, indent=1))
                 print(rows[-1], flush=True)
-        for name, bits, words, predicted in mixes(args, allocator, found):
+        for name, bits, words, predicted in mixes(args, allocator, found, seed):
             if (name, bits, seed) not in done:
                 measured = evaluate(args, [*options, *words], f"{name}-{bits:g}-{seed}".replace("/", "."))
                 rows.append({"name": name, "share": bits, "seed": seed, "predicted": predicted} | measured)
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def mixes(
-    args: argparse.Namespace, allocator: Allocator, found: Sensitivity
+    args: argparse.Namespace, allocator: Allocator, found: Sensitivity, seed: int
 ) -> Iterator[tuple[str, float, list[str], float]]:
     """Names, bits, options of `fit` and predicted losses of the rows with fewer experts."""
     moe, number = allocator.moe, allocator.moe.num_experts
@@ -99,7 +99,7 @@ def mixes(
                 allocation = allocate(SizeTarget(bits=bits), allocator.recipe, moe, [], found, 0, pruning=rule)
             except ValueError:
                 continue  # there is no such size
-            words = ["--model.target_bits", str(bits), "--model.sensitivity", str(args.work / "sensitivity-0")]
+            words = ["--model.target_bits", str(bits), "--model.sensitivity", str(args.work / f"sensitivity-{seed}")]
             words += ["--pruning.keep", str(keep), "--pruning.criterion", "reap"] if share else []
             yield f"{keep} of {number} experts", bits, words, allocation.damage
 
