@@ -4,10 +4,11 @@ Measured are, at some widths, the damage D_p(w) of a block's part p quantized al
 experts), and the error e_ij(w) of each projection j of each routed expert i (`measure.py`). A part's damage is shared
 out among the experts by what they do to the block's output:
 
-    d_ij(w) = D(w) (n_i + s n) e_ij(w) / sum over k, l of (n_k + s n) e_kl(w)
+    d_ij(w) ~ (1 - u) n_i e_ij(w) + u n e_j(w)
 
-n_i is the number of tokens that select expert i, n its mean over the block's experts. s n tokens are added to each,
-because other texts select other experts: an allocation by calibrated frequencies alone would fit the calibration text.
+n_i is the number of tokens that select expert i, n its mean over the block's experts, and e_j the mean of e_ij over the
+selections. Other texts select other experts, so a share u of the tokens is taken to be spread evenly: an allocation by
+calibrated frequencies alone would fit the calibration text.
 Between measured widths the logarithm is linear in the width. Beyond the last one the damage falls by the last measured
 ratio per bit, at least by a half and at most to a quarter, the ratio of squared rounding errors.
 
@@ -21,7 +22,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 from eacmoe_lightning.run.files import StoreError, write_json
 
 FILE, BLOCKS = "sensitivity.json", "blocks"
-SMOOTHING = 0.1  # s
+UNKNOWN = 0.5  # u
 FASTEST, SLOWEST = 0.25, 0.5  # damage at one bit more, as a share
 LEAST = 1e-12  # nats; keeps logarithms finite
 
@@ -64,14 +64,14 @@ class Sensitivity:
         blocks: by block, its result (`measure.measure`): `name`, `relative_error`, and with experts `load`, `error`
             and, if missing experts were measured, `score`.
         damage: nats by probe (`probe_name`).
-        smoothing: s of the module's formula.
+        unknown: u of the module's formula.
     """
 
     identity: dict[str, Any]
     widths: tuple[float, ...]
     blocks: list[dict[str, Any]]
     damage: dict[str, float]
-    smoothing: float = SMOOTHING
+    unknown: float = UNKNOWN
 
     def part(self, block: int, part: str, width: float) -> float:
         """Nats that a block loses with one of its parts at this width; routed experts all together."""
@@ -93,24 +93,19 @@ class Sensitivity:
 
     def experts(self, block: int, width: float) -> dict[str, list[float]]:
         """By projection, the nats of each routed expert of a block with this weight alone at this width."""
-        errors = {
-            projection: [self._weights[block][e] * self._error(block, projection, e, width) for e in range(len(load))]
-            for projection in self.blocks[block]["error"]
-            if (load := self.blocks[block]["load"])
-        }
-        total = sum(sum(values) for values in errors.values())
-        damage = self.part(block, "experts", width)
-        return {projection: [damage * e / total for e in values] for projection, values in errors.items()}
+        load = self.blocks[block]["load"]
+        selections, shares = max(sum(load), 1), {}
+        for projection in self.blocks[block]["error"]:
+            errors = [self._error(block, projection, e, width) for e in range(len(load))]
+            mean = sum(n * error for n, error in zip(load, errors, strict=True)) / selections
+            even = self.unknown * selections / len(load) * mean
+            shares[projection] = [(1 - self.unknown) * n * e + even for n, e in zip(load, errors, strict=True)]
+        scale = self.part(block, "experts", width) / sum(map(sum, shares.values()))
+        return {projection: [scale * share for share in values] for projection, values in shares.items()}
 
     def _error(self, block: int, projection: str, expert: int, width: float) -> float:
         by_width = self.blocks[block]["error"][projection]
         return interpolated({w: by_width[f"{w:g}"][expert] for w in self.widths}, width)
-
-    @cached_property
-    def _weights(self) -> dict[int, list[float]]:
-        """n_i + s n of every block with experts."""
-        loads = {block["block"]: block["load"] for block in self.blocks if "load" in block}
-        return {b: [n + self.smoothing * max(sum(load), 1) / len(load) for n in load] for b, load in loads.items()}
 
 
 def write(
