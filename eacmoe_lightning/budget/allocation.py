@@ -125,12 +125,11 @@ class Allocator:
 
     def of(self, width_of: Callable[[Key], int | float]) -> Allocation:
         """The allocation that gives each unit, by its key, a width; fixed ones keep theirs."""
-        return self._chosen(
-            {
-                key: next((p for p in unit.points if p.choice == width_of(key)), unit.points[0])
-                for key, unit in self.units.items()
-            }
-        )
+        chosen = {}
+        for key, unit in self.units.items():
+            width = width_of(key)
+            chosen[key] = next((point for point in unit.points if point.choice == width), unit.points[0])
+        return self._chosen(chosen)
 
     def _chosen(self, points: dict[Key, Point]) -> Allocation:
         overrides, by_part = defaultdict(dict), dict.fromkeys(PARTS, 0.0)
