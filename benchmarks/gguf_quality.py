@@ -6,8 +6,8 @@
 For every run the original is quantized by `llama-quantize` to the run's own types, tensor by tensor, so the files have
 the same size: without an importance matrix, and with one (`llama-imatrix`) of the run's calibration text. All files
 then meet the original in `llama-perplexity --kl-divergence`, on the run's held-out texts and those of --far
-(far_texts.py). `llama_programs.py` says how to build the three programs. `--also NAME=FILE` adds files of other tools, such
-as AutoRound's (gguf_autoround.py).
+(far_texts.py). `llama_programs.py` says how to build the three programs. `--also NAME=FILE` adds files of other tools,
+such as AutoRound's (gguf_autoround.py).
 
 The table shows nats lost per token and the mean divergence KL(original || file).
 """
