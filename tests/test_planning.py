@@ -183,7 +183,6 @@ def test_a_run_for_one_engine_is_warned_of_that_engine_only(tmp_path, capsys):
     assert "will be refused" not in capsys.readouterr().out
 
 
-
 @pytest.mark.parametrize(
     "name",
     [
