@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from test_packed_loading import compress
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -166,6 +167,24 @@ def test_a_compressed_wrapper_loads_and_exports_as_the_wrapper(kind, wrapper, to
     assert config["architectures"] == [type(original).__name__] and config["vision_config"]
     stored = {name for file in dense.glob("*.safetensors") for name in load_file(file)}
     assert stored == {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+
+
+def test_gguf_holds_the_language_model_of_a_wrapper(wrapper, tmp_path):
+    """It is what the language model alone gives, and the rest is what a warning names."""
+    gguf = pytest.importorskip("gguf")
+    compress(wrapper("qwen3_5_moe"), tmp_path / "compressed", symmetric=True)
+    with pytest.warns(UserWarning, match=r"only, without model\.visual\..* and \d+ other tensors: .*--mmproj"):
+        export(str(tmp_path / "compressed"), str(tmp_path / "gguf"), "gguf")
+    stored = {t.name: t for t in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+    state = load(tmp_path / "compressed", packed=False).state_dict()
+    for name, parameter in {
+        "token_embd.weight": "model.language_model.embed_tokens.weight",
+        "blk.1.attn_q.weight": "model.language_model.layers.1.self_attn.q_proj.weight",
+        "blk.0.ffn_down_exps.weight": "model.language_model.layers.0.mlp.experts.down_proj",
+    }.items():
+        decoded = gguf.dequantize(stored[name].data, stored[name].tensor_type).reshape(state[parameter].shape)
+        assert (decoded == state[parameter].numpy()).all(), name
+    assert {name.split(".")[0] for name in stored} == {"token_embd", "blk", "output_norm", "output"}
 
 
 def test_what_a_config_names_is_built(wrapper):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.compressed.format import REST
 from eacmoe_lightning.exports import ggml_blocks
 from eacmoe_lightning.exports.check import Difference, Reference
 from eacmoe_lightning.exports.gguf_architectures import Architecture, architecture_of, keys_of, warn_of_rounding
@@ -26,6 +27,7 @@ from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.kquant import KQuant
 from eacmoe_lightning.quantization.kquant_bytes import to_bytes
+from eacmoe_lightning.run.files import first_of, read_tensors
 from eacmoe_lightning.targets import Target, WeightGrid
 from eacmoe_lightning.version import __version__
 
@@ -56,6 +58,12 @@ def write(source: Source, weights: list[WeightGrid], row: Target, directory: Pat
     warn_of_rounding(source.moe)
     if source.draft:
         warnings.warn(f"the file has no place for the {len(source.draft)} tensors of the draft layers", stacklevel=2)
+    if others := source.parameters.keys() - shapes_of(source.moe).keys():
+        warnings.warn(
+            f"the file holds the language model only, without {first_of(sorted(others), 'tensor')}: for images "
+            "llama.cpp needs a second file, which its convert_hf_to_gguf.py makes of the original with --mmproj",
+            stacklevel=2,
+        )
     writer = gguf.GGUFWriter(directory / FILE, architecture.name)
     _add_keys(writer, source, architecture, entries)
     add_tokenizer(writer, source.path, source.moe.config.vocab_size)
@@ -85,6 +93,8 @@ def read_back(source: Source, row: Target, directory: Path) -> Difference:
         decoded = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(entry.shape)
         entry.give_back(torch.from_numpy(decoded.copy()), tensors[entry.parameter])
     tensors = {name: by_rows(source.moe, name, tensor).contiguous() for name, tensor in tensors.items()}
+    if others := source.parameters.keys() - tensors.keys():
+        tensors |= {name: tensor for name, tensor in read_tensors(source.path / REST)[0].items() if name in others}
     has_rounded = any(entry.type == "F16" and entry.parameter in source.weights for entry in entries)
     rounded = "float16" if has_rounded else None
     return Reference(source).compare_decoded(source, source.original_names(tensors), directory, rounded)

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from eacmoe_lightning.compressed.directory import untied
 from eacmoe_lightning.exports.gguf_architectures import Architecture
+from eacmoe_lightning.models.find import is_of_another_part
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.quantization.kquant import TYPES
 
@@ -113,8 +114,9 @@ def by_rows(moe: MoEModel, name: str, tensor: Tensor) -> Tensor:
 
 
 def shapes_of(moe: MoEModel) -> dict[str, tuple[int, ...]]:
-    """The shape [..., O, I] of every parameter; tied ones once."""
-    return {name: tuple(by_rows(moe, name, tensor).shape) for name, tensor in untied(moe.model).items()}
+    """The shape [..., O, I] of every parameter of the language model; tied ones once."""
+    parameters = {name: tensor for name, tensor in untied(moe.model).items() if not is_of_another_part(name)}
+    return {name: tuple(by_rows(moe, name, tensor).shape) for name, tensor in parameters.items()}
 
 
 def plan(moe: MoEModel, types: Mapping[str, str], architecture: Architecture) -> list[Entry]:
@@ -147,7 +149,7 @@ def plan(moe: MoEModel, types: Mapping[str, str], architecture: Architecture) ->
         elif name := _by_ending(NAMES, parameter):
             names = [prefix + name]
         else:
-            name = table.get_name(parameter, try_suffixes=(".weight", ".bias"))
+            name = table.get_name(parameter.replace(".language_model.", "."), try_suffixes=(".weight", ".bias"))
             names = [name] if name else []
         if not names or (names[0].endswith(".bias") and not _is_added(names[0], architecture)):
             raise ValueError(

@@ -36,7 +36,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, list[Block]]:
     config = model.config.get_text_config()
     num_layers = config.num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not _is_of_another_part(name):
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not is_of_another_part(name):
             decoder = model.get_submodule(name.rpartition(".")[0])
             blocks = [_find_parts(i, f"{name}.{i}", layer) for i, layer in enumerate(module)]
             break
@@ -56,8 +56,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, list[Block]]:
     return decoder, blocks
 
 
-def _is_of_another_part(name: str) -> bool:
-    """Whether a module belongs to the vision or audio half of a wrapper."""
+def is_of_another_part(name: str) -> bool:
+    """Whether a module or a parameter belongs to the vision or audio half of a wrapper."""
     return any(word in name for word in ("vision", "visual", "audio", "encoder"))
 
 
@@ -90,7 +90,7 @@ def _find_parts(index: int, name: str, layer: nn.Module) -> Block:
     for path, module in layer.named_modules():
         down = getattr(module, "down_proj", None)  # a stack, be it dense, packed or offloaded
         is_stack = len(getattr(down, "shape", ())) == 3 and hasattr(module, "has_gate")
-        if is_stack and not _is_of_another_part(path):  # ERNIE-VL has experts for images beside those for text
+        if is_stack and not is_of_another_part(path):  # ERNIE-VL has experts for images beside those for text
             block.experts, block.experts_name = Experts(module), path
     moe_name = block.experts_name.rpartition(".")[0]
     if block.is_moe:
