@@ -194,6 +194,16 @@ def test_options_that_only_vllms_router_reads_are_asked_for():
     check_router_options(AutoConfig.for_model("mixtral"))
 
 
+def test_attention_without_names_in_vllm_is_served_decoded(directories):
+    directory = directories("deepseek", "3")
+    packed, experts = PackedModel(directory, "float32"), {}
+    tensors, state = dict(packed.tensors(experts)), load(directory, packed=False).state_dict()
+    attention = [name for name in state if "self_attn" in name]
+    assert attention and all(torch.equal(tensors[name], state[name]) for name in attention)
+    assert not [name for name in packed.linears if "self_attn" in name] and experts
+    assert (packed.source.config.n_group, packed.source.config.topk_group) == (1, 1)
+
+
 # --- vLLM itself
 
 

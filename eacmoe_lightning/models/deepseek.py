@@ -70,6 +70,7 @@ class DeepseekConfig(DeepseekOcr2TextConfig):
                 f"n_shared_experts={self.n_shared_experts} in config.json: the built-in deepseek "
                 "model needs at least 1 (DeepSeek-MoE-16B has 2)"
             )
+        self.n_group, self.topk_group = self.n_group or 1, self.topk_group or 1  # vLLM groups by them, None ends it
         self.mlp_layer_types = [
             "sparse" if index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0 else "dense"
             for index in range(self.num_hidden_layers)

@@ -20,10 +20,11 @@ from eacmoe_lightning.exports.linears import Rows, original_linears
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.shrink import KEPT
-from eacmoe_lightning.quantization.packing import expert_codes
+from eacmoe_lightning.quantization.packing import expert_codes, take_quantized
 from eacmoe_lightning.run.files import StoreError, first_of
 from eacmoe_lightning.runtime.packed_modules import PackedExperts, PackedWeight
 
+UNNAMED = ("deepseek",)  # model types whose attention has no names in vLLM; it is served decoded
 NOAUX = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 CONSTANTS = dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm_moe_dsa"), NOAUX)  # of transformers' router, by type
 STORED = {"codes": "weight_packed", "scale": "weight_scale", "zero_point": "weight_zero_point"}  # as servers call them
@@ -106,6 +107,9 @@ class PackedModel:
 
     def __init__(self, path: str | Path, dtype: str = "auto") -> None:
         self.source = Source(path, dtype)
+        if self.source.moe.config.model_type in UNNAMED:
+            parts = (self.source.quantized(block).items() for block in self.source.moe.blocks)
+            self.source.decode([name for each in parts for name, (part, _) in each if part == "attention"])
 
     @cached_property
     def linears(self) -> dict[str, PackedRows]:
@@ -113,7 +117,7 @@ class PackedModel:
         found = {}
         for block in self.source.moe.blocks:
             for name, (part, weight) in self.source.quantized(block).items():
-                if part != "experts":
+                if part != "experts" and name not in self.source.decoded:
                     grid = self._grid(name)
                     for rows in original_linears(self.source.skeleton, name, weight.shape[:-1]):
                         found[rows.name] = PackedRows(name, rows, *grid)
@@ -147,8 +151,8 @@ class PackedModel:
     def tensors(self, experts: dict[int, PackedExperts]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a checkpoint that a server's own loader reads, one file after another.
 
-        Quantized linears are `<module>.weight_packed`, `.weight_scale` and `.weight_zero_point`; all others are as in
-        the original's checkpoint. Quantized experts are not among them.
+        Quantized linears are `<module>.weight_packed`, `.weight_scale` and `.weight_zero_point`; all others, and those
+        that are served decoded, are as in the original's checkpoint. Quantized experts are not among them.
 
         Args:
             experts: filled with the experts of each block, by the number in the names of its parameters.
@@ -162,7 +166,10 @@ class PackedModel:
         numbers = {block.name: number for number, block in self.expert_blocks.items()}
         for block, stored in self.source.files():
             tensors = dict(stored)
-            for name in self.source.quantized(block) if block else ():
+            for name, (_, weight) in self.source.quantized(block).items():
+                if name in self.source.decoded:
+                    packed = take_quantized(tensors, name, self._grid(name)[0], weight.shape[-1])
+                    tensors[name] = packed.dequantize(self.source.dtype)
                 for linear in linears.get(name, ()):
                     for kind, parameter in STORED.items():
                         yield f"{linear.rows.name}.{parameter}", linear.rows.of(tensors[f"{name}.{kind}"])

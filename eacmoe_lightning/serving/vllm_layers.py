@@ -18,6 +18,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from eacmoe_lightning.compressed.format import METHOD
 from eacmoe_lightning.runtime.packed_modules import PackedExperts
 from eacmoe_lightning.serving.packed_model import (
+    UNNAMED,
     PackedModel,
     PackedRows,
     check_router_options,
@@ -109,6 +110,8 @@ class EacmoeConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         if not prefix:
+            if self.model.source.moe.config.model_type in UNNAMED:
+                return UnquantizedLinearMethod()
             raise ValueError("vLLM's model gives one of its linears no name, so it cannot be said which weight it has")
         parts = self._parts(prefix)
         quantized = [self.linears[part] for part in parts if part in self.linears]
