@@ -29,7 +29,7 @@ from typing import Any
 from eacmoe_lightning.run.files import StoreError, write_json
 
 FILE, BLOCKS = "sensitivity.json", "blocks"
-UNKNOWN = 0.5  # u
+UNKNOWN = 0.1  # u
 FASTEST, SLOWEST = 0.25, 0.5  # damage at one bit more, as a share
 LEAST = 1e-12  # nats; keeps logarithms finite
 
