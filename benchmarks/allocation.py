@@ -37,7 +37,7 @@ import numpy as np
 
 from eacmoe_lightning.budget.allocation import Allocation, Allocator
 from eacmoe_lightning.budget.sensitivity import Sensitivity, read
-from eacmoe_lightning.budget.target import SizeTarget, allocate
+from eacmoe_lightning.budget.target import BySize, SizeTarget
 from eacmoe_lightning.cli import main as run
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.planning.shapes import load_shapes
@@ -96,7 +96,7 @@ def mixes(
             keep = round((1 - share) * number)
             rule = PruningRule("reap", keep=keep) if share else None
             try:
-                allocation = allocate(SizeTarget(bits=bits), allocator.recipe, moe, [], found, 0, pruning=rule)
+                allocation = BySize(SizeTarget(bits=bits), allocator.recipe, moe, [], found, 0, pruning=rule).allocate()
             except ValueError:
                 continue  # there is no such size
             words = ["--model.target_bits", str(bits), "--model.sensitivity", str(args.work / f"sensitivity-{seed}")]

@@ -19,7 +19,7 @@ from eacmoe_lightning.budget.allocation import Allocator
 from eacmoe_lightning.budget.measure import Text, measure
 from eacmoe_lightning.budget.probes import Probes, without_experts
 from eacmoe_lightning.budget.sensitivity import Sensitivity, interpolated, read
-from eacmoe_lightning.budget.target import SizeTarget, allocate, allocator_of, rest_bytes
+from eacmoe_lightning.budget.target import BySize, SizeTarget, allocator_of, rest_bytes
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.format import read_config
@@ -219,11 +219,11 @@ def test_what_comes_out_is_what_the_target_loads(engine, sensitivity):
     for share in (0, 0.4, 1):
         bits = 8 * (allocator.smallest + share * (allocator.largest - allocator.smallest)) / allocator.num_weights
         try:
-            allocation = allocate(SizeTarget(bits=bits * 1.0001), recipe, moe, rows, found, 0)
+            allocation = BySize(SizeTarget(bits=bits * 1.0001), recipe, moe, rows, found, 0).allocate()
         except ValueError as error:
             assert "comes within 1 %" in str(error) and 0 < share < 1
             nearest = float(str(error).rpartition("--model.target_bits ")[2])
-            allocation = allocate(SizeTarget(bits=nearest), recipe, moe, rows, found, 0)
+            allocation = BySize(SizeTarget(bits=nearest), recipe, moe, rows, found, 0).allocate()
         chosen = replace(recipe, overrides=allocation.overrides)
         assert targets.choose(rows, chosen.grids(moe)).engine == engine
 

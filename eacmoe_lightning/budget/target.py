@@ -118,90 +118,86 @@ def allocator_of(
     return Allocator(recipe, moe, sensitivity, rows[0].granularity, widths, kept)
 
 
-def allocate(
-    target: SizeTarget,
-    recipe: Recipe,
-    moe: MoEModel,
-    rows: Sequence[targets.Target],
-    sensitivity: Sensitivity,
-    rest: int,
-    tensor_parallel: int = 1,
-    pruning: PruningRule | None = None,
-) -> Allocation:
-    """The widths that have the size with the least damage.
+@dataclass(frozen=True)
+class BySize:
+    """A choice of widths, and of experts, for a size.
 
     Args:
+        target: the size.
+        recipe, moe, sensitivity: see `Allocator`.
+        rows: of the target's formats (`targets.for_calibration`); empty: no target.
         rest: bytes of everything but the quantized weights (`rest_bytes`).
-        pruning: whether experts may be dropped too, the same number in every block: with `keep=auto` the share among
-            those measured with which pruning and the bits of what stays lose least together.
-
-    Raises:
-        ValueError: no allocation has this size within 1 %, or the target does not load the one that does.
+        tensor_parallel: number of devices that the target splits each linear over.
+        pruning: whether experts are dropped too: a number of them, the same in every block, or with `keep=auto` the
+            number among those measured with which pruning and the bits of what stays lose least together.
     """
-    choices, errors = [], []
-    for kept in possible_experts(moe, sensitivity, pruning):
-        allocator = allocator_of(recipe, moe, rows, sensitivity, kept)
-        try:
-            found = allocator.allocate(target.check(allocator, rest))
-        except ValueError as error:
-            errors.append(error)
-            continue
-        share = 1 - len(next(iter(kept.values()))) / moe.num_experts if kept else 0.0
-        lost = sensitivity.dropped(share) if kept else 0.0
-        by_part = found.by_part | ({"pruning": lost} if kept else {})
-        choices.append(replace(found, damage=found.damage + lost, by_part=by_part, kept=kept))
-    if not choices:
-        raise errors[-1]
-    allocation = min(choices, key=lambda choice: choice.damage)
-    fixed = rest if target.gb else 0
-    wanted = target.nbytes(moe, rest)
-    if allocation.nbytes + fixed < CLOSE * (wanted + fixed):
-        nearest = target.described(allocation.nbytes * 1.0005, moe, rest)
-        raise ValueError(
-            f"no choice of widths comes within 1 % of the size that was asked for: the nearest below it is {nearest}"
-        )
-    if rows:
-        chosen = replace(recipe, overrides=allocation.overrides)
-        targets.choose(list(rows), chosen.grids(moe), original_of(moe), tensor_parallel)
-    return allocation
 
+    target: SizeTarget
+    recipe: Recipe
+    moe: MoEModel
+    rows: Sequence[targets.Target]
+    sensitivity: Sensitivity
+    rest: int
+    tensor_parallel: int = 1
+    pruning: PruningRule | None = None
 
-def possible_experts(
-    moe: MoEModel, sensitivity: Sensitivity, pruning: PruningRule | None
-) -> list[dict[int, list[int]] | None]:
-    """What may stay, by block; None: all experts."""
-    if pruning is None:
-        return [None]
-    numbers = [pruning.keep]
-    if pruning.keep == "auto":
-        numbers = dict.fromkeys(keep_of(moe.moe_blocks[0], share) for share in sensitivity.drops)
-    chosen = [
-        {b.index: kept_of(b, sensitivity.blocks[b.index]["score"], n, pruning.criterion) for b in moe.moe_blocks}
-        for n in numbers
-    ]
-    return [None, *chosen] if pruning.keep == "auto" else chosen
+    def allocate(self) -> Allocation:
+        """The widths that have the size with the least damage.
 
+        Raises:
+            ValueError: no allocation has this size within 1 %, or the target does not load the one that does.
+        """
+        choices, errors = [], []
+        for kept in self._experts():
+            allocator = allocator_of(self.recipe, self.moe, self.rows, self.sensitivity, kept)
+            try:
+                found = allocator.allocate(self.target.check(allocator, self.rest))
+            except ValueError as error:
+                errors.append(error)
+                continue
+            if kept:
+                lost = self.sensitivity.dropped(1 - len(next(iter(kept.values()))) / self.moe.num_experts)
+                by_part = found.by_part | {"pruning": lost}
+                found = replace(found, damage=found.damage + lost, by_part=by_part, kept=kept)
+            choices.append(found)
+        if not choices:
+            raise errors[-1]
+        allocation = min(choices, key=lambda choice: choice.damage)
+        fixed = self.rest if self.target.gb else 0
+        if allocation.nbytes + fixed < CLOSE * (self.target.nbytes(self.moe, self.rest) + fixed):
+            nearest = self.target.described(allocation.nbytes * 1.0005, self.moe, self.rest)
+            raise ValueError(
+                "no choice of widths comes within 1 % of the size that was asked for: the nearest below it is "
+                f"{nearest}"
+            )
+        if self.rows:
+            chosen = replace(self.recipe, overrides=allocation.overrides)
+            targets.choose(list(self.rows), chosen.grids(self.moe), original_of(self.moe), self.tensor_parallel)
+        return allocation
 
-def around(
-    target: SizeTarget,
-    recipe: Recipe,
-    moe: MoEModel,
-    rows: Sequence[targets.Target],
-    sensitivity: Sensitivity,
-    rest: int,
-    pruning: PruningRule | None = None,
-) -> str:
-    """What somewhat smaller and larger models would lose, as a line for people; arguments as in `allocate`."""
-    found = []
-    for factor in AROUND:
-        other = SizeTarget(*(size and size * factor for size in (target.bits, target.gb)))
-        try:
-            allocation = allocate(other, recipe, moe, rows, sensitivity, rest, pruning=pruning)
-        except ValueError:
-            found.append(f"{factor:.0%} of the size cannot be had")
-            continue
-        found.append(f"{factor:.0%} of the size would lose {allocation.damage:.4f}")
-    return "; ".join(found)
+    def around(self) -> str:
+        """What somewhat smaller and larger models would lose, as a line for people."""
+        lines = []
+        for factor in AROUND:
+            size = SizeTarget(*(value and value * factor for value in (self.target.bits, self.target.gb)))
+            try:
+                lines.append(f"{factor:.0%} of the size would lose {replace(self, target=size).allocate().damage:.4f}")
+            except ValueError:
+                lines.append(f"{factor:.0%} of the size cannot be had")
+        return "; ".join(lines)
+
+    def _experts(self) -> list[dict[int, list[int]] | None]:
+        """What may stay, by block; None: all experts."""
+        if self.pruning is None:
+            return [None]
+        blocks, is_free = self.moe.moe_blocks, self.pruning.keep == "auto"
+        numbers = {keep_of(blocks[0], share) for share in self.sensitivity.drops} if is_free else {self.pruning.keep}
+        scores = {block.index: self.sensitivity.blocks[block.index]["score"] for block in blocks}
+        chosen = [
+            {block.index: kept_of(block, scores[block.index], number, self.pruning.criterion) for block in blocks}
+            for number in sorted(numbers, reverse=True)
+        ]
+        return [None, *chosen] if is_free else chosen
 
 
 def rest_bytes(moe: MoEModel, name_or_path: str, trust_remote_code: bool = False) -> int:

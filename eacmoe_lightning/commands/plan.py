@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from eacmoe_lightning.budget.sensitivity import read
-from eacmoe_lightning.budget.target import allocate, around, rest_bytes
+from eacmoe_lightning.budget.target import BySize, rest_bytes
 from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.exports.linears import original_of
@@ -112,11 +112,14 @@ def _choose_bits(module: QESC, moe: MoEModel) -> list[str]:
         bits = 8 * size.nbytes(moe, rest) / num_quantized(moe)
         return [f"by size: {bits:.3f} bits a weight; what it loses is known once `eacmoe sensitivity` has measured it"]
     found = read(chosen.path)
-    allocation = allocate(size, module.recipe, moe, module.targets, found, rest, module.tensor_parallel, chosen.pruning)
-    beside = around(size, module.recipe, moe, module.targets, found, rest, chosen.pruning)
+    choice = BySize(size, module.recipe, moe, module.targets, found, rest, module.tensor_parallel, chosen.pruning)
+    allocation = choice.allocate()
     module.pruning = replace(module.pruning, keep=allocation.keep, kept=allocation.kept) if allocation.kept else None
     module.recipe = replace(module.recipe, overrides=allocation.overrides)
-    lines = [f"by size: {(allocation.nbytes + rest) / 1e9:.4g} GB with everything; {allocation.described()}", beside]
+    lines = [
+        f"by size: {(allocation.nbytes + rest) / 1e9:.4g} GB with everything; {allocation.described()}",
+        choice.around(),
+    ]
     shares: dict[tuple[str, float], int] = defaultdict(int)
     for grid in module.recipe.grids(moe):
         shares[grid.part, grid.bits] += prod(grid.shape)

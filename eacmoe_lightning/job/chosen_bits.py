@@ -18,7 +18,7 @@ from eacmoe_lightning.budget import picture
 from eacmoe_lightning.budget import sensitivity as sensitivities
 from eacmoe_lightning.budget.measure import DROPS, WIDTHS, Text, default_probes, identity_of, keep_of, measure
 from eacmoe_lightning.budget.sensitivity import Sensitivity
-from eacmoe_lightning.budget.target import SizeTarget, allocate, allocator_of, around, rest_bytes
+from eacmoe_lightning.budget.target import BySize, SizeTarget, allocator_of, rest_bytes
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.streamed import StreamedModel
@@ -143,11 +143,11 @@ class ChosenBits:
             more = {"drops": DROPS, "criterion": self.pruning.criterion} if self.pruning else {}
             found = measured(run.path / "sensitivity", recipe, moe, data, fingerprint, **more)
         rest = rest_bytes(moe, name_or_path, trust_remote_code)
-        allocation = allocate(self.size, recipe, moe, rows, found, rest, tensor_parallel, self.pruning)
+        choice = BySize(self.size, recipe, moe, rows, found, rest, tensor_parallel, self.pruning)
+        allocation = choice.allocate()
         sizes = picture.curve(allocator_of(recipe, moe, rows, found, allocation.kept))
         write_json(run.path / FILE, allocation.record() | {"curve": sizes})
-        beside = around(self.size, recipe, moe, rows, found, rest, self.pruning)
-        print(f"{allocation.described()}; {beside}")
+        print(f"{allocation.described()}; {choice.around()}")
         return True
 
     def result(self, run: RunDirectory) -> dict[str, Any]:
