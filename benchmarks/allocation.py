@@ -14,10 +14,15 @@ others at 2 (0: its 2.06 bits, 0.5: 2.54, 1: 3.03). Rows:
     frequency   the experts that the most calibration tokens select, over all blocks
     block       chosen by size, one width for a block's experts
     expert      chosen by size, each projection of each expert by itself
+    autoscheme  chosen by AutoRound's AutoScheme on the calibration windows, one width for a block's experts
+    autoscheme-expert   by the same scores, each projection of each expert by itself
     drawn       --drawn allocations with widths drawn for every part and expert; no equal size
 
 With --mixes, at each of these bits a weight of the original: all experts with the bits that fit, and 1/8, 1/4 and 1/2
 of them dropped (by the score of REAP) with more bits for the others.
+
+`autoscheme` needs a package index on first use: it makes AutoRound's environment, 6 GB or less, in --work
+(gptq_quality.py). `--autoscheme-tokens 16 128` gives it AutoScheme's default for MoEs, 16 windows of 128 tokens.
 
 The table has the KL divergence from the original on held-out text: the calibrated domains, German, and the texts of
 --far (far_texts.py writes them). Rows are added to --json as they are made; rows that it has are not made again.
@@ -27,23 +32,33 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
+from environments import python_of
+from gptq_quality import PACKAGES
+from safetensors.torch import save_file
 
-from eacmoe_lightning.budget.allocation import Allocation, Allocator
+from eacmoe_lightning.budget.allocation import Allocation, Allocator, Key
 from eacmoe_lightning.budget.sensitivity import Sensitivity, read
 from eacmoe_lightning.budget.target import BySize, SizeTarget
 from eacmoe_lightning.cli import main as run
 from eacmoe_lightning.commands.fit import parse_fit
+from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.planning.shapes import load_shapes
 from eacmoe_lightning.pruning.rule import PruningRule
 
-ROWS = ("half", "random", "frequency", "block", "expert", "drawn")
+ROWS = ("half", "random", "frequency", "block", "expert", "autoscheme", "autoscheme-expert", "drawn")
+OVERHEAD_BITS = 16 + 8  # of a group: scale and zero point in this package's format
+AUTOROUND = Path(__file__).resolve().parent / "autoscheme.py"
+LINEAR = re.compile(r"\.(\d+)\.(?:self_attn|mlp\.(shared_expert)|mlp\.experts\.(\d+))\.(\w+)$")
 
 
 def main() -> None:
@@ -53,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--config", default="tiny")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS[:-1])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS[:5])
     parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.25, 0.5, 1], help="of the experts at 3 bits")
     parser.add_argument("--mixes", type=float, nargs="*", default=[], help="bits of the sizes with fewer experts")
     parser.add_argument("--drawn", type=int, default=30)
@@ -61,6 +76,8 @@ def main() -> None:
     parser.add_argument("--heldout", nargs="+", default=["prose", "code", "german"], help="bundled texts")
     parser.add_argument("--heldout-windows", type=int, default=8)
     parser.add_argument("--far", type=Path)
+    parser.add_argument("--autoscheme-tokens", type=int, nargs=2, metavar=("WINDOWS", "TOKENS"), help="default: all")
+    parser.add_argument("--autoscheme-widths", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--work", type=Path, default=Path("runs/allocation"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(words)
@@ -71,7 +88,7 @@ def main() -> None:
     for seed in args.seeds:
         options = ["--config", args.config, "--model.name_or_path", args.model, "--data.seed", str(seed), *more]
         allocator, found = sensitivities(args, options, seed)
-        for name, share, allocation in allocations(args, allocator, found, seed):
+        for name, share, allocation in allocations(args, options, allocator, found, seed):
             if (name, share, seed) not in done:
                 measured = fit(args, options, allocation, f"{name}-{share:g}-{seed}")
                 rows.append({"name": name, "share": share, "seed": seed, "predicted": allocation.damage} | measured)
@@ -115,7 +132,7 @@ def sensitivities(args: argparse.Namespace, options: list[str], seed: int) -> tu
 
 
 def allocations(
-    args: argparse.Namespace, allocator: Allocator, found: Sensitivity, seed: int
+    args: argparse.Namespace, options: list[str], allocator: Allocator, found: Sensitivity, seed: int
 ) -> Iterator[tuple[str, float, Allocation]]:
     """Names, shares and allocations of the rows of one seed."""
     recipe, moe = allocator.recipe, allocator.moe
@@ -142,6 +159,9 @@ def allocations(
                 yield name, share, plain[name]
             elif name in ("block", "expert"):
                 yield name, share, (by_block if name == "block" else allocator).allocate(size)
+            elif name.startswith("autoscheme"):
+                bits = autoscheme(args, options, seed, plain["half"].bits, share, name == "autoscheme-expert")
+                yield name, share, within(allocator.of(units_of(bits).__getitem__), size)
     for number in range(args.drawn if "drawn" in args.rows else 0):
         # a width for all, moved up or down by part and block and by expert, so that sizes and mixtures differ
         level = draw.uniform(2, 4)
@@ -152,6 +172,58 @@ def allocations(
             return min(max(round(level + of_group[key[0], key[1].partition(".")[0]] + own), 2), 5)
 
         yield f"drawn {number}", 0, allocator.of(drawn)
+
+
+def autoscheme(
+    args: argparse.Namespace, options: list[str], seed: int, true_bits: float, share: float, by_expert: bool
+) -> dict[str, int]:
+    """Bits by linear that AutoScheme chooses for a size: true bits a weight by this package's count."""
+    work = args.work.resolve()
+    module, data, _ = parse_fit(options)
+    number, length = args.autoscheme_tokens or data.calibration_windows.shape
+    windows = data.calibration_windows[:number, :length]
+    kind = f"{'expert' if by_expert else 'block'}-{share:g}"
+    folder = work / f"autoscheme-{seed}-{number}x{length}-{'-'.join(map(str, args.autoscheme_widths))}"
+    folder.mkdir(exist_ok=True)
+    save_file({"input_ids": windows.contiguous()}, folder / "windows.safetensors")
+    job = {
+        "model": str(Path(resolve_model(args.model)).resolve()),
+        "windows": str(folder / "windows.safetensors"),
+        "bits": true_bits - OVERHEAD_BITS / module.recipe.group_size + 1e-6,  # it rounds the sum of all bits down
+        "group_size": module.recipe.group_size,
+        "widths": args.autoscheme_widths,
+        "by_expert": by_expert,
+        "cache": str(folder / "scores"),
+        "out": str(folder / f"{kind}.json"),
+    }
+    if not Path(job["out"]).exists():
+        python = python_of(work / "environments" / "autoround", PACKAGES["autoround"])
+        env = os.environ | {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        command = [python, AUTOROUND, json.dumps(job)]
+        with open(folder / f"{kind}.log", "w") as log:
+            subprocess.run(command, cwd=folder, env=env, stdout=log, stderr=log, check=True)
+    result = json.loads(Path(job["out"]).read_text())
+    cost = f"{result['seconds']:.0f} s ({result['processor_seconds']:.0f} s of the processor)"
+    print(f"AutoScheme {result['version']}, {kind}: {cost}, scores of other rows not counted", flush=True)
+    return result["bits"]
+
+
+def units_of(bits: dict[str, int]) -> dict[Key, int]:
+    """The widths of an allocator's units from those of linears: the largest where they differ within a unit."""
+    units: dict[Key, int] = {}
+    for name, width in bits.items():
+        block, shared, expert, projection = LINEAR.search(name).groups()
+        key = "shared" if shared else "attention"
+        if expert:
+            key = f"experts.{expert}.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
+        units[int(block), key] = max(width, units.get((int(block), key), 0))
+    return units
+
+
+def within(allocation: Allocation, size: float) -> Allocation:
+    if allocation.nbytes > size:
+        raise RuntimeError(f"the allocation takes {allocation.nbytes:.0f} bytes, more than the {size:.0f} of its size")
+    return allocation
 
 
 def fit(args: argparse.Namespace, options: list[str], allocation: Allocation, name: str) -> dict:

@@ -11,12 +11,15 @@ import pytest
 import torch
 from jobs import ROOT
 
+from eacmoe_lightning.budget.allocation import Allocator
+from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import load_original
 
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from allocation import OVERHEAD_BITS, units_of  # noqa: E402
 from dense_check import inspect, look_at, true_bits  # noqa: E402
 from far_texts import compare  # noqa: E402
 from gptq_quality import table  # noqa: E402
@@ -181,3 +184,26 @@ def test_the_benchmark_goes_on_where_it_was_ended(tmp_path):
     made = (tmp_path / "results").stat().st_mtime_ns
     assert run("rtn") == first and (tmp_path / "results").stat().st_mtime_ns == made
     assert "| ours | rtn |" in first and Path(tmp_path / "results").is_dir()
+
+
+def test_widths_of_linears_become_widths_of_units_and_the_larger_one_counts():
+    layer = "model.layers.12"
+    bits = {f"{layer}.self_attn.{name}_proj": 4 for name in "qkvo"} | {
+        f"{layer}.mlp.experts.7.gate_proj": 2,
+        f"{layer}.mlp.experts.7.up_proj": 3,
+        f"{layer}.mlp.experts.7.down_proj": 2,
+        f"{layer}.mlp.shared_expert.up_proj": 8,
+    }
+    assert units_of(bits) == {
+        (12, "attention"): 4, (12, "experts.7.gate_up_proj"): 3, (12, "experts.7.down_proj"): 2, (12, "shared"): 8,
+    }  # fmt: skip
+
+
+def test_the_size_that_an_allocator_without_scales_gets_is_ours():
+    moe = MoEModel(load_original("bundled", "float32"))
+    allocator = Allocator(Recipe(group_size=128), moe, None)
+    mixed = allocator.of(lambda key: 8 if key[1] == "attention" else 3 if key[0] < 3 else 2)
+    sizes = [(key, sum(weight.numel() for part, weight in moe.blocks[0].weights().values() if part == key))
+             for key in ("attention", "experts")]  # fmt: skip
+    nominal = sum(n * {"attention": 8, "experts": 2.5}[key] for key, n in sizes) / sum(n for _, n in sizes)
+    assert mixed.bits - OVERHEAD_BITS / 128 == pytest.approx(nominal)
