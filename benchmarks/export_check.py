@@ -126,6 +126,26 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a table in Markdown, for docs/findings/exports.md."""
+    lines = [
+        "| engine, format | model | logits | bf16 | same top token | perplexity ours -> theirs | decoded weights |"
+    ]
+    lines.append("|---" * 7 + "|")
+    for row in rows:
+        name = f"| {row['engine']}, `{row['format']}` | {row['model']} |"
+        if problem := row.get("refused") or row.get("failed"):
+            lines.append(f"{name} {problem} |" + " |" * 4)
+            continue
+        logits, bf16, control = (f"{row[key]:.4f}".lstrip("0") for key in ("logits", "yardstick", "control"))
+        if row["control"] < 1e-3:
+            control = f"{row['control']:.0e}".replace("e-0", "e-")
+        perplexities = f"{row['perplexity_ours']:.3f} -> {row['perplexity']:.3f}"
+        lines.append(f"{name} {logits} | {bf16} | {100 * row['same_token']:.1f} % | {perplexities} | {control} |")
+    return "\n".join(lines)
 
 
 def rounded(folder: Path, attention: int, up: int, down: int, symmetric: bool) -> Path:

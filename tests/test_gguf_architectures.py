@@ -146,6 +146,7 @@ def test_the_keys_describe_the_router(name, tmp_path):
             r"rotated pairs in no mrope_section=\[3",
         ),
         ("granitemoehybrid", {"mamba_n_groups": 2}, "mamba_n_groups=2"),
+        ("granitemoehybrid", {"layer_types": ["attention"] * 3}, "some layers without attention=False"),
         ("granitemoehybrid", {"mamba_conv_bias": False}, "mamba_conv_bias=False"),
         ("granitemoehybrid", {"time_step_limit": (0.0, 0.1)}, r"time_step_limit=\(0.0, 0.1\)"),
         ("granitemoehybrid", {"mamba_proj_bias": True}, "in_proj.bias: llama.cpp's architecture granitehybrid has no"),

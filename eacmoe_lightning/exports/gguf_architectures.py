@@ -308,6 +308,8 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
         pattern = [KINDS[(i + 1) % every == 0] for i in range(len(kinds))]
         yield "layer_types", kinds, pattern
         yield "linear_value_head_dim", config.linear_value_head_dim, config.linear_key_head_dim
+    if architecture.recurrent == "mamba":
+        yield "some layers without attention", bool({*kinds} & {*WITHOUT_HEADS}), True
     yield "experts selected in each block", [block.top_k for block in moe.moe_blocks], [moe.top_k] * len(moe.moe_blocks)
     for option, supported in architecture.expects.items():
         yield option, getattr(config, option, supported), supported
