@@ -56,12 +56,13 @@ def test_a_run_leaves_a_card_with_its_figures(run):
 def test_the_command_of_a_card_says_nothing_of_where_and_that_it_went_on(monkeypatch):
     """So that the card of a resumed job has the bytes of an undisturbed one's; words of a shell stay whole."""
     remember_command(None)  # of an earlier test that ended with an error
-    words = ["fit", "--model.bits", "3", "--data.heldout", "[bundled:prose, bundled:code]"]
-    command = "train.py fit --model.bits 3 --data.heldout '[bundled:prose, bundled:code]'"
+    words = ["fit", "--trainer.precision", "32", "--model.bits", "3", "--data.heldout", "[bundled:prose, bundled:code]"]
+    command = "train.py fit --trainer.precision 32 --model.bits 3 --data.heldout '[bundled:prose, bundled:code]'"
     places = (
         [],
         ["--ckpt_path", "auto", "--trainer.default_root_dir", "/runs/a b"],
         ["--trainer.default_root_dir=b", "--ckpt_path=runs/b/last.ckpt"],
+        ["--checkpoint.every_n_train_steps", "1", "--trainer.callbacks", '[{"class_path": "a.B"}]'],
     )
     for place in places:
         monkeypatch.setattr(sys, "argv", ["/somewhere/train.py", *words, *place])

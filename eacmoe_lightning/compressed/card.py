@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from eacmoe_lightning.compressed.sizes import stored_parts
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.run.files import write_atomically
-from eacmoe_lightning.run.provenance import command_line
+from eacmoe_lightning.run.provenance import TRAINER_OPTIONS, command_line
 from eacmoe_lightning.version import __version__
 
 log = logging.getLogger(__name__)
@@ -165,13 +166,24 @@ def report_beside(directory: Path) -> dict[str, Any] | None:
 def command_of(report: dict[str, Any] | None) -> str:
     """The command that made a report, or that runs now, without the folder of its program.
 
-    Options that only say where a run was written and that it went on are left out: the card of a job that was
-    killed and resumed, in another folder or here, has the bytes of an undisturbed one's.
+    Options on which the result does not depend are left out: where a run was written, that it went on, its checkpoints
+    and most of the trainer's. So the card of a job that was killed and resumed has the bytes of an undisturbed one's.
     """
-    program, _, options = (report["command"] if report else command_line()).partition(" ")
-    for option in (r"--ckpt_path", r"--trainer\.default_root_dir"):
-        options = re.sub(rf"(^|\s){option}[\s=]('[^']*'|\S+)", "", options)
-    return f"{Path(program).name} {options.strip()}".strip()
+    command = report["command"] if report else command_line()
+    try:
+        program, *words = shlex.split(command)
+    except ValueError:  # an older version did not quote it
+        return command
+    kept, is_dropped = [], False
+    for word in words:
+        if word.startswith("--"):
+            option = word.removeprefix("--").partition("=")[0]
+            group, _, name = option.partition(".")
+            is_dropped = option == "ckpt_path" or group == "checkpoint"
+            is_dropped |= group == "trainer" and name not in TRAINER_OPTIONS
+        if not is_dropped:
+            kept.append(word)
+    return shlex.join([Path(program).name, *kept])
 
 
 def base_data(name_or_path: str) -> dict[str, Any]:

@@ -51,6 +51,7 @@ from eacmoe_lightning.run.block_file import BlockStats, read_stats
 from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.memory import Watch, available_memory
+from eacmoe_lightning.run.provenance import TRAINER_OPTIONS
 from eacmoe_lightning.text.batches import shard
 from eacmoe_lightning.text.sources import stored_sources
 from eacmoe_lightning.tuning.codes import trains_weights
@@ -346,10 +347,7 @@ class QESC(Comparison):
         data = self.trainer.datamodule
         return {
             "version": __version__,
-            **{
-                f"trainer.{n}": getattr(self.trainer, n)
-                for n in ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
-            },
+            **{f"trainer.{name}": getattr(self.trainer, name) for name in TRAINER_OPTIONS},
             "model.name_or_path": self.name_or_path,
             "model.dtype": self.dtype_name,
             **{f"model.{name}": value for name, value in self.asked.record().items()},

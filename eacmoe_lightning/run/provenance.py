@@ -16,6 +16,8 @@ import torch
 PACKAGES = ("eacmoe-lightning", "torch", "lightning", "transformers", "torchmetrics", "datasets")
 
 
+# those of Lightning's trainer on which a run's result depends
+TRAINER_OPTIONS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 _given: list[str] = []  # the words of a command that Python code runs; empty: those of the process
 
 
