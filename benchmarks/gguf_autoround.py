@@ -3,7 +3,7 @@
 Runs in an environment with auto-round (`environments.py` makes one) and without this package. LLAMA is a source tree of
 llama.cpp, whose converter AutoRound needs:
 
-    LLAMA_CPP_ROOT=LLAMA PYTHONPATH=LLAMA/gguf-py:LLAMA python benchmarks/gguf_autoround.py --model DIRECTORY \\
+    LLAMA_CPP_ROOT=LLAMA PYTHONPATH=LLAMA/gguf-py python benchmarks/gguf_autoround.py --model DIRECTORY \\
         --tokens windows.safetensors --bits 2 --output out
 
 Of the testbeds it converts the bundled model; with `bundled:fine-moe` AutoRound 0.16.1 ends in an error of its own.
@@ -13,11 +13,12 @@ Rows that are no multiple of 256 get Q5_0 (AutoRound's choice); `--model.overrid
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from auto_round import AutoRound
-from conversion.base import TextModel
+from auto_round.export.export_to_gguf import export as gguf_export
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True)
     args = parser.parse_args()
-    TextModel.get_vocab_base_pre = lambda self, tokenizer: WORDS
+    gguf_export.get_conversion = with_words(gguf_export.get_conversion)
     input_ids = load_file(args.tokens)["input_ids"].long()
     network = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     linears = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -54,6 +55,17 @@ def main() -> None:
         amp=False,
     )
     tuning.quantize_and_save(args.output, format=f"gguf:q{args.bits}_k_s")
+
+
+def with_words(get_conversion):
+    """AutoRound imports the converter anew for each export."""
+
+    def get(*args, **options):
+        context = get_conversion(*args, **options)
+        sys.modules["conversion.base"].TextModel.get_vocab_base_pre = lambda self, tokenizer: WORDS
+        return context
+
+    return get
 
 
 if __name__ == "__main__":
