@@ -164,7 +164,7 @@ def report_beside(directory: Path) -> dict[str, Any] | None:
 
 
 def command_of(report: dict[str, Any] | None) -> str:
-    """The command that made a report, or that runs now, without the folder of its program.
+    """The command that made a report, or that runs now, without the folder of its program; `eacmoe` for train.py.
 
     Options on which the result does not depend are left out: where a run was written, that it went on, its checkpoints
     and most of the trainer's. So the card of a job that was killed and resumed has the bytes of an undisturbed one's.
@@ -183,7 +183,8 @@ def command_of(report: dict[str, Any] | None) -> str:
             is_dropped |= group == "trainer" and name not in TRAINER_OPTIONS
         if not is_dropped:
             kept.append(word)
-    return shlex.join([Path(program).name, *kept])
+    name = Path(program).name
+    return shlex.join(["eacmoe" if name == "train.py" else name, *kept])
 
 
 def base_data(name_or_path: str) -> dict[str, Any]:
