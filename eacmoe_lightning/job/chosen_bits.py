@@ -114,7 +114,7 @@ class ChosenBits:
             most = max(DROPS if self.path is None else found.drops)
             numbers = {b.index: keep_of(b, most) if is_free else self.pruning.keep for b in moe.moe_blocks}
             kept = {index: list(range(number)) for index, number in numbers.items()}
-        largest = allocator_of(recipe, moe, rows, kept=None if is_free else kept)
+        largest = allocator_of(recipe, moe, rows) if is_free else None  # then all may stay
         rest = rest_bytes(moe, name_or_path, trust_remote_code)
         self.size.check(allocator_of(recipe, moe, rows, kept=kept), rest, largest)
 
