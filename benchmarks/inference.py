@@ -6,7 +6,9 @@
 The model has one layer, random weights and a small vocabulary. Parts: `moe` is its MoE block (router, routed and shared
 experts) on hidden states; `layer` is the whole model (attention, MoE block, a small head) on tokens, without a cache.
 Work: `decode` is 1x1, `prefill` 1x512, `batch` 4x512 (batch x tokens). In every round, all backends of all bit widths
-take turns, one call each; a row has the median over the rounds. The backends are:
+take turns, one call each; a row has the median over the rounds. `generate` is a model of --layers layers (part `model`)
+that continues a prompt of 32 tokens by 32 others, greedily, with a cache; its rows are seconds a token after the
+prompt, packed and in llama.cpp only. The backends are:
 
     transformers   `eager` and `grouped_mm` (only `eager` if a call takes long) in bf16, with --float32 also in float32,
                    which is faster on CPUs without bf16 instructions
@@ -55,6 +57,7 @@ VOCABULARY, GROUP_SIZE, ATTENTION_BITS = 512, 128, 4
 WORK = {"decode": (1, 1), "prefill": (1, 512), "batch": (4, 512)}
 PARTS = {"decode": ("moe", "layer"), "prefill": ("moe", "layer"), "batch": ("layer",)}  # measured by default
 LOAD, LOADS = "load", 1  # fresh processes for each `load` row
+GENERATE, PROMPT, GENERATED = "generate", 32, 32
 LONG = 30  # expected seconds of a bf16 call above which `grouped_mm` is left out
 COMMON = {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
 SHAPES: dict[str, Any] = {
@@ -104,22 +107,48 @@ def bf16_model(config: Any, device: torch.device | str = "cpu") -> PreTrainedMod
 
 def packed_model(dense: PreTrainedModel, bits: int, group_size: int = GROUP_SIZE) -> PreTrainedModel:
     """A packed model with the architecture of `dense` and random codes, which do not affect the speed."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(dense.config, dtype=torch.bfloat16)
-    weights = {name: part for block in MoEModel(model).blocks for name, (part, _) in block.weights().items()}
-    by_part = {name: ATTENTION_BITS if part == "attention" else bits for name, part in weights.items()}
-    pack_modules(model, by_part, dict.fromkeys(by_part, group_size))
-    model = model.to_empty(device=dense.device).eval()
-    model.tie_weights()
+    model = randomly_packed(dense.config, bits, group_size, dense.device)
     model.model.rotary_emb = dense.model.rotary_emb
     kept = dict(dense.named_parameters())
     for name, parameter in model.named_parameters():
         parameter.data = kept[name].data
+    return model
+
+
+def randomly_packed(config: Any, bits: int, group_size: int, device: torch.device | str) -> PreTrainedModel:
+    """Random codes; what is not quantized is not set."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    weights = {name: part for block in MoEModel(model).blocks for name, (part, _) in block.weights().items()}
+    by_part = {name: ATTENTION_BITS if part == "attention" else bits for name, part in weights.items()}
+    pack_modules(model, by_part, dict.fromkeys(by_part, group_size))
+    model = model.to_empty(device=device).eval()
+    model.tie_weights()
     for _, weight in packed_weights(model):
         weight.codes.random_(0, 256)
         weight.scale.fill_(0.02 / 2**weight.bits)
         weight.zero_point.fill_(2 ** (weight.bits - 1))
     return model
+
+
+def deep_model(shape: str, bits: int, layers: int) -> PreTrainedModel:
+    """A packed model of many layers, which need not fit the memory in bf16."""
+    config = with_layers(shape, layers)
+    model = randomly_packed(config, bits, GROUP_SIZE, "cpu")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    for seed, parameter in enumerate(model.parameters()):
+        if parameter.ndim == 1:
+            torch.nn.init.ones_(parameter)
+        else:
+            parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def with_layers(shape: str, layers: int) -> Any:
+    values = SHAPES[shape].to_dict()
+    for name in ("layer_types", "num_hidden_layers", "model_type"):
+        values.pop(name, None)
+    return type(SHAPES[shape])(**values, num_hidden_layers=layers)
 
 
 def dense_in_float32(dense: PreTrainedModel) -> PreTrainedModel:
@@ -201,7 +230,13 @@ class Other:
         self.weight_bytes = int(ready)
 
     def seconds(self, batch: int, tokens: int, threads: int) -> float:
-        self.process.stdin.write(f"{batch} {tokens} {threads}\n")
+        return self._ask("pass", batch, tokens, threads)
+
+    def seconds_a_token(self, prompt: int, tokens: int, threads: int) -> float:
+        return self._ask("generate", prompt, tokens, threads)
+
+    def _ask(self, *words: object) -> float:
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
         self.process.stdin.flush()
         return float(self.process.stdout.readline())
 
@@ -284,8 +319,48 @@ def timed(model: PreTrainedModel, part: str, ids: Tensor, experts: str = "eager"
     return time.perf_counter() - start
 
 
+def seconds_a_token(model: PreTrainedModel, prompt: Tensor, threads: int, activations: str) -> float:
+    """Of greedy generation, without the prompt's share."""
+    torch.set_num_threads(threads)
+    set_activations(model, activations)
+    times = []
+    for tokens in (1, 1 + GENERATED):
+        start = time.perf_counter()
+        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        times.append(time.perf_counter() - start)
+    return (times[1] - times[0]) / GENERATED
+
+
+def compare_generation(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of whole models, one width after the other, because each may fill the memory."""
+    prompt = torch.randint(0, VOCABULARY, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    for bits in args.bits:
+        model, engine = deep_model(shape, bits, args.layers), None
+        if args.llama_cpp and bits in LLAMA_FORMATS:
+            job = {"config": with_layers(shape, args.layers).to_dict(), "format": LLAMA_FORMATS[bits]}
+            engine = Other(args.llama_cpp, LLAMA_PACKAGES, "inference_llama.py", job)
+        for threads in args.threads:
+            backends: dict[str, Callable[[], float]] = {
+                name: functools.partial(seconds_a_token, model, prompt, threads, activations)
+                for name, activations in (("packed", "exact"), ("packed int8", "int8"))
+            }
+            if engine is not None:
+                own = functools.partial(engine.seconds_a_token, PROMPT, GENERATED, threads)
+                backends[f"llama.cpp {LLAMA_FORMATS[bits]}"] = own
+            for name, seconds in interleaved(backends, args.rounds, 10 * args.seconds).items():
+                size = engine.weight_bytes if name.startswith("llama") else bytes_of(model.model.layers)
+                row = {"part": "model", "work": GENERATE, "shape": shape, "bits": bits, "backend": name}
+                yield row | {"threads": threads, "layers": args.layers, "median_s": seconds, "weight_bytes": size}
+        if engine is not None:
+            engine.close()
+
+
 def compare(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All rows of one shape, each as soon as it is measured."""
+    if GENERATE in args.work:
+        yield from compare_generation(shape, args)
+    if not set(args.work) - {GENERATE}:
+        return
     dense = bf16_model(SHAPES[shape])
     packed = {bits: packed_model(dense, bits) for bits in args.bits}
     wide = dense_in_float32(dense) if args.float32 else None
@@ -293,7 +368,7 @@ def compare(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for threads in args.threads:
         torch.set_num_threads(threads)
         bandwidth, bf16_rate, float_rate = machine_limits()
-        cells = [(part, work) for work in args.work if work != LOAD for part in args.parts or PARTS[work]]
+        cells = [(part, work) for work in args.work if work in WORK for part in args.parts or PARTS[work]]
         for part, work in cells:
             batch, tokens = WORK[work]
             operations = flops(dense.config, part, batch * tokens)
@@ -351,10 +426,11 @@ def show(row: dict[str, Any]) -> None:
     limit = f"{row['limit_share']:5.0%} of {row['limit']}" if "limit" in row else ""
     if row["work"] == LOAD:
         limit = f"{row['resident_bytes'] / 1e6:.0f} MB, peak {row['peak_bytes'] / 1e6:.0f}"
+    ratio = f"{row['ratio_to_bf16']:6.2f} x bf16" if "ratio_to_bf16" in row else ""
     print(
         f"{row['shape']:12s} {row['part']:6s} {row['work']:8s} {row['bits']} bit {row['threads']} threads "
         f"{row['backend']:22s}"
-        f"{1e3 * row['median_s']:9.2f} ms {row['ratio_to_bf16']:6.2f} x bf16 {limit:22s}"
+        f"{1e3 * row['median_s']:9.2f} ms {ratio} {limit:22s}"
         f"{row['weight_bytes'] / 1e6:8.0f} MB",
         flush=True,
     )
@@ -366,7 +442,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 4])
     parser.add_argument("--parts", nargs="+", choices=["moe", "layer"], help="default: moe not at `batch`")
-    parser.add_argument("--work", nargs="+", choices=[*WORK, LOAD], default=[*WORK, LOAD])
+    parser.add_argument("--work", nargs="+", choices=[*WORK, LOAD, GENERATE], default=[*WORK, LOAD])
+    parser.add_argument("--layers", type=int, default=24, help="of the model that generates")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3, help="rounds of calls (decode: 8 times as many)")
     parser.add_argument("--seconds", type=float, default=5, help="total after which a backend takes no further turn")

@@ -1,9 +1,11 @@
 """llama.cpp's part of inference.py, in an environment with llama-cpp-python and gguf, without torch.
 
-Writes a GGUF model of one layer in the requested shape and format, with fixed scales and random codes, so that tokens
-differ and select different experts. Loads it and prints the layer's weight bytes. Then answers each line
-`batch tokens threads` on standard input with the seconds of one llama_decode. It requests the logits of every token,
-because in the last layer, which is the only one here, llama.cpp runs experts only for tokens with logits.
+Writes a GGUF model in the requested shape and format, with fixed scales and random codes, so that tokens differ and
+select different experts. Loads it and prints the bytes of its layers' weights. Then answers lines on standard input:
+
+    pass BATCH TOKENS THREADS        seconds of one llama_decode. It requests the logits of every token, because in the
+                                     last layer, the only one there, llama.cpp runs experts only for tokens with logits
+    generate PROMPT TOKENS THREADS   seconds a token of greedy generation after the prompt
 """
 
 import ctypes
@@ -22,13 +24,13 @@ SCALES = {"Q4_0": {0: 0.004}, "Q3_K": {108: 0.0005}, "Q2_K": {80: 0.0017, 82: 0.
 
 
 def write_model(path: Path, config: dict, name: str) -> int:
-    """Writes the GGUF file, and returns the bytes of the layer's weights."""
+    """Writes the GGUF file, and returns the bytes of the layers' weights."""
     is_qwen = config["model_type"] == "qwen2_moe"
     writer = gguf.GGUFWriter(path, "qwen2moe" if is_qwen else "llama")
     hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     experts = config["num_experts"] if is_qwen else config["num_local_experts"]
     width = config["moe_intermediate_size"] if is_qwen else config["intermediate_size"]
-    writer.add_block_count(1)
+    writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(MAX_TOKENS)
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(width)
@@ -66,24 +68,27 @@ def write_model(path: Path, config: dict, name: str) -> int:
     kind, four = gguf.GGMLQuantizationType[name], gguf.GGMLQuantizationType.Q4_0
     add("token_embd.weight", config["vocab_size"], hidden)
     add("output.weight", config["vocab_size"], hidden)
-    for tensor in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        add(f"{tensor}.weight", hidden)
-    for letter, rows in (("q", hidden), ("k", hidden * kv_heads // heads), ("v", hidden * kv_heads // heads)):
-        add(f"blk.0.attn_{letter}.weight", rows, hidden, kind=four)
+    add("output_norm.weight", hidden)
+    for layer in range(config["num_hidden_layers"]):
+        block = f"blk.{layer}."
+        for tensor in ("attn_norm", "ffn_norm"):
+            add(f"{block}{tensor}.weight", hidden)
+        for letter, rows in (("q", hidden), ("k", hidden * kv_heads // heads), ("v", hidden * kv_heads // heads)):
+            add(f"{block}attn_{letter}.weight", rows, hidden, kind=four)
+            if is_qwen:
+                add(f"{block}attn_{letter}.bias", rows)
+        add(f"{block}attn_output.weight", hidden, hidden, kind=four)
+        add(f"{block}ffn_gate_inp.weight", experts, hidden)
+        add(f"{block}ffn_gate_exps.weight", experts, width, hidden, kind=kind)
+        add(f"{block}ffn_up_exps.weight", experts, width, hidden, kind=kind)
+        # k-quants need blocks of 256 inputs; for 1408, no multiple of it, llama.cpp falls back to a 4-bit format, too
+        add(f"{block}ffn_down_exps.weight", experts, hidden, width, kind=kind if width % 256 == 0 else four)
         if is_qwen:
-            add(f"blk.0.attn_{letter}.bias", rows)
-    add("blk.0.attn_output.weight", hidden, hidden, kind=four)
-    add("blk.0.ffn_gate_inp.weight", experts, hidden)
-    add("blk.0.ffn_gate_exps.weight", experts, width, hidden, kind=kind)
-    add("blk.0.ffn_up_exps.weight", experts, width, hidden, kind=kind)
-    # k-quants need blocks of 256 inputs; for 1408, which is not a multiple, llama.cpp falls back to a 4-bit format, too
-    add("blk.0.ffn_down_exps.weight", experts, hidden, width, kind=kind if width % 256 == 0 else four)
-    if is_qwen:
-        shared = config["shared_expert_intermediate_size"]
-        add("blk.0.ffn_gate_inp_shexp.weight", hidden)
-        add("blk.0.ffn_gate_shexp.weight", shared, hidden, kind=kind)
-        add("blk.0.ffn_up_shexp.weight", shared, hidden, kind=kind)
-        add("blk.0.ffn_down_shexp.weight", hidden, shared, kind=kind)
+            shared = config["shared_expert_intermediate_size"]
+            add(f"{block}ffn_gate_inp_shexp.weight", hidden)
+            add(f"{block}ffn_gate_shexp.weight", shared, hidden, kind=kind)
+            add(f"{block}ffn_up_shexp.weight", shared, hidden, kind=kind)
+            add(f"{block}ffn_down_shexp.weight", hidden, shared, kind=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -93,7 +98,7 @@ def write_model(path: Path, config: dict, name: str) -> int:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    path = Path(job["directory"]) / f"layer-{job['format']}.gguf"
+    path = Path(job["directory"]) / f"{job['config']['num_hidden_layers']}-layers-{job['format']}.gguf"
     size = write_model(path, job["config"], job["format"])
     quiet = llama.llama_log_callback(lambda *_: None)  # must stay alive: llama.cpp keeps calling it
     llama.llama_log_set(quiet, ctypes.c_void_p(0))
@@ -108,23 +113,46 @@ def main() -> None:
         raise SystemExit(f"llama.cpp creates no context for {path}")
     print(size, flush=True)
     for line in sys.stdin:
-        sequences, tokens, threads = map(int, line.split())
-        batch = llama.llama_batch_init(sequences * tokens, 0, 1)
-        batch.n_tokens = sequences * tokens
-        generator = np.random.default_rng(0)
-        for i in range(sequences * tokens):
-            batch.token[i] = int(generator.integers(job["config"]["vocab_size"]))
-            batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = i % tokens, 1, i // tokens
-            batch.logits[i] = 1
+        kind, *numbers = line.split()
+        first, tokens, threads = map(int, numbers)
         llama.llama_set_n_threads(context, threads, threads)
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        if kind == "pass":
+            generator = np.random.default_rng(0)
+            ids = generator.integers(job["config"]["vocab_size"], size=(first, tokens))
+            print(decode(context, ids, 0, True), flush=True)
+        else:
+            print(generate(context, first, tokens, job["config"]["vocab_size"]), flush=True)
+
+
+def decode(context: object, ids: np.ndarray, position: int, all_logits: bool) -> float:
+    """Seconds of one llama_decode of tokens [sequences, tokens] that begin at a position."""
+    sequences, tokens = ids.shape
+    batch = llama.llama_batch_init(ids.size, 0, 1)
+    batch.n_tokens = ids.size
+    for i, token in enumerate(ids.flatten().tolist()):
+        batch.token[i] = token
+        batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = position + i % tokens, 1, i // tokens
+        batch.logits[i] = all_logits or i % tokens == tokens - 1
+    start = time.perf_counter()
+    status = llama.llama_decode(context, batch)
+    seconds = time.perf_counter() - start
+    llama.llama_batch_free(batch)
+    if status:
+        raise SystemExit(f"llama_decode failed with {status}")
+    return seconds
+
+
+def generate(context: object, prompt: int, tokens: int, vocabulary: int) -> float:
+    """Seconds a token of greedy generation, without the prompt's share; choosing a token counts."""
+    decode(context, np.random.default_rng(0).integers(vocabulary, size=(1, prompt)), 0, False)
+    seconds = 0.0
+    for i in range(tokens):
         start = time.perf_counter()
-        status = llama.llama_decode(context, batch)
-        seconds = time.perf_counter() - start
-        llama.llama_batch_free(batch)
-        if status:
-            raise SystemExit(f"llama_decode failed with {status}")
-        print(seconds, flush=True)
+        logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), shape=(vocabulary,))
+        chosen = int(logits.argmax())
+        seconds += time.perf_counter() - start + decode(context, np.array([[chosen]]), prompt + i, False)
+    return seconds / tokens
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 Builds the MoE block of the requested shape as a graph: a router, QMoE with random codes in groups of 128 and, if the
 model has one, a shared expert of three MatMulNBits. `level` 4 allows activations to be rounded to 8 bit, 0 does not.
-Prints the block's weight bytes. Then answers each line `batch tokens threads` on standard input with the seconds of a
-run.
+Prints the block's weight bytes. Then answers each line `pass BATCH TOKENS THREADS` on standard input with seconds.
 """
 
 import json
@@ -87,7 +86,7 @@ def main() -> None:
     hidden, session, session_threads = job["config"]["hidden_size"], None, 0
     print(size, flush=True)
     for line in sys.stdin:
-        sequences, tokens, threads = map(int, line.split())
+        sequences, tokens, threads = map(int, line.split()[1:])
         if threads != session_threads:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads, session_threads = threads, threads

@@ -1,4 +1,4 @@
-"""What it costs and saves that OpenMP threads wait asleep (OMP_WAIT_POLICY=passive), on an idle and on a busy machine.
+"""What the ways in which OpenMP threads wait for work cost, on an idle and on a busy machine.
 
     python benchmarks/waiting.py --json waiting.json
 
@@ -8,9 +8,9 @@ is made ready once and is stopped (SIGSTOP) while it is not its turn, so that no
 Policies take turns, A B A B; a row has the medians over the rounds, and the ratio of every policy to `passive`. `idle`
 is the machine as it is; for `busy` the script starts as many single-threaded loops as there are cores (--busy N).
 
-Policies: `unset` is what OpenMP does by itself (libgomp spins for a while, then sleeps), `passive` sleeps at once,
-`active` spins on; beside busy loops a turn of it takes many minutes. Run it on a machine with nothing else to do: about
-ten minutes without `active`. Linux only.
+Policies: `brief` is this package's: threads spin for a moment, then sleep. `passive` sleeps at once, `unset` is what
+OpenMP does by itself (libgomp spins for much longer, then sleeps), `active` spins on; beside busy loops a turn of it
+takes many minutes. Run it on a machine with nothing else to do: a quarter of an hour without `active`. Linux only.
 """
 
 from __future__ import annotations
@@ -33,8 +33,14 @@ from inference import SHAPES, VOCABULARY, bf16_model, packed_model
 
 from eacmoe_lightning.cli import main as command_line
 from eacmoe_lightning.run.provenance import processor
+from eacmoe_lightning.waiting import BRIEF
 
-POLICIES = ("passive", "unset", "active")
+POLICIES = {
+    "passive": {"OMP_WAIT_POLICY": "passive"},
+    "brief": BRIEF,
+    "unset": {},
+    "active": {"OMP_WAIT_POLICY": "active"},
+}
 SHAPE, BITS = "qwen1.5-moe", 3
 TURNS = {"fit": 1, "decode": 5}  # in a round
 SECONDS = 150  # after which a policy takes no further turn at one kind of work
@@ -87,13 +93,12 @@ class Worker:
     """`work` in a process with a policy, stopped between its turns."""
 
     def __init__(self, kind: str, policy: str, args: argparse.Namespace, log: Path) -> None:
-        chosen = {} if policy == "unset" else {"OMP_WAIT_POLICY": policy}
-        kept = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        kept = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", *BRIEF)}
         sizes = [f"--{name}={getattr(args, name)}" for name in ("windows", "length", "steps")]
         self.log = log
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--work", kind, *sizes],
-            env=kept | chosen | {"OMP_NUM_THREADS": str(args.threads)},
+            env=kept | POLICIES[policy] | {"OMP_NUM_THREADS": str(args.threads)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
@@ -177,7 +182,7 @@ def show(row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=list(MAKE), default=list(MAKE))
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["passive", "unset"])
+    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=["passive", "brief", "unset"])
     parser.add_argument("--rounds", type=int, default=3, help="of a fit (decode: 5 times as many)")
     parser.add_argument("--windows", type=int, default=16, help="that fit calibrates on")
     parser.add_argument("--length", type=int, default=64, help="tokens in a window")

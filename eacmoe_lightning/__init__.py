@@ -4,9 +4,9 @@
 
 from typing import Any
 
-from eacmoe_lightning.waiting import wait_passively
+from eacmoe_lightning.waiting import wait_briefly
 
-wait_passively()
+wait_briefly()
 
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.moved import keep_old_names

@@ -1,7 +1,8 @@
-"""How OpenMP threads wait for work: asleep, not in a loop, unless the environment says otherwise.
+"""How OpenMP threads wait for work: in a loop for a moment, then asleep, unless the environment says otherwise.
 
-A thread that spins keeps its core from everybody else, so on a machine with other jobs every product waits for threads
-that wait (`benchmarks/waiting.py` measures it). OpenMP reads the policy once, when torch loads it.
+OpenMP's own choice is to spin for some milliseconds. A thread that spins keeps its core from everybody else, so on a
+machine with other jobs every product waits for threads that wait. A thread that sleeps at once must be woken for the
+next small product (`benchmarks/waiting.py` measures both). OpenMP reads the setting once, when torch loads it.
 """
 
 from __future__ import annotations
@@ -10,20 +11,19 @@ import logging
 import os
 import sys
 
-VARIABLE, PASSIVE = "OMP_WAIT_POLICY", "passive"
+# longer than the pauses of a decode step: some tenths of a millisecond in GNU's runtime, 1 ms in LLVM's and Intel's
+BRIEF = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 
 
-def wait_passively() -> None:
-    """Sets the policy where torch is not loaded yet and the user has not chosen one."""
-    if VARIABLE in os.environ or "GOMP_SPINCOUNT" in os.environ:
+def wait_briefly() -> None:
+    """Sets it where torch is not loaded yet and the user has not chosen."""
+    if any(name in os.environ for name in ("OMP_WAIT_POLICY", *BRIEF)):
         return
     if "torch" not in sys.modules:
-        os.environ[VARIABLE] = PASSIVE
+        os.environ.update(BRIEF)
     else:
         logging.getLogger("eacmoe_lightning").info(
-            "torch was loaded before eacmoe_lightning, and %s is not set: on a busy machine, set %s=%s in the "
-            "environment or import eacmoe_lightning first",
-            VARIABLE,
-            VARIABLE,
-            PASSIVE,
+            "torch was loaded before eacmoe_lightning, and its threads wait in its own way: on a busy machine, set "
+            "%s in the environment or import eacmoe_lightning first",
+            " ".join(f"{name}={value}" for name, value in BRIEF.items()),
         )

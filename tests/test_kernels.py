@@ -3,8 +3,10 @@
 import ctypes
 import itertools
 import mmap
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from eacmoe_lightning.quantization.packing import pack
 from eacmoe_lightning.runtime import kernels
 from eacmoe_lightning.runtime.packed_modules import PackedExperts, PackedLinear, PackedWeight
 
+ROOT = Path(__file__).resolve().parent.parent
 BUILT = kernels.library() is not None
 LEVELS = kernels.LEVELS[: kernels.library().eacmoe_level() + 1] if BUILT else ()
 # relative error of the whole product: rounding of the result, and of int8 activations
@@ -184,6 +187,41 @@ def test_the_number_of_threads_does_not_change_a_bit():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+THREADS = """
+import os, sys
+import torch
+from tests.test_kernels import random_weight, tensors
+
+torch.set_num_threads(3)
+x, weight = torch.randn(8, 256), (*tensors(random_weight((512, 256), 3, 128)), None, 3, False)
+torch.randn(512, 512) @ torch.randn(512, 512)  # starts torch's threads
+before, first = len(os.listdir("/proc/self/task")), torch.ops.eacmoe.linear(x, *weight)
+print(len(os.listdir("/proc/self/task")) - before, flush=True)
+if not (child := os.fork()):  # what torch itself would do on several threads hangs there
+    os._exit(0 if torch.equal(torch.ops.eacmoe.linear(x, *weight), first) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not BUILT or sys.platform != "linux", reason="needs the kernels and Linux")
+def test_the_kernels_run_on_torchs_threads_and_in_a_fork_on_their_own():
+    """More threads than torch's would wait for each other's cores; a fork has none of its parent's."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split() == ["0", "0"]
+
+
+def test_an_input_with_a_gradient_takes_torchs_way():
+    """Past its dispatcher the gradient would be lost without torch's warning."""
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = (*tensors(q := random_weight((8, 64), 3, 32)), None, q.bits, False)
+    with pytest.warns(UserWarning, match="eacmoe::linear"):
+        kernels.linear(x, *weight).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(kernels.linear(x, *weight), torch.ops.eacmoe.linear(x, *weight))
 
 
 def test_a_token_alone_is_a_token_among_others():

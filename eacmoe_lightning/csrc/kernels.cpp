@@ -57,35 +57,48 @@ uint8_t* scratch(Slot slot, size_t bytes) {
 
 // --- threads ------------------------------------------------------------------------------------------------------
 
-// Runs task(0) .. task(tasks - 1), each once, on the caller and up to threads - 1 helpers. Each thread takes the next
-// tasks when it is free. The caller waits only for helpers that have started, so a helper that the system has put to
-// sleep delays nothing. Idle helpers spin for some microseconds, then sleep.
+// One loop: task(0) .. task(tasks - 1), each once. Every thread takes the next tasks when it is free.
+struct Loop {
+  void (*job)(const void*, int64_t);
+  const void* context;
+  int64_t tasks, grain;
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    for (int64_t first; (first = next.fetch_add(grain, std::memory_order_relaxed)) < tasks;)
+      for (int64_t i = first; i < first + grain && i < tasks; i++) job(context, i);
+  }
+};
+
+static long this_process() {
+#if defined(__linux__) || defined(__APPLE__)
+  return long(getpid());
+#else
+  return 0;
+#endif
+}
+
+// Threads of our own, for where torch's cannot be had: the caller and up to threads - 1 helpers. The caller waits only
+// for helpers that have started, so a helper that the system has put to sleep delays nothing. Idle helpers spin for
+// some microseconds, then sleep.
 class Pool {
  public:
-  template <class Task>
-  void run(int64_t tasks, int threads, const Task& task) {
-    if (threads > 1 && tasks > 1 && busy_.try_lock()) {
-      start(threads - 1);
-      job_ = [](const void* context, int64_t i) { (*(const Task*)context)(i); };
-      context_ = &task, tasks_ = tasks;
-      grain_ = tasks / (threads * 16) + 1;  // neighbouring tasks read neighbouring memory
-      next_.store(0, std::memory_order_relaxed);
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        wanted_ = threads - 1;
-        generation_.fetch_add(1, std::memory_order_release);
-      }
-      wake_.notify_all();
-      work();
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        wanted_ = 0;
-      }
-      while (active_.load(std::memory_order_acquire)) std::this_thread::yield();
-      busy_.unlock();
-    } else {
-      for (int64_t i = 0; i < tasks; i++) task(i);
+  void run(Loop& loop, int threads) {
+    if (!busy_.try_lock()) return loop.work();  // another thread's call has the helpers
+    start(threads - 1);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      loop_ = &loop, wanted_ = threads - 1;
+      generation_.fetch_add(1, std::memory_order_release);
     }
+    wake_.notify_all();
+    loop.work();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      wanted_ = 0;
+    }
+    while (active_.load(std::memory_order_acquire)) std::this_thread::yield();
+    busy_.unlock();
   }
 
  private:
@@ -94,11 +107,6 @@ class Pool {
       helpers_.emplace_back([this] { help(); });
       helpers_.back().detach();
     }
-  }
-
-  void work() {
-    for (int64_t first; (first = next_.fetch_add(grain_, std::memory_order_relaxed)) < tasks_;)
-      for (int64_t i = first; i < first + grain_ && i < tasks_; i++) job_(context_, i);
   }
 
   void help() {
@@ -117,7 +125,7 @@ class Pool {
         wanted_--;
         active_.fetch_add(1, std::memory_order_relaxed);
       }
-      work();
+      loop_->work();
       active_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -126,12 +134,9 @@ class Pool {
   std::condition_variable wake_;
   std::vector<std::thread> helpers_;
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int64_t> next_{0};
   std::atomic<int> active_{0};
   int wanted_ = 0;
-  void (*job_)(const void*, int64_t) = nullptr;
-  const void* context_ = nullptr;
-  int64_t tasks_ = 0, grain_ = 1;
+  Loop* loop_ = nullptr;
 };
 
 // The pool of this process: a fork has none of its parent's helpers. Never freed: helpers may outlive static objects.
@@ -139,14 +144,31 @@ static Pool& pool() {
   static std::mutex mutex;
   static Pool* own = nullptr;
   static long owner = -1;
-#if defined(__linux__) || defined(__APPLE__)
-  const long process = long(getpid());
-#else
-  const long process = 0;
-#endif
   std::lock_guard<std::mutex> lock(mutex);
-  if (process != owner) own = new Pool, owner = process;
+  if (const long process = this_process(); process != owner) own = new Pool, owner = process;
   return *own;
+}
+
+// `GOMP_parallel` of the OpenMP runtime that torch uses: runs a function on each of its threads. With these threads
+// none of torch's spins on a core that one of ours needs. A fork cannot use its parent's.
+using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+static Parallel openmp = nullptr;
+static long openmp_owner = -1;
+
+template <class Task>
+static void run(int64_t tasks, int threads, const Task& task) {
+  if (threads <= 1 || tasks <= 1) {
+    for (int64_t i = 0; i < tasks; i++) task(i);
+    return;
+  }
+  Loop loop;
+  loop.job = [](const void* context, int64_t i) { (*(const Task*)context)(i); };
+  loop.context = &task, loop.tasks = tasks;
+  loop.grain = tasks / (threads * 16) + 1;  // neighbouring tasks read neighbouring memory
+  if (openmp && this_process() == openmp_owner)
+    openmp([](void* shared) { ((Loop*)shared)->work(); }, &loop, unsigned(threads), 0);
+  else
+    pool().run(loop, threads);
 }
 
 // --- choosing an engine ---------------------------------------------------------------------------------------------
@@ -158,8 +180,7 @@ enum Activation { SILU, GELU, GELU_TANH, RELU };
 static Level best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return AVX512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return AVX2;
@@ -175,7 +196,7 @@ struct Kit {
 static Kit kit(Level level, Dtype dtype, bool int8) {
 #if defined(__x86_64__)
   if (level == AVX512) {
-    const Engine* engine = int8 ? &avx512::int8 : dtype == BFLOAT16 ? &avx512::bf16 : &avx512f::engine;
+    const Engine* engine = int8 ? &avx512::bytes : dtype == FLOAT32 ? &avx512f::engine : &avx512::words;
     return {engine, avx512f::activate<Activation>};
   }
   if (level == AVX2) {
@@ -244,7 +265,7 @@ constexpr int64_t TOKENS = 16;  // tokens that one task prepares
 static void linear(const Kit& kit, const Packed& p, const void* x, Dtype dtype, int64_t M, void* out, int threads) {
   const Segments segments(p);
   const Prepared prepared(TOKENS_IN, *kit.engine, segments, M);
-  pool().run((M + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
+  run((M + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
     float* row = (float*)scratch(ROW, size_t(p.cols) * 4);
     for (int64_t m = task * TOKENS; m < M && m < (task + 1) * TOKENS; m++) {
       read(x, dtype, m * p.cols, p.cols, row);
@@ -253,7 +274,7 @@ static void linear(const Kit& kit, const Packed& p, const void* x, Dtype dtype, 
   });
   std::vector<const uint8_t*> tokens(size_t(M), nullptr);
   for (int64_t m = 0; m < M; m++) tokens[size_t(m)] = prepared.token(m);
-  pool().run(num_tiles(p.rows), threads, [&](int64_t task) {
+  run(num_tiles(p.rows), threads, [&](int64_t task) {
     const Rows rows = halves(task, p.rows);
     float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
     kit.engine->multiply(p, segments, tokens.data(), M, rows, tile);
@@ -303,7 +324,7 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
   const int64_t P = int64_t(pairs.size());
 
   const Prepared prepared(TOKENS_IN, engine, up_segments, N);
-  pool().run((N + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
+  run((N + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
     float* row = (float*)scratch(ROW, size_t(D) * 4);
     for (int64_t n = task * TOKENS; n < N && n < (task + 1) * TOKENS; n++) {
       read(x, dtype, n * D, D, row);
@@ -316,7 +337,7 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
   // Gate, up and activation. The halves of a tile are 16 gate rows and the matching up rows.
   float* hidden = (float*)scratch(HIDDEN, size_t(P * F) * 4);
   const int64_t up_tasks = gated ? (F + TILE - 1) / TILE : num_tiles(F);
-  pool().run(int64_t(active.size()) * up_tasks, threads, [&](int64_t task) {
+  run(int64_t(active.size()) * up_tasks, threads, [&](int64_t task) {
     const int64_t e = active[size_t(task / up_tasks)], tile_index = task % up_tasks, first = begin[size_t(e)];
     const int64_t M = begin[size_t(e) + 1] - first;
     const Packed& p = up[size_t(e)];
@@ -333,14 +354,14 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
   });
 
   const Prepared inner(TOKENS_INNER, engine, down_segments, P);
-  pool().run((P + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
+  run((P + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
     for (int64_t i = task * TOKENS; i < P && i < (task + 1) * TOKENS; i++)
       engine.prepare(hidden + i * F, down_segments, inner.token(i));
   });
   for (int64_t i = 0; i < P; i++) tokens[size_t(i)] = inner.token(i);
 
   // Down. A task owns the output columns of a tile and goes through all experts.
-  pool().run(num_tiles(D), threads, [&](int64_t task) {
+  run(num_tiles(D), threads, [&](int64_t task) {
     const Rows rows = halves(task, D);
     float* sum = (float*)scratch(SUMS, size_t(N) * 2 * TILE * 4);
     std::memset(sum, 0, size_t(N) * 2 * TILE * 4);
@@ -367,9 +388,14 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
 // --- the interface ----------------------------------------------------------------------------------------------------
 
 // Raise this whenever the interface below changes.
-EXPORT int eacmoe_interface() { return 2; }
+EXPORT int eacmoe_interface() { return 3; }
 
 EXPORT int eacmoe_level() { return eacmoe::best_level(); }
+
+// From now on the kernels use the threads behind this `GOMP_parallel`; null: their own.
+EXPORT void eacmoe_use_openmp(void* parallel) {
+  eacmoe::openmp = eacmoe::Parallel(parallel), eacmoe::openmp_owner = eacmoe::this_process();
+}
 
 EXPORT void eacmoe_linear(int level, int int8, const eacmoe::Packed* p, const void* x, int dtype, int64_t M, void* out,
                           int threads) {

@@ -3,6 +3,9 @@
     torch.ops.eacmoe.linear     [..., I] times one packed weight [O, I]
     torch.ops.eacmoe.experts    all routed experts of a block in one call
 
+`linear` and `experts` of this module are the same, without torch's dispatcher where nothing needs it: at decode it
+takes longer than a small product.
+
 On CPU they are our C++ (`csrc/`), compiled when the package is installed and loaded without any tie to torch's ABI; on
 CUDA Humming where it is installed (`humming_kernels.py`), else a Triton kernel (`triton_kernels.py`); elsewhere, and
 where nothing of that was found, weights are decoded one at a time and multiplied by torch. A packed weight is always
@@ -13,7 +16,9 @@ alone makes a copy in its own layout).
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import sys
 import sysconfig
 import warnings
 from functools import cache
@@ -29,8 +34,8 @@ from eacmoe_lightning.quantization.grid import Quantized, one_or_each
 from eacmoe_lightning.quantization.packing import expert_codes, unpack
 
 CUDA = ("humming", "triton", "decode")  # kernels for GPUs, best first
-LEVELS = ("portable", "avx2", "avx512")  # instruction sets of the C++ kernels; avx512 includes BF16, VNNI and VBMI
-INTERFACE = 2  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
+LEVELS = ("portable", "avx2", "avx512")  # instruction sets of the C++ kernels; avx512 includes VNNI and VBMI
+INTERFACE = 3  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 # tokens of an expert from which decoding to float32 and torch's product beat our float32 kernel
@@ -69,8 +74,21 @@ def library() -> ctypes.CDLL | None:
     lib.eacmoe_linear.argtypes = [word, word, packed, pointer, word, long, pointer, word]
     lib.eacmoe_experts.argtypes = [word, word, packed, pointer, packed, pointer, word, word, pointer, word]
     lib.eacmoe_experts.argtypes += [long, pointer, pointer, long, long, pointer, word]
-    lib.eacmoe_linear.restype = lib.eacmoe_experts.restype = None
+    lib.eacmoe_use_openmp.argtypes = [pointer]
+    lib.eacmoe_linear.restype = lib.eacmoe_experts.restype = lib.eacmoe_use_openmp.restype = None
+    lib.eacmoe_use_openmp(_openmp_of_torch())
     return lib
+
+
+def _openmp_of_torch() -> ctypes.c_void_p | None:
+    """`GOMP_parallel` of the OpenMP runtime that torch has loaded; GNU's, LLVM's and Intel's have it."""
+    name = {"darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        return ctypes.cast(
+            ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / name)).GOMP_parallel, ctypes.c_void_p
+        )
+    except (OSError, AttributeError):
+        return None
 
 
 @cache
@@ -90,8 +108,9 @@ def level() -> str | None:
 
 
 def _describe(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, in_features: int, bits: int):
-    pointers = (t.data_ptr() if t is not None else None for t in (codes, scale, zero_point, bias))
-    return _Packed(*pointers, scale.shape[-2], in_features, in_features // scale.shape[-1], bits)
+    rows, groups = scale.shape[-2:]
+    pointers = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), None if bias is None else bias.data_ptr()
+    return _Packed(*pointers, rows, in_features, in_features // groups, bits)
 
 
 def _decode(codes, scale, zero_point, in_features, bits, dtype) -> Tensor:
@@ -124,22 +143,23 @@ def _has_kernel(x: Tensor, tokens: int, int8: bool) -> bool:
 
 
 def _linear_cpu(x, codes, scale, zero_point, bias, bits, int8):
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if not _has_kernel(x, len(rows), int8):
+    *leading, in_features = x.shape
+    tokens, chosen = math.prod(leading), level()
+    if not _has_kernel(x, tokens, int8):
         return _linear(x, codes, scale, zero_point, bias, bits, int8)
-    bias = None if bias is None else bias.float()
-    out = rows.new_empty(len(rows), scale.shape[-2])
+    x, bias = x.contiguous(), None if bias is None else bias.float()
+    out = x.new_empty((*leading, scale.shape[-2]))
     library().eacmoe_linear(
-        LEVELS.index(level()),
+        LEVELS.index(chosen),
         int8,
-        _describe(codes, scale, zero_point, bias, x.shape[-1], bits),
-        rows.data_ptr(),
+        _describe(codes, scale, zero_point, bias, in_features, bits),
+        x.data_ptr(),
         DTYPES[x.dtype],
-        len(rows),
+        tokens,
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return out
 
 
 def activate(hidden: Tensor, gated: bool, activation: str) -> Tensor:
@@ -286,6 +306,23 @@ _ops.impl("experts", _experts_cuda, "CUDA")
 for _device in ("MPS", "XPU"):
     _ops.impl("linear", _linear, _device)
     _ops.impl("experts", _experts, _device)
+
+
+def _direct(x: Tensor) -> bool:
+    """Whether the kernels may be called past torch's dispatcher: nothing traces, compiles or differentiates."""
+    if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled()) and not torch._C._len_torch_dispatch_stack()
+
+
+def linear(x: Tensor, *weight) -> Tensor:
+    """torch.ops.eacmoe.linear: [..., I] -> [..., O]."""
+    return _linear_cpu(x, *weight) if _direct(x) else torch.ops.eacmoe.linear(x, *weight)
+
+
+def experts(x: Tensor, *block) -> Tensor:
+    """torch.ops.eacmoe.experts: [N, D] -> [N, D]."""
+    return _experts_cpu(x, *block) if _direct(x) else torch.ops.eacmoe.experts(x, *block)
 
 
 @torch.library.register_fake("eacmoe::linear", lib=_ops)

@@ -17,6 +17,7 @@ from transformers.activations import ACT2CLS
 from eacmoe_lightning.models.transformers_loader import has_default_gate
 from eacmoe_lightning.quantization.grid import Bits, Quantized
 from eacmoe_lightning.quantization.packing import expert_codes, packed, unpack
+from eacmoe_lightning.runtime import kernels
 from eacmoe_lightning.runtime.kernels import loop_over_experts
 
 ACTIVATION_NAMES = {  # the kernels' names -> those of transformers
@@ -70,7 +71,8 @@ class PackedWeight(nn.Module):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.codes, self.scale, self.zero_point
+        own = self._buffers  # at decode torch's way to an attribute takes longer than a small product
+        return own["codes"], own["scale"], own["zero_point"]
 
     @property
     def widths(self) -> list[int]:
@@ -113,7 +115,8 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.eacmoe.linear(x, *self.weight.tensors, self.bias, self.weight.bits, self.int8)
+        weight = self.weight
+        return kernels.linear(x, *weight.tensors, self.bias, weight.bits, self.int8)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -156,7 +159,7 @@ class PackedExperts(nn.Module):
             up = *up.tensors, self._bias(self.up_name), up.widths
             down = *down.tensors, self._bias("down_proj"), down.widths
             options = self.has_gate, self.activation, self.int8
-            out = torch.ops.eacmoe.experts(x, top_k_index, top_k_weights, *up, *down, *options)
+            out = kernels.experts(x, top_k_index, top_k_weights, *up, *down, *options)
         else:
             out = loop_over_experts(x, top_k_index, top_k_weights, self.num_experts, self._expert)
         return out.view(hidden_states.shape)
@@ -171,7 +174,7 @@ class PackedExperts(nn.Module):
     def _multiply(self, name: str, e: int, x: Tensor) -> Tensor:
         *tensors, bits = getattr(self, name).expert(e)
         bias = self._bias(name)
-        return torch.ops.eacmoe.linear(x, *tensors, None if bias is None else bias[e], bits, self.int8)
+        return kernels.linear(x, *tensors, None if bias is None else bias[e], bits, self.int8)
 
 
 def _activation_name(experts: nn.Module) -> str | None:
