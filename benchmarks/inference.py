@@ -50,6 +50,7 @@ from eacmoe_lightning.compressed.directory import _write_weights, untied
 from eacmoe_lightning.compressed.format import METHOD, REST, SHARD, size_of
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.runtime.decode_step import shorten_decode_step
 from eacmoe_lightning.runtime.packed_modules import pack_modules, packed_weights, set_activations
 
 HERE = Path(__file__).resolve().parent
@@ -112,6 +113,7 @@ def packed_model(dense: PreTrainedModel, bits: int, group_size: int = GROUP_SIZE
     kept = dict(dense.named_parameters())
     for name, parameter in model.named_parameters():
         parameter.data = kept[name].data
+    shorten_decode_step(model, MoEModel(model).blocks)
     return model
 
 
@@ -141,6 +143,7 @@ def deep_model(shape: str, bits: int, layers: int) -> PreTrainedModel:
             torch.nn.init.ones_(parameter)
         else:
             parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
+    shorten_decode_step(model, MoEModel(model).blocks)
     return model
 
 

@@ -1,8 +1,8 @@
 """How OpenMP threads wait for work: in a loop for a moment, then asleep, unless the environment says otherwise.
 
 OpenMP's own choice is to spin for some milliseconds. A thread that spins keeps its core from everybody else, so on a
-machine with other jobs every product waits for threads that wait. A thread that sleeps at once must be woken for the
-next small product (`benchmarks/waiting.py` measures both). OpenMP reads the setting once, when torch loads it.
+machine with other jobs every product waits for threads that wait. Threads that sleep at once must be woken for the next
+small product (`benchmarks/waiting.py` measures both). OpenMP reads the setting once, when torch loads it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import logging
 import os
 import sys
 
-# longer than the pauses of a decode step: some tenths of a millisecond in GNU's runtime, 1 ms in LLVM's and Intel's
-BRIEF = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+# some hundredths of a millisecond in GNU's runtime, 1 ms (the shortest) in LLVM's and Intel's
+BRIEF = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 
 def wait_briefly() -> None:

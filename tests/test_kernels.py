@@ -189,29 +189,27 @@ def test_the_number_of_threads_does_not_change_a_bit():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-THREADS = """
-import os, sys
+FORK = """
+import os
 import torch
 from tests.test_kernels import random_weight, tensors
 
 torch.set_num_threads(3)
 x, weight = torch.randn(8, 256), (*tensors(random_weight((512, 256), 3, 128)), None, 3, False)
 torch.randn(512, 512) @ torch.randn(512, 512)  # starts torch's threads
-before, first = len(os.listdir("/proc/self/task")), torch.ops.eacmoe.linear(x, *weight)
-print(len(os.listdir("/proc/self/task")) - before, flush=True)
+first = torch.ops.eacmoe.linear(x, *weight)
 if not (child := os.fork()):  # what torch itself would do on several threads hangs there
     os._exit(0 if torch.equal(torch.ops.eacmoe.linear(x, *weight), first) else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@pytest.mark.skipif(not BUILT or sys.platform != "linux", reason="needs the kernels and Linux")
-def test_the_kernels_run_on_torchs_threads_and_in_a_fork_on_their_own():
-    """More threads than torch's would wait for each other's cores; a fork has none of its parent's."""
+@pytest.mark.skipif(not BUILT or sys.platform != "linux", reason="needs the kernels and os.fork")
+def test_a_fork_has_threads_of_its_own():
     done = subprocess.run(
-        [sys.executable, "-c", THREADS], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", FORK], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
     )
-    assert done.stdout.split() == ["0", "0"]
+    assert done.stdout.split() == ["0"]
 
 
 def test_an_input_with_a_gradient_takes_torchs_way():
@@ -309,8 +307,9 @@ def test_nothing_is_read_beyond_the_codes(level, bits):
 
 
 def test_kernels_of_other_sources_are_not_called(monkeypatch):
+    message = f"has interface {kernels.INTERFACE}, not 99: it was compiled from other sources"
     monkeypatch.setattr(kernels, "INTERFACE", 99)
-    with pytest.warns(UserWarning, match="has interface 2, not 99: it was compiled from other sources"):
+    with pytest.warns(UserWarning, match=message):
         assert kernels.library.__wrapped__() is None
 
 

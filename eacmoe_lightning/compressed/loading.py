@@ -38,6 +38,7 @@ from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.models.transformers_loader import auto_class
 from eacmoe_lightning.run.files import StoreError, read_tensors
+from eacmoe_lightning.runtime.decode_step import shorten_decode_step
 from eacmoe_lightning.runtime.packed_modules import pack_modules, set_activations
 from eacmoe_lightning.skipping.stored import restore_rule
 
@@ -167,6 +168,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         set_activations(model, self.quantization_config.activations)
+        shorten_decode_step(model, find_blocks(model)[1])
         restore_rule(model, self.quantization_config.directory_config)
         model.save_pretrained = _Saver(model)
 

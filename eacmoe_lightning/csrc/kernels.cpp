@@ -1,6 +1,7 @@
 // Packed linears and packed experts on CPU: a plain C interface, loaded through ctypes (kernels.py). No dependencies.
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <cmath>
@@ -18,15 +19,27 @@
 #define ISA_TARGET
 #define ISA_WIDTH 4
 #include "portable.h"
+#include "small.h"
+#undef ISA
+#undef ISA_TARGET
+#undef ISA_WIDTH
 #if defined(__x86_64__)
 #define ISA avx2_portable
 #define ISA_TARGET __attribute__((target("avx2,fma,f16c")))
 #define ISA_WIDTH 8
 #include "portable.h"
+#include "small.h"
+#undef ISA
+#undef ISA_TARGET
+#undef ISA_WIDTH
 #define ISA avx512f
 #define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define ISA_WIDTH 16
 #include "portable.h"
+#include "small.h"
+#undef ISA
+#undef ISA_TARGET
+#undef ISA_WIDTH
 #include "avx2.h"
 #include "avx512.h"
 #endif
@@ -70,17 +83,9 @@ struct Loop {
   }
 };
 
-static long this_process() {
-#if defined(__linux__) || defined(__APPLE__)
-  return long(getpid());
-#else
-  return 0;
-#endif
-}
-
-// Threads of our own, for where torch's cannot be had: the caller and up to threads - 1 helpers. The caller waits only
-// for helpers that have started, so a helper that the system has put to sleep delays nothing. Idle helpers spin for
-// some microseconds, then sleep.
+// The caller and up to threads - 1 helpers. The caller waits only for helpers that have started, so one that the system
+// has put to sleep delays nothing; OpenMP's threads wait for each other, which on a busy machine takes longer than the
+// work. Idle helpers look for work for as long as the pauses of a decode step last, then sleep.
 class Pool {
  public:
   void run(Loop& loop, int threads) {
@@ -102,6 +107,8 @@ class Pool {
   }
 
  private:
+  static constexpr std::chrono::microseconds AWAKE{300};
+
   void start(int helpers) {
     while (int(helpers_.size()) < helpers) {
       helpers_.emplace_back([this] { help(); });
@@ -112,10 +119,14 @@ class Pool {
   void help() {
     uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0; spin < 4000 && generation_.load(std::memory_order_acquire) == seen; spin++) {
+      const auto until = std::chrono::steady_clock::now() + AWAKE;
+      while (generation_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until) {
+        for (int i = 0; i < 32 && generation_.load(std::memory_order_acquire) == seen; i++) {
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+          __builtin_ia32_pause();
 #endif
+        }
+        if (generation_.load(std::memory_order_acquire) == seen) std::this_thread::yield();  // to whoever needs the core
       }
       {
         std::unique_lock<std::mutex> lock(mutex_);
@@ -144,16 +155,15 @@ static Pool& pool() {
   static std::mutex mutex;
   static Pool* own = nullptr;
   static long owner = -1;
+#if defined(__linux__) || defined(__APPLE__)
+  const long process = long(getpid());
+#else
+  const long process = 0;
+#endif
   std::lock_guard<std::mutex> lock(mutex);
-  if (const long process = this_process(); process != owner) own = new Pool, owner = process;
+  if (process != owner) own = new Pool, owner = process;
   return *own;
 }
-
-// `GOMP_parallel` of the OpenMP runtime that torch uses: runs a function on each of its threads. With these threads
-// none of torch's spins on a core that one of ours needs. A fork cannot use its parent's.
-using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
-static Parallel openmp = nullptr;
-static long openmp_owner = -1;
 
 template <class Task>
 static void run(int64_t tasks, int threads, const Task& task) {
@@ -165,10 +175,7 @@ static void run(int64_t tasks, int threads, const Task& task) {
   loop.job = [](const void* context, int64_t i) { (*(const Task*)context)(i); };
   loop.context = &task, loop.tasks = tasks;
   loop.grain = tasks / (threads * 16) + 1;  // neighbouring tasks read neighbouring memory
-  if (openmp && this_process() == openmp_owner)
-    openmp([](void* shared) { ((Loop*)shared)->work(); }, &loop, unsigned(threads), 0);
-  else
-    pool().run(loop, threads);
+  pool().run(loop, threads);
 }
 
 // --- choosing an engine ---------------------------------------------------------------------------------------------
@@ -191,20 +198,26 @@ static Level best_level() {
 struct Kit {
   const Engine* engine;
   void (*activate)(Activation, float* gate, const float* up, int64_t n);
+  float (*dot_bf16)(const float* x, const uint16_t* w, int64_t n);
+  float (*dot_float)(const float* x, const float* w, int64_t n);
+  void (*multiply_by)(float factor, bool rounded, float* x, int64_t n);
 };
+
+#define EACMOE_KIT(engine, isa) \
+  Kit { engine, isa::activate<Activation>, isa::dot_bf16, isa::dot_float, isa::multiply_by }
 
 static Kit kit(Level level, Dtype dtype, bool int8) {
 #if defined(__x86_64__)
   if (level == AVX512) {
     const Engine* engine = int8 ? &avx512::bytes : dtype == FLOAT32 ? &avx512f::engine : &avx512::words;
-    return {engine, avx512f::activate<Activation>};
+    return EACMOE_KIT(engine, avx512f);
   }
   if (level == AVX2) {
     const Engine* engine = int8 ? &avx2::bytes : dtype == FLOAT32 ? &avx2::floats : &avx2::words;
-    return {engine, avx2_portable::activate<Activation>};
+    return EACMOE_KIT(engine, avx2_portable);
   }
 #endif
-  return {&baseline::engine, baseline::activate<Activation>};
+  return EACMOE_KIT(&baseline::engine, baseline);
 }
 
 // --- numbers in and out -----------------------------------------------------------------------------------------------
@@ -262,6 +275,21 @@ constexpr int64_t TOKENS = 16;  // tokens that one task prepares
 
 // --- linear ---------------------------------------------------------------------------------------------------------
 
+// out [M, rows] from prepared tokens.
+static void multiply_all(const Kit& kit, const Packed& p, const Segments& segments,
+                         const std::vector<const uint8_t*>& tokens, void* out, Dtype dtype, int threads) {
+  const int64_t M = int64_t(tokens.size());
+  run(num_tiles(p.rows), threads, [&](int64_t task) {
+    const Rows rows = halves(task, p.rows);
+    float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
+    kit.engine->multiply(p, segments, tokens.data(), M, rows, tile);
+    add_bias(p, rows, M, tile);
+    for (int64_t m = 0; m < M; m++)
+      for (int h = 0; h < 2; h++)
+        write(tile + (m * 2 + h) * TILE, rows.valid[h], out, dtype, m * p.rows + rows.first[h]);
+  });
+}
+
 static void linear(const Kit& kit, const Packed& p, const void* x, Dtype dtype, int64_t M, void* out, int threads) {
   const Segments segments(p);
   const Prepared prepared(TOKENS_IN, *kit.engine, segments, M);
@@ -274,15 +302,46 @@ static void linear(const Kit& kit, const Packed& p, const void* x, Dtype dtype, 
   });
   std::vector<const uint8_t*> tokens(size_t(M), nullptr);
   for (int64_t m = 0; m < M; m++) tokens[size_t(m)] = prepared.token(m);
-  run(num_tiles(p.rows), threads, [&](int64_t task) {
-    const Rows rows = halves(task, p.rows);
-    float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
-    kit.engine->multiply(p, segments, tokens.data(), M, rows, tile);
-    add_bias(p, rows, M, tile);
+  multiply_all(kit, p, segments, tokens, out, dtype, threads);
+}
+
+// --- a gated MLP ----------------------------------------------------------------------------------------------------
+
+// down(activation(gate(x)) * up(x)), for a shared expert or a dense block: one call instead of three. gate and up
+// [F, D] have one group size, down [D, F].
+static void mlp(const Kit& kit, const Packed& gate, const Packed& up, const Packed& down, Activation activation,
+                const void* x, Dtype dtype, int64_t M, void* out, int threads) {
+  const int64_t F = gate.rows, D = gate.cols;
+  const Segments segments(gate), down_segments(down);
+  const Engine& engine = *kit.engine;
+  const Prepared prepared(TOKENS_IN, engine, segments, M);
+  std::vector<const uint8_t*> tokens(size_t(M), nullptr);
+  float* row = (float*)scratch(ROW, size_t(D) * 4);
+  for (int64_t m = 0; m < M; m++) {
+    read(x, dtype, m * D, D, row);
+    engine.prepare(row, segments, prepared.token(m));
+    tokens[size_t(m)] = prepared.token(m);
+  }
+  float* hidden = (float*)scratch(HIDDEN, size_t(M * F) * 4);
+  run(num_tiles(F), threads, [&](int64_t task) {
+    const Rows rows = halves(task, F);
+    float* tile = (float*)scratch(OUT_TILE, size_t(M) * 4 * TILE * 4);
+    float* upper = tile + M * 2 * TILE;
+    engine.multiply(gate, segments, tokens.data(), M, rows, tile);
+    engine.multiply(up, segments, tokens.data(), M, rows, upper);
+    add_bias(gate, rows, M, tile);
+    add_bias(up, rows, M, upper);
+    kit.activate(activation, tile, upper, M * 2 * TILE);
     for (int64_t m = 0; m < M; m++)
       for (int h = 0; h < 2; h++)
-        write(tile + (m * 2 + h) * TILE, rows.valid[h], out, dtype, m * p.rows + rows.first[h]);
+        std::memcpy(hidden + m * F + rows.first[h], tile + (m * 2 + h) * TILE, size_t(rows.valid[h]) * 4);
   });
+  const Prepared inner(TOKENS_INNER, engine, down_segments, M);
+  for (int64_t m = 0; m < M; m++) {
+    engine.prepare(hidden + m * F, down_segments, inner.token(m));
+    tokens[size_t(m)] = inner.token(m);
+  }
+  multiply_all(kit, down, down_segments, tokens, out, dtype, threads);
 }
 
 // --- experts --------------------------------------------------------------------------------------------------------
@@ -383,19 +442,106 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
   });
 }
 
+// --- what lies between the products -----------------------------------------------------------------------------------
+
+// A dense matrix [rows, cols] in float32 or bfloat16, with a float32 bias or null.
+struct Dense {
+  const void* weight;
+  const float* bias;
+  int64_t rows, cols;
+  int32_t dtype;
+};
+
+// out[r] = <x, row r> + bias[r], for one token in float32.
+static void dense_row(const Kit& kit, const Dense& w, const float* x, float* out, int threads) {
+  constexpr int64_t rows_a_task = 16, worth_sharing = 1 << 19;
+  const int64_t tasks = (w.rows + rows_a_task - 1) / rows_a_task;
+  run(tasks, w.rows * w.cols < worth_sharing ? 1 : threads, [&](int64_t task) {
+    for (int64_t r = task * rows_a_task; r < w.rows && r < (task + 1) * rows_a_task; r++) {
+      out[r] = w.dtype == BFLOAT16 ? kit.dot_bf16(x, (const uint16_t*)w.weight + r * w.cols, w.cols)
+                                   : kit.dot_float(x, (const float*)w.weight + r * w.cols, w.cols);
+      if (w.bias) out[r] += w.bias[r];
+    }
+  });
+}
+
+static void dense(const Kit& kit, const Dense& w, const void* x, Dtype dtype, int64_t N, void* out, int threads) {
+  float *row = (float*)scratch(ROW, size_t(w.cols) * 4), *result = (float*)scratch(SUMS, size_t(w.rows) * 4);
+  for (int64_t n = 0; n < N; n++) {
+    read(x, dtype, n * w.cols, w.cols, row);
+    dense_row(kit, w, row, result, threads);
+    write(result, w.rows, out, dtype, n * w.rows);
+  }
+}
+
+// How a router turns its logits into a selection and weights.
+struct Choice {
+  const float* correction;  // [E], added to the scores for the selection alone; or null
+  int64_t chosen;           // experts a token gets
+  float scale;              // of the weights
+  int32_t sigmoid;          // scores are sigmoids, else a softmax over all experts
+  int32_t normalised;       // weights are divided by their sum
+  int32_t rounded;          // logits are rounded to bfloat16 first
+};
+
+// logits, weights: [N, E] and [N, K] in their dtypes; ids [N, K], best first, the lower id first among equals.
+static void route(const Kit& kit, const Dense& w, const Choice& choice, const void* x, Dtype dtype, int64_t N,
+                  void* logits, Dtype logits_dtype, int64_t* ids, void* weights, Dtype weights_dtype, int threads) {
+  const int64_t E = w.rows, K = choice.chosen;
+  float *row = (float*)scratch(ROW, size_t(w.cols) * 4), *logit = (float*)scratch(SUMS, size_t(3 * E + K) * 4);
+  float *score = logit + E, *rank = score + E, *chosen = rank + E;
+  for (int64_t n = 0; n < N; n++) {
+    read(x, dtype, n * w.cols, w.cols, row);
+    dense_row(kit, w, row, logit, threads);
+    if (choice.rounded) kit.multiply_by(1, true, logit, E);
+    write(logit, E, logits, logits_dtype, n * E);
+    float most = logit[0], sum = 0;
+    for (int64_t e = 1; e < E; e++) most = logit[e] > most ? logit[e] : most;
+    for (int64_t e = 0; e < E; e++) {
+      score[e] = choice.sigmoid ? 1 / (1 + std::exp(-logit[e])) : std::exp(logit[e] - most);
+      sum += score[e];
+    }
+    for (int64_t e = 0; e < E; e++) {
+      if (!choice.sigmoid) score[e] /= sum;
+      rank[e] = choice.correction ? score[e] + choice.correction[e] : logit[e];
+    }
+    float selected = 0;
+    for (int64_t k = 0; k < K; k++) {
+      int64_t best = 0;
+      for (int64_t e = 1; e < E; e++) best = rank[e] > rank[best] ? e : best;
+      ids[n * K + k] = best, rank[best] = -INFINITY;
+      chosen[k] = score[best], selected += score[best];
+    }
+    for (int64_t k = 0; k < K; k++) chosen[k] *= choice.scale / (choice.normalised ? selected : 1);
+    write(chosen, K, weights, weights_dtype, n * K);
+  }
+}
+
+enum Norm { ROUNDED, IN_FLOAT, PLUS_ONE };  // weight * round(x / rms); round(weight * x / rms); the same with 1 + weight
+
+// x [N, D] divided by the root of its mean square plus eps, times weight [D].
+static void norm(const Kit& kit, Norm form, const void* weight, Dtype weight_dtype, float eps, const void* x,
+                 Dtype dtype, int64_t N, int64_t D, void* out) {
+  float *row = (float*)scratch(ROW, size_t(2 * D) * 4), *w = row + D;
+  read(weight, weight_dtype, 0, D, w);
+  for (int64_t i = 0; form == PLUS_ONE && i < D; i++) w[i] += 1;
+  for (int64_t n = 0; n < N; n++) {
+    read(x, dtype, n * D, D, row);
+    const float factor = 1 / std::sqrt(kit.dot_float(row, row, D) / float(D) + eps);
+    kit.multiply_by(factor, form == ROUNDED && dtype == BFLOAT16, row, D);
+    for (int64_t i = 0; i < D; i++) row[i] *= w[i];
+    write(row, D, out, dtype, n * D);
+  }
+}
+
 }  // namespace eacmoe
 
 // --- the interface ----------------------------------------------------------------------------------------------------
 
 // Raise this whenever the interface below changes.
-EXPORT int eacmoe_interface() { return 3; }
+EXPORT int eacmoe_interface() { return 4; }
 
 EXPORT int eacmoe_level() { return eacmoe::best_level(); }
-
-// From now on the kernels use the threads behind this `GOMP_parallel`; null: their own.
-EXPORT void eacmoe_use_openmp(void* parallel) {
-  eacmoe::openmp = eacmoe::Parallel(parallel), eacmoe::openmp_owner = eacmoe::this_process();
-}
 
 EXPORT void eacmoe_linear(int level, int int8, const eacmoe::Packed* p, const void* x, int dtype, int64_t M, void* out,
                           int threads) {
@@ -412,4 +558,33 @@ EXPORT void eacmoe_experts(int level, int int8, const eacmoe::Packed* up, const 
   eacmoe::experts(eacmoe::kit(eacmoe::Level(level), d, int8), eacmoe::unstack(*up, up_bits, E),
                   eacmoe::unstack(*down, down_bits, E), gated, eacmoe::Activation(activation), x, d, N, ids, weights,
                   K, out, threads);
+}
+
+EXPORT void eacmoe_mlp(int level, int int8, const eacmoe::Packed* gate, const eacmoe::Packed* up,
+                       const eacmoe::Packed* down, int activation, const void* x, int dtype, int64_t M, void* out,
+                       int threads) {
+  const auto d = eacmoe::Dtype(dtype);
+  eacmoe::mlp(eacmoe::kit(eacmoe::Level(level), d, int8), *gate, *up, *down, eacmoe::Activation(activation), x, d, M,
+              out, threads);
+}
+
+EXPORT void eacmoe_dense(int level, const eacmoe::Dense* w, const void* x, int dtype, int64_t N, void* out,
+                         int threads) {
+  const auto d = eacmoe::Dtype(dtype);
+  eacmoe::dense(eacmoe::kit(eacmoe::Level(level), d, false), *w, x, d, N, out, threads);
+}
+
+EXPORT void eacmoe_route(int level, const eacmoe::Dense* w, const eacmoe::Choice* choice, const void* x, int dtype,
+                         int64_t N, void* logits, int logits_dtype, int64_t* ids, void* weights, int weights_dtype,
+                         int threads) {
+  const auto d = eacmoe::Dtype(dtype);
+  eacmoe::route(eacmoe::kit(eacmoe::Level(level), d, false), *w, *choice, x, d, N, logits,
+                eacmoe::Dtype(logits_dtype), ids, weights, eacmoe::Dtype(weights_dtype), threads);
+}
+
+EXPORT void eacmoe_norm(int level, int form, const void* weight, int weight_dtype, float eps, const void* x, int dtype,
+                        int64_t N, int64_t D, void* out) {
+  const auto d = eacmoe::Dtype(dtype);
+  eacmoe::norm(eacmoe::kit(eacmoe::Level(level), d, false), eacmoe::Norm(form), weight, eacmoe::Dtype(weight_dtype),
+               eps, x, d, N, D, out);
 }

@@ -142,6 +142,3 @@ static const Engine engine = {token_bytes, prepare, multiply};
 
 }  // namespace ISA
 }  // namespace eacmoe
-#undef ISA
-#undef ISA_TARGET
-#undef ISA_WIDTH

@@ -139,14 +139,14 @@ class Block:
         return rows[0]
 
     @property
-    def _router_matrix(self) -> nn.Module:
+    def router_matrix(self) -> nn.Module:
         """The module inside the router, or the router itself, that owns `router_weight`."""
         return self.router.get_submodule(self._router_parameter.rpartition(".")[0]) if self.calibrates else self.router
 
     @property
     def router_bias(self) -> Tensor | None:
         """[E], the bias that is added to the logits, if the router has one (gpt_oss)."""
-        return getattr(self._router_matrix, "bias", None) if self.calibrates else None
+        return getattr(self.router_matrix, "bias", None) if self.calibrates else None
 
     def router_logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """[N, R] -> [N, E] in float32, with the router's weight or another one in its place."""
@@ -237,8 +237,8 @@ class Block:
         Together with `route`, this is the only place that knows how a router returns its decision.
         """
         logits, handles = [], Handles()
-        if self._router_matrix is not self.router:
-            handles.append(self._router_matrix.register_forward_hook(partial(keep_logits, logits)))
+        if self.router_matrix is not self.router:
+            handles.append(self.router_matrix.register_forward_hook(partial(keep_logits, logits)))
         hook = partial(show_routing, watcher, logits)
         handles.append(self.router.register_forward_hook(hook, with_kwargs=True))
         return handles
@@ -298,7 +298,7 @@ class Block:
 
         handles = Handles(
             module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
-            for name, module in (("router", self.router), ("matrix", self._router_matrix))
+            for name, module in (("router", self.router), ("matrix", self.router_matrix))
         )
         handles.append(self.router.register_forward_hook(stop))
         self._run_until_reached(call, handles)

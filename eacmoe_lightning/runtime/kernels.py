@@ -18,7 +18,6 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import sys
 import sysconfig
 import warnings
 from functools import cache
@@ -35,7 +34,7 @@ from eacmoe_lightning.quantization.packing import expert_codes, unpack
 
 CUDA = ("humming", "triton", "decode")  # kernels for GPUs, best first
 LEVELS = ("portable", "avx2", "avx512")  # instruction sets of the C++ kernels; avx512 includes VNNI and VBMI
-INTERFACE = 3  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
+INTERFACE = 4  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 # tokens of an expert from which decoding to float32 and torch's product beat our float32 kernel
@@ -74,21 +73,26 @@ def library() -> ctypes.CDLL | None:
     lib.eacmoe_linear.argtypes = [word, word, packed, pointer, word, long, pointer, word]
     lib.eacmoe_experts.argtypes = [word, word, packed, pointer, packed, pointer, word, word, pointer, word]
     lib.eacmoe_experts.argtypes += [long, pointer, pointer, long, long, pointer, word]
-    lib.eacmoe_use_openmp.argtypes = [pointer]
-    lib.eacmoe_linear.restype = lib.eacmoe_experts.restype = lib.eacmoe_use_openmp.restype = None
-    lib.eacmoe_use_openmp(_openmp_of_torch())
+    lib.eacmoe_mlp.argtypes = [word, word, packed, packed, packed, word, pointer, word, long, pointer, word]
+    lib.eacmoe_dense.argtypes = [word, pointer, pointer, word, long, pointer, word]
+    lib.eacmoe_route.argtypes = [
+        word,
+        pointer,
+        pointer,
+        pointer,
+        word,
+        long,
+        pointer,
+        word,
+        pointer,
+        pointer,
+        word,
+        word,
+    ]
+    lib.eacmoe_norm.argtypes = [word, word, pointer, word, ctypes.c_float, pointer, word, long, long, pointer]
+    for name in ("linear", "experts", "mlp", "dense", "route", "norm"):
+        getattr(lib, f"eacmoe_{name}").restype = None
     return lib
-
-
-def _openmp_of_torch() -> ctypes.c_void_p | None:
-    """`GOMP_parallel` of the OpenMP runtime that torch has loaded; GNU's, LLVM's and Intel's have it."""
-    name = {"darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
-    try:
-        return ctypes.cast(
-            ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / name)).GOMP_parallel, ctypes.c_void_p
-        )
-    except (OSError, AttributeError):
-        return None
 
 
 @cache
@@ -107,7 +111,10 @@ def level() -> str | None:
     return chosen
 
 
-def _describe(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, in_features: int, bits: int):
+def describe(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, in_features: int, bits: int
+) -> _Packed:
+    """A weight as the C++ kernels read it; its tensors must live until they have."""
     rows, groups = scale.shape[-2:]
     pointers = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), None if bias is None else bias.data_ptr()
     return _Packed(*pointers, rows, in_features, in_features // groups, bits)
@@ -152,7 +159,7 @@ def _linear_cpu(x, codes, scale, zero_point, bias, bits, int8):
     library().eacmoe_linear(
         LEVELS.index(chosen),
         int8,
-        _describe(codes, scale, zero_point, bias, in_features, bits),
+        describe(codes, scale, zero_point, bias, in_features, bits),
         x.data_ptr(),
         DTYPES[x.dtype],
         tokens,
@@ -280,9 +287,9 @@ def _experts_cpu(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up
     library().eacmoe_experts(
         LEVELS.index(level()),
         int8,
-        _describe(up_codes, up_scale, up_zero_point, up_bias, x.shape[-1], up_bits[0]),
+        describe(up_codes, up_scale, up_zero_point, up_bias, x.shape[-1], up_bits[0]),
         up_each,
-        _describe(down_codes, down_scale, down_zero_point, down_bias, width, down_bits[0]),
+        describe(down_codes, down_scale, down_zero_point, down_bias, width, down_bits[0]),
         down_each,
         gated,
         ACTIVATIONS[activation],
@@ -308,7 +315,7 @@ for _device in ("MPS", "XPU"):
     _ops.impl("experts", _experts, _device)
 
 
-def _direct(x: Tensor) -> bool:
+def goes_direct(x: Tensor) -> bool:
     """Whether the kernels may be called past torch's dispatcher: nothing traces, compiles or differentiates."""
     if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling():
         return False
@@ -317,12 +324,12 @@ def _direct(x: Tensor) -> bool:
 
 def linear(x: Tensor, *weight) -> Tensor:
     """torch.ops.eacmoe.linear: [..., I] -> [..., O]."""
-    return _linear_cpu(x, *weight) if _direct(x) else torch.ops.eacmoe.linear(x, *weight)
+    return _linear_cpu(x, *weight) if goes_direct(x) else torch.ops.eacmoe.linear(x, *weight)
 
 
 def experts(x: Tensor, *block) -> Tensor:
     """torch.ops.eacmoe.experts: [N, D] -> [N, D]."""
-    return _experts_cpu(x, *block) if _direct(x) else torch.ops.eacmoe.experts(x, *block)
+    return _experts_cpu(x, *block) if goes_direct(x) else torch.ops.eacmoe.experts(x, *block)
 
 
 @torch.library.register_fake("eacmoe::linear", lib=_ops)

@@ -181,10 +181,15 @@ def _activation_name(experts: nn.Module) -> str | None:
     """The kernels' name of the activation; None if they lack the activation or the gating."""
     if experts.has_gate and not has_default_gate(experts):
         return None
+    return activation_name(experts.act_fn)
+
+
+def activation_name(function: nn.Module) -> str | None:
+    """The kernels' name of an activation of transformers; None if they lack it."""
     for kernel_name, names in ACTIVATION_NAMES.items():
         for name in names:
             activation = ACT2CLS[name]  # a class, or a class with its arguments
-            if type(experts.act_fn) is (activation[0] if isinstance(activation, tuple) else activation):
+            if type(function) is (activation[0] if isinstance(activation, tuple) else activation):
                 return kernel_name
     return None
 

@@ -1,0 +1,389 @@
+"""What a decode step on a CPU does beside its packed products: norms, routers, gated MLPs, small linears.
+
+For a few tokens torch needs longer to begin each of their operations than to compute it, and streaming the weights has
+emptied the caches of it: together a third of a step. `shorten_decode_step` gives these modules another forward pass,
+one call of a C++ kernel (`csrc/kernels.cpp`), that is used for a few tokens without gradients and otherwise leaves the
+module to itself. Modules are recognized by what they compute: a kernel takes a module's place only if it gives the
+module's own output for random inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.runtime import kernels
+from eacmoe_lightning.runtime.packed_modules import PackedLinear, activation_name
+
+FEW = 8  # tokens, up to which the kernels are faster than torch
+FEW_NORMED = 1 << 16  # numbers, up to which a norm is
+SMALL = 256  # outputs, up to which a linear in bfloat16 is one
+DTYPES = (torch.float32, torch.bfloat16)
+NORMS = ("rounded", "in float", "plus one")  # `Norm` of csrc/kernels.cpp
+EPSILONS = ("variance_epsilon", "eps", "epsilon")
+SCALES = ("routed_scaling_factor", "router_scaling_factor", "scaling")  # names that transformers' routers use
+PROBES = 64  # random tokens
+
+
+class _Dense(ctypes.Structure):
+    """`struct Dense` of csrc/kernels.cpp."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class _Choice(ctypes.Structure):
+    """`struct Choice` of csrc/kernels.cpp."""
+
+    _fields_ = [
+        ("correction", ctypes.c_void_p),
+        ("chosen", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("sigmoid", "normalised", "rounded")),
+    ]
+
+
+def shorten_decode_step(model: nn.Module, blocks: list[Block]) -> dict[str, int]:
+    """Gives the modules of a packed model on a CPU their short forward passes. Returns how many of each kind.
+
+    Args:
+        model: with its weights.
+        blocks: its blocks (`models.find.find_blocks`).
+    """
+    found = {"norms": 0, "routers": 0, "MLPs": 0, "linears": 0}
+    if kernels.level() is None:
+        return found
+    same: dict[tuple, object] = {}  # modules of one class and size compute the same
+
+    def once(module: nn.Module, find: Callable, *key: object) -> object:
+        key = (find, type(module), *key)
+        if key not in same:
+            same[key] = find(module)
+        return same[key]
+
+    routers = {id(block.router): block for block in blocks if block.is_moe}
+    for module in list(model.modules()):
+        if not _is_here(module):
+            continue
+        if (block := routers.get(id(module))) is not None:
+            if (choice := find_choice(block)) is not None:
+                _replace(module, _route, block.router_matrix, choice)
+                found["routers"] += 1
+        elif (size := _norm_size(module)) is not None:
+            if (form := once(module, find_norm, size)) is not None:
+                _replace(module, _norm, form)
+                found["norms"] += 1
+        elif is_gated_mlp(module):
+            if (activation := once(module, find_mlp, module.gate_proj.out_features)) is not None:
+                _replace(module, _mlp, activation)
+                found["MLPs"] += 1
+        elif type(module) is nn.Linear and module.out_features <= SMALL and module.weight.dtype == torch.bfloat16:
+            _replace(module, _linear)
+            found["linears"] += 1
+    return found
+
+
+def _is_here(module: nn.Module) -> bool:
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _replace(module: nn.Module, short: Callable, *args: object) -> None:
+    """`short(module, its forward pass until now, *args)` becomes its forward pass."""
+    before = vars(module).get("forward") or partial(type(module).forward, module)
+    module.forward = partial(short, module, before, *args)
+
+
+def _takes(x: object, weight: Tensor, most: int, count: int) -> bool:
+    """Whether a kernel may compute this, which has `count` tokens or numbers."""
+    if not isinstance(x, Tensor) or torch.is_grad_enabled() or count > most or count == 0:
+        return False
+    return kernels.goes_direct(x) and x.dtype in DTYPES and weight.dtype in DTYPES and weight.device.type == "cpu"
+
+
+def _level() -> int:
+    return kernels.LEVELS.index(kernels.level())
+
+
+def _dense(weight: Tensor, bias: Tensor | None) -> _Dense:
+    """`bias` is float32 and lives as long as the result is used."""
+    pointer = None if bias is None else bias.data_ptr()
+    return _Dense(weight.data_ptr(), pointer, *weight.shape, kernels.DTYPES[weight.dtype])
+
+
+# --- norms ----------------------------------------------------------------------------------------------------------
+
+
+def _norm_size(module: nn.Module) -> int | None:
+    """The width of what may be a norm without a bias."""
+    weight = vars(module)["_parameters"].get("weight")
+    if weight is None or weight.ndim != 1 or len(list(module.parameters())) != 1 or _epsilon(module) is None:
+        return None
+    return len(weight)
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    return next((eps for name in EPSILONS if isinstance(eps := getattr(module, name, None), float)), None)
+
+
+@torch.no_grad()
+def find_norm(module: nn.Module) -> int | None:
+    """The number in NORMS of what this module computes; None if it is no such norm."""
+    x = _probe((4, len(module.weight)), module.weight.dtype)
+    try:
+        expected = module(x)
+    except (TypeError, AttributeError, ValueError, RuntimeError):  # it reads more than hidden states (a gate)
+        return None
+    if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype not in DTYPES:
+        return None
+    for form in range(len(NORMS)):
+        if x.dtype in DTYPES and expected.dtype == x.dtype and _agree(_normed(module, form, x), expected):
+            return form
+    return None
+
+
+def _normed(module: nn.Module, form: int, x: Tensor) -> Tensor:
+    weight, x = module.weight, x.contiguous()
+    out = torch.empty_like(x)
+    kernels.library().eacmoe_norm(
+        _level(),
+        form,
+        weight.data_ptr(),
+        kernels.DTYPES[weight.dtype],
+        _epsilon(module),
+        x.data_ptr(),
+        kernels.DTYPES[x.dtype],
+        x.numel() // x.shape[-1],
+        x.shape[-1],
+        out.data_ptr(),
+    )
+    return out
+
+
+def _norm(module: nn.Module, before: Callable, form: int, x: Tensor, *args, **kwargs) -> Tensor:
+    if args or kwargs or not _takes(x, module.weight, FEW_NORMED, x.numel()) or x.dtype != module.weight.dtype:
+        return before(x, *args, **kwargs)
+    return _normed(module, form, x)
+
+
+# --- routers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChoiceRule:
+    """How a router goes from logits to a selection and weights (`struct Choice` of csrc/kernels.cpp)."""
+
+    chosen: int  # experts a token gets
+    scale: float
+    sigmoid: bool
+    normalised: bool
+    rounded: bool
+    logits_dtype: torch.dtype
+    weights_dtype: torch.dtype
+    correction: str = ""  # name of the tensor in the router
+
+
+@torch.no_grad()
+def find_choice(block: Block) -> ChoiceRule | None:
+    """The rule by which the kernel gives what this block's router gives; None if no rule does (groups of experts)."""
+    if not block.calibrates or block.router_weight.dtype not in DTYPES:
+        return None
+    router, weight = block.router, block.router_weight
+    correction = _correction_of(block)
+    x = _probe((PROBES, weight.shape[1]), weight.dtype)
+    try:
+        logits, weights, ids, *more = router(x)
+    except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):  # it reads more than hidden states
+        return None
+    if more or logits.shape != (PROBES, len(weight)) or ids.shape != weights.shape or ids.dtype != torch.int64:
+        return None
+    if logits.dtype not in DTYPES or weights.dtype not in DTYPES:
+        return None
+    rounded = torch.equal(logits.float(), logits.bfloat16().float())
+    scales = {1.0} | {float(s) for name in SCALES if isinstance(s := getattr(router, name, None), int | float)}
+    for sigmoid, normalised, scale in itertools.product((False, True), (False, True), sorted(scales)):
+        rule = ChoiceRule(
+            block.top_k, scale, sigmoid, normalised, rounded, logits.dtype, weights.dtype, correction or ""
+        )
+        if _chooses_alike(_routed(router, block.router_matrix, rule, x), (logits, weights, ids), rule):
+            return rule
+    return None
+
+
+def _correction_of(block: Block) -> str | None:
+    """The name of the router's tensor that is added to the scores for the selection alone."""
+    for name, tensor in (*block.router.named_buffers(), *block.router.named_parameters()):
+        if "bias" in name and tensor.numel() == block.num_experts and tensor is not block.router_bias:
+            return name
+    return None
+
+
+def _chooses_alike(found: tuple, expected: tuple, rule: ChoiceRule) -> bool:
+    """Whether a routing is the expected one, but for experts that are equal up to rounding."""
+    (logits, weights, ids), (own_logits, own_weights, own_ids) = expected, found
+    if not _agree(own_logits, logits):
+        return False
+    (ids, order), (own_ids, own_order) = ids.sort(-1), own_ids.sort(-1)
+    same = (ids == own_ids).all(-1)
+    if same.float().mean() < 0.8:
+        return False
+    weights, own_weights = weights.gather(1, order)[same], own_weights.gather(1, own_order)[same]
+    tolerance = 2e-2 if rule.rounded or weights.dtype == torch.bfloat16 else 1e-4
+    return torch.allclose(weights.float(), own_weights.float(), rtol=tolerance, atol=1e-6)
+
+
+def _routed(router: nn.Module, owner: nn.Module, rule: ChoiceRule, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weight, x = owner.weight, x.reshape(-1, x.shape[-1]).contiguous()
+    bias = getattr(owner, "bias", None)
+    bias = None if bias is None else bias.float().contiguous()
+    correction = _correction(router, rule)
+    tokens = len(x)
+    logits = torch.empty(tokens, len(weight), dtype=rule.logits_dtype)
+    weights = torch.empty(tokens, rule.chosen, dtype=rule.weights_dtype)
+    ids = torch.empty(tokens, rule.chosen, dtype=torch.int64)
+    choice = _Choice(
+        None if correction is None else correction.data_ptr(),
+        rule.chosen,
+        rule.scale,
+        rule.sigmoid,
+        rule.normalised,
+        rule.rounded,
+    )
+    kernels.library().eacmoe_route(
+        _level(),
+        ctypes.byref(_dense(weight, bias)),
+        ctypes.byref(choice),
+        x.data_ptr(),
+        kernels.DTYPES[x.dtype],
+        tokens,
+        logits.data_ptr(),
+        kernels.DTYPES[rule.logits_dtype],
+        ids.data_ptr(),
+        weights.data_ptr(),
+        kernels.DTYPES[rule.weights_dtype],
+        torch.get_num_threads(),
+    )
+    return logits, weights, ids
+
+
+def _correction(router: nn.Module, rule: ChoiceRule) -> Tensor | None:
+    if not rule.correction:
+        return None
+    owner, _, name = rule.correction.rpartition(".")
+    return getattr(router.get_submodule(owner), name).float().flatten().contiguous()
+
+
+def _route(
+    router: nn.Module, before: Callable, owner: nn.Module, rule: ChoiceRule, hidden: Tensor, *args, **kwargs
+) -> tuple:
+    weight = owner.weight
+    fits = hidden.shape[-1] == weight.shape[1] and rule.chosen <= len(weight) and hidden.dtype == weight.dtype
+    tokens = hidden.numel() // hidden.shape[-1]
+    if args or kwargs or not fits or not _takes(hidden, weight, FEW, tokens):
+        return before(hidden, *args, **kwargs)
+    return _routed(router, owner, rule, hidden)
+
+
+# --- gated MLPs -----------------------------------------------------------------------------------------------------
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether this may be down(activation(gate(x)) * up(x)) with packed weights."""
+    names = {name for name, child in module.named_children() if isinstance(child, PackedLinear)}
+    if names != {"gate_proj", "up_proj", "down_proj"} or not hasattr(module, "act_fn"):
+        return False
+    gate, up = module.gate_proj, module.up_proj
+    return gate.weight.shape == up.weight.shape and gate.weight.group_size == up.weight.group_size
+
+
+@torch.no_grad()
+def find_mlp(module: nn.Module) -> str | None:
+    """The kernels' name of the activation of a module for which `is_gated_mlp` holds; None if it computes otherwise."""
+    activation = activation_name(module.act_fn)
+    if activation is None:
+        return None
+    x = _probe((2, module.gate_proj.in_features), torch.float32)  # the roundings of bfloat16 differ
+    return activation if _agree(_multiplied(module, activation, x), module(x)) else None
+
+
+def _multiplied(module: nn.Module, activation: str, x: Tensor) -> Tensor:
+    *leading, width = x.shape
+    x, out = x.contiguous(), x.new_empty(*leading, module.down_proj.out_features)
+    parts, biases = [], []  # biases live until the call
+    for linear in (module.gate_proj, module.up_proj, module.down_proj):
+        biases.append(None if linear.bias is None else linear.bias.float())
+        parts.append(kernels.describe(*linear.weight.tensors, biases[-1], linear.weight.shape[1], linear.weight.bits))
+    kernels.library().eacmoe_mlp(
+        _level(),
+        module.gate_proj.int8,
+        *parts,
+        kernels.ACTIVATIONS[activation],
+        x.data_ptr(),
+        kernels.DTYPES[x.dtype],
+        x.numel() // width,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _mlp(module: nn.Module, before: Callable, activation: str, x: Tensor, *args, **kwargs) -> Tensor:
+    if args or kwargs or not _takes(x, x, FEW, x.numel() // x.shape[-1]) or not all(map(_is_bare, module.children())):
+        return before(x, *args, **kwargs)
+    return _multiplied(module, activation, x)
+
+
+def _is_bare(child: nn.Module) -> bool:
+    """Whether nobody watches this linear, and its weight is on the CPU."""
+    if not isinstance(child, PackedLinear):
+        return True
+    return not child._forward_hooks and not child._forward_pre_hooks and child.weight.device.type == "cpu"
+
+
+# --- small linears --------------------------------------------------------------------------------------------------
+
+
+def _linear(module: nn.Linear, before: Callable, x: Tensor) -> Tensor:
+    weight = module.weight
+    if not _takes(x, weight, FEW, x.numel() // x.shape[-1]) or x.dtype != weight.dtype:
+        return before(x)
+    x, bias = x.contiguous(), None if module.bias is None else module.bias.float()
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    kernels.library().eacmoe_dense(
+        _level(),
+        ctypes.byref(_dense(weight, bias)),
+        x.data_ptr(),
+        kernels.DTYPES[x.dtype],
+        x.numel() // x.shape[-1],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+def _probe(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results differ by the order of sums and the last rounding alone."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    step = 2**-7 if expected.dtype == torch.bfloat16 else 1e-4
+    scale = expected.float().square().mean().sqrt().item()
+    return torch.allclose(found.float(), expected.float(), rtol=step, atol=step * scale / 8)
