@@ -13,15 +13,25 @@ import sys
 
 # some hundredths of a millisecond in GNU's runtime, 1 ms (the shortest) in LLVM's and Intel's
 BRIEF = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+POLICY, ACTIVE = "OMP_WAIT_POLICY", "active"
+
+_came_first = False  # whether torch was loaded with its own choice
+
+
+def spins() -> bool:
+    """Whether torch's threads spin for long after each operation."""
+    return _came_first or os.environ.get(POLICY, "").lower() == ACTIVE
 
 
 def wait_briefly() -> None:
     """Sets it where torch is not loaded yet and the user has not chosen."""
-    if any(name in os.environ for name in ("OMP_WAIT_POLICY", *BRIEF)):
+    global _came_first
+    if any(name in os.environ for name in (POLICY, *BRIEF)):
         return
     if "torch" not in sys.modules:
         os.environ.update(BRIEF)
     else:
+        _came_first = True
         logging.getLogger("eacmoe_lightning").info(
             "torch was loaded before eacmoe_lightning, and its threads wait in its own way: on a busy machine, set "
             "%s in the environment or import eacmoe_lightning first",

@@ -166,18 +166,18 @@ def run(script: str, **variables: str) -> tuple[str, str]:
 
 
 BRIEF = "1000"
-COUNT = "import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+COUNT = "import os; print(os.environ.get('GOMP_SPINCOUNT'), eacmoe_lightning.waiting.spins())"
 WITH_LOG = "import logging; logging.basicConfig(level=logging.INFO); "
 
 
 @pytest.mark.parametrize(
     "first, variables, count, spins",
     [
-        ("", {}, BRIEF, BRIEF),
-        ("", {"OMP_WAIT_POLICY": "active"}, "None", "30000000000"),
-        ("", {"OMP_WAIT_POLICY": "passive"}, "None", "0"),
-        ("", {"GOMP_SPINCOUNT": "20"}, "20", "20"),
-        ("import torch; ", {}, "None", "300000"),
+        ("", {}, f"{BRIEF} False", BRIEF),
+        ("", {"OMP_WAIT_POLICY": "active"}, "None True", "30000000000"),
+        ("", {"OMP_WAIT_POLICY": "passive"}, "None False", "0"),
+        ("", {"GOMP_SPINCOUNT": "20"}, "20 False", "20"),
+        ("import torch; ", {}, "None True", "300000"),
     ],
 )
 def test_threads_wait_briefly_unless_the_user_chose(first, variables, count, spins):
@@ -191,4 +191,4 @@ def test_threads_wait_briefly_unless_the_user_chose(first, variables, count, spi
 
 def test_the_command_line_sets_it():
     start = "import runpy, sys; sys.argv = ['train.py', '--version']; runpy.run_path('train.py', run_name='__main__')"
-    assert run(f"{start}; {COUNT}")[0].split() == [PROJECT["version"], BRIEF]
+    assert run(f"{start}; import eacmoe_lightning; {COUNT}")[0].split() == [PROJECT["version"], BRIEF, "False"]

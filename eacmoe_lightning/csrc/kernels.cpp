@@ -150,20 +150,29 @@ class Pool {
   Loop* loop_ = nullptr;
 };
 
+static long this_process() {
+#if defined(__linux__) || defined(__APPLE__)
+  return long(getpid());
+#else
+  return 0;
+#endif
+}
+
 // The pool of this process: a fork has none of its parent's helpers. Never freed: helpers may outlive static objects.
 static Pool& pool() {
   static std::mutex mutex;
   static Pool* own = nullptr;
   static long owner = -1;
-#if defined(__linux__) || defined(__APPLE__)
-  const long process = long(getpid());
-#else
-  const long process = 0;
-#endif
   std::lock_guard<std::mutex> lock(mutex);
-  if (process != owner) own = new Pool, owner = process;
+  if (const long process = this_process(); process != owner) own = new Pool, owner = process;
   return *own;
 }
+
+// `GOMP_parallel` of torch's OpenMP, which runs a function on each of its threads; or null. Where these threads spin
+// for long, helpers of our own would fight them for the cores. A fork cannot use its parent's.
+using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+static Parallel openmp = nullptr;
+static long openmp_owner = -1;
 
 template <class Task>
 static void run(int64_t tasks, int threads, const Task& task) {
@@ -175,7 +184,10 @@ static void run(int64_t tasks, int threads, const Task& task) {
   loop.job = [](const void* context, int64_t i) { (*(const Task*)context)(i); };
   loop.context = &task, loop.tasks = tasks;
   loop.grain = tasks / (threads * 16) + 1;  // neighbouring tasks read neighbouring memory
-  pool().run(loop, threads);
+  if (openmp && this_process() == openmp_owner)
+    openmp([](void* shared) { ((Loop*)shared)->work(); }, &loop, unsigned(threads), 0);
+  else
+    pool().run(loop, threads);
 }
 
 // --- choosing an engine ---------------------------------------------------------------------------------------------
@@ -539,9 +551,14 @@ static void norm(const Kit& kit, Norm form, const void* weight, Dtype weight_dty
 // --- the interface ----------------------------------------------------------------------------------------------------
 
 // Raise this whenever the interface below changes.
-EXPORT int eacmoe_interface() { return 4; }
+EXPORT int eacmoe_interface() { return 5; }
 
 EXPORT int eacmoe_level() { return eacmoe::best_level(); }
+
+// From now on the kernels use the threads behind this `GOMP_parallel`; null: their own.
+EXPORT void eacmoe_use_openmp(void* parallel) {
+  eacmoe::openmp = eacmoe::Parallel(parallel), eacmoe::openmp_owner = eacmoe::this_process();
+}
 
 EXPORT void eacmoe_linear(int level, int int8, const eacmoe::Packed* p, const void* x, int dtype, int64_t M, void* out,
                           int threads) {

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import sys
 import sysconfig
 import warnings
 from functools import cache
@@ -29,12 +30,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eacmoe_lightning import waiting
 from eacmoe_lightning.quantization.grid import Quantized, one_or_each
 from eacmoe_lightning.quantization.packing import expert_codes, unpack
 
 CUDA = ("humming", "triton", "decode")  # kernels for GPUs, best first
 LEVELS = ("portable", "avx2", "avx512")  # instruction sets of the C++ kernels; avx512 includes VNNI and VBMI
-INTERFACE = 4  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
+INTERFACE = 5  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 # tokens of an expert from which decoding to float32 and torch's product beat our float32 kernel
@@ -90,9 +92,22 @@ def library() -> ctypes.CDLL | None:
         word,
     ]
     lib.eacmoe_norm.argtypes = [word, word, pointer, word, ctypes.c_float, pointer, word, long, long, pointer]
-    for name in ("linear", "experts", "mlp", "dense", "route", "norm"):
+    lib.eacmoe_use_openmp.argtypes = [pointer]
+    for name in ("linear", "experts", "use_openmp", "mlp", "dense", "route", "norm"):
         getattr(lib, f"eacmoe_{name}").restype = None
+    if waiting.spins():
+        lib.eacmoe_use_openmp(_openmp_of_torch())
     return lib
+
+
+def _openmp_of_torch() -> ctypes.c_void_p | None:
+    """`GOMP_parallel` of the OpenMP runtime that torch has loaded; GNU's, LLVM's and Intel's have it."""
+    name = {"darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        loaded = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / name))
+        return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return None
 
 
 @cache
