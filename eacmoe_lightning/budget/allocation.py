@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from math import prod
 from typing import Any
@@ -18,6 +18,7 @@ from eacmoe_lightning.budget.sensitivity import Sensitivity
 from eacmoe_lightning.calibration.recipe import PARTS, Recipe, num_quantized, stored_bits
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.targets import Granularity
 
 RATES = (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 5, 6, 7, 8)  # of quantizers that take any number of bits
@@ -71,6 +72,20 @@ class Allocation:
     def record(self) -> dict[str, Any]:
         """As JSON values."""
         return {**vars(self), "overrides": {str(block): keys for block, keys in self.overrides.items()}}
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Allocation:
+        """The allocation whose `record` was written to JSON."""
+        numbered = {
+            name: record[name] and {int(block): value for block, value in record[name].items()}
+            for name in ("overrides", "kept")
+        }
+        return cls(**{field.name: record[field.name] for field in fields(cls)} | numbered)
+
+    def applied(self, recipe: Recipe, pruning: PruningRule | None) -> tuple[Recipe, PruningRule | None]:
+        """The recipe with these widths, and the rule with these experts; None if all stay."""
+        recipe = replace(recipe, overrides=self.overrides)
+        return recipe, replace(pruning, keep=self.keep, kept=self.kept) if self.kept else None
 
 
 class Allocator:

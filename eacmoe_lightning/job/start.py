@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eacmoe_lightning import targets
+from eacmoe_lightning.budget.target import BySize
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.job.sampling import SampledTexts
@@ -56,7 +57,7 @@ def begin(module: QESC) -> BegunRun:
     if trainer.is_global_zero:
         module.lock.refuse_if_taken()
         run.check(module.settings(), resumes)  # before a large model is read
-    moe = open_original(module)
+    moe, choice = open_original(module)
     memory = available_memory(moe.device)
     job = job_of(module, data, moe, trainer.world_size, moe.device.type, memory)
     is_resident = check_memory(moe, module.recipe, job)
@@ -89,12 +90,14 @@ def begin(module: QESC) -> BegunRun:
                 run.add_cost(None, "sample", sampled)
     trainer.strategy.barrier()
     moe.leave(json.loads(run.unquantized.read_text()))
-    recipe, pruning = _choose_bits(module, moe) if module.chosen_bits.size else (module.recipe, module.pruning)
+    recipe, pruning = _choose_bits(module, choice) if choice is not None else (module.recipe, module.pruning)
     return BegunRun(moe, texts, recipe, pruning, is_resident)
 
 
-def open_original(module: QESC) -> StreamedModel:
+def open_original(module: QESC) -> tuple[StreamedModel, BySize | None]:
     """The original, opened; data, recipe, pruning, size, target and router loss suit it.
+
+    With a size, also what bits are chosen with.
 
     Raises:
         ValueError, FileNotFoundError: one of them does not.
@@ -105,27 +108,24 @@ def open_original(module: QESC) -> StreamedModel:
     module.recipe.check(moe, module.trainer.world_size)
     if module.pruning is not None:
         module.pruning.check(moe)
+    choice = None
     if module.chosen_bits.size:
-        module.chosen_bits.check(
-            module.asked, moe, module.targets, module.trainer.world_size, module.fingerprint, module.name_or_path,
-            module.trust_remote_code,
+        choice = module.chosen_bits.check(
+            module.asked, moe, module.targets, module.name_or_path, module.fingerprint, module.trainer.world_size,
+            module.tensor_parallel, module.trust_remote_code,
         )  # fmt: skip
     elif module.targets:
         targets.choose(module.targets, module.recipe.grids(moe), original_of(moe), module.tensor_parallel)
     for block in moe.moe_blocks:
         module.router_loss.num_targets(block.num_experts, block.top_k)  # raises now if its k does not fit the model
-    return moe
+    return moe, choice
 
 
-def _choose_bits(module: QESC, moe: StreamedModel) -> tuple[Recipe, PruningRule | None]:
+def _choose_bits(module: QESC, choice: BySize) -> tuple[Recipe, PruningRule | None]:
     """The widths that have the size that was asked for, from the run directory if they are chosen."""
     if module.trainer.is_global_zero:
         watch = Watch()
-        is_new = module.chosen_bits.take(
-            module.run, module.asked, moe, module.targets, module.trainer.datamodule, module.fingerprint,
-            module.name_or_path, module.tensor_parallel, module.trust_remote_code,
-        )  # fmt: skip
-        if is_new:
+        if module.chosen_bits.take(module.run, choice, module.trainer.datamodule, module.fingerprint):
             module.run.add_cost(None, "sensitivity", watch.cost())
     module.trainer.strategy.barrier()
     return module.chosen_bits.chosen(module.run, module.asked)
