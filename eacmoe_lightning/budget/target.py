@@ -14,6 +14,7 @@ from eacmoe_lightning.calibration.recipe import PARTS, Recipe, num_quantized
 from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.target_rules import Target
 
 AROUND = (0.9, 1.1)  # sizes beside the one that was asked for
 CLOSE = 0.99  # of the size that was asked for: what comes out has at least this share
@@ -84,7 +85,7 @@ class SizeTarget:
 def allocator_of(
     recipe: Recipe,
     moe: MoEModel,
-    rows: Sequence[targets.Target],
+    rows: Sequence[Target],
     sensitivity: Sensitivity | None = None,
     kept: dict[int, list[int]] | None = None,
 ) -> Allocator:
@@ -122,7 +123,7 @@ class BySize:
     target: SizeTarget
     recipe: Recipe
     moe: MoEModel
-    rows: Sequence[targets.Target]
+    rows: Sequence[Target]
     rest: Rest
     sensitivity: Sensitivity | None = None
     tensor_parallel: int = 1

@@ -13,7 +13,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eacmoe_lightning import targets
 from eacmoe_lightning.budget import picture
 from eacmoe_lightning.budget import sensitivity as sensitivities
 from eacmoe_lightning.budget.allocation import Allocation
@@ -27,6 +26,7 @@ from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.target_rules import Target
 
 FILE = "allocation.json"
 
@@ -72,7 +72,7 @@ class ChosenBits:
         self,
         recipe: Recipe,
         moe: StreamedModel,
-        rows: list[targets.Target],
+        rows: list[Target],
         name_or_path: str,
         fingerprint: str | None,
         processes: int = 1,
