@@ -42,11 +42,13 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
+import torch
 from environments import python_of
 from gptq_quality import PACKAGES
 from safetensors.torch import save_file
 
 from eacmoe_lightning.budget.allocation import Allocation, Allocator, Key
+from eacmoe_lightning.budget.rest import Rest
 from eacmoe_lightning.budget.sensitivity import Sensitivity, read
 from eacmoe_lightning.budget.target import BySize, SizeTarget
 from eacmoe_lightning.cli import main as run
@@ -107,13 +109,14 @@ def mixes(
     args: argparse.Namespace, allocator: Allocator, found: Sensitivity, seed: int
 ) -> Iterator[tuple[str, float, list[str], float]]:
     """Names, bits, options of `fit` and predicted losses of the rows with fewer experts."""
-    moe, number = allocator.moe, allocator.moe.num_experts
+    moe, number, rest = allocator.moe, allocator.moe.num_experts, Rest(0, torch.float32)  # a size in bits needs none
     for bits in args.mixes:
         for share in (0, 1 / 8, 1 / 4, 1 / 2):
             keep = round((1 - share) * number)
             rule = PruningRule("reap", keep=keep) if share else None
             try:
-                allocation = BySize(SizeTarget(bits=bits), allocator.recipe, moe, [], found, 0, pruning=rule).allocate()
+                choice = BySize(SizeTarget(bits=bits), allocator.recipe, moe, [], rest, found, pruning=rule)
+                allocation = choice.allocate()
             except ValueError:
                 continue  # there is no such size
             words = ["--model.target_bits", str(bits), "--model.sensitivity", str(args.work / f"sensitivity-{seed}")]

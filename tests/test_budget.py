@@ -18,8 +18,9 @@ from eacmoe_lightning.budget import measure as measuring
 from eacmoe_lightning.budget.allocation import Allocator
 from eacmoe_lightning.budget.measure import Text, measure
 from eacmoe_lightning.budget.probes import Probes, without_experts
+from eacmoe_lightning.budget.rest import Rest
 from eacmoe_lightning.budget.sensitivity import Sensitivity, interpolated, read
-from eacmoe_lightning.budget.target import BySize, SizeTarget, allocator_of, rest_bytes
+from eacmoe_lightning.budget.target import BySize, SizeTarget, allocator_of
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.format import read_config
@@ -214,16 +215,16 @@ def test_what_comes_out_is_what_the_target_loads(engine, sensitivity):
     """At a low, a middle and a high size; refused sizes name one that can be had."""
     moe, found = sensitivity("qwen3_moe")
     rows = targets.for_calibration(engine)
-    recipe = replace(RECIPE, symmetric=rows[0].symmetric)
+    recipe, rest = replace(RECIPE, symmetric=rows[0].symmetric), Rest(0, torch.float32)
     allocator = allocator_of(recipe, moe, rows)
     for share in (0, 0.4, 1):
         bits = 8 * (allocator.smallest + share * (allocator.largest - allocator.smallest)) / allocator.num_weights
         try:
-            allocation = BySize(SizeTarget(bits=bits * 1.0001), recipe, moe, rows, found, 0).allocate()
+            allocation = BySize(SizeTarget(bits=bits * 1.0001), recipe, moe, rows, rest, found).allocate()
         except ValueError as error:
             assert "comes within 1 %" in str(error) and 0 < share < 1
             nearest = float(str(error).rpartition("--model.target_bits ")[2])
-            allocation = BySize(SizeTarget(bits=nearest), recipe, moe, rows, found, 0).allocate()
+            allocation = BySize(SizeTarget(bits=nearest), recipe, moe, rows, rest, found).allocate()
         chosen = replace(recipe, overrides=allocation.overrides)
         assert targets.choose(rows, chosen.grids(moe)).engine == engine
 
@@ -251,7 +252,7 @@ def test_a_run_has_the_size_that_was_asked_for(size, tiny_model_dir, sensitivity
     wanted = 3.3
     if size == "target_gb":
         allocator = allocator_of(RECIPE, moe, [])
-        wanted = (3.3 * allocator.num_weights / 8 + rest_bytes(moe, str(folder))) / 1e9
+        wanted = (3.3 * allocator.num_weights / 8 + Rest.of(moe, str(folder)).nbytes(moe)) / 1e9
     run = jobs.fit(folder, tmp_path / "run", **OPTIONS, **{f"model__{size}": wanted})
     report = json.loads((run / "report.json").read_text())
     got = report["bits"]["true"]

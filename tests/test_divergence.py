@@ -105,6 +105,20 @@ def test_the_evaluation_gives_the_figures_of_whole_models(pair):
 
 
 @torch.no_grad()
+def test_likelihoods_are_the_same_whether_tokens_are_compared_or_not(pair):
+    """To the last bit, though the same softmax then serves both."""
+    original, subject, ids, _ = pair
+    seen = {}
+    compared = run_batches(original, subject, [ids], True, on_tokens=lambda j, name, t: seen.update({name: t}))[0]
+    alone = run_batches(original, subject, [ids], True)[0]
+    assert compared.keys() == alone.keys() and compared.keys() == {"original", *seen}
+    assert all(torch.equal(compared[name], alone[name]) for name in alone)
+    for name, tokens in seen.items():
+        assert torch.equal(tokens.base_nll, alone["original"].flatten())
+        assert torch.equal(tokens.nll, alone[name].flatten())
+
+
+@torch.no_grad()
 def test_the_noise_floor_is_the_original_with_rounded_hidden_states(pair):
     original, _, ids, (whole, _) = pair
     handles = [

@@ -66,7 +66,7 @@ THIRDS = [["phase", "1 attention", 1], ["phase", "2 replay", 1]]
 
 # signals that a process may answer, and a disk that is full for whoever writes next
 ANSWERED = [
-    ["call", "eacmoe_lightning.job.qesc.check_original", 1, "SIGTERM"],  # the run directory does not exist
+    ["call", "eacmoe_lightning.job.start.check_original", 1, "SIGTERM"],  # the run directory does not exist
     ["phase", "0 attention", 1, "SIGTERM"],  # the run has begun and has no checkpoint
     ["phase", "1 router", 1, "full"],  # TensorBoard writes next
     ["call", "eacmoe_lightning.quantization.gptq.fit_range", 4, "SIGINT"],
@@ -91,7 +91,7 @@ PRUNED = [
 # with documents that share windows
 PACKED = {"data__documents": "packed", "data__num_windows": 12, "data__batch_size": 4}
 WHILE_PACKED = [
-    ["call", "eacmoe_lightning.job.qesc.check_original", 1],
+    ["call", "eacmoe_lightning.job.start.check_original", 1],
     ["phase", "1 attention", 1],
     ["call", "eacmoe_lightning.job.router_stage.RouterStage.losses", 8],
     ["call", "eacmoe_lightning.job.block_stage.BlockStage.window_losses", 5],

@@ -247,7 +247,7 @@ def test_evaluation_block_by_block_is_that_of_the_models(split, tiny_model_dir, 
 
 
 def test_a_joint_stage_that_does_not_fit_is_refused_before_the_run(tiny_model_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("eacmoe_lightning.job.qesc.available_memory", lambda device: 10**5)
+    monkeypatch.setattr("eacmoe_lightning.job.start.available_memory", lambda device: 10**5)
     with pytest.raises(SystemExit):
         main(["fit", *jobs.options(tiny_model_dir("mixtral"), tmp_path / "run")])
     error = capsys.readouterr().err

@@ -9,7 +9,7 @@ from eacmoe_lightning import targets
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.job.qesc import QESC
-from eacmoe_lightning.targets import WeightGrid
+from eacmoe_lightning.weight_grids import WeightGrid
 
 VLLM, SGLANG = (targets.find("compressed-tensors", engine) for engine in ("vllm", "sglang"))
 ROUTED = "model.layers.{}.mlp.experts.{}"

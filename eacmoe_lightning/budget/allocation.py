@@ -1,14 +1,14 @@
 """Bits by budget: a width for every unit of a model, so that all weights fit a number of bytes with least damage.
 
 A unit is what may have a width of its own: attention and shared experts of a block, and of its routed experts what the
-target reads (`targets.granularity`): each projection of each expert, each projection, or all of a block together.
+target reads (`Target.granularity`): each projection of each expert, each projection, or all of a block together.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from math import prod
 from typing import Any
@@ -18,7 +18,8 @@ from eacmoe_lightning.budget.sensitivity import Sensitivity
 from eacmoe_lightning.calibration.recipe import PARTS, Recipe, num_quantized, stored_bits
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.targets import Granularity
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.target_rules import Granularity
 
 RATES = (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 5, 6, 7, 8)  # of quantizers that take any number of bits
 Key = tuple[int | None, str]  # block (None: all), key of `Recipe.overrides`
@@ -72,6 +73,20 @@ class Allocation:
         """As JSON values."""
         return {**vars(self), "overrides": {str(block): keys for block, keys in self.overrides.items()}}
 
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Allocation:
+        """The allocation whose `record` was written to JSON."""
+        numbered = {
+            name: record[name] and {int(block): value for block, value in record[name].items()}
+            for name in ("overrides", "kept")
+        }
+        return cls(**{field.name: record[field.name] for field in fields(cls)} | numbered)
+
+    def applied(self, recipe: Recipe, pruning: PruningRule | None) -> tuple[Recipe, PruningRule | None]:
+        """The recipe with these widths, and the rule with these experts; None if all stay."""
+        recipe = replace(recipe, overrides=self.overrides)
+        return recipe, replace(pruning, keep=self.keep, kept=self.kept) if self.kept else None
+
 
 class Allocator:
     """Chooses widths for a model.
@@ -80,7 +95,7 @@ class Allocator:
         recipe: quantizer, groups, and overrides, which stay as they are.
         moe: the original.
         sensitivity: of this model; None: only sizes are known, and every damage is 0.
-        granularity: see `targets.Granularity`.
+        granularity: see `target_rules.Granularity`.
         widths: possible bits by part.
         kept: by block, the experts that stay; the others take no bytes. None: all.
 

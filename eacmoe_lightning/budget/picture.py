@@ -17,7 +17,7 @@ from eacmoe_lightning.budget.allocation import Allocator
 from eacmoe_lightning.budget.sensitivity import LEAST, Sensitivity
 from eacmoe_lightning.calibration.recipe import PARTS
 from eacmoe_lightning.run.files import whole_directory, write_atomically, write_json
-from eacmoe_lightning.targets import WeightGrid
+from eacmoe_lightning.weight_grids import WeightGrid
 
 POINTS = 25  # of the curve
 DECADES = 4  # of the heat map's colours

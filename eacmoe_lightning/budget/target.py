@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from eacmoe_lightning import targets
 from eacmoe_lightning.budget.allocation import Allocation, Allocator, possible_widths
-from eacmoe_lightning.budget.measure import keep_of, kept_of
+from eacmoe_lightning.budget.measure import DROPS, keep_of, kept_of
+from eacmoe_lightning.budget.rest import Rest
 from eacmoe_lightning.budget.sensitivity import Sensitivity
 from eacmoe_lightning.calibration.recipe import PARTS, Recipe, num_quantized
 from eacmoe_lightning.exports.linears import original_of
-from eacmoe_lightning.models.draft import read_draft
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import (
-    OriginalFiles,
-    license_files,
-    load_tokenizer,
-    processor_files,
-    read_config,
-    resolve_model,
-)
 from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.target_rules import Target
 
-CARD_BYTES = 16_384  # model card, generation config, code that imports this package
-HEADER_BYTES = 160  # of a tensor in the header of its file and in the index, besides its names
 AROUND = (0.9, 1.1)  # sizes beside the one that was asked for
 CLOSE = 0.99  # of the size that was asked for: what comes out has at least this share
 
@@ -98,7 +85,7 @@ class SizeTarget:
 def allocator_of(
     recipe: Recipe,
     moe: MoEModel,
-    rows: Sequence[targets.Target],
+    rows: Sequence[Target],
     sensitivity: Sensitivity | None = None,
     kept: dict[int, list[int]] | None = None,
 ) -> Allocator:
@@ -124,9 +111,10 @@ class BySize:
 
     Args:
         target: the size.
-        recipe, moe, sensitivity: see `Allocator`.
+        recipe, moe: see `Allocator`.
         rows: of the target's formats (`targets.for_calibration`); empty: no target.
-        rest: bytes of everything but the quantized weights (`rest_bytes`).
+        rest: everything but the quantized weights.
+        sensitivity: see `Allocator`; None: not measured yet, which is enough for `check`.
         tensor_parallel: number of devices that the target splits each linear over.
         pruning: whether experts are dropped too: a number of them, the same in every block, or with `keep=auto` the
             number among those measured with which pruning and the bits of what stays lose least together.
@@ -135,11 +123,26 @@ class BySize:
     target: SizeTarget
     recipe: Recipe
     moe: MoEModel
-    rows: Sequence[targets.Target]
-    sensitivity: Sensitivity
-    rest: int
+    rows: Sequence[Target]
+    rest: Rest
+    sensitivity: Sensitivity | None = None
     tensor_parallel: int = 1
     pruning: PruningRule | None = None
+
+    def check(self) -> None:
+        """Raises ValueError if no allocation has this size; needs no sensitivities."""
+        kept, is_free = None, self.pruning is not None and self.pruning.keep == "auto"
+        if self.pruning is not None:
+            most = max(DROPS if self.sensitivity is None else self.sensitivity.drops)
+            numbers = {b.index: keep_of(b, most) if is_free else self.pruning.keep for b in self.moe.moe_blocks}
+            kept = {index: list(range(number)) for index, number in numbers.items()}
+        largest = allocator_of(self.recipe, self.moe, self.rows) if is_free else None  # then all may stay
+        smallest = allocator_of(self.recipe, self.moe, self.rows, kept=kept)
+        self.target.check(smallest, self.rest.nbytes(self.moe), largest)
+
+    def allocator(self, kept: dict[int, list[int]] | None) -> Allocator:
+        """The allocator for a choice of experts."""
+        return allocator_of(self.recipe, self.moe, self.rows, self.sensitivity, kept)
 
     def allocate(self) -> Allocation:
         """The widths that have the size with the least damage.
@@ -147,25 +150,25 @@ class BySize:
         Raises:
             ValueError: no allocation has this size within 1 %, or the target does not load the one that does.
         """
-        choices, errors = [], []
+        rest, choices, errors = self.rest.nbytes(self.moe), [], []
         for kept in self._experts():
-            allocator = allocator_of(self.recipe, self.moe, self.rows, self.sensitivity, kept)
+            allocator = self.allocator(kept)
             try:
-                found = allocator.allocate(self.target.check(allocator, self.rest))
+                found = allocator.allocate(self.target.check(allocator, rest))
             except ValueError as error:
                 errors.append(error)
                 continue
             if kept:
-                lost = self.sensitivity.dropped(1 - len(next(iter(kept.values()))) / self.moe.num_experts)
-                by_part = found.by_part | {"pruning": lost}
-                found = replace(found, damage=found.damage + lost, by_part=by_part, kept=kept)
+                found = replace(found, kept=kept)
+                lost = self.sensitivity.dropped(1 - found.keep / self.moe.num_experts)
+                found = replace(found, damage=found.damage + lost, by_part=found.by_part | {"pruning": lost})
             choices.append(found)
         if not choices:
             raise errors[-1]
         allocation = min(choices, key=lambda choice: choice.damage)
-        fixed = self.rest if self.target.gb else 0
-        if allocation.nbytes + fixed < CLOSE * (self.target.nbytes(self.moe, self.rest) + fixed):
-            nearest = self.target.described(allocation.nbytes * 1.0005, self.moe, self.rest)
+        fixed = rest if self.target.gb else 0
+        if allocation.nbytes + fixed < CLOSE * (self.target.nbytes(self.moe, rest) + fixed):
+            nearest = self.target.described(allocation.nbytes * 1.0005, self.moe, rest)
             raise ValueError(
                 "no choice of widths comes within 1 % of the size that was asked for: the nearest below it is "
                 f"{nearest}"
@@ -198,36 +201,3 @@ class BySize:
             for number in sorted(numbers, reverse=True)
         ]
         return [None, *chosen] if is_free else chosen
-
-
-def rest_bytes(moe: MoEModel, name_or_path: str, trust_remote_code: bool = False) -> int:
-    """The most bytes that a compressed directory takes besides its quantized weights: an estimate, a little high.
-
-    Embeddings, head, routers, norms and draft layers; tokenizer, processor and licenses; config, index and headers.
-    Draft layers and tokenizer count if their files are there (`plan` needs neither).
-    """
-    source = resolve_model(name_or_path)
-    config = read_config(source)[0]
-    stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
-    quantized = {name for block in moe.blocks for name in block.weights()}
-    trained = {name for name, _ in moe.norms()} | {block.router_parameter_name for block in moe.calibrated_blocks}
-    total, seen = CARD_BYTES, set()
-    for name, tensor in moe.model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue  # tied
-        seen.add(id(tensor))
-        total += HEADER_BYTES + 2 * len(name)
-        if name in quantized:
-            numbers = tensor.shape[0] if tensor.ndim == 3 else 1
-            total += 3 * (HEADER_BYTES + 2 * len(name)) + 12 * numbers  # codes, scales, zero points; bits in the config
-            continue
-        is_narrow = tensor.is_floating_point() and name not in trained
-        total += tensor.numel() * min(tensor.element_size(), stored_dtype.itemsize if is_narrow else 8)
-    with suppress(FileNotFoundError):
-        total += sum(tensor.nbytes for tensor in read_draft(OriginalFiles(source), moe.model).values())
-    total += len(json.dumps(config.to_dict(), indent=2, default=str))
-    total += sum(file.stat().st_size for file in (*processor_files(source), *license_files(source)))
-    with suppress(FileNotFoundError, OSError, ValueError), tempfile.TemporaryDirectory() as folder:
-        load_tokenizer(source, trust_remote_code).save_pretrained(folder)
-        total += sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-    return total

@@ -20,7 +20,7 @@ from eacmoe_lightning.quantization.grid import Grid, Quantized
 from eacmoe_lightning.quantization.kquant import SIMPLE, TYPES, KQuant, type_of
 from eacmoe_lightning.quantization.lattice import RATE_TOLERANCE
 from eacmoe_lightning.quantization.quantizers import GPTQ, KQuantGPTQ, LatticeGPTQ, Quantizer, RoundToNearest
-from eacmoe_lightning.targets import WeightGrid, by_bits
+from eacmoe_lightning.weight_grids import WeightGrid, by_bits
 
 MAX_UNFIT = 0.05  # largest share of a block's weights that stays unquantized because no group fits
 PARTS = ("attention", "shared", "experts")

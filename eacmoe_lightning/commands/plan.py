@@ -8,14 +8,12 @@ import shutil
 import sys
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from math import prod
 from pathlib import Path
 
 import torch
 
-from eacmoe_lightning.budget.sensitivity import read
-from eacmoe_lightning.budget.target import BySize, rest_bytes
 from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.exports.linears import original_of
@@ -103,19 +101,19 @@ def _choose_bits(module: QESC, moe: MoEModel) -> list[str]:
     chosen, size = module.chosen_bits, module.chosen_bits.size
     if not size:
         return []
-    rest = rest_bytes(moe, module.name_or_path, module.trust_remote_code)
     name, original = module.name_or_path, None
     with suppress(FileNotFoundError):  # without weights
         original = fingerprint(name) if chosen.path else None
-    chosen.check(module.recipe, moe, module.targets, 1, original, name, module.trust_remote_code)
-    if chosen.path is None:
+    choice = chosen.check(
+        module.recipe, moe, module.targets, name, original,
+        tensor_parallel=module.tensor_parallel, trust_remote_code=module.trust_remote_code,
+    )  # fmt: skip
+    rest = choice.rest.nbytes(moe)
+    if choice.sensitivity is None:
         bits = 8 * size.nbytes(moe, rest) / num_quantized(moe)
         return [f"by size: {bits:.3f} bits a weight; what it loses is known once `eacmoe sensitivity` has measured it"]
-    found = read(chosen.path)
-    choice = BySize(size, module.recipe, moe, module.targets, found, rest, module.tensor_parallel, chosen.pruning)
     allocation = choice.allocate()
-    module.pruning = replace(module.pruning, keep=allocation.keep, kept=allocation.kept) if allocation.kept else None
-    module.recipe = replace(module.recipe, overrides=allocation.overrides)
+    module.recipe, module.pruning = allocation.applied(module.recipe, module.pruning)
     lines = [
         f"by size: {(allocation.nbytes + rest) / 1e9:.4g} GB with everything; {allocation.described()}",
         choice.around(),

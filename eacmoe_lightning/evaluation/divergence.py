@@ -7,7 +7,7 @@ confidence are those of exllamav3's qbench.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,19 +54,38 @@ def compare(base_logits: Tensor, logits: Tensor, targets: Tensor) -> PerToken:
         base_logits, logits: [N, V] of the base model and of the other; -inf where a token is impossible to both.
         targets: int64 [N], the correct tokens.
     """
-    rows, targets = max(1, ROWS_AT_ONCE // logits.shape[-1]), targets.to(logits.device)
-    parts = zip(base_logits.split(rows), logits.split(rows), targets.split(rows), strict=True)
-    return joined([_compare(*part) for part in parts])
+    return joined([_compare(log_probabilities(base), *part) for base, *part in _parts(base_logits, logits, targets)])
 
 
-def _compare(base_logits: Tensor, logits: Tensor, targets: Tensor) -> PerToken:
-    base, other = base_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
+def compare_to(base: Tensor, logits: Tensor, targets: Tensor) -> PerToken:
+    """`compare` with the base model's `log_probabilities`, for several models beside it."""
+    return joined([_compare(*part) for part in _parts(base, logits, targets)])
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Logits [..., V] -> log-probabilities [..., V] in nats, float32."""
+    return logits.float().log_softmax(-1)
+
+
+def nll_of(log_p: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities [N, V] and the correct tokens, int64 [N] -> negative log-likelihoods [N] in nats."""
+    return -log_p.gather(-1, targets.to(log_p.device).unsqueeze(-1)).squeeze(-1)
+
+
+def _parts(base: Tensor, logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The three, [N, V], [N, V] and [N], in parts of so many rows that `ROWS_AT_ONCE` holds."""
+    rows = max(1, ROWS_AT_ONCE // logits.shape[-1])
+    return zip(base.split(rows), logits.split(rows), targets.to(logits.device).split(rows), strict=True)
+
+
+def _compare(base: Tensor, logits: Tensor, targets: Tensor) -> PerToken:
+    other = log_probabilities(logits)
     top, base_choice = base.max(-1)
     p = base.exp()
     gap = torch.where(p > 0, base - other, 0.0)  # impossible tokens add nothing
     values = (
-        -base.gather(-1, targets.unsqueeze(-1)).squeeze(-1),
-        -other.gather(-1, targets.unsqueeze(-1)).squeeze(-1),
+        nll_of(base, targets),
+        nll_of(other, targets),
         torch.linalg.vecdot(p, gap),
         (other.argmax(-1) == base_choice).float(),
         top.exp(),

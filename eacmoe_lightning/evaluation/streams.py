@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from eacmoe_lightning.evaluation.divergence import PerToken, compare, joined
+from eacmoe_lightning.evaluation.divergence import PerToken, compare_to, joined, log_probabilities, nll_of
 from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.routers.expert_shift import num_changed
@@ -136,17 +136,19 @@ def run_batches(
         states = {name: moved(hidden[j, name], reference.device) for name in names_of[j]}
         ids = batches[j].to(reference.device)
         for row in range(len(ids)):  # logits of one window at a time
-            rows, base = slice(row, row + 1), None
+            rows, targets, base = slice(row, row + 1), ids[row, 1:], None
             for name, state in states.items():
                 model = other if name in OF_SUBJECT else reference
                 logits = model.head(rows_of(state, rows), ids[rows])
-                nll[name].append(next_token_nll(logits, ids[rows]))
                 if on_tokens is None:
-                    continue
-                if base is None:  # the original comes first
-                    base = logits[0, :-1]
+                    nll[name].append(next_token_nll(logits, ids[rows]))
+                elif base is None:  # the original comes first
+                    base = log_probabilities(logits[0, :-1])
+                    nll[name].append(nll_of(base, targets).unsqueeze(0))
                 else:
-                    tokens[name].append(compare(base, logits[0, :-1], ids[row, 1:]))
+                    compared = compare_to(base, logits[0, :-1], targets)
+                    tokens[name].append(compared)
+                    nll[name].append(compared.nll.to(ids.device).unsqueeze(0))
         for name, parts in tokens.items() if on_tokens is not None else ():
             on_tokens(j, name, joined(parts))
         return {name: torch.cat(rows) for name, rows in nll.items()}

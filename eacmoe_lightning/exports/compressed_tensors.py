@@ -31,7 +31,8 @@ from eacmoe_lightning.exports.gptq import read_bits, to_int32
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.models.draft import draft_prefixes
 from eacmoe_lightning.quantization.grid import Quantized
-from eacmoe_lightning.targets import Target, WeightGrid, fused_names
+from eacmoe_lightning.target_rules import Target
+from eacmoe_lightning.weight_grids import WeightGrid, fused_names
 
 LIBRARY = "0.20.0"  # the release whose loader was tested
 EXPERTS = r"re:.*\.experts\.\d+\..*"

@@ -10,7 +10,8 @@ from torch import Tensor
 from eacmoe_lightning.exports.check import Difference, Reference
 from eacmoe_lightning.exports.checkpoint import check_draft, write_checkpoint
 from eacmoe_lightning.exports.source import Source
-from eacmoe_lightning.targets import Target, WeightGrid
+from eacmoe_lightning.target_rules import Target
+from eacmoe_lightning.weight_grids import WeightGrid
 
 
 def write(source: Source, weights: list[WeightGrid], row: Target, directory: Path) -> None:

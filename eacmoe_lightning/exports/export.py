@@ -14,6 +14,8 @@ from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.run.files import whole_directory
 from eacmoe_lightning.skipping.stored import KEY as SKIPPING
+from eacmoe_lightning.target_rules import Target
+from eacmoe_lightning.weight_grids import WeightGrid
 
 WRITERS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "gptq_v2": gptq, "dense": dense, "gguf": gguf_file}
 NEED_LIBRARY = ("compressed-tensors", "gguf")
@@ -84,7 +86,7 @@ def export(
     return difference
 
 
-def _verdict(row: targets.Target, weights: list[targets.WeightGrid], model_type: str) -> tuple[bool, str]:
+def _verdict(row: Target, weights: list[WeightGrid], model_type: str) -> tuple[bool, str]:
     """Whether the engine is known to run such an export, and what is known."""
     if model_type in row.fails:
         return False, row.fails[model_type]

@@ -19,7 +19,7 @@ from torch import Tensor
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.kquant import SIMPLE, TYPES, KQuant
 from eacmoe_lightning.quantization.kquant_bytes import to_bytes
-from eacmoe_lightning.targets import WeightGrid
+from eacmoe_lightning.weight_grids import WeightGrid
 
 SMALLEST_FIRST = [TYPES[name] for name in ("Q4_0", "Q5_0", "Q8_0")]
 

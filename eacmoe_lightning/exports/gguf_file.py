@@ -28,8 +28,9 @@ from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.kquant import KQuant
 from eacmoe_lightning.quantization.kquant_bytes import to_bytes
 from eacmoe_lightning.run.files import first_of, read_tensors
-from eacmoe_lightning.targets import Target, WeightGrid
+from eacmoe_lightning.target_rules import Target
 from eacmoe_lightning.version import __version__
+from eacmoe_lightning.weight_grids import WeightGrid
 
 if TYPE_CHECKING:
     import gguf

@@ -33,8 +33,9 @@ from eacmoe_lightning.models.draft import draft_prefixes
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.packing import pack
 from eacmoe_lightning.run.files import write_json
-from eacmoe_lightning.targets import Target, WeightGrid, fused_names, wholes_of
+from eacmoe_lightning.target_rules import Target
 from eacmoe_lightning.version import __version__
+from eacmoe_lightning.weight_grids import WeightGrid, fused_names, wholes_of
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 

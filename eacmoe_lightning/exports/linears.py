@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.transformers_loader import original_names
-from eacmoe_lightning.targets import Original, split_projection
+from eacmoe_lightning.weight_grids import Original, split_projection
 
 WEIGHT = ".weight"
 

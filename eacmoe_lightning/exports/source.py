@@ -26,9 +26,9 @@ from eacmoe_lightning.quantization.kquant import TYPES
 from eacmoe_lightning.quantization.packing import take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.files import StoreError, first_of, read_tensors
-from eacmoe_lightning.targets import WeightGrid, by_bits
+from eacmoe_lightning.weight_grids import WeightGrid, by_bits
 
-Names = Literal["original", "unstacked"]  # of the linears in a checkpoint, see `targets.Target.names`
+Names = Literal["original", "unstacked"]  # of the linears in a checkpoint, see `target_rules.Target.names`
 
 
 @dataclass(frozen=True)

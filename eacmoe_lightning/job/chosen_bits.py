@@ -13,18 +13,20 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eacmoe_lightning import targets
 from eacmoe_lightning.budget import picture
 from eacmoe_lightning.budget import sensitivity as sensitivities
-from eacmoe_lightning.budget.measure import DROPS, WIDTHS, Text, default_probes, identity_of, keep_of, measure
+from eacmoe_lightning.budget.allocation import Allocation
+from eacmoe_lightning.budget.measure import DROPS, WIDTHS, Text, default_probes, identity_of, measure
+from eacmoe_lightning.budget.rest import Rest
 from eacmoe_lightning.budget.sensitivity import Sensitivity
-from eacmoe_lightning.budget.target import BySize, SizeTarget, allocator_of, rest_bytes
+from eacmoe_lightning.budget.target import BySize, SizeTarget
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.target_rules import Target
 
 FILE = "allocation.json"
 
@@ -70,18 +72,23 @@ class ChosenBits:
         self,
         recipe: Recipe,
         moe: StreamedModel,
-        rows: list[targets.Target],
-        processes: int,
-        fingerprint: str | None,
+        rows: list[Target],
         name_or_path: str,
+        fingerprint: str | None,
+        processes: int = 1,
+        tensor_parallel: int = 1,
         trust_remote_code: bool = False,
-    ) -> None:
+    ) -> BySize:
         """Checks that there is an allocation of this size, before anything long starts.
 
         Args:
             rows: of the target's formats; empty: no target.
+            name_or_path, fingerprint: of the original; without a fingerprint only its blocks are compared.
             processes: of the run.
-            fingerprint, name_or_path: of the original; without a fingerprint only its blocks are compared.
+            tensor_parallel: number of devices that the target splits each linear over.
+
+        Returns:
+            What `take` allocates with, without sensitivities if the run measures them.
 
         Raises:
             FileNotFoundError: there are no sensitivities at the given path.
@@ -101,6 +108,7 @@ class ChosenBits:
                 f"{processes} processes cannot measure sensitivities: run `eacmoe sensitivity` with the same options "
                 "in one, and pass its --output as --model.sensitivity"
             )
+        found = None
         if self.path is not None:
             found = sensitivities.read(self.path)
             refuse_other(found, recipe, fingerprint, [block.name for block in moe.blocks], self.path)
@@ -109,43 +117,30 @@ class ChosenBits:
                     f"{self.path} (--model.sensitivity) does not say what the model loses without experts chosen by "
                     f"{self.pruning.criterion} (--pruning.criterion): measure with this option, and with --drops"
                 )
-        kept, is_free = None, self.pruning is not None and self.pruning.keep == "auto"
-        if self.pruning is not None:
-            most = max(DROPS if self.path is None else found.drops)
-            numbers = {b.index: keep_of(b, most) if is_free else self.pruning.keep for b in moe.moe_blocks}
-            kept = {index: list(range(number)) for index, number in numbers.items()}
-        largest = allocator_of(recipe, moe, rows) if is_free else None  # then all may stay
-        rest = rest_bytes(moe, name_or_path, trust_remote_code)
-        self.size.check(allocator_of(recipe, moe, rows, kept=kept), rest, largest)
+        rest = Rest.of(moe, name_or_path, trust_remote_code)
+        choice = BySize(self.size, recipe, moe, rows, rest, found, tensor_parallel, self.pruning)
+        choice.check()
+        return choice
 
-    def take(
-        self,
-        run: RunDirectory,
-        recipe: Recipe,
-        moe: StreamedModel,
-        rows: list[targets.Target],
-        data: TextWindows,
-        fingerprint: str,
-        name_or_path: str,
-        tensor_parallel: int = 1,
-        trust_remote_code: bool = False,
-    ) -> bool:
-        """Writes the allocation, unless the run directory has it; for the first process. Arguments as in `check`.
+    def take(self, run: RunDirectory, choice: BySize, data: TextWindows, fingerprint: str) -> bool:
+        """Writes the allocation, unless the run directory has it; for the first process.
+
+        Args:
+            choice: from `check`.
+            data: with the text to measure sensitivities on.
+            fingerprint: of the original.
 
         Returns:
             Whether it was missing.
         """
         if (run.path / FILE).exists():
             return False
-        if self.path is not None:
-            found = sensitivities.read(self.path)
-        else:
+        if choice.sensitivity is None:
             more = {"drops": DROPS, "criterion": self.pruning.criterion} if self.pruning else {}
-            found = measured(run.path / "sensitivity", recipe, moe, data, fingerprint, **more)
-        rest = rest_bytes(moe, name_or_path, trust_remote_code)
-        choice = BySize(self.size, recipe, moe, rows, found, rest, tensor_parallel, self.pruning)
+            found = measured(run.path / "sensitivity", choice.recipe, choice.moe, data, fingerprint, **more)
+            choice = replace(choice, sensitivity=found)
         allocation = choice.allocate()
-        sizes = picture.curve(allocator_of(recipe, moe, rows, found, allocation.kept))
+        sizes = picture.curve(choice.allocator(allocation.kept))
         write_json(run.path / FILE, allocation.record() | {"curve": sizes})
         print(f"{allocation.described()}; {choice.around()}")
         return True
@@ -177,12 +172,8 @@ class ChosenBits:
 
     def chosen(self, run: RunDirectory, recipe: Recipe) -> tuple[Recipe, PruningRule | None]:
         """The recipe with the run's widths, and the rule that keeps its experts; None if all stay."""
-        found = json.loads((run.path / FILE).read_text())
-        recipe = replace(recipe, overrides={int(block): keys for block, keys in found["overrides"].items()})
-        if not found["kept"]:
-            return recipe, None
-        kept = {int(block): numbers for block, numbers in found["kept"].items()}
-        return recipe, replace(self.pruning, keep=len(next(iter(kept.values()))), kept=kept)
+        allocation = Allocation.of_record(json.loads((run.path / FILE).read_text()))
+        return allocation.applied(recipe, self.pruning)
 
 
 def refuse_other(found: Sensitivity, recipe: Recipe, fingerprint: str | None, blocks: list[str], path: str) -> None:

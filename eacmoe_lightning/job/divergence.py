@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
+
+from eacmoe_lightning.calibration.overflow import overflow
 
 EVERY = 64  # steps between two readings
 
@@ -24,3 +28,19 @@ class LossWatch:
     def bad(self) -> Tensor | None:
         """The first loss of the epoch that is not finite, or None. The host waits for the device."""
         return None if self._first is None or torch.isfinite(self._first) else self._first
+
+
+def refuse(loss: Tensor, where: str, dtype: torch.dtype, rate_options: str) -> NoReturn:
+    """Raises ValueError for a loss that is NaN or infinite.
+
+    Args:
+        where: the stage or the block that it is of.
+        dtype: of the model.
+        rate_options: the options that set its learning rates.
+    """
+    if dtype == torch.float16:
+        raise overflow(f"the loss of {where} is {loss.item()}: a logit (final norm, head or router)", torch.float16)
+    raise ValueError(
+        f"the loss of {where} is {loss.item()}: the steps have diverged. Another run (--trainer.default_root_dir) "
+        f"with smaller learning rates (--model.{rate_options}) may not"
+    )

@@ -5,16 +5,18 @@ block 0 (`router_stage.py`): a batch of windows stands for its tokens at this bl
 the block as a whole (`block_stage.py`). So do the next blocks. After the last one, `joint_epochs` train all blocks
 together (`joint_stage.py`). `callbacks.LayerwiseQuantization` quantizes the weights between epochs.
 
+Before the first epoch `start.py` checks everything and begins the run, or resumes it; `settings.py` says what must be
+the same then. `fit_state.py` makes the stages.
+
 The language model stays outside the module tree: only the trained parts (`trained.py`) are parameters of the module.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -23,61 +25,29 @@ from torch import Tensor
 from eacmoe_lightning import targets
 from eacmoe_lightning.budget.target import SizeTarget
 from eacmoe_lightning.calibration.blocks import Calibration
-from eacmoe_lightning.calibration.overflow import overflow
 from eacmoe_lightning.calibration.recipe import Recipe
-from eacmoe_lightning.calibration.streams import Streams
-from eacmoe_lightning.exports.linears import original_of
-from eacmoe_lightning.job.block_callback import phase, tell
+from eacmoe_lightning.job.block_callback import tell
 from eacmoe_lightning.job.block_stage import BlockStage
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
 from eacmoe_lightning.job.chosen_bits import ChosenBits
 from eacmoe_lightning.job.comparison import Comparison
-from eacmoe_lightning.job.divergence import LossWatch
+from eacmoe_lightning.job.divergence import LossWatch, refuse
 from eacmoe_lightning.job.epochs import Epoch, Epochs
+from eacmoe_lightning.job.fit_state import FitState
 from eacmoe_lightning.job.joint_stage import JointStage
-from eacmoe_lightning.job.router_stage import RouterStage
-from eacmoe_lightning.job.sampling import SampledTexts
+from eacmoe_lightning.job.settings import settings_of
 from eacmoe_lightning.job.stage import Stage
+from eacmoe_lightning.job.start import begin
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original
-from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE
 from eacmoe_lightning.run.block_file import BlockStats, read_stats
-from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.run.lock import RunLock
-from eacmoe_lightning.run.memory import Watch, available_memory
-from eacmoe_lightning.run.provenance import TRAINER_OPTIONS
-from eacmoe_lightning.text.batches import shard
-from eacmoe_lightning.text.sources import stored_sources
 from eacmoe_lightning.tuning.codes import trains_weights
-from eacmoe_lightning.version import __version__
-
-
-@dataclass
-class FitState:
-    """What `fit` works on, kept out of the module tree and of checkpoints.
-
-    Attributes:
-        moe: the original model; its blocks are loaded and compressed one after another.
-        parts: the trained parameters, which are parameters of the module too.
-        sampled: the calibration texts that a model wrote.
-        router_stage, block_stage: train a block's router, and then the block.
-        joint_stage: trains all blocks together.
-        calibration: the block loop; set in `on_fit_start`.
-    """
-
-    moe: StreamedModel
-    parts: TrainedParts
-    sampled: SampledTexts
-    router_stage: RouterStage
-    block_stage: BlockStage
-    joint_stage: JointStage
-    calibration: Calibration | None = None
 
 
 class QESC(Comparison):
@@ -238,89 +208,16 @@ class QESC(Comparison):
             super().setup(stage)
             return
         refuse_unsuitable(self.trainer, stage)
-        resumes = getattr(self.trainer, "resumes", self.trainer.ckpt_path is not None)
         if self.trainer.is_global_zero:
             self.lock = RunLock(self.run.path)
-            self.lock.refuse_if_taken()
-            self.run.check(self.settings(), resumes)  # before a large model is read
-        weights = Checkpoint(self.name_or_path, self.dtype_name, self.trust_remote_code)
-        moe = StreamedModel(weights, self.trainer.strategy.root_device)
-        self.trainer.datamodule.check_model(moe, stage)
-        self.recipe.check(moe, self.trainer.world_size)
-        if self.pruning is not None:
-            self.pruning.check(moe)
-        if self.chosen_bits.size:
-            self.chosen_bits.check(
-                self.asked, moe, self.targets, self.trainer.world_size, self.fingerprint, self.name_or_path,
-                self.trust_remote_code,
-            )  # fmt: skip
-        elif self.targets:
-            targets.choose(self.targets, self.recipe.grids(moe), original_of(moe), self.tensor_parallel)
-        for block in moe.moe_blocks:
-            self.router_loss.num_targets(block.num_experts, block.top_k)  # raises now if its k does not fit the model
-        memory = available_memory(moe.device)
-        job = job_of(self, self.trainer.datamodule, moe, self.trainer.world_size, moe.device.type, memory)
-        resident = check_memory(moe, self.recipe, job)
-        data = self.trainer.datamodule
-        texts = SampledTexts(
-            data, self.run, moe, self.ranks, self.name_or_path, self.dtype_name, self.trust_remote_code
-        )
-        texts.check()
-        if self.trainer.is_global_zero:
-            if not resumes:
-                print(check_disk(moe, self.recipe, job, self.run.path.absolute()))
-                if not resident:
-                    print("the joint stage streams the blocks, because they do not fit into memory together")
-                for text, share in self.trainer.datamodule.fullness.items():
-                    print(f"the windows of {text} are {share:.0%} full")
-            self.lock.take()
-            self.run.check(self.settings(), resumes)  # another job may have ended in between
-            watch = Watch()
-            if not resumes:
-                check_original(moe, *data.checked_window(moe.config.vocab_size))
-                checked = watch.cost()
-                write_json(self.run.unquantized, moe.unquantized)
-            texts.prepare(resumes)
-        self.trainer.strategy.barrier()
-        watch_sampling = Watch()
-        texts.make()
-        if self.trainer.is_global_zero:
-            identity, sampled = self.identity(), watch_sampling.cost()
-            self.run.start(identity, resumes)
-            if not resumes:
-                self.run.add_cost(None, "check", checked)
-                if texts.texts:
-                    self.run.add_cost(None, "sample", sampled)
-        self.trainer.strategy.barrier()
-        moe.leave(json.loads(self.run.unquantized.read_text()))
-        if self.chosen_bits.size:
-            self._choose_bits(moe)
-        trains_norms = any("norm" in self.kinds(stage) for stage in ("block", "joint"))
-        parts = TrainedParts(moe, self.run, trains_norms, resident)
-        loss, precision, at_once = self.router_loss, self._autocast, self.trainer.datamodule.micro_batch_size
-        self.fit_state = FitState(
-            moe, parts, texts,
-            RouterStage(parts, loss, self.router_method, self.ridge, self.router_warm_start, self.router_lr),
-            BlockStage(parts, self.block_lr, loss, self.block_selection, precision, at_once),
-            JointStage(parts, self.joint_lr, loss, self.joint_selection, precision, at_once),
-        )  # fmt: skip
+        begun = begin(self)
+        self.recipe, self.pruning = begun.recipe, begun.pruning
+        self.fit_state = FitState.of(self, begun)
+        parts = self.fit_state.parts
         self.routers, self.norms = parts.routers, parts.norms  # submodules, so that Lightning knows their parameters
         self.trainer.fit_loop.epoch_loop.max_steps = -1
         if self.trainer.max_epochs in (None, -1) or self.trainer.max_epochs > self.num_epochs:
             self.trainer.fit_loop.max_epochs = self.num_epochs
-
-    def _choose_bits(self, moe: StreamedModel) -> None:
-        """Takes the widths that have the size that was asked for, from the run directory if they are chosen."""
-        if self.trainer.is_global_zero:
-            watch = Watch()
-            is_new = self.chosen_bits.take(
-                self.run, self.asked, moe, self.targets, self.trainer.datamodule, self.fingerprint, self.name_or_path,
-                self.tensor_parallel, self.trust_remote_code,
-            )  # fmt: skip
-            if is_new:
-                self.run.add_cost(None, "sensitivity", watch.cost())
-        self.trainer.strategy.barrier()
-        self.recipe, self.pruning = self.chosen_bits.chosen(self.run, self.asked)
 
     def teardown(self, stage: str) -> None:
         self.free_run()
@@ -344,34 +241,7 @@ class QESC(Comparison):
 
     def settings(self) -> dict[str, Any]:
         """Every option that the result of `fit` depends on, by name; local paths are absolute."""
-        data = self.trainer.datamodule
-        return {
-            "version": __version__,
-            **{f"trainer.{name}": getattr(self.trainer, name) for name in TRAINER_OPTIONS},
-            "model.name_or_path": self.name_or_path,
-            "model.dtype": self.dtype_name,
-            **{f"model.{name}": value for name, value in self.asked.record().items()},
-            **self.chosen_bits.settings(),
-            **{
-                f"pruning.{name}": value
-                for name, value in (self.asked_pruning.record() if self.asked_pruning else {}).items()
-            },
-            "model.router_method": self.router_method,
-            "model.router_loss": self.router_loss.settings(),
-            **{
-                f"model.{name}": getattr(self, name)
-                for name in ("router_lr", "router_epochs", "router_warm_start", "ridge")
-                + ("block_epochs", "block_selection", "block_lr")
-                + ("joint_epochs", "joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype")
-            },
-            "data.calibration": stored_sources(data.calibration),
-            **{
-                f"data.{name}": getattr(data, name)
-                for name in ("num_windows", "window_length", "batch_size", "micro_batch_size", "seed", "held_back")
-                + ("documents",)
-            },
-            **{f"data.{name}": getattr(data, name) for name in ("temperature", "sample_start") if data.sampled_texts},
-        }
+        return settings_of(self)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = self.parts.optimizer_groups()
@@ -400,24 +270,8 @@ class QESC(Comparison):
         follow_moved(checkpoint["callbacks"], self.trainer.checkpoint_callbacks, self.trainer.ckpt_path)
 
     def on_fit_start(self) -> None:
-        data = self.trainer.datamodule
-        data.holds_back = lambda epoch: self.epochs.at(epoch).stage == "block"
-        shard_rows = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
-        windows = data.calibration_windows[shard_rows.start : shard_rows.stop]
-        dtype = None if self.stream_dtype == "auto" else getattr(torch, self.stream_dtype)
-        counts, rows = data.calibration_weights, slice(shard_rows.start, shard_rows.stop)
-        positions = data.calibration_positions
-        streams = Streams(
-            self.moe, windows, shard_rows.start, data.batch_size, self.run, self.ranks, dtype, self.joint_epochs > 0,
-            None if counts is None else counts[rows], data.calibration_sources[:, rows],
-            None if positions is None else positions[rows],
-        )  # fmt: skip
-        self.fit_state.calibration = Calibration(
-            self.moe, self.recipe, streams, self.run, self.ranks, partial(phase, self.trainer), self.pruning,
-            [name for name, _ in self.moe.norms()] if "norm" in self.kinds("block") else [],
-        )  # fmt: skip
-        for stage in (self.fit_state.router_stage, self.block_stage, self.joint_stage):
-            stage.calibration = self.calibration
+        self.trainer.datamodule.holds_back = lambda epoch: self.epochs.at(epoch).stage == "block"
+        self.fit_state.start(self)
 
     # --- epochs: which block, which stage ---------------------------------------------------------------
 
@@ -514,8 +368,8 @@ class QESC(Comparison):
                 self.fit_state.router_stage.start()
             case "block":
                 self.parts.start(optimizer, self.calibration.block, self.kinds("block"), self._reach)
-                with self._autocast():
-                    self.block_stage.start(self._held_back())
+                with self.autocast():
+                    self.block_stage.start(self.fit_state.held_back)
             case "joint":
                 self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
                 self.parts.start(optimizer, None, self.kinds("joint"), self._reach)
@@ -533,18 +387,10 @@ class QESC(Comparison):
         """Measures the windows held back after this many passes, unless that is done."""
         progress = self.block_stage.progress
         if progress is not None and len(progress.held_back) <= passes:
-            with self._autocast():
-                self.block_stage.end_pass(self._held_back(), passes == self.block_epochs)
+            with self.autocast():
+                self.block_stage.end_pass(self.fit_state.held_back, passes == self.block_epochs)
 
-    def _held_back(self) -> list[Tensor]:
-        """This process's calibration windows that are held back, in batches of their numbers [b]."""
-        data = self.trainer.datamodule
-        owned = shard(len(data.calibration_windows), self.global_rank, self.trainer.world_size)
-        numbers = data.held_back_windows.nonzero().squeeze(1)
-        numbers = numbers[(numbers >= owned.start) & (numbers < owned.stop)]
-        return list(numbers.split(data.batch_size)) if len(numbers) else []
-
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
         """The precision of training steps, for what runs outside of them."""
         return self.trainer.strategy.precision_plugin.train_step_context()
 
@@ -569,13 +415,8 @@ class QESC(Comparison):
 
     def _refuse_loss(self, loss: Tensor) -> None:
         """Raises ValueError for a loss that is NaN or infinite."""
-        stage = "the joint stage" if self.epoch.stage == "joint" else f"block {self.block_index}"
-        if self.moe.model.dtype == torch.float16:
-            raise overflow(f"the loss of {stage} is {loss.item()}: a logit (final norm, head or router)", torch.float16)
-        raise ValueError(
-            f"the loss of {stage} is {loss.item()}: the steps have diverged. Another run (--trainer.default_root_dir) "
-            f"with smaller learning rates (--model.{self.stage.rate_options}) may not"
-        )
+        where = "the joint stage" if self.epoch.stage == "joint" else f"block {self.block_index}"
+        refuse(loss, where, self.moe.model.dtype, self.stage.rate_options)
 
     def _global_mean(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Mean over the counted tokens of the global batch, of which this process may hold only some, or none."""

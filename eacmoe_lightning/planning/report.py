@@ -10,7 +10,9 @@ from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.planning.machine import Rates
 from eacmoe_lightning.planning.sizes import Job, Plan, num_bytes
-from eacmoe_lightning.targets import TARGETS, Original, Target, WeightGrid
+from eacmoe_lightning.target_rules import Target
+from eacmoe_lightning.targets import TARGETS
+from eacmoe_lightning.weight_grids import Original, WeightGrid
 
 PYTHON_BYTES = 600 << 20  # the interpreter with torch and transformers
 DEVICES = (2, 4, 8)  # device counts that engines may split linear layers over

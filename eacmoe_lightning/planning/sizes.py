@@ -24,8 +24,8 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.sampling import working_bytes
 from eacmoe_lightning.planning.states import passed_on
 from eacmoe_lightning.quantization.gram import TILE
-from eacmoe_lightning.targets import WeightGrid
 from eacmoe_lightning.tuning.codes import trains_weights
+from eacmoe_lightning.weight_grids import WeightGrid
 
 LOADED = 20  # bytes of memory traffic per byte loaded: copies, conversions, pages touched for the first time
 MOVABLE = 0.2  # share of the codes that training can change (`tuning.codes.movable`), seen at 2, 3 and 4 bits

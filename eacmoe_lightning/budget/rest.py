@@ -1,0 +1,78 @@
+"""What a compressed directory holds besides its quantized weights, in bytes: a size in gigabytes counts it too."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from eacmoe_lightning.models.draft import read_draft
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import (
+    OriginalFiles,
+    license_files,
+    load_tokenizer,
+    processor_files,
+    read_config,
+    resolve_model,
+)
+
+CARD_BYTES = 16_384  # model card, generation config, code that imports this package
+HEADER_BYTES = 160  # of a tensor in the header of its file and in the index, besides its names
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Everything but the quantized weights.
+
+    Attributes:
+        files: bytes of tokenizer, processor, licenses, config, card and draft layers.
+        dtype: in which the original stores its tensors.
+    """
+
+    files: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, moe: MoEModel, name_or_path: str, trust_remote_code: bool = False) -> Rest:
+        """The rest of an original, by its name or path.
+
+        Draft layers and tokenizer count if their files are there (`plan` needs neither).
+        """
+        source = resolve_model(name_or_path)
+        config = read_config(source)[0]
+        dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
+        total = CARD_BYTES + len(json.dumps(config.to_dict(), indent=2, default=str))
+        with suppress(FileNotFoundError):
+            total += sum(tensor.nbytes for tensor in read_draft(OriginalFiles(source), moe.model).values())
+        total += sum(file.stat().st_size for file in (*processor_files(source), *license_files(source)))
+        with suppress(FileNotFoundError, OSError, ValueError), tempfile.TemporaryDirectory() as folder:
+            load_tokenizer(source, trust_remote_code).save_pretrained(folder)
+            total += sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        return cls(total, dtype)
+
+    def nbytes(self, moe: MoEModel) -> int:
+        """The most bytes that the rest takes: an estimate, a little high.
+
+        Besides the files: embeddings, head, routers, norms, and headers of all tensors. It grows if the check of the
+        model leaves linears unquantized.
+        """
+        quantized = {name for block in moe.blocks for name in block.weights()}
+        trained = {name for name, _ in moe.norms()} | {block.router_parameter_name for block in moe.calibrated_blocks}
+        total, seen = self.files, set()
+        for name, tensor in moe.model.state_dict(keep_vars=True).items():
+            if id(tensor) in seen:
+                continue  # tied
+            seen.add(id(tensor))
+            total += HEADER_BYTES + 2 * len(name)
+            if name in quantized:
+                numbers = tensor.shape[0] if tensor.ndim == 3 else 1
+                total += 3 * (HEADER_BYTES + 2 * len(name)) + 12 * numbers  # codes, scales, zero points; bits in config
+                continue
+            is_narrow = tensor.is_floating_point() and name not in trained
+            total += tensor.numel() * min(tensor.element_size(), self.dtype.itemsize if is_narrow else 8)
+        return total

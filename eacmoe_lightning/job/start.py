@@ -1,0 +1,131 @@
+"""What `fit` does before its first batch: it checks options, model, data and machine, and begins or resumes the run.
+
+What can be refused is refused before anything long starts and before the run directory holds anything. Then the model
+is checked on one window, calibration text is sampled if a model writes it, and bits are chosen if a size was given.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from eacmoe_lightning import targets
+from eacmoe_lightning.budget.target import BySize
+from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.exports.linears import original_of
+from eacmoe_lightning.job.sampling import SampledTexts
+from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original
+from eacmoe_lightning.planning.sizes import job_of
+from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.run.memory import Watch, available_memory
+
+if TYPE_CHECKING:
+    from eacmoe_lightning.job.qesc import QESC
+
+
+@dataclass(frozen=True)
+class BegunRun:
+    """What the checks have opened and chosen.
+
+    Attributes:
+        moe: the original; its linears that cannot be packed are left out of quantization.
+        texts: the calibration texts that a model wrote.
+        recipe, pruning: as asked for, or with the widths and the experts that have the size asked for.
+        is_resident: whether the joint stage has room for all blocks.
+    """
+
+    moe: StreamedModel
+    texts: SampledTexts
+    recipe: Recipe
+    pruning: PruningRule | None
+    is_resident: bool
+
+
+def begin(module: QESC) -> BegunRun:
+    """Checks a run, and begins or resumes it; every process calls it.
+
+    Raises:
+        ValueError, FileNotFoundError: an option does not suit the model, the data, the machine, the target or the run
+            in the directory; or another job works there.
+    """
+    trainer, data, run = module.trainer, module.trainer.datamodule, module.run
+    resumes = getattr(trainer, "resumes", trainer.ckpt_path is not None)
+    if trainer.is_global_zero:
+        module.lock.refuse_if_taken()
+        run.check(module.settings(), resumes)  # before a large model is read
+    moe, choice = open_original(module)
+    memory = available_memory(moe.device)
+    job = job_of(module, data, moe, trainer.world_size, moe.device.type, memory)
+    is_resident = check_memory(moe, module.recipe, job)
+    texts = SampledTexts(data, run, moe, module.ranks, module.name_or_path, module.dtype_name, module.trust_remote_code)
+    texts.check()
+    if trainer.is_global_zero:
+        if not resumes:
+            print(check_disk(moe, module.recipe, job, run.path.absolute()))
+            if not is_resident:
+                print("the joint stage streams the blocks, because they do not fit into memory together")
+            for text, share in data.fullness.items():
+                print(f"the windows of {text} are {share:.0%} full")
+        module.lock.take()
+        run.check(module.settings(), resumes)  # another job may have ended in between
+        watch = Watch()
+        if not resumes:
+            check_original(moe, *data.checked_window(moe.config.vocab_size))
+            checked = watch.cost()
+            write_json(run.unquantized, moe.unquantized)
+        texts.prepare(resumes)
+    trainer.strategy.barrier()
+    watch_sampling = Watch()
+    texts.make()
+    if trainer.is_global_zero:
+        identity, sampled = module.identity(), watch_sampling.cost()
+        run.start(identity, resumes)
+        if not resumes:
+            run.add_cost(None, "check", checked)
+            if texts.texts:
+                run.add_cost(None, "sample", sampled)
+    trainer.strategy.barrier()
+    moe.leave(json.loads(run.unquantized.read_text()))
+    recipe, pruning = _choose_bits(module, choice) if choice is not None else (module.recipe, module.pruning)
+    return BegunRun(moe, texts, recipe, pruning, is_resident)
+
+
+def open_original(module: QESC) -> tuple[StreamedModel, BySize | None]:
+    """The original, opened; data, recipe, pruning, size, target and router loss suit it.
+
+    With a size, also what bits are chosen with.
+
+    Raises:
+        ValueError, FileNotFoundError: one of them does not.
+    """
+    weights = Checkpoint(module.name_or_path, module.dtype_name, module.trust_remote_code)
+    moe = StreamedModel(weights, module.trainer.strategy.root_device)
+    module.trainer.datamodule.check_model(moe, "fit")
+    module.recipe.check(moe, module.trainer.world_size)
+    if module.pruning is not None:
+        module.pruning.check(moe)
+    choice = None
+    if module.chosen_bits.size:
+        choice = module.chosen_bits.check(
+            module.asked, moe, module.targets, module.name_or_path, module.fingerprint, module.trainer.world_size,
+            module.tensor_parallel, module.trust_remote_code,
+        )  # fmt: skip
+    elif module.targets:
+        targets.choose(module.targets, module.recipe.grids(moe), original_of(moe), module.tensor_parallel)
+    for block in moe.moe_blocks:
+        module.router_loss.num_targets(block.num_experts, block.top_k)  # raises now if its k does not fit the model
+    return moe, choice
+
+
+def _choose_bits(module: QESC, choice: BySize) -> tuple[Recipe, PruningRule | None]:
+    """The widths that have the size that was asked for, from the run directory if they are chosen."""
+    if module.trainer.is_global_zero:
+        watch = Watch()
+        if module.chosen_bits.take(module.run, choice, module.trainer.datamodule, module.fingerprint):
+            module.run.add_cost(None, "sensitivity", watch.cost())
+    module.trainer.strategy.barrier()
+    return module.chosen_bits.chosen(module.run, module.asked)
