@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import architectures
 import pytest
@@ -108,7 +109,7 @@ def test_equal_logits_go_to_the_lower_id():
 def test_a_packed_model(fitted):
     """Loading does it; the model copies and pickles, and its gradients and long texts go the modules' own way."""
     model = load(fitted("qwen2_moe"))
-    kinds = {module.forward.func.__name__ for module in model.modules() if "forward" in vars(module)}
+    kinds = {module.forward.args[2].__name__ for module in model.modules() if "forward" in vars(module)}
     assert {"_norm", "_route"} <= kinds
     assert error(model, tokens(FEW)) < 2e-5
     assert error(model, tokens(FEW + 1)) < 2e-5
@@ -120,6 +121,8 @@ def test_a_packed_model(fitted):
     x = torch.randn(1, 2, len(norm.weight), requires_grad=True)
     norm(x).sum().backward()
     assert x.grad is not None and x.grad.any()
+    with torch.no_grad():  # however it is called
+        torch.testing.assert_close(norm(hidden_states=x), norm(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,3 +152,42 @@ def test_a_gated_mlp_in_one_call(dtype, int8):
         assert seen
         tolerance = 0.02 if dtype == torch.bfloat16 or int8 else 1e-5
         assert float((short.float() - expected.float()).norm() / expected.float().norm()) < tolerance
+
+
+class Limited(nn.Module):
+    """A gated MLP with a limit that small inputs do not reach."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            mlp.act_fn,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7.0) * self.up_proj(x))
+
+
+def test_what_only_large_inputs_show_is_seen(fitted):
+    """A limit of an MLP, a soft cap of a router's logits, one norm of several that is none."""
+    model = load(fitted("qwen2_moe"))
+    blocks = find_blocks(model)[1]
+    with as_it_was(model):
+        first, second = (layer.mlp for layer in model.model.layers[:2])
+        first.shared_expert = Limited(first.shared_expert)
+        plain, norm = type(second.gate).forward, model.model.layers[0].input_layernorm
+        second.gate.forward = lambda hidden: (
+            20 * torch.tanh(plain(second.gate, hidden)[0] / 20),
+            *plain(second.gate, hidden)[1:],
+        )
+        norm.forward = lambda x: type(norm).forward(norm, x).clamp(max=3.0)
+        found = shorten_decode_step(model, blocks)
+        for module in (first.shared_expert, second.gate, norm):
+            assert not isinstance(vars(module).get("forward"), partial)
+        assert (
+            found["MLPs"] == len(blocks) - 1
+            and found["routers"] == len(blocks) - 1
+            and found["norms"] == 2 * len(blocks)
+        )

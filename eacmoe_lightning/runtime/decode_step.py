@@ -30,6 +30,7 @@ NORMS = ("rounded", "in float", "plus one")  # `Norm` of csrc/kernels.cpp
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 SCALES = ("routed_scaling_factor", "router_scaling_factor", "scaling")  # names that transformers' routers use
 PROBES = 64  # random tokens
+LARGE, LARGE_ROUTED = 100.0, 8.0  # how much larger some of them are; softmax makes zeros of larger differences
 
 
 class _Dense(ctypes.Structure):
@@ -56,37 +57,32 @@ class _Choice(ctypes.Structure):
 
 
 def shorten_decode_step(model: nn.Module, blocks: list[Block]) -> dict[str, int]:
-    """Gives the modules of a packed model on a CPU their short forward passes. Returns how many of each kind.
+    """Gives the modules of a packed model their short forward passes. Returns how many of each kind.
 
     Args:
-        model: with its weights.
+        model: with its weights. One of which a part is elsewhere than on the CPU is left as it is.
         blocks: its blocks (`models.find.find_blocks`).
     """
     found = {"norms": 0, "routers": 0, "MLPs": 0, "linears": 0}
-    if kernels.level() is None:
+    if kernels.level() is None or any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
         return found
-    same: dict[tuple, object] = {}  # modules of one class and size compute the same
-
-    def once(module: nn.Module, find: Callable, *key: object) -> object:
-        key = (find, type(module), *key)
-        if key not in same:
-            same[key] = find(module)
-        return same[key]
-
+    activations: dict[tuple, str | None] = {}  # by all that tells MLPs apart: running each would read all its weights
     routers = {id(block.router): block for block in blocks if block.is_moe}
     for module in list(model.modules()):
-        if not _is_here(module):
-            continue
         if (block := routers.get(id(module))) is not None:
             if (choice := find_choice(block)) is not None:
                 _replace(module, _route, block.router_matrix, choice)
                 found["routers"] += 1
-        elif (size := _norm_size(module)) is not None:
-            if (form := once(module, find_norm, size)) is not None:
+        elif _may_be_norm(module):
+            if (form := find_norm(module)) is not None:
                 _replace(module, _norm, form)
                 found["norms"] += 1
         elif is_gated_mlp(module):
-            if (activation := once(module, find_mlp, module.gate_proj.out_features)) is not None:
+            settings = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+            key = type(module), repr(module.act_fn), tuple(sorted(settings.items()))
+            if key not in activations:
+                activations[key] = find_mlp(module)
+            if (activation := activations[key]) is not None:
                 _replace(module, _mlp, activation)
                 found["MLPs"] += 1
         elif type(module) is nn.Linear and module.out_features <= SMALL and module.weight.dtype == torch.bfloat16:
@@ -95,22 +91,29 @@ def shorten_decode_step(model: nn.Module, blocks: list[Block]) -> dict[str, int]
     return found
 
 
-def _is_here(module: nn.Module) -> bool:
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return all(tensor.device.type == "cpu" for tensor in tensors)
-
-
-def _replace(module: nn.Module, short: Callable, *args: object) -> None:
-    """`short(module, its forward pass until now, *args)` becomes its forward pass."""
+def _replace(module: nn.Module, short: Callable[..., object], *settings: object) -> None:
+    """`short(module, *settings, x)` becomes its forward pass, except where that returns None."""
     before = vars(module).get("forward") or partial(type(module).forward, module)
-    module.forward = partial(short, module, before, *args)
+    module.forward = partial(_forward, module, before, short, settings)
 
 
-def _takes(x: object, weight: Tensor, most: int, count: int) -> bool:
-    """Whether a kernel may compute this, which has `count` tokens or numbers."""
-    if not isinstance(x, Tensor) or torch.is_grad_enabled() or count > most or count == 0:
-        return False
-    return kernels.goes_direct(x) and x.dtype in DTYPES and weight.dtype in DTYPES and weight.device.type == "cpu"
+def _forward(module: nn.Module, before: Callable, short: Callable, settings: tuple, *args, **kwargs) -> object:
+    """The short forward pass for a lone input that it takes, else the pass `before`."""
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if isinstance(x, Tensor) and x.numel() and x.dtype in DTYPES and not torch.is_grad_enabled():
+        if kernels.goes_direct(x) and (out := short(module, *settings, x)) is not None:
+            return out
+    return before(*args, **kwargs)
+
+
+def _is_few(x: Tensor) -> bool:
+    return x.numel() <= FEW * x.shape[-1]
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether a dense weight [..., I] can be read as it lies, for x [..., I]."""
+    same = x.dtype == weight.dtype and x.shape[-1] == weight.shape[-1]
+    return same and weight.device.type == "cpu" and weight.is_contiguous()
 
 
 def _level() -> int:
@@ -126,12 +129,10 @@ def _dense(weight: Tensor, bias: Tensor | None) -> _Dense:
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
-def _norm_size(module: nn.Module) -> int | None:
-    """The width of what may be a norm without a bias."""
+def _may_be_norm(module: nn.Module) -> bool:
+    """Whether this has a vector of weights, no bias, and an epsilon."""
     weight = vars(module)["_parameters"].get("weight")
-    if weight is None or weight.ndim != 1 or len(list(module.parameters())) != 1 or _epsilon(module) is None:
-        return None
-    return len(weight)
+    return weight is not None and weight.ndim == 1 and len([*module.parameters()]) == 1 and _epsilon(module) is not None
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -141,7 +142,7 @@ def _epsilon(module: nn.Module) -> float | None:
 @torch.no_grad()
 def find_norm(module: nn.Module) -> int | None:
     """The number in NORMS of what this module computes; None if it is no such norm."""
-    x = _probe((4, len(module.weight)), module.weight.dtype)
+    x = _probe(4, len(module.weight), module.weight.dtype)
     try:
         expected = module(x)
     except (TypeError, AttributeError, ValueError, RuntimeError):  # it reads more than hidden states (a gate)
@@ -172,10 +173,8 @@ def _normed(module: nn.Module, form: int, x: Tensor) -> Tensor:
     return out
 
 
-def _norm(module: nn.Module, before: Callable, form: int, x: Tensor, *args, **kwargs) -> Tensor:
-    if args or kwargs or not _takes(x, module.weight, FEW_NORMED, x.numel()) or x.dtype != module.weight.dtype:
-        return before(x, *args, **kwargs)
-    return _normed(module, form, x)
+def _norm(module: nn.Module, form: int, x: Tensor) -> Tensor | None:
+    return _normed(module, form, x) if x.numel() <= FEW_NORMED and _fits(x, module.weight) else None
 
 
 # --- routers --------------------------------------------------------------------------------------------------------
@@ -202,7 +201,7 @@ def find_choice(block: Block) -> ChoiceRule | None:
         return None
     router, weight = block.router, block.router_weight
     correction = _correction_of(block)
-    x = _probe((PROBES, weight.shape[1]), weight.dtype)
+    x = _probe(PROBES, weight.shape[1], weight.dtype, LARGE_ROUTED)
     try:
         logits, weights, ids, *more = router(x)
     except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):  # it reads more than hidden states
@@ -285,14 +284,9 @@ def _correction(router: nn.Module, rule: ChoiceRule) -> Tensor | None:
     return getattr(router.get_submodule(owner), name).float().flatten().contiguous()
 
 
-def _route(
-    router: nn.Module, before: Callable, owner: nn.Module, rule: ChoiceRule, hidden: Tensor, *args, **kwargs
-) -> tuple:
-    weight = owner.weight
-    fits = hidden.shape[-1] == weight.shape[1] and rule.chosen <= len(weight) and hidden.dtype == weight.dtype
-    tokens = hidden.numel() // hidden.shape[-1]
-    if args or kwargs or not fits or not _takes(hidden, weight, FEW, tokens):
-        return before(hidden, *args, **kwargs)
+def _route(router: nn.Module, owner: nn.Module, rule: ChoiceRule, hidden: Tensor) -> tuple | None:
+    if not _is_few(hidden) or not _fits(hidden, owner.weight) or rule.chosen > len(owner.weight):
+        return None
     return _routed(router, owner, rule, hidden)
 
 
@@ -314,7 +308,7 @@ def find_mlp(module: nn.Module) -> str | None:
     activation = activation_name(module.act_fn)
     if activation is None:
         return None
-    x = _probe((2, module.gate_proj.in_features), torch.float32)  # the roundings of bfloat16 differ
+    x = _probe(4, module.gate_proj.in_features, torch.float32)  # the roundings of bfloat16 differ
     return activation if _agree(_multiplied(module, activation, x), module(x)) else None
 
 
@@ -339,10 +333,8 @@ def _multiplied(module: nn.Module, activation: str, x: Tensor) -> Tensor:
     return out
 
 
-def _mlp(module: nn.Module, before: Callable, activation: str, x: Tensor, *args, **kwargs) -> Tensor:
-    if args or kwargs or not _takes(x, x, FEW, x.numel() // x.shape[-1]) or not all(map(_is_bare, module.children())):
-        return before(x, *args, **kwargs)
-    return _multiplied(module, activation, x)
+def _mlp(module: nn.Module, activation: str, x: Tensor) -> Tensor | None:
+    return _multiplied(module, activation, x) if _is_few(x) and all(map(_is_bare, module.children())) else None
 
 
 def _is_bare(child: nn.Module) -> bool:
@@ -355,10 +347,10 @@ def _is_bare(child: nn.Module) -> bool:
 # --- small linears --------------------------------------------------------------------------------------------------
 
 
-def _linear(module: nn.Linear, before: Callable, x: Tensor) -> Tensor:
+def _linear(module: nn.Linear, x: Tensor) -> Tensor | None:
     weight = module.weight
-    if not _takes(x, weight, FEW, x.numel() // x.shape[-1]) or x.dtype != weight.dtype:
-        return before(x)
+    if not _is_few(x) or not _fits(x, weight):
+        return None
     x, bias = x.contiguous(), None if module.bias is None else module.bias.float()
     out = x.new_empty(*x.shape[:-1], len(weight))
     kernels.library().eacmoe_dense(
@@ -376,8 +368,11 @@ def _linear(module: nn.Linear, before: Callable, x: Tensor) -> Tensor:
 # --- comparing ------------------------------------------------------------------------------------------------------
 
 
-def _probe(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+def _probe(tokens: int, width: int, dtype: torch.dtype, large: float = LARGE) -> Tensor:
+    """Random inputs [tokens, width]; every fourth is large, so that a limit on what a module computes is reached."""
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+    x[3::4] *= large
+    return x.to(dtype)
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
@@ -385,5 +380,6 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     step = 2**-7 if expected.dtype == torch.bfloat16 else 1e-4
-    scale = expected.float().square().mean().sqrt().item()
-    return torch.allclose(found.float(), expected.float(), rtol=step, atol=step * scale / 8)
+    found, expected = found.float(), expected.float()
+    scale = expected.square().mean(-1, keepdim=True).sqrt()  # of each token
+    return bool(((found - expected).abs() <= step * (expected.abs() + scale / 8)).all())
