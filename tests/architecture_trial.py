@@ -163,7 +163,8 @@ class Trial:
         folder.mkdir()
         dense.write(source, weights, targets.choose(targets.find("dense", None), weights), folder)
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        assert torch.equal(model(self.tokens).logits, self.decoded(self.tokens).logits)
+        # on some CPUs the order of sums depends on where weights lie in memory
+        torch.testing.assert_close(model(self.tokens).logits, self.decoded(self.tokens).logits, rtol=1e-5, atol=1e-5)
         assert tensor_names(folder) == tensor_names(self.original)
 
     def gptq_v2(self) -> None:

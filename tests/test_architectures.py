@@ -85,7 +85,8 @@ def test_transformers_saves_loads_and_runs_it(name, tmp_path):
     assert logits.isfinite().all()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert torch.equal(loaded(ids, use_cache=False).logits, logits)
+    # on some CPUs the order of sums depends on where weights lie in memory
+    torch.testing.assert_close(loaded(ids, use_cache=False).logits, logits, rtol=1e-5, atol=1e-5)
     options = {"attention_mask": torch.ones(2, 24, dtype=torch.long), "max_new_tokens": 8, "do_sample": False}
     words, same = (model.generate(ids[:, :24], use_cache=c, pad_token_id=0, **options) for c in (True, False))
     assert words.shape == (2, 32)

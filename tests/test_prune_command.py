@@ -19,10 +19,11 @@ from eacmoe_lightning.cli import main
 from eacmoe_lightning.commands.prune import prune
 from eacmoe_lightning.compressed.format import SHARD
 from eacmoe_lightning.compressed.loading import load
+from eacmoe_lightning.exports import run_result
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.pruning.rule import PruningRule
-from eacmoe_lightning.run.files import read_tensors
+from eacmoe_lightning.run.files import StoreError, read_tensors
 from eacmoe_lightning.runtime.packed_modules import packed_weights
 from eacmoe_lightning.skipping import PESF, current_rule, set_skipping
 from eacmoe_lightning.text.sources import read_documents
@@ -168,6 +169,21 @@ def test_a_text_or_a_model_edited_since_is_refused(tiny_model_dir, tmp_path):
             work()
         path.write_bytes(before)
     work()
+
+
+@pytest.mark.parametrize("factor, is_refused", [(1 + 1e-6, False), (1 + 1e-4, True)])
+def test_a_result_that_reloads_otherwise_is_refused(factor, is_refused, tiny_model_dir, tmp_path, monkeypatch):
+    """The order of sums may differ, which on some CPUs depends on where weights lie in memory; nothing else may."""
+    before = run_result._checked_logits
+    monkeypatch.setattr(run_result, "_checked_logits", lambda *args: before(*args) * factor)
+    (tmp_path / "text.txt").write_text("\n".join(f"{i} {i * i}" for i in range(600)))
+    options = {**OPTIONS, "texts": str(tmp_path / "text.txt"), "calibration": str(tmp_path / "text.txt")}
+    work = partial(prune, str(tiny_model_dir("qwen2_moe")), str(tmp_path / "out"), PruningRule(keep=5), **options)
+    if is_refused:
+        with pytest.raises(StoreError, match="reloads with logits that differ"):
+            work()
+    else:
+        work()
 
 
 def test_experts_that_stay_below_alpha_are_named(tokenizer, tmp_path, capsys, caplog):
