@@ -168,7 +168,8 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         set_activations(model, self.quantization_config.activations)
-        shorten_decode_step(model, find_blocks(model)[1])
+        if self.quantization_config.bits:  # a model that is only pruned stays bit for bit what transformers computes
+            shorten_decode_step(model, find_blocks(model)[1])
         restore_rule(model, self.quantization_config.directory_config)
         model.save_pretrained = _Saver(model)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.runtime import kernels
-from eacmoe_lightning.runtime.packed_modules import PackedLinear, activation_name, packed_weights
+from eacmoe_lightning.runtime.packed_modules import PackedLinear, activation_name
 
 FEW = 8  # tokens, up to which the kernels are faster than torch
 FEW_NORMED = 1 << 16  # numbers, up to which a norm is
@@ -60,13 +60,12 @@ def shorten_decode_step(model: nn.Module, blocks: list[Block]) -> dict[str, int]
     """Gives the modules of a packed model their short forward passes. Returns how many of each kind.
 
     Args:
-        model: with its weights. One without packed weights stays bit for bit what transformers computes, and one of
-            which a part is elsewhere than on the CPU is left as it is.
+        model: with its weights. One of which a part is elsewhere than on the CPU is left as it is.
         blocks: its blocks (`models.find.find_blocks`).
     """
     found = {"norms": 0, "routers": 0, "MLPs": 0, "linears": 0}
     elsewhere = any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers()))
-    if kernels.level() is None or elsewhere or not any(packed_weights(model)):
+    if kernels.level() is None or elsewhere:
         return found
     activations: dict[tuple, str | None] = {}  # by all that tells MLPs apart: running each would read all its weights
     routers = {id(block.router): block for block in blocks if block.is_moe}
