@@ -194,7 +194,7 @@ WITH_AVX512 static void few_rows(const Packed& p, const Segments& s, const uint8
       for (int64_t j = 0; j < 2; j++)
         for (int64_t m = 0; m < M; m++)
           for (int b = 0; b < bytes; b++) sum[j][m][b] = _mm512_setzero_si512();
-      const auto add = [&](int64_t j, __m512i code) __attribute__((always_inline, target("avx512f,avx512bw,avx512vnni"))) {
+      const auto add = [&](int64_t j, __m512i code) __attribute__((always_inline)) WITH_AVX512 {
         for (int64_t m = 0; m < M; m++)
           for (int b = 0; b < bytes; b++)
             sum[j][m][b] = _mm512_dpbusd_epi32(sum[j][m][b], code, _mm512_loadu_si512(x[m] + at + b * CHUNK));
@@ -224,7 +224,8 @@ WITH_AVX512 static void few_rows(const Packed& p, const Segments& s, const uint8
 #pragma GCC unroll 2
       for (int64_t j = 0; j < 2; j++)
         for (int64_t m = 0; m < M; m++)
-          total[j][m] = _mm512_fmadd_ps(_mm512_set1_ps(weight[(j * M + m) * padded + i]), whole<bytes>(sum[j][m]), total[j][m]);
+          total[j][m] = _mm512_fmadd_ps(_mm512_set1_ps(weight[(j * M + m) * padded + i]), whole<bytes>(sum[j][m]),
+                                        total[j][m]);
     }
     for (int64_t j = 0; j < halves; j++)
       for (int64_t m = 0; m < M; m++) out[(m * 2 + j) * TILE + r] = _mm512_reduce_add_ps(total[j][m]);

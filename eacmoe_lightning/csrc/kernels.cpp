@@ -258,11 +258,28 @@ static void write(const float* from, int64_t n, void* to, Dtype dtype, int64_t a
   }
 }
 
+constexpr int64_t TOKENS = 16;  // tokens that one task prepares
+
 // Tokens [n, cols], prepared for an engine.
 struct Prepared {
-  Prepared(Slot slot, const Engine& engine, const Segments& segments, int64_t n)
-      : stride((engine.token_bytes(segments) + 63) / 64 * 64), at(scratch(slot, size_t(n * stride))) {}
+  Prepared(Slot slot, const Engine& engine, const Segments& segments, const void* x, Dtype dtype, int64_t n,
+           int threads)
+      : stride((engine.token_bytes(segments) + 63) / 64 * 64), at(scratch(slot, size_t(n * stride))) {
+    const int64_t cols = segments.cols;
+    run((n + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
+      float* row = (float*)scratch(ROW, size_t(cols) * 4);
+      for (int64_t i = task * TOKENS; i < n && i < (task + 1) * TOKENS; i++) {
+        if (dtype != FLOAT32) read(x, dtype, i * cols, cols, row);
+        engine.prepare(dtype == FLOAT32 ? (const float*)x + i * cols : row, segments, token(i));
+      }
+    });
+  }
   uint8_t* token(int64_t i) const { return at + i * stride; }
+  std::vector<const uint8_t*> tokens(int64_t n) const {
+    std::vector<const uint8_t*> all;
+    for (int64_t i = 0; i < n; i++) all.push_back(token(i));
+    return all;
+  }
 
   const int64_t stride;
   uint8_t* const at;
@@ -283,14 +300,12 @@ static Rows halves(int64_t i, int64_t rows) {
 
 static int64_t num_tiles(int64_t rows) { return ((rows + 1) / 2 + TILE - 1) / TILE; }
 
-constexpr int64_t TOKENS = 16;  // tokens that one task prepares
-
 // --- linear ---------------------------------------------------------------------------------------------------------
 
 // out [M, rows] from prepared tokens.
-static void multiply_all(const Kit& kit, const Packed& p, const Segments& segments,
-                         const std::vector<const uint8_t*>& tokens, void* out, Dtype dtype, int threads) {
-  const int64_t M = int64_t(tokens.size());
+static void multiply_all(const Kit& kit, const Packed& p, const Segments& segments, const Prepared& prepared,
+                         int64_t M, void* out, Dtype dtype, int threads) {
+  const std::vector<const uint8_t*> tokens = prepared.tokens(M);
   run(num_tiles(p.rows), threads, [&](int64_t task) {
     const Rows rows = halves(task, p.rows);
     float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
@@ -304,17 +319,8 @@ static void multiply_all(const Kit& kit, const Packed& p, const Segments& segmen
 
 static void linear(const Kit& kit, const Packed& p, const void* x, Dtype dtype, int64_t M, void* out, int threads) {
   const Segments segments(p);
-  const Prepared prepared(TOKENS_IN, *kit.engine, segments, M);
-  run((M + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
-    float* row = (float*)scratch(ROW, size_t(p.cols) * 4);
-    for (int64_t m = task * TOKENS; m < M && m < (task + 1) * TOKENS; m++) {
-      read(x, dtype, m * p.cols, p.cols, row);
-      kit.engine->prepare(row, segments, prepared.token(m));
-    }
-  });
-  std::vector<const uint8_t*> tokens(size_t(M), nullptr);
-  for (int64_t m = 0; m < M; m++) tokens[size_t(m)] = prepared.token(m);
-  multiply_all(kit, p, segments, tokens, out, dtype, threads);
+  const Prepared prepared(TOKENS_IN, *kit.engine, segments, x, dtype, M, threads);
+  multiply_all(kit, p, segments, prepared, M, out, dtype, threads);
 }
 
 // --- a gated MLP ----------------------------------------------------------------------------------------------------
@@ -323,17 +329,11 @@ static void linear(const Kit& kit, const Packed& p, const void* x, Dtype dtype, 
 // [F, D] have one group size, down [D, F].
 static void mlp(const Kit& kit, const Packed& gate, const Packed& up, const Packed& down, Activation activation,
                 const void* x, Dtype dtype, int64_t M, void* out, int threads) {
-  const int64_t F = gate.rows, D = gate.cols;
+  const int64_t F = gate.rows;
   const Segments segments(gate), down_segments(down);
   const Engine& engine = *kit.engine;
-  const Prepared prepared(TOKENS_IN, engine, segments, M);
-  std::vector<const uint8_t*> tokens(size_t(M), nullptr);
-  float* row = (float*)scratch(ROW, size_t(D) * 4);
-  for (int64_t m = 0; m < M; m++) {
-    read(x, dtype, m * D, D, row);
-    engine.prepare(row, segments, prepared.token(m));
-    tokens[size_t(m)] = prepared.token(m);
-  }
+  const Prepared prepared(TOKENS_IN, engine, segments, x, dtype, M, threads);
+  const std::vector<const uint8_t*> tokens = prepared.tokens(M);
   float* hidden = (float*)scratch(HIDDEN, size_t(M * F) * 4);
   run(num_tiles(F), threads, [&](int64_t task) {
     const Rows rows = halves(task, F);
@@ -348,12 +348,8 @@ static void mlp(const Kit& kit, const Packed& gate, const Packed& up, const Pack
       for (int h = 0; h < 2; h++)
         std::memcpy(hidden + m * F + rows.first[h], tile + (m * 2 + h) * TILE, size_t(rows.valid[h]) * 4);
   });
-  const Prepared inner(TOKENS_INNER, engine, down_segments, M);
-  for (int64_t m = 0; m < M; m++) {
-    engine.prepare(hidden + m * F, down_segments, inner.token(m));
-    tokens[size_t(m)] = inner.token(m);
-  }
-  multiply_all(kit, down, down_segments, tokens, out, dtype, threads);
+  const Prepared inner(TOKENS_INNER, engine, down_segments, hidden, FLOAT32, M, threads);
+  multiply_all(kit, down, down_segments, inner, M, out, dtype, threads);
 }
 
 // --- experts --------------------------------------------------------------------------------------------------------
@@ -394,14 +390,7 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
     if (ids[i] >= 0 && ids[i] < E) pairs[size_t(place[size_t(ids[i])]++)] = i;
   const int64_t P = int64_t(pairs.size());
 
-  const Prepared prepared(TOKENS_IN, engine, up_segments, N);
-  run((N + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
-    float* row = (float*)scratch(ROW, size_t(D) * 4);
-    for (int64_t n = task * TOKENS; n < N && n < (task + 1) * TOKENS; n++) {
-      read(x, dtype, n * D, D, row);
-      engine.prepare(row, up_segments, prepared.token(n));
-    }
-  });
+  const Prepared prepared(TOKENS_IN, engine, up_segments, x, dtype, N, threads);
   std::vector<const uint8_t*> tokens(size_t(P), nullptr);
   for (int64_t i = 0; i < P; i++) tokens[size_t(i)] = prepared.token(pairs[size_t(i)] / K);
 
@@ -424,12 +413,8 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
     }
   });
 
-  const Prepared inner(TOKENS_INNER, engine, down_segments, P);
-  run((P + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
-    for (int64_t i = task * TOKENS; i < P && i < (task + 1) * TOKENS; i++)
-      engine.prepare(hidden + i * F, down_segments, inner.token(i));
-  });
-  for (int64_t i = 0; i < P; i++) tokens[size_t(i)] = inner.token(i);
+  const Prepared inner(TOKENS_INNER, engine, down_segments, hidden, FLOAT32, P, threads);
+  tokens = inner.tokens(P);
 
   // Down. A task owns the output columns of a tile and goes through all experts.
   run(num_tiles(D), threads, [&](int64_t task) {
