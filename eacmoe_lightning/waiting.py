@@ -24,7 +24,7 @@ def spins() -> bool:
 
 
 def wait_briefly() -> None:
-    """Sets it where torch is not loaded yet and the user has not chosen."""
+    """Sets BRIEF where torch is not loaded yet and the user has not chosen."""
     global _came_first
     if any(name in os.environ for name in (POLICY, *BRIEF)):
         return

@@ -160,9 +160,13 @@ class Block:
         """[E], what is added to the experts' scores for the selection alone (DeepSeek-V3); None without one."""
         for owner in (*self.router.modules(), self.moe):
             for name, tensor in (*owner.named_buffers(recurse=False), *owner.named_parameters(recurse=False)):
-                if "bias" in name and tensor.numel() == self.num_experts and tensor is not self.router_bias:
+                if self.is_correction(name, tensor):
                     return tensor.detach().flatten()
         return None
+
+    def is_correction(self, name: str, tensor: Tensor) -> bool:
+        """Whether this tensor of the router, or of the module around it, is the `correction`."""
+        return "bias" in name and tensor.numel() == self.num_experts and tensor is not self.router_bias
 
     def learn_scoring(self, routing: Routing) -> None:
         """Finds, once, how the router turns logits into the scores that its correction is added to, if it has one."""

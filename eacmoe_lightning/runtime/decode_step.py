@@ -9,7 +9,6 @@ module's own output for random inputs.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,29 +30,6 @@ EPSILONS = ("variance_epsilon", "eps", "epsilon")
 SCALES = ("routed_scaling_factor", "router_scaling_factor", "scaling")  # names that transformers' routers use
 PROBES = 64  # random tokens
 LARGE, LARGE_ROUTED = 100.0, 8.0  # how much larger some of them are; softmax makes zeros of larger differences
-
-
-class _Dense(ctypes.Structure):
-    """`struct Dense` of csrc/kernels.cpp."""
-
-    _fields_ = [
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-    ]
-
-
-class _Choice(ctypes.Structure):
-    """`struct Choice` of csrc/kernels.cpp."""
-
-    _fields_ = [
-        ("correction", ctypes.c_void_p),
-        ("chosen", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("sigmoid", "normalised", "rounded")),
-    ]
 
 
 def shorten_decode_step(model: nn.Module, blocks: list[Block]) -> dict[str, int]:
@@ -101,8 +77,8 @@ def _replace(module: nn.Module, short: Callable[..., object], *settings: object)
 def _forward(module: nn.Module, before: Callable, short: Callable, settings: tuple, *args, **kwargs) -> object:
     """The short forward pass for a lone input that it takes, else the pass `before`."""
     x = args[0] if len(args) == 1 and not kwargs else None
-    if isinstance(x, Tensor) and x.numel() and x.dtype in DTYPES and not torch.is_grad_enabled():
-        if kernels.goes_direct(x) and (out := short(module, *settings, x)) is not None:
+    if isinstance(x, Tensor) and x.numel() and x.dtype in DTYPES and kernels.goes_direct(x):
+        if (out := short(module, *settings, x)) is not None:
             return out
     return before(*args, **kwargs)
 
@@ -117,14 +93,10 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     return same and weight.device.type == "cpu" and weight.is_contiguous()
 
 
-def _level() -> int:
-    return kernels.LEVELS.index(kernels.level())
-
-
-def _dense(weight: Tensor, bias: Tensor | None) -> _Dense:
+def _dense(weight: Tensor, bias: Tensor | None) -> kernels.Dense:
     """`bias` is float32 and lives as long as the result is used."""
     pointer = None if bias is None else bias.data_ptr()
-    return _Dense(weight.data_ptr(), pointer, *weight.shape, kernels.DTYPES[weight.dtype])
+    return kernels.Dense(weight.data_ptr(), pointer, *weight.shape, kernels.DTYPES[weight.dtype])
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------
@@ -148,19 +120,16 @@ def find_norm(module: nn.Module) -> int | None:
         expected = module(x)
     except (TypeError, AttributeError, ValueError, RuntimeError):  # it reads more than hidden states (a gate)
         return None
-    if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype not in DTYPES:
+    if x.dtype not in DTYPES or not isinstance(expected, Tensor):
         return None
-    for form in range(len(NORMS)):
-        if x.dtype in DTYPES and expected.dtype == x.dtype and _agree(_normed(module, form, x), expected):
-            return form
-    return None
+    return next((form for form in range(len(NORMS)) if _agree(_normed(module, form, x), expected)), None)
 
 
 def _normed(module: nn.Module, form: int, x: Tensor) -> Tensor:
     weight, x = module.weight, x.contiguous()
     out = torch.empty_like(x)
     kernels.library().eacmoe_norm(
-        _level(),
+        kernels.level_number(),
         form,
         weight.data_ptr(),
         kernels.DTYPES[weight.dtype],
@@ -192,7 +161,7 @@ class ChoiceRule:
     rounded: bool
     logits_dtype: torch.dtype
     weights_dtype: torch.dtype
-    correction: str = ""  # name of the tensor in the router
+    correction: str | None  # name of the tensor in the router
 
 
 @torch.no_grad()
@@ -201,7 +170,8 @@ def find_choice(block: Block) -> ChoiceRule | None:
     if not block.calibrates or block.router_weight.dtype not in DTYPES:
         return None
     router, weight = block.router, block.router_weight
-    correction = _correction_of(block)
+    named = (*router.named_buffers(), *router.named_parameters())
+    correction = next((name for name, tensor in named if block.is_correction(name, tensor)), None)
     x = _probe(PROBES, weight.shape[1], weight.dtype, LARGE_ROUTED)
     try:
         logits, weights, ids, *more = router(x)
@@ -214,19 +184,9 @@ def find_choice(block: Block) -> ChoiceRule | None:
     rounded = torch.equal(logits.float(), logits.bfloat16().float())
     scales = {1.0} | {float(s) for name in SCALES if isinstance(s := getattr(router, name, None), int | float)}
     for sigmoid, normalised, scale in itertools.product((False, True), (False, True), sorted(scales)):
-        rule = ChoiceRule(
-            block.top_k, scale, sigmoid, normalised, rounded, logits.dtype, weights.dtype, correction or ""
-        )
+        rule = ChoiceRule(block.top_k, scale, sigmoid, normalised, rounded, logits.dtype, weights.dtype, correction)
         if _chooses_alike(_routed(router, block.router_matrix, rule, x), (logits, weights, ids), rule):
             return rule
-    return None
-
-
-def _correction_of(block: Block) -> str | None:
-    """The name of the router's tensor that is added to the scores for the selection alone."""
-    for name, tensor in (*block.router.named_buffers(), *block.router.named_parameters()):
-        if "bias" in name and tensor.numel() == block.num_experts and tensor is not block.router_bias:
-            return name
     return None
 
 
@@ -253,7 +213,7 @@ def _routed(router: nn.Module, owner: nn.Module, rule: ChoiceRule, x: Tensor) ->
     logits = torch.empty(tokens, len(weight), dtype=rule.logits_dtype)
     weights = torch.empty(tokens, rule.chosen, dtype=rule.weights_dtype)
     ids = torch.empty(tokens, rule.chosen, dtype=torch.int64)
-    choice = _Choice(
+    choice = kernels.Choice(
         None if correction is None else correction.data_ptr(),
         rule.chosen,
         rule.scale,
@@ -262,9 +222,9 @@ def _routed(router: nn.Module, owner: nn.Module, rule: ChoiceRule, x: Tensor) ->
         rule.rounded,
     )
     kernels.library().eacmoe_route(
-        _level(),
-        ctypes.byref(_dense(weight, bias)),
-        ctypes.byref(choice),
+        kernels.level_number(),
+        _dense(weight, bias),
+        choice,
         x.data_ptr(),
         kernels.DTYPES[x.dtype],
         tokens,
@@ -279,7 +239,7 @@ def _routed(router: nn.Module, owner: nn.Module, rule: ChoiceRule, x: Tensor) ->
 
 
 def _correction(router: nn.Module, rule: ChoiceRule) -> Tensor | None:
-    if not rule.correction:
+    if rule.correction is None:
         return None
     owner, _, name = rule.correction.rpartition(".")
     return getattr(router.get_submodule(owner), name).float().flatten().contiguous()
@@ -321,7 +281,7 @@ def _multiplied(module: nn.Module, activation: str, x: Tensor) -> Tensor:
         biases.append(None if linear.bias is None else linear.bias.float())
         parts.append(kernels.describe(*linear.weight.tensors, biases[-1], linear.weight.shape[1], linear.weight.bits))
     kernels.library().eacmoe_mlp(
-        _level(),
+        kernels.level_number(),
         module.gate_proj.int8,
         *parts,
         kernels.ACTIVATIONS[activation],
@@ -355,8 +315,8 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor | None:
     x, bias = x.contiguous(), None if module.bias is None else module.bias.float()
     out = x.new_empty(*x.shape[:-1], len(weight))
     kernels.library().eacmoe_dense(
-        _level(),
-        ctypes.byref(_dense(weight, bias)),
+        kernels.level_number(),
+        _dense(weight, bias),
         x.data_ptr(),
         kernels.DTYPES[x.dtype],
         x.numel() // x.shape[-1],

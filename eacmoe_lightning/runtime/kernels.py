@@ -55,6 +55,27 @@ class _Packed(ctypes.Structure):
     ]
 
 
+class Dense(ctypes.Structure):
+    """`struct Dense` of csrc/kernels.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "cols")),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class Choice(ctypes.Structure):
+    """`struct Choice` of csrc/kernels.cpp."""
+
+    _fields_ = [
+        ("correction", ctypes.c_void_p),
+        ("chosen", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("sigmoid", "normalised", "rounded")),
+    ]
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None with one warning where they are not built."""
@@ -76,21 +97,10 @@ def library() -> ctypes.CDLL | None:
     lib.eacmoe_experts.argtypes = [word, word, packed, pointer, packed, pointer, word, word, pointer, word]
     lib.eacmoe_experts.argtypes += [long, pointer, pointer, long, long, pointer, word]
     lib.eacmoe_mlp.argtypes = [word, word, packed, packed, packed, word, pointer, word, long, pointer, word]
-    lib.eacmoe_dense.argtypes = [word, pointer, pointer, word, long, pointer, word]
-    lib.eacmoe_route.argtypes = [
-        word,
-        pointer,
-        pointer,
-        pointer,
-        word,
-        long,
-        pointer,
-        word,
-        pointer,
-        pointer,
-        word,
-        word,
-    ]
+    dense, choice = ctypes.POINTER(Dense), ctypes.POINTER(Choice)
+    lib.eacmoe_dense.argtypes = [word, dense, pointer, word, long, pointer, word]
+    lib.eacmoe_route.argtypes = [word, dense, choice, pointer, word, long, pointer, word, pointer]
+    lib.eacmoe_route.argtypes += [pointer, word, word]
     lib.eacmoe_norm.argtypes = [word, word, pointer, word, ctypes.c_float, pointer, word, long, long, pointer]
     lib.eacmoe_use_openmp.argtypes = [pointer]
     for name in ("linear", "experts", "use_openmp", "mlp", "dense", "route", "norm"):
@@ -124,6 +134,11 @@ def level() -> str | None:
     if chosen not in LEVELS or LEVELS.index(chosen) > best:
         raise ValueError(f"EACMOE_CPU={chosen!r} is not one of {LEVELS[: best + 1]}, which this CPU has")
     return chosen
+
+
+def level_number() -> int:
+    """`level` as the C++ kernels take it."""
+    return LEVELS.index(level())
 
 
 def describe(
@@ -166,13 +181,13 @@ def _has_kernel(x: Tensor, tokens: int, int8: bool) -> bool:
 
 def _linear_cpu(x, codes, scale, zero_point, bias, bits, int8):
     *leading, in_features = x.shape
-    tokens, chosen = math.prod(leading), level()
+    tokens = math.prod(leading)
     if not _has_kernel(x, tokens, int8):
         return _linear(x, codes, scale, zero_point, bias, bits, int8)
     x, bias = x.contiguous(), None if bias is None else bias.float()
     out = x.new_empty((*leading, scale.shape[-2]))
     library().eacmoe_linear(
-        LEVELS.index(chosen),
+        level_number(),
         int8,
         describe(codes, scale, zero_point, bias, in_features, bits),
         x.data_ptr(),
@@ -300,7 +315,7 @@ def _experts_cpu(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up
     up_each, down_each = (_each(tuple(bits)) if len(bits) > 1 else None for bits in (up_bits, down_bits))
     out = torch.empty_like(x)
     library().eacmoe_experts(
-        LEVELS.index(level()),
+        level_number(),
         int8,
         describe(up_codes, up_scale, up_zero_point, up_bias, x.shape[-1], up_bits[0]),
         up_each,
@@ -332,9 +347,9 @@ for _device in ("MPS", "XPU"):
 
 def goes_direct(x: Tensor) -> bool:
     """Whether the kernels may be called past torch's dispatcher: nothing traces, compiles or differentiates."""
-    if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling():
+    if type(x) is not Tensor or not x.is_cpu or torch.is_grad_enabled():
         return False
-    return not (x.requires_grad and torch.is_grad_enabled()) and not torch._C._len_torch_dispatch_stack()
+    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
 def linear(x: Tensor, *weight) -> Tensor:
