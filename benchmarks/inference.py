@@ -135,7 +135,10 @@ def randomly_packed(config: Any, bits: int, group_size: int, device: torch.devic
 
 def deep_model(shape: str, bits: int, layers: int) -> PreTrainedModel:
     """A packed model of many layers, which need not fit the memory in bf16."""
-    config = with_layers(shape, layers)
+    values = {
+        name: value for name, value in SHAPES[shape].to_dict().items() if name not in ("layer_types", "model_type")
+    }
+    config = type(SHAPES[shape])(**values | {"num_hidden_layers": layers})
     model = randomly_packed(config, bits, GROUP_SIZE, "cpu")
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     for seed, parameter in enumerate(model.parameters()):
@@ -145,13 +148,6 @@ def deep_model(shape: str, bits: int, layers: int) -> PreTrainedModel:
             parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
     shorten_decode_step(model, MoEModel(model).blocks)
     return model
-
-
-def with_layers(shape: str, layers: int) -> Any:
-    values = SHAPES[shape].to_dict()
-    for name in ("layer_types", "num_hidden_layers", "model_type"):
-        values.pop(name, None)
-    return type(SHAPES[shape])(**values, num_hidden_layers=layers)
 
 
 def dense_in_float32(dense: PreTrainedModel) -> PreTrainedModel:
@@ -248,14 +244,17 @@ class Other:
         self.process.wait()
 
 
+def llama_cpp(directory: Path, config: Any, bits: int) -> Other:
+    job = {"config": config.to_dict(), "format": LLAMA_FORMATS[bits]}
+    return Other(directory, LLAMA_PACKAGES, "inference_llama.py", job)
+
+
 def others(shape: str, args: argparse.Namespace) -> dict[str, tuple[str, int, Other]]:
     """The other engines by name: the part that an engine computes, its bits, and the engine."""
     config, engines = SHAPES[shape].to_dict(), {}
     if args.llama_cpp and (not args.parts or "layer" in args.parts):
         for bits in sorted(LLAMA_FORMATS.keys() & set(args.bits)):
-            job = {"config": config, "format": LLAMA_FORMATS[bits]}
-            engine = Other(args.llama_cpp, LLAMA_PACKAGES, "inference_llama.py", job)
-            engines[f"llama.cpp {LLAMA_FORMATS[bits]}"] = "layer", bits, engine
+            engines[f"llama.cpp {LLAMA_FORMATS[bits]}"] = "layer", bits, llama_cpp(args.llama_cpp, SHAPES[shape], bits)
     if args.onnxruntime and (not args.parts or "moe" in args.parts):
         for level, activations in ((0, ""), (4, " int8")):
             job = {"config": config, "bits": ONNX_BITS, "level": level}
@@ -340,8 +339,7 @@ def compare_generation(shape: str, args: argparse.Namespace) -> Iterator[dict[st
     for bits in args.bits:
         model, engine = deep_model(shape, bits, args.layers), None
         if args.llama_cpp and bits in LLAMA_FORMATS:
-            job = {"config": with_layers(shape, args.layers).to_dict(), "format": LLAMA_FORMATS[bits]}
-            engine = Other(args.llama_cpp, LLAMA_PACKAGES, "inference_llama.py", job)
+            engine = llama_cpp(args.llama_cpp, model.config, bits)
         for threads in args.threads:
             backends: dict[str, Callable[[], float]] = {
                 name: functools.partial(seconds_a_token, model, prompt, threads, activations)
