@@ -21,7 +21,7 @@ ROWS = 1 << 16  # groups that are looked at in one piece
 def inspect(
     moe: MoEModel,
     original: MoEModel,
-    bits_of: Callable[[str], int],
+    bits_of: Callable[[int, str], int],
     group_size: int,
     zero_point_bits: int | None,
     trains: bool,
@@ -30,7 +30,7 @@ def inspect(
 
     Args:
         moe, original: a tool's result and the model that it was made from.
-        bits_of: bits by part (`attention`, `experts`).
+        bits_of: bits by block and part (`attention`, `experts`).
         group_size: inputs that share a scale.
         zero_point_bits: bits in which a zero point is stored; None: as many as a code; 0: the grid is symmetric.
         trains: whether routers and norms may differ from the original's.
@@ -42,7 +42,7 @@ def inspect(
     quantized = set()
     for block in moe.blocks:
         for name, (part, weight) in block.weights().items():
-            bits = bits_of(part)
+            bits = bits_of(block.index, part)
             on_grid, in_middle = look_at(weight, bits, group_size)
             if not on_grid or (zero_point_bits == 0 and not in_middle):
                 kind = "symmetric grid" if on_grid else "grid"

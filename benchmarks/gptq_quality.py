@@ -58,7 +58,7 @@ from dense_check import inspect
 from environments import python_of
 from far_texts import TEXTS as FAR
 from far_texts import compare
-from gptq_tools import ATTENTION_BITS, GROUP_SIZE
+from gptq_tools import ATTENTION_BITS, GROUP_SIZE, block_bits
 from process_tree import run_watched
 from safetensors.torch import save_file
 
@@ -70,6 +70,7 @@ from eacmoe_lightning.text.windows import read_windows
 
 HERE = Path(__file__).resolve().parent
 WINDOW_LENGTH = 512
+Bits = int | list[int]  # a list: of equal shares of the blocks, from the first on
 STAGES = {"router_method": "ridge", "joint_epochs": 2}  # as in configs/tiny-2.06.yaml
 
 SETTINGS = {  # tool -> setting -> its options
@@ -140,14 +141,15 @@ def windows_file(work_dir: Path, seed: int, number: int) -> Path:
 
 
 def quantize(
-    tool: str, setting: str, bits: int, seed: int, number: int, model: Path, work_dir: Path, threads: int
+    tool: str, setting: str, bits: Bits, seed: int, number: int, model: Path, work_dir: Path, threads: int
 ) -> tuple[dict, Path]:
     """Runs one tool on `number` windows. Returns its version and cost, and the directory of its dense weights.
 
     Raises:
         RuntimeError: the tool failed.
     """
-    place = work_dir / "results" / f"{tool}-{bits}-{setting.replace(', ', '-').replace(' ', '-')}-{number}-{seed}"
+    setting_name = setting.replace(", ", "-").replace(" ", "-")
+    place = work_dir / "results" / f"{tool}-{written(bits)}-{setting_name}-{number}-{seed}"
     shutil.rmtree(place, ignore_errors=True)
     (place / "scratch").mkdir(parents=True)
     job = {"model": str(model), "windows": str(windows_file(work_dir, seed, number)), "seed": seed, "bits": bits}
@@ -172,7 +174,7 @@ def judge(
     original: MoEModel,
     texts: dict[str, torch.Tensor],
     batch_size: int,
-    bits: int,
+    by_block: list[int],
     zero_point_bits: int | None,
     trains: bool,
 ) -> dict:
@@ -181,20 +183,33 @@ def judge(
     Args:
         weights: directory of a tool's result.
         texts: held-out windows [S, T] by text.
-        bits: of the experts.
+        by_block: bits of each block's experts.
         zero_point_bits, trains: see `inspect`.
 
     Raises:
         RuntimeError: see `inspect`.
     """
     moe = MoEModel(load_original(str(weights), "float32"))
-    bits_of = {"experts": bits, "attention": ATTENTION_BITS}.__getitem__
+
+    def bits_of(block: int, part: str) -> int:
+        return by_block[block] if part == "experts" else ATTENTION_BITS
+
     row = inspect(moe, original, bits_of, GROUP_SIZE, zero_point_bits, trains)
     measured = evaluate(original, moe, texts, batch_size)
     row["perplexity"] = {text: streams["compressed"] for text, streams in measured["perplexity"].items()}
     row["expert_shift"] = measured["expert_shift"]["mean"]
     figures = {text: compare({"": moe.model}, original.model, windows)[""] for text, windows in texts.items()}
     return row | {kind: {text: figure[kind] for text, figure in figures.items()} for kind in ("lost", "kl", "original")}
+
+
+def read(bits: str) -> Bits:
+    """An option's bits: `2`, or `3,2` for the first and the second half of the blocks."""
+    widths = [int(width) for width in bits.split(",")]
+    return widths if len(widths) > 1 else widths[0]
+
+
+def written(bits: Bits) -> str:
+    return ",".join(map(str, bits)) if isinstance(bits, list) else str(bits)
 
 
 def far_windows(folder: Path, model: Path, number: int | None) -> dict[str, torch.Tensor]:
@@ -206,7 +221,8 @@ def show(row: dict) -> None:
     mean = f"{math.exp(sum(map(math.log, texts.values())) / len(texts)):9.3f} " if texts else row["error"]
     each = " ".join(f"{text} {value:.3f}" for text, value in texts.items())
     cost = f" {row['seconds']:.0f} s {row['tree_peak_bytes'] / 1e6:.0f} MB" if "seconds" in row else ""
-    print(f"{row['bits']:>2} {row['seed']:>2} {row['tool']:15s} {row['setting']:24s} {mean} {each}{cost}", flush=True)
+    about = f"{written(row['bits']):>3} {row['seed']:>2} {row['tool']:15s} {row['setting']:24s}"
+    print(f"{about} {mean} {each}{cost}", flush=True)
 
 
 def table(rows: list[dict]) -> str:
@@ -214,11 +230,11 @@ def table(rows: list[dict]) -> str:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         if "lost" in row:
-            groups.setdefault((row["bits"], row["tool"], row["setting"]), []).append(row)
+            groups.setdefault((written(row["bits"]), row["tool"], row["setting"]), []).append(row)
     titles = ["bits", "tool", "setting", "seeds", "true bits", *COLUMNS]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for (bits, tool, setting), same in groups.items():
-        cells = [str(bits), tool, setting, str(len(same)), f"{same[0]['true_bits']:.3f}"]
+        cells = [bits, tool, setting, str(len(same)), f"{same[0]['true_bits']:.3f}"]
         for figure, digits in COLUMNS.values():
             values = [value for row in same if (value := figure(row)) is not None]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -255,7 +271,8 @@ def main() -> None:
     parser.add_argument(
         "--settings", nargs="+", help="settings of each tool (default: all but equal)", default=DEFAULT_SETTINGS
     )
-    parser.add_argument("--bits", nargs="+", type=int, default=[3, 2], help="bits of the experts")
+    of_experts = "bits of the experts; 3,2: of the first and the second half of the blocks"
+    parser.add_argument("--bits", nargs="+", type=read, default=[3, 2], help=of_experts)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the choice of windows, and of the tools")
     parser.add_argument("--windows", type=int, default=128, help=f"calibration windows of {WINDOW_LENGTH} tokens")
     parser.add_argument("--heldout-windows", type=int, help="windows per text (default: all)")
@@ -291,7 +308,8 @@ def main() -> None:
             try:
                 result, weights = quantize(tool, setting, bits, seed, args.windows, model, work_dir, args.threads)
                 zero_point_bits = 0 if options.get("sym") else ZERO_POINT_BITS.get(tool)
-                about = bits, zero_point_bits, "router_method" in options
+                by_block = block_bits(model, {"bits": bits})
+                about = by_block, zero_point_bits, "router_method" in options
                 row |= result | judge(weights, original, texts, heldout.heldout_batch_size, *about)
             except (RuntimeError, subprocess.CalledProcessError) as error:
                 row["error"] = str(error)

@@ -3,7 +3,7 @@
     python gptq_tools.py TOOL JOB
 
 with JOB = {"model": .., "windows": .., "seed": .., "bits": .., "options": {..}, "out": ..}; the windows were drawn with
-`seed`.
+`seed`. `bits` are the experts', a list of them for equal shares of the blocks, from the first on.
 
 The result has the same form for every tool: a Hugging Face directory `out` of dense float32 weights, with a
 `result.json` (version, seconds of quantizing, peak bytes) in it. Only the chosen tool is imported.
@@ -72,10 +72,10 @@ def llm_compressor(model: Path, input_ids: Tensor, job: dict) -> Result:
     options = dict(job["options"])
     all_experts, observer = options.pop("all_experts"), options.pop("observer")
     grid = {"type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP_SIZE, "observer": observer}
-    targets = {
-        "attention": (r"re:.*self_attn\.[qkvo]_proj$", ATTENTION_BITS),
-        "experts": (r"re:.*mlp\.(experts\.\d+|shared_expert)\.(gate|up|down)_proj$", job["bits"]),
-    }
+    targets = {"attention": (r"re:.*self_attn\.[qkvo]_proj$", ATTENTION_BITS)}
+    for block, bits in enumerate(block_bits(model, job)):
+        linears = rf"re:.*layers\.{block}\.mlp\.(experts\.\d+|shared_expert)\.(gate|up|down)_proj$"
+        targets[f"block_{block}"] = (linears, bits)
     groups = {
         part: QuantizationScheme(targets=[pattern], weights=QuantizationArgs(num_bits=part_bits, **grid))
         for part, (pattern, part_bits) in targets.items()
@@ -96,12 +96,14 @@ def gptqmodel(model: Path, input_ids: Tensor, job: dict) -> Result:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.7 does not start on two cores otherwise
     from gptqmodel import GPTQModel, QuantizeConfig
 
+    by_block = block_bits(model, job)
+    linears = {rf".*layers\.{block}\.mlp\..*": {"bits": bits} for block, bits in enumerate(by_block)}
     config = QuantizeConfig(
-        bits=job["bits"],
+        bits=by_block[0],
         group_size=GROUP_SIZE,
         sym=False,
         format="gptq_v2",  # has true zero points
-        dynamic={r".*self_attn.*": {"bits": ATTENTION_BITS}},
+        dynamic=linears | {r".*self_attn.*": {"bits": ATTENTION_BITS}},
         device="cpu",
         offload_to_disk=False,
         **job["options"],
@@ -112,7 +114,7 @@ def gptqmodel(model: Path, input_ids: Tensor, job: dict) -> Result:
     network.quantize(samples, batch_size=BATCH_SIZE)
     seconds, peak = time.perf_counter() - start, peak_memory()
     network.save("quantized")
-    return seconds, peak, decode_gptq(Path("quantized"), job["bits"]), version("gptqmodel")
+    return seconds, peak, decode_gptq(Path("quantized"), by_block), version("gptqmodel")
 
 
 def autoround(model: Path, input_ids: Tensor, job: dict) -> Result:
@@ -123,12 +125,14 @@ def autoround(model: Path, input_ids: Tensor, job: dict) -> Result:
     options = {"sym": False, "iters": 200} | job["options"]
     grid = {"group_size": GROUP_SIZE, "sym": options["sym"]}
     linears = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    layers = {name: ATTENTION_BITS for name in linears if ".self_attn." in name}
+    layers |= {f"layers.{block}.mlp.experts": bits for block, bits in enumerate(block_bits(model, job))}
     tuning = AutoRound(
         network,
         AutoTokenizer.from_pretrained(model),
-        bits=job["bits"],
+        bits=block_bits(model, job)[0],
         group_size=GROUP_SIZE,
-        layer_config={name: {"bits": ATTENTION_BITS, **grid} for name in linears if ".self_attn." in name},
+        layer_config={name: {"bits": bits, **grid} for name, bits in layers.items()},
         dataset=torch.utils.data.DataLoader(input_ids, batch_size=BATCH_SIZE),
         nsamples=len(input_ids),
         seqlen=input_ids.shape[1],
@@ -143,12 +147,18 @@ def autoround(model: Path, input_ids: Tensor, job: dict) -> Result:
     return time.perf_counter() - start, peak_memory(), dense(network.state_dict()), version("auto-round")
 
 
-def decode_gptq(path: Path, bits: int) -> dict[str, Tensor]:
-    """Dense weights [O, I] of a directory in the `gptq_v2` format."""
+def block_bits(model: Path, job: dict) -> list[int]:
+    """The bits of each block's experts."""
+    bits, number = job["bits"], json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    return [bits[block * len(bits) // number] for block in range(number)] if isinstance(bits, list) else [bits] * number
+
+
+def decode_gptq(path: Path, by_block: list[int]) -> dict[str, Tensor]:
+    """Dense weights [O, I] of a directory in the `gptq_v2` format, with the bits of each block's experts."""
     packed = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
     weights = dense(packed)
     for layer in [name.removesuffix(".qweight") for name in packed if name.endswith(".qweight")]:
-        layer_bits = ATTENTION_BITS if "self_attn" in layer else bits
+        layer_bits = ATTENTION_BITS if "self_attn" in layer else by_block[int(layer.split("layers.")[1].split(".")[0])]
         codes = unpack_words(packed[f"{layer}.qweight"].T, layer_bits)  # [O, I]
         zero_point = unpack_words(packed[f"{layer}.qzeros"], layer_bits).T  # [O, G]
         scale, group = packed[f"{layer}.scales"].float().T, packed[f"{layer}.g_idx"].long()  # [O, G], [I]

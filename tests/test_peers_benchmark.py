@@ -22,7 +22,8 @@ sys.path.insert(0, str(BENCHMARKS))
 from allocation import OVERHEAD_BITS, units_of  # noqa: E402
 from dense_check import inspect, look_at, true_bits  # noqa: E402
 from far_texts import compare  # noqa: E402
-from gptq_quality import table  # noqa: E402
+from gptq_quality import read, table, written  # noqa: E402
+from gptq_tools import block_bits  # noqa: E402
 
 GROUP = 16
 
@@ -63,6 +64,15 @@ def test_groups_of_one_value_or_zeros_are_on_every_grid():
     assert look_at(torch.full((2, GROUP), 0.37), 2, GROUP) == (True, True)
 
 
+def test_a_list_of_bits_is_spread_over_the_blocks_as_fit_does(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 5}')
+    assert read("3,2") == [3, 2] and written([3, 2]) == "3,2" and read("4") == 4
+    recipe = Recipe(bits=[3, 2])
+    of_fit = [recipe.grid(block, 5, "experts").bits for block in range(5)]
+    assert block_bits(tmp_path, {"bits": [3, 2]}) == of_fit == [3, 3, 3, 2, 2]
+    assert block_bits(tmp_path, {"bits": 4}) == [4] * 5
+
+
 def test_true_bits_count_a_scale_and_a_zero_point_for_every_group():
     assert true_bits(1280, 2, 128, zero_point_bits=2) == 1280 * 2 + 10 * (16 + 2)
     assert true_bits(1280, 2, 128, zero_point_bits=0) == 1280 * 2 + 10 * 16
@@ -88,7 +98,7 @@ def original() -> MoEModel:
 
 
 def inspected(moe: MoEModel, trains: bool, bits: int = 4, zero_point_bits: int | None = 0) -> dict:
-    return inspect(moe, original(), lambda part: bits, 128, zero_point_bits, trains)
+    return inspect(moe, original(), lambda block, part: bits, 128, zero_point_bits, trains)
 
 
 def test_a_result_is_inspected():
