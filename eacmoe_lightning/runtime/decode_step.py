@@ -2,8 +2,8 @@
 
 For a few tokens torch needs longer to begin each of their operations than to compute it, and streaming the weights has
 emptied the caches of it: together a third of a step. `shorten_decode_step` gives these modules another forward pass,
-one call of a C++ kernel (`csrc/kernels.cpp`), that is used for a few tokens without gradients and otherwise leaves the
-module to itself. Modules are recognized by what they compute: a kernel takes a module's place only if it gives the
+one call of a C++ kernel (`csrc/decode_step.h`), that is used for a few tokens without gradients and otherwise leaves
+the module to itself. Modules are recognized by what they compute: a kernel takes a module's place only if it gives the
 module's own output for random inputs.
 """
 
@@ -25,7 +25,7 @@ FEW = 8  # tokens, up to which the kernels are faster than torch
 FEW_NORMED = 1 << 16  # numbers, up to which a norm is
 SMALL = 256  # outputs, up to which a linear in bfloat16 is one
 DTYPES = (torch.float32, torch.bfloat16)
-NORMS = ("rounded", "in float", "plus one")  # `Norm` of csrc/kernels.cpp
+NORMS = ("rounded", "in float", "plus one")  # `Norm` of csrc/decode_step.h
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 SCALES = ("routed_scaling_factor", "router_scaling_factor", "scaling")  # names that transformers' routers use
 PROBES = 64  # random tokens
@@ -152,7 +152,7 @@ def _norm(module: nn.Module, form: int, x: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class ChoiceRule:
-    """How a router goes from logits to a selection and weights (`struct Choice` of csrc/kernels.cpp)."""
+    """How a router goes from logits to a selection and weights (`struct Choice` of csrc/decode_step.h)."""
 
     chosen: int  # experts a token gets
     scale: float

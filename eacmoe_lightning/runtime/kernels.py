@@ -56,7 +56,7 @@ class _Packed(ctypes.Structure):
 
 
 class Dense(ctypes.Structure):
-    """`struct Dense` of csrc/kernels.cpp."""
+    """`struct Dense` of csrc/decode_step.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
@@ -66,7 +66,7 @@ class Dense(ctypes.Structure):
 
 
 class Choice(ctypes.Structure):
-    """`struct Choice` of csrc/kernels.cpp."""
+    """`struct Choice` of csrc/decode_step.h."""
 
     _fields_ = [
         ("correction", ctypes.c_void_p),

@@ -1,0 +1,94 @@
+"""What of the text that a model writes itself matters: temperature, what a window begins with, shares, amounts, passes.
+
+    pip install django==5.2.9 && python benchmarks/far_texts.py far_texts
+    python benchmarks/sampled_text.py --far far_texts
+    python benchmarks/sampled_text.py --far far_texts --groups shares --seeds 0 1 2
+
+Each row is a `fit` of --model with --config on other calibration text, all else equal; the table shows the divergence
+KL(original || compressed) in the calibrated domains, in German, and on the texts of --far, in nats per token. Groups:
+
+    temperature    125 windows that the model writes at .7, 1 and 1.3, and from the token that begins a text (bos)
+    shares         125 windows, of which 0 to 3 quarters are the bundled text and the others written (all: temperature)
+    amount         the 249 windows of the bundled text, and beside them 125 to 996 written ones
+    passes         block stage: two passes over real and written windows, or one over twice as many written ones
+
+All but `passes` are GPTQ alone: the text's effect on the stages is in docs/findings/text.md. Rows are kept in
+--work/rows.json and not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from allocation import evaluate
+
+REAL, BLOCK_ONLY = "bundled:calibration", ("--model.joint_epochs", "0")
+GPTQ_ONLY = (*BLOCK_ONLY, "--model.router_method", "none")
+
+
+def text(real: int, written: int, *more: str) -> list[str]:
+    """Options of `fit` for so many windows of each kind."""
+    sources = {"text": REAL} if real else {}
+    sources |= {"self": f"self:{written}"} if written else {}
+    number = ("--data.num_windows", str(real)) if real else ()  # `self:NUM` counts on top of them
+    return ["--data.calibration", json.dumps(sources), *number, *more]
+
+
+GROUPS: dict[str, dict[str, Sequence[str]]] = {  # group -> row -> options of `fit`
+    "temperature": {
+        **{f"T {t:g}": [*text(0, 125, "--data.temperature", str(t)), *GPTQ_ONLY] for t in (0.7, 1.0, 1.3)},
+        "T 1, bos": [*text(0, 125, "--data.sample_start", "bos"), *GPTQ_ONLY],
+    },
+    "shares": {f"{real} + {125 - real}": [*text(real, 125 - real), *GPTQ_ONLY] for real in (125, 94, 62, 31)},
+    "amount": {f"249 + {written}": [*text(249, written), *GPTQ_ONLY] for written in (0, 125, 249, 498, 996)},
+    "passes": {
+        "249 + 249, 2 passes": [*text(249, 249), *BLOCK_ONLY],
+        "249 + 249, 4 passes": [*text(249, 249, "--model.block_epochs", "4"), *BLOCK_ONLY],
+        "249 + 747, 1 pass": [*text(249, 747, "--model.block_epochs", "1"), *BLOCK_ONLY],
+        "249 + 747, 2 passes": [*text(249, 747), *BLOCK_ONLY],
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--config", default="tiny-2.06")
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--heldout", nargs="+", default=["prose", "code", "maths", "french", "german"])
+    parser.add_argument("--heldout-windows", type=int, default=16)
+    parser.add_argument("--far", type=Path, help="folder of texts that far_texts.py has written")
+    parser.add_argument("--work", type=Path, default=Path("runs/sampled_text"))
+    args = parser.parse_args()
+    file = args.work / "rows.json"
+    args.work.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(file.read_text()) if file.exists() else []
+    done = {(row["group"], row["row"], row["seed"]) for row in rows}
+    for seed in args.seeds:
+        for group in args.groups:
+            for row, options in GROUPS[group].items():
+                if (group, row, seed) in done:
+                    continue
+                words = ["--config", args.config, "--model.name_or_path", args.model, "--data.seed", str(seed)]
+                name = f"{group}-{row}-{seed}".replace(" ", "").replace(",", "-")
+                rows.append({"group": group, "row": row, "seed": seed} | evaluate(args, [*words, *options], name))
+                file.write_text(json.dumps(rows, indent=1))
+                print(rows[-1], flush=True)
+    print(table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| group | windows | seed | in | German | far | seconds |", "|---" * 7 + "|"]
+    for row in rows:
+        figures = [f"{row[kind]:.4f}" if row[kind] is not None else "" for kind in ("in", "german", "far")]
+        cells = [row["group"], row["row"], str(row["seed"]), *figures, f"{row['seconds']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
