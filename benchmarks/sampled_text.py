@@ -9,8 +9,8 @@ KL(original || compressed) in the calibrated domains, in German, and on the text
 
     temperature    125 windows that the model writes at .7, 1 and 1.3, and from the token that begins a text (bos)
     shares         125 windows, of which 0 to 3 quarters are the bundled text and the others written (all: temperature)
-    amount         the 249 windows of the bundled text, and beside them 125 to 996 written ones
-    passes         block stage: two passes over real and written windows, or one over twice as many written ones
+    amount         125 windows of the bundled text, and beside them 125 to 875 written ones (0: shares)
+    passes         block stage: two and four passes over 125 real and 125 written windows, or one over 125 and 375
 
 All but `passes` are GPTQ alone: the text's effect on the stages is in docs/findings/text.md. Rows are kept in
 --work/rows.json and not made again.
@@ -43,12 +43,11 @@ GROUPS: dict[str, dict[str, Sequence[str]]] = {  # group -> row -> options of `f
         "T 1, bos": [*text(0, 125, "--data.sample_start", "bos"), *GPTQ_ONLY],
     },
     "shares": {f"{real} + {125 - real}": [*text(real, 125 - real), *GPTQ_ONLY] for real in (125, 94, 62, 31)},
-    "amount": {f"249 + {written}": [*text(249, written), *GPTQ_ONLY] for written in (0, 125, 249, 498, 996)},
+    "amount": {f"125 + {written}": [*text(125, written), *GPTQ_ONLY] for written in (125, 375, 875)},
     "passes": {
-        "249 + 249, 2 passes": [*text(249, 249), *BLOCK_ONLY],
-        "249 + 249, 4 passes": [*text(249, 249, "--model.block_epochs", "4"), *BLOCK_ONLY],
-        "249 + 747, 1 pass": [*text(249, 747, "--model.block_epochs", "1"), *BLOCK_ONLY],
-        "249 + 747, 2 passes": [*text(249, 747), *BLOCK_ONLY],
+        "125 + 125, 2 passes": [*text(125, 125), *BLOCK_ONLY],
+        "125 + 125, 4 passes": [*text(125, 125, "--model.block_epochs", "4"), *BLOCK_ONLY],
+        "125 + 375, 1 pass": [*text(125, 375, "--model.block_epochs", "1"), *BLOCK_ONLY],
     },
 }
 
