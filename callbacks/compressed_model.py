@@ -39,5 +39,5 @@ class CompressedModel(Callback):
         tokens = trainer.datamodule.calibration_windows[:1, :128]
         write_result(
             module.run, moe, module.name_or_path, blocks, description, tokens, module.fingerprint,
-            module.trust_remote_code,
+            module.trust_remote_code, finished.head,
         )  # fmt: skip

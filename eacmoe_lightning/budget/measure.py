@@ -97,7 +97,7 @@ def identity_of(recipe: Recipe, fingerprint: str | None) -> dict[str, Any]:
         fingerprint: of the original (`originals.fingerprint`).
     """
     settings = recipe.uniform(4).record()
-    bits = ("bits", "attention_bits", "shared_expert_bits")
+    bits = ("bits", "attention_bits", "shared_expert_bits", "head_bits")  # the head is the original's
     return {"model.fingerprint": fingerprint} | {f"model.{k}": v for k, v in settings.items() if k not in bits}
 
 

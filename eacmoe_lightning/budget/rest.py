@@ -20,6 +20,8 @@ from eacmoe_lightning.models.originals import (
     read_config,
     resolve_model,
 )
+from eacmoe_lightning.planning.sizes import packed_bytes
+from eacmoe_lightning.weight_grids import WeightGrid
 
 CARD_BYTES = 16_384  # model card, generation config, code that imports this package
 HEADER_BYTES = 160  # of a tensor in the header of its file and in the index, besides its names
@@ -55,8 +57,12 @@ class Rest:
             total += sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
         return cls(total, dtype)
 
-    def nbytes(self, moe: MoEModel) -> int:
+    def nbytes(self, moe: MoEModel, head: WeightGrid | None = None) -> int:
         """The most bytes that the rest takes: an estimate, a little high.
+
+        Args:
+            moe: the original.
+            head: how its output head is quantized (`Recipe.head`); None: it stays as it is.
 
         Besides the files: embeddings, head, routers, norms, and headers of all tensors. It grows if the check of the
         model leaves linears unquantized.
@@ -72,6 +78,9 @@ class Rest:
             if name in quantized:
                 numbers = tensor.shape[0] if tensor.ndim == 3 else 1
                 total += 3 * (HEADER_BYTES + 2 * len(name)) + 12 * numbers  # codes, scales, zero points; bits in config
+                continue
+            if head is not None and name == head.name:
+                total += 3 * (HEADER_BYTES + 2 * len(name)) + packed_bytes([head])
                 continue
             is_narrow = tensor.is_floating_point() and name not in trained
             total += tensor.numel() * min(tensor.element_size(), self.dtype.itemsize if is_narrow else 8)

@@ -129,6 +129,11 @@ class BySize:
     tensor_parallel: int = 1
     pruning: PruningRule | None = None
 
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes of everything but the blocks' quantized weights; see `Rest.nbytes`."""
+        return self.rest.nbytes(self.moe, self.recipe.head(self.moe))
+
     def check(self) -> None:
         """Raises ValueError if no allocation has this size; needs no sensitivities."""
         kept, is_free = None, self.pruning is not None and self.pruning.keep == "auto"
@@ -138,7 +143,7 @@ class BySize:
             kept = {index: list(range(number)) for index, number in numbers.items()}
         largest = allocator_of(self.recipe, self.moe, self.rows) if is_free else None  # then all may stay
         smallest = allocator_of(self.recipe, self.moe, self.rows, kept=kept)
-        self.target.check(smallest, self.rest.nbytes(self.moe), largest)
+        self.target.check(smallest, self.rest_bytes, largest)
 
     def allocator(self, kept: dict[int, list[int]] | None) -> Allocator:
         """The allocator for a choice of experts."""
@@ -150,7 +155,7 @@ class BySize:
         Raises:
             ValueError: no allocation has this size within 1 %, or the target does not load the one that does.
         """
-        rest, choices, errors = self.rest.nbytes(self.moe), [], []
+        rest, choices, errors = self.rest_bytes, [], []
         for kept in self._experts():
             allocator = self.allocator(kept)
             try:

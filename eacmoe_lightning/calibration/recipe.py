@@ -14,6 +14,7 @@ from math import prod
 from typing import Any, Literal
 
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.head import output_head
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.quantization.gptq import DAMPING
 from eacmoe_lightning.quantization.grid import Grid, Quantized
@@ -22,6 +23,7 @@ from eacmoe_lightning.quantization.lattice import RATE_TOLERANCE
 from eacmoe_lightning.quantization.quantizers import GPTQ, KQuantGPTQ, LatticeGPTQ, Quantizer, RoundToNearest
 from eacmoe_lightning.weight_grids import WeightGrid, by_bits
 
+HEAD_BITS = range(4, 9)
 MAX_UNFIT = 0.05  # largest share of a block's weights that stays unquantized because no group fits
 PARTS = ("attention", "shared", "experts")
 STREAM_BITS = 64 + 32  # of a matrix on a lattice: where its stream ends, and up to a word of padding
@@ -44,6 +46,8 @@ class Recipe:
             2.54-bit setting.
         attention_bits: Bits of the attention projections.
         shared_expert_bits: Bits of shared experts and dense feed-forwards; null uses the bits of the block's experts.
+        head_bits: Bits of the output head, 4 to 8, and so of an embedding that is tied to it; null leaves it as it is.
+            It is rounded to nearest on the grid before the first block, whatever quantizer the blocks have.
         overrides: By block index, other bits for attention, shared or experts, or another group_size. Keys may also
             name one routed expert (experts.3), one projection of all (experts.down_proj, experts.gate_up_proj, or
             experts.up_proj in experts without gates) or both (experts.3.down_proj); the most specific key wins.
@@ -68,6 +72,7 @@ class Recipe:
     bits: int | float | list[int | float] = 3
     attention_bits: int | float = 4
     shared_expert_bits: int | float | None = None
+    head_bits: int | None = None
     overrides: dict[int, dict[str, int | float]] = field(default_factory=dict)
     group_size: int = 128
     symmetric: bool | None = None
@@ -95,6 +100,7 @@ class Recipe:
             self._check_bits(name, bits)
         if self.shared_expert_bits is not None:
             self._check_bits("shared_expert_bits", self.shared_expert_bits)
+        self._check_head_bits()
         _check_group_size("group_size", self.group_size)
         if not 0 < self.damping < 1:
             raise ValueError(f"damping={self.damping} (--model.damping) is not between 0 and 1")
@@ -158,6 +164,8 @@ class Recipe:
     def record(self) -> dict[str, Any]:
         """Everything that the result depends on, as JSON values."""
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "solver_gib"}
+        if self.head_bits is None:
+            del options["head_bits"]  # as in runs of versions without it
         if not isinstance(self.quantizer, str):
             options["quantizer"] = self.quantizer.settings()
         return options | {"bits": list(self.parts)}
@@ -182,6 +190,32 @@ class Recipe:
                 f"{option}={bits} (--model.{option}) is not among the bits of {self.quantizer_name} "
                 f"(--model.quantizer): {', '.join(map(str, widths))}"
             )
+
+    def _check_head_bits(self) -> None:
+        if self.head_bits is None:
+            return
+        if not isinstance(self.head_bits, int) or self.head_bits not in HEAD_BITS:
+            raise ValueError(
+                f"head_bits={self.head_bits} (--model.head_bits) is not a whole number from {HEAD_BITS[0]} to "
+                f"{HEAD_BITS[-1]}"
+            )
+        if not self.quantizes:
+            raise ValueError(
+                f"head_bits={self.head_bits} (--model.head_bits) quantizes the output head, but quantizer=none "
+                "(--model.quantizer) leaves all weights as they are: leave one of them out"
+            )
+
+    @property
+    def head_grid(self) -> Grid:
+        """The grid of the output head, with `head_bits`."""
+        return Grid(self.head_bits, self.group_size, bool(self.symmetric), self.clip_search)
+
+    def head(self, moe: MoEModel) -> WeightGrid | None:
+        """How the output head is quantized; None: it stays as it is. Its block is counted after the last one."""
+        if self.head_bits is None:
+            return None
+        head, grid = output_head(moe.model), self.head_grid
+        return WeightGrid(head.weight, len(moe.blocks), "head", head.shape, grid.bits, grid.group_size, grid.symmetric)
 
     def grid(self, block: int, num_blocks: int, part: str) -> Grid:
         """The grid of one part (`attention`, `shared`, `experts`) of one block."""
@@ -242,6 +276,11 @@ class Recipe:
                 f"bits (--model.bits) lists {len(self.parts)} parts, more than the model's {len(moe.blocks)} blocks"
             )
         self._leave_unfit(moe)
+        if (head := self.head(moe)) is not None and head.shape[-1] % head.group_size:
+            raise ValueError(
+                f"{head.name}: in_features={head.shape[-1]} is not a multiple of group_size={head.group_size} "
+                "(--model.group_size): pass one that fits, or leave out --model.head_bits"
+            )
         for block in moe.blocks if self.quantizes else ():
             self._check_experts(block)
             for name, (part, weight) in block.weights().items():

@@ -8,8 +8,9 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ class Streams:
         sources: bool [C, S], the windows of each calibration text; None does not tell them apart.
         position_ids: int64 [S, T], as in `MoEModel.call`.
         is_one: whether x_hat is x, because no block is compressed; then only x advances.
+        embedding: the compressed model's embedding, by parameter name, where it is not the original's.
     """
 
     def __init__(
@@ -58,10 +60,13 @@ class Streams:
         sources: Tensor | None = None,
         position_ids: Tensor | None = None,
         is_one: bool = False,
+        embedding: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.moe, self.windows, self.first_window, self.run, self.ranks = moe, windows, first_window, run, ranks
         self.dtype, self.keep_teachers, self.counts, self.sources = dtype, keep_teachers, counts, sources
         self.position_ids, self.names = position_ids, ("x",) if is_one else ("x", "x_hat")
+        # by stream: what stands in for the original's weights outside the blocks
+        self.weights: dict[str, Mapping[str, Tensor]] = {"x": {}, "x_hat": embedding or {}}
         self.slices = [slice(i, i + batch_size) for i in range(0, len(windows), batch_size)]
         self.x: StateFile
         self.x_hat: StateFile
@@ -70,12 +75,17 @@ class Streams:
 
     def embed(self) -> None:
         """Sets both streams to the input of block 0, the embedded tokens."""
-        writer = self._new("block_000.x")
+        self.x = self.x_hat = self._embedded("x")
+        if self.weights["x_hat"]:
+            self.x_hat = self._embedded("x_hat")
+
+    def _embedded(self, name: str) -> StateFile:
+        writer = self._new(f"block_000.{name}")
         for rows in self.slices:
-            hidden = self.moe.embed(*self._batch(rows))
+            hidden = self.moe.with_weights(self.weights[name], partial(self.moe.embed, *self._batch(rows)))
             refuse_overflow("the embedding's output", hidden, self.dtype)
             writer.append(hidden)
-        self.x = self.x_hat = writer.written()
+        return writer.written()
 
     # --- through a block ----------------------------------------------------------------------------
 
@@ -92,7 +102,7 @@ class Streams:
         """
         writer, routings = self._new(f"block_{block.index + 1:03d}.{name}"), []
         for rows in self.slices:
-            output, routing = block.forward(self._call(block, getattr(self, name), rows))
+            output, routing = block.forward(self._call(block, name, rows))
             where = f"{block.name} (block {block.index}): its output {WITH[name]}"
             refuse_overflow(where, hidden_of(output), self.dtype)
             writer.append(output)
@@ -129,7 +139,7 @@ class Streams:
         that of shared experts does not.
         """
         for rows in self.slices:
-            call = self._call(block, self.x_hat, rows)
+            call = self._call(block, "x_hat", rows)
             if rows == self.slices[0]:
                 leave_out = beside_experts and block.is_moe and not block.depends_on_experts(module, call)
             with block.without_experts() if leave_out else nullcontext():
@@ -167,16 +177,18 @@ class Streams:
 
     def first_call(self, block: Block) -> Call:
         """The block's call for the first batch of the compressed stream."""
-        return self._call(block, self.x_hat, self.slices[0])
+        return self._call(block, "x_hat", self.slices[0])
 
     def calls(self, block: Block) -> Iterator[Call]:
         """The block's calls for all batches of the compressed stream."""
         for rows in self.slices:
-            yield self._call(block, self.x_hat, rows)
+            yield self._call(block, "x_hat", rows)
 
-    def _call(self, block: Block, stream: StateFile, rows: slice | Tensor) -> Call:
+    def _call(self, block: Block, name: str, rows: slice | Tensor) -> Call:
         ids, positions = self._batch(rows)
-        return self.moe.call(block.index, ids, moved(stream[rows], self.moe.device), positions)
+        state = moved(getattr(self, name)[rows], self.moe.device)
+        call = partial(self.moe.call, block.index, ids, state, positions)
+        return self.moe.with_weights(self.weights[name], call)
 
     def _batch(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Token ids [B, T] of these windows, and their positions if they hold several documents."""
@@ -191,7 +203,7 @@ class Streams:
 
     def block_rows(self, block: Block, local: Tensor) -> tuple[Call, Tensor]:
         """The block's call on x_hat, and its original's output on x [b, T, D], for windows of this process [b]."""
-        call = self._call(block, self.x_hat, local)
+        call = self._call(block, "x_hat", local)
         return call, self.to_device(hidden_of(self._writers["x"].written()[local]))
 
     def added_square(self) -> float:

@@ -108,7 +108,7 @@ def _choose_bits(module: QESC, moe: MoEModel) -> list[str]:
         module.recipe, moe, module.targets, name, original,
         tensor_parallel=module.tensor_parallel, trust_remote_code=module.trust_remote_code,
     )  # fmt: skip
-    rest = choice.rest.nbytes(moe)
+    rest = choice.rest_bytes
     if choice.sensitivity is None:
         bits = 8 * size.nbytes(moe, rest) / num_quantized(moe)
         return [f"by size: {bits:.3f} bits a weight; what it loses is known once `eacmoe sensitivity` has measured it"]

@@ -23,7 +23,7 @@ from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.compressed.finished import FinishedBlocks
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
-from eacmoe_lightning.compressed.sizes import stored_parts
+from eacmoe_lightning.compressed.sizes import HEAD, stored_parts
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.evaluation.report import add_quality, head, removed_experts, write
 from eacmoe_lightning.evaluation.report_text import summary
@@ -141,7 +141,9 @@ def prune(
             codes = (cut_out(given, block) for block in pruned.blocks)
             description = describe(given) | {"pruning": asdict(pruning) | {"routers": routers}}
             source = str(given.directory) if given.is_compressed else stored_name(model)
-            write_result(run, pruned, source, codes, description, windows[:1], identity["fingerprint"])
+            head_codes = given.weights.head if given.is_compressed else None
+            about = description, windows[:1], identity["fingerprint"]
+            write_result(run, pruned, source, codes, *about, head=head_codes)
         with costed(run, None, "evaluate"):
             reference, scratch = whole(given.streamed(device)), run.scratch(0)
             evaluation = None
@@ -237,8 +239,8 @@ def describe(given: OpenedModel) -> dict[str, Any]:
 
 
 def average_bits(moe: MoEModel, directory: Path) -> dict[str, float]:
-    """Average bits of the quantized weights: `nominal` as the paper counts, `true` with scales and zero points."""
-    parts = stored_parts(directory, moe).values()
+    """Average bits of the blocks' weights: `nominal` as the paper counts, `true` with scales and zero points."""
+    parts = [numbers for part, numbers in stored_parts(directory, moe).items() if part != HEAD]
     if not parts:
         return dict.fromkeys(("nominal", "true"), nominal_bits(moe, NOTHING))
     total = sum(number for number, _, _ in parts)

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import cached_file
 
 from eacmoe_lightning.compressed.format import DRAFT, METHOD, read_config, runs_packed
-from eacmoe_lightning.compressed.sizes import stored_parts
+from eacmoe_lightning.compressed.sizes import HEAD, stored_parts
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
 from eacmoe_lightning.run.files import write_atomically
@@ -31,7 +31,10 @@ NAME = "README.md"
 SIGNATURE = "<!-- written by eacmoe-lightning; sha256 {} of the above -->\n"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PASSED_ON = ("license", "license_name", "license_link", "language")  # from the base model's card
-PARTS = {"experts": "routed experts", "shared": "shared experts", "attention": "attention and dense blocks"}
+PARTS = {
+    **{"experts": "routed experts", "shared": "shared experts", "attention": "attention and dense blocks"},
+    HEAD: "output head",
+}
 QUALITY, MADE = "## Quality", "## How it was made"
 PAPER = "EAC-MoE, [arXiv 2508.01625](https://arxiv.org/abs/2508.01625)"
 LIBRARIES = {"gguf": "gguf", "gptq": "gptqmodel", "gptq_v2": "gptqmodel"}  # by export format; others: transformers

@@ -41,6 +41,7 @@ from eacmoe_lightning.models.originals import (
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.pruned_config import pruned_config
 from eacmoe_lightning.models.transformers_loader import empty_model
+from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.kquant import KQuant
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
@@ -57,6 +58,7 @@ def save_compressed(
     description: dict[str, Any],
     fingerprint: str | None = None,
     trust_remote_code: bool = False,
+    head: dict[str, Quantized] | None = None,
 ) -> None:
     """Writes a compressed directory, whole or not at all.
 
@@ -70,11 +72,12 @@ def save_compressed(
         fingerprint: of the original (`originals.fingerprint`), by which evaluations recognize it; a pruned compressed
             model takes that of the directory that was pruned.
         trust_remote_code: whether Python code beside the original's tokenizer may run.
+        head: the quantized output head by parameter name; empty or None: it is stored as it is.
 
     Raises:
         StoreError: a weight is not quantized.
     """
-    source = resolve_model(name_or_path)
+    source, head = resolve_model(name_or_path), head or {}
     source_config = read_config(source) if is_compressed(source) else {}
     draft = _draft(source, bool(source_config), moe.model)
     config = original_config(source_config) if source_config else read_original_config(source)[0]
@@ -95,8 +98,10 @@ def save_compressed(
             weights.update({name: _described(weight) for name, weight in quantized.items()})
             block_names = [name for name in names if name.startswith(f"{block.name}.") and name not in quantized]
             yield SHARD.format(block.index), packed(quantized) | unquantized(block_names)
+        weights.update({name: _described(weight) for name, weight in head.items()})
         in_blocks = tuple(f"{block.name}." for block in moe.blocks)
-        yield REST, unquantized([name for name in names if not name.startswith(in_blocks)])
+        rest = [name for name in names if not name.startswith(in_blocks) and name not in head]
+        yield REST, packed(head) | unquantized(rest)
 
     with whole_directory(path) as partial:
         _write_weights(partial, shards())
@@ -111,7 +116,7 @@ def save_compressed(
             partial,
             {
                 "model_type": METHOD,
-                "format_version": _format_version(moe, weights),
+                "format_version": _format_version(moe, weights, bool(head)),
                 "original": {
                     **source_config.get("original", {"name_or_path": name_or_path, "fingerprint": fingerprint}),
                     "config": config.to_dict(),
@@ -170,8 +175,10 @@ def _described(weight: QuantizedWeight) -> dict[str, Any]:
     }
 
 
-def _format_version(moe: MoEModel, weights: dict[str, dict[str, Any]]) -> int:
+def _format_version(moe: MoEModel, weights: dict[str, dict[str, Any]], has_head: bool) -> int:
     """The lowest format version that can hold these weights: see `format.FORMAT_VERSION`."""
+    if has_head:
+        return 5
     if any(weight[KQUANTS] for weight in weights.values()):
         return 4
     if any(weight[LATTICE] for weight in weights.values()):
@@ -229,7 +236,9 @@ class CompressedWeights:
         self._blocks = moe.blocks
         self._owners = {name: block for block in moe.blocks for name in block.weights()}
         self._files = {name: SHARD.format(b.index) for b in moe.blocks for name in _names(b)}
-        self._dtypes = {name: tensor.dtype for name, tensor in moe.model.state_dict().items()}
+        state = moe.model.state_dict()
+        self._dtypes = {name: tensor.dtype for name, tensor in state.items()}
+        self._head = {name: state[name].shape[-1] for name in self._bits if name not in self._owners}
 
     def __str__(self) -> str:
         return str(self.path)
@@ -247,9 +256,11 @@ class CompressedWeights:
         for file in sorted({self._files.get(name, REST) for name in names}):
             tensors, _ = read_tensors(self.path / file)
             for name in names & quantized_names(tensors):
-                block = self._owners[name]
-                quantized = take_quantized(tensors, name, self._bits[name], block.weights()[name][1].shape[-1])
-                weights[name] = block.as_parameter(name, quantized.dequantize(self._dtypes[name])).contiguous()
+                block = self._owners.get(name)
+                columns = block.weights()[name][1].shape[-1] if block else self._head[name]
+                quantized = take_quantized(tensors, name, self._bits[name], columns)
+                decoded = quantized.dequantize(self._dtypes[name])
+                weights[name] = block.as_parameter(name, decoded).contiguous() if block else decoded
             for name in names & tensors.keys():
                 tensor = tensors[name]
                 weights[name] = tensor.to(self._dtypes[name]) if tensor.is_floating_point() else tensor
@@ -260,6 +271,12 @@ class CompressedWeights:
         tensors, _ = read_tensors(self.path / SHARD.format(index))
         weights = {n: weight for n, (_, weight) in self._blocks[index].weights().items() if n in self._bits}
         return {n: take_quantized(tensors, n, self._bits[n], weight.shape[-1]) for n, weight in weights.items()}
+
+    @property
+    def head(self) -> dict[str, Quantized]:
+        """The quantized output head by parameter name; empty if it is not quantized."""
+        tensors = read_tensors(self.path / REST)[0] if self._head else {}
+        return {name: take_quantized(tensors, name, self._bits[name], n) for name, n in self._head.items()}
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Does nothing: packed blocks are small, so they are read when they are needed."""

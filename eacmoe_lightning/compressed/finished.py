@@ -12,12 +12,15 @@ from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.shrink import KEPT
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
-from eacmoe_lightning.run.block_file import read_block, read_stats
+from eacmoe_lightning.run.block_file import read_block, read_head, read_stats
 from eacmoe_lightning.run.directory import RunDirectory
 
 
 class FinishedBlocks:
     """The compressed weights of a run that has finished all blocks (a `models.streamed.Weights`).
+
+    Attributes:
+        head: the run's quantized output head by parameter name; empty if it is not quantized.
 
     Args:
         original: gives every weight that is neither quantized nor trained.
@@ -35,7 +38,7 @@ class FinishedBlocks:
         trained_weight: Callable[[str, QuantizedWeight], QuantizedWeight] = lambda name, weight: weight,
         unquantized: dict[str, str] | None = None,
     ) -> None:
-        self.unquantized = unquantized or {}
+        self.unquantized, self.head = unquantized or {}, read_head(run)
         self.original, self.run = original, run
         self.trained, self.trained_weight = trained or {}, trained_weight
         self._moe = MoEModel(original.skeleton())
@@ -73,6 +76,7 @@ class FinishedBlocks:
             for name, quantized in self.quantized(index).items():
                 if name in names:
                     weights[name] = block.as_parameter(name, quantized.dequantize(self._dtypes[name])).contiguous()
+        weights |= {n: head.dequantize(self._dtypes[n]) for n, head in self.head.items() if n in names}
         unchanged = self.original.read([n for n in names if n not in weights])
         return weights | {name: self._kept_part(name, tensor) for name, tensor in unchanged.items()}
 

@@ -12,7 +12,8 @@ bits, the config has a list of bits and `.codes` is flat, one expert after anoth
 config lists under `kept_experts` the experts that its blocks still have (version 2 as well). Weights on a lattice have
 `.stream`, `.ends`, `.shape` and `.scale` (`quantization/packing.py`), and the config lists their names under `lattice`
 (version 3). Weights in llama.cpp's blocks have one tensor, `.blocks`, and the config lists their types under `kquants`
-(version 4).
+(version 4). A quantized output head is in `weights-rest.safetensors`, under the embedding's name if both are one weight
+(version 5).
 
 `load` reads such a directory, and so does transformers once this package is imported (`loading.py`). transformers looks
 for no entry points of packages, so somebody has to import it: the user, or `configuration_eacmoe.py`, to which the
@@ -31,7 +32,7 @@ from eacmoe_lightning.models.transformers_loader import knows_config
 from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.version import __version__
 
-FORMAT_VERSION = 4  # see the module's docstring
+FORMAT_VERSION = 5  # see the module's docstring
 LATTICE, KQUANTS = "lattice", "kquants"  # keys of the config's `quantization`
 SHARD, REST = "weights-block-{:03d}.safetensors", "weights-rest.safetensors"
 DRAFT = "weights-draft.safetensors"

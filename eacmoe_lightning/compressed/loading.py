@@ -36,10 +36,10 @@ from eacmoe_lightning.models.find import find_blocks
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.models.transformers_loader import auto_class
+from eacmoe_lightning.models.transformers_loader import auto_class, untie
 from eacmoe_lightning.run.files import StoreError, read_tensors
 from eacmoe_lightning.runtime.decode_step import shorten_decode_step
-from eacmoe_lightning.runtime.packed_modules import pack_modules, set_activations
+from eacmoe_lightning.runtime.packed_modules import PackedLinear, pack_modules, set_activations
 from eacmoe_lightning.skipping.stored import restore_rule
 
 
@@ -154,6 +154,9 @@ class PackedQuantizer(HfQuantizer):
             )
         shrink_as_pruned(model.config.get_text_config(), find_blocks(model)[1])
         pack_modules(model, config.bits, config.group_sizes)
+        for name in list(model.all_tied_weights_keys):
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), PackedLinear):
+                untie(model, name)
         for prepare in config.prepare:
             prepare(model)
         files = [Path(file) for file in kwargs["checkpoint_files"]]

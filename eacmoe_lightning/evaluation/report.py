@@ -6,7 +6,8 @@ Keys, with dots for nesting:
     model.blocks|experts|top_k
     model.stored        dtype of the original's weights on disk, or the scheme that they are quantized by
     bits.nominal        as the paper counts
-    bits.true           with scales and zero points, over the same weights
+    bits.true           with scales and zero points, over the same weights: those of the blocks
+    bits.head           with scales and zero points, over the output head; left out if that is not quantized
     bits.all|original   everything in the files of weights, over all weights of the original: of the result and before
     model.weights       their number, embeddings included
     size_bytes.original|compressed
@@ -62,7 +63,8 @@ from typing import Any
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits, num_quantized
 from eacmoe_lightning.compressed.card import add_quality_to_card, write_card
 from eacmoe_lightning.compressed.directory import CompressedWeights
-from eacmoe_lightning.compressed.format import size_of
+from eacmoe_lightning.compressed.format import is_compressed, size_of
+from eacmoe_lightning.compressed.sizes import HEAD, stored_parts
 from eacmoe_lightning.evaluation.report_html import html
 from eacmoe_lightning.evaluation.report_text import markdown
 from eacmoe_lightning.models.moe import MoEModel
@@ -135,6 +137,9 @@ def head(
     """
     weights = sum(parameter.numel() for parameter in moe.weights.skeleton().parameters())  # also those pruned since
     compressed = size_of(run.compressed)
+    if is_compressed(run.compressed) and (of_head := stored_parts(run.compressed, moe).get(HEAD)):
+        number, _, stored = of_head
+        bits = bits | {"head": 8 * stored / number}
     return {
         "model": {
             "name_or_path": name_or_path,

@@ -192,6 +192,8 @@ def _size_table(report: dict[str, Any]) -> str:
         ["bits per quantized weight, with scales and zero points", "", f"{bits['true']:.2f}"],
         ["bits per quantized weight, codes alone", "", f"{bits['nominal']:.2f}"],
     ]
+    if "head" in bits:
+        rows.append(["bits per weight of the output head, which these leave out", "", f"{bits['head']:.2f}"])
     return "## Size\n\n" + _table(["", "original", "compressed"], rows)
 
 

@@ -40,18 +40,20 @@ def write_result(
     tokens: Tensor,
     fingerprint: str | None,
     trust_remote_code: bool = False,
+    head: dict[str, Quantized] | None = None,
 ) -> None:
     """Writes `compressed/` (see `save_compressed`) and compares its logits with those of the model in memory.
 
     What is compared is the model with decoded weights, whose logits may differ by the order of sums alone (on some CPUs
-    it depends on where weights lie in memory), and block by block the packed modules with decoded weights.
+    it depends on where weights lie in memory), and block by block the packed modules with decoded weights. (A packed
+    output head was tried before the first block.)
 
     A model that is not quantized and has the same number of experts in every block is an ordinary one. It is also
     written to `dense/`, which every program loads.
 
     Args:
         run: the run directory.
-        moe, name_or_path, quantized_blocks, description, trust_remote_code: see `save_compressed`.
+        moe, name_or_path, quantized_blocks, description, trust_remote_code, head: see `save_compressed`.
         tokens: [B, T] to compare the logits on.
         fingerprint: of the original, see `save_compressed`.
 
@@ -59,7 +61,8 @@ def write_result(
         StoreError: a weight is not quantized, or what is reloaded differs.
         ValueError: the logits are not finite.
     """
-    save_compressed(run.compressed, moe, name_or_path, quantized_blocks, description, fingerprint, trust_remote_code)
+    about = description, fingerprint, trust_remote_code, head
+    save_compressed(run.compressed, moe, name_or_path, quantized_blocks, *about)
     tokens = tokens.to(moe.device)
     logits = moe.logits(tokens)
     refuse_overflow("the logits of the compressed model (its final norm or its head)", logits)

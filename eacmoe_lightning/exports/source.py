@@ -23,7 +23,7 @@ from eacmoe_lightning.models.shrink import KEPT
 from eacmoe_lightning.models.transformers_loader import empty_model, original_names
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.kquant import TYPES
-from eacmoe_lightning.quantization.packing import take_quantized
+from eacmoe_lightning.quantization.packing import quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.files import StoreError, first_of, read_tensors
 from eacmoe_lightning.weight_grids import WeightGrid, by_bits
@@ -145,7 +145,16 @@ class Source:
             if missing := [name for name in names if name not in tensors]:
                 raise StoreError(f"{path} lacks {first_of(missing, 'tensor')}: restore it from a backup")
             yield block, tensors
-        yield None, read_tensors(self.path / REST)[0]
+        yield None, self._rest()
+
+    def _rest(self) -> dict[str, Tensor]:
+        """The tensors outside the blocks; a quantized output head is decoded, which every format can hold."""
+        tensors, bits = read_tensors(self.path / REST)[0], self.quantization["bits"]
+        for name in quantized_names(tensors) & bits.keys():
+            weight = self.parameters[name]
+            head = take_quantized(tensors, name, bits[name], weight.shape[-1])
+            tensors[name] = head.dequantize(weight.dtype)
+        return tensors
 
     def _kinds(self, name: str) -> tuple[str, ...]:
         """The kinds of tensors that a weight needs."""

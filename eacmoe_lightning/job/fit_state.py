@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.calibration.blocks import Calibration
+from eacmoe_lightning.calibration.head import embedding_of
 from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.job.block_callback import phase
 from eacmoe_lightning.job.block_stage import BlockStage
@@ -22,6 +23,7 @@ from eacmoe_lightning.job.sampling import SampledTexts
 from eacmoe_lightning.job.start import BegunRun
 from eacmoe_lightning.job.trained import TrainedParts
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.run.block_file import read_head
 from eacmoe_lightning.text.batches import shard
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ class FitState:
         streams = Streams(
             self.moe, data.calibration_windows[rows], owned.start, data.batch_size, module.run, module.ranks, dtype,
             module.joint_epochs > 0, None if counts is None else counts[rows], data.calibration_sources[:, rows],
-            None if positions is None else positions[rows],
+            None if positions is None else positions[rows], embedding=embedding_of(self.moe, read_head(module.run)),
         )  # fmt: skip
         self.calibration = Calibration(
             self.moe, module.recipe, streams, module.run, module.ranks, partial(phase, module.trainer), module.pruning,

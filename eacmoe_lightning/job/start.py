@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from eacmoe_lightning import targets
 from eacmoe_lightning.budget.target import BySize
+from eacmoe_lightning.calibration.head import check_head, quantize_head
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.job.sampling import SampledTexts
@@ -20,6 +21,8 @@ from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original
 from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
+from eacmoe_lightning.quantization.grid import Quantized
+from eacmoe_lightning.run.block_file import write_head
 from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.run.memory import Watch, available_memory
 
@@ -77,6 +80,7 @@ def begin(module: QESC) -> BegunRun:
             check_original(moe, *data.checked_window(moe.config.vocab_size))
             checked = watch.cost()
             write_json(run.unquantized, moe.unquantized)
+        head, head_cost = _quantized_head(module, moe)
         texts.prepare(resumes)
     trainer.strategy.barrier()
     watch_sampling = Watch()
@@ -88,10 +92,27 @@ def begin(module: QESC) -> BegunRun:
             run.add_cost(None, "check", checked)
             if texts.texts:
                 run.add_cost(None, "sample", sampled)
+        if head:
+            write_head(run, head)
+            run.add_cost(None, "head", head_cost)
     trainer.strategy.barrier()
     moe.leave(json.loads(run.unquantized.read_text()))
     recipe, pruning = _choose_bits(module, choice) if choice is not None else (module.recipe, module.pruning)
     return BegunRun(moe, texts, recipe, pruning, is_resident)
+
+
+def _quantized_head(module: QESC, moe: StreamedModel) -> tuple[dict[str, Quantized], dict[str, float]]:
+    """The output head as the run quantizes it, and what that cost; nothing if it stays as it is or is written already.
+
+    Raises:
+        ValueError: the model does not run with it.
+    """
+    watch = Watch()
+    head = {} if module.run.head.exists() else quantize_head(moe, module.recipe)
+    if head:
+        window, _ = module.trainer.datamodule.checked_window(moe.config.vocab_size)
+        check_head(moe, head, window.to(moe.device))
+    return head, watch.cost()
 
 
 def open_original(module: QESC) -> tuple[StreamedModel, BySize | None]:

@@ -260,6 +260,15 @@ def tie(model: PreTrainedModel, missing: Iterable[str]) -> None:
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
 
 
+def untie(model: PreTrainedModel, name: str) -> None:
+    """Makes transformers forget that the parameter `name` repeats another one, as it is no parameter any more."""
+    for prefix, part in model.named_modules():
+        if isinstance(part, PreTrainedModel):
+            own = name.removeprefix(f"{prefix}.") if prefix else name
+            part._tied_weights_keys = {k: v for k, v in (part._tied_weights_keys or {}).items() if k != own}
+            part.all_tied_weights_keys.pop(own, None)
+
+
 def is_ignored(model: PreTrainedModel, *names: str) -> bool:
     """Whether transformers passes over a tensor that the model does not have, by its key on disk or its new name."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()

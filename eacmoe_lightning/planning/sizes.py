@@ -20,6 +20,7 @@ import torch
 from eacmoe_lightning.calibration.blocks import PHASES
 from eacmoe_lightning.calibration.recipe import Recipe, num_quantized, stored_bits
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.head import output_head
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.sampling import working_bytes
 from eacmoe_lightning.planning.states import passed_on
@@ -202,9 +203,12 @@ def sampling_bytes(moe: MoEModel, windows: int, window_length: int) -> int:
 
 def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     """The most bytes that a run directory takes, by purpose."""
-    streams, state_bytes = stream_use(moe, job)
+    head = recipe.head(moe)
+    streams, state_bytes = stream_use(moe, job, head is not None and output_head(moe.model).is_tied)
     packed, itemsize = packed_bytes(recipe.grids(moe), job.share(moe.num_experts)), moe.model.dtype.itemsize
     unquantized = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
+    packed_head = packed_bytes([head] if head else [])
+    unquantized += packed_head - (math.prod(head.shape) * itemsize if head else 0)
     evaluated = (2 * job.heldout_tokens + job.floor_tokens) // job.window_length * state_bytes
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
     in_training = [  # of the joint stage, and of the largest block
@@ -216,7 +220,8 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
         "hidden streams": streams,
         "router logits for the joint stage": teachers,
         "checkpoints": checkpoint,
-        "finished blocks": packed + (packed // len(moe.blocks) if job.block_epochs else 0),  # and one in training
+        # with one in training, and the head
+        "finished blocks": packed + (packed // len(moe.blocks) if job.block_epochs else 0) + packed_head,
         "compressed model": packed + unquantized,
         "hidden states of the evaluation": evaluated,
         "hidden states of sensitivities": job.probe_windows * 2 * (num_probes(moe, job) + 1) * state_bytes,
@@ -228,19 +233,21 @@ def num_probes(moe: MoEModel, job: Job) -> int:
     return job.measured_widths * sum(len({part for part, _ in block.weights().values()}) for block in moe.blocks)
 
 
-def stream_use(moe: MoEModel, job: Job) -> tuple[int, int]:
+def stream_use(moe: MoEModel, job: Job, embeds_apart: bool = False) -> tuple[int, int]:
     """The most bytes of both streams on disk with what routers and experts read; and of a state in the model's dtype.
 
     At a block there are the streams before it, after it, and those that the last checkpoint may need. After it the
-    compressed stream comes last, when the experts' inputs are gone.
+    compressed stream comes last, when the experts' inputs are gone. `embeds_apart`: the embedded tokens of the two
+    differ.
     """
     at_blocks = passed_on(moe, job.window_length)
-    states = [at_blocks[0].output * job.stream_bytes]  # the embedded tokens, the same in both streams
+    states = [at_blocks[0].output * job.stream_bytes]  # the embedded tokens
+    embedded = states[0] * (2 if embeds_apart else 1)
     states += [one.output * job.stream_bytes + one.more for one in at_blocks]
     needed = []
     for index, one in enumerate(at_blocks):
-        before = states[0] if index == 0 else 2 * states[index]
-        checkpoint = 0 if index == 0 else states[0] if index == 1 else 2 * states[index - 1]
+        before = embedded if index == 0 else 2 * states[index]
+        checkpoint = 0 if index == 0 else embedded if index == 1 else 2 * states[index - 1]
         router, experts = one.router_input * job.stream_bytes, one.expert_input * job.stream_bytes
         needed.append(checkpoint + before + router + max(2 * states[index + 1], states[index + 1] + experts))
     itemsize = moe.model.dtype.itemsize

@@ -1,4 +1,4 @@
-"""The file of a compressed block: its quantized weights, its router, and its statistics."""
+"""The file of a compressed block: its quantized weights, its router, and its statistics; and that of the head."""
 
 from __future__ import annotations
 
@@ -100,10 +100,27 @@ def write_block(
 
     With `is_finished` false it is the file that holds the block until the block stage has trained it.
     """
-    stored = {name: {"bits": q.bits, "in_features": q.codes.shape[-1]} for name, q in quantized.items()}
-    note = {"quantized": stored, "stats": stats.to_json()}
+    note = {"quantized": _stored(quantized), "stats": stats.to_json()}
     path = run.block(stats.block) if is_finished else run.solved(stats.block)
     write_tensors(path, packed(quantized) | others, note)
+
+
+def _stored(quantized: dict[str, QuantizedWeight]) -> dict[str, Any]:
+    """What `take_quantized` needs to know of each weight."""
+    return {name: {"bits": q.bits, "in_features": q.codes.shape[-1]} for name, q in quantized.items()}
+
+
+def write_head(run: RunDirectory, head: dict[str, QuantizedWeight]) -> None:
+    """Writes the quantized output head, by parameter name."""
+    write_tensors(run.head, packed(head), {"quantized": _stored(head)})
+
+
+def read_head(run: RunDirectory) -> dict[str, QuantizedWeight]:
+    """The quantized output head by parameter name; empty if the run does not quantize it."""
+    if not run.head.exists():
+        return {}
+    tensors, note = read_tensors(run.head)
+    return {name: take_quantized(tensors, name, **spec) for name, spec in note["quantized"].items()}
 
 
 def read_block(

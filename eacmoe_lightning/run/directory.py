@@ -1,6 +1,7 @@
 """The run directory: everything that a killed job needs to continue. Each file is complete or absent.
 
     run.json               what this run is (options and the original model's fingerprint)
+    head.safetensors       the quantized output head, if the run quantizes it
     blocks/block_003.safetensors   the compressed block 3: codes, scales, zero points, router, statistics
     sampled/text_0/windows.safetensors   windows that the original wrote, if `self` calibrates
     sensitivity/, allocation.json   what bits were chosen from, and which, if a size was given
@@ -96,6 +97,11 @@ class RunDirectory:
     def unquantized(self) -> Path:
         """The linears that the run leaves as they are, with reasons."""
         return self.path / "unquantized.json"
+
+    @property
+    def head(self) -> Path:
+        """The quantized output head (`block_file.write_head`); it is there before the first block, if at all."""
+        return self.path / "head.safetensors"
 
     @property
     def sampled(self) -> Path:

@@ -1,19 +1,24 @@
 """Modules whose weights stay packed: a linear layer, and the routed experts of a block.
 
 They replace a model's modules under the same names: `q_proj.weight` becomes a `PackedWeight` with the buffers
-`q_proj.weight.codes`, `.scale` and `.zero_point`, the names of the tensors on disk.
+`q_proj.weight.codes`, `.scale` and `.zero_point`, the names of the tensors on disk. An output head is such a linear
+too. If the embedding is tied to it, the embedding holds the packed weight, looks its rows up there and decodes those
+alone.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
+from eacmoe_lightning.models.head import output_head
 from eacmoe_lightning.models.transformers_loader import has_default_gate
 from eacmoe_lightning.quantization.grid import Bits, Quantized
 from eacmoe_lightning.quantization.packing import expert_codes, packed, unpack
@@ -44,6 +49,7 @@ class PackedWeight(nn.Module):
     codes: Tensor  # [..., O, I / 8 * bits] or [sum over experts of O * I / 8 * bits], uint8
     scale: Tensor  # [..., O, I / group_size] float16
     zero_point: Tensor  # [..., O, I / group_size] uint8
+    _is_hf_initialized = True  # transformers would draw values for the weight of an embedding
 
     def __init__(
         self,
@@ -68,6 +74,18 @@ class PackedWeight(nn.Module):
 
     def quantized(self) -> Quantized:
         return Quantized(unpack(self.codes, self.bits, self.shape[-1]), self.scale, self.zero_point, self.bits)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of a weight [O, I], decoded: ids [...] -> [..., I] in `dtype`."""
+        codes = unpack(self.codes[ids], self.bits, self.shape[-1])
+        return Quantized(codes, self.scale[ids], self.zero_point[ids], self.bits).dequantize(self.dtype)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Of a weight [O, I], decoded, as some models read their embedding's weight; one row is decoded alone."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if not isinstance(first, int):
+            return self.dequantize(self.dtype)[index]
+        return self.rows(torch.tensor(first, device=self.device))[tuple(rest)]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,6 +138,42 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class TiedLinear(PackedLinear):
+    """An output head whose packed weight is that of the embedding, which holds its buffers."""
+
+    def __init__(self, linear: nn.Linear, weight: PackedWeight) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.int8 = linear.in_features, linear.out_features, False
+        self.bias = linear.bias
+        self.of_embedding = (weight,)  # a tuple, so that state dicts have its buffers once
+
+    @property
+    def weight(self) -> PackedWeight:
+        return self.of_embedding[0]
+
+
+def packed_embedding(embedding: nn.Embedding, weight: PackedWeight) -> nn.Embedding:
+    """A copy of an embedding that decodes the rows that it looks up: ids [...] -> [..., D].
+
+    What its class does besides (a factor, a norm) stays. The embedding itself is left as it is.
+    """
+    packed = copy.copy(embedding)
+    packed._buffers, packed._modules = dict(embedding._buffers), dict(embedding._modules)
+    packed._parameters = {name: p for name, p in embedding._parameters.items() if name != "weight"}
+    packed.weight = weight
+    packed.forward = partial(_look_up, packed)
+    return packed
+
+
+def _look_up(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    rows = embedding.weight.rows(ids)
+    if type(embedding) is nn.Embedding:
+        return rows
+    own = copy.copy(embedding)  # with a table of these rows alone
+    vars(own).update(weight=rows.flatten(0, -2), padding_idx=None)
+    return type(embedding).forward(own, torch.arange(ids.numel(), device=ids.device).view(ids.shape))
 
 
 class PackedExperts(nn.Module):
@@ -197,6 +251,8 @@ def activation_name(function: nn.Module) -> str | None:
 def pack_modules(model: nn.Module, bits: dict[str, int | list[int]], group_sizes: dict[str, int]) -> None:
     """Replaces the modules of the weights that `bits` names with packed modules, whose buffers are not filled yet.
 
+    With the weight of an embedding, the output head that is tied to it is packed too.
+
     Args:
         model: on any device; on `meta` nothing is allocated.
         bits, group_sizes: by parameter name; a list holds the bits of each expert.
@@ -221,6 +277,13 @@ def pack_modules(model: nn.Module, bits: dict[str, int | list[int]], group_sizes
         if isinstance(module, nn.Linear):
             with module.weight.device:
                 model.set_submodule(owner, PackedLinear(module, *grid))
+        elif isinstance(module, nn.Embedding):
+            with module.weight.device:
+                weight = PackedWeight(module.weight.shape, *grid, module.weight.dtype)
+            head = output_head(model).module
+            tied = TiedLinear(model.get_submodule(head), weight)
+            model.set_submodule(owner, packed_embedding(module, weight))
+            model.set_submodule(head, tied)
         else:
             stacks.setdefault(owner, {})[parameter] = grid
     for owner, grids in stacks.items():
@@ -236,6 +299,8 @@ def packed_in_place(model: nn.Module, quantized: dict[str, Quantized]) -> Iterat
         name: weight.bits if isinstance(weight.bits, int) else list(weight.bits) for name, weight in quantized.items()
     }
     owners = {name.rpartition(".")[0] for name in quantized}
+    if any(isinstance(model.get_submodule(owner), nn.Embedding) for owner in owners):
+        owners.add(output_head(model).module)
     before = {owner: model.get_submodule(owner) for owner in owners}
     parameters = {owner: dict(module.named_parameters(recurse=False)) for owner, module in before.items()}
     try:
