@@ -12,11 +12,11 @@ from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.models.head import output_head
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.quantization.grid import Quantized, round_to_nearest
+from eacmoe_lightning.run.hidden import State
 from eacmoe_lightning.runtime.packed_modules import packed_in_place
 
 ROWS = 4096  # that are rounded at a time: the search needs several times their memory in float32
-TOKENS = 64  # that a packed head is tried on
-PACKED_LIMIT = 0.02  # largest difference of logits with the packed head from those with it decoded, by their norm
+PACKED_LIMIT = 0.02  # largest difference of what a packed head gives from what it gives decoded, by its norm
 
 
 @torch.no_grad()
@@ -36,31 +36,37 @@ def quantize_head(moe: MoEModel, recipe: Recipe) -> dict[str, Quantized]:
 
 
 @torch.no_grad()
-def check_head(moe: MoEModel, head: dict[str, Quantized], window: Tensor) -> None:
-    """Checks that the model's code runs with the packed head as with the decoded one, and with a tied embedding.
+def check_head(moe: MoEModel, head: dict[str, Quantized], window: Tensor, state: State) -> None:
+    """Checks that the model computes the same with the packed head, and a tied embedding, as with them decoded.
 
     Args:
         moe: the original.
         head: from `quantize_head`.
-        window: token ids [1, T]; their embeddings stand for the last hidden states.
+        window: token ids [1, T].
+        state: what the last block hands over for them.
 
     Raises:
         ValueError: it does not.
     """
     option = f"head_bits (--model.head_bits): {moe.config.model_type}"
-    decoded, window = _decoded(moe, head), window[:, :TOKENS]
-    expected = moe.with_weights(decoded, lambda: moe.head(moe.embed(window), window)).float()
+
+    def run() -> dict[str, Tensor]:
+        return {"logits": moe.head(state, window), "embeddings": moe.embed(window)}
+
+    expected = moe.with_weights(_decoded(moe, head), run)
     try:
         with packed_in_place(moe.model, head):
-            found = moe.head(moe.embed(window), window).float()
+            found = run()
     except (AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"{option} does not run with a packed output head ({error}): leave the option out") from error
-    difference = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).median()
-    if not difference <= PACKED_LIMIT:
-        raise ValueError(
-            f"{option} computes other logits with a packed output head than with the same decoded; they differ by "
-            f"{difference:.2g} of their size: leave the option out"
-        )
+    for what, values in expected.items():
+        apart, size = (torch.linalg.vector_norm(x.float(), dim=-1) for x in (found[what] - values, values))
+        difference = float((apart / size.clamp(min=1e-30)).median())
+        if not difference <= PACKED_LIMIT:
+            raise ValueError(
+                f"{option} computes other {what} with a packed output head than with the same decoded; they differ by "
+                f"{difference:.2g} of their size: leave the option out"
+            )
 
 
 def embedding_of(moe: MoEModel, head: dict[str, Quantized]) -> dict[str, Tensor]:

@@ -238,7 +238,7 @@ class CompressedWeights:
         self._files = {name: SHARD.format(b.index) for b in moe.blocks for name in _names(b)}
         state = moe.model.state_dict()
         self._dtypes = {name: tensor.dtype for name, tensor in state.items()}
-        self._head = {name: state[name].shape[-1] for name in self._bits if name not in self._owners}
+        self._head = {name: state[name].shape[-1] for name in self._bits.keys() & state.keys() - self._owners.keys()}
 
     def __str__(self) -> str:
         return str(self.path)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.head import output_head
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.shrink import KEPT
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
@@ -53,6 +54,9 @@ class FinishedBlocks:
         state = self._moe.model.state_dict()
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
         self._dtypes = {name: tensor.dtype for name, tensor in state.items()}
+        self._tied: set[str] = set()  # what the original's files may hold besides, and the quantized embedding replaces
+        if self.head and (head := output_head(self._moe.model)).weight in self.head and head.is_tied:
+            self._tied = {f"{head.module}.weight"}
 
     def __str__(self) -> str:
         return f"{self.run.path}, with {self.original}"
@@ -77,7 +81,7 @@ class FinishedBlocks:
                 if name in names:
                     weights[name] = block.as_parameter(name, quantized.dequantize(self._dtypes[name])).contiguous()
         weights |= {n: head.dequantize(self._dtypes[n]) for n, head in self.head.items() if n in names}
-        unchanged = self.original.read([n for n in names if n not in weights])
+        unchanged = self.original.read([n for n in names if n not in weights and n not in self._tied])
         return weights | {name: self._kept_part(name, tensor) for name, tensor in unchanged.items()}
 
     def _kept_part(self, name: str, tensor: Tensor) -> Tensor:

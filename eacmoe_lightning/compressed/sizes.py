@@ -20,7 +20,7 @@ def stored_parts(directory: Path, moe: MoEModel) -> dict[str, tuple[int, float, 
     parts: dict[str, tuple[int, float, int]] = {}
     weights = {name: part_and_weight for block in moe.blocks for name, part_and_weight in block.weights().items()}
     parameters = dict(moe.model.named_parameters())
-    weights |= {name: (HEAD, parameters[name]) for name in bits if name not in weights}
+    weights |= {name: (HEAD, parameters[name]) for name in bits.keys() & parameters.keys() - weights.keys()}
     for name, (part, weight) in weights.items():
         if name not in bits:
             continue

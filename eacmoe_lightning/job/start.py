@@ -21,7 +21,6 @@ from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original
 from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
-from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.run.block_file import write_head
 from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.run.memory import Watch, available_memory
@@ -77,10 +76,15 @@ def begin(module: QESC) -> BegunRun:
         run.check(module.settings(), resumes)  # another job may have ended in between
         watch = Watch()
         if not resumes:
-            check_original(moe, *data.checked_window(moe.config.vocab_size))
+            window, positions = data.checked_window(moe.config.vocab_size)
+            state = check_original(moe, window, positions)
             checked = watch.cost()
             write_json(run.unquantized, moe.unquantized)
-        head, head_cost = _quantized_head(module, moe)
+        watch_head = Watch()
+        head = {} if run.head.exists() else quantize_head(moe, module.recipe)
+        if head and not resumes:
+            check_head(moe, head, window.to(moe.device), state)
+        head_cost = watch_head.cost()
         texts.prepare(resumes)
     trainer.strategy.barrier()
     watch_sampling = Watch()
@@ -99,20 +103,6 @@ def begin(module: QESC) -> BegunRun:
     moe.leave(json.loads(run.unquantized.read_text()))
     recipe, pruning = _choose_bits(module, choice) if choice is not None else (module.recipe, module.pruning)
     return BegunRun(moe, texts, recipe, pruning, is_resident)
-
-
-def _quantized_head(module: QESC, moe: StreamedModel) -> tuple[dict[str, Quantized], dict[str, float]]:
-    """The output head as the run quantizes it, and what that cost; nothing if it stays as it is or is written already.
-
-    Raises:
-        ValueError: the model does not run with it.
-    """
-    watch = Watch()
-    head = {} if module.run.head.exists() else quantize_head(moe, module.recipe)
-    if head:
-        window, _ = module.trainer.datamodule.checked_window(moe.config.vocab_size)
-        check_head(moe, head, window.to(moe.device))
-    return head, watch.cost()
 
 
 def open_original(module: QESC) -> tuple[StreamedModel, BySize | None]:

@@ -34,7 +34,7 @@ def check_parts(
     before: Callable[[Block], None] = lambda block: None,
     after: Callable[[Block, Call], None] = lambda block, call: None,
     position_ids: Tensor | None = None,
-) -> None:
+) -> State:
     """Compares every block, router and expert as a part with the model's own forward pass; reads each block once.
 
     Linears that do not run are moved to `Block.unquantized`.
@@ -45,6 +45,9 @@ def check_parts(
         before, after: called with each block while its weights are in memory, before it is checked, and with its call
             afterwards.
         position_ids: [B, T], as in `MoEModel.call`.
+
+    Returns:
+        What the last block hands over.
 
     Raises:
         ValueError: a part differs from the model; names the first block and what differs.
@@ -71,6 +74,7 @@ def check_parts(
     if not states:
         raise ValueError(f"{moe.config.model_type}: its forward pass does not run its blocks. {REMEDY}")
     _compare(f"{moe.config.model_type}: its head", moe.head(states[-1], input_ids), logits)
+    return states[-1]
 
 
 def _check_block(block: Block, call: Call, expected: Any) -> State:

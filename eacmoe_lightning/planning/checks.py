@@ -18,6 +18,7 @@ from eacmoe_lightning.models.self_check import check_parts
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.joint import is_resident, joint_memory
 from eacmoe_lightning.planning.sizes import Job, disk_use, sampling_bytes
+from eacmoe_lightning.run.hidden import State
 from eacmoe_lightning.run.memory import available_memory
 from eacmoe_lightning.runtime.packed_modules import PackedLinear
 
@@ -86,7 +87,7 @@ def check_disk(moe: MoEModel, recipe: Recipe, job: Job, folder: Path) -> str:
     return summary
 
 
-def check_original(moe: StreamedModel, window: Tensor, position_ids: Tensor | None = None) -> None:
+def check_original(moe: StreamedModel, window: Tensor, position_ids: Tensor | None = None) -> State:
     """Checks that the weights are finite, and that the model as parts is the model. Reads every weight once.
 
     With `position_ids`, also checks that the model keeps the documents of the window apart.
@@ -95,6 +96,9 @@ def check_original(moe: StreamedModel, window: Tensor, position_ids: Tensor | No
         moe: the original model.
         window: token ids [1, T] to run.
         position_ids: [1, T], as in `MoEModel.call`.
+
+    Returns:
+        What the last block hands over for the window.
 
     Raises:
         ValueError: a tensor holds NaN or infinite values, in the checkpoint or only in the dtype of the run; or a part
@@ -118,7 +122,7 @@ def check_original(moe: StreamedModel, window: Tensor, position_ids: Tensor | No
         if alone is not None:
             alone.check(block, call)
 
-    check_parts(moe, window, check_block, check_run, position_ids)
+    return check_parts(moe, window, check_block, check_run, position_ids)
 
 
 def leave_unpackable(block: Block, call: Call) -> None:

@@ -20,7 +20,6 @@ import torch
 from eacmoe_lightning.calibration.blocks import PHASES
 from eacmoe_lightning.calibration.recipe import Recipe, num_quantized, stored_bits
 from eacmoe_lightning.models.block import Block
-from eacmoe_lightning.models.head import output_head
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.sampling import working_bytes
 from eacmoe_lightning.planning.states import passed_on
@@ -204,7 +203,7 @@ def sampling_bytes(moe: MoEModel, windows: int, window_length: int) -> int:
 def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     """The most bytes that a run directory takes, by purpose."""
     head = recipe.head(moe)
-    streams, state_bytes = stream_use(moe, job, head is not None and output_head(moe.model).is_tied)
+    streams, state_bytes = stream_use(moe, job)
     packed, itemsize = packed_bytes(recipe.grids(moe), job.share(moe.num_experts)), moe.model.dtype.itemsize
     unquantized = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
     packed_head = packed_bytes([head] if head else [])
@@ -233,21 +232,19 @@ def num_probes(moe: MoEModel, job: Job) -> int:
     return job.measured_widths * sum(len({part for part, _ in block.weights().values()}) for block in moe.blocks)
 
 
-def stream_use(moe: MoEModel, job: Job, embeds_apart: bool = False) -> tuple[int, int]:
+def stream_use(moe: MoEModel, job: Job) -> tuple[int, int]:
     """The most bytes of both streams on disk with what routers and experts read; and of a state in the model's dtype.
 
     At a block there are the streams before it, after it, and those that the last checkpoint may need. After it the
-    compressed stream comes last, when the experts' inputs are gone. `embeds_apart`: the embedded tokens of the two
-    differ.
+    compressed stream comes last, when the experts' inputs are gone.
     """
     at_blocks = passed_on(moe, job.window_length)
-    states = [at_blocks[0].output * job.stream_bytes]  # the embedded tokens
-    embedded = states[0] * (2 if embeds_apart else 1)
+    states = [at_blocks[0].output * job.stream_bytes]  # the embedded tokens, the same in both streams
     states += [one.output * job.stream_bytes + one.more for one in at_blocks]
     needed = []
     for index, one in enumerate(at_blocks):
-        before = embedded if index == 0 else 2 * states[index]
-        checkpoint = 0 if index == 0 else embedded if index == 1 else 2 * states[index - 1]
+        before = states[0] if index == 0 else 2 * states[index]
+        checkpoint = 0 if index == 0 else states[0] if index == 1 else 2 * states[index - 1]
         router, experts = one.router_input * job.stream_bytes, one.expert_input * job.stream_bytes
         needed.append(checkpoint + before + router + max(2 * states[index + 1], states[index + 1] + experts))
     itemsize = moe.model.dtype.itemsize

@@ -34,6 +34,8 @@ def unpack(packed: Tensor, bits: Bits, n: int) -> Tensor:
     """The inverse of `pack`: uint8 [..., n]."""
     if not isinstance(bits, int):
         return torch.stack([unpack(expert_codes(packed, bits, e, n), bits[e], n) for e in range(len(bits))])
+    if bits == 8:  # each byte is a code
+        return packed[..., :n].clone()
     shift = torch.arange(8, device=packed.device, dtype=torch.uint8)
     stream = ((packed.unsqueeze(-1) >> shift) & 1).flatten(-2).unflatten(-1, (-1, bits))  # [..., codes, bits]
     return _join_bits(stream)[..., :n].contiguous()
