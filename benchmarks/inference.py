@@ -8,7 +8,13 @@ experts) on hidden states; `layer` is the whole model (attention, MoE block, a s
 Work: `decode` is 1x1, `prefill` 1x512, `batch` 4x512 (batch x tokens). In every round, all backends of all bit widths
 take turns, one call each; a row has the median over the rounds. `generate` is a model of --layers layers (part `model`)
 that continues a prompt of 32 tokens by 32 others, greedily, with a cache; its rows are seconds a token after the
-prompt, packed and in llama.cpp only. The backends are:
+prompt, packed and in llama.cpp only. Its output head has --vocabulary rows, in bf16 or packed (--head-bits; several
+widths take turns, and each has a llama.cpp of its own in memory, with its closest format):
+
+    python benchmarks/inference.py --work generate --shapes qwen1.5-moe --bits 3 --layers 8 --vocabulary 32000 \
+        --head-bits 16 8 6 --llama-cpp runs/llama.cpp
+
+The backends are:
 
     transformers   `eager` and `grouped_mm` (only `eager` if a call takes long) in bf16, with --float32 also in float32,
                    which is faster on CPUs without bf16 instructions
@@ -22,7 +28,8 @@ opens the layer's directory, compressed or bf16, in fresh processes (Linux).
 Rows: part, work, shape, bits, backend, threads, median_s, ratio_to_bf16 (to the faster bf16 backend at the same work),
 limit (`bandwidth` or `arithmetic`, whichever takes longer at this machine's rates, which are measured in the same run;
 arithmetic at the better of bf16 and float32), limit_share (the share of that limit that was reached; it can exceed 1
-because integers can be multiplied faster), weight_bytes (of the part, in memory). Rows of `load` also have
+because integers can be multiplied faster), weight_bytes (of the part, in memory; of a model that generates, of its
+layers and its head). Rows of `generate` also have layers, vocabulary and head_bits. Rows of `load` also have
 resident_bytes and peak_bytes, beyond those of the process before, and file_bytes.
 """
 
@@ -46,12 +53,13 @@ from environments import python_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
 
+from eacmoe_lightning.calibration.recipe import HEAD_BITS
 from eacmoe_lightning.compressed.directory import _write_weights, untied
 from eacmoe_lightning.compressed.format import METHOD, REST, SHARD, size_of
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.runtime.decode_step import shorten_decode_step
-from eacmoe_lightning.runtime.packed_modules import pack_modules, packed_weights, set_activations
+from eacmoe_lightning.runtime.packed_modules import PackedLinear, pack_modules, packed_weights, set_activations
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY, GROUP_SIZE, ATTENTION_BITS = 512, 128, 4
@@ -83,6 +91,7 @@ SHAPES: dict[str, Any] = {
     ),
 }
 LLAMA_FORMATS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_0"}  # llama.cpp's closest formats: 2.6, 3.4 and 4.5 bits a weight
+LLAMA_HEADS = {4: "Q4_0", 5: "Q5_0", 6: "Q6_K", 8: "Q8_0", 16: "F16"}  # of its output head, by bits
 LLAMA_PACKAGES = ["llama-cpp-python==0.3.36", "gguf>=0.18", "numpy"]
 ONNX_BITS = 4  # the smallest width of its CPU kernel for experts (QMoE)
 ONNX_PACKAGES = ["onnxruntime==1.32.*", "onnx", "numpy"]
@@ -126,19 +135,24 @@ def randomly_packed(config: Any, bits: int, group_size: int, device: torch.devic
     pack_modules(model, by_part, dict.fromkeys(by_part, group_size))
     model = model.to_empty(device=device).eval()
     model.tie_weights()
+    fill_randomly(model)
+    return model
+
+
+def fill_randomly(model: torch.nn.Module) -> None:
+    """Gives packed weights random codes."""
     for _, weight in packed_weights(model):
         weight.codes.random_(0, 256)
         weight.scale.fill_(0.02 / 2**weight.bits)
         weight.zero_point.fill_(2 ** (weight.bits - 1))
-    return model
 
 
-def deep_model(shape: str, bits: int, layers: int) -> PreTrainedModel:
-    """A packed model of many layers, which need not fit the memory in bf16."""
+def deep_model(shape: str, bits: int, layers: int, vocabulary: int) -> PreTrainedModel:
+    """A packed model of many layers, which need not fit the memory in bf16; its head is in bf16."""
     values = {
         name: value for name, value in SHAPES[shape].to_dict().items() if name not in ("layer_types", "model_type")
     }
-    config = type(SHAPES[shape])(**values | {"num_hidden_layers": layers})
+    config = type(SHAPES[shape])(**values | {"num_hidden_layers": layers, "vocab_size": vocabulary})
     model = randomly_packed(config, bits, GROUP_SIZE, "cpu")
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     for seed, parameter in enumerate(model.parameters()):
@@ -148,6 +162,14 @@ def deep_model(shape: str, bits: int, layers: int) -> PreTrainedModel:
             parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
     shorten_decode_step(model, MoEModel(model).blocks)
     return model
+
+
+def heads_of(model: PreTrainedModel, widths: list[int]) -> dict[int, torch.nn.Module]:
+    """The output head of a model in bf16 (16) or packed with random codes, by its bits."""
+    heads = {bits: PackedLinear(model.lm_head, bits, GROUP_SIZE) for bits in widths if bits != 16}
+    for head in heads.values():
+        fill_randomly(head)
+    return {bits: heads.get(bits, model.lm_head) for bits in widths}
 
 
 def dense_in_float32(dense: PreTrainedModel) -> PreTrainedModel:
@@ -226,7 +248,8 @@ class Other:
         ready = self.process.stdout.readline()
         if not ready:
             raise RuntimeError(f"{script} did not start: see {directory / 'log.txt'}")
-        self.weight_bytes = int(ready)
+        self.weight_bytes, *others = map(int, ready.split())  # of the part
+        self.head_bytes = sum(others)
 
     def seconds(self, batch: int, tokens: int, threads: int) -> float:
         return self._ask("pass", batch, tokens, threads)
@@ -244,8 +267,8 @@ class Other:
         self.process.wait()
 
 
-def llama_cpp(directory: Path, config: Any, bits: int) -> Other:
-    job = {"config": config.to_dict(), "format": LLAMA_FORMATS[bits]}
+def llama_cpp(directory: Path, config: Any, bits: int, head_bits: int = 16) -> Other:
+    job = {"config": config.to_dict(), "format": LLAMA_FORMATS[bits], "head": LLAMA_HEADS[head_bits]}
     return Other(directory, LLAMA_PACKAGES, "inference_llama.py", job)
 
 
@@ -321,8 +344,11 @@ def timed(model: PreTrainedModel, part: str, ids: Tensor, experts: str = "eager"
     return time.perf_counter() - start
 
 
-def seconds_a_token(model: PreTrainedModel, prompt: Tensor, threads: int, activations: str) -> float:
-    """Of greedy generation, without the prompt's share."""
+def seconds_a_token(
+    model: PreTrainedModel, head: torch.nn.Module, prompt: Tensor, threads: int, activations: str
+) -> float:
+    """Of greedy generation with this output head, without the prompt's share."""
+    model.lm_head = head
     torch.set_num_threads(threads)
     set_activations(model, activations)
     times = []
@@ -337,22 +363,27 @@ def compare_generation(shape: str, args: argparse.Namespace) -> Iterator[dict[st
     """Rows of whole models, one width after the other, because each may fill the memory."""
     prompt = torch.randint(0, VOCABULARY, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     for bits in args.bits:
-        model, engine = deep_model(shape, bits, args.layers), None
+        model = deep_model(shape, bits, args.layers, args.vocabulary)
+        heads, engines = heads_of(model, args.head_bits), {}
         if args.llama_cpp and bits in LLAMA_FORMATS:
-            engine = llama_cpp(args.llama_cpp, model.config, bits)
+            engines = {h: llama_cpp(args.llama_cpp, model.config, bits, h) for h in heads if h in LLAMA_HEADS}
         for threads in args.threads:
-            backends: dict[str, Callable[[], float]] = {
-                name: functools.partial(seconds_a_token, model, prompt, threads, activations)
+            backends: dict[tuple[str, int], Callable[[], float]] = {
+                (name, head_bits): functools.partial(seconds_a_token, model, head, prompt, threads, activations)
+                for head_bits, head in heads.items()
                 for name, activations in (("packed", "exact"), ("packed int8", "int8"))
             }
-            if engine is not None:
-                own = functools.partial(engine.seconds_a_token, PROMPT, GENERATED, threads)
-                backends[f"llama.cpp {LLAMA_FORMATS[bits]}"] = own
-            for name, seconds in interleaved(backends, args.rounds, 10 * args.seconds).items():
-                size = engine.weight_bytes if name.startswith("llama") else bytes_of(model.model.layers)
+            for head_bits, engine in engines.items():
+                name = f"llama.cpp {LLAMA_FORMATS[bits]}"
+                backends[name, head_bits] = functools.partial(engine.seconds_a_token, PROMPT, GENERATED, threads)
+            for (name, head_bits), seconds in interleaved(backends, args.rounds, 10 * args.seconds).items():
+                size = bytes_of(model.model.layers) + bytes_of(heads[head_bits])
+                if name.startswith("llama"):
+                    size = engines[head_bits].weight_bytes + engines[head_bits].head_bytes
                 row = {"part": "model", "work": GENERATE, "shape": shape, "bits": bits, "backend": name}
-                yield row | {"threads": threads, "layers": args.layers, "median_s": seconds, "weight_bytes": size}
-        if engine is not None:
+                row |= {"threads": threads, "layers": args.layers, "vocabulary": args.vocabulary}
+                yield row | {"head_bits": head_bits, "median_s": seconds, "weight_bytes": size}
+        for engine in engines.values():
             engine.close()
 
 
@@ -428,9 +459,10 @@ def show(row: dict[str, Any]) -> None:
     if row["work"] == LOAD:
         limit = f"{row['resident_bytes'] / 1e6:.0f} MB, peak {row['peak_bytes'] / 1e6:.0f}"
     ratio = f"{row['ratio_to_bf16']:6.2f} x bf16" if "ratio_to_bf16" in row else ""
+    head = f", head {row['head_bits']}" if "head_bits" in row else ""
     print(
         f"{row['shape']:12s} {row['part']:6s} {row['work']:8s} {row['bits']} bit {row['threads']} threads "
-        f"{row['backend']:22s}"
+        f"{row['backend'] + head:22s}"
         f"{1e3 * row['median_s']:9.2f} ms {ratio} {limit:22s}"
         f"{row['weight_bytes'] / 1e6:8.0f} MB",
         flush=True,
@@ -445,6 +477,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["moe", "layer"], help="default: moe not at `batch`")
     parser.add_argument("--work", nargs="+", choices=[*WORK, LOAD, GENERATE], default=[*WORK, LOAD])
     parser.add_argument("--layers", type=int, default=24, help="of the model that generates")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of the model that generates")
+    parser.add_argument(
+        "--head-bits", nargs="+", type=int, choices=[16, *HEAD_BITS], default=[16],
+        help="of the output head of the model that generates; 16: bf16",
+    )  # fmt: skip
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3, help="rounds of calls (decode: 8 times as many)")
     parser.add_argument("--seconds", type=float, default=5, help="total after which a backend takes no further turn")

@@ -1,7 +1,8 @@
 """llama.cpp's part of inference.py, in an environment with llama-cpp-python and gguf, without torch.
 
 Writes a GGUF model in the requested shape and format, with fixed scales and random codes, so that tokens differ and
-select different experts. Loads it and prints the bytes of its layers' weights. Then answers lines on standard input:
+select different experts. Loads it, prints the bytes of its layers' weights and of its output head, and answers lines on
+standard input:
 
     pass BATCH TOKENS THREADS        seconds of one llama_decode. It requests the logits of every token, because in the
                                      last layer, the only one there, llama.cpp runs experts only for tokens with logits
@@ -20,11 +21,14 @@ import numpy as np
 
 MAX_TOKENS = 2048
 # by format: values of a block's float16 fields by byte offset, for weights with a mean near 0 and a deviation of 0.02
-SCALES = {"Q4_0": {0: 0.004}, "Q3_K": {108: 0.0005}, "Q2_K": {80: 0.0017, 82: 0.0026}}
+SCALES = {
+    **{"Q4_0": {0: 0.004}, "Q3_K": {108: 0.0005}, "Q2_K": {80: 0.0017, 82: 0.0026}},
+    **{"Q5_0": {0: 0.0022}, "Q6_K": {208: 1.5e-5}, "Q8_0": {0: 0.00027}},
+}
 
 
-def write_model(path: Path, config: dict, name: str) -> int:
-    """Writes the GGUF file, and returns the bytes of the layers' weights."""
+def write_model(path: Path, config: dict, name: str, head: str) -> tuple[int, int]:
+    """Writes the GGUF file, and returns the bytes of the layers' weights and of the output head."""
     is_qwen = config["model_type"] == "qwen2_moe"
     writer = gguf.GGUFWriter(path, "qwen2moe" if is_qwen else "llama")
     hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
@@ -55,6 +59,11 @@ def write_model(path: Path, config: dict, name: str) -> int:
             data = np.ones(shape) if len(shape) == 1 else generator.normal(0, 0.02, shape)
             writer.add_tensor(tensor, data.astype(np.float32))
             return
+        if kind == gguf.GGMLQuantizationType.F16:
+            data = np.random.default_rng(0).standard_normal(shape, np.float32) * np.float32(0.02)
+            writer.add_tensor(tensor, data.astype(np.float16))
+            size += 2 * data.size
+            return
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         raw = np.random.default_rng(size).integers(
             0, 256, (*shape[:-1], shape[-1] // block, block_bytes), dtype=np.uint8
@@ -67,7 +76,8 @@ def write_model(path: Path, config: dict, name: str) -> int:
 
     kind, four = gguf.GGMLQuantizationType[name], gguf.GGMLQuantizationType.Q4_0
     add("token_embd.weight", config["vocab_size"], hidden)
-    add("output.weight", config["vocab_size"], hidden)
+    add("output.weight", config["vocab_size"], hidden, kind=gguf.GGMLQuantizationType[head])
+    of_head = size
     add("output_norm.weight", hidden)
     for layer in range(config["num_hidden_layers"]):
         block = f"blk.{layer}."
@@ -93,13 +103,14 @@ def write_model(path: Path, config: dict, name: str) -> int:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return size
+    return size - of_head, of_head
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    path = Path(job["directory"]) / f"{job['config']['num_hidden_layers']}-layers-{job['format']}.gguf"
-    size = write_model(path, job["config"], job["format"])
+    shape = f"{job['config']['num_hidden_layers']}-layers-{job['config']['vocab_size']}-words"
+    path = Path(job["directory"]) / f"{shape}-{job['format']}-head-{job['head']}.gguf"
+    sizes = write_model(path, job["config"], job["format"], job["head"])
     quiet = llama.llama_log_callback(lambda *_: None)  # must stay alive: llama.cpp keeps calling it
     llama.llama_log_set(quiet, ctypes.c_void_p(0))
     llama.llama_backend_init()
@@ -111,7 +122,7 @@ def main() -> None:
     context = llama.llama_init_from_model(model, parameters)
     if not context:
         raise SystemExit(f"llama.cpp creates no context for {path}")
-    print(size, flush=True)
+    print(*sizes, flush=True)
     for line in sys.stdin:
         kind, *numbers = line.split()
         first, tokens, threads = map(int, numbers)

@@ -43,8 +43,9 @@ type, but real ones can have settings that these do not have: `eacmoe plan` and 
 
 The last two are empty for types that the engine does not load, and the export is refused.
 
-Routers, norms, biases, embeddings and the head are never quantized. What else stays as it is stands in the last column,
-by its name in a block, with the reason.
+Routers, norms and biases are never quantized, the head and an embedding that is tied to it only with
+`--model.head_bits`, which every type that can be fitted takes. What else stays as it is stands in the last column, by
+its name in a block, with the reason.
 
 """
 COLUMNS = {"fit": "fit", "load": "load", "generate": "generate", "pesf": "PESF", "dense": "dense"}
