@@ -11,28 +11,33 @@ import jobs
 import pytest
 import tiny_models
 import torch
+from joint_trial import assert_equals_the_whole, stage_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eacmoe_lightning import load
-from eacmoe_lightning.calibration.head import check_head, quantize_head
+from eacmoe_lightning.calibration.head import check_head, embedding_of, quantize_head
 from eacmoe_lightning.calibration.recipe import Recipe, num_quantized
+from eacmoe_lightning.calibration.streams import Streams
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed import format as formats
 from eacmoe_lightning.compressed.directory import CompressedWeights, save_compressed
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.head import output_head
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.models.self_check import check_parts
+from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.shapes import load_shapes
 from eacmoe_lightning.planning.sizes import Job, disk_use
 from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
 from eacmoe_lightning.quantization.packing import pack
 from eacmoe_lightning.run.block_file import read_head
 from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.runtime.packed_modules import PackedLinear, PackedWeight, TiedLinear
 from eacmoe_lightning.serving.packed_model import PackedModel
 
@@ -200,6 +205,39 @@ def test_every_architecture_runs_with_a_packed_head(name, tokenizer, tokens, tmp
     assert 0 < distance < 0.5
 
 
+# --- what the calibration sees
+
+
+@torch.no_grad()
+def test_the_compressed_stream_begins_with_the_decoded_embedding(tiny_model_dir, tmp_path):
+    moe = StreamedModel(Checkpoint(str(tiny_model_dir("qwen3_moe"))))
+    head = quantize_head(moe, Recipe(head_bits=4, group_size=32))
+    (decoded,) = (weight.dequantize() for weight in head.values())
+    table, ids = moe.model.get_input_embeddings().weight.clone(), torch.arange(1, 97).view(4, 24)
+    streams = Streams(moe, ids, 0, 2, RunDirectory(tmp_path), Ranks(), embedding=embedding_of(moe, head))
+    streams.embed()
+    assert torch.equal(streams.x[:], table[ids]) and torch.equal(streams.x_hat[:], decoded[ids])
+    assert torch.equal(streams.first_call(moe.blocks[0]).hidden, decoded[ids[:2]])
+    assert torch.equal(moe.model.get_input_embeddings().weight, table), "the original has changed"
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+@torch.no_grad()
+def test_the_joint_stage_trains_with_the_quantized_head_towards_the_original_one(family, tiny_model_dir, tmp_path):
+    folder = tiny_model_dir(family)
+    run = jobs.fit(folder, tmp_path / "run", **QUICK, model__head_bits=4, model__quantizer="rtn")
+    with torch.enable_grad():
+        assert_equals_the_whole(folder, run)
+    (decoded,) = (weight.dequantize() for weight in read_head(RunDirectory(run)).values())
+    original = load_original(str(folder))
+    with stage_of(folder, run, True) as (stage, _):
+        student, teacher = stage.compressed.model, stage.parts.moe.model
+        assert torch.equal(student.lm_head.weight, decoded)
+        assert torch.equal(teacher.lm_head.weight, original.lm_head.weight)
+        embedding = decoded if family == "qwen3_moe" else original.model.embed_tokens.weight
+        assert torch.equal(student.model.embed_tokens.weight, embedding)
+
+
 # --- resume
 
 
@@ -332,7 +370,7 @@ def test_a_head_of_another_width_needs_groups_that_fit(tiny_model_dir):
         Recipe(head_bits=8, quantizer="kquant").check(moe)
 
 
-def test_a_model_whose_head_cannot_be_quantized_is_refused(tiny_model_dir, tmp_path, capsys, monkeypatch):
+def test_a_model_whose_head_cannot_be_quantized_is_refused(tiny_model_dir):
     model = load_original(str(tiny_model_dir("qwen2_moe")))
     model.lm_head = None
     with pytest.raises(ValueError, match="qwen2_moe .--model.head_bits. has no output head"):
@@ -363,7 +401,7 @@ def test_a_head_that_is_more_than_a_linear_is_refused(tiny_model_dir):
     check_head(moe, head, window, moe.embed(window))
 
 
-def test_every_evaluation_takes_the_directory(run_of, tiny_model_dir, tmp_path, capsys):
+def test_every_evaluation_takes_the_directory(run_of, tiny_model_dir, tmp_path):
     run = Path(shutil.copytree(run_of("qwen3_moe"), tmp_path / "run"))
     options = jobs.options(tiny_model_dir("qwen3_moe"), run, model__head_bits=6)
     main(["test", *options])

@@ -87,6 +87,17 @@ def test_two_processes_remove_the_same_experts_as_one(tiny_model_dir, tmp_path):
     assert config["kept_experts"] == {block: row["kept"] for block, row in one.items()}
 
 
+def test_two_processes_calibrate_on_one_quantized_head(tiny_model_dir, tmp_path):
+    """It is tied to the embedding, by which both embed their windows."""
+    options = OPTIONS | {"model__head_bits": 6, "model__joint_epochs": 1, "model__joint_router_lr": 3e-4}
+    alone, run = in_one_and_two(tiny_model_dir("qwen3_moe"), tmp_path, options)
+    assert_same(run, alone, chooses=True)
+    assert (run / "head.safetensors").read_bytes() == (alone / "head.safetensors").read_bytes()
+    codes = [load_file(folder / "compressed" / "weights-rest.safetensors") for folder in (run, alone)]
+    name = "model.embed_tokens.weight.codes"
+    assert torch.equal(codes[0][name], codes[1][name])
+
+
 def test_two_processes_count_the_same_answers_as_one(tiny_model_dir, tmp_path):
     """Only the answers of chats of two texts count; sgd and the joint stage take means over them."""
     talk = (

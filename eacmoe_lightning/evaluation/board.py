@@ -19,7 +19,7 @@ MEAN = "mean_of_texts"
 JUDGED = ("kl", "same_top")  # of the divergence
 FIRST_OPTIONS = ("bits", "block_epochs", "joint_epochs", "model", "router_method")
 OPTIONS = (
-    *("dtype", "quantizer", "bits", "target_bits", "target_gb", "attention_bits", "group_size"),
+    *("dtype", "quantizer", "bits", "target_bits", "target_gb", "attention_bits", "head_bits", "group_size"),
     *("router_method", "router_epochs", "router_lr"),
     *("block_epochs", "block_lr", "joint_epochs", "joint_lr"),
     *("calibration", "num_windows", "window_length", "batch_size", "criterion", "keep", "alpha"),
