@@ -23,14 +23,18 @@ from transformers import (
 )
 
 from eacmoe_lightning import load
+from eacmoe_lightning.calibration.head import check_head, quantize_head
+from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import BUNDLED, load_original
+from eacmoe_lightning.models.self_check import check_parts
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.models.transformers_loader import auto_class
 from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
+from eacmoe_lightning.runtime.packed_modules import PackedLinear
 
 TEXT = {
     "vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -167,6 +171,24 @@ def test_a_compressed_wrapper_loads_and_exports_as_the_wrapper(kind, wrapper, to
     assert config["architectures"] == [type(original).__name__] and config["vision_config"]
     stored = {name for file in dense.glob("*.safetensors") for name in load_file(file)}
     assert stored == {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+
+
+@kinds
+@torch.no_grad()
+def test_a_wrapper_runs_with_a_packed_head(kind, wrapper, tokens, tmp_path):
+    """Gemma 4's is tied to an embedding that scales what it looks up."""
+    folder, compressed, dense = wrapper(kind), tmp_path / "compressed", tmp_path / "dense"
+    moe = MoEModel(load_original(str(folder)))
+    head = quantize_head(moe, Recipe(head_bits=6, group_size=32))
+    check_head(moe, head, tokens, check_parts(moe, tokens))
+    moe.put({name: weight.dequantize() for name, weight in head.items()})
+    save_compressed(compressed, moe, str(folder), [{}] * 2, {"method": "none", "quantizer": "none"}, head=head)
+    export(str(compressed), str(dense), "dense")
+    expected = moe.model(tokens, use_cache=False).logits
+    packed = load(compressed)
+    assert isinstance(packed.get_output_embeddings(), PackedLinear)
+    for model in (packed, load(compressed, packed=False), AutoModelForImageTextToText.from_pretrained(dense)):
+        torch.testing.assert_close(model.eval()(tokens, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gguf_holds_the_language_model_of_a_wrapper(wrapper, tmp_path):

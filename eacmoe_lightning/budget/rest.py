@@ -60,12 +60,12 @@ class Rest:
     def nbytes(self, moe: MoEModel, head: WeightGrid | None = None) -> int:
         """The most bytes that the rest takes: an estimate, a little high.
 
+        Besides the files: embeddings, head, routers, norms, and headers of all tensors. It grows if the check of the
+        model leaves linears unquantized.
+
         Args:
             moe: the original.
             head: how its output head is quantized (`Recipe.head`); None: it stays as it is.
-
-        Besides the files: embeddings, head, routers, norms, and headers of all tensors. It grows if the check of the
-        model leaves linears unquantized.
         """
         quantized = {name for block in moe.blocks for name in block.weights()}
         trained = {name for name, _ in moe.norms()} | {block.router_parameter_name for block in moe.calibrated_blocks}

@@ -262,9 +262,10 @@ def tie(model: PreTrainedModel, missing: Iterable[str]) -> None:
 
 def untie(model: PreTrainedModel, name: str) -> None:
     """Makes transformers forget that the parameter `name` repeats another one, as it is no parameter any more."""
-    for prefix, part in model.named_modules():
-        if isinstance(part, PreTrainedModel):
-            own = name.removeprefix(f"{prefix}.") if prefix else name
+    for path, part in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(part, PreTrainedModel) and name.startswith(prefix):
+            own = name.removeprefix(prefix)
             part._tied_weights_keys = {k: v for k, v in (part._tied_weights_keys or {}).items() if k != own}
             part.all_tied_weights_keys.pop(own, None)
 
