@@ -260,6 +260,102 @@ def moved(folder: Path) -> str:
     return r"no causal language model can be loaded from.*There is no such directory\."
 
 
+def broken_config(folder: Path) -> str:
+    (folder / "config.json").write_text("{")
+    return r"config.json is damaged \(Expecting property name"
+
+
+def a_list_as_config(folder: Path) -> str:
+    (folder / "config.json").write_text("[]")
+    return r"config.json is damaged \(it holds a list, not options by name\)"
+
+
+def options(**config) -> Callable[[Path], str]:
+    def write(folder: Path) -> str:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        return "transformers (cannot build|does not understand).*config.json"
+
+    return write
+
+
+def gguf(folder: Path) -> str:
+    (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
+    return "holds GGUF files, which are not read: pass the model that they were made of"
+
+
+def adapter_alone(folder: Path) -> str:
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return r"holds an adapter \(adapter_config.json\): merge it into its base model"
+
+
+def adapter_beside(folder: Path) -> str:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return r"\(--model.name_or_path\) holds an adapter \(adapter_config.json\) beside the model.*: merge it into"
+
+
+def other_layout(folder: Path) -> str:
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    return "holds consolidated.safetensors, but neither model.safetensors nor an index: convert it"
+
+
+def training_job(folder: Path) -> str:
+    torch.save({"model": load_file(folder / "model.safetensors"), "step": 3}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return "pytorch_model.bin holds 'model', which is no tensor but dict: it is of a training job"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(broken_config, a_list_as_config, gguf, adapter_alone, adapter_beside, other_layout, training_job),
+        *(options(hidden_act="foo"), options(dtype="float8"), options(quantization_config="fp8")),
+        options(rope_parameters={"rope_type": "foo", "rope_theta": 10000.0}),
+    ],
+)
+def test_what_is_no_model_is_refused_with_what_it_is(damage, tiny_model_dir, tmp_path, capsys):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model")
+    assert re.search(damage(folder), refused(folder, tmp_path / "run", capsys))
+
+
+@pytest.mark.parametrize(("name", "message"), [("model.safetensors", "pass the directory"), ("a.gguf", "a GGUF file")])
+def test_a_file_in_the_place_of_a_directory(name, message, tiny_model_dir, tmp_path, capsys):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model")
+    (folder / "a.gguf").write_bytes(b"GGUF")
+    assert message in refused(folder / name, tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize("top_k", [0, 9])
+def test_more_or_fewer_experts_a_token_than_there_are(top_k, tiny_model_dir, tmp_path, capsys):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", num_experts_per_tok=top_k)
+    assert f"each token selects {top_k} of 8 experts" in refused(folder, tmp_path / "run", capsys)
+
+
+def test_without_a_dtype_in_the_config_the_first_tensor_has_it_as_in_transformers(tiny_model_dir, tmp_path):
+    def mixed(tensors: Tensors) -> Tensors:
+        return {key: t if "norm" in key else t.bfloat16() for key, t in tensors.items()}
+
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", mixed, dtype=None)
+    own = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype
+    assert Checkpoint(str(folder)).dtype == own == torch.bfloat16
+
+
+def test_tied_weights_that_are_stored_under_the_name_of_the_head(tiny_model_dir, tmp_path):
+    """Then the embedding is the head's, as in transformers, and neither is lost from the result."""
+    folder = changed(
+        tiny_model_dir("mixtral"), tmp_path / "model", lost("embed_tokens.weight"), tie_word_embeddings=True
+    )
+    head = load_file(folder / "model.safetensors")["lm_head.weight"]
+    run = jobs.fit(folder, tmp_path / "run", data__num_windows=4)
+    model = load(run)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, head)
+    export(run, tmp_path / "dense", "dense")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").get_input_embeddings().weight, head)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])  # of the second transformers makes an empty tokenizer
 @pytest.mark.parametrize("damage", [no_tokenizer, damaged_tokenizer, no_config, moved])
 def test_a_model_is_not_taken_for_its_tokenizer(damage, family, tiny_model_dir, tmp_path, capsys):

@@ -25,6 +25,20 @@ def test_models_in_the_common_form_pass(family):
     assert torch.equal(model(IDS, use_cache=False).logits, expected)  # nothing stays replaced
 
 
+@families
+def test_a_config_that_asks_for_more_outputs_changes_nothing(family):
+    """Fine-tuned models often ask for their routers' logits, which blocks that are replaced do not record."""
+    model = tiny_models.build(family)
+    expected = model(IDS, use_cache=False).logits
+    asked = {"output_router_logits": True, "output_hidden_states": True, "return_dict": False}
+    for name, value in asked.items():
+        setattr(model.config, name, value)
+    moe = MoEModel(model)
+    check_parts(moe, IDS)
+    assert torch.equal(moe.logits(IDS), expected)
+    assert {name: getattr(model.config, name) for name in asked} == asked  # a user's model stays as it was
+
+
 def test_a_head_that_does_more_is_part_of_the_model():
     model = tiny_models.build("mixtral")
     forward = type(model).forward

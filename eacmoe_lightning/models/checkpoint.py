@@ -74,7 +74,7 @@ class Checkpoint:
             return getattr(torch, dtype)
         if self.config.dtype is not None:
             return self.config.dtype
-        stored = (tensor.dtype for tensor in self.files.stored.values())
+        stored = (tensor.dtype for tensor in self.files.stored.values())  # the first counts, as in transformers
         return next((dtype for dtype in stored if dtype in UNQUANTIZED), torch.bfloat16)
 
     def skeleton(self) -> PreTrainedModel:

@@ -49,6 +49,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, list[Block]]:
     moe_names = {block.experts_name.rpartition(".")[0] for block in blocks if block.is_moe}
     for block in blocks:
         block.top_k = _top_k(block, config) if block.is_moe else 0
+        if block.is_moe and not 1 <= block.top_k <= block.num_experts:
+            raise ValueError(
+                f"{block.name}: by its config.json (--model.name_or_path) each token selects {block.top_k} of "
+                f"{block.num_experts} experts, which is not from 1 to their number: mend the config"
+            )
         for linear in block.linears:  # a dense block's feed-forward is where the other blocks have their experts
             moe = next((moe for moe in moe_names if moe and linear.startswith(f"{moe}.")), None)
             if moe is not None and _is_feed_forward(block.layer.get_submodule(moe)):

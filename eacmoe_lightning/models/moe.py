@@ -12,13 +12,20 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.find import find_blocks
 from eacmoe_lightning.models.routing import Reached, forward_replaced
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.run.hidden import State
+
+PLAIN_OUTPUTS = {  # options of a config by which a forward pass returns what it must here
+    "output_router_logits": False,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "return_dict": True,
+}
 
 
 class MoEModel:
@@ -147,6 +154,7 @@ class MoEModel:
     def blocks_replaced(self, forward: Callable[[int], Callable]) -> Iterator[None]:
         """Gives each block another forward pass, by index, inside the `with` block."""
         with ExitStack() as replaced:
+            replaced.enter_context(_plain_outputs(self.model.config, self.config))
             for block in self.blocks:
                 replaced.enter_context(forward_replaced(block.layer, forward(block.index)))
             yield
@@ -207,6 +215,28 @@ def inputs(input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
     """The arguments of a model's forward pass over a batch [B, T], as they are in `MoEModel.call`."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
     return {"input_ids": input_ids, "use_cache": False, **positions}
+
+
+@contextmanager
+def _plain_outputs(*configs: PreTrainedConfig) -> Iterator[None]:
+    """Inside the `with` block, a forward pass returns no more than its options ask for, and not as a tuple.
+
+    A config may ask for the logits of routers (fine-tuned models' often do) or for hidden states, which blocks that do
+    not run cannot give.
+    """
+    changed = [
+        (config, name, getattr(config, name))
+        for config in {id(config): config for config in configs}.values()
+        for name, plain in PLAIN_OUTPUTS.items()
+        if getattr(config, name, plain) != plain
+    ]
+    for config, name, _ in changed:
+        setattr(config, name, PLAIN_OUTPUTS[name])
+    try:
+        yield
+    finally:
+        for config, name, value in changed:
+            setattr(config, name, value)
 
 
 def _handed_over(state: State, index: int, *args, **kwargs) -> Any:

@@ -27,8 +27,18 @@ from transformers import (
 from transformers.utils import cached_file
 
 from eacmoe_lightning.models.decoding import ACTIVATIONS, Scheme, scheme_of
-from eacmoe_lightning.models.transformers_loader import auto_class, knows_config, register_remote_code
-from eacmoe_lightning.models.weight_files import DamagedFile, OpenFile, Stored, check_fetched, opened, stored_tensors
+from eacmoe_lightning.models.transformers_loader import UNBUILDABLE, auto_class, knows_config, register_remote_code
+from eacmoe_lightning.models.weight_files import (
+    DamagedFile,
+    OpenFile,
+    Stored,
+    check_config_file,
+    check_fetched,
+    check_no_adapter,
+    found_instead,
+    opened,
+    stored_tensors,
+)
 from eacmoe_lightning.run.files import StoreError, write_json
 
 RANGE, CHUNK = 1 << 28, 1 << 22  # bytes of a file that one thread hashes, and that it reads at a time
@@ -80,9 +90,16 @@ def no_model(name_or_path: str, reason: object, option: str = "--model.name_or_p
         reason: what went wrong, as the last sentence.
         option: with which it was given.
     """
+    path = Path(resolve_model(name_or_path)).expanduser()
     looks_like_a_path = name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))
-    if looks_like_a_path and not Path(name_or_path).expanduser().is_dir():
+    if path.is_file():
+        is_gguf = path.suffix == ".gguf"
+        remedy = "which is not read: pass the model that it was made of" if is_gguf else "pass the directory it lies in"
+        reason = f"That is a {'GGUF file, ' if is_gguf else 'file: '}{remedy}."
+    elif looks_like_a_path and not path.is_dir():
         reason = "There is no such directory."  # whatever the hub says of such a name
+    elif path.is_dir():
+        reason = f"{reason} {found_instead(path)}".strip()
     return FileNotFoundError(
         f"no causal language model can be loaded from {name_or_path!r} ({option}): pass `bundled`, a local Hugging "
         f"Face directory or the id of a hub model that this machine can reach. {reason}"
@@ -117,22 +134,26 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
             transformers has a class of its own, or one was registered, that one is taken.
 
     Raises:
-        FileNotFoundError: there is no config, or its model type is unknown.
-        ValueError: the model needs code that came with it, and that is not trusted.
+        FileNotFoundError: there is no config, it is damaged or not understood, or its model type is unknown.
+        ValueError: the model needs code that came with it, and that is not trusted; or an adapter lies beside it.
     """
     path = resolve_model(name_or_path)
+    check_fetched(path, weights=False)
+    check_config_file(path)
+    check_no_adapter(path)
     try:
-        check_fetched(path, weights=False)
         stored, _ = PreTrainedConfig.get_config_dict(path)
         if "AutoConfig" in stored.get("auto_map", {}) and not knows_config(stored.get("model_type")):
             if not trust_remote_code:
                 raise UntrustedCode(name_or_path, "`auto_map` in its config.json")
             register_remote_code(path, stored["model_type"], stored["auto_map"])
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (DamagedFile, UntrustedCode):
+    except UntrustedCode:
         raise
     except (OSError, ValueError) as error:
         raise no_model(name_or_path, error) from error
+    except UNBUILDABLE as error:
+        raise no_model(name_or_path, f"transformers does not understand its config.json ({error!r}).") from error
     quantization = None
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         if (found := getattr(part, QUANTIZATION, None)) is not None:
@@ -180,6 +201,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
     """
     path = resolve_model(name_or_path)
     check_fetched(path, weights=False)
+    check_config_file(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ValueError as error:
@@ -202,6 +224,9 @@ def tokenizer_of(
         problem = "" if tokenizer(PROBE)["input_ids"] else "it makes no token of any text"
     except (DamagedFile, UntrustedCode):
         raise
+    except UNBUILDABLE as error:  # most classes read config.json too
+        reason = f"transformers does not understand its config.json or the tokenizer's files ({error!r})."
+        raise no_model(name_or_path, reason, option) from error
     except (OSError, ValueError) as error:
         if not (local_directory(name_or_path, option) / "config.json").is_file():  # no model at all
             raise no_model(name_or_path, "There is no config.json.", option) from error

@@ -49,13 +49,16 @@ class StreamedModel(MoEModel):
         self.leave(getattr(weights, "unquantized", {}))
         self.weights, self._device = weights, torch.device(device)
         self._loaded: set[int] = set()
+        self._stored_as: dict[str, str] = {}  # tied parameters that the source has by their other name alone
         for name, buffer in list(self.model.named_buffers()):
             put(self.model, name, buffer.to(self._device))
         in_blocks = {name for block in self.blocks for name in self._names(block.index)}
         outside_blocks = [name for name in self.model.state_dict() if name not in in_blocks]
         missing = set(outside_blocks) - self._fill(outside_blocks)
         tie(self.model, missing)
-        state = self.model.state_dict()
+        state = self.model.state_dict(keep_vars=True)
+        stored = {id(state[name]): name for name in outside_blocks if name not in missing}
+        self._stored_as = {name: stored[id(state[name])] for name in missing if id(state[name]) in stored}
         self._check([name for name in missing if state[name].is_meta])
 
     @property
@@ -85,7 +88,9 @@ class StreamedModel(MoEModel):
         return_free_memory()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: tensor.to(self._device) for name, tensor in self.weights.read(list(names)).items()}
+        stored_as = {name: self._stored_as.get(name, name) for name in names}
+        tensors = self.weights.read(list(dict.fromkeys(stored_as.values())))
+        return {name: tensors[key].to(self._device) for name, key in stored_as.items() if key in tensors}
 
     def _names(self, index: int) -> list[str]:
         block = self.blocks[index]

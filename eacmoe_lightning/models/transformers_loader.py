@@ -34,6 +34,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -67,6 +68,11 @@ from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr
 SKIPS_PAIRS = "_is_expert_parallel"  # set on experts: ids of E occur, and their pairs are to be skipped
 CACHE = next(field.name for field in fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 TOWER_RETURNS_ROUTER_LOGITS = "router_logits" in DeepseekOcr2TextModel._can_record_outputs
+
+# what transformers raises beside OSError and ValueError where a config's options are missing or make no sense
+UNBUILDABLE = (
+    TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError, StrictDataclassError
+)  # fmt: skip
 
 _TEXT_HEADS = (AutoModelForImageTextToText, AutoModelForCausalLM)
 _TAKES_TP_PLAN = "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters
@@ -234,9 +240,18 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """A model with a head for text, its parameters on the meta device, its buffers as `from_pretrained` makes them.
 
     Both have the dtypes of `from_pretrained(dtype=dtype)`, which keeps some in float32.
+
+    Raises:
+        ValueError: transformers has no such model, or cannot build it from this config.
     """
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config, dtype=dtype)
+    except UNBUILDABLE as error:
+        raise ValueError(
+            f"transformers cannot build {config.model_type!r} from the options in its config.json ({error!r}). Mend "
+            "the config, or restore the one that was published."
+        ) from error
     persistent = model.state_dict().keys() & dict(model.named_buffers()).keys()
     model._move_missing_keys_from_meta_to_device(persistent, None, None, None)
     for parameter in model.parameters():  # values for them would be drawn, which takes longer than all the rest

@@ -22,6 +22,8 @@ from eacmoe_lightning.models.transformers_loader import checkpoint_files
 from eacmoe_lightning.run.files import first_of
 
 WEIGHTS = (".safetensors", ".bin")
+PLAIN = {f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")}
+MERGE = "merge it into its base model (`merge_and_unload` of peft), save the result, and pass that"
 LFS = b"version https://git-lfs.github.com/spec/"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -110,11 +112,59 @@ def check_fetched(path: str, weights: bool = True) -> None:
             raise DamagedFile(f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in {path}")
 
 
+def found_instead(folder: Path) -> str:
+    """What a directory holds that is no model of transformers, and what to do, as sentences; "" if nothing is known."""
+    names = sorted(path.name for path in folder.iterdir())
+    if "adapter_config.json" in names:
+        return f"{folder} holds an adapter (adapter_config.json): {MERGE}."
+    if any(name.endswith(".gguf") for name in names):
+        return f"{folder} holds GGUF files, which are not read: pass the model that they were made of."
+    others = [name for name in names if name.endswith((*WEIGHTS, ".pth", ".pt", ".ckpt")) and name not in PLAIN]
+    if others and not PLAIN & set(names):
+        return (
+            f"{folder} holds {first_of(others, 'file')}, but neither model.safetensors nor an index: convert it to the "
+            "layout of transformers."
+        )
+    return ""
+
+
+def check_no_adapter(path: str) -> None:
+    """Refuses a model with an adapter beside it, which transformers would apply, and which is not read.
+
+    Raises:
+        ValueError: there is one in this local directory.
+    """
+    if (Path(path) / "adapter_config.json").is_file() and (Path(path) / "config.json").is_file():
+        raise ValueError(
+            f"{path} (--model.name_or_path) holds an adapter (adapter_config.json) beside the model, which would not "
+            f"take part: {MERGE}; or move the adapter's files elsewhere"
+        )
+
+
+def check_config_file(path: str) -> None:
+    """Raises DamagedFile if a local directory has a config.json that does not hold a model's options."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text())
+        problem = "" if isinstance(content, dict) else f"it holds a {type(content).__name__}, not options by name"
+    except ValueError as error:  # not UTF-8, or not JSON
+        problem = str(error)
+    if problem:
+        raise DamagedFile(f"{file} is damaged ({problem}): download it again")
+
+
 def _read_header(file: str) -> dict[str, Stored]:
     if not file.endswith(".safetensors"):
-        return {
-            key: Stored(file, tensor.dtype, tuple(tensor.shape)) for key, tensor in _load_pickle(file, True).items()
-        }
+        content = _load_pickle(file, True)
+        entries = content if isinstance(content, dict) else {"the whole of it": content}
+        if odd := [key for key, value in entries.items() if not isinstance(value, torch.Tensor)]:
+            raise ValueError(
+                f"{file} holds {odd[0]!r}, which is no tensor but {type(entries[odd[0]]).__name__}: it is of a "
+                "training job, and not of a model alone. Write the model with its `save_pretrained`"
+            )
+        return {key: Stored(file, tensor.dtype, tuple(tensor.shape)) for key, tensor in entries.items()}
     size = Path(file).stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -130,7 +180,7 @@ def _read_header(file: str) -> dict[str, Stored]:
                     tuple(entry["shape"]),
                     (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1]),
                 )
-                for key, entry in header.items()
+                for key, entry in sorted(header.items())  # as the library lists them
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedFile(f"{file} is damaged, its header cannot be read ({error}): download it again") from error
