@@ -35,6 +35,17 @@ def test_rows_are_read_as_written(dtype, tmp_path):
         assert torch.equal(file.flatten(0, 1)[torch.tensor([19, 2])], rows.flatten(0, 1)[[19, 2]])
 
 
+def test_rows_may_be_read_in_another_dtype_than_they_are_stored_in(tmp_path):
+    writer, rows = written(tmp_path / "x", torch.bfloat16)
+    file = writer.written(torch.float32)
+    for part, expected in (
+        (file[1:3], rows[1:3]),
+        (file.flatten(0, 1)[:7], rows.flatten(0, 1)[:7]),
+        (file[:0], rows[:0]),
+    ):
+        assert part.dtype == torch.float32 and torch.equal(part, expected.float())
+
+
 def test_reading_returns_a_copy(tmp_path):
     file = written(tmp_path / "x")[0].written()
     file[:2].zero_()

@@ -313,6 +313,17 @@ def test_other_options_run(tiny_model_dir, tmp_path, capsys):
     assert "already holds this run: add --ckpt_path auto" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("family", "method"), [("mixtral", "ridge"), ("deepseek", "sgd")])
+def test_hidden_states_may_be_stored_in_fewer_bits_than_the_model_has(family, method, tiny_model_dir, tmp_path):
+    """The model runs in float32 all the same, and its result is near that of streams that lose nothing."""
+    options = dict(data__num_windows=4, model__router_method=method, model__joint_epochs=0)
+    lost = {}
+    for dtype in ("auto", "bfloat16"):
+        run = jobs.fit(tiny_model_dir(family), tmp_path / dtype, model__stream_dtype=dtype, **options)
+        lost[dtype] = json.loads((run / "report.json").read_text())["divergence"]["mean"]["compressed"]["kl"]["mean"]
+    assert lost["bfloat16"] != lost["auto"] and lost["bfloat16"] == pytest.approx(lost["auto"], rel=0.2)
+
+
 # --- validate, test, predict
 
 

@@ -58,25 +58,28 @@ class HiddenFile:
 
     Args:
         path: the file of raw numbers.
-        shape, dtype: of the tensor.
+        shape, dtype: of the tensor on disk.
+        returned: dtype in which it is read; None: as stored.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.path, self.shape, self.dtype = path, tuple(shape), dtype
+    def __init__(
+        self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, returned: torch.dtype | None = None
+    ) -> None:
+        self.path, self.shape, self.dtype, self.returned = path, tuple(shape), dtype, returned
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         if 0 in self.shape:
-            return torch.empty(self.shape, dtype=self.dtype)[rows]
+            return torch.empty(self.shape, dtype=self.returned or self.dtype)[rows]
         mapped = torch.from_file(str(self.path), False, torch.Size(self.shape).numel(), dtype=self.dtype)
-        return mapped.view(self.shape)[rows].clone()
+        return mapped.view(self.shape)[rows].clone().to(self.returned or self.dtype)
 
     def flatten(self, first: int, last: int) -> HiddenFile:
         """The same file with dimensions `first` to `last` merged, like `Tensor.flatten`."""
         merged = torch.Size(self.shape[first : last + 1]).numel()
-        return HiddenFile(self.path, (*self.shape[:first], merged, *self.shape[last + 1 :]), self.dtype)
+        return HiddenFile(self.path, (*self.shape[:first], merged, *self.shape[last + 1 :]), self.dtype, self.returned)
 
     def delete(self) -> None:
         _note(self.path).unlink(missing_ok=True)
@@ -138,10 +141,14 @@ class HiddenWriter:
             while view:
                 view = view[self._file.write(view) :]
 
-    def written(self) -> HiddenFile:
-        """Closes the file and returns it for reading under its temporary name; `finish` may follow."""
+    def written(self, returned: torch.dtype | None = None) -> HiddenFile:
+        """Closes the file and returns it for reading under its temporary name; `finish` may follow.
+
+        Args:
+            returned: dtype in which it is read; None: as stored.
+        """
         self._file.close()
-        return HiddenFile(self.partial, (self._windows, *self._window_shape), self.dtype)
+        return HiddenFile(self.partial, (self._windows, *self._window_shape), self.dtype, returned)
 
     def finish(self, note: dict[str, Any], more: dict[str, Any] | None = None) -> HiddenFile:
         """Renames the file to its final name and writes its JSON; from then on it survives a kill or a power cut.
