@@ -156,6 +156,12 @@ SCHEMES = {  # name: format, weights
     "int8 channels": ("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
     "int8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
     "int8 asymmetric": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": False}),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    ),
+    "mxfp4": ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}),
+    "mxfp8": ("mxfp8-quantized", {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}),
     "float8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
     "float8 blocks": (
         "float-quantized",
@@ -179,6 +185,7 @@ def test_compressed_tensors_is_decoded_as_by_its_library(kind, dtype, tiny_model
         rows, columns = weight.shape
         groups = {
             "group": (rows, columns // 32),
+            "tensor_group": (rows, columns // 16),
             "channel": (rows, 1),
             "tensor": (1,),
             "block": (rows // 32, columns // 16),
@@ -187,6 +194,9 @@ def test_compressed_tensors_is_decoded_as_by_its_library(kind, dtype, tiny_model
         generator = torch.Generator().manual_seed(rows + len(key))
         scale = (0.01 + 0.02 * torch.rand(shape, generator=generator)).to(dtype)
         state = {"weight": weight.to(dtype), "weight_scale": scale}
+        if kind == "nvfp4":
+            state["weight_global_scale"] = 448 * 6 / weight.abs().max().float().reshape(1)
+            state["weight_scale"] = (scale.float() * state["weight_global_scale"] / 6).clamp(max=448)
         if described.get("symmetric") is False:
             state["weight_zero_point"] = torch.randint(-7, 7, shape, generator=generator, dtype=torch.int8)
         stored = compressor.compress(state, scheme)
@@ -355,3 +365,66 @@ def test_a_quantized_original_is_compressed_and_the_report_says_what_it_was(tiny
     assert (
         "quantization_config" not in json.loads((run / "compressed" / "config.json").read_text())["original"]["config"]
     )
+
+
+# --- what cannot be decoded
+
+
+def read(folder: Path) -> None:
+    StreamedModel(Checkpoint(str(folder))).load_all()
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4, 1), (2, 4)])
+def test_float8_blocks_of_another_size_than_the_config_says_are_refused(shape, tiny_model_dir, tmp_path):
+    """Four scales of a weight of 64 x 64 in blocks of 32 x 32 would also fit blocks of 16 x 64."""
+
+    def change(key: str, weight: Tensor) -> dict[str, Tensor]:
+        return {key: weight.to(torch.float8_e4m3fn), f"{key}_scale_inv": torch.ones(shape)}
+
+    config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "out", config, change)
+    with pytest.raises(ValueError, match=r"do not fit a weight \(64, 64\), which has \(2, 2\) blocks of 32 x 32"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "GPTQ in the format 'marlin'"),
+        ({"quant_method": "gptq", "is_marlin_format": True}, "GPTQ in the format 'marlin'"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "in the format marlin-24"),
+        (
+            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparse-24-bitmask",
+        ),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"type": "int"}}}}, "not complete"),
+        ({"quant_method": "compressed-tensors", "config_groups": [1]}, "not complete"),
+    ],
+)
+def test_other_formats_of_a_known_method_are_refused(config, message, tiny_model_dir, tmp_path):
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "out", config, lambda key, weight: {key: weight})
+    with pytest.raises(ValueError, match=f"--model.name_or_path.* cannot be read: .*{message}"):
+        Checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("qweight", lambda t: t[:-1]), ("scales", lambda t: t[:, :-8]), ("g_idx", lambda t: t + 100)],
+)
+def test_parts_that_do_not_fit_each_other_are_named(kind, change, tiny_model_dir, tmp_path):
+    damaged = "model.layers.1.self_attn.q_proj"
+
+    def gptq(key: str, weight: Tensor) -> dict[str, Tensor]:
+        name, (rows, columns) = key.removesuffix(".weight"), weight.shape
+        parts = {
+            "qweight": torch.zeros(columns // 8, rows, dtype=torch.int32), "scales": torch.ones(2, rows),
+            "qzeros": torch.zeros(2, rows // 8, dtype=torch.int32), "g_idx": torch.arange(columns) // (columns // 2),
+        }  # fmt: skip
+        if name == damaged:
+            parts[kind] = change(parts[kind]).contiguous()
+        return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "out", config, gptq)
+    with pytest.raises(ValueError, match=rf"{damaged}.weight cannot be decoded as GPTQ, 4 bits.*qweight \(.*download"):
+        read(folder)

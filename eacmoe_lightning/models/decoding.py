@@ -5,7 +5,8 @@ What is stored for a weight `X.weight` [O, I], by `quant_method`:
     fp8, fbgemm_fp8     X.weight in float8 (or two FP4 values a byte); X.weight_scale_inv or X.weight_scale for each
                         block, each row or the whole weight
     mxfp4               X_blocks [E, O, G, 16], two FP4 values a byte; X_scales [E, O, G]; X is [E, G * 32, O]
-    compressed-tensors  X.weight_packed (int32) or X.weight (int8, float8); X.weight_scale, _zero_point, _shape, _g_idx
+    compressed-tensors  X.weight_packed (int32; uint8: two FP4 values a byte) or X.weight (int8, float8);
+                        X.weight_scale (uint8: exponents), _zero_point, _shape, _g_idx, _global_scale
     gptq                X.qweight [I * b / 32, O]; X.qzeros and X.scales [G, O]; X.g_idx [I]
     awq                 X.qweight [I, O * b / 32]; X.qzeros and X.scales [G, O]
 
@@ -122,7 +123,12 @@ class MXFP4(Scheme):
 
 
 class CompressedTensors(Scheme):
-    """Integers packed in words, int8 and float8, as the library compressed-tensors stores them."""
+    """Integers packed in words, int8, float8 and FP4, as the library compressed-tensors stores them."""
+
+    FORMATS = (
+        *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense", "mixed-precision"),
+        *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+    )
 
     def __init__(self, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
         if config.get("transform_config"):
@@ -131,6 +137,13 @@ class CompressedTensors(Scheme):
                 "activations too can run them"
             )
         groups = (config.get("config_groups") or {}).values()
+        formats = [config.get("format"), *(group.get("format") for group in groups)]
+        formats.append((config.get("sparsity_config") or {}).get("format"))
+        if unknown := [form for form in formats if form and form not in self.FORMATS]:
+            raise ValueError(
+                f"it is in the format {unknown[0]} of compressed-tensors, and only {', '.join(self.FORMATS)} can be "
+                "decoded: pass the full-precision model that it was made of"
+            )
         self._weights = [group["weights"] for group in groups if group.get("weights")]
         super().__init__(config, stored)
 
@@ -144,14 +157,20 @@ class CompressedTensors(Scheme):
             found = {kind: f"{name}_{kind}" for kind in kinds if f"{name}_{kind}" in stored} | {"scale": key}
             if name in stored:
                 found["weight"] = name
-            if "packed" in found and stored[found["packed"]].dtype != torch.int32:
-                raise ValueError(f"{found['packed']} is neither int4 nor int8 in 32-bit words (format pack-quantized)")
+            if "packed" in found:
+                kind = stored[found["packed"]].dtype
+                if kind not in (torch.int32, torch.uint8):
+                    raise ValueError(f"{found['packed']} holds neither integers in 32-bit words nor FP4 in bytes")
+                if kind == torch.int32:
+                    _require(found["packed"], found, ("shape",))
             if "packed" in found or "weight" in found:
                 parts[name] = found
         return parts
 
     def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
         scale = parts["scale"]
+        if "packed" in parts and parts["packed"].dtype == torch.uint8:
+            return self._decode_fp4(key, parts)
         if "packed" in parts:
             shape = parts["shape"].tolist()
             bits = self._bits(key, parts["packed"].shape[-1], shape[-1])
@@ -161,7 +180,9 @@ class CompressedTensors(Scheme):
                 zero_point = unpack_words(zero_point.mT, bits)[..., : shape[-2]].mT - 2 ** (bits - 1)
         elif (weight := parts["weight"]).dtype in FLOAT8:
             decoded = scaled(key, weight, scale, self._block)
-            return decoded if ".experts." in key else decoded.to(scale.dtype)  # as transformers decodes the two
+            if ".experts." in key or scale.dtype == torch.uint8:  # exponents: bfloat16 would lose nothing either
+                return decoded
+            return decoded.to(scale.dtype)  # as transformers decodes the two
         else:
             codes, zero_point = weight.int(), parts.get("zero_point")
         if zero_point is not None:
@@ -172,6 +193,13 @@ class CompressedTensors(Scheme):
         )
         steps = codes if zero_point is None else codes - zero_point
         return (steps.float() * scale.float()).to(scale.dtype)  # the scale's dtype is that of the library's product
+
+    def _decode_fp4(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
+        values, scale = unpack_fp4(parts["packed"]), parts["scale"]
+        scale = exponents(scale) if scale.dtype == torch.uint8 else scale.float()
+        if (whole := parts.get("global_scale")) is not None:
+            scale = scale / whole.float()
+        return (values * spread(key, scale, values.shape, None)).bfloat16()  # which the library makes of it
 
     @property
     def _block(self) -> tuple[int, int] | None:
@@ -196,6 +224,16 @@ class CompressedTensors(Scheme):
 
 class GPTQ(Scheme):
     """Codes packed along the inputs; the inputs of a group are listed in `g_idx` (activation order)."""
+
+    def __init__(self, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
+        form = config.get("checkpoint_format") or config.get("format") or "gptq"
+        form = "marlin" if config.get("is_marlin_format") else form
+        if form not in ("gptq", "gptq_v2"):
+            raise ValueError(
+                f"it is GPTQ in the format {form!r}, in the order of a kernel, and only 'gptq' and 'gptq_v2' can be "
+                "decoded: pass the model that it was made of"
+            )
+        super().__init__(config, stored)
 
     def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
         parts = {}
@@ -299,9 +337,10 @@ def stored_bits(config: Mapping[str, Any]) -> float:
     method = config.get("quant_method")
     if method == "compressed-tensors":
         groups = [group["weights"] for group in config["config_groups"].values() if group.get("weights")]
-        return max(weights["num_bits"] + 16 / (weights.get("group_size") or torch.inf) for weights in groups)
+        sizes = [(weights["num_bits"], weights.get("group_size") or 0) for weights in groups]
+        return max(bits + (16 / group_size if group_size > 0 else 0) for bits, group_size in sizes)
     if method in ("gptq", "awq"):
-        bits, group_size = config.get("bits", 4), config.get("group_size", 128)
+        bits, group_size = config.get("bits") or 4, config.get("group_size") or 128
         return bits + ((16 + bits) / group_size if group_size > 0 else 0)
     return 4.25 if method == "mxfp4" else 8.0
 
@@ -312,8 +351,13 @@ def stored_bits(config: Mapping[str, Any]) -> float:
 def scaled(key: str, weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
     """A weight [..., O, I] in float8 (or int8: two FP4 values a byte) times its scales -> float32."""
     values = unpack_fp4(weight) if weight.dtype == torch.int8 else weight.float()
-    scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()  # uint8: exponents
+    scale = exponents(scale) if scale.dtype == torch.uint8 else scale.float()
     return values * spread(key, scale, values.shape, block)
+
+
+def exponents(stored: Tensor) -> Tensor:
+    """Powers of two, stored as exponents with a bias of 127 (E8M0) -> float32."""
+    return torch.exp2(stored.float() - 127)
 
 
 def spread(
@@ -326,6 +370,7 @@ def spread(
         grid: one value, one a row [O], one for each weight of a stack [E], or [..., rows of blocks, columns of blocks].
         shape: [..., O, I], of the weight.
         block: rows and columns of a block, the last ones of which may be cut off; None: the grid divides the weight.
+            A grid with a row for each of the weight's, or with one row, is not of blocks.
         group: [I] the column of the grid of each input; None: neighbours.
 
     Raises:
@@ -337,6 +382,13 @@ def spread(
         grid = grid[:, None] if len(shape) == 2 else grid[:, None, None]
     if group is not None:
         return grid[..., group.long()]
+    if block and grid.ndim > 1 and grid.shape[-2] not in (1, shape[-2]):
+        blocks = tuple(-(-size // width) for size, width in zip(shape[-2:], block, strict=True))
+        if tuple(grid.shape[-2:]) != blocks:
+            raise ValueError(
+                f"{key}: scales {tuple(grid.shape)} do not fit a weight {tuple(shape)}, which has {blocks} blocks of "
+                f"{block[0]} x {block[1]} (`quantization_config` in its config.json)"
+            )
     for dim in (-2, -1):
         parts, size = grid.shape[dim] if grid.ndim >= -dim else 1, shape[dim]
         if parts == 1:
