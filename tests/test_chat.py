@@ -241,6 +241,39 @@ def test_a_template_that_hides_an_answer_is_refused(chat_tokenizer):
         answers(tokenizer, TALK)
 
 
+PARTS = (  # as in models that see images: contents are lists of parts
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text | trim }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_reads_parts_gets_parts(chat_tokenizer):
+    """Given plain contents it would go through their letters and render none."""
+    whole, parts = chat_tokenizer(CHATML), chat_tokenizer(PARTS)
+    expected = token_windows([Conversation(TALK)] * 3, whole, None, 16)
+    assert torch.equal(token_windows([Conversation(TALK)] * 3, parts, None, 16), expected)
+    assert answers(parts, TALK) == answers(whole, TALK)
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}<|{{ m.role }}|>\n{% endfor %}", "Hello", ""])
+def test_a_template_without_the_contents_is_refused(chat_tokenizer, template):
+    with pytest.raises(
+        ValueError, match="line 3: the chat template .*leaves out what the turns say.*--data.chat_templ"
+    ):
+        token_windows([Conversation(TALK, where="x.jsonl, line 3")], chat_tokenizer(template), 1, 4)
+
+
+def test_a_template_in_a_json_file_is_that_under_its_name(chat_data, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    (tmp_path / "other.json").write_text(json.dumps({"template": CHATML}))
+    plain, named = (chat_data(chat_template=str(tmp_path / f"chat_template.{end}")) for end in ("jinja", "json"))
+    assert named.calibration_digest == plain.calibration_digest
+    with pytest.raises(ValueError, match=r"--data.chat_template: .*other.json has no template under `chat_template`"):
+        chat_data(chat_template=str(tmp_path / "other.json")).setup("fit")
+
+
 def test_without_a_template_the_error_says_what_to_do(chat_tokenizer):
     with pytest.raises(ValueError, match="line 3: the tokenizer has no chat template.*--data.chat_template FILE"):
         token_windows([Conversation(TALK, where="x.jsonl, line 3")], chat_tokenizer(None), None, 8)

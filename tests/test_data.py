@@ -387,3 +387,21 @@ def test_an_evaluation_without_text_is_refused(text_data, stage):
 def test_batch_sizes_must_be_positive(option):
     with pytest.raises(ValueError, match=f"--data.{option}=0 must be at least 1"):
         TextWindows(**{option: 0})
+
+
+def test_heldout_text_that_is_calibrated_on_is_counted(tiny_model_dir, caplog):
+    """Every window of a text that is both; none of parts that share nothing."""
+    both = {"window_length": 32, "num_windows": 8, "num_heldout_windows": 8}
+    moe = MoEModel(tiny_models.build("mixtral"))
+    for calibration, heldout, count in (
+        ("bundled:code[:3%]", "bundled:code[:3%]", True),
+        ("bundled:code[:50%]", "bundled:code[50%:]", False),
+    ):
+        data = TextWindows(calibration, {"code": heldout}, tokenizer=str(tiny_model_dir("mixtral")), **both)
+        calibrated = data.calibration_windows.tolist()
+        same = sum(row in calibrated for row in data.heldout_windows["code"].tolist())
+        caplog.clear()
+        data.setup("fit")
+        data.check_model(moe, "fit")
+        assert bool(same) is count
+        assert (f"{same} of the 8 windows of the held-out text code" in caplog.text) is count

@@ -149,6 +149,12 @@ def test_files_and_directories(tmp_path):
     [
         ("x.txt", b"caf\xe9", ValueError, "not UTF-8 text (byte 3 is 0xe9)"),
         ("x.txt", b" \n", ValueError, "is empty"),
+        (
+            "x.txt",
+            "plain words".encode("utf-16-le"),
+            ValueError,
+            "x.txt is no text: it holds 11 NUL characters, as UTF-16",
+        ),
         ("x.jsonl", b'{"text": "a"}\n{"body": "b"}', ValueError, "line 2: a row needs a string in"),
         ("x.jsonl", b"not json", ValueError, "line 1: not JSON"),
         ("x.json", b'{"text": 3}', ValueError, "a row needs a string in field `text`"),
@@ -235,6 +241,7 @@ def test_null_rows_are_skipped_and_counted(tmp_path, caplog, name, content):
         ("x.json", b'[{"text": "a"},\n {"text": }]', "line 2: not JSON"),
         ("x.jsonl", b'{"text": "a"}\n[1, 2]', "line 2: a row needs a string in field `text`, but has int"),
         ("x.csv", b"title;text\na;b\n", "a row needs a string in field `text`, but has ['title;text']"),
+        ("x.csv", b"a" * 99 + b"\nb\n", f"in field `text`, but has ['{'a' * 60}...']"),  # no header, but a document
         ("x.csv", b"text,id\na,1\nb,2,3\n", "line 3: 3 cells, but the header has 2"),
         ("x.csv", b'text\n"a\nb', "not CSV"),
         ("x.csv", b"text\n\n", "is empty"),
@@ -251,6 +258,16 @@ def test_bad_rows(tmp_path, name, content, message):
     with pytest.raises(ValueError) as error:
         read_documents(str(tmp_path / name))
     assert message in str(error.value) and name in str(error.value)
+
+
+def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path):
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"row {number} of many" * 9 for number in range(300)]}), path)
+    content = bytearray(path.read_bytes())
+    content[100:900] = bytes(800)  # the footer, which says what the file holds, stays whole
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.parquet is damaged after row 0 \(.*download it again"):
+        read_documents(str(path))
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.md", "x.jsonl", "x.json", "x.csv", "x.parquet", "x.txt.gz"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from functools import cached_property
@@ -115,6 +116,10 @@ class TextWindows(L.LightningDataModule):
         ):
             if value < 1:
                 raise ValueError(f"--data.{option}={value} must be at least 1")
+        if window_length < 2:
+            raise ValueError(
+                f"--data.window_length={window_length} must be at least 2: a window's first token has no prediction"
+            )
         if not 0 <= held_back < 1:
             raise ValueError(f"--data.held_back={held_back} is a share of the windows: pass at least 0 and less than 1")
         self.held_back = held_back
@@ -291,7 +296,10 @@ class TextWindows(L.LightningDataModule):
         return self._windows("predict", self.predict, "num_heldout_windows", None).input_ids
 
     def setup(self, stage: str) -> None:
-        """Reads the texts of the stage, so that a bad source is reported before any work starts."""
+        """Reads the texts of the stage, so that a bad source is reported before any work starts.
+
+        Warns of held-out windows that are calibration windows too.
+        """
         if stage != "fit" and not self.heldout and (stage != "predict" or self.predict is None):
             raise ValueError(f"--data.heldout is empty, so {stage} has no text: pass one or more sources")
         if stage == "fit":
@@ -316,12 +324,24 @@ class TextWindows(L.LightningDataModule):
             texts["predict", self.predict] = self.predict_windows
         else:
             texts |= {("heldout", self.heldout[name]): windows for name, windows in self.heldout_windows.items()}
+        if stage == "fit" and self._read:
+            self._warn_of_calibrated_heldout()
         num_rows = len(moe.model.get_input_embeddings().weight)
         for (option, source), windows in texts.items():
             check_tokens(windows, num_rows, self.tokens, f"--data.{option}: {source}")
         if stage == "fit" and self._read:
             self._warn_of_repeated_windows(join_windows(list(self._read.values())).input_ids)
         check_length(self.window_length, getattr(moe.config, "max_position_embeddings", None), "--data.window_length")
+
+    def _warn_of_calibrated_heldout(self) -> None:
+        calibrated = {row.numpy().tobytes() for text in self._read.values() for row in text.input_ids.long()}
+        for name, windows in self.heldout_windows.items():
+            if same := sum(row.numpy().tobytes() in calibrated for row in windows.long()):
+                log.warning(
+                    "%d of the %d windows of the held-out text %s (--data.heldout) are calibration windows too, so "
+                    "they test nothing: hold out other text, or calibrate on the part [:90%%] and hold out [90%%:]",
+                    *(same, len(windows), name),
+                )
 
     def _warn_of_repeated_windows(self, windows: Tensor) -> None:
         num_windows, num_different = len(windows), len(windows.unique(dim=0))
@@ -401,8 +421,23 @@ def _read_template(path: Path) -> str:
         raise FileNotFoundError(f"--data.chat_template: {path} does not exist: pass a file with a Jinja template")
     try:
         check_fetched(path)
-        return read_text(path)
+        text = read_text(path)
+        if path.suffix.lower() == ".json":  # chat_template.json and tokenizer_config.json have it under this name
+            return _template_in(path, text)
+        return text
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--data.chat_template: {error}") from error
     except ValueError as error:
         raise ValueError(f"--data.chat_template: {error}") from error
+
+
+def _template_in(path: Path, text: str) -> str:
+    """The template in a JSON file that holds one by name."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    if not isinstance(template, str):
+        raise ValueError(f"{path} has no template under `chat_template`: pass a file with a Jinja template")
+    return template

@@ -56,7 +56,7 @@ def rendered(conversation: Conversation, tokenizer: Any, **options: Any) -> str:
 
 def _apply(conversation: Conversation, tokenizer: Any, messages: list[dict], **options: Any) -> Any:
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(_as_read(messages, tokenizer, conversation.where), **options)
     except TEMPLATE_ERRORS as error:
         try:
             tokenizer.apply_chat_template(PLAIN, tokenize=False)
@@ -72,6 +72,36 @@ def _apply(conversation: Conversation, tokenizer: Any, messages: list[dict], **o
             f"{conversation.where}: the chat template does not render turns of {roles}: {error}. Mend or remove the "
             "row, or pass another template with --data.chat_template FILE"
         ) from error
+
+
+def _as_read(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> list[dict[str, Any]]:
+    """Turns with their contents as the template reads them: as text, or as parts (of models that see images).
+
+    Raises:
+        ValueError: it renders neither, so that a conversation would be its roles alone.
+    """
+    shown = [_shows_content(tokenizer, form(PLAIN)) for form in (list, _in_parts)]
+    if True in shown:
+        return messages if shown[0] else _in_parts(messages)
+    if shown[0] is None:
+        return messages  # a template that is broken says so when it renders them
+    raise ValueError(
+        f"{where}: the chat template (--data.chat_template, or else the tokenizer's) leaves out what the turns say. "
+        "Mend it, or pass another with --data.chat_template FILE"
+    )
+
+
+def _shows_content(tokenizer: Any, messages: list[dict[str, Any]]) -> bool | None:
+    """Whether the template renders what these turns of `PLAIN` say; None: it does not render them at all."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TEMPLATE_ERRORS:
+        return None
+    return all(message["content"].casefold() in text.casefold() for message in PLAIN)
+
+
+def _in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 def _answer_spans(conversation: Conversation, tokenizer: Any, text: str) -> list[tuple[int, int]]:

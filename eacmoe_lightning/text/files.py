@@ -154,6 +154,11 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); "
             "convert it, for instance with iconv -t utf-8"
         ) from error
+    if "\0" in text:
+        raise ValueError(
+            f"{path} is no text: it holds {text.count(chr(0))} NUL characters, as UTF-16 and binary files do. "
+            "Convert it, for instance with iconv -f utf-16 -t utf-8"
+        )
     return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
 
 
@@ -247,12 +252,15 @@ def _parquet(path: Path) -> Table:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is not a parquet file ({error})") from error
-    return Table(str(path), lambda columns: _parquet_rows(file, columns), columns=file.schema_arrow.names)
+    return Table(str(path), lambda columns: _parquet_rows(str(path), file, columns), columns=file.schema_arrow.names)
 
 
-def _parquet_rows(file: Any, columns: list[str] | None) -> Rows:
+def _parquet_rows(name: str, file: Any, columns: list[str] | None) -> Rows:
     number = 0
-    for batch in file.iter_batches(batch_size=1024, columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    try:
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except OSError as error:  # of pages and dictionaries; pyarrow reads the footer alone when it opens a file
+        raise ValueError(f"{name} is damaged after row {number} ({error}): download it again") from error

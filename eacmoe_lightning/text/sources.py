@@ -237,7 +237,7 @@ def _row_documents(table: Table, column: str | None) -> Iterator[Document]:
     """The documents of a table's rows, blank ones included; null rows are left out and counted."""
     chosen = None if table.columns is None else columns_of(table.columns, column)
     if table.columns is not None and chosen is None:
-        names = ", ".join(sorted(table.columns))
+        names = ", ".join(_short(name) for name in sorted(table.columns))
         raise ValueError(f"{table.name} has no column `{column or 'text'}`, only {names}{COLUMN_REMEDY}")
     num_rows = num_null = 0
     try:
@@ -259,8 +259,13 @@ def _row_documents(table: Table, column: str | None) -> Iterator[Document]:
 
 
 def _row_needs(row: object, column: str | None) -> str:
-    fields = sorted(row) if isinstance(row, dict) else type(row).__name__
+    fields = [_short(name) for name in sorted(row)] if isinstance(row, dict) else type(row).__name__
     return f"a row needs a string in field `{column or 'text'}`, but has {fields}"
+
+
+def _short(name: str) -> str:
+    """A column's name in a message; of a table without a header it is a cell of any length."""
+    return name if len(name) <= 60 else f"{name[:60]}..."
 
 
 def _join_lines(rows: Iterable[Document]) -> Iterator[Document]:
