@@ -22,7 +22,7 @@ from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
-from eacmoe_lightning.job.trainer_options import refuse_remote
+from eacmoe_lightning.job.trainer_options import refuse_directory
 from eacmoe_lightning.models.originals import stored_name
 from eacmoe_lightning.text.sources import stored_sources
 
@@ -97,7 +97,7 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         trainer = config["trainer"]
         trainer["default_root_dir"] = str(trainer.get("default_root_dir") or "runs/default")
-        refuse_remote(trainer["default_root_dir"])
+        refuse_directory(trainer["default_root_dir"])
         if self.subcommand != "fit" and config["model"]["name_or_path"] == "bundled":
             _take_tokenizer_of_subject(config)
         _store_absolute_paths(config)

@@ -156,11 +156,15 @@ class QESC(Comparison):
         self.joint_lr = dict(router=joint_router_lr, norm=joint_norm_lr, scale=joint_scale_lr, code=joint_code_lr)
         rates = (("block", self.block_lr), ("joint", self.joint_lr))
         for option, value in (
-            *(("block_epochs", block_epochs), ("joint_epochs", joint_epochs), ("block_selection", block_selection)),
+            *(("block_epochs", block_epochs), ("joint_epochs", joint_epochs), ("weight_decay", weight_decay)),
+            *(("block_selection", block_selection), ("joint_selection", joint_selection)),
             *((f"{stage}_{kind}_lr", lr) for stage, lrs in rates for kind, lr in lrs.items()),
         ):
             if value < 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is negative")
+        if tensor_parallel < 1 or (tensor_parallel > 1 and not target):
+            problem = "is below 1" if tensor_parallel < 1 else "is for an engine: pass --model.target too"
+            raise ValueError(f"tensor_parallel={tensor_parallel} (--model.tensor_parallel) {problem}")
         self.pruning = self.asked_pruning = pruning
         self.fit_state: FitState | None = None
         self.lock: RunLock | None = None  # on the run directory, held by the first process

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -23,7 +25,7 @@ def refuse_unsuitable(trainer: Trainer, stage: str) -> None:
         stage: `fit`, `validate`, `test` or `predict`.
     """
     stage = str(getattr(stage, "value", stage))  # Lightning passes an enum
-    refuse_remote(str(trainer.default_root_dir))
+    refuse_directory(str(trainer.default_root_dir))
     refusals = _of_fit(trainer) if stage == "fit" else _of_evaluation(trainer, stage)
     common = {
         "fast_dev_run": (
@@ -40,12 +42,17 @@ def refuse_unsuitable(trainer: Trainer, stage: str) -> None:
         _check_callbacks(trainer)
 
 
-def refuse_remote(directory: str) -> None:
-    """Raises ValueError if the run directory is a URL."""
+def refuse_directory(directory: str) -> None:
+    """Raises ValueError if the run directory is a URL, a file lies in its place, or it cannot be written to."""
     if "://" in directory:
         raise ValueError(
             f"--trainer.default_root_dir {directory} is no directory of this machine: pass one, and copy it afterwards"
         )
+    path = Path(directory).absolute()
+    place = next(folder for folder in (path, *path.parents) if folder.exists())
+    problem = "this user may not write there" if place.is_dir() else "a file is in its place"
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"--trainer.default_root_dir {directory} cannot be a run directory: {problem} ({place})")
 
 
 def _of_fit(trainer: Trainer) -> dict[str, tuple[Any, str]]:
