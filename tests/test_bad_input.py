@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 
+from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
+from eacmoe_lightning.run.files import StoreError
 from eacmoe_lightning.run.lock import RunLock
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]
@@ -71,6 +74,13 @@ def copied(finished, tmp_path) -> Path:
         ("data.heldout", "[/no/such/text.txt]", ["/no/such/text.txt", "--data.heldout"]),
         ("data.num_windows", "1000000", ["1000000", "--data.num_windows"]),
         ("data.batch_size", "0", ["--data.batch_size"]),
+        ("data.window_length", "1", ["--data.window_length=1 must be at least 2"]),  # the first token has no prediction
+        ("model.joint_selection", "-1", ["joint_selection=-1.0 (--model.joint_selection) is negative"]),
+        ("model.weight_decay", "-1", ["weight_decay=-1.0 (--model.weight_decay) is negative"]),
+        ("model.tensor_parallel", "0", ["tensor_parallel=0 (--model.tensor_parallel) is below 1"]),
+        ("model.tensor_parallel", "2", ["tensor_parallel=2 (--model.tensor_parallel)", "pass --model.target"]),
+        ("trainer.default_root_dir", __file__, ["--trainer.default_root_dir", "a file is in its place"]),
+        ("trainer.default_root_dir", f"{__file__}/run", ["--trainer.default_root_dir", "a file is in its place"]),
         ("trainer.fast_dev_run", "true", ["--trainer.fast_dev_run", "--data.num_windows 8"]),
         ("trainer.overfit_batches", "1", ["--trainer.overfit_batches", "--data.num_windows"]),
         ("trainer.max_epochs", "0", ["--trainer.max_epochs 0", "leave it out"]),
@@ -410,6 +420,39 @@ def test_a_damaged_block_of_a_finished_run(refused, tiny_model_dir, copied):
     path.unlink()
     main(["fit", *words])
     assert jobs.contents(copied / "compressed") == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "weights.safetensors.index.json"])
+def test_damaged_options_of_a_compressed_directory_are_named(name, refused, tiny_model_dir, copied):
+    path = copied / "compressed" / name
+    path.write_text("{")
+    with pytest.raises(StoreError, match=re.escape(f"{path} is missing, truncated or corrupt")):
+        for packed in (True, False):
+            load(copied, packed=packed)
+    if name == "config.json":
+        options = jobs.options(tiny_model_dir("deepseek"), copied)
+        assert str(path) in refused(*options, stage="validate")
+        assert str(path) in refused(
+            "--source", str(copied), "--output", str(copied / "out"), "--format", "dense", stage="export"
+        )
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_damaged_files_of_options_of_a_run_are_named(content, refused, tiny_model_dir, copied):
+    words = [*jobs.options(tiny_model_dir("deepseek"), copied, **DEEPSEEK), "--ckpt_path", "auto"]
+    for name in ("unquantized.json", "run.json"):
+        (copied / name).write_text(content)
+        assert str(copied / name) in refused(*words)
+    (copied / "report.json").write_text(content)
+    assert str(copied / "report.json") in refused(str(copied), stage="report")
+
+
+def test_a_result_is_no_original(refused, tiny_model_dir, copied, tmp_path):
+    for folder, message in (
+        (copied, "is a run directory: pass the original"),
+        (copied / "compressed", f"compressed model of this package: pass its original, '{tiny_model_dir('deepseek')}'"),
+    ):
+        assert message in refused(*jobs.options(folder, tmp_path / "new"))
 
 
 def test_a_damaged_compressed_file(refused, tiny_model_dir, copied):

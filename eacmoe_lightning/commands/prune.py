@@ -37,6 +37,7 @@ from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.routers.losses import TopKMSE
 from eacmoe_lightning.run.block_file import read_block
 from eacmoe_lightning.run.directory import RunDirectory, refuse_other_settings
+from eacmoe_lightning.run.files import read_json
 from eacmoe_lightning.run.lock import LOCK, RunLock
 from eacmoe_lightning.run.memory import Watch
 from eacmoe_lightning.run.provenance import origin
@@ -178,11 +179,11 @@ def finished_report(run: RunDirectory, identity: dict[str, Any]) -> dict[str, An
     """
     where = f"{run.path} (--output)"
     if run.manifest.exists():
-        earlier = json.loads(run.manifest.read_text())
+        earlier = read_json(run.manifest)
         given = json.loads(json.dumps(identity))
         refuse_other_settings(f"{where} holds a result", earlier, given, "another --output, or the earlier settings")
         is_finished = (run.path / "report.md").exists()  # the last file to be written
-        return json.loads((run.path / "report.json").read_text()) if is_finished else None
+        return read_json(run.path / "report.json") if is_finished else None
     if run.path.exists() and any(path.name != LOCK for path in run.path.iterdir()):
         raise ValueError(f"{where} is not empty: pass an empty or a new directory")
     return None

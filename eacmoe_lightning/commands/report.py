@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eacmoe_lightning.evaluation.pareto import mark_best, page, point
-from eacmoe_lightning.run.files import write_atomically
+from eacmoe_lightning.run.files import read_json, write_atomically
 
 
 def report(words: Sequence[str]) -> None:
@@ -65,10 +64,10 @@ def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path, again = run / "report.json", run / "validate.json"
     if not path.exists():
         raise FileNotFoundError(f"{run} has no report.json: pass run directories of finished runs of fit or prune")
-    written = json.loads(path.read_text())
+    written = read_json(path)
     divergence = written.get("divergence") or {}
     if again.exists() and (not divergence or again.stat().st_mtime > path.stat().st_mtime):
-        divergence = json.loads(again.read_text()).get("divergence") or divergence
+        divergence = read_json(again).get("divergence") or divergence
     if not divergence.get("mean", {}).get("compressed"):
         raise ValueError(
             f"{path} has no divergence: it is of an older version, or no held-out text was evaluated. `validate` with "

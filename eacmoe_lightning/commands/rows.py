@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eacmoe_lightning.commands.fit import CommandLine
-from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.run.files import read_json, write_json
 
 
 def words_of(options: dict[str, Any]) -> list[str]:
@@ -36,7 +36,7 @@ def fit_row(
     run, finished = place / name, place / f"{name}.json"
     settings = options | ({"words": list(words)} if words else {})
     if finished.exists():
-        row = json.loads(finished.read_text())
+        row = read_json(finished)
         earlier = row["options"]
         if different := sorted(
             key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key)
@@ -50,9 +50,9 @@ def fit_row(
     words = [*words, *words_of(options), f"--trainer.default_root_dir={run}"]
     print(f"{name}: {run}", flush=True)
     CommandLine(["fit", *words, "--ckpt_path=auto"])
-    row = {"options": settings, "report": json.loads((run / "report.json").read_text())}
+    row = {"options": settings, "report": read_json(run / "report.json")}
     if split:
         CommandLine(["test", *words, "--model.split_damage=true"])
-        row["test"] = json.loads((run / "test.json").read_text())
+        row["test"] = read_json(run / "test.json")
     write_json(finished, row)
     return row

@@ -46,7 +46,15 @@ from eacmoe_lightning.quantization.kquant import KQuant
 from eacmoe_lightning.quantization.lattice import Lattice
 from eacmoe_lightning.quantization.packing import packed, quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
-from eacmoe_lightning.run.files import StoreError, first_of, read_tensors, whole_directory, write_json, write_tensors
+from eacmoe_lightning.run.files import (
+    StoreError,
+    first_of,
+    read_json,
+    read_tensors,
+    whole_directory,
+    write_json,
+    write_tensors,
+)
 from eacmoe_lightning.skipping import stored
 
 
@@ -245,7 +253,8 @@ class CompressedWeights:
 
     def skeleton(self) -> PreTrainedModel:
         model = empty_model(self._config, self.dtype)
-        if (self.path / "generation_config.json").exists():
+        if (generation := self.path / "generation_config.json").exists():
+            read_json(generation)
             model.generation_config = GenerationConfig.from_pretrained(self.path)
         model.config.name_or_path = str(self.path)
         stored.restore_rule(model, self._directory_config)

@@ -22,14 +22,13 @@ config's `auto_map` leads.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from eacmoe_lightning.models.transformers_loader import knows_config
-from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.run.files import read_json, write_json
 from eacmoe_lightning.version import __version__
 
 FORMAT_VERSION = 5  # see the module's docstring
@@ -54,7 +53,7 @@ from eacmoe_lightning.compressed.loading import CompressedConfig  # noqa: F401
 
 def is_compressed(path: str | Path) -> bool:
     config = Path(path) / "config.json"
-    return config.exists() and json.loads(config.read_text()).get("model_type") == METHOD
+    return config.exists() and read_json(config).get("model_type") == METHOD
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:
@@ -68,6 +67,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `path` is not a compressed directory.
+        StoreError: its config.json is damaged.
         ValueError: a newer version of this package wrote it.
     """
     if not is_compressed(path):
@@ -75,7 +75,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{path} is not a compressed model directory of eacmoe-lightning: its config.json is missing or of "
             "another model type than 'eacmoe'"
         )
-    config = json.loads((Path(path) / "config.json").read_text())
+    config = read_json(Path(path) / "config.json")
     check_format(config)
     return config
 

@@ -37,7 +37,7 @@ from eacmoe_lightning.models.originals import read_config as read_original_confi
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.models.transformers_loader import auto_class, untie
-from eacmoe_lightning.run.files import StoreError, read_tensors
+from eacmoe_lightning.run.files import StoreError, read_json, read_tensors
 from eacmoe_lightning.runtime.decode_step import shorten_decode_step
 from eacmoe_lightning.runtime.packed_modules import PackedLinear, pack_modules, set_activations
 from eacmoe_lightning.skipping.stored import restore_rule
@@ -74,6 +74,7 @@ def load(
     original = original_config(config)
     torch_dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
     if packed and runs_packed(config):
+        read_json(path / INDEX)  # transformers would not name it
         model = auto_class(original).from_pretrained(path, dtype=torch_dtype)
         set_activations(model, activations)
         return model

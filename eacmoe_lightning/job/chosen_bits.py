@@ -25,7 +25,7 @@ from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.directory import RunDirectory
-from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.run.files import read_json, write_json
 from eacmoe_lightning.target_rules import Target
 
 FILE = "allocation.json"
@@ -147,7 +147,7 @@ class ChosenBits:
 
     def result(self, run: RunDirectory) -> dict[str, Any]:
         """For the report: what was asked for, the bits that came out and the damage that was predicted."""
-        found = json.loads((run.path / FILE).read_text())
+        found = read_json(run.path / FILE)
         asked = {"target_bits": self.size.bits, "target_gb": self.size.gb}
         return {
             "asked": {name: value for name, value in asked.items() if value},
@@ -172,7 +172,7 @@ class ChosenBits:
 
     def chosen(self, run: RunDirectory, recipe: Recipe) -> tuple[Recipe, PruningRule | None]:
         """The recipe with the run's widths, and the rule that keeps its experts; None if all stay."""
-        allocation = Allocation.of_record(json.loads((run.path / FILE).read_text()))
+        allocation = Allocation.of_record(read_json(run.path / FILE))
         return allocation.applied(recipe, self.pruning)
 
 

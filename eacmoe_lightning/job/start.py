@@ -6,7 +6,6 @@ is checked on one window, calibration text is sampled if a model writes it, and 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from eacmoe_lightning.planning.checks import check_disk, check_memory, check_ori
 from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.block_file import write_head
-from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.run.files import read_json, write_json
 from eacmoe_lightning.run.memory import Watch, available_memory
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def begin(module: QESC) -> BegunRun:
             write_head(run, head)
             run.add_cost(None, "head", head_cost)
     trainer.strategy.barrier()
-    moe.leave(json.loads(run.unquantized.read_text()))
+    moe.leave(read_json(run.unquantized))
     recipe, pruning = _choose_bits(module, choice) if choice is not None else (module.recipe, module.pruning)
     return BegunRun(moe, texts, recipe, pruning, is_resident)
 

@@ -32,9 +32,9 @@ from eacmoe_lightning.models.weight_files import (
     DamagedFile,
     OpenFile,
     Stored,
-    check_config_file,
     check_fetched,
     check_no_adapter,
+    check_option_files,
     found_instead,
     opened,
     stored_tensors,
@@ -139,10 +139,12 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
     """
     path = resolve_model(name_or_path)
     check_fetched(path, weights=False)
-    check_config_file(path)
+    check_option_files(path)
     check_no_adapter(path)
     try:
         stored, _ = PreTrainedConfig.get_config_dict(path)
+        if {"original", "format_version"} <= stored.keys():
+            raise ValueError(f"It is a compressed model of this package: pass its original, {_original_of(stored)!r}.")
         if "AutoConfig" in stored.get("auto_map", {}) and not knows_config(stored.get("model_type")):
             if not trust_remote_code:
                 raise UntrustedCode(name_or_path, "`auto_map` in its config.json")
@@ -161,6 +163,10 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
         if QUANTIZATION in vars(part):
             delattr(part, QUANTIZATION)
     return config, quantization
+
+
+def _original_of(compressed: dict[str, Any]) -> str | None:
+    return (compressed["original"] or {}).get("name_or_path")
 
 
 class UntrustedCode(ValueError):
@@ -201,7 +207,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
     """
     path = resolve_model(name_or_path)
     check_fetched(path, weights=False)
-    check_config_file(path)
+    check_option_files(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ValueError as error:
@@ -271,6 +277,11 @@ class OriginalFiles:
                 self.scheme = scheme_of(quantization, self.stored)
             except ValueError as error:
                 raise ValueError(f"{name_or_path!r} (--model.name_or_path) cannot be read: {error}") from error
+            except (LookupError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{name_or_path!r} (--model.name_or_path) cannot be read: the `quantization_config` in its "
+                    f"config.json is not complete ({error!r}). Restore the one that was published"
+                ) from error
         parts = self.scheme.parts if self.scheme else {}
         decoded = {key for sources in parts.values() for key in sources.values()}
         self.keys: dict[str, tuple[str, ...]] = {key: tuple(sources.values()) for key, sources in parts.items()}
@@ -331,13 +342,21 @@ class Reader:
 
 
 class _Decoded:
-    """A quantized weight on disk."""
+    """A quantized weight on disk; reading it raises ValueError if its tensors do not fit each other."""
 
     def __init__(self, scheme: Scheme, key: str, parts: dict[str, Any]) -> None:
         self._scheme, self._key, self._parts = scheme, key, parts
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self._scheme.decode(self._key, {kind: part[...] for kind, part in self._parts.items()})[index]
+        parts = {kind: part[...] for kind, part in self._parts.items()}
+        try:
+            return self._scheme.decode(self._key, parts)[index]
+        except (RuntimeError, LookupError, TypeError) as error:
+            shapes = ", ".join(f"{kind} {tuple(part.shape)}" for kind, part in parts.items())
+            raise ValueError(
+                f"{self._key} cannot be decoded as {self._scheme.description}: its tensors ({shapes}) do not fit each "
+                f"other ({error}). The files or their config.json were changed: download them again"
+            ) from error
 
 
 def load_original(name_or_path: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:

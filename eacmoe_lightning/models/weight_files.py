@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from eacmoe_lightning.models.transformers_loader import checkpoint_files
-from eacmoe_lightning.run.files import first_of
+from eacmoe_lightning.run.files import StoreError, first_of, read_json
 
 WEIGHTS = (".safetensors", ".bin")
 PLAIN = {f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")}
@@ -115,12 +115,14 @@ def check_fetched(path: str, weights: bool = True) -> None:
 def found_instead(folder: Path) -> str:
     """What a directory holds that is no model of transformers, and what to do, as sentences; "" if nothing is known."""
     names = sorted(path.name for path in folder.iterdir())
+    if "run.json" in names:
+        return f"{folder} is a run directory: pass the original that the run has calibrated."
     if "adapter_config.json" in names:
         return f"{folder} holds an adapter (adapter_config.json): {MERGE}."
     if any(name.endswith(".gguf") for name in names):
         return f"{folder} holds GGUF files, which are not read: pass the model that they were made of."
     others = [name for name in names if name.endswith((*WEIGHTS, ".pth", ".pt", ".ckpt")) and name not in PLAIN]
-    if others and not PLAIN & set(names):
+    if others and not any(name in PLAIN or name.endswith(".index.json") for name in names):
         return (
             f"{folder} holds {first_of(others, 'file')}, but neither model.safetensors nor an index: convert it to the "
             "layout of transformers."
@@ -141,18 +143,15 @@ def check_no_adapter(path: str) -> None:
         )
 
 
-def check_config_file(path: str) -> None:
-    """Raises DamagedFile if a local directory has a config.json that does not hold a model's options."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        return
-    try:
-        content = json.loads(file.read_text())
-        problem = "" if isinstance(content, dict) else f"it holds a {type(content).__name__}, not options by name"
-    except ValueError as error:  # not UTF-8, or not JSON
-        problem = str(error)
-    if problem:
-        raise DamagedFile(f"{file} is damaged ({problem}): download it again")
+def check_option_files(path: str) -> None:
+    """Raises DamagedFile if a file of options in a local directory is damaged, which transformers would pass over."""
+    for name in ("config.json", "generation_config.json"):
+        file = Path(path) / name
+        if file.is_file():
+            try:
+                read_json(file)
+            except StoreError as error:
+                raise DamagedFile(f"{str(error).partition(';')[0]}: download it again") from error
 
 
 def _read_header(file: str) -> dict[str, Stored]:

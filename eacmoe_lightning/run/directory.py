@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from eacmoe_lightning.run.files import StoreError, write_json
+from eacmoe_lightning.run.files import StoreError, read_json, write_json
 from eacmoe_lightning.run.lock import LOCK
 
 # By the key of a path, the key of the digest of what it leads to. The content decides whether it is the same run.
@@ -179,11 +179,9 @@ class RunDirectory:
                 raise ValueError(f"{where} is not empty and holds no run: {strangers[:3]}. Pass an empty directory")
             return
         try:
-            held = json.loads(self.manifest.read_text())
-        except ValueError as error:
-            raise StoreError(
-                f"{self.manifest} is corrupt ({error}); pass another --trainer.default_root_dir"
-            ) from error
+            held = read_json(self.manifest)
+        except StoreError as error:
+            raise StoreError(f"{error}, or pass another --trainer.default_root_dir") from error
         identity = json.loads(json.dumps(identity))
         identity |= {key: held[key] for key in CONTENTS.values() if key in held and key not in identity}
         remedy = "another --trainer.default_root_dir, or the settings of that run"

@@ -34,6 +34,21 @@ def first_of(names: Sequence[str], noun: str) -> str:
     return f"{names[0]} and {others} other {noun}{'s' if others > 1 else ''}" if others else names[0]
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The options or figures by name in a JSON file of this package.
+
+    Raises:
+        StoreError: the file is missing, or damaged.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # JSON and UTF-8 errors are ValueErrors
+        raise StoreError(f"{path} is missing, truncated or corrupt ({error}); {RESTORE}") from error
+    if not isinstance(content, dict):
+        raise StoreError(f"{path} does not hold what was written, but a {type(content).__name__}; {RESTORE}")
+    return content
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary file, flushes it to disk and renames it to `path`.
 
@@ -162,4 +177,5 @@ def read_note(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path} is missing, truncated or corrupt ({error}); {REMEDY}") from error
 
 
+RESTORE = "restore it from a backup, or make its directory again"
 REMEDY = "delete this file and continue with --ckpt_path auto to compute it again, or restore it from a backup"
