@@ -262,12 +262,12 @@ def moved(folder: Path) -> str:
 
 def broken_config(folder: Path) -> str:
     (folder / "config.json").write_text("{")
-    return r"config.json is damaged \(Expecting property name"
+    return r"config.json is missing, truncated or corrupt \(Expecting property name.*download it again"
 
 
 def a_list_as_config(folder: Path) -> str:
     (folder / "config.json").write_text("[]")
-    return r"config.json is damaged \(it holds a list, not options by name\)"
+    return "config.json does not hold what was written, but a list: download it again"
 
 
 def options(**config) -> Callable[[Path], str]:
