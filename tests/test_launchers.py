@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from eacmoe_lightning.cli import main
+from eacmoe_lightning.commands.launchers import STARTED
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.job.block_callback import BlockCallback
@@ -284,3 +285,13 @@ def test_a_conflict_with_the_launcher_is_an_error(launcher, option, value, tmp_p
     assert end.value.code == 1 and not (tmp_path / "run").exists()
     expected = {"devices": "2", "num_nodes": "1"}[option]
     assert f"the launcher sets {option}={expected}, but --trainer.{option} is {value}" in error
+
+
+def test_several_nodes_without_a_launcher_are_an_error(tmp_path, monkeypatch, capsys):
+    for name in STARTED:
+        monkeypatch.delenv(name, raising=False)
+    words = ["fit", "--trainer.num_nodes", "2", "--trainer.default_root_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "--trainer.num_nodes 2: nothing has started the processes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

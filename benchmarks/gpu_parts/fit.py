@@ -1,5 +1,6 @@
 """`fit` of the bundled model on the GPU beside the same fit on the CPU, both at once: perplexities and seconds.
 
+All stages run, and the output head, which is tied to the embedding, is quantized to 8 bits and tried packed.
 Sums run in another order on a GPU, codes that are decided by a hair fall otherwise, and training follows: so the two
 results are near, not equal. With --cpu-result the CPU's side comes from an earlier run's output.
 """
@@ -50,6 +51,7 @@ def words(options: argparse.Namespace, device: Device, accelerator: str) -> list
         "trainer.accelerator": accelerator,
         "trainer.devices": 1,
         "trainer.enable_progress_bar": "false",
+        "model.head_bits": 8,
         "data.num_windows": windows,
         "data.window_length": length,
         "data.num_heldout_windows": 1 if device.is_miniature else 16,

@@ -10,6 +10,8 @@ from jsonargparse import Namespace
 
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning ignores SLURM
 STRATEGY = "ddp_find_unused_parameters_true"  # of several processes: each block trains one router only
+# by which Lightning knows that somebody has started the processes of several nodes
+STARTED = ("MASTER_ADDR", "NODE_RANK", "GROUP_RANK", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def follow_launcher(trainer: Namespace) -> None:
@@ -19,7 +21,8 @@ def follow_launcher(trainer: Namespace) -> None:
     sets the strategy that several processes need.
 
     Raises:
-        ValueError: the config or the command line sets another value, or the SLURM job cannot be followed.
+        ValueError: the config or the command line sets another value, the SLURM job cannot be followed, or several
+            nodes are asked for and no launcher has started them.
     """
     if torch.distributed.is_torchelastic_launched():  # also in a SLURM job
         local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
@@ -29,6 +32,12 @@ def follow_launcher(trainer: Namespace) -> None:
         _follow_processes(trainer, *tasks)
     else:
         processes = (trainer.get("devices") not in (None, "auto", 1, "1"), trainer.get("num_nodes") not in (None, 1))
+        if processes[1] and not any(name in os.environ for name in STARTED):
+            raise ValueError(
+                f"--trainer.num_nodes {trainer['num_nodes']}: nothing has started the processes of the other nodes, so "
+                "this one would wait for them. Start the job with torchrun or srun (docs/large-models.md), or set "
+                "MASTER_ADDR, MASTER_PORT and NODE_RANK on each node"
+            )
         if any(processes) and trainer.get("strategy") in (None, "auto"):
             trainer["strategy"] = STRATEGY
 
