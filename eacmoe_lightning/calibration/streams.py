@@ -171,11 +171,9 @@ class Streams:
 
     def _keep(self, name: str, pieces: Iterator[Tensor]) -> HiddenFile:
         writer = HiddenWriter(self._directory / name, self.dtype or self.moe.model.dtype)
-        read_as = None  # by the router or the experts: the pieces' own dtype, whatever is stored
         for rows, piece in zip(self.slices, pieces, strict=True):
-            read_as = piece.dtype
             writer.append(piece.view(len(self.windows[rows]), -1, piece.shape[-1]))
-        return writer.written(read_as)
+        return writer.written(self.moe.model.dtype)  # in which routers and experts read it, whatever is stored
 
     def first_call(self, block: Block) -> Call:
         """The block's call for the first batch of the compressed stream."""
