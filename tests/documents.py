@@ -3,6 +3,7 @@
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*(\w*)")
@@ -27,10 +28,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """The words of a command, and where it stands."""
+    """The words of a command, where it stands, and the variables that are set for it, NAME=VALUE."""
 
     place: str
     words: tuple[str, ...]
+    variables: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.place} {' '.join(self.words)}"
@@ -63,7 +65,7 @@ def inline_code(prose: str) -> list[str]:
 
 
 def commands(text: str, place: str) -> list[Command]:
-    """The simple commands of a shell text: comments, prompts, variables, redirections and `...` are left out.
+    """The simple commands of a shell text: comments, prompts, redirections and `...` are left out.
 
     Raises:
         ValueError: a here-document, which this does not read.
@@ -80,10 +82,9 @@ def commands(text: str, place: str) -> list[Command]:
             if set(word) <= set("<>"):
                 is_target = True
             elif set(word) <= set("();|&"):
-                while words and ENVIRONMENT.fullmatch(words[0]):
-                    words.pop(0)
-                if words:
-                    found.append(Command(place, tuple(words)))
+                variables = tuple(takewhile(ENVIRONMENT.fullmatch, words))
+                if len(words) > len(variables):
+                    found.append(Command(place, tuple(words[len(variables) :]), variables))
                 words = []
             elif is_target or word == "...":
                 is_target = False

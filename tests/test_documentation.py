@@ -294,7 +294,9 @@ def test_blocks_have_a_language_and_exemptions_a_reason(block):
 
 
 @pytest.mark.parametrize("command", all_commands(), ids=str)
-def test_commands(command):
+def test_commands(command, monkeypatch):
+    for variable in command.variables:
+        monkeypatch.setenv(*variable.split("=", 1))
     check(command.words)
 
 
