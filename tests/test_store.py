@@ -319,7 +319,7 @@ def test_a_directory_with_lightning_s_files_can_be_claimed(tmp_path):
 
 def test_a_damaged_manifest_is_reported(tmp_path):
     (tmp_path / "run.json").write_text('{"bits": ')
-    with pytest.raises(StoreError, match="run.json is corrupt"):
+    with pytest.raises(StoreError, match="run.json is missing, truncated or corrupt"):
         RunDirectory(tmp_path).start({"bits": 3}, resume=True)
 
 
