@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -80,15 +81,24 @@ def _as_read(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> list
     Raises:
         ValueError: it renders neither, so that a conversation would be its roles alone.
     """
-    shown = [_shows_content(tokenizer, form(PLAIN)) for form in (list, _in_parts)]
-    if True in shown:
-        return messages if shown[0] else _in_parts(messages)
-    if shown[0] is None:
-        return messages  # a template that is broken says so when it renders them
-    raise ValueError(
-        f"{where}: the chat template (--data.chat_template, or else the tokenizer's) leaves out what the turns say. "
-        "Mend it, or pass another with --data.chat_template FILE"
-    )
+    form = _form_read(tokenizer, str(tokenizer.chat_template))
+    if form == "neither":
+        raise ValueError(
+            f"{where}: the chat template (--data.chat_template, or else the tokenizer's) leaves out what the turns "
+            "say. Mend it, or pass another with --data.chat_template FILE"
+        )
+    return _in_parts(messages) if form == "parts" else messages
+
+
+@lru_cache(maxsize=8)
+def _form_read(tokenizer: Any, template: str) -> Literal["text", "parts", "neither"]:
+    """The form of contents that a tokenizer's template shows. One that is broken says so when it renders a row."""
+    as_text = _shows_content(tokenizer, PLAIN)
+    if as_text:
+        return "text"
+    if _shows_content(tokenizer, _in_parts(PLAIN)):
+        return "parts"
+    return "text" if as_text is None else "neither"
 
 
 def _shows_content(tokenizer: Any, messages: list[dict[str, Any]]) -> bool | None:
