@@ -308,7 +308,7 @@ def main() -> None:
             try:
                 result, weights = quantize(tool, setting, bits, seed, args.windows, model, work_dir, args.threads)
                 zero_point_bits = 0 if options.get("sym") else ZERO_POINT_BITS.get(tool)
-                by_block = block_bits(model, {"bits": bits})
+                by_block = block_bits(model, bits)
                 about = by_block, zero_point_bits, "router_method" in options
                 row |= result | judge(weights, original, texts, heldout.heldout_batch_size, *about)
             except (RuntimeError, subprocess.CalledProcessError) as error:

@@ -73,7 +73,7 @@ def llm_compressor(model: Path, input_ids: Tensor, job: dict) -> Result:
     all_experts, observer = options.pop("all_experts"), options.pop("observer")
     grid = {"type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP_SIZE, "observer": observer}
     targets = {"attention": (r"re:.*self_attn\.[qkvo]_proj$", ATTENTION_BITS)}
-    for block, bits in enumerate(block_bits(model, job)):
+    for block, bits in enumerate(block_bits(model, job["bits"])):
         linears = rf"re:.*layers\.{block}\.mlp\.(experts\.\d+|shared_expert)\.(gate|up|down)_proj$"
         targets[f"block_{block}"] = (linears, bits)
     groups = {
@@ -96,7 +96,7 @@ def gptqmodel(model: Path, input_ids: Tensor, job: dict) -> Result:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.7 does not start on two cores otherwise
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    by_block = block_bits(model, job)
+    by_block = block_bits(model, job["bits"])
     linears = {rf".*layers\.{block}\.mlp\..*": {"bits": bits} for block, bits in enumerate(by_block)}
     config = QuantizeConfig(
         bits=by_block[0],
@@ -125,12 +125,13 @@ def autoround(model: Path, input_ids: Tensor, job: dict) -> Result:
     options = {"sym": False, "iters": 200} | job["options"]
     grid = {"group_size": GROUP_SIZE, "sym": options["sym"]}
     linears = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    by_block = block_bits(model, job["bits"])
     layers = {name: ATTENTION_BITS for name in linears if ".self_attn." in name}
-    layers |= {f"layers.{block}.mlp.experts": bits for block, bits in enumerate(block_bits(model, job))}
+    layers |= {f"layers.{block}.mlp.experts": bits for block, bits in enumerate(by_block)}
     tuning = AutoRound(
         network,
         AutoTokenizer.from_pretrained(model),
-        bits=block_bits(model, job)[0],
+        bits=by_block[0],
         group_size=GROUP_SIZE,
         layer_config={name: {"bits": bits, **grid} for name, bits in layers.items()},
         dataset=torch.utils.data.DataLoader(input_ids, batch_size=BATCH_SIZE),
@@ -147,9 +148,9 @@ def autoround(model: Path, input_ids: Tensor, job: dict) -> Result:
     return time.perf_counter() - start, peak_memory(), dense(network.state_dict()), version("auto-round")
 
 
-def block_bits(model: Path, job: dict) -> list[int]:
-    """The bits of each block's experts."""
-    bits, number = job["bits"], json.loads((model / "config.json").read_text())["num_hidden_layers"]
+def block_bits(model: Path, bits: int | list[int]) -> list[int]:
+    """The bits of each block's experts; a list is of equal shares of the blocks, from the first on."""
+    number = json.loads((model / "config.json").read_text())["num_hidden_layers"]
     return [bits[block * len(bits) // number] for block in range(number)] if isinstance(bits, list) else [bits] * number
 
 

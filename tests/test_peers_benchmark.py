@@ -69,8 +69,8 @@ def test_a_list_of_bits_is_spread_over_the_blocks_as_fit_does(tmp_path):
     assert read("3,2") == [3, 2] and written([3, 2]) == "3,2" and read("4") == 4
     recipe = Recipe(bits=[3, 2])
     of_fit = [recipe.grid(block, 5, "experts").bits for block in range(5)]
-    assert block_bits(tmp_path, {"bits": [3, 2]}) == of_fit == [3, 3, 3, 2, 2]
-    assert block_bits(tmp_path, {"bits": 4}) == [4] * 5
+    assert block_bits(tmp_path, [3, 2]) == of_fit == [3, 3, 3, 2, 2]
+    assert block_bits(tmp_path, 4) == [4] * 5
 
 
 def test_true_bits_count_a_scale_and_a_zero_point_for_every_group():

@@ -31,14 +31,15 @@ def follow_launcher(trainer: Namespace) -> None:
     elif (tasks := _slurm_tasks()) is not None:
         _follow_processes(trainer, *tasks)
     else:
-        processes = (trainer.get("devices") not in (None, "auto", 1, "1"), trainer.get("num_nodes") not in (None, 1))
-        if processes[1] and not any(name in os.environ for name in STARTED):
+        several_devices = trainer.get("devices") not in (None, "auto", 1, "1")
+        several_nodes = trainer.get("num_nodes") not in (None, 1)
+        if several_nodes and not any(name in os.environ for name in STARTED):
             raise ValueError(
                 f"--trainer.num_nodes {trainer['num_nodes']}: nothing has started the processes of the other nodes, so "
                 "this one would wait for them. Start the job with torchrun or srun (docs/large-models.md), or set "
                 "MASTER_ADDR, MASTER_PORT and NODE_RANK on each node"
             )
-        if any(processes) and trainer.get("strategy") in (None, "auto"):
+        if (several_devices or several_nodes) and trainer.get("strategy") in (None, "auto"):
             trainer["strategy"] = STRATEGY
 
 

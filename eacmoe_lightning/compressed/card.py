@@ -32,7 +32,9 @@ SIGNATURE = "<!-- written by eacmoe-lightning; sha256 {} of the above -->\n"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PASSED_ON = ("license", "license_name", "license_link", "language")  # from the base model's card
 PARTS = {
-    **{"experts": "routed experts", "shared": "shared experts", "attention": "attention and dense blocks"},
+    "experts": "routed experts",
+    "shared": "shared experts",
+    "attention": "attention and dense blocks",
     HEAD: "output head",
 }
 QUALITY, MADE = "## Quality", "## How it was made"

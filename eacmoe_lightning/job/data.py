@@ -296,10 +296,7 @@ class TextWindows(L.LightningDataModule):
         return self._windows("predict", self.predict, "num_heldout_windows", None).input_ids
 
     def setup(self, stage: str) -> None:
-        """Reads the texts of the stage, so that a bad source is reported before any work starts.
-
-        Warns of held-out windows that are calibration windows too.
-        """
+        """Reads the texts of the stage, so that a bad source is reported before any work starts."""
         if stage != "fit" and not self.heldout and (stage != "predict" or self.predict is None):
             raise ValueError(f"--data.heldout is empty, so {stage} has no text: pass one or more sources")
         if stage == "fit":
@@ -312,7 +309,8 @@ class TextWindows(L.LightningDataModule):
     def check_model(self, moe: MoEModel, stage: str) -> None:
         """Checks that the windows of a stage fit the model, before any work starts.
 
-        Warns of windows that are longer than what the model was trained on.
+        Warns of windows that are longer than what the model was trained on, and of held-out windows that are
+        calibration windows too.
 
         Raises:
             ValueError: a text holds a token that the model's embedding has no row for.
