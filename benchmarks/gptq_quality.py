@@ -19,7 +19,8 @@ held-out texts. Settings of the tools (their options are in SETTINGS; a tool wit
               the same windows
 
 Each of --seeds draws other calibration windows, or the same in another order if they are all there are, the same for
-all tools, and seeds the tools. The rows of different seeds show the noise.
+all tools, and seeds the tools. The rows of different seeds show the noise. Of the windows --self-windows are written by
+the original instead (`--data.calibration self:NUM`); all tools get these, too.
 
     python benchmarks/gptq_quality.py
     python benchmarks/gptq_quality.py --tools ours llm-compressor --bits 2 --settings equal --seeds 0 1
@@ -58,14 +59,19 @@ from dense_check import inspect
 from environments import python_of
 from far_texts import TEXTS as FAR
 from far_texts import compare
-from gptq_tools import ATTENTION_BITS, GROUP_SIZE, block_bits
+from gptq_tools import ATTENTION_BITS, GROUP_SIZE, block_bits, calibration_options
 from process_tree import run_watched
 from safetensors.torch import save_file
 
 from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.job.sampling import SampledTexts
+from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import load_original, resolve_model
+from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.run.directory import RunDirectory
+from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.windows import read_windows
 
 HERE = Path(__file__).resolve().parent
@@ -127,32 +133,42 @@ PACKAGES = {  # tool -> arguments of each `pip install`
 }
 
 
-def draw_windows(model: Path, seed: int, number: int, work_dir: Path, num_heldout: int | None = None) -> TextWindows:
+def draw_windows(
+    model: Path, seed: int, number: int, work_dir: Path, num_heldout: int | None = None, num_self: int = 0
+) -> TextWindows:
     """The texts; the calibration windows are saved where `quantize` looks for them."""
-    sizes = {"num_windows": number, "window_length": WINDOW_LENGTH, "num_heldout_windows": num_heldout}
-    data = TextWindows(tokenizer=str(model), seed=seed, **sizes)
+    options = calibration_options(seed, number, WINDOW_LENGTH, num_self)
+    data = TextWindows(tokenizer=str(model), num_heldout_windows=num_heldout, **options)
+    path = windows_file(work_dir, seed, number, num_self)
     work_dir.mkdir(parents=True, exist_ok=True)
-    save_file({"input_ids": data.calibration_windows.contiguous()}, windows_file(work_dir, seed, number))
+    if num_self:
+        moe = StreamedModel(Checkpoint(str(model), "float32"))
+        texts = SampledTexts(data, RunDirectory(path.with_suffix("")), moe, Ranks(), str(model), "float32")
+        texts.prepare(continues=False)
+        texts.make()
+    save_file({"input_ids": data.calibration_windows.contiguous()}, path)
     return data
 
 
-def windows_file(work_dir: Path, seed: int, number: int) -> Path:
-    return work_dir / f"windows-{number}-{seed}.safetensors"
+def windows_file(work_dir: Path, seed: int, number: int, num_self: int = 0) -> Path:
+    return work_dir / f"windows-{number}-{seed}{f'-self-{num_self}' if num_self else ''}.safetensors"
 
 
 def quantize(
-    tool: str, setting: str, bits: Bits, seed: int, number: int, model: Path, work_dir: Path, threads: int
-) -> tuple[dict, Path]:
+    tool: str, setting: str, bits: Bits, seed: int, number: int, model: Path, work_dir: Path, threads: int,
+    num_self: int = 0,
+) -> tuple[dict, Path]:  # fmt: skip
     """Runs one tool on `number` windows. Returns its version and cost, and the directory of its dense weights.
 
     Raises:
         RuntimeError: the tool failed.
     """
     setting_name = setting.replace(", ", "-").replace(" ", "-")
-    place = work_dir / "results" / f"{tool}-{written(bits)}-{setting_name}-{number}-{seed}"
+    windows = windows_file(work_dir, seed, number, num_self)
+    place = work_dir / "results" / f"{tool}-{written(bits)}-{setting_name}-{windows.stem.removeprefix('windows-')}"
     shutil.rmtree(place, ignore_errors=True)
     (place / "scratch").mkdir(parents=True)
-    job = {"model": str(model), "windows": str(windows_file(work_dir, seed, number)), "seed": seed, "bits": bits}
+    job = {"model": str(model), "windows": str(windows), "self_windows": num_self, "seed": seed, "bits": bits}
     job |= {"options": SETTINGS[tool][setting], "out": str(place / "dense")}
     is_ours = tool == "ours"
     checkout = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
@@ -275,6 +291,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=read, default=[3, 2], help=of_experts)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the choice of windows, and of the tools")
     parser.add_argument("--windows", type=int, default=128, help=f"calibration windows of {WINDOW_LENGTH} tokens")
+    parser.add_argument("--self-windows", type=int, default=0, help="of --windows, those that the original writes")
     parser.add_argument("--heldout-windows", type=int, help="windows per text (default: all)")
     parser.add_argument("--far", type=Path, help="folder of texts that far_texts.py has written, measured too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -284,18 +301,23 @@ def main() -> None:
     if unknown := set(args.settings) - {name.partition(",")[0] for settings in SETTINGS.values() for name in settings}:
         parser.error(f"--settings: no tool has {', '.join(sorted(unknown))}")
 
+    if not 0 <= args.self_windows < args.windows:
+        parser.error(f"--self-windows {args.self_windows}: pass less than --windows, which is {args.windows}")
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the tool at work is ended, too
     torch.set_num_threads(args.threads)
     work_dir, model = args.work.resolve(), Path(resolve_model(args.model)).resolve()
-    data = {seed: draw_windows(model, seed, args.windows, work_dir, args.heldout_windows) for seed in args.seeds}
+    drawn = args.windows, work_dir, args.heldout_windows, args.self_windows
+    data = {seed: draw_windows(model, seed, *drawn) for seed in args.seeds}
     heldout = data[args.seeds[0]]
     texts = heldout.heldout_windows | (far_windows(args.far, model, args.heldout_windows) if args.far else {})
     measured_on = {text: list(windows.shape) for text, windows in texts.items()}
-    shared = {"model": args.model, "windows": args.windows, "texts": measured_on, "group_size": GROUP_SIZE}
+    shared = {"model": args.model, "windows": args.windows, "self_windows": args.self_windows}
+    shared |= {"texts": measured_on, "group_size": GROUP_SIZE}
 
     path = args.json or work_dir / "rows.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    rows = [row for row in rows if "error" not in row]
+    rows = [{"self_windows": 0} | row for row in rows if "error" not in row]
     original = MoEModel(load_original(str(model), "float32"))
     for seed, bits, tool in itertools.product(args.seeds, args.bits, args.tools):
         for setting, options in SETTINGS[tool].items():
@@ -306,7 +328,8 @@ def main() -> None:
                 show(made)
                 continue
             try:
-                result, weights = quantize(tool, setting, bits, seed, args.windows, model, work_dir, args.threads)
+                run = model, work_dir, args.threads, args.self_windows
+                result, weights = quantize(tool, setting, bits, seed, args.windows, *run)
                 zero_point_bits = 0 if options.get("sym") else ZERO_POINT_BITS.get(tool)
                 by_block = block_bits(model, bits)
                 about = by_block, zero_point_bits, "router_method" in options

@@ -2,8 +2,9 @@
 
     python gptq_tools.py TOOL JOB
 
-with JOB = {"model": .., "windows": .., "seed": .., "bits": .., "options": {..}, "out": ..}; the windows were drawn with
-`seed`. `bits` are the experts', a list of them for equal shares of the blocks, from the first on.
+with JOB = {"model": .., "windows": .., "self_windows": .., "seed": .., "bits": .., "options": {..}, "out": ..}; the
+windows were drawn with `seed`, and the last `self_windows` of them the model has written. `bits` are the experts', a
+list of them for equal shares of the blocks, from the first on.
 
 The result has the same form for every tool: a Hugging Face directory `out` of dense float32 weights, with a
 `result.json` (version, seconds of quantizing, peak bytes) in it. Only the chosen tool is imported.
@@ -43,18 +44,21 @@ def ours(model: Path, input_ids: Tensor, job: dict) -> Result:
     from eacmoe_lightning import __version__
     from eacmoe_lightning.cli import main as command_line
     from eacmoe_lightning.compressed.loading import load
-    from eacmoe_lightning.job.data import TextWindows
+    from eacmoe_lightning.run.directory import RunDirectory
+    from eacmoe_lightning.run.files import read_json
+    from eacmoe_lightning.text.windows import digest
 
     settings = {"name_or_path": model, "dtype": "float32", "bits": job["bits"], "attention_bits": ATTENTION_BITS}
     settings |= {"group_size": GROUP_SIZE, "router_method": "none"} | job["options"]
-    text = {"num_windows": len(input_ids), "window_length": input_ids.shape[1], "seed": job["seed"]}
-    if not torch.equal(TextWindows(tokenizer=str(model), **text).calibration_windows, input_ids):
-        raise ValueError(f"the data module draws other windows than those in {job['windows']}")
-    text["batch_size"] = BATCH_SIZE
+    text = calibration_options(job["seed"], *input_ids.shape, job["self_windows"]) | {"batch_size": BATCH_SIZE}
     trainer = {"default_root_dir": "run", "accelerator": "cpu", "enable_progress_bar": "false", "logger": "false"}
     arguments = [f"--model.{name}={json.dumps(value, default=str).strip(chr(34))}" for name, value in settings.items()]
-    arguments += [f"--data.{name}={value}" for name, value in text.items()] + ["--data.num_heldout_windows=1"]
+    arguments += [f"--data.{name}={json.dumps(value).strip(chr(34))}" for name, value in text.items()]
+    arguments += ["--data.num_heldout_windows=1"]
     command_line(["fit", *arguments, *(f"--trainer.{name}={value}" for name, value in trainer.items())])
+    run = RunDirectory("run")
+    if read_json(run.manifest)["data.calibration_digest"] != digest(input_ids):
+        raise ValueError(f"the run drew other windows than those in {job['windows']}")
     cost = json.loads(Path("run/report.json").read_text())["cost"]
     others = ("read", "check", "evaluate", "write", "total_seconds")
     phases = [phase for name, phase in cost.items() if name not in others]
@@ -146,6 +150,12 @@ def autoround(model: Path, input_ids: Tensor, job: dict) -> Result:
     start = time.perf_counter()
     network, _ = tuning.quantize()
     return time.perf_counter() - start, peak_memory(), dense(network.state_dict()), version("auto-round")
+
+
+def calibration_options(seed: int, number: int, length: int, num_self: int = 0) -> dict:
+    """Options of our data module for `number` windows, of which the original writes the last `num_self`."""
+    options = {"num_windows": number - num_self, "window_length": length, "seed": seed}
+    return options | ({"calibration": ["bundled:calibration", f"self:{num_self}"]} if num_self else {})
 
 
 def block_bits(model: Path, bits: int | list[int]) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import ROOT
+from safetensors.torch import load_file
 
 from eacmoe_lightning.budget.allocation import Allocator
 from eacmoe_lightning.calibration.recipe import Recipe
@@ -182,8 +183,8 @@ def test_the_benchmark_goes_on_where_it_was_ended(tmp_path):
     words = ["--tools", "ours", "--bits", "4", "--windows", "2", "--heldout-windows", "1", "--work", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
 
-    def run(*settings: str) -> str:
-        command = [sys.executable, str(BENCHMARKS / "gptq_quality.py"), *words, "--settings", *settings]
+    def run(*more: str) -> str:
+        command = [sys.executable, str(BENCHMARKS / "gptq_quality.py"), *words, "--settings", *more]
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
     first = run("rtn")
@@ -194,6 +195,10 @@ def test_the_benchmark_goes_on_where_it_was_ended(tmp_path):
     made = (tmp_path / "results").stat().st_mtime_ns
     assert run("rtn") == first and (tmp_path / "results").stat().st_mtime_ns == made
     assert "| ours | rtn |" in first and Path(tmp_path / "results").is_dir()
+    run("rtn", "--self-windows", "1")  # the tool itself refuses other windows than those in the file
+    assert [row["self_windows"] for row in json.loads((tmp_path / "rows.json").read_text())] == [0, 1]
+    real, drawn = (load_file(tmp_path / f"windows-2-0{name}.safetensors")["input_ids"] for name in ("", "-self-1"))
+    assert real.shape == drawn.shape and not (real == drawn[1]).all(1).any()
 
 
 def test_widths_of_linears_become_widths_of_units_and_the_larger_one_counts():
