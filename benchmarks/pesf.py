@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference import SHAPES, bf16_model, dense_in_float32, packed_model
+from inference_models import SHAPES, bf16_model, dense_in_float32, packed_model
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch  # before the package, which would settle the policy
-from inference import SHAPES, VOCABULARY, bf16_model, packed_model
+from inference_models import SHAPES, VOCABULARY, bf16_model, packed_model
 
 from eacmoe_lightning.cli import main as command_line
 from eacmoe_lightning.run.provenance import processor

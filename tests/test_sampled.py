@@ -20,9 +20,9 @@ from eacmoe_lightning.job import sampling
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import load_tokenizer
 from eacmoe_lightning.models.sampling import batch_size, cache_bytes, sample
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.models.tokenizer import load_tokenizer
 from eacmoe_lightning.planning import checks
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import read_tensors

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from eacmoe_lightning.compressed.format import original_config, read_config
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import OriginalFiles
+from eacmoe_lightning.models.original_files import OriginalFiles
 from eacmoe_lightning.quantization.packing import unpack
 from eacmoe_lightning.run.files import StoreError, read_tensors, write_tensors
 from eacmoe_lightning.runtime.packed_modules import PackedExperts

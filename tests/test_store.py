@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eacmoe_lightning.models import originals
-from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.models import fingerprint as fingerprints
+from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import StoreError, read_tensors, write_atomically, write_json, write_tensors
 from eacmoe_lightning.run.lock import RunLock
@@ -165,7 +165,7 @@ def weights(tmp_path) -> Path:
 
 @pytest.mark.parametrize("position", [0, 1023, 1024, 1500, 3071])
 def test_a_changed_byte_anywhere_in_the_weights_gives_another_fingerprint(position, weights, monkeypatch):
-    monkeypatch.setattr(originals, "RANGE", 1024)
+    monkeypatch.setattr(fingerprints, "RANGE", 1024)
     before, path = fingerprint(str(weights)), weights / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[position] ^= 1
@@ -201,12 +201,12 @@ def test_the_fingerprint_is_of_all_that_a_model_is_loaded_from(weights, tmp_path
 
 def test_a_fingerprint_is_computed_again_only_if_a_file_may_have_changed(weights, monkeypatch):
     computed = []
-    ranges = originals._sha_of_range
-    monkeypatch.setattr(originals, "_sha_of_range", lambda part: computed.append(part) or ranges(part))
+    ranges = fingerprints._sha_of_range
+    monkeypatch.setattr(fingerprints, "_sha_of_range", lambda part: computed.append(part) or ranges(part))
     first = fingerprint(str(weights))
     fingerprint(str(weights))
     assert len(computed) == 4  # the files are too new to trust their times
-    monkeypatch.setattr(originals, "SETTLED", -1e9)
+    monkeypatch.setattr(fingerprints, "SETTLED", -1e9)
     assert fingerprint(str(weights)) == first and len(computed) == 6
     assert fingerprint(str(weights)) == first and len(computed) == 6
     path = weights / "model.safetensors"

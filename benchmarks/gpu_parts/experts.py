@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from inference import bytes_of
+from inference_models import bytes_of
 from torch import nn
 
 from gpu_parts import shapes

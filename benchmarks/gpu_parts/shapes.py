@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from block_cost import VOCABULARY, config_of
-from inference import GROUP_SIZE, bf16_model, packed_model
+from inference_models import GROUP_SIZE, bf16_model, packed_model
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 from gpu_parts.device import Device

@@ -94,7 +94,7 @@ def identity_of(recipe: Recipe, fingerprint: str | None) -> dict[str, Any]:
     """What sensitivities depend on besides the text: the original and how weights are quantized, but for bits.
 
     Args:
-        fingerprint: of the original (`originals.fingerprint`).
+        fingerprint: of the original (`models.fingerprint`).
     """
     settings = recipe.uniform(4).record()
     bits = ("bits", "attention_bits", "shared_expert_bits", "head_bits")  # the head is the original's

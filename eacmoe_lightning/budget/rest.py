@@ -12,14 +12,9 @@ import torch
 
 from eacmoe_lightning.models.draft import read_draft
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import (
-    OriginalFiles,
-    license_files,
-    load_tokenizer,
-    processor_files,
-    read_config,
-    resolve_model,
-)
+from eacmoe_lightning.models.original_files import OriginalFiles
+from eacmoe_lightning.models.originals import license_files, processor_files, read_config, resolve_model
+from eacmoe_lightning.models.tokenizer import load_tokenizer
 from eacmoe_lightning.planning.sizes import packed_bytes
 from eacmoe_lightning.weight_grids import WeightGrid
 

@@ -18,8 +18,8 @@ from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.planning.machine import Rates, measure
 from eacmoe_lightning.planning.phases import plan as plan_run
 from eacmoe_lightning.planning.report import report, summary, warnings

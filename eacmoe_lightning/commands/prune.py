@@ -29,8 +29,9 @@ from eacmoe_lightning.evaluation.report import add_quality, head, removed_expert
 from eacmoe_lightning.evaluation.report_text import summary
 from eacmoe_lightning.exports.run_result import write_result
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import fingerprint, stored_name
+from eacmoe_lightning.models.originals import stored_name
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight

@@ -15,7 +15,7 @@ from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.job.chosen_bits import measured
 from eacmoe_lightning.job.sampling import SampledTexts
 from eacmoe_lightning.models.checkpoint import Checkpoint
-from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.lock import RunLock

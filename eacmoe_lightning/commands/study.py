@@ -14,8 +14,10 @@ from eacmoe_lightning.compressed.opening import OpenedModel, open_model
 from eacmoe_lightning.compressed.sizes import stored_parts
 from eacmoe_lightning.evaluation import pareto
 from eacmoe_lightning.evaluation.choice_task import make_questions
+from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import fingerprint, stored_name, tokenizer_of
+from eacmoe_lightning.models.originals import stored_name
+from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.offload.codecs import Bound
 from eacmoe_lightning.run.files import write_atomically, write_json
 from eacmoe_lightning.run.lock import RunLock

@@ -20,7 +20,9 @@ from eacmoe_lightning.compressed.opening import OpenedModel
 from eacmoe_lightning.evaluation import harness
 from eacmoe_lightning.evaluation.harness import Asking, Unit
 from eacmoe_lightning.evaluation.task_results import summary, tabulate
-from eacmoe_lightning.models.originals import fingerprint, stored_name, tokenizer_of
+from eacmoe_lightning.models.fingerprint import fingerprint
+from eacmoe_lightning.models.originals import stored_name
+from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.run.files import StoreError, write_atomically, write_json
 from eacmoe_lightning.skipping import PESF, Rule, set_skipping
 from eacmoe_lightning.skipping.selection import Survivors

@@ -31,15 +31,11 @@ from eacmoe_lightning.compressed.format import (
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.draft import read_draft, without_draft
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import (
-    OriginalFiles,
-    license_files,
-    load_tokenizer,
-    processor_files,
-    resolve_model,
-)
+from eacmoe_lightning.models.original_files import OriginalFiles
+from eacmoe_lightning.models.originals import license_files, processor_files, resolve_model
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.pruned_config import pruned_config
+from eacmoe_lightning.models.tokenizer import load_tokenizer
 from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.quantization.kquant import KQuant
@@ -77,7 +73,7 @@ def save_compressed(
             compressed directory that was pruned, which also gives the original's name and the skipping settings.
         quantized_blocks: per block, the quantized weights by parameter name.
         description: stored in the config under `quantization`.
-        fingerprint: of the original (`originals.fingerprint`), by which evaluations recognize it; a pruned compressed
+        fingerprint: of the original (`models.fingerprint`), by which evaluations recognize it; a pruned compressed
             model takes that of the directory that was pruned.
         trust_remote_code: whether Python code beside the original's tokenizer may run.
         head: the quantized output head by parameter name; empty or None: it is stored as it is.
@@ -112,7 +108,7 @@ def save_compressed(
         yield REST, packed(head) | unquantized(rest)
 
     with whole_directory(path) as partial:
-        _write_weights(partial, shards())
+        write_weights(partial, shards())
         if draft:
             write_tensors(partial / DRAFT, draft)
         load_tokenizer(source, trust_remote_code).save_pretrained(partial)
@@ -202,7 +198,7 @@ def save_packed(path: str | Path, model: PreTrainedModel) -> None:
         layer = re.match(r"[^0-9]*\.(\d+)\.", name)
         shards.setdefault(SHARD.format(int(layer[1])) if layer else REST, {})[name] = tensor
     with whole_directory(path) as partial:
-        _write_weights(partial, shards.items())
+        write_weights(partial, shards.items())
         if (draft := Path(model.name_or_path) / DRAFT).exists():
             shutil.copyfile(draft, partial / DRAFT)
         model.generation_config.save_pretrained(partial)
@@ -210,7 +206,7 @@ def save_packed(path: str | Path, model: PreTrainedModel) -> None:
         write_config(partial, config | {"dtype": dtype} | stored.stored_rule(model))
 
 
-def _write_weights(directory: Path, shards: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
+def write_weights(directory: Path, shards: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
     """Writes the shards and the index, in which transformers looks up the shard of each tensor."""
     shard_of: dict[str, str] = {}
     for file, tensors in shards:

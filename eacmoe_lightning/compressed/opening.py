@@ -13,8 +13,9 @@ from eacmoe_lightning.compressed.directory import CompressedWeights
 from eacmoe_lightning.compressed.format import is_compressed, read_config, size_of
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import fingerprint, is_bundled, load_original, local_directory
+from eacmoe_lightning.models.originals import is_bundled, load_original, local_directory
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.streamed import StreamedModel
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from functools import cached_property
@@ -16,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from eacmoe_lightning.models.documents import most_telling
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import tokenizer_of
+from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.text.batches import WindowLoader
-from eacmoe_lightning.text.files import check_fetched, read_text
+from eacmoe_lightning.text.chat import read_template
 from eacmoe_lightning.text.openings import Start
 from eacmoe_lightning.text.sampled import SampledSource, sampled_source
 from eacmoe_lightning.text.sources import documents, name_sources
@@ -390,7 +389,7 @@ class TextWindows(L.LightningDataModule):
         """The tokenizer."""
         tokenizer = tokenizer_of(self.tokenizer, trust_remote_code=self.trust_remote_code)
         if self.chat_template is not None:
-            tokenizer.chat_template = _read_template(Path(self.chat_template).expanduser())
+            tokenizer.chat_template = read_template(Path(self.chat_template).expanduser())
         return tokenizer
 
     def _windows(
@@ -406,36 +405,3 @@ class TextWindows(L.LightningDataModule):
             raise FileNotFoundError(f"--data.{option}: {error}") from error
         except ValueError as error:
             raise ValueError(f"--data.{option}: {error}") from error
-
-
-def _read_template(path: Path) -> str:
-    """A chat template from its file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not text.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"--data.chat_template: {path} does not exist: pass a file with a Jinja template")
-    try:
-        check_fetched(path)
-        text = read_text(path)
-        if path.suffix.lower() == ".json":  # chat_template.json and tokenizer_config.json have it under this name
-            return _template_in(path, text)
-        return text
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"--data.chat_template: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"--data.chat_template: {error}") from error
-
-
-def _template_in(path: Path, text: str) -> str:
-    """The template in a JSON file that holds one by name."""
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    template = content.get("chat_template") if isinstance(content, dict) else None
-    if not isinstance(template, str):
-        raise ValueError(f"{path} has no template under `chat_template`: pass a file with a Jinja template")
-    return template

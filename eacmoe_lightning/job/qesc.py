@@ -41,7 +41,7 @@ from eacmoe_lightning.job.start import begin
 from eacmoe_lightning.job.trained import TrainedParts, router_key
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
 from eacmoe_lightning.models.checkpoint import Checkpoint
-from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE

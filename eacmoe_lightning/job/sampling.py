@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
 from eacmoe_lightning.job.data import TextWindows
-from eacmoe_lightning.models.originals import fingerprint
+from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.sampling import batch_size, sample
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.checks import check_sampling

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from eacmoe_lightning.models.originals import OriginalFiles, no_model
+from eacmoe_lightning.models.original_files import OriginalFiles
+from eacmoe_lightning.models.originals import no_model
 from eacmoe_lightning.models.transformers_loader import Misfit, empty_model, load_tensors, source_keys
 from eacmoe_lightning.models.unused import UNQUANTIZED, check_used
 from eacmoe_lightning.run.files import first_of

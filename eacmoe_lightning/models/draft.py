@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from eacmoe_lightning.models.originals import OriginalFiles
+from eacmoe_lightning.models.original_files import OriginalFiles
 from eacmoe_lightning.models.transformers_loader import source_keys
 
 NUMBER = re.compile(r"(nextn|mtp)")  # options like num_nextn_predict_layers, mtp_num_hidden_layers, num_mtp_modules

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from eacmoe_lightning.models.decoding import QUANTIZED
 from eacmoe_lightning.models.draft import draft_keys
-from eacmoe_lightning.models.originals import OriginalFiles
+from eacmoe_lightning.models.original_files import OriginalFiles
 from eacmoe_lightning.models.transformers_loader import is_ignored
 
 UNQUANTIZED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes of ordinary weights

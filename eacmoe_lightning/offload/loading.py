@@ -17,8 +17,8 @@ from eacmoe_lightning.compressed.directory import CompressedWeights
 from eacmoe_lightning.compressed.format import SHARD, read_config, runs_packed
 from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.models.transformers_loader import auto_class, ignore_unexpected
 from eacmoe_lightning.offload import store as stores

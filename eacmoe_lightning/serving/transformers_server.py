@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eacmoe_lightning.compressed.format import read_config as read_directory
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.compressed.opening import OpenedModel
-from eacmoe_lightning.models.originals import load_tokenizer, read_config, resolve_model
+from eacmoe_lightning.models.originals import read_config, resolve_model
+from eacmoe_lightning.models.tokenizer import load_tokenizer
 from eacmoe_lightning.models.transformers_loader import auto_class
 from eacmoe_lightning.skipping.stored import KEY as SKIPPING
 

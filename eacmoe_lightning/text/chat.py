@@ -1,13 +1,16 @@
-"""A conversation becomes tokens: rendered by the tokenizer's chat template, with the tokens of the answers marked."""
+"""A conversation becomes tokens: rendered by a chat template, with the tokens of the answers marked."""
 
 from __future__ import annotations
 
+import json
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from eacmoe_lightning.text.files import check_fetched, read_text
 from eacmoe_lightning.text.rows import Conversation
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # encloses the answers in templates that mark them
@@ -17,6 +20,39 @@ NO_TEMPLATE = (
     "{}: the tokenizer has no chat template to render conversations with: pass one with --data.chat_template FILE "
     "(the chat_template.jinja of a chat model of this family), or name a column of plain text with --data.column"
 )
+
+
+def read_template(path: Path) -> str:
+    """A chat template from its file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--data.chat_template: {path} does not exist: pass a file with a Jinja template")
+    try:
+        check_fetched(path)
+        text = read_text(path)
+        if path.suffix.lower() == ".json":  # chat_template.json and tokenizer_config.json have it under this name
+            return _template_in(path, text)
+        return text
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--data.chat_template: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"--data.chat_template: {error}") from error
+
+
+def _template_in(path: Path, text: str) -> str:
+    """The template in a JSON file that holds one by name."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    if not isinstance(template, str):
+        raise ValueError(f"{path} has no template under `chat_template`: pass a file with a Jinja template")
+    return template
 
 
 def conversation_tokens(conversation: Conversation, tokenizer: Any, answers: bool) -> tuple[list[int], list[bool]]:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eacmoe_lightning.models.originals import tokenizer_of
+from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.text.chat import conversation_tokens
 from eacmoe_lightning.text.packing import pack
 from eacmoe_lightning.text.rows import Conversation, Document

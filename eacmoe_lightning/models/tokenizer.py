@@ -1,0 +1,61 @@
+"""An original's tokenizer."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from eacmoe_lightning.models.originals import UntrustedCode, local_directory, no_model, resolve_model
+from eacmoe_lightning.models.transformers_loader import UNBUILDABLE
+from eacmoe_lightning.models.weight_files import DamagedFile, check_fetched, check_option_files
+
+PROBE = "Any text has tokens: 1, 2, 3."
+
+
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A model's tokenizer.
+
+    Args:
+        name_or_path, trust_remote_code: see `originals.read_config`.
+
+    Raises:
+        OSError: there is none, or one of its files is damaged.
+        ValueError: it needs code that came with it, and that is not trusted.
+    """
+    path = resolve_model(name_or_path)
+    check_fetched(path, weights=False)
+    check_option_files(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise UntrustedCode(name_or_path, "`auto_map` in its tokenizer_config.json or config.json") from error
+
+
+def tokenizer_of(
+    name_or_path: str, option: str = "--model.name_or_path", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """`load_tokenizer` for a command: what it raises names the option that the model came from.
+
+    Raises:
+        FileNotFoundError: there is no such model; or it has no tokenizer, an empty or a damaged one.
+        ValueError: it needs code that came with it, and that is not trusted.
+    """
+    try:
+        tokenizer = load_tokenizer(name_or_path, trust_remote_code)
+        problem = "" if tokenizer(PROBE)["input_ids"] else "it makes no token of any text"
+    except (DamagedFile, UntrustedCode):
+        raise
+    except UNBUILDABLE as error:  # most classes read config.json too
+        reason = f"transformers does not understand its config.json or the tokenizer's files ({error!r})."
+        raise no_model(name_or_path, reason, option) from error
+    except (OSError, ValueError) as error:
+        if not (local_directory(name_or_path, option) / "config.json").is_file():  # no model at all
+            raise no_model(name_or_path, "There is no config.json.", option) from error
+        problem = str(error)
+    if problem:  # some classes make an empty tokenizer where its files are missing
+        raise FileNotFoundError(
+            f"{name_or_path!r} ({option}) has no tokenizer, or a damaged one: put the files there that the model was "
+            f"published with (tokenizer.json, tokenizer_config.json). {problem}"
+        )
+    return tokenizer
