@@ -21,6 +21,7 @@ class Stage(Protocol):
         curve: name of its loss in the logs.
         rate_options: the options of `fit` that set the rates.
         takes_steps: whether the present block is trained in steps.
+        averaged: share of its steps, the last ones, over which what is trained is averaged (`job.averaging`).
         calibration: the block loop, once it exists.
     """
 
@@ -28,6 +29,7 @@ class Stage(Protocol):
     curve: str
     rate_options: str
     takes_steps: bool
+    averaged: float
     calibration: Calibration
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor | None:
@@ -43,6 +45,7 @@ class WeightStage:
     Args:
         parts: the trained parameters.
         rates: learning rates by kind of parameter.
+        averaged: see `Stage`.
         router_loss, weight: the router loss, and its weight.
         precision: the context of mixed precision in which training steps run.
         at_once: windows that run through a block at a time; None: a batch of this process.
@@ -54,11 +57,13 @@ class WeightStage:
         self,
         parts: TrainedParts,
         rates: dict[str, float],
+        averaged: float,
         router_loss: RouterLoss,
         weight: float,
         precision: Callable[[], AbstractContextManager],
         at_once: int | None = None,
     ) -> None:
-        self.parts, self.rates, self.router_loss, self.weight = parts, rates, router_loss, weight
+        self.parts, self.rates, self.averaged = parts, rates, averaged
+        self.router_loss, self.weight = router_loss, weight
         self.precision, self.at_once = precision, at_once
         self.calibration: Calibration
