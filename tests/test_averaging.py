@@ -44,17 +44,17 @@ def test_a_share_of_steps_lies_between_0_and_1(option):
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_block_ends_with_the_mean_of_its_last_steps(tiny_model_dir, tmp_path, monkeypatch, accumulate):
-    """Each block's last trained tensor at the end of its stage, beside what the steps of the last pass have left."""
+    """Each block's router at the end of its stage, beside what the steps of the last pass have left."""
     seen: list[list[torch.Tensor]] = [[]]
     ended: list[torch.Tensor] = []
     step = Averaging.step
 
     def watched_step(self, tensors, done, share, is_last):
         if share and done > 1 - share:
-            seen[-1].append(tensors[-1].detach().clone())
+            seen[-1].append(tensors[0].detach().clone())
         step(self, tensors, done, share, is_last)
         if share and is_last:
-            ended.append(tensors[-1].detach().clone())
+            ended.append(tensors[0].detach().clone())
             seen.append([])
 
     monkeypatch.setattr(Averaging, "step", watched_step)
