@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import load_original
+from eacmoe_lightning.models.originals import BUNDLED, load_original
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.planning.checks import check_original
+from eacmoe_lightning.planning.checks import check_original, warn_of_guessing
 from eacmoe_lightning.routers.router_weights import forced_weights
+from eacmoe_lightning.text.windows import read_windows
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 SHARED = {  # by family and block
@@ -282,6 +283,16 @@ def test_a_damaged_weight_is_named(family, ids, tmp_path):
     with pytest.raises(ValueError) as error:
         check_original(StreamedModel(Checkpoint(str(tmp_path))), ids)
     assert name in str(error.value) and "NaN" in str(error.value)
+
+
+def test_a_model_that_predicts_worse_than_guessing_is_warned_of(caplog):
+    moe = StreamedModel(Checkpoint(str(BUNDLED)))
+    window = read_windows("bundled:calibration", BUNDLED, 1, 128)
+    warn_of_guessing(moe, window, check_original(moe, window))
+    assert not caplog.records
+    other = (window + 1) % moe.config.vocab_size  # as a tokenizer that begins elsewhere would number them
+    warn_of_guessing(moe, other, check_original(moe, other))
+    assert "worse than by guessing" in caplog.text
 
 
 def test_load_original_gives_eval_mode_and_the_requested_dtype(tiny_model_dir):

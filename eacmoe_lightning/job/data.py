@@ -202,6 +202,11 @@ class TextWindows(L.LightningDataModule):
             for name, source in self.calibration_texts.items() if name not in self.sampled_texts
         }  # fmt: skip
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether any calibration text is read; if not, the model writes all of it."""
+        return bool(self._read)
+
     def put_sampled(self, name: str, windows: Windows) -> None:
         """Takes the windows of a sampled calibration text."""
         self._sampled[name] = windows

@@ -17,7 +17,7 @@ from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.job.sampling import SampledTexts
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original
+from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original, warn_of_guessing
 from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.block_file import write_head
@@ -77,6 +77,8 @@ def begin(module: QESC) -> BegunRun:
         if not resumes:
             window, positions = data.checked_window(moe.config.vocab_size)
             state = check_original(moe, window, positions)
+            if data.reads_text:
+                warn_of_guessing(moe, window, state)
             checked = watch.cost()
             write_json(run.unquantized, moe.unquantized)
         watch_head = Watch()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.models.block import Block, Call
@@ -23,6 +25,8 @@ from eacmoe_lightning.run.memory import available_memory
 from eacmoe_lightning.runtime.packed_modules import PackedLinear
 
 GB = 1e9
+CHECKED_ROWS = 256  # tokens whose logits are in float32 at a time
+GUESSING_MARGIN = 1.0  # nats: random weights lose about what equal probabilities do, or a little more
 log = logging.getLogger(__name__)
 
 
@@ -123,6 +127,33 @@ def check_original(moe: StreamedModel, window: Tensor, position_ids: Tensor | No
             alone.check(block, call)
 
     return check_parts(moe, window, check_block, check_run, position_ids)
+
+
+@torch.no_grad()
+def warn_of_guessing(moe: MoEModel, window: Tensor, state: State) -> None:
+    """Warns if the original predicts text worse than a model that gives all tokens the same probability.
+
+    Nothing else tells weights that were decoded wrongly, or another model's tokenizer, from a model that is as it is.
+
+    Args:
+        moe: the original.
+        window: token ids [1, T] of calibration text.
+        state: what the last block hands over for them.
+    """
+    window = window.to(moe.device)
+    logits, targets = moe.head(state, window)[0, :-1], window[0, 1:]
+    if not len(targets):
+        return
+    rows = zip(logits.split(CHECKED_ROWS), targets.split(CHECKED_ROWS), strict=True)
+    loss = sum(float(cross_entropy(part.float(), ids, reduction="sum")) for part, ids in rows) / len(targets)
+    guessing = math.log(logits.shape[-1])
+    if loss > guessing + GUESSING_MARGIN:
+        log.warning(
+            "the original predicts the calibration text worse than by guessing: it loses %.1f nats a token on a window "
+            "of it, and equal probabilities lose %.1f. Are its weights damaged, quantized by another scheme than its "
+            "config.json says, or from another model than its tokenizer?",
+            *(loss, guessing),
+        )
 
 
 def leave_unpackable(block: Block, call: Call) -> None:
