@@ -42,7 +42,7 @@ def stage_of(original: Path, run: Path, is_resident: bool) -> Iterator[tuple[Joi
             streams.step(block.index + 1, keep=False)
     parts = TrainedParts(moe, directory, True, is_resident)
     parts.start(torch.optim.AdamW(parts.optimizer_groups()), None, ("router", "norm", "scale", "code"), 0.05)
-    stage = JointStage(parts, {}, 0.0, TopKMSE(), 0.2, nullcontext)
+    stage = JointStage(parts, {}, TopKMSE(), 0.2, nullcontext)
     stage.calibration = SimpleNamespace(streams=streams)
     stage.open()
     yield stage, windows

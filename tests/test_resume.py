@@ -26,7 +26,6 @@ OPTIONS = {
     "model__block_epochs": 2,
     "model__joint_epochs": 1,
     "model__joint_code_lr": 5e-5,
-    "model__joint_averaging": 0.5,
     "data__batch_size": 2,  # four batches
 }
 EVERY_STEP = {"checkpoint__every_n_train_steps": 1}

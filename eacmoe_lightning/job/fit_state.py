@@ -59,13 +59,13 @@ class FitState:
         """The state before the first epoch, from the module's options."""
         trains_norms = any("norm" in module.kinds(stage) for stage in ("block", "joint"))
         parts = TrainedParts(begun.moe, module.run, trains_norms, begun.is_resident)
-        loss, at_once = module.router_loss, module.trainer.datamodule.micro_batch_size
-        block, joint = (module.block_lr, module.block_averaging), (module.joint_lr, module.joint_averaging)
+        loss, precision, at_once = module.router_loss, module.autocast, module.trainer.datamodule.micro_batch_size
+        averaged = module.block_averaging
         return cls(
             begun.moe, parts, begun.texts,
             RouterStage(parts, loss, module.router_method, module.ridge, module.router_warm_start, module.router_lr),
-            BlockStage(parts, *block, loss, module.block_selection, module.autocast, at_once),
-            JointStage(parts, *joint, loss, module.joint_selection, module.autocast, at_once),
+            BlockStage(parts, module.block_lr, loss, module.block_selection, precision, at_once, averaged),
+            JointStage(parts, module.joint_lr, loss, module.joint_selection, precision, at_once),
         )  # fmt: skip
 
     def start(self, module: QESC) -> None:

@@ -88,7 +88,6 @@ class QESC(Comparison):
         joint_scale_lr: Learning rate of the quantized weights' scales in the joint stage; 0 does not train them.
         joint_code_lr: Learning rate of the quantized weights' codes in the joint stage, in steps of the grid; 0 does
             not train them. 5e-5 is a good one where memory has room for about 4 more bytes a weight.
-        joint_averaging: The same as block_averaging for the joint stage.
         lr_schedule: Learning-rate schedule of each stage: constant, linear or cosine (both fall to zero).
         weight_decay: Weight decay of AdamW.
         stream_dtype: Dtype of the hidden states on disk between blocks. auto is the model's dtype and loses nothing;
@@ -132,7 +131,6 @@ class QESC(Comparison):
         joint_norm_lr: float = 5e-3,
         joint_scale_lr: float = 3e-3,
         joint_code_lr: float = 0.0,
-        joint_averaging: float = 0.0,
         lr_schedule: Literal["constant", "linear", "cosine"] = "cosine",
         weight_decay: float = 0.0,
         stream_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -168,9 +166,10 @@ class QESC(Comparison):
         ):
             if value < 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is negative")
-        for option, value in (("block_averaging", block_averaging), ("joint_averaging", joint_averaging)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{option}={value} (--model.{option}) is a share of steps: pass a number from 0 to 1")
+        if not 0 <= block_averaging <= 1:
+            raise ValueError(
+                f"block_averaging={block_averaging} (--model.block_averaging) is a share of steps: pass 0 to 1"
+            )
         if tensor_parallel < 1 or (tensor_parallel > 1 and not target):
             problem = "is below 1" if tensor_parallel < 1 else "is for an engine: pass --model.target too"
             raise ValueError(f"tensor_parallel={tensor_parallel} (--model.tensor_parallel) {problem}")
@@ -183,7 +182,6 @@ class QESC(Comparison):
         self.block_epochs = 0 if router_method == "none" else block_epochs
         self.block_selection, self.block_averaging = block_selection, block_averaging
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
-        self.joint_averaging = joint_averaging
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.stream_dtype = stream_dtype
         self.loss_watch = LossWatch()

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 OF_TRAINING = (
     *("router_lr", "router_epochs", "router_warm_start", "ridge"),
     *("block_epochs", "block_selection", "block_lr", "block_averaging"),
-    *("joint_epochs", "joint_selection", "joint_lr", "joint_averaging"),
-    *("lr_schedule", "weight_decay", "stream_dtype"),
+    *("joint_epochs", "joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype"),
 )
 OF_WINDOWS = ("num_windows", "window_length", "batch_size", "micro_batch_size", "seed", "held_back", "documents")
 OF_SAMPLING = ("temperature", "sample_start")

@@ -45,10 +45,10 @@ class WeightStage:
     Args:
         parts: the trained parameters.
         rates: learning rates by kind of parameter.
-        averaged: see `Stage`.
         router_loss, weight: the router loss, and its weight.
         precision: the context of mixed precision in which training steps run.
         at_once: windows that run through a block at a time; None: a batch of this process.
+        averaged: see `Stage`.
     """
 
     takes_steps = True
@@ -57,13 +57,12 @@ class WeightStage:
         self,
         parts: TrainedParts,
         rates: dict[str, float],
-        averaged: float,
         router_loss: RouterLoss,
         weight: float,
         precision: Callable[[], AbstractContextManager],
         at_once: int | None = None,
+        averaged: float = 0.0,
     ) -> None:
-        self.parts, self.rates, self.averaged = parts, rates, averaged
-        self.router_loss, self.weight = router_loss, weight
-        self.precision, self.at_once = precision, at_once
+        self.parts, self.rates, self.router_loss, self.weight = parts, rates, router_loss, weight
+        self.precision, self.at_once, self.averaged = precision, at_once, averaged
         self.calibration: Calibration

@@ -9,7 +9,6 @@ from eacmoe_lightning.calibration.recipe import Recipe, num_quantized
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.planning.sizes import (
-    MEAN_BYTES,
     MOVABLE,
     POSITION_BYTES,
     SCALE_BYTES,
@@ -63,8 +62,7 @@ def joint_memory(moe: MoEModel, recipe: Recipe, job: Job, is_resident: bool) -> 
     if "scale" in job.joint_kinds:
         scales = sum(math.prod(g.shape) / (TYPES[g.kquant].block if g.kquant else g.group_size) for g in grids)
     codes = sum(math.prod(grid.shape) for grid in grids) if "code" in job.joint_kinds else 0
-    mean = job.joint_averages * MEAN_BYTES
-    trained = (SCALE_BYTES + mean) * scales + MOVABLE * (POSITION_BYTES + mean) * codes
+    trained = SCALE_BYTES * scales + MOVABLE * POSITION_BYTES * codes
     shapes = [Shapes(block, block.top_k, hidden, job) for block in moe.blocks]
     at_once = batch if is_resident else job.at_once * job.window_length
     activations = [block_activations(one, hidden, itemsize, at_once) for one in shapes]

@@ -51,7 +51,7 @@ class Job:
         floor_tokens: those among them on which it measures the noise floor.
         router_method, router_epochs, num_targets, block_epochs, joint_epochs: as in `fit`.
         block_kinds, joint_kinds: what the block and the joint stage train: of router, norm, scale and code.
-        block_averages, joint_averages: whether their last steps are averaged.
+        block_averages: whether the block stage's last steps are averaged.
         stream_bytes: bytes per number of the hidden streams on disk.
         processes: number of processes that share windows and experts.
         kept_experts: number of experts that pruning keeps per block; None counts all (also with a rule by `alpha`,
@@ -76,7 +76,6 @@ class Job:
     block_kinds: tuple[str, ...] = ()
     joint_kinds: tuple[str, ...] = ()
     block_averages: bool = False
-    joint_averages: bool = False
     processes: int = 1
     kept_experts: int | None = None
     device: str = "cpu"
@@ -217,7 +216,7 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
     largest = max(num_quantized_of(block) for block in moe.blocks)
     in_training = [
-        (job.joint_kinds, job.joint_averages, num_quantized(moe) if job.joint_epochs else 0),
+        (job.joint_kinds, False, num_quantized(moe) if job.joint_epochs else 0),
         (job.block_kinds, job.block_averages, largest if job.block_epochs else 0),
     ]
     checkpoint = 2 * max(stored_bytes(recipe, *training) for training in in_training)  # and its successor
@@ -333,7 +332,6 @@ def job_of(
         block_kinds=tuple(module.kinds("block")),
         joint_kinds=tuple(module.kinds("joint")),
         block_averages=module.block_averaging > 0,
-        joint_averages=module.joint_averaging > 0,
         stream_bytes=dtype.itemsize,
         processes=processes,
         kept_experts=module.pruning.keep if module.pruning and module.pruning.keep != "auto" else None,
