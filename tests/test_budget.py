@@ -19,7 +19,7 @@ from eacmoe_lightning.budget.allocation import Allocator
 from eacmoe_lightning.budget.measure import Text, measure
 from eacmoe_lightning.budget.probes import Probes, without_experts
 from eacmoe_lightning.budget.rest import Rest
-from eacmoe_lightning.budget.sensitivity import Sensitivity, interpolated, read
+from eacmoe_lightning.budget.sensitivity import Sensitivity, interpolated, probe_name, read
 from eacmoe_lightning.budget.target import BySize, SizeTarget, allocator_of
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
@@ -167,6 +167,15 @@ def test_experts_share_their_blocks_damage(sensitivity):
             experts = found.experts(block.index, width)
             assert sum(map(sum, experts.values())) == pytest.approx(found.part(block.index, "experts", width))
             assert min(map(min, experts.values())) > 0  # also of an expert that no calibration token selects
+
+
+def test_experts_count_by_the_square_root_of_their_tokens():
+    """So that experts which other texts select are not given up for the calibration text."""
+    block = {"load": [100, 4, 0], "error": {"down_proj": {"2": [1.0, 4.0, 1.0], "3": [0.25, 1.0, 0.25]}}}
+    found = Sensitivity({}, (2, 3), [block], {probe_name(0, "experts", w): d for w, d in ((2, 0.72), (3, 0.18))})
+    assert replace(found, unknown=0).experts(0, 2)["down_proj"] == pytest.approx([0.4, 0.32, 0])  # 10 : 2 * 4
+    busy, rare, unseen = found.experts(0, 3)["down_proj"]
+    assert busy > rare > unseen > 0 and busy + rare + unseen == pytest.approx(0.18)
 
 
 def test_the_size_is_met_and_more_bytes_lose_less(sensitivity):

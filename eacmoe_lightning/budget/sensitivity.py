@@ -4,11 +4,11 @@ Measured are, at some widths, the damage D_p(w) of a block's part p quantized al
 experts), and the error e_ij(w) of each projection j of each routed expert i (`measure.py`). A part's damage is shared
 out among the experts by what they do to the block's output:
 
-    d_ij(w) ~ (1 - u) n_i e_ij(w) + u n e_j(w)
+    d_ij(w) ~ (1 - u) m_i e_ij(w) + u n e_j(w)
 
 n_i is the number of tokens that select expert i, n its mean over the block's experts, and e_j the mean of e_ij over the
-selections. Other texts select other experts, so a share u of the tokens is taken to be spread evenly: an allocation by
-calibrated frequencies alone would fit the calibration text.
+selections. Other texts select other experts: an allocation by calibrated frequencies alone would fit the calibration
+text. So m_i is the square root of n_i, scaled to the same sum, and a share u of the tokens is taken to be spread out.
 Between measured widths the logarithm is linear in the width. Beyond the last one the damage falls by the last measured
 ratio per bit, at least by a half and at most to a quarter, the ratio of squared rounding errors.
 
@@ -95,11 +95,13 @@ class Sensitivity:
         """By projection, the nats of each routed expert of a block with this weight alone at this width."""
         load = self.blocks[block]["load"]
         selections, shares = max(sum(load), 1), {}
+        roots = [math.sqrt(n) for n in load]
+        flat = [root * selections / max(sum(roots), 1) for root in roots]
         for projection in self.blocks[block]["error"]:
             errors = [self._error(block, projection, e, width) for e in range(len(load))]
             mean = sum(n * error for n, error in zip(load, errors, strict=True)) / selections
             even = self.unknown * selections / len(load) * mean
-            shares[projection] = [(1 - self.unknown) * n * e + even for n, e in zip(load, errors, strict=True)]
+            shares[projection] = [(1 - self.unknown) * m * e + even for m, e in zip(flat, errors, strict=True)]
         scale = self.part(block, "experts", width) / sum(map(sum, shares.values()))
         return {projection: [scale * share for share in values] for projection, values in shares.items()}
 
