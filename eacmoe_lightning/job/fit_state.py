@@ -60,11 +60,10 @@ class FitState:
         trains_norms = any("norm" in module.kinds(stage) for stage in ("block", "joint"))
         parts = TrainedParts(begun.moe, module.run, trains_norms, begun.is_resident)
         loss, precision, at_once = module.router_loss, module.autocast, module.trainer.datamodule.micro_batch_size
-        averaged = module.block_averaging
         return cls(
             begun.moe, parts, begun.texts,
             RouterStage(parts, loss, module.router_method, module.ridge, module.router_warm_start, module.router_lr),
-            BlockStage(parts, module.block_lr, loss, module.block_selection, precision, at_once, averaged),
+            BlockStage(parts, module.block_lr, loss, module.block_selection, precision, at_once),
             JointStage(parts, module.joint_lr, loss, module.joint_selection, precision, at_once),
         )  # fmt: skip
 

@@ -26,7 +26,6 @@ from eacmoe_lightning import targets
 from eacmoe_lightning.budget.target import SizeTarget
 from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.recipe import Recipe
-from eacmoe_lightning.job.averaging import Averaging
 from eacmoe_lightning.job.block_callback import tell
 from eacmoe_lightning.job.block_stage import BlockStage
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
@@ -77,8 +76,6 @@ class QESC(Comparison):
         block_scale_lr: Learning rate of the quantized weights' scales in the block stage; 0 does not train them.
         block_code_lr: Learning rate of the quantized weights' codes in the block stage, in steps of the grid; 0 does
             not train them.
-        block_averaging: Share of the block stage's steps, its last ones, over which what it trains is averaged; 0 takes
-            it as the last step leaves it.
         joint_epochs: Passes over the calibration text in the joint stage, which trains all routers together on the KL
             divergence from the original's output distribution; 0 leaves the stage out.
         joint_selection: Weight of the router loss beside the KL divergence; the loss is a mean over all blocks, in
@@ -124,7 +121,6 @@ class QESC(Comparison):
         block_norm_lr: float = 5e-3,
         block_scale_lr: float = 3e-3,
         block_code_lr: float = 4e-4,
-        block_averaging: float = 0.5,
         joint_epochs: int = 2,
         joint_selection: float = 0.2,
         joint_router_lr: float = 3e-3,
@@ -166,10 +162,6 @@ class QESC(Comparison):
         ):
             if value < 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is negative")
-        if not 0 <= block_averaging <= 1:
-            raise ValueError(
-                f"block_averaging={block_averaging} (--model.block_averaging) is a share of steps: pass 0 to 1"
-            )
         if tensor_parallel < 1 or (tensor_parallel > 1 and not target):
             problem = "is below 1" if tensor_parallel < 1 else "is for an engine: pass --model.target too"
             raise ValueError(f"tensor_parallel={tensor_parallel} (--model.tensor_parallel) {problem}")
@@ -180,12 +172,11 @@ class QESC(Comparison):
         self.router_lr, self.router_epochs, self.router_warm_start = router_lr, router_epochs, router_warm_start
         self.ridge, self.joint_selection = ridge, joint_selection
         self.block_epochs = 0 if router_method == "none" else block_epochs
-        self.block_selection, self.block_averaging = block_selection, block_averaging
+        self.block_selection = block_selection
         self.joint_epochs = 0 if router_method == "none" else joint_epochs
         self.lr_schedule, self.weight_decay = lr_schedule, weight_decay
         self.stream_dtype = stream_dtype
         self.loss_watch = LossWatch()
-        self.averaging = Averaging()
         self.resumes_at = 0  # the block to which the last checkpoint leads back
         self.block_routers: dict[str, Tensor] = {}  # routers that the blocks were solved with, from the joint stage on
 
@@ -268,9 +259,7 @@ class QESC(Comparison):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.refuse_divergence()
         checkpoint["block_routers"] = self.block_routers
-        checkpoint["in_training"] = {
-            "parts": self.parts.state(), "block": self.block_stage.state(), "averaging": self.averaging.state()
-        }  # fmt: skip
+        checkpoint["in_training"] = {"parts": self.parts.state(), "block": self.block_stage.state()}
         if self.calibration is not None:
             self.calibration.remove_solved(self.resumes_at)  # this checkpoint is not written yet: the one before may be
             self.resumes_at = self.block_index if self.parts.block is None else self.parts.block
@@ -281,7 +270,6 @@ class QESC(Comparison):
         self.block_routers = checkpoint["block_routers"]
         self.parts.load_state(checkpoint["in_training"]["parts"])
         self.block_stage.load_state(checkpoint["in_training"]["block"])
-        self.averaging.load_state(checkpoint["in_training"]["averaging"])
         mend_progress(checkpoint["loops"]["fit_loop"])
         follow_moved(checkpoint["callbacks"], self.trainer.checkpoint_callbacks, self.trainer.ckpt_path)
 
@@ -379,7 +367,6 @@ class QESC(Comparison):
             self._measure_held_back(self.epoch.number)
             return
         optimizer = self.optimizers(use_pl_optimizer=False)
-        self.averaging.start()
         match self.epoch.stage:
             case "router":
                 self.fit_state.router_stage.start()
@@ -458,18 +445,11 @@ class QESC(Comparison):
             group["lr"] = factor * group["rms"] * self.stage.rates.get(group["kind"], 0.0)
         self.parts.gather_moments(optimizer)
         optimizer.step(closure=optimizer_closure)
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        is_last = self.epochs.at(epoch).is_last and batch_idx + 1 == self.trainer.num_training_batches
-        self.averaging.step(trained, self._done(epoch, batch_idx + 1), self.stage.averaged, is_last)
-
-    def _done(self, epoch: int, batches: int) -> float:
-        """Share of its stage that is done after so many batches of an epoch."""
-        place = self.epochs.at(epoch)
-        return (place.number + batches / self.trainer.num_training_batches) / place.passes
 
     def schedule(self, epoch: int, batch_idx: int) -> float:
         """Learning-rate factor at a step. It depends on the position in the stage alone, so it needs no state."""
-        done = self._done(epoch, batch_idx)
+        place = self.epochs.at(epoch)
+        done = (place.number + batch_idx / self.trainer.num_training_batches) / place.passes
         return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
 
     # --- after the last epoch ---------------------------------------------------------------------------

@@ -26,7 +26,7 @@ class RouterStage:
         rate: learning rate of sgd.
     """
 
-    curve, rate_options, averaged = "router/loss", "router_lr", 0.0
+    curve, rate_options = "router/loss", "router_lr"
 
     def __init__(
         self, parts: TrainedParts, router_loss: RouterLoss, method: str, ridge: float, warm_start: bool, rate: float

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 OF_TRAINING = (
     *("router_lr", "router_epochs", "router_warm_start", "ridge"),
-    *("block_epochs", "block_selection", "block_lr", "block_averaging"),
+    *("block_epochs", "block_selection", "block_lr"),
     *("joint_epochs", "joint_selection", "joint_lr", "lr_schedule", "weight_decay", "stream_dtype"),
 )
 OF_WINDOWS = ("num_windows", "window_length", "batch_size", "micro_batch_size", "seed", "held_back", "documents")

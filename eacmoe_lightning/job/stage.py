@@ -21,7 +21,6 @@ class Stage(Protocol):
         curve: name of its loss in the logs.
         rate_options: the options of `fit` that set the rates.
         takes_steps: whether the present block is trained in steps.
-        averaged: share of its steps, the last ones, over which what is trained is averaged (`job.averaging`).
         calibration: the block loop, once it exists.
     """
 
@@ -29,7 +28,6 @@ class Stage(Protocol):
     curve: str
     rate_options: str
     takes_steps: bool
-    averaged: float
     calibration: Calibration
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor | None:
@@ -48,7 +46,6 @@ class WeightStage:
         router_loss, weight: the router loss, and its weight.
         precision: the context of mixed precision in which training steps run.
         at_once: windows that run through a block at a time; None: a batch of this process.
-        averaged: see `Stage`.
     """
 
     takes_steps = True
@@ -61,8 +58,7 @@ class WeightStage:
         weight: float,
         precision: Callable[[], AbstractContextManager],
         at_once: int | None = None,
-        averaged: float = 0.0,
     ) -> None:
         self.parts, self.rates, self.router_loss, self.weight = parts, rates, router_loss, weight
-        self.precision, self.at_once, self.averaged = precision, at_once, averaged
+        self.precision, self.at_once = precision, at_once
         self.calibration: Calibration

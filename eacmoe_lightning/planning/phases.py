@@ -103,7 +103,7 @@ def _block_stage(cost: Cost, block: Block, shapes: Shapes, job: Job, here: float
     decodes = trains_weights(job.block_kinds)
     in_memory = here - quantized * itemsize if decodes else here  # these weights are decoded from codes instead
     cost.add(
-        in_memory + trained_bytes([block], job.block_kinds, job.block_averages) + activations,
+        in_memory + trained_bytes([block], job.block_kinds) + activations,
         flops=(4 if parts == 1 else 5) * epochs * job.tokens * share * shapes.forward,  # experts' runs twice
         loop_bytes=job.steps(epochs) * parts * step_bytes(quantized, job.block_kinds, activations),
         read_bytes=read,

@@ -33,7 +33,6 @@ POSITION_BYTES = 20  # memory of such a code: its place, its position, the posit
 STORED_BYTES = 16  # of these in a checkpoint: all but the gradient
 SCALE_BYTES = 18  # memory of a scale in training: float32, its gradient, two moments; and the stored float16
 STORED_SCALE_BYTES = 12  # of these in a checkpoint
-MEAN_BYTES = 4  # more of either, in memory and in a checkpoint, where the last steps are averaged (`job.averaging`)
 DECODED_BYTES = 48  # memory traffic per weight in a step for decoding it and for the gradient of its scale
 TRAINED_BYTES = 24  # further memory traffic per weight in a step that trains codes: rounding, the codes' gradient
 STEP_PASSES = 3  # passes over the activations in a step, besides matrix products
@@ -51,7 +50,6 @@ class Job:
         floor_tokens: those among them on which it measures the noise floor.
         router_method, router_epochs, num_targets, block_epochs, joint_epochs: as in `fit`.
         block_kinds, joint_kinds: what the block and the joint stage train: of router, norm, scale and code.
-        block_averages: whether the block stage's last steps are averaged.
         stream_bytes: bytes per number of the hidden streams on disk.
         processes: number of processes that share windows and experts.
         kept_experts: number of experts that pruning keeps per block; None counts all (also with a rule by `alpha`,
@@ -75,7 +73,6 @@ class Job:
     block_epochs: int = 0
     block_kinds: tuple[str, ...] = ()
     joint_kinds: tuple[str, ...] = ()
-    block_averages: bool = False
     processes: int = 1
     kept_experts: int | None = None
     device: str = "cpu"
@@ -174,25 +171,24 @@ def vocabulary(moe: MoEModel) -> int:
     return moe.model.get_output_embeddings().weight.shape[0]
 
 
-def stored_bytes(recipe: Recipe, kinds: Collection[str], averages: bool, quantized: int) -> int:
+def stored_bytes(recipe: Recipe, kinds: Collection[str], quantized: int) -> int:
     """Bytes of a checkpoint while this many quantized weights are trained; routers and norms are small beside them."""
-    mean = averages * MEAN_BYTES
-    codes = (STORED_BYTES + mean) * MOVABLE * quantized if "code" in kinds else 0
-    return int(codes + ((STORED_SCALE_BYTES + mean) * quantized / recipe.group_size if "scale" in kinds else 0))
+    codes = STORED_BYTES * MOVABLE * quantized if "code" in kinds else 0
+    return int(codes + (STORED_SCALE_BYTES * quantized / recipe.group_size if "scale" in kinds else 0))
 
 
 def num_bytes(parameters: Iterable, itemsize: int) -> int:
     return sum(parameter.numel() for parameter in parameters) * itemsize
 
 
-def trained_bytes(blocks: Iterable[Block], kinds: Collection[str], averages: bool) -> int:
+def trained_bytes(blocks: Iterable[Block], kinds: Collection[str]) -> int:
     """Memory of the codes and positions of blocks in training, and of the linears decoded from them with gradients.
 
     Experts are decoded one at a time.
     """
     if not trains_weights(kinds):
         return 0
-    each = 1 + ("code" in kinds) * MOVABLE * (POSITION_BYTES + averages * MEAN_BYTES)
+    each = 1 + ("code" in kinds) * MOVABLE * POSITION_BYTES
     weights = [(part, weight) for block in blocks for part, weight in block.weights().values()]
     decoded = sum(2 * num_bytes([weight], weight.element_size()) for part, weight in weights if part != "experts")
     return int(sum(weight.numel() for _, weight in weights) * each) + decoded
@@ -214,12 +210,11 @@ def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     unquantized += packed_head - (math.prod(head.shape) * itemsize if head else 0)
     evaluated = (2 * job.heldout_tokens + job.floor_tokens) // job.window_length * state_bytes
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
-    largest = max(num_quantized_of(block) for block in moe.blocks)
-    in_training = [
-        (job.joint_kinds, False, num_quantized(moe) if job.joint_epochs else 0),
-        (job.block_kinds, job.block_averages, largest if job.block_epochs else 0),
+    in_training = [  # of the joint stage, and of the largest block
+        (job.joint_kinds, num_quantized(moe) if job.joint_epochs else 0),
+        (job.block_kinds, max(num_quantized_of(block) for block in moe.blocks) if job.block_epochs else 0),
     ]
-    checkpoint = 2 * max(stored_bytes(recipe, *training) for training in in_training)  # and its successor
+    checkpoint = 2 * max(stored_bytes(recipe, kinds, number) for kinds, number in in_training)  # and its successor
     return {
         "hidden streams": streams,
         "router logits for the joint stage": teachers,
@@ -331,7 +326,6 @@ def job_of(
         joint_epochs=module.joint_epochs,
         block_kinds=tuple(module.kinds("block")),
         joint_kinds=tuple(module.kinds("joint")),
-        block_averages=module.block_averaging > 0,
         stream_bytes=dtype.itemsize,
         processes=processes,
         kept_experts=module.pruning.keep if module.pruning and module.pruning.keep != "auto" else None,
