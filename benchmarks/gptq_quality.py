@@ -300,7 +300,6 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.settings) - {name.partition(",")[0] for settings in SETTINGS.values() for name in settings}:
         parser.error(f"--settings: no tool has {', '.join(sorted(unknown))}")
-
     if not 0 <= args.self_windows < args.windows:
         parser.error(f"--self-windows {args.self_windows}: pass less than --windows, which is {args.windows}")
 

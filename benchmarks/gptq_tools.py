@@ -43,23 +43,23 @@ def work(tool: str, job: dict) -> None:
 def ours(model: Path, input_ids: Tensor, job: dict) -> Result:
     from eacmoe_lightning import __version__
     from eacmoe_lightning.cli import main as command_line
+    from eacmoe_lightning.commands.rows import words_of
     from eacmoe_lightning.compressed.loading import load
     from eacmoe_lightning.run.directory import RunDirectory
     from eacmoe_lightning.run.files import read_json
     from eacmoe_lightning.text.windows import digest
 
-    settings = {"name_or_path": model, "dtype": "float32", "bits": job["bits"], "attention_bits": ATTENTION_BITS}
+    settings = {"name_or_path": str(model), "dtype": "float32", "bits": job["bits"], "attention_bits": ATTENTION_BITS}
     settings |= {"group_size": GROUP_SIZE, "router_method": "none"} | job["options"]
     text = calibration_options(job["seed"], *input_ids.shape, job["self_windows"]) | {"batch_size": BATCH_SIZE}
     trainer = {"default_root_dir": "run", "accelerator": "cpu", "enable_progress_bar": "false", "logger": "false"}
-    arguments = [f"--model.{name}={json.dumps(value, default=str).strip(chr(34))}" for name, value in settings.items()]
-    arguments += [f"--data.{name}={json.dumps(value).strip(chr(34))}" for name, value in text.items()]
-    arguments += ["--data.num_heldout_windows=1"]
-    command_line(["fit", *arguments, *(f"--trainer.{name}={value}" for name, value in trainer.items())])
+    groups = {"model": settings, "data": text | {"num_heldout_windows": 1}, "trainer": trainer}
+    options = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    command_line(["fit", *words_of(options)])
     run = RunDirectory("run")
     if read_json(run.manifest)["data.calibration_digest"] != digest(input_ids):
         raise ValueError(f"the run drew other windows than those in {job['windows']}")
-    cost = json.loads(Path("run/report.json").read_text())["cost"]
+    cost = read_json(run.path / "report.json")["cost"]
     others = ("read", "check", "evaluate", "write", "total_seconds")
     phases = [phase for name, phase in cost.items() if name not in others]
     seconds, peak = sum(phase["seconds"] for phase in phases), max(phase["peak_bytes"] for phase in phases)

@@ -8,7 +8,7 @@ out among the experts by what they do to the block's output:
 
 n_i is the number of tokens that select expert i, n its mean over the block's experts, and e_j the mean of e_ij over the
 selections. Other texts select other experts: an allocation by calibrated frequencies alone would fit the calibration
-text. So m_i is the square root of n_i, scaled to the same sum, and a share u of the tokens is taken to be spread out.
+text. So m_i is the square root of n_i, scaled to the same sum, and a share u of the tokens counts as evenly spread.
 Between measured widths the logarithm is linear in the width. Beyond the last one the damage falls by the last measured
 ratio per bit, at least by a half and at most to a quarter, the ratio of squared rounding errors.
 

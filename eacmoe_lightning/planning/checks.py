@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from eacmoe_lightning.calibration.recipe import Recipe
+from eacmoe_lightning.evaluation.streams import next_token_nll
 from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.documents import DocumentsAlone
@@ -25,7 +25,6 @@ from eacmoe_lightning.run.memory import available_memory
 from eacmoe_lightning.runtime.packed_modules import PackedLinear
 
 GB = 1e9
-CHECKED_ROWS = 256  # tokens whose logits are in float32 at a time
 GUESSING_MARGIN = 1.0  # nats: random weights lose about what equal probabilities do, or a little more
 log = logging.getLogger(__name__)
 
@@ -141,12 +140,8 @@ def warn_of_guessing(moe: MoEModel, window: Tensor, state: State) -> None:
         state: what the last block hands over for them.
     """
     window = window.to(moe.device)
-    logits, targets = moe.head(state, window)[0, :-1], window[0, 1:]
-    if not len(targets):
-        return
-    rows = zip(logits.split(CHECKED_ROWS), targets.split(CHECKED_ROWS), strict=True)
-    loss = sum(float(cross_entropy(part.float(), ids, reduction="sum")) for part, ids in rows) / len(targets)
-    guessing = math.log(logits.shape[-1])
+    logits = moe.head(state, window)
+    loss, guessing = float(next_token_nll(logits, window).mean()), math.log(logits.shape[-1])
     if loss > guessing + GUESSING_MARGIN:
         log.warning(
             "the original predicts the calibration text worse than by guessing: it loses %.1f nats a token on a window "
