@@ -235,7 +235,7 @@ def test_a_model_without_a_config_is_named(tmp_path, capsys):
 def test_fit_is_refused_if_the_disk_is_too_small(tmp_path, monkeypatch):
     moe, recipe = shapes("mixtral"), Recipe()
     use = disk_use(moe, recipe, JOB)
-    assert use["hidden streams"] == 7 * 128 * 2048 * 4096 * 2
+    assert use["hidden streams"] == 8 * 128 * 2048 * 4096 * 2
     usage = type("Usage", (), {"free": sum(use.values()) - 1})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="--model.stream_dtype bfloat16"):
@@ -291,12 +291,11 @@ def test_the_streams_of_a_run_take_what_was_planned(name, tokenizer, tmp_path, m
 
     monkeypatch.setattr(Path, "unlink", measured(Path.unlink))
     monkeypatch.setattr("shutil.rmtree", measured(shutil.rmtree))
-    options = {"model__quantizer": "rtn", "model__joint_epochs": 0, "data__num_windows": 6, "data__heldout": "[]"}
+    options = {"model__joint_epochs": 0, "data__num_windows": 6, "data__heldout": "[]"}
     jobs.fit(tmp_path / "model", run, **options)
     moe = load_shapes(str(tmp_path / "model"), "auto")
-    planned = disk_use(moe, Recipe(quantizer="rtn", group_size=32), Job(6, 64, 4, 0, "ridge", 1, 4, 0, 4))
-    assert 0 < peak[0] <= planned["hidden streams"]
-    assert planned["hidden streams"] == pytest.approx(peak[0], rel=0.01)
+    planned = disk_use(moe, Recipe(group_size=32), Job(6, 64, 4, 0, "ridge", 1, 4, 0, 4, block_epochs=1))
+    assert 0 < peak[0] <= planned["hidden streams"] <= 1.2 * peak[0]
 
 
 def test_a_model_that_cannot_be_tried_is_counted_by_its_width(monkeypatch, caplog):

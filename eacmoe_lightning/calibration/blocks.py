@@ -212,6 +212,7 @@ class Calibration:
 
     def drop_weights(self) -> None:
         """Frees the memory of the block's quantized weights until `take_trained`."""
+        self.streams.forget_attention()
         for name in self.solver.solved:
             put(self.moe.model, name, self.moe.model.get_parameter(name).detach().to("meta"))
 
@@ -220,6 +221,7 @@ class Calibration:
         self, quantized: dict[str, QuantizedWeight], others: dict[str, Tensor], stats: Reconstruction
     ) -> None:
         """Takes what the block stage has trained: quantized weights, and router and norms, by parameter name."""
+        self.streams.forget_attention()
         self.solver.solved |= quantized
         self.stats.reconstruction = stats
         self._put(quantized, others)
@@ -245,7 +247,7 @@ class Calibration:
 
     def _solve_part(self, part: str) -> None:
         if self.recipe.quantizes:
-            self.inputs.solve_part(self.solver, part)
+            self.inputs.solve_part(self.solver, part, keep=part == "attention")
 
     # --- the router's training rows ---------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ class BlockInputs:
         self._routes_alone = self.block.routes_alone(self.streams.first_call(self.block))
 
     def delete(self) -> None:
+        self.streams.forget_attention()
         if self.router is not None:
             self.router.delete()
         self.router = None
@@ -47,13 +48,17 @@ class BlockInputs:
         batches = (streams.to_device(self.router[rows].flatten(0, 1)) for rows in streams.slices)
         return concatenate([block.route(x) for x in batches])
 
-    def solve_part(self, solver: BlockSolver, part: str) -> None:
-        """Quantizes the linears of `attention` or `shared`, one group that shares its input at a time, in order."""
-        for names in self.groups:
-            if self.block.linears.get(names[0]) == part:
-                inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]), part == "shared")
-                counted = (self.streams.counted(x, r) for r, x in zip(self.streams.slices, inputs, strict=True))
-                solver.solve_linears(names, counted)
+    def solve_part(self, solver: BlockSolver, part: str, keep: bool = False) -> None:
+        """Quantizes the linears of `attention` or `shared`, one group that shares its input at a time, in order.
+
+        With `keep`, later passes start where attention ends (`Streams.keep_attention`).
+        """
+        for names in (names for names in self.groups if self.block.linears.get(names[0]) == part):
+            inputs = self.streams.inputs_of(self.block, self.block.linear(names[0]), part == "shared")
+            if keep and len(names) == 1:
+                inputs = self.streams.keep_attention(self.block, names[0], inputs)
+            counted = (self.streams.counted(x, r) for r, x in zip(self.streams.slices, inputs, strict=True))
+            solver.solve_linears(names, counted)
 
     @contextmanager
     def of_experts(self) -> Iterator[tuple[HiddenFile, Routing]]:

@@ -2,14 +2,15 @@
 
 x is the output of the full-precision blocks, x_hat that of the compressed ones, each [S, T, D]. They are stored in
 files (`run.hidden`) and moved to the model's device in batches. More is stored in files: the inputs of the current
-block's router, those of its experts if they differ, and, for the joint stage, the original router's logits of every
-block.
+block's attention output projection, of its router, and of its experts if they differ; and, for the joint stage, the
+original router's logits of every block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from eacmoe_lightning.calibration.overflow import refuse_overflow
 from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.resumption import Resumption, find_resumption
 from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.hidden import HiddenFile, HiddenWriter, State, StateFile, StateWriter, hidden_of, moved
@@ -71,6 +73,7 @@ class Streams:
         self.x: StateFile
         self.x_hat: StateFile
         self._writers: dict[str, StateWriter] = {}  # by stream: the output of the current block
+        self._resumed: tuple[Resumption, HiddenFile] | None = None  # where x_hat goes on inside the current block
         self._teachers: dict[int, HiddenFile] = {}  # by block: the original router's logits [S, T, E]
 
     def embed(self) -> None:
@@ -146,6 +149,27 @@ class Streams:
                 x = block.input_of(module, call)
             yield x
 
+    def keep_attention(self, block: Block, name: str, inputs: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Passes on the inputs [n, I] of a linear; if attention ends in it, they are also written to a file.
+
+        Passes of the compressed stream through this block then start there, until `forget_attention`.
+        """
+        if self._resumed or not (at := find_resumption(block, name, self._call(block, "x_hat", slice(0, 1)))):
+            yield from inputs
+            return
+        writer = None
+        for rows, x in zip(self.slices, inputs, strict=True):
+            writer = writer or HiddenWriter(self._directory / "attention", x.dtype)
+            writer.append(x.view(len(self.windows[rows]), -1, x.shape[-1]))
+            yield x
+        self._resumed = at, writer.written()
+
+    def forget_attention(self) -> None:
+        """Makes all passes whole again, because the weights of attention change or the block is finished."""
+        if self._resumed is not None:
+            self._resumed[1].delete()
+        self._resumed = None
+
     def counted(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """Of values [n, ...] for the tokens of the windows `rows`, one or several for each token, those that count.
 
@@ -188,7 +212,13 @@ class Streams:
         ids, positions = self._batch(rows)
         state = moved(getattr(self, name)[rows], self.moe.device)
         call = partial(self.moe.call, block.index, ids, state, positions)
-        return self.moe.with_weights(self.weights[name], call)
+        call = self.moe.with_weights(self.weights[name], call)
+        resumes = self._resumed is not None and name == "x_hat" and isinstance(rows, slice)
+        return replace(call, within=partial(self._after_attention, rows)) if resumes else call
+
+    def _after_attention(self, rows: slice) -> AbstractContextManager[None]:
+        resumption, inputs = self._resumed
+        return resumption.start(self.to_device(inputs[rows]))
 
     def _batch(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Token ids [B, T] of these windows, and their positions if they hold several documents."""

@@ -39,12 +39,14 @@ class Call:
         shared: what earlier blocks put into dicts that all blocks share (Gemma 4's keys and values): by name of the
             argument, what each holds.
         history: outputs of earlier blocks that the model's loop keeps for later ones, by number of the block.
+        within: makes the context in which the layer runs (`models.resumption`).
     """
 
     args: tuple
     kwargs: dict[str, Any]
     shared: dict[str, dict[str, Any]] = field(default_factory=dict)
     history: dict[str, Any] = field(default_factory=dict)
+    within: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def hidden(self) -> Tensor:
@@ -215,7 +217,7 @@ class Block:
         before = {name: dict(values) for name, values in call.shared_dicts().items()}
         handle = self.watch_router(record) if self.is_moe else None
         try:
-            with self.experts_run_by(expert):
+            with self.experts_run_by(expert), call.within():
                 if weights is None:
                     output = self.layer(*call.args, **call.kwargs)
                 else:
@@ -326,7 +328,8 @@ class Block:
     def _run_until_reached(self, call: Call, hooks: RemovableHandle | Handles) -> None:
         """Runs the block until one of these hooks raises `Reached`, and removes them."""
         try:
-            self.layer(*call.args, **call.kwargs)
+            with call.within():
+                self.layer(*call.args, **call.kwargs)
         except Reached:
             pass
         finally:

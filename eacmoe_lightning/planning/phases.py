@@ -58,8 +58,12 @@ def plan(moe: MoEModel, recipe: Recipe, job: Job) -> Plan:
         phases["observe"].add(active + routing, **forward, **through)
         phases["replay"].add(active + routing, **forward, **through)
         _linears(phases["attention"], shapes.attention, recipe, job, here, share)
+        # attention runs once: its end is kept, and what comes after it starts there
+        kept, attention = job.tokens * shapes.attention_input * itemsize, job.tokens * share * shapes.attention_forward
+        phases["attention"].add(active, flops=attention, written_bytes=kept, read_bytes=kept, again_bytes=2 * kept)
+        if not job.block_epochs:
+            phases["replay"].add(flops=-attention, read_bytes=kept, again_bytes=kept)
         passes = len({name for name, *_ in shapes.attention}) + 1
-        phases["attention"].add(active, flops=job.tokens * share * passes * shapes.attention_forward)
         read = dict(read_bytes=passes * stream, written_bytes=stream, again_bytes=(passes + 1) * stream)
         phases["attention"].add(**read, loop_bytes=job.tokens * share * passes * 16 * hidden * itemsize)
         _linears(phases["experts"], shapes.shared, recipe, job, here, share)

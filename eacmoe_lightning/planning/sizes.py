@@ -22,7 +22,7 @@ from eacmoe_lightning.calibration.recipe import Recipe, num_quantized, stored_bi
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.sampling import working_bytes
-from eacmoe_lightning.planning.states import passed_on
+from eacmoe_lightning.planning.states import LAST, passed_on
 from eacmoe_lightning.quantization.gram import TILE
 from eacmoe_lightning.tuning.codes import trains_weights
 from eacmoe_lightning.weight_grids import WeightGrid
@@ -36,7 +36,6 @@ STORED_SCALE_BYTES = 12  # of these in a checkpoint
 DECODED_BYTES = 48  # memory traffic per weight in a step for decoding it and for the gradient of its scale
 TRAINED_BYTES = 24  # further memory traffic per weight in a step that trains codes: rounding, the codes' gradient
 STEP_PASSES = 3  # passes over the activations in a step, besides matrix products
-LAST = ("o_proj", "out_proj", "down_proj", "dense", "w2")  # linear layers that share their input with no other
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ def sampling_bytes(moe: MoEModel, windows: int, window_length: int) -> int:
 def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     """The most bytes that a run directory takes, by purpose."""
     head = recipe.head(moe)
-    streams, state_bytes = stream_use(moe, job)
+    streams, state_bytes = stream_use(moe, recipe, job)
     packed, itemsize = packed_bytes(recipe.grids(moe), job.share(moe.num_experts)), moe.model.dtype.itemsize
     unquantized = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
     packed_head = packed_bytes([head] if head else [])
@@ -232,22 +231,24 @@ def num_probes(moe: MoEModel, job: Job) -> int:
     return job.measured_widths * sum(len({part for part, _ in block.weights().values()}) for block in moe.blocks)
 
 
-def stream_use(moe: MoEModel, job: Job) -> tuple[int, int]:
-    """The most bytes of both streams on disk with what routers and experts read; and of a state in the model's dtype.
+def stream_use(moe: MoEModel, recipe: Recipe, job: Job) -> tuple[int, int]:
+    """The most bytes of both streams on disk with what a block's parts read; and of a state in the model's dtype.
 
     At a block there are the streams before it, after it, and those that the last checkpoint may need. After it the
-    compressed stream comes last, when the experts' inputs are gone.
+    compressed stream comes last, when the experts' inputs are gone, and the attention's too if the block was trained.
+    Experts are taken to read something of their own, and attention to end in its output projection.
     """
     at_blocks = passed_on(moe, job.window_length)
     states = [at_blocks[0].output * job.stream_bytes]  # the embedded tokens, the same in both streams
     states += [one.output * job.stream_bytes + one.more for one in at_blocks]
-    needed = []
+    itemsize, needed = moe.model.dtype.itemsize, []
     for index, one in enumerate(at_blocks):
         before = states[0] if index == 0 else 2 * states[index]
         checkpoint = 0 if index == 0 else states[0] if index == 1 else 2 * states[index - 1]
         router, experts = one.router_input * job.stream_bytes, one.expert_input * job.stream_bytes
-        needed.append(checkpoint + before + router + max(2 * states[index + 1], states[index + 1] + experts))
-    itemsize = moe.model.dtype.itemsize
+        attention, after = one.attention_input * itemsize if recipe.solver.needs else 0, states[index + 1]
+        at_the_end = 2 * after + (0 if job.block_epochs else attention)
+        needed.append(checkpoint + before + router + max(after + attention + experts, at_the_end))
     return max(needed) * job.num_windows, max(one.output * itemsize + one.more for one in at_blocks)
 
 
@@ -281,6 +282,7 @@ class Shapes:
         self.shared = [(group, rows, columns) for part, group, rows, columns in linears if part == "shared"]
         heads = [columns for group, _, columns in self.attention if group.rpartition(".")[2] in LAST]
         length, itemsize = job.window_length, next(block.layer.parameters()).element_size()
+        self.attention_input = heads[0] if heads else hidden  # numbers that the output projection reads
         scores = 2 * length * max(heads, default=hidden)  # queries with keys and attention weights with values, causal
         self.attention_forward = sum(2 * rows * columns for _, rows, columns in self.attention) + scores
         self.forward = self.attention_forward + sum(2 * rows * columns for _, rows, columns in self.shared)

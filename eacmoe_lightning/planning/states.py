@@ -24,6 +24,7 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.transformers_loader import empty_model
 
 log = logging.getLogger(__name__)
+LAST = ("o_proj", "out_proj", "down_proj", "dense", "w2")  # linears that end a module, the output projection first
 PROBE = 32  # tokens of the first try: models that loop over tokens take long
 
 
@@ -34,11 +35,13 @@ class Passed:
     Attributes:
         output: numbers of the hidden states that the block hands over.
         more: bytes of everything else that it hands over.
+        attention_input: numbers that the attention's output projection reads.
         router_input, expert_input: numbers that the router and the experts read; 0 without experts.
     """
 
     output: int
     more: int = 0
+    attention_input: int = 0
     router_input: int = 0
     expert_input: int = 0
 
@@ -58,7 +61,7 @@ def passed_on(moe: MoEModel, window_length: int) -> list[Passed]:
     except Exception as error:  # of the model's own code, which knows nothing of fake tensors
         log.warning("the disk estimate counts hidden states only, because the model cannot be tried: %s", error)
         hidden = window_length * moe.config.hidden_size
-        return [Passed(hidden, 0, *((hidden, hidden) if block.is_moe else ())) for block in moe.blocks]
+        return [Passed(hidden, 0, hidden, *((hidden, hidden) if block.is_moe else ())) for block in moe.blocks]
 
 
 @torch.no_grad()
@@ -72,6 +75,9 @@ def _run(moe: MoEModel, window_length: int) -> list[Passed]:
     def run(block: Block, *args: Any, **kwargs: Any) -> Any:
         before = states[-1] if states and isinstance(states[-1], dict) else {"shared": {}, "history": {}}
         read: dict[str, int] = {}
+        attention = [name for name, part in block.linears.items() if part == "attention"]
+        for name in [name for name in attention if name.rpartition(".")[2] in LAST] or attention:
+            _note_input(block.linear(name), read, "attention_input")
         if block.is_moe:
             _note_input(block.router, read, "router_input")
             _note_input(block.experts.module, read, "expert_input")
@@ -94,6 +100,6 @@ def _run(moe: MoEModel, window_length: int) -> list[Passed]:
 
 def _note_input(module: nn.Module, read: dict[str, int], name: str) -> None:
     def note(_, args: tuple, kwargs: dict) -> None:
-        read[name] = (args[0] if args else kwargs["hidden_states"]).numel()
+        read[name] = read.get(name) or (args[0] if args else kwargs["hidden_states"]).numel()
 
     module.register_forward_pre_hook(note, with_kwargs=True)

@@ -24,10 +24,11 @@ def pack(codes: Tensor, bits: Bits) -> Tensor:
     """
     if not isinstance(bits, int):
         return torch.cat([pack(expert, width).flatten() for expert, width in zip(codes, bits, strict=True)])
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
-    shift = torch.arange(bits, device=codes.device, dtype=torch.uint8)
-    stream = ((codes.unsqueeze(-1) >> shift) & 1).flatten(-2).unflatten(-1, (-1, 8))  # [..., bytes, 8 bits]
-    return _join_bits(stream)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    words = torch.zeros(codes.shape[:-1], dtype=torch.int64, device=codes.device)  # of eight codes each
+    for i in range(8):
+        words |= codes[..., i].long() << i * bits
+    return words.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
 
 
 def unpack(packed: Tensor, bits: Bits, n: int) -> Tensor:
@@ -36,9 +37,12 @@ def unpack(packed: Tensor, bits: Bits, n: int) -> Tensor:
         return torch.stack([unpack(expert_codes(packed, bits, e, n), bits[e], n) for e in range(len(bits))])
     if bits == 8:  # each byte is a code
         return packed[..., :n].clone()
-    shift = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    stream = ((packed.unsqueeze(-1) >> shift) & 1).flatten(-2).unflatten(-1, (-1, bits))  # [..., codes, bits]
-    return _join_bits(stream)[..., :n].contiguous()
+    padded = torch.nn.functional.pad(packed.unflatten(-1, (-1, bits)), (0, 8 - bits))
+    words = padded.view(torch.int64)  # [..., n / 8, 1], of eight codes each
+    codes = torch.empty((*words.shape[:-1], 8), dtype=torch.uint8, device=packed.device)
+    for i in range(8):
+        codes[..., i] = (words[..., 0] >> i * bits).to(torch.uint8) & (1 << bits) - 1
+    return codes.flatten(-2)[..., :n].contiguous()
 
 
 def expert_codes(packed: Tensor, bits: Bits, expert: int, n: int) -> Tensor:
@@ -48,11 +52,6 @@ def expert_codes(packed: Tensor, bits: Bits, expert: int, n: int) -> Tensor:
     row = n // 8  # bytes per row and bit
     rows = packed.numel() // (row * sum(bits))
     return packed.narrow(0, rows * row * sum(bits[:expert]), rows * row * bits[expert]).view(rows, -1)
-
-
-def _join_bits(stream: Tensor) -> Tensor:
-    shift = torch.arange(stream.shape[-1], device=stream.device, dtype=torch.uint8)
-    return (stream << shift).sum(-1, dtype=torch.uint8)
 
 
 def packed(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
