@@ -8,7 +8,7 @@
 Models: the bundled one, rounded to nearest in groups of 128 (CASES); the runs or compressed directories in --sources;
 and with --families tiny random models of other architectures (tests/architectures.py), 3 bit in groups of 32, Mixtral's
 with a sentencepiece tokenizer. "all" are those that `eacmoe_lightning/gptqmodel.py` lists, "gguf" those of
-tests/gguf_models.py, for llama.cpp.
+tests/gguf_models.py, for llama.cpp; names alone are taken from there where only llama.cpp runs.
 `eacmoe_lightning.exports.export` exports each model. The engine loads it in a separate environment and runs it on the
 bundled held-out texts. Missing environments are created under --work: GPTQModel's takes 6 GB, llama.cpp is compiled for
 some minutes. Rows:
@@ -82,7 +82,10 @@ def main() -> None:
     pythons = dict(choice.split("=", 1) for choice in args.python)
     subjects = {case: rounded(work / "models" / case.replace(" ", "-"), *CASES[case]) for case in args.cases}
     subjects |= {str(path): path for path in args.sources}
-    subjects |= {name: random_model(work / "models" / name, build) for name, build in models_of(args.families).items()}
+    subjects |= {
+        name: random_model(work / "models" / name, build)
+        for name, build in models_of(args.families, args.engines).items()
+    }
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     texts = {name: read_documents(f"bundled:{name}") for name in heldout_names()}
     windows = [token_windows(documents, tokenizer, WINDOWS_PER_TEXT, WINDOW_LENGTH) for documents in texts.values()]
@@ -153,14 +156,15 @@ def rounded(folder: Path, attention: int, up: int, down: int, symmetric: bool) -
     return folder if folder.exists() else round_model(folder, "bundled", GROUP_SIZE, attention, up, down, symmetric)
 
 
-def models_of(families: list[str]) -> dict[str, Callable[[], PreTrainedModel]]:
+def models_of(families: list[str], engines: list[str]) -> dict[str, Callable[[], PreTrainedModel]]:
     """What builds each of the tests' tiny models, by its name."""
     sys.path.append(str(HERE.parent / "tests"))
     import architectures
     import gguf_models
 
-    if families == ["gguf"]:
-        return {name: partial(gguf_models.build, name) for name in gguf_models.NAMES}
+    if families == ["gguf"] or engines == ["llama.cpp"]:
+        names = gguf_models.NAMES if families == ["gguf"] else families
+        return {name: partial(gguf_models.build, name) for name in names if name in gguf_models.NAMES}
     families = sorted(gptqmodel.PACKED) if families == ["all"] else families
     return {name: partial(architectures.build, name) for name in families if name in architectures.ARCHITECTURES}
 
