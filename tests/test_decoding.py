@@ -23,7 +23,7 @@ from eacmoe_lightning.planning.shapes import load_shapes, stored_share
 Change = Callable[[str, Tensor], dict[str, Tensor]]
 
 
-def quantized(folder: Path, out: Path, config: dict[str, Any], change: Change, **values: Any) -> Path:
+def quantized(folder: Path, out: Path, config: dict[str, Any] | None, change: Change, **values: Any) -> Path:
     """A copy of a model with other tensors for each weight of its linears, and a `quantization_config`."""
     out.mkdir()
     for file in folder.iterdir():
@@ -270,6 +270,58 @@ def test_gptq_is_decoded_by_the_formats_definition(bits, form, in_order, tiny_mo
     attention = {key: weight for key, weight in expected.items() if "self_attn" in key}
     stack = [expected[f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight"] for e in range(8)]
     assert_decoded(folder, attention | {"model.layers.1.mlp.experts.down_proj": torch.stack(stack)})
+
+
+def renamed(folder: Path, rename: Callable[[str], str | None]) -> Path:
+    """Other keys in a model's file; None leaves a tensor out."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor for key, tensor in tensors.items() if (name := rename(key)) is not None}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+LINEARS = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def split(key: str) -> str:
+    """The names that Mixtral's linears have where stacks of experts were split."""
+    return ".".join(LINEARS.get(word, word) for word in key.split("."))
+
+
+@pytest.mark.parametrize("config", [None, {"quant_method": "fp8", "weight_block_size": [32, 32]}])
+def test_experts_that_were_split_out_of_stacks_are_stacked_again(config, tiny_model_dir, tmp_path, tokens):
+    change = float8((32, 32)) if config else lambda key, weight: {key: weight}
+    plain = quantized(tiny_model_dir("mixtral"), tmp_path / "plain", config, change)
+    other = renamed(quantized(tiny_model_dir("mixtral"), tmp_path / "split", config, change), split)
+    with torch.no_grad():
+        own, read_so = (StreamedModel(Checkpoint(str(folder))).logits(tokens) for folder in (plain, other))
+    assert torch.equal(own, read_so)
+
+
+def test_a_missing_expert_among_split_ones_is_named(tiny_model_dir, tmp_path):
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "split", None, lambda key, weight: {key: weight})
+    renamed(folder, lambda key: None if "layers.1" in key and "experts.5.w3" in key else split(key))
+    message = r"--model.name_or_path.*model.layers.1.mlp.experts, 1 are missing, such as up_proj of expert 5: a file"
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(str(folder))
+
+
+def test_rows_of_gate_and_up_that_may_be_mixed_are_refused(tmp_path):
+    """GPTQModel splits gpt-oss into halves that hold both; what others do is not known."""
+    config = GptOssConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=32, num_local_experts=2, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    state = AutoModelForCausalLM.from_config(config).state_dict()
+    experts = "model.layers.0.mlp.experts"
+    for expert in range(2):
+        gate, up = state[f"{experts}.gate_up_proj"][expert].T.chunk(2)
+        state |= {f"{experts}.{expert}.gate_proj.weight": gate, f"{experts}.{expert}.up_proj.weight": up}
+    del state[f"{experts}.gate_up_proj"]
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(ValueError, match=r"0.gate_proj.weight is.*GptOssExperts alternates the rows of gate and up"):
+        Checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize(("bits", "order"), [(4, (0, 2, 4, 6, 1, 3, 5, 7)), (8, (0, 2, 1, 3))])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from test_decoding import assert_decoded
 from test_wrappers import CONFIGS
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -173,6 +174,15 @@ def test_gates_and_biases_of_gpt_oss_are_halves_of_interleaved_rows(tokenizer, t
         assert torch.equal(stored[f"{experts}.5.{projection}.bias"], state[f"{experts}.gate_up_proj_bias"][5][half])
     assert torch.equal(stored[f"{experts}.5.down_proj.weight"], state[f"{experts}.down_proj"][5].T)
     assert torch.equal(stored[f"{experts}.5.down_proj.bias"], state[f"{experts}.down_proj_bias"][5])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "deepseek_v4"])
+def test_an_export_can_be_the_original_of_another_run(name, tokenizer, tmp_path):
+    """GPTQModel's names of experts are not those of the originals, which transformers' conversions read."""
+    source = compressed(name, tmp_path, tokenizer)
+    export(str(source), str(tmp_path / "out"), "gptq_v2")
+    state = load(source, packed=False).float().state_dict()
+    assert_decoded(tmp_path / "out", {key: tensor for key, tensor in state.items() if ".experts." in key}, "float32")
 
 
 def test_what_the_engine_does_not_pack_is_written_decoded_and_named(tokenizer, tmp_path, capsys):

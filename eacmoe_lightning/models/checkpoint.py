@@ -25,9 +25,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from eacmoe_lightning.models.decoding import GPTQ
 from eacmoe_lightning.models.original_files import OriginalFiles
 from eacmoe_lightning.models.originals import no_model
 from eacmoe_lightning.models.transformers_loader import Misfit, empty_model, load_tensors, source_keys
+from eacmoe_lightning.models.unstacked import Stack, find_stacks
 from eacmoe_lightning.models.unused import UNQUANTIZED, check_used
 from eacmoe_lightning.run.files import first_of
 
@@ -63,6 +65,9 @@ class Checkpoint:
             raise no_model(name_or_path, error) from error
         # the keys on disk of each parameter; of several made together, the first has the keys and the others lead to it
         self._sources, self._made_with = source_keys(self._loader, self.files.keys)
+        if stacks := self._stacks():
+            self.files.stack(stacks)
+            self._sources, self._made_with = source_keys(self._loader, self.files.keys)
         check_used(self.files, self._loader, self._sources)
         self._lock = threading.Lock()
         self._prefetching: threading.Thread | None = None
@@ -77,6 +82,16 @@ class Checkpoint:
             return self.config.dtype
         stored = (tensor.dtype for tensor in self.files.stored.values())  # the first counts, as in transformers
         return next((dtype for dtype in stored if dtype in UNQUANTIZED), torch.bfloat16)
+
+    def _stacks(self) -> dict[str, Stack]:
+        """Stacks of experts that transformers would not make of the linears on disk."""
+        known = self._loader.state_dict()
+        unknown = [key for name, keys in self._sources.items() if name not in known for key in keys]
+        try:
+            stacks = find_stacks(self._loader, unknown, halves=isinstance(self.files.scheme, GPTQ))
+        except ValueError as error:
+            raise ValueError(f"{self.name_or_path!r} (--model.name_or_path) cannot be read: {error}") from error
+        return {name: stack for name, stack in stacks.items() if name not in self._sources}
 
     def skeleton(self) -> PreTrainedModel:
         """The model in eval mode, with buffers in memory and parameters on the meta device."""

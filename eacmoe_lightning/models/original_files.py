@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eacmoe_lightning.models.decoding import ACTIVATIONS, Scheme, scheme_of
 from eacmoe_lightning.models.originals import no_model, read_config, resolve_model
+from eacmoe_lightning.models.unstacked import Stack
 from eacmoe_lightning.models.weight_files import DamagedFile, OpenFile, Stored, opened, stored_tensors
 
 
@@ -28,6 +29,7 @@ class OriginalFiles:
         stored: every tensor on disk.
         scheme: how the weights are quantized; None for a model that is not.
         keys: by ordinary key, the keys on disk that the tensor is made of; without the scales of activations.
+        stacks: by ordinary key, the tensors of `keys` that were stacked to one (`stack`).
 
     Raises:
         FileNotFoundError: there is no such model, or one of its files is missing, truncated or damaged.
@@ -60,6 +62,17 @@ class OriginalFiles:
         for key in self.stored.keys() - decoded:
             if not (self.scheme and ACTIVATIONS.search(key)):
                 self.keys[key] = (key,)
+        self.stacks: dict[str, Stack] = {}
+
+    def stack(self, stacks: Mapping[str, Stack]) -> None:
+        """Makes one tensor with a new key of those in each stack, which have no keys of their own any more."""
+        self.stacks |= stacks
+        for name, stack in stacks.items():
+            self.keys[name] = tuple(part for key in stack.keys for part in self.keys.pop(key))
+
+    def members(self, key: str) -> list[str]:
+        """The ordinary keys of the tensors, each decoded by itself, that the one with this key is made of."""
+        return self.stacks[key].keys if key in self.stacks else [key]
 
     @property
     def size_bytes(self) -> int:
@@ -102,6 +115,9 @@ class Reader:
     def lazy(self, key: str) -> Any:
         """The tensor with this ordinary key, which `[...]` reads and decodes."""
         scheme = self._files.scheme
+        if key in self._files.stacks:
+            stack = self._files.stacks[key]
+            return _Stacked(key, stack, [self.lazy(member) for member in stack.keys])
         if scheme is not None and key in scheme.parts:
             return _Decoded(scheme, key, {kind: self._slice(part) for kind, part in scheme.parts[key].items()})
         return self._slice(key)
@@ -128,4 +144,19 @@ class _Decoded:
             raise ValueError(
                 f"{self._key} cannot be decoded as {self._scheme.description}: its tensors ({shapes}) do not fit each "
                 f"other ({error}). The files or their config.json were changed: download them again"
+            ) from error
+
+
+class _Stacked:
+    """Linears of experts on disk as one parameter; reading it raises ValueError if they do not fit each other."""
+
+    def __init__(self, key: str, stack: Stack, parts: list[Any]) -> None:
+        self._key, self._stack, self._parts = key, stack, parts
+
+    def __getitem__(self, index: Any) -> Tensor:
+        try:
+            return self._stack.of(part[...] for part in self._parts)[index]
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self._key} cannot be made of {len(self._parts)} tensors such as {self._stack.keys[0]}: {error}"
             ) from error

@@ -34,7 +34,8 @@ def check_used(files: OriginalFiles, model: PreTrainedModel, sources: Mapping[st
     codes = [
         key
         for name in sources.keys() & known.keys()
-        for key in sources[name]
+        for whole in sources[name]
+        for key in files.members(whole)
         if known[name].is_floating_point() and key not in decoded and files.stored[key].dtype not in UNQUANTIZED
     ]
     unused = {key: name for name, keys in sources.items() if name not in known for key in keys}
