@@ -1,6 +1,7 @@
 """Quantized originals are decoded while they are streamed: equal to transformers and other readers of the formats."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfi
 from transformers.quantizers import quantizer_finegrained_fp8
 
 from eacmoe_lightning.calibration.recipe import num_quantized
+from eacmoe_lightning.cli import main
 from eacmoe_lightning.models import decoding
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.shapes import load_shapes, stored_share
+from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
 
-Change = Callable[[str, Tensor], dict[str, Tensor]]
+Tensors = dict[str, Tensor]
+Change = Callable[[str, Tensor], Tensors]
 
 
 def quantized(folder: Path, out: Path, config: dict[str, Any] | None, change: Change, **values: Any) -> Path:
@@ -216,6 +220,42 @@ def test_compressed_tensors_is_decoded_as_by_its_library(kind, dtype, tiny_model
     assert_decoded(folder, attention | {"model.layers.1.mlp.experts.down_proj": torch.stack(stack)})
 
 
+def asymmetric(with_zero_points: bool) -> tuple[dict[str, Any], Change, Tensors]:
+    """Codes in words with zero points in bytes, as the library stored them before it packed these too."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"a": {"weights": weights}},
+    }
+    expected: Tensors = {}
+
+    def change(key: str, weight: Tensor) -> Tensors:
+        codes, zeros, scales, expected[key] = rounded(weight, False)
+        parts = {
+            "packed": torch.from_numpy(words(codes.numpy(), 4)),
+            "scale": scales.float(),
+            "shape": torch.tensor(weight.shape),
+        }
+        if with_zero_points:
+            parts["zero_point"] = (zeros.int() - 8).to(torch.int8)
+        return {f"{key}_{kind}": tensor.contiguous() for kind, tensor in parts.items()}
+
+    return config, change, expected
+
+
+def test_zero_points_of_compressed_tensors_in_bytes(tiny_model_dir, tmp_path):
+    config, change, expected = asymmetric(with_zero_points=True)
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "out", config, change)
+    assert_decoded(folder, {key: weight for key, weight in expected.items() if "self_attn" in key})
+
+
+def test_zero_points_that_compressed_tensors_promises_and_the_files_lack(tiny_model_dir, tmp_path):
+    config, change, _ = asymmetric(with_zero_points=False)
+    with pytest.raises(ValueError, match=r"w1.weight has no zero points, and config_groups says"):
+        read(quantized(tiny_model_dir("mixtral"), tmp_path / "out", config, change))
+
+
 # --- GPTQ and AWQ: references from the formats' definitions, word by word
 
 
@@ -270,6 +310,75 @@ def test_gptq_is_decoded_by_the_formats_definition(bits, form, in_order, tiny_mo
     attention = {key: weight for key, weight in expected.items() if "self_attn" in key}
     stack = [expected[f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight"] for e in range(8)]
     assert_decoded(folder, attention | {"model.layers.1.mlp.experts.down_proj": torch.stack(stack)})
+
+
+def rounded(weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """4-bit codes [O, I], zero points and scales [O, G] of a weight in groups of 32, and the weight that they are."""
+    q = round_to_nearest(weight.float(), Grid(4, 32, symmetric))
+    return q.codes, q.zero_point, q.scale, q.dequantize(torch.float32)
+
+
+def gptq_parts(
+    weight: Tensor, symmetric: bool, left_out: int = 0, kinds: str = "qweight qzeros scales g_idx"
+) -> Tensors:
+    """Tensors of the format by kind; zero points are stored less `left_out`."""
+    codes, zeros, scales, _ = rounded(weight, symmetric)
+    parts = {
+        "qweight": torch.from_numpy(words(codes.numpy(), 4).T.copy()),
+        "qzeros": torch.from_numpy(words(zeros.T.numpy() - left_out, 4)),
+        "scales": scales.T.contiguous(),
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // 32,
+    }
+    return {kind: parts[kind] for kind in kinds.split()}
+
+
+def gptq_model(folder: Path, out: Path, config: dict[str, Any], **options: Any) -> tuple[Path, Tensors]:
+    """A model in the format, and the weights that are stored in it."""
+    expected: Tensors = {}
+
+    def change(key: str, weight: Tensor) -> Tensors:
+        expected[key] = rounded(weight, options["symmetric"])[-1]
+        return {
+            f"{key.removesuffix('.weight')}.{kind}": tensor for kind, tensor in gptq_parts(weight, **options).items()
+        }
+
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32} | config
+    return quantized(folder, out, config, change), {key: w for key, w in expected.items() if "self_attn" in key}
+
+
+@pytest.mark.parametrize("kinds", ["qweight scales g_idx", "qweight scales"])
+def test_symmetric_gptq_needs_no_zero_points(kinds, tiny_model_dir, tmp_path):
+    folder, expected = gptq_model(
+        tiny_model_dir("mixtral"), tmp_path / "out", {"sym": True}, symmetric=True, kinds=kinds
+    )
+    assert_decoded(folder, expected)
+    other, _ = gptq_model(tiny_model_dir("mixtral"), tmp_path / "b", {"sym": False}, symmetric=True, kinds=kinds)
+    with pytest.raises(ValueError, match=r"--model.name_or_path.*w1.qweight has no qzeros beside it"):
+        Checkpoint(str(other))
+
+
+@pytest.mark.parametrize("label", ["gptq", "gptq_v2", None])
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_symmetric_zero_points_say_themselves_how_they_are_stored(label, left_out, tiny_model_dir, tmp_path):
+    config = {"checkpoint_format": label} | ({"sym": True} if label else {})
+    folder, expected = gptq_model(
+        tiny_model_dir("mixtral"), tmp_path / "out", config, symmetric=True, left_out=left_out
+    )
+    assert_decoded(folder, expected)
+
+
+@pytest.mark.parametrize(("label", "left_out"), [("gptq", 0), (None, 0), ("gptq_v2", 1)])
+def test_asymmetric_zero_points_of_the_other_version_are_refused(label, left_out, tiny_model_dir, tmp_path):
+    config = {"sym": False, "checkpoint_format": label}
+    folder, _ = gptq_model(tiny_model_dir("mixtral"), tmp_path / "out", config, symmetric=False, left_out=left_out)
+    right = "gptq" if left_out else "gptq_v2"
+    with pytest.raises(ValueError, match=rf'lie one step beside 0 .*write "checkpoint_format": "{right}"'):
+        read(folder)
+    right_folder, expected = gptq_model(
+        tiny_model_dir("mixtral"), tmp_path / "b", {"sym": False, "checkpoint_format": right}, symmetric=False,
+        left_out=left_out,
+    )  # fmt: skip
+    assert_decoded(right_folder, expected)
 
 
 def renamed(folder: Path, rename: Callable[[str], str | None]) -> Path:
@@ -348,6 +457,23 @@ def test_awq_is_decoded_by_the_formats_definition(bits, order, tiny_model_dir, t
     folder = quantized(tiny_model_dir("mixtral"), tmp_path / "awq", config, change)
     assert len(expected) == 4
     assert_decoded(folder, expected)
+
+
+def test_symmetric_awq_needs_no_zero_points(tiny_model_dir, tmp_path):
+    expected: Tensors = {}
+
+    def change(key: str, weight: Tensor) -> Tensors:
+        codes, _, scales, expected[key] = rounded(weight, True)
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        name, columns = key.removesuffix(".weight"), codes.T.reshape(weight.shape[1], -1, 8)[..., order].flatten(1)
+        return {
+            f"{name}.qweight": torch.from_numpy(words(columns.numpy(), 4)),
+            f"{name}.scales": scales.T.contiguous(),
+        }
+
+    config = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": False}
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "awq", config, change)
+    assert_decoded(folder, {key: weight for key, weight in expected.items() if "self_attn" in key})
 
 
 def test_words_that_need_no_decoding_are_read_as_they_are(tiny_model_dir, tmp_path):
@@ -440,6 +566,37 @@ def test_float8_blocks_of_another_size_than_the_config_says_are_refused(shape, t
 
 
 @pytest.mark.parametrize(
+    ("factor", "message"), [(1, "decodes to weights of"), (math.nan, "decodes to NaN or infinite")]
+)
+def test_scales_that_divide_are_named(factor, message, tiny_model_dir, tmp_path, capsys):
+    """The reciprocals of the scales: weights of a hundred thousand, which no dtype overflows."""
+
+    def change(key: str, weight: Tensor) -> Tensors:
+        weight, scale = float8((64, 64))(key, weight).values()
+        return {key: weight, f"{key}_scale_inv": factor / scale}
+
+    config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "out", config, change)
+    with pytest.raises(SystemExit):
+        main(["fit", *jobs.options(folder, tmp_path / "run")])
+    error = capsys.readouterr().err
+    named = "block_sparse_moe.experts.0.w1.weight"
+    assert f"{named} {message}" in error and "--model.name_or_path" in error and "Traceback" not in error
+    assert not (tmp_path / "run" / "blocks").exists()
+
+
+def test_large_and_small_weights_are_read(tiny_model_dir, tmp_path):
+    def change(key: str, weight: Tensor) -> Tensors:
+        factor = 1e4 if "w2" in key else 1e-9 if "w1" in key else 0 if "w3" in key else 1
+        if not factor:
+            return {key: weight.mul(0).to(torch.float8_e4m3fn), f"{key}_scale_inv": torch.zeros(1, 1)}
+        return float8((64, 64))(key, weight * factor)
+
+    config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    read(quantized(tiny_model_dir("mixtral"), tmp_path / "out", config, change))
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "GPTQ in the format 'marlin'"),
@@ -470,7 +627,8 @@ def test_parts_that_do_not_fit_each_other_are_named(kind, change, tiny_model_dir
         name, (rows, columns) = key.removesuffix(".weight"), weight.shape
         parts = {
             "qweight": torch.zeros(columns // 8, rows, dtype=torch.int32), "scales": torch.ones(2, rows),
-            "qzeros": torch.zeros(2, rows // 8, dtype=torch.int32), "g_idx": torch.arange(columns) // (columns // 2),
+            "qzeros": torch.full((2, rows // 8), 0x77777777, dtype=torch.int32),
+            "g_idx": torch.arange(columns) // (columns // 2),
         }  # fmt: skip
         if name == damaged:
             parts[kind] = change(parts[kind]).contiguous()

@@ -10,6 +10,8 @@ What is stored for a weight `X.weight` [O, I], by `quant_method`:
     gptq                X.qweight [I * b / 32, O]; X.qzeros and X.scales [G, O]; X.g_idx [I]
     awq                 X.qweight [I, O * b / 32]; X.qzeros and X.scales [G, O]
 
+Symmetric weights may come without X.qzeros.
+
 Where transformers decodes a scheme itself, the values are those that it gives. Tensors say what is quantized: a weight
 that is stored alone is an ordinary one, whatever the config lists as left out.
 
@@ -18,9 +20,10 @@ Letters: O/I out/in features, G groups of inputs, b bits, E experts.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +46,11 @@ QUANTIZED = re.compile(
 )
 
 
+# root mean squares of weights: beyond these no model has any, and those that models have
+SMALLEST, LARGEST, PLAUSIBLE = 1e-6, 30.0, (1e-4, 3.0)
+REMEDY = "the files or their config.json (--model.name_or_path) were changed: download them again"
+
+
 class Scheme(ABC):
     """How one quantization method stores weights.
 
@@ -51,12 +59,15 @@ class Scheme(ABC):
         stored: every tensor on disk.
 
     Attributes:
+        SCALES: which of a weight's tensors scale it.
         parts: by ordinary key of each quantized weight, the keys on disk that it is made of, by what they are.
         description: what the report says about the original.
 
     Raises:
         ValueError: the original uses a variant that cannot be decoded.
     """
+
+    SCALES: tuple[str, ...] = ("scale", "scales")
 
     def __init__(self, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
         self.config = config
@@ -70,6 +81,31 @@ class Scheme(ABC):
     @abstractmethod
     def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
         """The weight with this ordinary key, from its tensors by what they are."""
+
+    def checked(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """The same, if it can be the weight of a model.
+
+        Raises:
+            ValueError: it holds NaN, or its size says that a scale is stored as its reciprocal.
+        """
+        weight = self.decode(key, parts)
+        size = root_mean_square(weight)
+        if not math.isfinite(size):
+            raise ValueError(f"{key} decodes to NaN or infinite values as {self.description}: {REMEDY}")
+        if not size or SMALLEST < size < LARGEST:
+            return weight
+        for kind in self.SCALES:
+            if kind in parts and parts[kind].is_floating_point():
+                reciprocal = {kind: parts[kind].float().reciprocal().to(torch.float32)}
+                other = root_mean_square(self.decode(key, {**parts, **reciprocal}))
+                if PLAUSIBLE[0] < other < PLAUSIBLE[1]:
+                    raise ValueError(
+                        f"{key} decodes to weights of {size:.2g} (root mean square) as {self.description}, and to "
+                        f"{other:.2g} if {self.parts[key][kind]} were the reciprocal of the scale: another program has "
+                        "stored scales that divide, or has changed them. Pass a model with scales that multiply "
+                        "(--model.name_or_path)"
+                    )
+        return weight
 
     @abstractmethod
     def describe(self) -> str:
@@ -125,6 +161,7 @@ class MXFP4(Scheme):
 class CompressedTensors(Scheme):
     """Integers packed in words, int8, float8 and FP4, as the library compressed-tensors stores them."""
 
+    SCALES = ("scale", "global_scale")
     FORMATS = (
         *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense", "mixed-precision"),
         *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
@@ -176,7 +213,7 @@ class CompressedTensors(Scheme):
             bits = self._bits(key, parts["packed"].shape[-1], shape[-1])
             codes = unpack_words(parts["packed"], bits)[..., : shape[-1]] - 2 ** (bits - 1)
             zero_point = parts.get("zero_point")
-            if zero_point is not None:  # packed along the rows
+            if zero_point is not None and zero_point.dtype == torch.int32:  # packed along the rows; int8 before 0.10
                 zero_point = unpack_words(zero_point.mT, bits)[..., : shape[-2]].mT - 2 ** (bits - 1)
         elif (weight := parts["weight"]).dtype in FLOAT8:
             decoded = scaled(key, weight, scale, self._block)
@@ -184,7 +221,9 @@ class CompressedTensors(Scheme):
                 return decoded
             return decoded.to(scale.dtype)  # as transformers decodes the two
         else:
-            codes, zero_point = weight.int(), parts.get("zero_point")
+            codes, zero_point, bits = weight.int(), parts.get("zero_point"), None
+        if zero_point is None and self._is_asymmetric(bits):
+            raise ValueError(f"{key} has no zero points, and config_groups says that it is not symmetric: {REMEDY}")
         if zero_point is not None:
             zero_point = zero_point.int()
         group = parts.get("g_idx")
@@ -205,6 +244,11 @@ class CompressedTensors(Scheme):
     def _block(self) -> tuple[int, int] | None:
         blocks = [weights["block_structure"] for weights in self._weights if weights.get("block_structure")]
         return tuple(blocks[0]) if blocks else None
+
+    def _is_asymmetric(self, bits: int | None) -> bool:
+        """Whether all weights of this width (None: of every width) have zero points by the config."""
+        grids = [weights for weights in self._weights if bits in (None, weights["num_bits"])]
+        return bool(grids) and all(weights.get("symmetric") is False for weights in grids)
 
     def _bits(self, key: str, words: int, in_features: int) -> int:
         """The width of codes of which `in_features` take this number of words."""
@@ -236,31 +280,64 @@ class GPTQ(Scheme):
         super().__init__(config, stored)
 
     def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
-        parts = {}
-        for key in stored:
-            if key.endswith(".qweight"):
-                name = key.removesuffix(".qweight")
-                kinds = ("qweight", "qzeros", "scales", "g_idx")
-                parts[f"{name}.weight"] = {kind: f"{name}.{kind}" for kind in kinds if f"{name}.{kind}" in stored}
-                _require(key, parts[f"{name}.weight"], ("qzeros", "scales"))
-        return parts
+        return _words(stored, ("qweight", "qzeros", "scales", "g_idx"), self.config.get("sym") is True)
 
     def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
-        qweight, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
+        qweight, scales, qzeros, group = (parts.get(kind) for kind in ("qweight", "scales", "qzeros", "g_idx"))
         groups, out_features = scales.shape
-        bits = qzeros.shape[1] * 32 // out_features
+        if group is not None and not group.numel():
+            group = None
+        if qzeros is not None and qzeros.numel():
+            bits = qzeros.shape[1] * 32 // out_features
+        else:
+            qzeros, bits = None, self._bits(len(qweight), groups, group)
         codes = unpack_words(qweight.T, bits)  # [O, I]
         in_features = codes.shape[-1]
-        zero_point = unpack_words(qzeros, bits) + (not self._is_v2)  # [G, O]
-        group = parts.get("g_idx")
-        if group is None or not group.numel():
+        if group is None:
             group = torch.arange(in_features) // -(-in_features // groups)
         group = group.long()
-        return (codes - zero_point.T[:, group]).float() * scales.float().T[:, group]
+        zero_point: Tensor | int = 2 ** (bits - 1)
+        if qzeros is not None:
+            zero_point = self._zero_point(key, codes, unpack_words(qzeros, bits).T[:, group], bits)
+        return (codes - zero_point).float() * scales.float().T[:, group]
+
+    def _bits(self, words: int, groups: int, group: Tensor | None) -> int:
+        """The width of codes that take this number of words along the inputs."""
+        if group is not None:
+            return words * 32 // group.numel()
+        group_size = self.config.get("group_size") or -1
+        return words * 32 // (groups * group_size) if group_size > 0 else self.config["bits"]
+
+    def _zero_point(self, key: str, codes: Tensor, stored: Tensor, bits: int) -> Tensor | int:
+        """The zero point of each code [O, I], from what is stored, which is 1 less in version 1 of the format.
+
+        The config says which version it is. Zero points of symmetric weights are in the middle, whatever it says.
+
+        Raises:
+            ValueError: the rows lie one step beside 0 by the config, and around 0 in the other version.
+        """
+        middle, left_out, is_symmetric = 2 ** (bits - 1), int(not self._is_v2), self.config.get("sym")
+        first = int(stored.flatten()[0])
+        if (stored == first).all():
+            is_middle = is_symmetric is not False and first in (middle, middle - 1)
+            if is_middle or (is_symmetric and not first):  # some leave zeros in the place of what nobody reads
+                return middle
+        zero_point = stored + left_out
+        if bits <= 4:  # the steps of more bits are so small that a mean of one may be the model's own
+            mean = (codes - zero_point).float().mean(-1)  # of each row, in steps
+            other = mean + (1 if left_out else -1)
+            if mean.abs().median() > 0.6 and other.abs().median() < 0.3:
+                this, that = ("gptq", "gptq_v2") if left_out else ("gptq_v2", "gptq")
+                raise ValueError(
+                    f"{key}: its rows lie one step beside 0 as {this!r}, and around 0 as {that!r}, so its zero points "
+                    f'are stored as in {that!r}: write "checkpoint_format": "{that}" in the `quantization_config` of '
+                    "config.json (--model.name_or_path)"
+                )
+        return zero_point
 
     @property
     def _is_v2(self) -> bool:
-        """Whether zero points are stored as they are; version 1 stores them less 1."""
+        """Whether zero points are stored as they are by the config; version 1 stores them less 1."""
         return (self.config.get("checkpoint_format") or self.config.get("format")) == "gptq_v2"
 
     def describe(self) -> str:
@@ -282,21 +359,17 @@ class AWQ(Scheme):
         super().__init__(config, stored)
 
     def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
-        parts = {}
-        for key in stored:
-            if key.endswith(".qweight"):
-                name = key.removesuffix(".qweight")
-                kinds = ("qweight", "qzeros", "scales")
-                parts[f"{name}.weight"] = {kind: f"{name}.{kind}" for kind in kinds if f"{name}.{kind}" in stored}
-                _require(key, parts[f"{name}.weight"], ("qzeros", "scales"))
-        return parts
+        is_symmetric = self.config.get("sym") is True or self.config.get("zero_point") is False
+        return _words(stored, ("qweight", "qzeros", "scales"), is_symmetric)
 
     def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
-        codes, zero_point = self._unpack(parts["qweight"]), self._unpack(parts["qzeros"])  # [I, O], [G, O]
-        scales = parts["scales"].float()
+        codes, scales = self._unpack(parts["qweight"]), parts["scales"].float()  # [I, O], [G, O]
         group_size = len(codes) // len(scales)
-        steps = codes - zero_point.repeat_interleave(group_size, 0)
-        return (steps.float() * scales.repeat_interleave(group_size, 0)).T.contiguous()
+        if "qzeros" in parts:
+            zero_point = self._unpack(parts["qzeros"]).repeat_interleave(group_size, 0)
+        else:
+            zero_point = 2 ** (self._num_bits - 1)
+        return ((codes - zero_point).float() * scales.repeat_interleave(group_size, 0)).T.contiguous()
 
     def _unpack(self, words: Tensor) -> Tensor:
         order = torch.tensor(self.ORDER[self._num_bits])
@@ -353,6 +426,10 @@ def scaled(key: str, weight: Tensor, scale: Tensor, block: tuple[int, int] | Non
     values = unpack_fp4(weight) if weight.dtype == torch.int8 else weight.float()
     scale = exponents(scale) if scale.dtype == torch.uint8 else scale.float()
     return values * spread(key, scale, values.shape, block)
+
+
+def root_mean_square(weight: Tensor) -> float:
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float32)) / math.sqrt(max(weight.numel(), 1))
 
 
 def exponents(stored: Tensor) -> Tensor:
@@ -428,6 +505,18 @@ def _scaled_by(key: str) -> Iterable[str]:
     ):
         if key.endswith(suffix):
             yield key.removesuffix(suffix) + replacement
+
+
+def _words(stored: Iterable[str], kinds: Sequence[str], is_symmetric: bool) -> dict[str, dict[str, str]]:
+    """`Scheme.parts` of linears in words: all have `qweight` and `scales`, and `qzeros` unless they are symmetric."""
+    parts = {}
+    for key in stored:
+        if key.endswith(".qweight"):
+            name = key.removesuffix(".qweight")
+            found = {kind: f"{name}.{kind}" for kind in kinds if f"{name}.{kind}" in stored}
+            _require(key, found, ("scales",) if is_symmetric else ("scales", "qzeros"))
+            parts[f"{name}.weight"] = found
+    return parts
 
 
 def _require(key: str, parts: Mapping[str, str], kinds: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eacmoe_lightning.models.decoding import ACTIVATIONS, Scheme, scheme_of
+from eacmoe_lightning.models.decoding import ACTIVATIONS, REMEDY, Scheme, scheme_of
 from eacmoe_lightning.models.originals import no_model, read_config, resolve_model
 from eacmoe_lightning.models.unstacked import Stack
 from eacmoe_lightning.models.weight_files import DamagedFile, OpenFile, Stored, opened, stored_tensors
@@ -138,12 +138,12 @@ class _Decoded:
     def __getitem__(self, index: Any) -> Tensor:
         parts = {kind: part[...] for kind, part in self._parts.items()}
         try:
-            return self._scheme.decode(self._key, parts)[index]
+            return self._scheme.checked(self._key, parts)[index]
         except (RuntimeError, LookupError, TypeError) as error:
             shapes = ", ".join(f"{kind} {tuple(part.shape)}" for kind, part in parts.items())
             raise ValueError(
                 f"{self._key} cannot be decoded as {self._scheme.description}: its tensors ({shapes}) do not fit each "
-                f"other ({error}). The files or their config.json were changed: download them again"
+                f"other ({error}). {REMEDY[0].upper()}{REMEDY[1:]}"
             ) from error
 
 
