@@ -17,7 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from eacmoe_lightning.text.sources import bundled_names, documents, heldout_names, read_documents
+from eacmoe_lightning.text.sources import (
+    bundled_names,
+    documents,
+    heldout_names,
+    name_sources,
+    read_documents,
+    stored_source,
+)
 from eacmoe_lightning.text.windows import read_windows, token_windows
 
 
@@ -142,6 +149,41 @@ def test_files_and_directories(tmp_path):
     expected = ["first", "second é", "third\u2028line", "fourth", "fifth", "sixth"]
     assert read_documents(str(tmp_path)) == expected
     assert read_documents(str(tmp_path / "b.txt")) == ["second é"]
+
+
+def test_patterns_are_files_sorted_by_path(tmp_path, monkeypatch):
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    for name, text in {"b.txt": "b", "a.txt": "a", "deep/c.txt": "c", ".hidden.txt": "h", "notes.md": "n"}.items():
+        (tmp_path / "texts" / name).write_text(text)
+    (tmp_path / "texts" / "rows-1.jsonl.gz").write_bytes(gzip.compress(b'{"body": "one"}\n{"body": "two"}\n'))
+    (tmp_path / "texts" / "d[1].txt").write_text("a literal name")
+    monkeypatch.chdir(tmp_path)
+    for start in ("", "./", f"{tmp_path}/"):
+        assert read_documents(f"{start}texts/[ab].txt") == ["a", "b"]
+    assert read_documents("texts/?.txt") == ["a", "b"]
+    assert read_documents("texts/**/*.txt") == ["a", "b", "a literal name", "c"]
+    assert read_documents("texts/d[1].txt") == ["a literal name"]
+    assert read_documents("texts/rows-*.jsonl.gz#body") == read_documents("texts/rows-*", "body") == ["one", "two"]
+    assert "".join(read_documents("texts/?.txt[:50%]") + read_documents("texts/?.txt[50%:]")) == "ab"
+    assert list(name_sources(["texts/*.txt", "*.md", "texts/a.txt"])) == ["texts", "pattern", "a"]
+    assert stored_source("texts/*.txt[:50%]") == f"{tmp_path}/texts/*.txt[:50%]"
+    assert stored_source("texts/*.jsonl#body") == f"{tmp_path}/texts/*.jsonl#body"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("*.txt", "*.txt matches no file; pass a local file"),
+        ("/no/such/**", "/no/such/** matches no file"),
+        ("*", "* matches only directories, such as texts: */* are the files in them"),
+    ],
+)
+def test_a_pattern_that_nothing_matches(source, message, tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        read_documents(source)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

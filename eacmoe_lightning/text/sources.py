@@ -6,6 +6,7 @@ A *source* is a string:
 - `bundled:NAME`: a text shipped with the package (`bundled:calibration`, `bundled:prose`, ...);
 - `PATH`: a file (.txt and .md: one document; .jsonl, .json, .csv, .tsv and .parquet: one per row), which may be
   compressed (.gz), or a directory: all such files below it, sorted by path;
+- `PATTERN`: a path with `*`, `?`, `[...]` or `**` (any number of directories): the files that match, sorted by path;
 - `DIRECTORY[/CONFIG][:SPLIT]`: a split of a data set stored on this machine, in the hub's layout or by `save_to_disk`;
 - `[OWNER/]NAME[/CONFIG][:SPLIT]`: a data set of the Hugging Face hub; SPLIT defaults to `train`
   and may be a slice (`train[:1%]`).
@@ -20,9 +21,9 @@ that are null are skipped and counted in a warning.
 `bundled:prose[:50%]` and `bundled:prose[50%:]` do not overlap. Of conversations it is a part of the rows. (After a
 data set's split, the brackets are that library's slice, counted in rows.)
 
-The forms are tried in this order. A source is a path if it exists on disk, if it begins with `/`,
-`./`, `../` or `~`, or if it ends like a text file. In a hub name, two parts are `OWNER/NAME` and
-three are `OWNER/NAME/CONFIG`. Some names that papers use without an owner (`OWNERLESS`, such as
+The forms are tried in this order. A source is a path if it exists on disk, if it begins with `/`, `./`, `../` or `~`,
+if it has a `*`, `?` or `[`, or if it ends like a text file. In a hub name, two parts are `OWNER/NAME` and three are
+`OWNER/NAME/CONFIG`. Some names that papers use without an owner (`OWNERLESS`, such as
 wikitext) stand for owner and name: `wikitext/wikitext-2-raw-v1:train` is `Salesforce/wikitext`,
 config `wikitext-2-raw-v1`.
 
@@ -37,6 +38,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from glob import glob
 from itertools import chain, islice
 from pathlib import Path
 
@@ -49,6 +51,7 @@ BUNDLED_TEXT = Path(__file__).parent.parent / "assets" / "text"
 SPLIT = re.compile(r":(?P<split>[A-Za-z_][\w.+-]*(\[[^\]]*\])?)$")
 PART = re.compile(r"\[((?P<start>\d{1,3})%)?:((?P<stop>\d{1,3})%)?\]$")
 COLUMN = re.compile(r"#(?P<column>[^#/\[\]]+)$")
+WILDCARD = re.compile(r"[*?\[]")
 LOOKAHEAD = 1000  # rows that show whether a table holds documents or the lines of one
 COLUMN_REMEDY = "; name the column with --data.column NAME or SOURCE#NAME, or two: QUESTION,ANSWER"
 log = logging.getLogger(__name__)
@@ -79,7 +82,7 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
     named: dict[str, str] = {}
     for source in sources:
         bundled = source.startswith("bundled:")
-        name = source.removeprefix("bundled:") if bundled else "self" if SELF.fullmatch(source) else Path(source).stem
+        name = source.removeprefix("bundled:") if bundled else "self" if SELF.fullmatch(source) else _stem(source)
         if name in named:
             raise ValueError(
                 f"{option}: {named[name]} and {source} would both be called {name!r}; pass "
@@ -87,6 +90,13 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
             )
         named[name] = source
     return named
+
+
+def _stem(source: str) -> str:
+    """The last part of a source without its end; of a pattern, the last one without wildcards."""
+    if _is_pattern(_take_part(source)[0]):
+        return next((part for part in reversed(Path(source).parts) if not WILDCARD.search(part)), "pattern")
+    return Path(source).stem
 
 
 def read_documents(source: str, column: str | None = None) -> list[Document]:
@@ -188,22 +198,30 @@ def _read_bundled(name: str) -> str:
     return read_text(path)
 
 
+def _is_pattern(source: str) -> bool:
+    """Whether a path stands for all files that match it."""
+    return WILDCARD.search(source) is not None and not SPLIT.search(source) and not Path(source).expanduser().exists()
+
+
 def _is_path(source: str) -> bool:
     if SPLIT.search(source) and not Path(source).exists():
         return False
     return (
         Path(source).expanduser().exists()
+        or _is_pattern(source)
         or source.startswith(("/", "./", "../", "~"))
         or is_text_file(source.rpartition("/")[2])
     )
 
 
 def _read_path(source: str) -> Iterator[str | Table]:
-    """The texts and tables of a file, or of the files below a directory."""
+    """The texts and tables of a file, of the files below a directory, or of those that match a pattern."""
     path = Path(source).expanduser()
-    if not path.exists():
+    if _is_pattern(source):
+        yield from map(read_file, _matching(source))
+    elif not path.exists():
         raise FileNotFoundError(f"{source} does not exist; {INSTEAD}")
-    if path.is_file():
+    elif path.is_file():
         yield read_file(path)
     elif is_dataset_directory(path):
         yield read_dataset(str(path), None, None, source)
@@ -212,6 +230,20 @@ def _read_path(source: str) -> Iterator[str | Table]:
         if not files:
             raise FileNotFoundError(f"{source} has no text files below it ({' '.join(READ_FILES)}); {INSTEAD}")
         yield from map(read_file, files)
+
+
+def _matching(pattern: str) -> list[Path]:
+    """The files that match a pattern, sorted by path; hidden ones only if it names the dot.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    found = sorted(Path(name) for name in glob(str(Path(pattern).expanduser()), recursive=True) if Path(name).exists())
+    files = [path for path in found if path.is_file()]
+    if not files:
+        what = f"only directories, such as {found[0]}: {pattern}/* are the files in them" if found else "no file"
+        raise FileNotFoundError(f"{pattern} matches {what}; {INSTEAD}")
+    return files
 
 
 def _read_split(source: str) -> Table:
@@ -295,14 +327,16 @@ def stored_sources(sources: dict[str, str] | list[str] | str | None) -> dict[str
 
 
 def stored_source(source: str) -> str:
-    """A source as runs store it: with the absolute path of a file or a directory of this machine, else unchanged."""
+    """A source as runs store it: with the absolute path of files or a directory of this machine, else unchanged."""
     if sampled := sampled_source(source):
         return sampled.stored
     whole = _take_column(_take_part(source)[0], None)[0]
     match = None if _is_path(whole) else SPLIT.search(whole)
     name = whole[: match.start()] if match else whole
     path = Path(name).expanduser()
-    is_local = path.exists() or (match is not None and path.parent.is_dir() and path.parent != Path())
+    is_local = (
+        path.exists() or _is_pattern(name) or (match is not None and path.parent.is_dir() and path.parent != Path())
+    )
     if source.startswith("bundled:") or not is_local:
         return source
     return os.path.abspath(path) + source[len(name) :]
