@@ -26,6 +26,7 @@ from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import BUNDLED, load_original, read_config, resolve_model, stored_name
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.planning.shapes import load_shapes
 from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
 from eacmoe_lightning.run.files import StoreError
 
@@ -307,10 +308,24 @@ def training_job(folder: Path) -> str:
     return "pytorch_model.bin holds 'model', which is no tensor but dict: it is of a training job"
 
 
+def generation_options(folder: Path) -> str:
+    (folder / "generation_config.json").write_text('{"max_new_tokens": "many"}')
+    return r"\(--model.name_or_path\): transformers does not understand its generation_config.json"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
-        *(broken_config, a_list_as_config, gguf, adapter_alone, adapter_beside, other_layout, training_job),
+        *(
+            generation_options,
+            broken_config,
+            a_list_as_config,
+            gguf,
+            adapter_alone,
+            adapter_beside,
+            other_layout,
+            training_job,
+        ),
         *(options(hidden_act="foo"), options(dtype="float8"), options(quantization_config="fp8")),
         options(rope_parameters={"rope_type": "foo", "rope_theta": 10000.0}),
     ],
@@ -440,6 +455,32 @@ def test_missing_weights_are_counted(tiny_model_dir, tmp_path):
     two = changed(two, tmp_path / "both", lost("layers.2.self_attn.k_proj.weight"))
     with pytest.raises(StoreError, match="lack model.layers.2.self_attn.k_proj.weight and 1 other weight: they"):
         StreamedModel(Checkpoint(str(two))).load_all()
+
+
+def test_a_missing_head_may_be_the_embedding(tiny_model_dir, tmp_path):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", lost("lm_head.weight"))
+    with pytest.raises(StoreError, match='lack lm_head.weight: .*write "tie_word_embeddings": true there'):
+        StreamedModel(Checkpoint(str(folder)))
+
+
+def test_float64_runs_in_float32(tiny_model_dir, tmp_path, tokens):
+    def double(tensors: Tensors) -> Tensors:
+        return {key: tensor.double() for key, tensor in tensors.items()}
+
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", double, dtype="float64")
+    with torch.no_grad():
+        own = AutoModelForCausalLM.from_pretrained(tiny_model_dir("mixtral"))(tokens, use_cache=False).logits
+        assert torch.equal(StreamedModel(Checkpoint(str(folder))).logits(tokens), own)
+    assert load_shapes(str(folder), "auto").model.dtype == torch.float32
+
+
+def test_a_config_that_asks_for_attentions_runs(tiny_model_dir, tmp_path, tokens):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", output_attentions=True)
+    moe = StreamedModel(Checkpoint(str(folder)))
+    with torch.no_grad():
+        own = AutoModelForCausalLM.from_pretrained(tiny_model_dir("mixtral"))(tokens, use_cache=False).logits
+        assert torch.equal(moe.logits(tokens), own)
+    assert moe.model.config.output_attentions
 
 
 class Evil:

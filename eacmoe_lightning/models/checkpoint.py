@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from eacmoe_lightning.models.decoding import GPTQ
 from eacmoe_lightning.models.original_files import OriginalFiles
 from eacmoe_lightning.models.originals import no_model
-from eacmoe_lightning.models.transformers_loader import Misfit, empty_model, load_tensors, source_keys
+from eacmoe_lightning.models.transformers_loader import UNBUILDABLE, Misfit, empty_model, load_tensors, source_keys
 from eacmoe_lightning.models.unstacked import Stack, find_stacks
 from eacmoe_lightning.models.unused import UNQUANTIZED, check_used
 from eacmoe_lightning.run.files import first_of
@@ -44,8 +44,8 @@ class Checkpoint:
 
     Args:
         name_or_path: `bundled`, a local directory or a hub id (`--model.name_or_path`).
-        dtype: `auto` (as stored; for a quantized model, as its config says), `float32`, `bfloat16` or `float16`
-            (`--model.dtype`).
+        dtype: `auto` (as stored, see `running_dtype`; for a quantized model, as its config says), `float32`,
+            `bfloat16` or `float16` (`--model.dtype`).
         trust_remote_code: whether Python code beside the model may run (`--model.trust_remote_code`).
 
     Raises:
@@ -78,10 +78,11 @@ class Checkpoint:
     def _dtype(self, dtype: str) -> torch.dtype:
         if dtype != "auto":
             return getattr(torch, dtype)
-        if self.config.dtype is not None:
-            return self.config.dtype
-        stored = (tensor.dtype for tensor in self.files.stored.values())  # the first counts, as in transformers
-        return next((dtype for dtype in stored if dtype in UNQUANTIZED), torch.bfloat16)
+        found = self.config.dtype
+        if found is None:
+            stored = (tensor.dtype for tensor in self.files.stored.values())  # the first counts, as in transformers
+            found = next((dtype for dtype in stored if dtype in UNQUANTIZED), torch.bfloat16)
+        return running_dtype(found)
 
     def _stacks(self) -> dict[str, Stack]:
         """Stacks of experts that transformers would not make of the linears on disk."""
@@ -101,6 +102,11 @@ class Checkpoint:
                 model.generation_config = GenerationConfig.from_pretrained(self.path)
             except OSError:
                 pass  # the model has none: the one derived from its config stays
+            except (ValueError, *UNBUILDABLE) as error:
+                raise ValueError(
+                    f"{self.name_or_path!r} (--model.name_or_path): transformers does not understand its "
+                    f"generation_config.json ({error!r}): mend it, or restore the one that was published"
+                ) from error
         return model
 
     # --- reading --------------------------------------------------------------------------------------
@@ -187,6 +193,11 @@ class Checkpoint:
                             os.preadv(stream.fileno(), [memoryview(buffer)[: min(CHUNK, end - offset)]], offset)
         except OSError as error:  # `read` will raise it
             log.debug("prefetch: %s", error)
+
+
+def running_dtype(stored: torch.dtype) -> torch.dtype:
+    """The dtype in which weights of this dtype run: experts do not in float64."""
+    return torch.float32 if stored == torch.float64 else stored
 
 
 def put(model: torch.nn.Module, name: str, tensor: Tensor) -> None:

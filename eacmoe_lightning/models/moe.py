@@ -225,7 +225,7 @@ def _plain_outputs(*configs: PreTrainedConfig) -> Iterator[None]:
     not run cannot give.
     """
     changed = [
-        (config, name, getattr(config, name))
+        (config, name, {key: value for key, value in vars(config).items() if key.lstrip("_") == name})
         for config in {id(config): config for config in configs}.values()
         for name, plain in PLAIN_OUTPUTS.items()
         if getattr(config, name, plain) != plain
@@ -235,8 +235,8 @@ def _plain_outputs(*configs: PreTrainedConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        for config, name, value in changed:
-            setattr(config, name, value)
+        for config, _, kept in changed:  # not by `setattr`, which refuses attentions where they cannot be computed
+            vars(config).update(kept)
 
 
 def _handed_over(state: State, index: int, *args, **kwargs) -> Any:

@@ -105,7 +105,10 @@ class StreamedModel(MoEModel):
 
     def _check(self, missing: Iterable[str]) -> None:
         if missing := sorted(missing):
+            head, parameters = self.model.get_output_embeddings(), self.model.named_parameters()
+            is_head = [name for name, parameter in parameters if head and parameter is head.weight] == missing
+            tied = '; if its embedding is also its head, write "tie_word_embeddings": true there' if is_head else ""
             raise StoreError(
                 f"the files of {self.weights} lack {first_of(missing, 'weight')}: they do not fit its config.json, or "
-                "a file is missing"
+                f"a file is missing{tied}"
             )

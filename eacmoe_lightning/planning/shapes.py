@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from eacmoe_lightning.calibration.recipe import num_quantized
-from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.checkpoint import Checkpoint, running_dtype
 from eacmoe_lightning.models.decoding import stored_bits
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import read_config
@@ -26,7 +26,7 @@ def load_shapes(name_or_path: str, dtype: str, trust_remote_code: bool = False) 
             f"no config.json for {name_or_path!r} (--model.name_or_path): pass a directory that holds one, or a "
             f"hub id that this machine can reach; weights are not needed. {error}"
         ) from error
-    return MoEModel(empty_model(config, stored if dtype == "auto" else getattr(torch, dtype)))
+    return MoEModel(empty_model(config, running_dtype(stored) if dtype == "auto" else getattr(torch, dtype)))
 
 
 def stored_share(name_or_path: str, moe: MoEModel) -> float:
