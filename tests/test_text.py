@@ -190,6 +190,20 @@ def test_a_pattern_that_nothing_matches(source, message, tmp_path, monkeypatch):
     "name, content, kind, message",
     [
         ("x.txt", b"caf\xe9", ValueError, "not UTF-8 text (byte 3 is 0xe9)"),
+        (
+            "x.txt",
+            "Wal é".encode("utf-16"),
+            ValueError,
+            "0xff); it is UTF-16: convert it with iconv -f utf-16 -t utf-8",
+        ),
+        (
+            "x.jsonl",
+            '{"text": "é"}'.encode("utf-16"),
+            ValueError,
+            "0xff); it is UTF-16: convert it with iconv -f utf-16",
+        ),
+        ("x.txt", gzip.compress(b"text"), ValueError, "0x8b); it is compressed by gzip: let its name end with .gz"),
+        ("x.txt", b"%PDF-1.4\xff", ValueError, "0xff); it is a PDF: save it as text"),
         ("x.txt", b" \n", ValueError, "is empty"),
         (
             "x.txt",

@@ -37,6 +37,15 @@ NULLS = (
     "null",
 )  # cells that `datasets` calls null
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+BEGINNINGS = {  # of files that are not UTF-8 text, and what to do with them
+    b"\xff\xfe\0\0": "it is UTF-32: convert it with iconv -f utf-32 -t utf-8",
+    b"\xff\xfe": "it is UTF-16: convert it with iconv -f utf-16 -t utf-8",
+    b"\xfe\xff": "it is UTF-16: convert it with iconv -f utf-16 -t utf-8",
+    b"\x1f\x8b": "it is compressed by gzip: let its name end with .gz",
+    b"PK": "it is a zip archive or an office document: unpack it, or save it as text",
+    b"%PDF": "it is a PDF: save it as text",
+    b"PAR1": "it is a parquet file: let its name end with .parquet",
+}
 MARK = "\ufeff"  # the byte order mark, decoded
 CARD_KEYS = re.compile(  # in the YAML at the head of a data set's README.md
     rb"^(configs|dataset_info|license|task_categories|task_ids|size_categories|pretty_name|annotations_creators):", re.M
@@ -151,8 +160,7 @@ def read_text(path: Path) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); "
-            "convert it, for instance with iconv -t utf-8"
+            f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); {_remedy(content)}"
         ) from error
     if "\0" in text:
         raise ValueError(
@@ -160,6 +168,14 @@ def read_text(path: Path) -> str:
             "Convert it, for instance with iconv -f utf-16 -t utf-8"
         )
     return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
+
+
+def _remedy(content: bytes) -> str:
+    """What to do with a file that is not UTF-8 text, by how it begins."""
+    for start, what in BEGINNINGS.items():
+        if content.startswith(start):
+            return what
+    return "convert it, for instance with iconv -t utf-8"
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -187,7 +203,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path}, line {number}: not UTF-8 text (byte {error.start} of the line is "
-                f"0x{error.object[error.start]:02x}); convert the file, for instance with iconv -t utf-8"
+                f"0x{error.object[error.start]:02x}); {_remedy(error.object if number == 1 else b'')}"
             ) from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(_damaged(path, error)) from error
