@@ -148,6 +148,61 @@ def test_mxfp4_is_decoded_as_by_transformers(dtype, tmp_path):
     assert_decoded(tmp_path, whole.state_dict(), dtype)
 
 
+# --- ModelOpt
+
+
+def nvfp4(key: str, weight: Tensor) -> tuple[Tensors, Tensor]:
+    """Codes, a scale for 16 inputs in float8, the unit of the scales, and the weight that they are, word by word."""
+    generator = np.random.default_rng(len(key))
+    rows, columns = weight.shape
+    codes = generator.integers(0, 16, (rows, columns))
+    scale = torch.from_numpy(generator.uniform(1, 400, (rows, columns // 16))).to(torch.float8_e4m3fn)
+    whole = torch.tensor(1e-4)
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    decoded = np.empty((rows, columns), np.float32)
+    for row in range(rows):
+        for column in range(columns):
+            code = codes[row, column]
+            unit = np.float32(float(scale[row, column // 16])) * np.float32(float(whole))
+            decoded[row, column] = np.float32(-values[code - 8] if code >= 8 else values[code]) * unit
+    packed = torch.from_numpy((codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8))
+    name = key.removesuffix("weight")
+    parts = {key: packed, f"{key}_scale": scale, f"{key}_scale_2": whole, f"{name}input_scale": torch.tensor(0.5)}
+    return parts, torch.from_numpy(decoded)
+
+
+def test_nvfp4_of_modelopt_is_decoded_by_the_formats_definition(tiny_model_dir, tmp_path):
+    expected: Tensors = {}
+
+    def change(key: str, weight: Tensor) -> Tensors:
+        if ".layers.1.self_attn" not in key:
+            return {key: weight}
+        parts, expected[key] = nvfp4(key, weight)
+        return parts
+
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "out", config, change)
+    assert len(expected) == 4
+    assert_decoded(folder, expected)
+    assert Checkpoint(str(folder)).files.description == "ModelOpt NVFP4"
+
+
+def test_float8_of_modelopt(tiny_model_dir, tmp_path, tokens):
+    """The same tensors as of `fp8`, with one scale for a weight."""
+
+    def change(key: str, weight: Tensor) -> Tensors:
+        codes, scale = float8((64, 64))(key, weight).values()
+        return {key: codes, f"{key}_scale": scale.reshape(()), key.replace("weight", "input_scale"): torch.tensor(1.0)}
+
+    own, other = (
+        StreamedModel(Checkpoint(str(quantized(tiny_model_dir("mixtral"), tmp_path / method, config, change))))
+        for method in ("modelopt", "fp8")
+        for config in [{"quant_method": method, "quant_algo": "FP8"}]
+    )
+    with torch.no_grad():
+        assert torch.equal(own.logits(tokens), other.logits(tokens))
+
+
 # --- compressed-tensors
 
 
@@ -381,6 +436,13 @@ def test_asymmetric_zero_points_of_the_other_version_are_refused(label, left_out
     assert_decoded(right_folder, expected)
 
 
+@pytest.mark.parametrize("form", ["auto_round:auto_gptq", "auto_round", None])
+def test_autoround_in_the_form_of_gptq(form, tiny_model_dir, tmp_path):
+    config = {"quant_method": "auto-round", "packing_format": form, "sym": True}
+    folder, expected = gptq_model(tiny_model_dir("mixtral"), tmp_path / "out", config, symmetric=True, left_out=1)
+    assert_decoded(folder, expected)
+
+
 def renamed(folder: Path, rename: Callable[[str], str | None]) -> Path:
     """Other keys in a model's file; None leaves a tensor out."""
     tensors = load_file(folder / "model.safetensors")
@@ -389,6 +451,7 @@ def renamed(folder: Path, rename: Callable[[str], str | None]) -> Path:
     return folder
 
 
+AUTO_ROUND_AWQ = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}
 LINEARS = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -433,8 +496,9 @@ def test_rows_of_gate_and_up_that_may_be_mixed_are_refused(tmp_path):
         Checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize("method", [{"quant_method": "awq", "version": "gemm"}, AUTO_ROUND_AWQ])
 @pytest.mark.parametrize(("bits", "order"), [(4, (0, 2, 4, 6, 1, 3, 5, 7)), (8, (0, 2, 1, 3))])
-def test_awq_is_decoded_by_the_formats_definition(bits, order, tiny_model_dir, tmp_path):
+def test_awq_is_decoded_by_the_formats_definition(bits, order, method, tiny_model_dir, tmp_path):
     expected: dict[str, Tensor] = {}
 
     def interleaved(codes: np.ndarray) -> np.ndarray:
@@ -453,7 +517,7 @@ def test_awq_is_decoded_by_the_formats_definition(bits, order, tiny_model_dir, t
         }
         return {f"{name}.{part}": torch.from_numpy(np.ascontiguousarray(value)) for part, value in parts.items()}
 
-    config = {"quant_method": "awq", "bits": bits, "group_size": 32, "version": "gemm", "zero_point": True}
+    config = {"bits": bits, "group_size": 32, "zero_point": True} | method
     folder = quantized(tiny_model_dir("mixtral"), tmp_path / "awq", config, change)
     assert len(expected) == 4
     assert_decoded(folder, expected)
@@ -601,6 +665,8 @@ def test_large_and_small_weights_are_read(tiny_model_dir, tmp_path):
     [
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "GPTQ in the format 'marlin'"),
         ({"quant_method": "gptq", "is_marlin_format": True}, "GPTQ in the format 'marlin'"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:itrex"}, "auto-round in the format 'itrex'"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt as W4A8_AWQ"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "in the format marlin-24"),
         (
             {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},

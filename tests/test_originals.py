@@ -123,7 +123,10 @@ def test_codes_that_the_quantization_config_does_not_decode_are_refused(tiny_mod
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "is quantized by bitsandbytes.*only fp8.*awq can be"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "is quantized by bitsandbytes.*only fp8.*modelopt can be",
+        ),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "AWQ of version 'gemv'"),
         ({"quant_method": "compressed-tensors", "transform_config": {"a": 1}}, "rotated"),
     ],

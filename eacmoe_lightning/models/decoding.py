@@ -9,6 +9,8 @@ What is stored for a weight `X.weight` [O, I], by `quant_method`:
                         X.weight_scale (uint8: exponents), _zero_point, _shape, _g_idx, _global_scale
     gptq                X.qweight [I * b / 32, O]; X.qzeros and X.scales [G, O]; X.g_idx [I]
     awq                 X.qweight [I, O * b / 32]; X.qzeros and X.scales [G, O]
+    auto-round          as gptq or awq, by its `packing_format`
+    modelopt            X.weight in float8 as above; or two FP4 values a byte, X.weight_scale and X.weight_scale_2
 
 Symmetric weights may come without X.qzeros.
 
@@ -23,7 +25,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +136,42 @@ class Float8(Scheme):
 
     def describe(self) -> str:
         return "float8" + (" in blocks of {} x {}".format(*self.block) if self.block else "")
+
+
+class ModelOpt(Float8):
+    """NVIDIA's: float8 with a scale for a weight, and NVFP4, whose scales for 16 inputs have a scale of their own."""
+
+    ALGORITHMS = ("FP8", "NVFP4", "MIXED_PRECISION")
+    SCALES = ("scale", "whole")
+
+    def __init__(self, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
+        config = config.get("quantization") or config  # as in hf_quant_config.json
+        algorithm = str(config.get("quant_algo") or "FP8").upper()
+        if algorithm not in self.ALGORITHMS:
+            raise ValueError(
+                f"it is quantized by modelopt as {algorithm}, and only {', '.join(self.ALGORITHMS)} can be decoded: "
+                "pass the full-precision model that it was made of"
+            )
+        super().__init__(config | {"quant_algo": algorithm}, stored)
+
+    def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
+        parts = super().find(stored)
+        for whole in stored:
+            key = whole.removesuffix("_scale_2")
+            if key != whole and key in stored:
+                parts[key] = {"weight": key, "scale": f"{key}_scale", "whole": whole}
+                _require(key, {kind: name for kind, name in parts[key].items() if name in stored}, ("scale",))
+        return parts
+
+    def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
+        if "whole" not in parts:
+            return super().decode(key, parts)
+        values = unpack_fp4(parts["weight"])
+        scale = parts["scale"].float() * parts["whole"].float()
+        return values * spread(key, scale, values.shape, None)
+
+    def describe(self) -> str:
+        return f"ModelOpt {self.config['quant_algo']}"
 
 
 class MXFP4(Scheme):
@@ -363,30 +401,47 @@ class AWQ(Scheme):
         return _words(stored, ("qweight", "qzeros", "scales"), is_symmetric)
 
     def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
-        codes, scales = self._unpack(parts["qweight"]), parts["scales"].float()  # [I, O], [G, O]
+        scales = parts["scales"].float()  # [G, O]
+        bits = parts["qweight"].shape[1] * 32 // scales.shape[1]
+        codes = self._unpack(parts["qweight"], bits)  # [I, O]
         group_size = len(codes) // len(scales)
         if "qzeros" in parts:
-            zero_point = self._unpack(parts["qzeros"]).repeat_interleave(group_size, 0)
+            zero_point = self._unpack(parts["qzeros"], bits).repeat_interleave(group_size, 0)
         else:
-            zero_point = 2 ** (self._num_bits - 1)
+            zero_point = 2 ** (bits - 1)
         return ((codes - zero_point).float() * scales.repeat_interleave(group_size, 0)).T.contiguous()
 
-    def _unpack(self, words: Tensor) -> Tensor:
-        order = torch.tensor(self.ORDER[self._num_bits])
-        return unpack_words(words, self._num_bits).unflatten(-1, (-1, len(order)))[..., order.argsort()].flatten(-2)
+    def _unpack(self, words: Tensor, bits: int) -> Tensor:
+        order = torch.tensor(self.ORDER[bits])
+        return unpack_words(words, bits).unflatten(-1, (-1, len(order)))[..., order.argsort()].flatten(-2)
 
     def describe(self) -> str:
         group_size = self.config.get("group_size", self.config.get("q_group_size"))
         return f"AWQ, {self._num_bits} bits in groups of {group_size}"
 
 
-SCHEMES: dict[str, type[Scheme]] = {
+def auto_round(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> Scheme:
+    """The scheme of AutoRound's own configs, which stores words as GPTQ or AWQ does."""
+    form = str(config.get("packing_format") or "auto_gptq").rpartition(":")[2]
+    if form == "auto_gptq" or (form == "auto_round" and config.get("sym")):
+        return GPTQ({**config, "checkpoint_format": "gptq"}, stored)
+    if form == "auto_awq":
+        return AWQ({**config, "version": "gemm"}, stored)
+    raise ValueError(
+        f"it is quantized by auto-round in the format {form!r}, and only 'auto_gptq', 'auto_awq' and symmetric "
+        "'auto_round' can be decoded: pass the full-precision model that it was made of"
+    )
+
+
+SCHEMES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Stored]], Scheme]] = {
     "fp8": Float8,
     "fbgemm_fp8": Float8,
     "mxfp4": MXFP4,
     "compressed-tensors": CompressedTensors,
     "gptq": GPTQ,
     "awq": AWQ,
+    "auto-round": auto_round,
+    "modelopt": ModelOpt,
 }
 
 
@@ -407,14 +462,16 @@ def scheme_of(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> Scheme
 
 def stored_bits(config: Mapping[str, Any]) -> float:
     """Bits on disk per quantized weight, with scales and zero points, by its `quantization_config`."""
-    method = config.get("quant_method")
+    method = str(config.get("quant_method", "")).lower()
     if method == "compressed-tensors":
         groups = [group["weights"] for group in config["config_groups"].values() if group.get("weights")]
         sizes = [(weights["num_bits"], weights.get("group_size") or 0) for weights in groups]
         return max(bits + (16 / group_size if group_size > 0 else 0) for bits, group_size in sizes)
-    if method in ("gptq", "awq"):
+    if method in ("gptq", "awq", "auto-round"):
         bits, group_size = config.get("bits") or 4, config.get("group_size") or 128
         return bits + ((16 + bits) / group_size if group_size > 0 else 0)
+    if method == "modelopt" and str(config.get("quant_algo")).upper() == "NVFP4":
+        return 4.5
     return 4.25 if method == "mxfp4" else 8.0
 
 
