@@ -130,7 +130,7 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
             quantization = quantization or (found if isinstance(found, dict) else found.to_dict())
         if QUANTIZATION in vars(part):
             delattr(part, QUANTIZATION)
-    return config, quantization
+    return config, quantization or None
 
 
 def _original_of(compressed: dict[str, Any]) -> str | None:
