@@ -87,6 +87,7 @@ def copied(finished, tmp_path) -> Path:
         ("trainer.max_steps", "10", ["--trainer.max_steps 10", "--trainer.max_epochs"]),
         ("trainer.max_time", "00:00:10:00", ["--trainer.max_time", "SIGTERM", "--ckpt_path auto"]),
         ("trainer.limit_train_batches", "0", ["--trainer.limit_train_batches 0"]),
+        ("trainer.precision", "16-true", ["--trainer.precision 16-true", "--model.dtype"]),
         ("trainer.num_sanity_val_steps", "2", ["--trainer.num_sanity_val_steps 2", "validate"]),
         ("trainer.check_val_every_n_epoch", "1", ["--trainer.check_val_every_n_epoch 1", "validate"]),
         ("trainer.val_check_interval", "0.5", ["--trainer.val_check_interval 0.5", "validate"]),

@@ -478,6 +478,14 @@ def test_a_missing_expert_among_split_ones_is_named(tiny_model_dir, tmp_path):
         Checkpoint(str(folder))
 
 
+def test_more_split_experts_than_the_model_has_are_refused(tiny_model_dir, tmp_path):
+    folder = quantized(
+        tiny_model_dir("mixtral"), tmp_path / "split", None, lambda key, weight: {key: weight}, num_local_experts=7
+    )
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts has 7 experts, and the files hold 8 of them"):
+        Checkpoint(str(renamed(folder, split)))
+
+
 def test_rows_of_gate_and_up_that_may_be_mixed_are_refused(tmp_path):
     """GPTQModel splits gpt-oss into halves that hold both; what others do is not known."""
     config = GptOssConfig(

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExcept
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 NEVER = 10**9  # epochs between validations inside fit: nothing can be validated before the last block
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 STOPS = (
     "a block needs all its epochs. To stop early, send SIGTERM (`timeout 8h ...` does) or set --trainer.max_epochs; "
     "--ckpt_path auto goes on"
@@ -69,6 +70,10 @@ def _of_fit(trainer: Trainer) -> dict[str, tuple[Any, str]]:
             "the number of steps follows from windows and blocks. --trainer.max_epochs stops between blocks",
         ),
         "limit_train_batches": (trainer.limit_train_batches == 0 and "0", "nothing would be computed: leave it out"),
+        "precision": (
+            trainer.precision not in PRECISIONS and trainer.precision,
+            f"--model.dtype is the dtype of the model and its calibration; training steps take {', '.join(PRECISIONS)}",
+        ),
         "num_sanity_val_steps": (trainer.num_sanity_val_steps, f"{validates} (0 is the default of this package)"),
         "check_val_every_n_epoch": (every is not None and every < NEVER and every, validates),
         "val_check_interval": (trainer.val_check_interval != 1.0 and trainer.val_check_interval, validates),

@@ -98,7 +98,7 @@ class Scheme(ABC):
             return weight
         for kind in self.SCALES:
             if kind in parts and parts[kind].is_floating_point():
-                reciprocal = {kind: parts[kind].float().reciprocal().to(torch.float32)}
+                reciprocal = {kind: parts[kind].float().reciprocal()}
                 other = root_mean_square(self.decode(key, {**parts, **reciprocal}))
                 if PLAUSIBLE[0] < other < PLAUSIBLE[1]:
                     raise ValueError(

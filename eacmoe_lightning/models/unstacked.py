@@ -111,6 +111,8 @@ def _stack(model: PreTrainedModel, name: str, experts: dict[int, dict[str, str]]
             f"of the linears of {name.rpartition('.')[0]}, {len(missing)} are missing, such as {linear} of expert "
             f"{expert}: a file is missing, or it is of a model with fewer experts"
         )
+    if len(experts) > number:
+        raise ValueError(f"{name.rpartition('.')[0]} has {number} experts, and the files hold {len(experts)} of them")
     keys = tuple(tuple(experts[e][linear] for linear in wanted) for e in range(number))
     is_matrix = not name.endswith("_bias")
     return Stack(keys, is_matrix and getattr(module, "is_transposed", False))
