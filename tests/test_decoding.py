@@ -17,8 +17,8 @@ from transformers.quantizers import quantizer_finegrained_fp8
 
 from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.models import decoding
 from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.decoding.floats import Float8
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.shapes import load_shapes, stored_share
 from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
@@ -587,10 +587,8 @@ def test_only_one_block_of_a_quantized_original_is_in_memory(tiny_model_dir, tmp
     config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
     folder = quantized(tiny_model_dir("mixtral"), tmp_path / "fp8", config, float8((64, 64)))
     decoded: list[str] = []
-    decode = decoding.Float8.decode
-    monkeypatch.setattr(
-        decoding.Float8, "decode", lambda self, key, parts: decoded.append(key) or decode(self, key, parts)
-    )
+    decode = Float8.decode
+    monkeypatch.setattr(Float8, "decode", lambda self, key, parts: decoded.append(key) or decode(self, key, parts))
     streamed = StreamedModel(Checkpoint(str(folder)))
     assert not decoded
     for block in streamed.blocks:

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from eacmoe_lightning.models.decoding import GPTQ
+from eacmoe_lightning.models.decoding.words import GPTQ
 from eacmoe_lightning.models.original_files import OriginalFiles
 from eacmoe_lightning.models.originals import no_model
 from eacmoe_lightning.models.transformers_loader import UNBUILDABLE, Misfit, empty_model, load_tensors, source_keys

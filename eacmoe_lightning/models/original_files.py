@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from eacmoe_lightning.models.decoding import ACTIVATIONS, REMEDY, Scheme, scheme_of
+from eacmoe_lightning.models.decoding.scheme import REMEDY, Scheme
+from eacmoe_lightning.models.decoding.schemes import ACTIVATIONS, scheme_of
 from eacmoe_lightning.models.originals import no_model, read_config, resolve_model
 from eacmoe_lightning.models.unstacked import Stack
 from eacmoe_lightning.models.weight_files import DamagedFile, OpenFile, Stored, opened, stored_tensors

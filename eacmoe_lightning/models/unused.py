@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from eacmoe_lightning.models.decoding import QUANTIZED
+from eacmoe_lightning.models.decoding.schemes import QUANTIZED
 from eacmoe_lightning.models.draft import draft_keys
 from eacmoe_lightning.models.original_files import OriginalFiles
 from eacmoe_lightning.models.transformers_loader import is_ignored

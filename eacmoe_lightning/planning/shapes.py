@@ -6,7 +6,7 @@ import torch
 
 from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.models.checkpoint import Checkpoint, running_dtype
-from eacmoe_lightning.models.decoding import stored_bits
+from eacmoe_lightning.models.decoding.schemes import stored_bits
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import read_config
 from eacmoe_lightning.models.transformers_loader import empty_model
