@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from eacmoe_lightning.budget.rest import Rest
 from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.exports.linears import original_of
@@ -104,10 +105,7 @@ def _choose_bits(module: QESC, moe: MoEModel) -> list[str]:
     name, original = module.name_or_path, None
     with suppress(FileNotFoundError):  # without weights
         original = fingerprint(name) if chosen.path else None
-    choice = chosen.check(
-        module.recipe, moe, module.targets, name, original,
-        tensor_parallel=module.tensor_parallel, trust_remote_code=module.trust_remote_code,
-    )  # fmt: skip
+    choice = chosen.check(moe, Rest.of(moe, name, module.trust_remote_code), original)
     rest = choice.rest_bytes
     if choice.sensitivity is None:
         bits = 8 * size.nbytes(moe, rest) / num_quantized(moe)

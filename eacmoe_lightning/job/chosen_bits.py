@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from eacmoe_lightning.budget.sensitivity import Sensitivity
 from eacmoe_lightning.budget.target import BySize, SizeTarget
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.job.data import TextWindows
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.directory import RunDirectory
@@ -31,22 +32,32 @@ from eacmoe_lightning.target_rules import Target
 FILE = "allocation.json"
 
 
+@dataclass(frozen=True)
 class ChosenBits:
-    """The bits of a run whose size was given.
+    """What a run was asked for, and the bits that it chooses if that is a size.
 
-    Args:
-        size: what was asked for.
-        sensitivity: output of `eacmoe sensitivity`; None: the run measures them.
-        pruning: the run's rule; with `keep` experts are dropped too.
+    Attributes:
+        recipe: as asked for, before bits are chosen.
+        pruning: the rule as asked for; with `keep` experts are dropped too.
+        size: what the result shall take; empty: no size was given.
+        path: output of `eacmoe sensitivity`; None: the run measures them.
+        rows: of the target's formats (`targets.for_calibration`); empty: no target.
+        tensor_parallel: number of devices that the target splits each linear over.
     """
 
-    def __init__(self, size: SizeTarget, sensitivity: str | None, pruning: PruningRule | None = None) -> None:
-        self.size, self.path, self.pruning = size, sensitivity, pruning
-        if pruning is not None and pruning.keep == "auto" and not size:
+    recipe: Recipe
+    pruning: PruningRule | None = None
+    size: SizeTarget = field(default_factory=SizeTarget)
+    path: str | None = None
+    rows: list[Target] = field(default_factory=list)
+    tensor_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pruning is not None and self.pruning.keep == "auto" and not self.size:
             raise ValueError(
                 "keep=auto (--pruning.keep) needs a size: pass --model.target_bits or --model.target_gb too"
             )
-        if sensitivity is not None and not size:
+        if self.path is not None and not self.size:
             raise ValueError(
                 "sensitivity (--model.sensitivity) serves a size: pass --model.target_bits or --model.target_gb too"
             )
@@ -68,24 +79,12 @@ class ChosenBits:
             return {}
         return {"measured_widths": len(WIDTHS), "probe_windows": default_probes(num_windows, window_length)}
 
-    def check(
-        self,
-        recipe: Recipe,
-        moe: StreamedModel,
-        rows: list[Target],
-        name_or_path: str,
-        fingerprint: str | None,
-        processes: int = 1,
-        tensor_parallel: int = 1,
-        trust_remote_code: bool = False,
-    ) -> BySize:
+    def check(self, moe: MoEModel, rest: Rest, fingerprint: str | None, processes: int = 1) -> BySize:
         """Checks that there is an allocation of this size, before anything long starts.
 
         Args:
-            rows: of the target's formats; empty: no target.
-            name_or_path, fingerprint: of the original; without a fingerprint only its blocks are compared.
+            moe, rest, fingerprint: of the original; without a fingerprint only its blocks are compared.
             processes: of the run.
-            tensor_parallel: number of devices that the target splits each linear over.
 
         Returns:
             What `take` allocates with, without sensitivities if the run measures them.
@@ -94,7 +93,7 @@ class ChosenBits:
             FileNotFoundError: there are no sensitivities at the given path.
             ValueError: the size cannot be had, or the sensitivities are of another model or other settings.
         """
-        if not recipe.quantizes:
+        if not self.recipe.quantizes:
             raise ValueError(
                 "--model.quantizer none has no bits to choose: leave out --model.target_bits and target_gb"
             )
@@ -111,14 +110,13 @@ class ChosenBits:
         found = None
         if self.path is not None:
             found = sensitivities.read(self.path)
-            refuse_other(found, recipe, fingerprint, [block.name for block in moe.blocks], self.path)
+            refuse_other(found, self.recipe, fingerprint, [block.name for block in moe.blocks], self.path)
             if self.pruning is not None and found.identity.get("pruning.criterion") != self.pruning.criterion:
                 raise ValueError(
                     f"{self.path} (--model.sensitivity) does not say what the model loses without experts chosen by "
                     f"{self.pruning.criterion} (--pruning.criterion): measure with this option, and with --drops"
                 )
-        rest = Rest.of(moe, name_or_path, trust_remote_code)
-        choice = BySize(self.size, recipe, moe, rows, rest, found, tensor_parallel, self.pruning)
+        choice = BySize(self.size, self.recipe, moe, self.rows, rest, found, self.tensor_parallel, self.pruning)
         choice.check()
         return choice
 
@@ -170,10 +168,10 @@ class ChosenBits:
             "size and divergence": picture.curve_figure(report["allocation"]["curve"], points),
         }
 
-    def chosen(self, run: RunDirectory, recipe: Recipe) -> tuple[Recipe, PruningRule | None]:
+    def chosen(self, run: RunDirectory) -> tuple[Recipe, PruningRule | None]:
         """The recipe with the run's widths, and the rule that keeps its experts; None if all stay."""
         allocation = Allocation.of_record(read_json(run.path / FILE))
-        return allocation.applied(recipe, self.pruning)
+        return allocation.applied(self.recipe, self.pruning)
 
 
 def refuse_other(found: Sensitivity, recipe: Recipe, fingerprint: str | None, blocks: list[str], path: str) -> None:

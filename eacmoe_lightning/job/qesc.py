@@ -147,8 +147,8 @@ class QESC(Comparison):
         self.recipe = Recipe(**recipe)
         if self.recipe.symmetric is None:
             self.recipe = replace(self.recipe, symmetric=bool(self.targets) and self.targets[0].symmetric)
-        self.asked = self.recipe  # before bits are chosen by size
-        self.chosen_bits = ChosenBits(SizeTarget(target_bits, target_gb), sensitivity, pruning)
+        size = SizeTarget(target_bits, target_gb)
+        self.chosen_bits = ChosenBits(self.recipe, pruning, size, sensitivity, self.targets, tensor_parallel)
         for option, value in (("router_epochs", router_epochs), ("router_lr", router_lr), ("ridge", ridge)):
             if value <= 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is not positive")
@@ -165,7 +165,7 @@ class QESC(Comparison):
         if tensor_parallel < 1 or (tensor_parallel > 1 and not target):
             problem = "is below 1" if tensor_parallel < 1 else "is for an engine: pass --model.target too"
             raise ValueError(f"tensor_parallel={tensor_parallel} (--model.tensor_parallel) {problem}")
-        self.pruning = self.asked_pruning = pruning
+        self.pruning = pruning
         self.fit_state: FitState | None = None
         self.lock: RunLock | None = None  # on the run directory, held by the first process
         self.router_method, self.router_loss = router_method, router_loss or TopKMSE()

@@ -26,15 +26,15 @@ OF_SAMPLING = ("temperature", "sample_start")
 
 def settings_of(module: QESC) -> dict[str, Any]:
     """Every option that the result of `fit` depends on, by name; local paths are absolute."""
-    data, pruning = module.trainer.datamodule, module.asked_pruning
+    data, asked = module.trainer.datamodule, module.chosen_bits
     return {
         "version": __version__,
         **{f"trainer.{name}": getattr(module.trainer, name) for name in TRAINER_OPTIONS},
         "model.name_or_path": module.name_or_path,
         "model.dtype": module.dtype_name,
-        **{f"model.{name}": value for name, value in module.asked.record().items()},
-        **module.chosen_bits.settings(),
-        **{f"pruning.{name}": value for name, value in (pruning.record() if pruning else {}).items()},
+        **{f"model.{name}": value for name, value in asked.recipe.record().items()},
+        **asked.settings(),
+        **{f"pruning.{name}": value for name, value in (asked.pruning.record() if asked.pruning else {}).items()},
         "model.router_method": module.router_method,
         "model.router_loss": module.router_loss.settings(),
         **{f"model.{name}": getattr(module, name) for name in OF_TRAINING},

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eacmoe_lightning import targets
+from eacmoe_lightning.budget.rest import Rest
 from eacmoe_lightning.budget.target import BySize
 from eacmoe_lightning.calibration.head import check_head, quantize_head
 from eacmoe_lightning.calibration.recipe import Recipe
@@ -122,10 +123,8 @@ def open_original(module: QESC) -> tuple[StreamedModel, BySize | None]:
         module.pruning.check(moe)
     choice = None
     if module.chosen_bits.size:
-        choice = module.chosen_bits.check(
-            module.asked, moe, module.targets, module.name_or_path, module.fingerprint, module.trainer.world_size,
-            module.tensor_parallel, module.trust_remote_code,
-        )  # fmt: skip
+        rest = Rest.of(moe, module.name_or_path, module.trust_remote_code)
+        choice = module.chosen_bits.check(moe, rest, module.fingerprint, module.trainer.world_size)
     elif module.targets:
         targets.choose(module.targets, module.recipe.grids(moe), original_of(moe), module.tensor_parallel)
     for block in moe.moe_blocks:
@@ -140,4 +139,4 @@ def _choose_bits(module: QESC, choice: BySize) -> tuple[Recipe, PruningRule | No
         if module.chosen_bits.take(module.run, choice, module.trainer.datamodule, module.fingerprint):
             module.run.add_cost(None, "sensitivity", watch.cost())
     module.trainer.strategy.barrier()
-    return module.chosen_bits.chosen(module.run, module.asked)
+    return module.chosen_bits.chosen(module.run)
