@@ -45,6 +45,7 @@ import numpy as np
 import torch
 from environments import python_of
 from gptq_quality import PACKAGES
+from kept_rows import KeptRows
 from safetensors.torch import save_file
 
 from eacmoe_lightning.budget.allocation import Allocation, Allocator, Key
@@ -83,26 +84,27 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/allocation"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(words)
-    file = args.json or args.work / "rows.json"
     args.work.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(file.read_text()) if file.exists() else []
-    done = {(row["name"], row["share"], row["seed"]) for row in rows}
+    rows = KeptRows(args.json or args.work / "rows.json")
     for seed in args.seeds:
         options = ["--config", args.config, "--model.name_or_path", args.model, "--data.seed", str(seed), *more]
         allocator, found = sensitivities(args, options, seed)
         for name, share, allocation in allocations(args, options, allocator, found, seed):
-            if (name, share, seed) not in done:
+            about = {"name": name, "share": share, "seed": seed}
+            if rows.of(about) is None:
                 measured = fit(args, options, allocation, f"{name}-{share:g}-{seed}")
-                rows.append({"name": name, "share": share, "seed": seed, "predicted": allocation.damage} | measured)
-                file.write_text(json.dumps(rows, indent=1))
-                print(rows[-1], flush=True)
+                add(rows, about | {"predicted": allocation.damage} | measured)
         for name, bits, words, predicted in mixes(args, allocator, found, seed):
-            if (name, bits, seed) not in done:
+            about = {"name": name, "share": bits, "seed": seed}
+            if rows.of(about) is None:
                 measured = evaluate(args, [*options, *words], f"{name}-{bits:g}-{seed}".replace("/", "."))
-                rows.append({"name": name, "share": bits, "seed": seed, "predicted": predicted} | measured)
-                file.write_text(json.dumps(rows, indent=1))
-                print(rows[-1], flush=True)
-    print(table(rows))
+                add(rows, about | {"predicted": predicted} | measured)
+    print(table(rows.rows))
+
+
+def add(rows: KeptRows, row: dict) -> None:
+    rows.add(row)
+    print(row, flush=True)
 
 
 def mixes(

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept_rows import write_rows
 from safetensors.torch import save_file
 from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
@@ -203,8 +204,7 @@ def main() -> None:
                 rate, peak_rate = phase["flops"] / phase["seconds"] / 1e9, result["matrix_flops_per_second"] / 1e9
                 line += f"  {rate:.1f} of {peak_rate:.1f} GFLOP/s: {rate / peak_rate:.0%}"
             print(line, flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_rows(options.json, rows)
 
 
 if __name__ == "__main__":

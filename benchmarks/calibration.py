@@ -36,6 +36,7 @@ from pathlib import Path
 
 import torch
 from gptq_quality import WINDOW_LENGTH, draw_windows, quantize
+from kept_rows import write_rows
 from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from eacmoe_lightning.evaluation.evaluate import evaluate
@@ -119,15 +120,10 @@ def compare(args: argparse.Namespace) -> list[dict]:
                 row["perplexity"] = math.exp(sum(logs) / len(logs))
             shutil.rmtree(weights, ignore_errors=True)
             print(f"{name} round {round_} {tool}: {run['seconds']:.0f} s", flush=True)
-            save(list(rows.values()), args.json)
+            write_rows(args.json, list(rows.values()))
     for row in rows.values():
         print(json.dumps({key: value for key, value in row.items() if key != "runs"}), flush=True)
     return list(rows.values())
-
-
-def save(rows: list[dict], path: Path | None) -> None:
-    if path:
-        path.write_text(json.dumps(rows, indent=1))
 
 
 def grow(args: argparse.Namespace) -> list[dict]:
@@ -195,7 +191,7 @@ def main() -> None:
     (args.work / "environments").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     rows = grow(args) if args.growth else compare(args)
-    save(rows, args.json)
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

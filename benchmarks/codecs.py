@@ -16,7 +16,6 @@ in one thread; compress includes the codec's check of the bound).
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import zstandard
+from kept_rows import write_rows
 from torch import Tensor
 
 from eacmoe_lightning.models.moe import MoEModel
@@ -107,8 +107,7 @@ def main() -> None:
                 f"   rms {row['rms_error']:.4f} {row['compress_MB_s']:7.0f} MB/s in {row['decompress_MB_s']:7.0f} out",
                 flush=True,
             )
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1))
+            write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ and values is in float32, as our models are.
 from __future__ import annotations
 
 import argparse
-import json
 import struct
 from pathlib import Path
 
 import numpy as np
 import torch
+from kept_rows import write_rows
 from llama_programs import IN_FLOAT32, LINES, as_gguf, divergence, run, unquantized_gguf
 from torch import Tensor
 
@@ -65,8 +65,7 @@ def main() -> None:
     print(f"{'':14s} " + " ".join(f"{name:>20s}" for name in rows))
     for name in LINES:
         print(f"{name:14s} " + " ".join(f"{row[name]:20.6f}" for row in rows.values()))
-    if args.json:
-        args.json.write_text(json.dumps(rows | {"tokens": ours["tokens"]}, indent=1) + "\n")
+    write_rows(args.json, rows | {"tokens": ours["tokens"]})
 
 
 def tokens_of(base: Path) -> Tensor:

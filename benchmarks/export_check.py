@@ -37,6 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from environments import python_of
+from kept_rows import write_rows
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -127,8 +128,7 @@ def main() -> None:
                     row["control"], row["control_same_token"] = control["logits"], control["same_token"]
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(args.json, rows)
     print(table(rows))
 
 

@@ -35,6 +35,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from kept_rows import write_rows
 
 from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.evaluation import divergence
@@ -192,8 +193,7 @@ def main() -> None:
     if options.measure:
         figures = measure(options.measure, paths, options.windows, options.window_length)
         print(table(figures))
-        if options.json:
-            options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write_rows(options.json, figures)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     for name, path in paths.items():

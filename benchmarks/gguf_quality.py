@@ -15,12 +15,12 @@ The table shows nats lost per token and the mean divergence KL(original || file)
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 from statistics import mean
 
 import gguf
+from kept_rows import write_rows
 from llama_programs import IN_FLOAT32, as_gguf, divergence, run, unquantized_gguf
 
 from eacmoe_lightning.compressed.opening import open_model
@@ -79,8 +79,7 @@ def main() -> None:
             rows[name]["texts"][text] = divergence(args.llama_bin / "llama-perplexity", "-m", str(file), *words)
         base.unlink()
     show(rows, list(texts), list(far))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(args.json, rows)
 
 
 def quantize(program: Path, dense: Path, like: Path, out: Path, options: list[str], threads: int) -> None:

@@ -60,6 +60,7 @@ from environments import python_of
 from far_texts import TEXTS as FAR
 from far_texts import compare
 from gptq_tools import ATTENTION_BITS, GROUP_SIZE, block_bits, calibration_options
+from kept_rows import KeptRows
 from process_tree import run_watched
 from safetensors.torch import save_file
 
@@ -314,16 +315,14 @@ def main() -> None:
     shared = {"model": args.model, "windows": args.windows, "self_windows": args.self_windows}
     shared |= {"texts": measured_on, "group_size": GROUP_SIZE}
 
-    path = args.json or work_dir / "rows.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    rows = [{"self_windows": 0} | row for row in rows if "error" not in row]
+    rows = KeptRows(args.json or work_dir / "rows.json", {"self_windows": 0})
     original = MoEModel(load_original(str(model), "float32"))
     for seed, bits, tool in itertools.product(args.seeds, args.bits, args.tools):
         for setting, options in SETTINGS[tool].items():
             if setting.partition(",")[0] not in args.settings:
                 continue
             row = shared | {"tool": tool, "setting": setting, "bits": bits, "seed": seed, "options": options}
-            if made := next((old for old in rows if row.items() <= old.items()), None):
+            if (made := rows.of(row)) is not None:
                 show(made)
                 continue
             try:
@@ -335,18 +334,9 @@ def main() -> None:
                 row |= result | judge(weights, original, texts, heldout.heldout_batch_size, *about)
             except (RuntimeError, subprocess.CalledProcessError) as error:
                 row["error"] = str(error)
-            rows.append(row)
+            rows.add(row)
             show(row)
-            write_rows(path, rows)
     print(table([row for row in rows if shared.items() <= row.items()]))
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Writes the file whole, or leaves what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(path.name + ".partial")
-    partial_file.write_text(json.dumps(rows, indent=1))
-    partial_file.replace(path)
 
 
 if __name__ == "__main__":

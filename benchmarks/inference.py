@@ -64,6 +64,7 @@ from inference_models import (
     used_bytes,
     weights_of,
 )
+from kept_rows import write_rows
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -351,8 +352,7 @@ def main() -> None:
         for row in compare(shape, args):
             rows.append(row)
             show(row)
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1))
+            write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

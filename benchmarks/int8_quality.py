@@ -10,11 +10,11 @@ exact activations.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 import torch
+from kept_rows import write_rows
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -62,8 +62,7 @@ def main() -> None:
                     f"{text} {math.exp(n):.3f} ({n - exact[text]:+.4f})" for text, n in nats_by_text.items()
                 )
                 print(f"{path} {dtype} {activations}: {summary}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import tempfile
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept_rows import write_rows
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -185,8 +185,7 @@ def main() -> None:
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
         print(" ".join(f"{name}={f'{v:.4g}' if isinstance(v, float) else v}" for name, v in row.items()), flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1))
+        write_rows(args.json, rows)
 
     with tempfile.TemporaryDirectory() as folder:
         packed = rounded(Path(folder) / "packed", 3, 128) if any("packed" in s for s in args.storage) else Path()

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import time
@@ -41,6 +40,7 @@ from typing import Any
 
 import torch
 from inference_models import SHAPES, bf16_model, dense_in_float32, packed_model
+from kept_rows import write_rows
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -389,8 +389,7 @@ def main() -> None:
                 rows += decode(name, backends, draw, args)
             elif name == "bundled":
                 rows += quality(backends, args)
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1))
+            write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

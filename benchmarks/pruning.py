@@ -22,6 +22,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kept_rows import write_rows
+
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 ROUTERS = {
     "none": ["--model.router_method", "none"],
@@ -51,8 +53,7 @@ def main() -> None:
     def add(keep: int, criterion: str, router: str, report: dict, state: str = "compressed") -> None:
         rows.append({"keep": keep, "criterion": criterion, "router": router, **row(report, args.out_texts, state)})
         print(json.dumps(rows[-1]), flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_rows(args.json, rows)
 
     for keep, router, criterion in itertools.product(args.keep, args.routers, args.criteria):
         run = args.output / f"keep{keep}-{criterion}-{router}"

@@ -23,7 +23,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from allocation import evaluate
+from allocation import add, evaluate
+from kept_rows import KeptRows
 
 REAL, BLOCK_ONLY = "bundled:calibration", ("--model.joint_epochs", "0")
 GPTQ_ONLY = (*BLOCK_ONLY, "--model.router_method", "none")
@@ -63,21 +64,17 @@ def main() -> None:
     parser.add_argument("--far", type=Path, help="folder of texts that far_texts.py has written")
     parser.add_argument("--work", type=Path, default=Path("runs/sampled_text"))
     args = parser.parse_args()
-    file = args.work / "rows.json"
-    args.work.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(file.read_text()) if file.exists() else []
-    done = {(row["group"], row["row"], row["seed"]) for row in rows}
+    rows = KeptRows(args.work / "rows.json")
     for seed in args.seeds:
         for group in args.groups:
             for row, options in GROUPS[group].items():
-                if (group, row, seed) in done:
+                about = {"group": group, "row": row, "seed": seed}
+                if rows.of(about) is not None:
                     continue
                 words = ["--config", args.config, "--model.name_or_path", args.model, "--data.seed", str(seed)]
                 name = f"{group}-{row}-{seed}".replace(" ", "").replace(",", "-")
-                rows.append({"group": group, "row": row, "seed": seed} | evaluate(args, [*words, *options], name))
-                file.write_text(json.dumps(rows, indent=1))
-                print(rows[-1], flush=True)
-    print(table(rows))
+                add(rows, about | evaluate(args, [*words, *options], name))
+    print(table(rows.rows))
 
 
 def table(rows: list[dict]) -> str:

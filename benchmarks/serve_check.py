@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 from environments import python_of
+from kept_rows import write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig
 
 from eacmoe_lightning.compressed.directory import save_compressed
@@ -106,8 +107,7 @@ def main() -> None:
         row = run_vllm(python, [directory], {}, args.new_tokens, work, options)
         rows.append({"served": name, "dtype": args.dtype, "options": options, **row})
         print(json.dumps(rows[-1]), flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(args.json, rows)
         return
     for _ in range(args.layer):
         packed = one_layer(work / "models" / "layer")
@@ -123,8 +123,7 @@ def main() -> None:
         result = seen["models"][str(directory)]
         rows.append(row | (result if "error" in result else compare(directory, args.dtype, prompts, result)))
         print(json.dumps(rows[-1]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(args.json, rows)
 
 
 def vllm_python(path: Path) -> str:

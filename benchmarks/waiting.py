@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch  # before the package, which would settle the policy
 from inference_models import SHAPES, VOCABULARY, bf16_model, packed_model
+from kept_rows import write_rows
 
 from eacmoe_lightning.cli import main as command_line
 from eacmoe_lightning.run.provenance import processor
@@ -204,8 +205,7 @@ def main() -> None:
             for row in measure(kind, args, Path(folder)):
                 rows.append(row)
                 show(row)
-                if args.json:
-                    args.json.write_text(json.dumps(rows, indent=1) + "\n")
+                write_rows(args.json, rows)
 
 
 if __name__ == "__main__":
