@@ -107,9 +107,7 @@ class PackedWeight(nn.Module):
         return self.codes.device
 
     def _apply(self, fn, recurse=True):
-        def keep_dtype(
-            tensor: Tensor,
-        ) -> Tensor:  # fn may convert floats; as int16 the scale keeps its bits
+        def keep_dtype(tensor: Tensor) -> Tensor:  # fn may convert floats; as int16 the scale keeps its bits
             return fn(tensor.view(torch.int16)).view(torch.float16) if tensor.dtype == torch.float16 else fn(tensor)
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
@@ -126,11 +124,20 @@ class PackedLinear(nn.Module):
         int8: whether activations are rounded to 8 bits per token and group; only CPUs with AVX2 or AVX512 do it.
     """
 
+    int8 = False
+
     def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.int8 = linear.in_features, linear.out_features, False
         self.weight = PackedWeight(linear.weight.shape, bits, group_size, linear.weight.dtype)
         self.bias = linear.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -145,9 +152,8 @@ class TiedLinear(PackedLinear):
 
     def __init__(self, linear: nn.Linear, weight: PackedWeight) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.int8 = linear.in_features, linear.out_features, False
-        self.bias = linear.bias
         self.of_embedding = (weight,)  # a tuple, so that state dicts have its buffers once
+        self.bias = linear.bias
 
     @property
     def weight(self) -> PackedWeight:
