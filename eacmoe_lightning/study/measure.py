@@ -12,10 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eacmoe_lightning.evaluation.choice_task import Questions, accuracy, choose
-from eacmoe_lightning.evaluation.divergence import PerToken, compare, joined, mean_over_texts, statistics
+from eacmoe_lightning.evaluation.divergence import (
+    PerToken,
+    compare,
+    joined,
+    log_probabilities,
+    mean_over_texts,
+    nll_of,
+    statistics,
+)
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
@@ -87,13 +95,14 @@ class Measurement:
 
         Returns:
             `nats.<text>`, mean nats per token; `divergence`, from the untouched model (`divergence.mean_over_texts`);
-            `accuracy.<text>`; `expert_shift.<rate>`, over all windows and MoE
-            blocks; `expert_shift_blocks.<index>`, the share of changed selections in each block from `seek` on.
+            `accuracy.<text>`; `expert_shift.<rate>`, over all windows and MoE blocks; `expert_shift_blocks.<index>`,
+            the share of changed selections in each block from `seek` on.
         """
         return self._run(remember=False)
 
     @torch.no_grad()
     def _run(self, remember: bool) -> dict[str, Any]:
+        """Runs all batches from the block of `seek` on. The untouched model's selections and states are remembered."""
         nats = {name: 0.0 for name in self.texts}
         scores: dict[str, list[Tensor]] = {name: [] for name in self.texts}
         tokens_of: dict[str, list[PerToken]] = {name: [] for name in self.texts}
@@ -112,18 +121,19 @@ class Measurement:
                     position = moe_index[block.index]
                     counts[position] += change_counts(batch.ids[position], routing.ids)
             targets = batch.input_ids[:, batch.first :].to(self.moe.device)
-            logits = self._logits(batch, state).float()
-            nll = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            nll = nll.view_as(targets)
+            logits = self._logits(batch, state)
+            if batch.is_window and not remember:
+                base = self._logits(batch, batch.last)
+                tokens = compare(base.flatten(0, 1), logits.flatten(0, 1), targets.flatten())
+                tokens_of[batch.text].append(tokens)
+                nll = tokens.nll
+            else:
+                nll = nll_of(log_probabilities(logits.flatten(0, 1)), targets.flatten())
             if batch.is_window:
                 nats[batch.text] += nll.double().sum().item()
-                if remember:
-                    batch.last = state
-                else:
-                    base = self._logits(batch, batch.last)
-                    tokens_of[batch.text].append(compare(base.flatten(0, 1), logits.flatten(0, 1), targets.flatten()))
+                batch.last = state if remember else batch.last
             else:
-                scores[batch.text].append(-nll)
+                scores[batch.text].append(-nll.view_as(targets))
         result: dict[str, Any] = {
             "nats": {name: nats[name] / text.windows[:, 1:].numel() for name, text in self.texts.items()},
             "accuracy": {
@@ -136,15 +146,15 @@ class Measurement:
         }
         if not remember:
             result["divergence"] = mean_over_texts([statistics(joined(parts)) for parts in tokens_of.values()])
-            tokens = sum(text.windows.numel() for text in self.texts.values())
-            rates = [
-                change_rates(row, tokens, block.top_k) for row, block in zip(counts, self.moe.moe_blocks, strict=True)
-            ]
-            result["expert_shift"] = mean_rates(rates)
-            result["expert_shift_blocks"] = {
-                str(block): rates[position]["selections"] for block, position in moe_index.items() if block >= self.at
-            }
+            result |= self._expert_shift(counts)
         return result
+
+    def _expert_shift(self, counts: Tensor) -> dict[str, Any]:
+        """Counts of changed selections (`change_counts`) [MoE blocks, 4] as rates, over all blocks and by block."""
+        tokens, blocks = sum(text.windows.numel() for text in self.texts.values()), self.moe.moe_blocks
+        rates = [change_rates(row, tokens, block.top_k) for row, block in zip(counts, blocks, strict=True)]
+        by_block = {str(b.index): of["selections"] for b, of in zip(blocks, rates, strict=True) if b.index >= self.at}
+        return {"expert_shift": mean_rates(rates), "expert_shift_blocks": by_block}
 
     def _logits(self, batch: _Batch, state: State) -> Tensor:
         """Logits [B, n, V] from which the scored tokens are predicted; the head runs for these alone."""
