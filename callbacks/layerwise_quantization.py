@@ -16,10 +16,10 @@ class LayerwiseQuantization(Callback):
     """
 
     def on_train_batch_start(self, trainer: Trainer, module: QESC, batch, batch_idx: int) -> None:
-        module.enter_block()
+        module.walk.enter_block()
         if batch_idx == 0:
             tell(trainer, "on_phase_start", *self._training_phase(module))
-            module.start_stage()
+            module.walk.start_stage()
 
     def on_train_epoch_end(self, trainer: Trainer, module: QESC) -> None:
         module.refuse_divergence()
@@ -29,14 +29,14 @@ class LayerwiseQuantization(Callback):
                 f"a callback or signal has stopped the epoch after {done} of {all_batches} batches (should_stop), and "
                 "half an epoch would leave another model. Nothing is lost: --ckpt_path auto goes on"
             )
-        module.end_pass()
+        module.walk.end_pass()
         tell(trainer, "on_phase_end", *self._training_phase(module))
         if module.epochs.leaves_block(module.current_epoch):
-            tell(trainer, "on_block_end", module.leave_block())
+            tell(trainer, "on_block_end", module.walk.leave_block())
 
     def on_train_end(self, trainer: Trainer, module: QESC) -> None:
         if trainer.current_epoch >= module.num_epochs:
-            module.enter_end()
+            module.walk.enter_end()
 
     @staticmethod
     def _training_phase(module: QESC) -> tuple[int | None, str]:

@@ -6,7 +6,7 @@ the block as a whole (`block_stage.py`). So do the next blocks. After the last o
 together (`joint_stage.py`). `callbacks.LayerwiseQuantization` quantizes the weights between epochs.
 
 Before the first epoch `start.py` checks everything and begins the run, or resumes it; `settings.py` says what must be
-the same then. `fit_state.py` makes the stages.
+the same then. `fit_state.py` makes the stages, and `walk.py` takes them from block to block between the gradient steps.
 
 The language model stays outside the module tree: only the trained parts (`trained.py`) are parameters of the module.
 """
@@ -26,7 +26,6 @@ from eacmoe_lightning import targets
 from eacmoe_lightning.budget.target import SizeTarget
 from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.recipe import Recipe
-from eacmoe_lightning.job.block_callback import tell
 from eacmoe_lightning.job.block_stage import BlockStage
 from eacmoe_lightning.job.checkpoint_io import follow_moved, mend_progress, refuse_other_job
 from eacmoe_lightning.job.chosen_bits import ChosenBits
@@ -38,8 +37,9 @@ from eacmoe_lightning.job.joint_stage import JointStage
 from eacmoe_lightning.job.settings import settings_of
 from eacmoe_lightning.job.stage import Stage
 from eacmoe_lightning.job.start import begin
-from eacmoe_lightning.job.trained import TrainedParts, router_key
+from eacmoe_lightning.job.trained import TrainedParts
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
+from eacmoe_lightning.job.walk import BlockWalk
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
@@ -47,7 +47,6 @@ from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE
 from eacmoe_lightning.run.block_file import BlockStats, read_stats
 from eacmoe_lightning.run.lock import RunLock
-from eacmoe_lightning.tuning.codes import trains_weights
 
 
 class QESC(Comparison):
@@ -166,6 +165,7 @@ class QESC(Comparison):
             problem = "is below 1" if tensor_parallel < 1 else "is for an engine: pass --model.target too"
             raise ValueError(f"tensor_parallel={tensor_parallel} (--model.tensor_parallel) {problem}")
         self.pruning = pruning
+        self.walk = BlockWalk(self)
         self.fit_state: FitState | None = None
         self.lock: RunLock | None = None  # on the run directory, held by the first process
         self.router_method, self.router_loss = router_method, router_loss or TopKMSE()
@@ -206,6 +206,12 @@ class QESC(Comparison):
     @property
     def joint_stage(self) -> JointStage:
         return self.fit_state.joint_stage
+
+    def block_stats(self) -> list[BlockStats]:
+        """The statistics of every block, read from the block files."""
+        return [read_stats(self.run, block.index) for block in self.moe.blocks]
+
+    # --- the run -----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
@@ -308,101 +314,9 @@ class QESC(Comparison):
         rates, epochs = (self.block_lr, self.block_epochs) if stage == "block" else (self.joint_lr, self.joint_epochs)
         return [kind for kind, lr in rates.items() if lr] if epochs else []
 
-    def enter_block(self) -> None:
-        """Advances the streams to the current epoch's block, and brings what its stage trains into memory.
-
-        A second call changes nothing.
-        """
-        stage = self.epoch.stage
-        if self.parts.block not in (None, self.block_index):
-            self._end_interrupted(self.parts.block)
-        self._advance(self.block_index, take_solved=self.parts.block is not None)
-        if stage == "block":
-            self._solve(keep=True)
-            if not self.parts.codes:
-                self.parts.take_codes(self.calibration.solver.solved)
-                if trains_weights(self.kinds("block")):
-                    self.calibration.drop_weights()  # they are decoded from what is trained
-        if stage == "joint":
-            self.joint_stage.open()
-
-    def leave_block(self) -> BlockStats:
-        """Solves the experts of the current epoch's block unless the block stage has trained them, and writes it."""
-        self.enter_block()
-        if self.epoch.stage == "block":
-            self.block_stage.finish()
-            self.parts.stop(self.optimizers(use_pl_optimizer=False))
-        else:
-            self._solve()
-        return self.calibration.leave()
-
-    def _end_interrupted(self, index: int) -> None:
-        """Ends the block stage of a block after a checkpoint of its last step: Lightning does not repeat the hooks."""
-        if self.run.block(index).exists():
-            self.calibration.shrink(index)
-            self.parts.put_finished(self.moe.blocks[index])
-            self.block_stage.progress = None
-            stats = read_stats(self.run, index)
-        else:
-            self._advance(index, take_solved=True)
-            self.parts.take_codes(self.calibration.solver.solved)
-            self._measure_held_back(self.block_epochs)
-            self.block_stage.finish()
-            stats = self.calibration.leave()
-        self.parts.stop(self.optimizers(use_pl_optimizer=False))
-        tell(self.trainer, "on_block_end", stats)
-
-    def _advance(self, index: int, take_solved: bool = False) -> None:
-        routers = self.block_routers or self.routers
-        routers = {b.index: routers[router_key(b)].detach() for b in self.moe.calibrated_blocks}
-        self.calibration.enter(index, None if self.block_epochs else routers, take_solved)
-
-    def _solve(self, keep: bool = False) -> None:
-        block = self.moe.blocks[self.block_index]
-        self.calibration.solve(self.routers[router_key(block)].detach() if block.calibrates else None, keep)
-
-    def start_stage(self) -> None:
-        """Before an epoch's first batch: solves the block's router in closed form, or starts another stage."""
-        if not self.epoch.is_first:
-            self._measure_held_back(self.epoch.number)
-            return
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        match self.epoch.stage:
-            case "router":
-                self.fit_state.router_stage.start()
-            case "block":
-                self.parts.start(optimizer, self.calibration.block, self.kinds("block"), self._reach)
-                with self.autocast():
-                    self.block_stage.start(self.fit_state.held_back)
-            case "joint":
-                self.block_routers = {key: weight.detach().clone() for key, weight in self.routers.items()}
-                self.parts.start(optimizer, None, self.kinds("joint"), self._reach)
-
-    def end_pass(self) -> None:
-        """After an epoch of the block stage: measures the windows held back, and keeps the best pass."""
-        if self.epoch.stage == "block":
-            self.enter_block()
-            self._measure_held_back(self.epoch.number + 1)
-            if not math.isnan(loss := self.block_stage.progress.held_back[-1]):
-                # every process has the sum over all: `rank_zero_only` keeps `sync_dist` from summing again
-                self.log("block_stage/held_back", loss, sync_dist=True, rank_zero_only=True)
-
-    def _measure_held_back(self, passes: int) -> None:
-        """Measures the windows held back after this many passes, unless that is done."""
-        progress = self.block_stage.progress
-        if progress is not None and len(progress.held_back) <= passes:
-            with self.autocast():
-                self.block_stage.end_pass(self.fit_state.held_back, passes == self.block_epochs)
-
     def autocast(self) -> AbstractContextManager:
         """The precision of training steps, for what runs outside of them."""
         return self.trainer.strategy.precision_plugin.train_step_context()
-
-    @property
-    def _reach(self) -> float:
-        """How far the current stage can move a code: the sum of its learning rates."""
-        steps = self.epoch.passes * self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        return self.stage.rates["code"] * steps * (1.0 if self.lr_schedule == "constant" else 0.5)
 
     # --- gradient steps -----------------------------------------------------------------------------------
 
@@ -451,20 +365,3 @@ class QESC(Comparison):
         place = self.epochs.at(epoch)
         done = (place.number + batch_idx / self.trainer.num_training_batches) / place.passes
         return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
-
-    # --- after the last epoch ---------------------------------------------------------------------------
-
-    def enter_end(self) -> None:
-        """Writes missing blocks, shrinks all blocks to the experts kept, and frees the joint stage's model."""
-        if self.parts.block is not None:
-            self._end_interrupted(self.parts.block)
-        if not all(self.run.block(block.index).exists() for block in self.moe.blocks):
-            self._advance(len(self.moe.blocks))
-        for block in self.moe.blocks:
-            self.calibration.shrink(block.index)
-        self.calibration.remove_solved(len(self.moe.blocks))
-        self.joint_stage.close()
-
-    def block_stats(self) -> list[BlockStats]:
-        """The statistics of every block, read from the block files."""
-        return [read_stats(self.run, block.index) for block in self.moe.blocks]
