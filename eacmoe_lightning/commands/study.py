@@ -27,8 +27,9 @@ from eacmoe_lightning.study.cells import Cell, block_groups, choose_experts, pla
 from eacmoe_lightning.study.disturb import NOISES, disturbed
 from eacmoe_lightning.study.measure import Measurement, Text
 from eacmoe_lightning.study.results import Results
+from eacmoe_lightning.text.checks import check_length, check_tokens
 from eacmoe_lightning.text.sources import name_sources, read_documents, stored_source
-from eacmoe_lightning.text.windows import check_length, check_tokens, digest, read_sizes, token_windows
+from eacmoe_lightning.text.windows import digest, read_sizes, token_windows
 
 POINT = "the model with the experts of some blocks stored by a codec, each weight within an error bound"
 QUESTION_WINDOWS = 4  # windows per question: the question's window and others for the wrong continuations
@@ -126,15 +127,11 @@ def study(
         sections = []
         if budgets:
             sensitivity = budget.fit_sensitivity(_cells_to_fit(groups, measurement.load, rows, kinds[0]))
-            later_texts = read_texts(
-                sources, directory, **sizes | {"num_windows": budget_windows, "num_questions": 0}, skip=num_windows
-            )
-            later, bounds_to_spend = (
-                Measurement(moe, later_texts, batch_tokens),
-                [Bound(bound_mode, b) for b in budgets],
-            )
+            later_sizes = sizes | {"num_windows": budget_windows, "num_questions": 0}
+            later = Measurement(moe, read_texts(sources, directory, **later_sizes, skip=num_windows), batch_tokens)
+            global_bounds = [Bound(bound_mode, value) for value in budgets]
             spent = spend.spend(
-                moe, later, sensitivity, measurement.load, kinds[0], bounds_to_spend, results, Path(output)
+                moe, later, sensitivity, measurement.load, kinds[0], global_bounds, results, Path(output)
             )
             sections.append(spend.markdown(spent, sensitivity))
         points = report.points(cells, results.rows, opened.size_bytes, expert_bits(opened, moe))

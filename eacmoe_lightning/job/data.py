@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -18,21 +17,18 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.text.batches import WindowLoader
 from eacmoe_lightning.text.chat import read_template
+from eacmoe_lightning.text.checks import check_length, check_tokens, warn_of_calibrated, warn_of_repeated
 from eacmoe_lightning.text.openings import Start
 from eacmoe_lightning.text.sampled import SampledSource, sampled_source
 from eacmoe_lightning.text.sources import documents, name_sources
 from eacmoe_lightning.text.windows import (
     Layout,
     Windows,
-    check_length,
-    check_tokens,
     cut_windows,
     digest,
     join_windows,
     split_windows,
 )
-
-log = logging.getLogger(__name__)
 
 
 class TextWindows(L.LightningDataModule):
@@ -108,63 +104,57 @@ class TextWindows(L.LightningDataModule):
         separate: bool | None = None,
     ):
         super().__init__()
-        for option, value in (
-            ("batch_size", batch_size),
-            ("micro_batch_size", 1 if micro_batch_size is None else micro_batch_size),
-            ("heldout_batch_size", heldout_batch_size),
-        ):
-            if value < 1:
-                raise ValueError(f"--data.{option}={value} must be at least 1")
-        if window_length < 2:
-            raise ValueError(
-                f"--data.window_length={window_length} must be at least 2: a window's first token has no prediction"
-            )
-        if not 0 <= held_back < 1:
-            raise ValueError(f"--data.held_back={held_back} is a share of the windows: pass at least 0 and less than 1")
-        self.held_back = held_back
-        self.holds_back: Callable[[int], bool] = lambda epoch: False  # which epochs leave them out; the module says it
         if separate is not None:
             raise ValueError(
                 f"--data.separate={separate} was replaced: pass --data.documents {'separate' if separate else 'joined'}"
             )
-        if documents not in get_args(Layout):
-            raise ValueError(f"--data.documents={documents} must be one of {', '.join(get_args(Layout))}")
-        self.calibration = calibration
-        self.heldout = name_sources(heldout)
-        self.predict = predict
-        self.num_windows = num_windows
-        self.window_length = window_length
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.num_heldout_windows = num_heldout_windows
-        self.heldout_batch_size = heldout_batch_size
-        if noise_floor < 0:
-            raise ValueError(f"--data.noise_floor={noise_floor} is a number of windows: pass 0 or more")
+        self.calibration, self.calibration_texts = calibration, name_sources(calibration, "--data.calibration")
+        self.heldout, self.predict = name_sources(heldout), predict
+        self.num_windows, self.window_length = num_windows, window_length
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.num_heldout_windows, self.heldout_batch_size = num_heldout_windows, heldout_batch_size
         self.noise_floor = noise_floor
-        self.tokenizer = tokenizer
+        self.tokenizer, self.trust_remote_code = tokenizer, trust_remote_code
         self.seed = seed
-        self.trust_remote_code = trust_remote_code
-        self.column = column
-        self.chat_template = chat_template
-        self.answers_only = answers_only
+        self.column, self.chat_template, self.answers_only = column, chat_template, answers_only
+        self.held_back, self.documents = held_back, documents
         self.temperature, self.sample_start = temperature, sample_start
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"--data.temperature={temperature} must be above 0")
-        if sample_start not in get_args(Start):
-            raise ValueError(f"--data.sample_start={sample_start!r} must be one of {', '.join(get_args(Start))}")
-        for option, sources in (("heldout", self.heldout.values()), ("predict", [predict or ""])):
-            if written := next(filter(sampled_source, sources), None):
-                raise ValueError(f"--data.{option}: {written} is written by the model: it only calibrates")
-        self.documents = documents
-        self.calibration_texts = name_sources(calibration, "--data.calibration")
-        if not self.calibration_texts:
-            raise ValueError("--data.calibration is empty: pass one or more sources")
+        self._check_options()
         self.sampled_texts: dict[str, SampledSource] = {}
         for name, source in self.calibration_texts.items():
             if (sampled := sampled_source(source)) is not None:
                 self.sampled_texts[name] = sampled
         self.windows_by_text = self._numbers(shares)
+        self.holds_back: Callable[[int], bool] = lambda epoch: False  # which epochs leave them out; the module says it
         self._sampled: dict[str, Windows] = {}
+
+    def _check_options(self) -> None:
+        """Raises ValueError if an option is out of its range."""
+        for option in ("batch_size", "micro_batch_size", "heldout_batch_size"):
+            if (value := getattr(self, option)) is not None and value < 1:
+                raise ValueError(f"--data.{option}={value} must be at least 1")
+        if self.window_length < 2:
+            raise ValueError(
+                f"--data.window_length={self.window_length} must be at least 2: a window's first token has no "
+                "prediction"
+            )
+        if not 0 <= self.held_back < 1:
+            raise ValueError(
+                f"--data.held_back={self.held_back} is a share of the windows: pass at least 0 and less than 1"
+            )
+        if self.documents not in get_args(Layout):
+            raise ValueError(f"--data.documents={self.documents} must be one of {', '.join(get_args(Layout))}")
+        if self.sample_start not in get_args(Start):
+            raise ValueError(f"--data.sample_start={self.sample_start!r} must be one of {', '.join(get_args(Start))}")
+        if self.noise_floor < 0:
+            raise ValueError(f"--data.noise_floor={self.noise_floor} is a number of windows: pass 0 or more")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"--data.temperature={self.temperature} must be above 0")
+        for option, sources in (("heldout", self.heldout.values()), ("predict", [self.predict or ""])):
+            if written := next(filter(sampled_source, sources), None):
+                raise ValueError(f"--data.{option}: {written} is written by the model: it only calibrates")
+        if not self.calibration_texts:
+            raise ValueError("--data.calibration is empty: pass one or more sources")
 
     @property
     def heldout_names(self) -> list[str]:
@@ -210,7 +200,7 @@ class TextWindows(L.LightningDataModule):
     def put_sampled(self, name: str, windows: Windows) -> None:
         """Takes the windows of a sampled calibration text."""
         self._sampled[name] = windows
-        self._warn_of_repeated_windows(windows.input_ids)
+        warn_of_repeated(windows.input_ids)
 
     @cached_property
     def _calibration(self) -> Windows:
@@ -327,31 +317,13 @@ class TextWindows(L.LightningDataModule):
         else:
             texts |= {("heldout", self.heldout[name]): windows for name, windows in self.heldout_windows.items()}
         if stage == "fit" and self._read:
-            self._warn_of_calibrated_heldout()
+            warn_of_calibrated(self.heldout_windows, (text.input_ids for text in self._read.values()))
         num_rows = len(moe.model.get_input_embeddings().weight)
         for (option, source), windows in texts.items():
             check_tokens(windows, num_rows, self.tokens, f"--data.{option}: {source}")
         if stage == "fit" and self._read:
-            self._warn_of_repeated_windows(join_windows(list(self._read.values())).input_ids)
+            warn_of_repeated(join_windows(list(self._read.values())).input_ids)
         check_length(self.window_length, getattr(moe.config, "max_position_embeddings", None), "--data.window_length")
-
-    def _warn_of_calibrated_heldout(self) -> None:
-        calibrated = {row.numpy().tobytes() for text in self._read.values() for row in text.input_ids.long()}
-        for name, windows in self.heldout_windows.items():
-            if same := sum(row.numpy().tobytes() in calibrated for row in windows.long()):
-                log.warning(
-                    "%d of the %d windows of the held-out text %s (--data.heldout) are calibration windows too, so "
-                    "they test nothing: hold out other text, or calibrate on the part [:90%%] and hold out [90%%:]",
-                    *(same, len(windows), name),
-                )
-
-    def _warn_of_repeated_windows(self, windows: Tensor) -> None:
-        num_windows, num_different = len(windows), len(windows.unique(dim=0))
-        if num_different < num_windows:
-            log.warning(
-                "%d of the %d calibration windows repeat others: the text (--data.calibration) repeats itself",
-                *(num_windows - num_different, num_windows),
-            )
 
     def train_dataloader(self) -> WindowLoader:
         return WindowLoader(

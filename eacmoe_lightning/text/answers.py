@@ -12,7 +12,7 @@ from eacmoe_lightning.text.openings import Openings
 from eacmoe_lightning.text.server import Server, ServerError
 
 REQUESTS = 16  # sent to a server at a time
-FEWEST = 8  # tokens of an answer, in the mean, below which a server is given up
+FEWEST = 8  # mean tokens of an answer below which a server is given up
 TRIES = 64  # answers after which it may be given up
 
 Answers = dict[str, Tensor]  # ids and marks of all answers, one after another, and the length of each

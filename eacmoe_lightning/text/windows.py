@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -16,13 +15,13 @@ from torch import Tensor
 
 from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.text.chat import conversation_tokens
+from eacmoe_lightning.text.checks import check_length, check_tokens
 from eacmoe_lightning.text.packing import pack
 from eacmoe_lightning.text.rows import Conversation, Document
 from eacmoe_lightning.text.sources import documents
 
 POOL = 16  # N random windows are drawn from the first POOL * N
 Layout = Literal["joined", "separate", "packed"]  # how documents lie in windows, see `cut_windows`
-log = logging.getLogger(__name__)
 MAX_CHARACTERS_PER_TOKEN = 16  # of ordinary text; with more, a long document is tokenized in more than one piece
 
 
@@ -308,36 +307,6 @@ def beginning_tokens(tokenizer) -> list[int]:
         if whole[start : start + len(alone)] == alone:
             return list(whole[:start])
     return []
-
-
-def check_tokens(windows: Tensor, num_rows: int, tokenizer, source: str) -> None:
-    """Checks that the model's embedding has a row for every token.
-
-    Args:
-        windows: token ids [S, T].
-        num_rows: rows of the embedding.
-        tokenizer: names the token in the message.
-        source: the text.
-
-    Raises:
-        ValueError: there is a token without a row.
-    """
-    if (token := int(windows.max())) >= num_rows:
-        name = tokenizer.convert_ids_to_tokens(token)
-        raise ValueError(
-            f"{source} holds the token {name!r} with id {token}, but the model's embedding has only {num_rows} rows "
-            f"(ids 0 to {num_rows - 1}): pass a text without this token, or a model with resized embeddings"
-        )
-
-
-def check_length(window_length: int, positions: int | None, option: str) -> None:
-    """Warns of windows of more tokens than the positions that the model was made for, if its config names them."""
-    if positions and window_length > positions:
-        log.warning(
-            "windows of %d tokens (%s) are longer than the %d positions that the model was made for "
-            "(max_position_embeddings in its config.json); pass %s %d or less",
-            *(window_length, option, positions, option, positions),
-        )
 
 
 def read_sizes(model: Path) -> tuple[int | None, int | None]:
