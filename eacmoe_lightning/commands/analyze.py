@@ -142,13 +142,20 @@ def analyze(
         options = {"config": cross, "model.name_or_path": model, "data.heldout": sources}
         options |= {"data.num_heldout_windows": num_windows, "data.num_windows": cross_windows}
         options |= {"data.window_length": window_length, "trainer.enable_progress_bar": False}
-        rows = fit_rows(folder / "cross", options, name_sources(cross_calibration, "--cross_calibration"))
-        description["cross"] = cross_table(rows)
-        figures.write(folder, {"cross": figures.cross(description["cross"])})
-        write_json(folder / "cross.json", description["cross"])
-        print(cross_summary(description["cross"]))
+        description["cross"] = _cross(folder, options, name_sources(cross_calibration, "--cross_calibration"))
     print(f"{folder}: analysis.json, figures, tensorboard --logdir {folder}")
     return description
+
+
+def _cross(folder: Path, options: dict[str, Any], calibration: dict[str, str]) -> dict[str, Any]:
+    """Compresses the model once for each calibration text, and writes and prints what each loses on all texts."""
+    from eacmoe_lightning.analysis import figures  # importing matplotlib takes a second
+
+    table = cross_table(fit_rows(folder / "cross", options, calibration))
+    figures.write(folder, {"cross": figures.cross(table)})
+    write_json(folder / "cross.json", table)
+    print(cross_summary(table))
+    return table
 
 
 def summary(description: dict[str, Any], floor: float) -> str:

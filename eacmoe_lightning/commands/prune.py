@@ -147,13 +147,13 @@ def prune(
             about = description, windows[:1], identity["fingerprint"]
             write_result(run, pruned, source, codes, *about, head=head_codes)
         with costed(run, None, "evaluate"):
-            reference, scratch = whole(given.streamed(device)), run.scratch(0)
+            reference = whole(given.streamed(device))
+            measured = partial(evaluate, reference, texts=heldout, batch_size=batch_size, scratch=run.scratch(0))
             evaluation = None
             if heldout:
-                after = before = evaluate(reference, pruned, heldout, batch_size, scratch=scratch)
+                after = before = measured(pruned)
                 if routers != "none":
-                    untrained = whole(StreamedModel(FinishedBlocks(given.weights, run), device))
-                    before = evaluate(reference, untrained, heldout, batch_size, scratch=scratch)
+                    before = measured(whole(StreamedModel(FinishedBlocks(given.weights, run), device)))
                 evaluation = {"before": before, "after": after}
         bits = average_bits(pruned, run.compressed)
         report = origin(identity, seed) | head(run, reference, model, given.size_bytes, bits, stats)

@@ -89,7 +89,7 @@ def save_compressed(
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
     tied = _tied_names(moe.model)
     names = [name for name in moe.model.state_dict() if name not in tied]
-    weights: dict[str, dict[str, Any]] = {}  # bits and group size of each
+    weights: dict[str, dict[str, Any]] = {}  # by name, what `_described` says
 
     def unquantized(names: list[str]) -> dict[str, Tensor]:
         return {name: _narrowed(tensor, stored_dtype) for name, tensor in moe.read(names).items()}
@@ -126,13 +126,7 @@ def save_compressed(
                     "config": config.to_dict(),
                 },
                 "dtype": str(moe.model.dtype).rpartition(".")[2],
-                "quantization": description
-                | {
-                    "bits": {name: weight["bits"] for name, weight in weights.items()},
-                    "group_sizes": {name: weight["group_size"] for name, weight in weights.items()},
-                }
-                | ({LATTICE: on_lattice} if (on_lattice := [n for n, w in weights.items() if w[LATTICE]]) else {})
-                | ({KQUANTS: kinds} if (kinds := {n: k for n, w in weights.items() if (k := w[KQUANTS])}) else {}),
+                "quantization": description | _quantization(weights),
             }
             | {key: value for key, value in source_config.items() if key == stored.KEY},
         )
@@ -172,10 +166,24 @@ def _with_draft(
 
 
 def _described(weight: QuantizedWeight) -> dict[str, Any]:
-    kind = weight.kind if isinstance(weight, KQuant) else None
     return {
-        **{"bits": weight.bits, "group_size": weight.group_size},
-        **{LATTICE: isinstance(weight, Lattice), KQUANTS: kind},
+        "bits": weight.bits,
+        "group_size": weight.group_size,
+        LATTICE: isinstance(weight, Lattice),
+        KQUANTS: weight.kind if isinstance(weight, KQuant) else None,
+    }
+
+
+def _quantization(weights: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the config says of the quantized weights, from what `_described` says of each."""
+    optional = {
+        LATTICE: [name for name, weight in weights.items() if weight[LATTICE]],
+        KQUANTS: {name: weight[KQUANTS] for name, weight in weights.items() if weight[KQUANTS]},
+    }
+    return {
+        "bits": {name: weight["bits"] for name, weight in weights.items()},
+        "group_sizes": {name: weight["group_size"] for name, weight in weights.items()},
+        **{key: value for key, value in optional.items() if value},
     }
 
 
