@@ -74,15 +74,15 @@ def heat_map(sensitivity: Sensitivity) -> Figure:
 
 def by_column(sensitivity: Sensitivity, block: int, width: float) -> dict[str, float]:
     """The damage of a block's attention, shared experts and each routed expert at a width, as far as it has them."""
-    found = {
+    damages = {
         part: sensitivity.part(block, part, width)
         for part in ("attention", "shared")
         if any(name.startswith(f"{block:03d}.{part}.") for name in sensitivity.damage)
     }
     if "error" in sensitivity.blocks[block]:
         experts = sensitivity.experts(block, width).values()
-        found |= {str(e): sum(values) for e, values in enumerate(zip(*experts, strict=True))}
-    return found
+        damages |= {str(e): sum(values) for e, values in enumerate(zip(*experts, strict=True))}
+    return damages
 
 
 def allocation_map(grids: Iterable[WeightGrid]) -> Figure:

@@ -159,15 +159,16 @@ class BySize:
         for kept in self._experts():
             allocator = self.allocator(kept)
             try:
-                found = allocator.allocate(self.target.check(allocator, rest))
+                allocation = allocator.allocate(self.target.check(allocator, rest))
             except ValueError as error:
                 errors.append(error)
                 continue
             if kept:
-                found = replace(found, kept=kept)
-                lost = self.sensitivity.dropped(1 - found.keep / self.moe.num_experts)
-                found = replace(found, damage=found.damage + lost, by_part=found.by_part | {"pruning": lost})
-            choices.append(found)
+                allocation = replace(allocation, kept=kept)
+                lost = self.sensitivity.dropped(1 - allocation.keep / self.moe.num_experts)
+                by_part = allocation.by_part | {"pruning": lost}
+                allocation = replace(allocation, damage=allocation.damage + lost, by_part=by_part)
+            choices.append(allocation)
         if not choices:
             raise errors[-1]
         allocation = min(choices, key=lambda choice: choice.damage)

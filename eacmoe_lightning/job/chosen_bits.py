@@ -107,16 +107,16 @@ class ChosenBits:
                 f"{processes} processes cannot measure sensitivities: run `eacmoe sensitivity` with the same options "
                 "in one, and pass its --output as --model.sensitivity"
             )
-        found = None
+        sensitivity = None
         if self.path is not None:
-            found = sensitivities.read(self.path)
-            refuse_other(found, self.recipe, fingerprint, [block.name for block in moe.blocks], self.path)
-            if self.pruning is not None and found.identity.get("pruning.criterion") != self.pruning.criterion:
+            sensitivity = sensitivities.read(self.path)
+            refuse_other(sensitivity, self.recipe, fingerprint, [block.name for block in moe.blocks], self.path)
+            if self.pruning is not None and sensitivity.identity.get("pruning.criterion") != self.pruning.criterion:
                 raise ValueError(
                     f"{self.path} (--model.sensitivity) does not say what the model loses without experts chosen by "
                     f"{self.pruning.criterion} (--pruning.criterion): measure with this option, and with --drops"
                 )
-        choice = BySize(self.size, self.recipe, moe, self.rows, rest, found, self.tensor_parallel, self.pruning)
+        choice = BySize(self.size, self.recipe, moe, self.rows, rest, sensitivity, self.tensor_parallel, self.pruning)
         choice.check()
         return choice
 
@@ -134,9 +134,9 @@ class ChosenBits:
         if (run.path / FILE).exists():
             return False
         if choice.sensitivity is None:
-            more = {"drops": DROPS, "criterion": self.pruning.criterion} if self.pruning else {}
-            found = measured(run.path / "sensitivity", choice.recipe, choice.moe, data, fingerprint, **more)
-            choice = replace(choice, sensitivity=found)
+            options = {"drops": DROPS, "criterion": self.pruning.criterion} if self.pruning else {}
+            sensitivity = measured(run.path / "sensitivity", choice.recipe, choice.moe, data, fingerprint, **options)
+            choice = replace(choice, sensitivity=sensitivity)
         allocation = choice.allocate()
         sizes = picture.curve(choice.allocator(allocation.kept))
         write_json(run.path / FILE, allocation.record() | {"curve": sizes})
@@ -145,25 +145,25 @@ class ChosenBits:
 
     def result(self, run: RunDirectory) -> dict[str, Any]:
         """For the report: what was asked for, the bits that came out and the damage that was predicted."""
-        found = read_json(run.path / FILE)
+        allocation = read_json(run.path / FILE)
         asked = {"target_bits": self.size.bits, "target_gb": self.size.gb}
         return {
             "asked": {name: value for name, value in asked.items() if value},
-            "bits": found["bits"],
-            "predicted": found["damage"],
-            "predicted_by_part": found["by_part"],
-            "curve": found["curve"],
+            "bits": allocation["bits"],
+            "predicted": allocation["damage"],
+            "predicted_by_part": allocation["by_part"],
+            "curve": allocation["curve"],
         }
 
     def figures(
         self, run: RunDirectory, recipe: Recipe, moe: StreamedModel, report: dict[str, Any]
     ) -> dict[str, Figure]:
         """For TensorBoard: what weights lose, the bits that were chosen, and sizes beside this run's divergence."""
-        found = sensitivities.read(run.path / "sensitivity" if self.path is None else self.path)
+        sensitivity = sensitivities.read(run.path / "sensitivity" if self.path is None else self.path)
         bits, texts = report["allocation"]["bits"], (report.get("divergence") or {}).get("texts", {})
         points = {text: (bits, streams["compressed"]["kl"]["mean"]) for text, streams in texts.items()}
         return {
-            "loss of each weight": picture.heat_map(found),
+            "loss of each weight": picture.heat_map(sensitivity),
             "bits chosen by size": picture.allocation_map(recipe.grids(moe)),
             "size and divergence": picture.curve_figure(report["allocation"]["curve"], points),
         }
@@ -174,18 +174,20 @@ class ChosenBits:
         return allocation.applied(self.recipe, self.pruning)
 
 
-def refuse_other(found: Sensitivity, recipe: Recipe, fingerprint: str | None, blocks: list[str], path: str) -> None:
+def refuse_other(
+    sensitivity: Sensitivity, recipe: Recipe, fingerprint: str | None, blocks: list[str], path: str
+) -> None:
     """Raises ValueError if sensitivities are of another original, or of weights quantized otherwise."""
     now = json.loads(json.dumps(identity_of(recipe, fingerprint)))
-    different = [key for key, value in now.items() if found.identity.get(key) != value]
+    different = [key for key, value in now.items() if sensitivity.identity.get(key) != value]
     is_other = "model.fingerprint" in different and fingerprint is not None
-    if is_other or [block["name"] for block in found.blocks] != blocks:
+    if is_other or [block["name"] for block in sensitivity.blocks] != blocks:
         raise ValueError(f"{path} (--model.sensitivity) holds sensitivities of another model than --model.name_or_path")
     different = [key for key in different if key != "model.fingerprint"]
     if different:
         key = different[0]
         raise ValueError(
-            f"{path} (--model.sensitivity) was measured with {key}={found.identity.get(key)!r}, and this run has "
+            f"{path} (--model.sensitivity) was measured with {key}={sensitivity.identity.get(key)!r}, and this run has "
             f"{now[key]!r} (--{key}): measure again with this setting, or pass that one"
         )
 

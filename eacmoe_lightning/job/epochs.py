@@ -13,7 +13,7 @@ class Epoch:
     Attributes:
         stage: what it trains: a block's `router`, a whole `block`, or all blocks together (`joint`).
         block: index of its block; in the joint stage, the number of blocks.
-        number, passes: the how manieth of the stage's epochs it is, from 0, and how many the stage has.
+        number, passes: its index among the stage's epochs, from 0, and how many of them there are.
     """
 
     stage: Literal["router", "block", "joint"]

@@ -32,22 +32,22 @@ def draft_keys(config: PreTrainedConfig, keys: Iterable[str]) -> list[str]:
     """
     text = config.get_text_config()
     first, promised = text.num_hidden_layers, promised_layers(config)
-    found = []
+    drafts = []
     for key in keys:
         layer = LAYER.match(key)
         beyond = layer and first <= int(layer[2]) < first + promised and not ELSEWHERE.search(layer[1])
         if beyond or NAMED.search(key):
-            found.append(key)
-    return found
+            drafts.append(key)
+    return drafts
 
 
 def draft_prefixes(keys: Iterable[str]) -> list[str]:
     """What the names of draft layers begin with, such as `model.layers.61.` or `mtp.`, sorted."""
-    found = set()
+    prefixes = set()
     for key in keys:
         named = NAMED.search(key)
-        found.add(key[: named.end()] if named else LAYER.match(key)[0])
-    return sorted(found)
+        prefixes.add(key[: named.end()] if named else LAYER.match(key)[0])
+    return sorted(prefixes)
 
 
 def read_draft(files: OriginalFiles, model: PreTrainedModel) -> dict[str, Tensor]:

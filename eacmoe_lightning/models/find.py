@@ -133,10 +133,10 @@ def _router_among(moe: nn.Module, block: Block) -> str:
         and not any(isinstance(m, nn.Linear) and len(m.weight) != block.num_experts for m in child.modules())
     ]
     by_name = [name for name, child in children if name in ROUTER_NAMES and any(True for _ in child.parameters())]
-    found = strict if len(strict) == 1 else by_name
-    if len(found) != 1:
+    routers = strict if len(strict) == 1 else by_name
+    if len(routers) != 1:
         raise ValueError(f"{block.name}: {len(strict)} modules next to the experts look like a router, instead of 1")
-    return found[0]
+    return routers[0]
 
 
 def _is_beside_experts(path: str, moe_name: str) -> bool:

@@ -164,11 +164,11 @@ def load_tensors(model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.d
 def original_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by their names in memory -> the same as the original's checkpoint has them, as for `save_pretrained`."""
     narrow = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 3 and tensor.shape[-1] == 1}
-    found = revert_weight_conversion(model, {name: tensor for name, tensor in tensors.items() if name not in narrow})
+    original = revert_weight_conversion(model, {name: tensor for name, tensor in tensors.items() if name not in narrow})
     for name, tensor in narrow.items():  # two columns, of which one is taken: a single one would not survive the split
         double = revert_weight_conversion(model, {name: tensor.expand(*tensor.shape[:-1], 2)})
-        found |= {original: part[..., :1] for original, part in double.items()}
-    return found
+        original |= {key: part[..., :1] for key, part in double.items()}
+    return original
 
 
 def knows_config(model_type: str | None) -> bool:
@@ -280,9 +280,9 @@ def untie(model: PreTrainedModel, name: str) -> None:
     for path, part in model.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(part, PreTrainedModel) and name.startswith(prefix):
-            own = name.removeprefix(prefix)
-            part._tied_weights_keys = {k: v for k, v in (part._tied_weights_keys or {}).items() if k != own}
-            part.all_tied_weights_keys.pop(own, None)
+            inside = name.removeprefix(prefix)
+            part._tied_weights_keys = {k: v for k, v in (part._tied_weights_keys or {}).items() if k != inside}
+            part.all_tied_weights_keys.pop(inside, None)
 
 
 def is_ignored(model: PreTrainedModel, *names: str) -> bool:

@@ -39,21 +39,21 @@ def shorten_decode_step(model: nn.Module, blocks: list[Block]) -> dict[str, int]
         model: with its weights. One of which a part is elsewhere than on the CPU is left as it is.
         blocks: its blocks (`models.find.find_blocks`).
     """
-    found = {"norms": 0, "routers": 0, "MLPs": 0, "linears": 0}
+    shortened = {"norms": 0, "routers": 0, "MLPs": 0, "linears": 0}
     elsewhere = any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers()))
     if kernels.level() is None or elsewhere:
-        return found
+        return shortened
     activations: dict[tuple, str | None] = {}  # by all that tells MLPs apart: running each would read all its weights
     routers = {id(block.router): block for block in blocks if block.is_moe}
     for module in list(model.modules()):
         if (block := routers.get(id(module))) is not None:
             if (choice := find_choice(block)) is not None:
                 _replace(module, _route, block.router_matrix, choice)
-                found["routers"] += 1
+                shortened["routers"] += 1
         elif _may_be_norm(module):
             if (form := find_norm(module)) is not None:
                 _replace(module, _norm, form)
-                found["norms"] += 1
+                shortened["norms"] += 1
         elif is_gated_mlp(module):
             settings = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
             key = type(module), repr(module.act_fn), tuple(sorted(settings.items()))
@@ -61,11 +61,11 @@ def shorten_decode_step(model: nn.Module, blocks: list[Block]) -> dict[str, int]
                 activations[key] = find_mlp(module)
             if (activation := activations[key]) is not None:
                 _replace(module, _mlp, activation)
-                found["MLPs"] += 1
+                shortened["MLPs"] += 1
         elif type(module) is nn.Linear and module.out_features <= SMALL and module.weight.dtype == torch.bfloat16:
             _replace(module, _linear)
-            found["linears"] += 1
-    return found
+            shortened["linears"] += 1
+    return shortened
 
 
 def _replace(module: nn.Module, short: Callable[..., object], *settings: object) -> None:

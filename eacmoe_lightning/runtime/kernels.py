@@ -236,8 +236,8 @@ def _experts(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bit
         codes, scale, zero_point, bias, bits = stack
         bits = bits[0] if len(bits) == 1 else bits
         width = bits if isinstance(bits, int) else bits[e]
-        own = expert_codes(codes, bits, e, rows.shape[-1]), scale[e], zero_point[e], None if bias is None else bias[e]
-        return _linear(rows, *own, width, int8)
+        codes, bias = expert_codes(codes, bits, e, rows.shape[-1]), None if bias is None else bias[e]
+        return _linear(rows, codes, scale[e], zero_point[e], bias, width, int8)
 
     def expert(e, rows):
         return multiply(activate(multiply(rows, up, e), gated, activation), down, e)
@@ -272,11 +272,11 @@ def _kernels_for(x: Tensor, *weights: tuple) -> ModuleType | None:
 
 
 def _linear_cuda(x, codes, scale, zero_point, bias, bits, int8):
-    own = _kernels_for(x, (codes, scale, x.shape[-1], bits))
-    if own is None:
+    kernels = _kernels_for(x, (codes, scale, x.shape[-1], bits))
+    if kernels is None:
         return _linear(x, codes, scale, zero_point, bias, bits, int8)
     with torch.cuda.device_of(x):  # kernels are launched on the current device
-        return own.linear(x, codes, scale, zero_point, bias, bits)
+        return kernels.linear(x, codes, scale, zero_point, bias, bits)
 
 
 def _experts_cuda(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, *rest):
@@ -284,11 +284,11 @@ def _experts_cuda(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, u
     up = up_codes, up_scale, up_zero_point, up_bias, one_or_each(up_bits)
     down = down_codes, down_scale, down_zero_point, down_bias, one_or_each(down_bits)
     widths = x.shape[-1], _width(down_codes, down_scale, down_bits)
-    own = _kernels_for(x, *((w[0], w[1], width, w[4]) for w, width in zip((up, down), widths, strict=True)))
-    if own is None:
+    kernels = _kernels_for(x, *((w[0], w[1], width, w[4]) for w, width in zip((up, down), widths, strict=True)))
+    if kernels is None:
         return _experts(x, ids, weights, up_codes, up_scale, up_zero_point, up_bias, up_bits, *rest)
     with torch.cuda.device_of(x):
-        return own.experts(x, ids, weights, up, down, lambda hidden: activate(hidden, gated, activation))
+        return kernels.experts(x, ids, weights, up, down, lambda hidden: activate(hidden, gated, activation))
 
 
 def _width(codes: Tensor, scale: Tensor, bits: list[int]) -> int:

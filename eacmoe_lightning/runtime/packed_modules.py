@@ -89,8 +89,8 @@ class PackedWeight(nn.Module):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        own = self._buffers  # at decode torch's way to an attribute takes longer than a small product
-        return own["codes"], own["scale"], own["zero_point"]
+        buffers = self._buffers  # at decode torch's way to an attribute takes longer than a small product
+        return buffers["codes"], buffers["scale"], buffers["zero_point"]
 
     @property
     def widths(self) -> list[int]:
@@ -177,9 +177,9 @@ def _look_up(embedding: nn.Embedding, ids: Tensor) -> Tensor:
     rows = embedding.weight.rows(ids)
     if type(embedding) is nn.Embedding:
         return rows
-    own = copy.copy(embedding)  # with a table of these rows alone
-    vars(own).update(weight=rows.flatten(0, -2), padding_idx=None)
-    return type(embedding).forward(own, torch.arange(ids.numel(), device=ids.device).view(ids.shape))
+    looked_up = copy.copy(embedding)  # with a table of these rows alone
+    vars(looked_up).update(weight=rows.flatten(0, -2), padding_idx=None)
+    return type(embedding).forward(looked_up, torch.arange(ids.numel(), device=ids.device).view(ids.shape))
 
 
 class PackedExperts(nn.Module):

@@ -114,14 +114,14 @@ class PackedModel:
     @cached_property
     def linears(self) -> dict[str, PackedRows]:
         """The quantized linears outside the experts, by module name in the original's checkpoint."""
-        found = {}
+        linears = {}
         for block in self.source.moe.blocks:
             for name, (part, weight) in self.source.quantized(block).items():
                 if part != "experts" and name not in self.source.decoded:
                     grid = self._grid(name)
                     for rows in original_linears(self.source.skeleton, name, weight.shape[:-1]):
-                        found[rows.name] = PackedRows(name, rows, *grid)
-        return found
+                        linears[rows.name] = PackedRows(name, rows, *grid)
+        return linears
 
     @cached_property
     def expert_blocks(self) -> dict[int, Block]:
@@ -266,8 +266,8 @@ def _columns(weight: PackedWeight, columns: slice) -> PackedWeight:
     codes = []
     for e in range(num_experts):
         bits = weight.bits if isinstance(weight.bits, int) else weight.bits[e]
-        own = expert_codes(weight.codes, weight.bits, e, in_features)
-        codes.append(own[:, columns.start // 8 * bits : columns.stop // 8 * bits])
+        of_expert = expert_codes(weight.codes, weight.bits, e, in_features)
+        codes.append(of_expert[:, columns.start // 8 * bits : columns.stop // 8 * bits])
     groups = slice(columns.start // weight.group_size, columns.stop // weight.group_size)
     shape = (num_experts, out_features, columns.stop - columns.start)
     return _packed_weight(weight, shape, codes, weight.scale[..., groups], groups)

@@ -132,11 +132,11 @@ def _backward(
         output, losses = step.run(tree_map_only(Tensor, torch.clone, tree_unflatten(leaves, spec)), rows)
     ends = [*(zip(tree_flatten(output)[0], behind, strict=True) if behind else ()), (losses, gradient)]
     ends = [(end, one) for end, one in ends if one is not None and end is not None and end.requires_grad]
-    wanted, found = [*inputs, *step.trained], []
+    wanted, gradients = [*inputs, *step.trained], []
     if ends and wanted:
-        found = torch.autograd.grad([end for end, _ in ends], wanted, [one for _, one in ends], allow_unused=True)
-    found = [*found] or [None] * len(wanted)
-    of_inputs, of_trained = iter(found[: len(inputs)]), list(found[len(inputs) :])
+        gradients = torch.autograd.grad([end for end, _ in ends], wanted, [one for _, one in ends], allow_unused=True)
+    gradients = [*gradients] or [None] * len(wanted)
+    of_inputs, of_trained = iter(gradients[: len(inputs)]), list(gradients[len(inputs) :])
     return [next(of_inputs) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves], of_trained
 
 
