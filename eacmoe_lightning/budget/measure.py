@@ -163,14 +163,7 @@ def measure(
             with moe.loaded(index) as block:
                 result = _measure_block(block, num_blocks, recipe, streams, probes, widths, ranks)
                 if drops and block.is_moe:
-                    counted = [partial(streams.counted, rows=rows) for rows in streams.slices]
-                    with scored(block, criterion, counted) as scores:
-                        streams.advance(block, "x")
-                    result["score"] = scores.finish(ranks).tolist()
-                    for share in drops:
-                        kept = kept_of(block, result["score"], keep_of(block, share), criterion)
-                        with without_experts(block, sorted({*range(block.num_experts)} - {*kept})):
-                            probes.add(block, drop_name(share))
+                    result["score"] = _measure_drops(block, streams, probes, drops, criterion)
                     result["probes"] += [drop_name(share) for share in drops if index == moe.moe_blocks[0].index]
                 else:
                     streams.advance(block, "x")
@@ -242,6 +235,25 @@ def _measure_block(
                 weight.copy_(original[name])
     inputs.delete()
     return result
+
+
+def _measure_drops(
+    block: Block, streams: Streams, probes: Probes, drops: Sequence[float], criterion: str
+) -> list[float]:
+    """Takes x through a block, and the probes that miss these shares of its experts.
+
+    Returns:
+        The score of each expert [E], the lowest of which are missed.
+    """
+    counted = [partial(streams.counted, rows=rows) for rows in streams.slices]
+    with scored(block, criterion, counted) as scores:
+        streams.advance(block, "x")
+    score = scores.finish(streams.ranks).tolist()
+    for share in drops:
+        kept = kept_of(block, score, keep_of(block, share), criterion)
+        with without_experts(block, sorted({*range(block.num_experts)} - {*kept})):
+            probes.add(block, drop_name(share))
+    return score
 
 
 def keep_of(block: Block, share: float) -> int:
