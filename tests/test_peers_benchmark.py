@@ -25,6 +25,7 @@ from dense_check import inspect, look_at, true_bits  # noqa: E402
 from far_texts import compare  # noqa: E402
 from gptq_quality import read, table, written  # noqa: E402
 from gptq_tools import block_bits  # noqa: E402
+from kept_rows import KeptRows  # noqa: E402
 
 GROUP = 16
 
@@ -176,6 +177,18 @@ def test_the_table_has_means_over_seeds_and_texts():
     assert ours["lost, in"] == "0.1600 ± 0.0707" and ours["lost, german"] == "0.4500 ± 0.2121"
     assert peer["lost, in"] == "0.3100" and peer["KL, in"] == "0.5000" and peer["KL, far"] == ""
     assert peer["other experts, %"] == "12.5" and peer["seconds"] == "60" and peer["peak MB"] == "500"
+
+
+def test_rows_are_kept_as_they_are_made_but_for_errors(tmp_path):
+    path = tmp_path / "new" / "rows.json"
+    rows = KeptRows(path)
+    rows.add({"tool": "ours", "bits": [3, 2], "kl": 0.5})
+    rows.add({"tool": "peer", "bits": 2, "error": "failed"})
+    assert json.loads(path.read_text()) == rows.rows and [file.name for file in path.parent.iterdir()] == ["rows.json"]
+    again = KeptRows(path, {"self_windows": 0})
+    assert list(again) == [{"self_windows": 0, "tool": "ours", "bits": [3, 2], "kl": 0.5}]
+    assert again.of({"bits": [3, 2], "self_windows": 0}) is again.rows[0]
+    assert again.of({"bits": [3, 2], "self_windows": 1}) is None and again.of({"tool": "peer"}) is None
 
 
 @pytest.mark.slow
