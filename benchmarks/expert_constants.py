@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from kept_rows import write_rows
 from torch import Tensor
 
 from eacmoe_lightning.evaluation.divergence import compare, joined
@@ -172,8 +173,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = [row for name in args.models for row in rows_of(name, args)]
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":
