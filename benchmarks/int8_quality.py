@@ -1,16 +1,16 @@
-"""The effect of 8-bit activations on a packed model: perplexity on each bundled held-out text.
+"""The effect of 8-bit activations on packed models: divergence from the original and perplexity on each held-out text.
 
     python benchmarks/int8_quality.py runs/tiny runs/tiny-2.54 runs/tiny-2.06 --json int8_quality.json
 
 Each run or compressed directory is loaded packed in float32 and bfloat16, and runs with exact and with int8
-activations. Rows: model, text, dtype, activations, perplexity, and nats, the difference per token from float32 with
-exact activations.
+activations. Its original in bfloat16 beside itself in float32 is the noise floor. Rows: model, text, dtype,
+activations (`original` for the noise floor), and the means per token kl, nll (both in nats) and same_top.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,18 +19,26 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from eacmoe_lightning import load
-from eacmoe_lightning.models.originals import BUNDLED
+from eacmoe_lightning.compressed.opening import open_model
+from eacmoe_lightning.evaluation.divergence import compare, joined
+from eacmoe_lightning.models.originals import load_original, resolve_model
 from eacmoe_lightning.runtime import kernels
-from eacmoe_lightning.runtime.packed_modules import set_activations
 from eacmoe_lightning.text.sources import heldout_names, read_documents
 from eacmoe_lightning.text.windows import token_windows
 
 
 @torch.inference_mode()
-def nats_per_token(model: PreTrainedModel, windows: Tensor) -> float:
-    """Mean negative log-likelihood of windows [W, T], one at a time."""
-    losses = [model(row[None], labels=row[None], use_cache=False).loss.double() for row in windows]
-    return float(torch.stack(losses).mean())
+def logits_of(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
+    """The logits [T - 1, V] that predict the tokens of each of windows [W, T] after its first."""
+    for window in windows:
+        yield model(window[None], use_cache=False).logits[0, :-1].float()
+
+
+def means(base: list[Tensor], model: PreTrainedModel, windows: Tensor) -> dict[str, float]:
+    """Mean divergence of a model from base logits, its negative log-likelihood and its share of equal top tokens."""
+    logits = logits_of(model, windows)
+    tokens = joined([compare(one, other, ids[1:]) for one, other, ids in zip(base, logits, windows, strict=True)])
+    return {name: float(getattr(tokens, name).double().mean()) for name in ("kl", "nll", "same_top")}
 
 
 def main() -> None:
@@ -41,28 +49,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     print(f"CPU kernels: {kernels.level()}; {args.windows} windows of {args.length} tokens a text")
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
-    texts = {name: read_documents(f"bundled:{name}") for name in heldout_names()}
-    windows = {
-        name: token_windows(documents, tokenizer, args.windows, args.length) for name, documents in texts.items()
-    }
     rows = []
     for path in args.models:
-        exact: dict[str, float] = {}
-        for dtype in ("float32", "bfloat16"):
-            model = load(path, dtype=dtype)
-            for activations in ("exact", "int8"):
-                set_activations(model, activations)
-                nats_by_text = {text: nats_per_token(model, batch) for text, batch in windows.items()}
-                exact = exact or nats_by_text
-                for text, nats in nats_by_text.items():
+        original = open_model(path).original
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(original))
+        variants = {"original": {"bfloat16": load_original(original, "bfloat16")}, "exact": {}, "int8": {}}
+        for activations in ("exact", "int8"):
+            for dtype in ("float32", "bfloat16"):
+                variants[activations][dtype] = load(path, dtype=dtype, activations=activations)
+        reference = load_original(original, "float32")
+        for text in heldout_names():
+            windows = token_windows(read_documents(f"bundled:{text}"), tokenizer, args.windows, args.length)
+            base = list(logits_of(reference, windows))
+            for activations, models in variants.items():
+                for dtype, model in models.items():
                     row = {"model": str(path), "text": text, "dtype": dtype, "activations": activations}
-                    rows.append(row | {"perplexity": math.exp(nats), "nats": nats - exact[text]})
-                summary = ", ".join(
-                    f"{text} {math.exp(n):.3f} ({n - exact[text]:+.4f})" for text, n in nats_by_text.items()
-                )
-                print(f"{path} {dtype} {activations}: {summary}", flush=True)
-    write_rows(args.json, rows)
+                    rows.append(row | means(base, model, windows))
+                    figures = " ".join(f"{name} {rows[-1][name]:.5f}" for name in ("kl", "nll", "same_top"))
+                    print(f"{path} {text} {dtype} {activations}: {figures}", flush=True)
+        write_rows(args.json, rows)
 
 
 if __name__ == "__main__":
