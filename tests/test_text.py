@@ -202,7 +202,12 @@ def test_a_pattern_that_nothing_matches(source, message, tmp_path, monkeypatch):
             ValueError,
             "0xff); it is UTF-16: convert it with iconv -f utf-16",
         ),
-        ("x.txt", gzip.compress(b"text", mtime=0), ValueError, "0x8b); it is compressed by gzip: let its name end with .gz"),
+        (
+            "x.txt",
+            gzip.compress(b"text", mtime=0),
+            ValueError,
+            "0x8b); it is compressed by gzip: let its name end with .gz",
+        ),
         ("x.txt", b"%PDF-1.4\xff", ValueError, "0xff); it is a PDF: save it as text"),
         ("x.txt", b" \n", ValueError, "is empty"),
         (
