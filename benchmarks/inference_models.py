@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Q
 
 from eacmoe_lightning.compressed.directory import untied, write_weights
 from eacmoe_lightning.compressed.format import METHOD, REST, SHARD
+from eacmoe_lightning.models.growing_cache import grow_in_place
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.runtime.decode_step import shorten_decode_step
@@ -66,6 +67,7 @@ def packed_model(dense: PreTrainedModel, bits: int, group_size: int = GROUP_SIZE
     for name, parameter in model.named_parameters():
         parameter.data = kept[name].data
     shorten_decode_step(model, MoEModel(model).blocks)
+    grow_in_place(model)
     return model
 
 
@@ -104,6 +106,7 @@ def deep_model(shape: str, bits: int, layers: int, vocabulary: int) -> PreTraine
         else:
             parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
     shorten_decode_step(model, MoEModel(model).blocks)
+    grow_in_place(model)
     return model
 
 

@@ -33,6 +33,7 @@ from eacmoe_lightning.compressed.format import (
     runs_packed,
 )
 from eacmoe_lightning.models.find import find_blocks
+from eacmoe_lightning.models.growing_cache import grow_in_place
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
@@ -174,6 +175,7 @@ class PackedQuantizer(HfQuantizer):
         set_activations(model, self.quantization_config.activations)
         if self.quantization_config.bits:  # a model that is only pruned stays bit for bit what transformers computes
             shorten_decode_step(model, find_blocks(model)[1])
+            grow_in_place(model)
         restore_rule(model, self.quantization_config.directory_config)
         model.save_pretrained = _Saver(model)
 

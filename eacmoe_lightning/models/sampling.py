@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 
+from eacmoe_lightning.models.growing_cache import grow_in_place, with_room
+
 MOST_ROWS = 128  # windows in a batch: with more, steps hardly become cheaper
 CACHE_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}  # of keys and values in a batch
 ROWS = 32  # windows whose distributions are summed up at a time, in float64
@@ -49,6 +51,7 @@ def sample(
     first = torch.tensor([openings.tokens(row, 0)[:1] for row in range(len(uniforms))], device=model.device)
     draw = _Draw(openings, uniforms.to(model.device), temperature, num_ids)
     before, model.generation_config = model.generation_config, GenerationConfig()  # no end, no penalties
+    growing = grow_in_place(model)
     try:
         ids = first
         if uniforms.shape[1] > 1:
@@ -61,6 +64,7 @@ def sample(
                 logits_processor=LogitsProcessorList([draw]),
             )
     finally:
+        growing.remove()
         model.generation_config = before
     if not torch.isfinite(draw.totals).all():
         raise ValueError("its logits are NaN or infinite")
@@ -139,4 +143,5 @@ def batch_size(config: PreTrainedConfig, itemsize: int, num_windows: int, window
 def working_bytes(config: PreTrainedConfig, itemsize: int, windows: int, window_length: int) -> int:
     """Memory that sampling a batch of windows takes beside the weights: the cache, logits and their sums."""
     vocabulary = config.vocab_size
-    return windows * (window_length * cache_bytes(config, itemsize) + 12 * vocabulary) + ROWS * 24 * vocabulary
+    cached = with_room(window_length) * cache_bytes(config, itemsize)
+    return windows * (cached + 12 * vocabulary) + ROWS * 24 * vocabulary
