@@ -7,7 +7,7 @@ The model has one layer, random weights and a small vocabulary. Parts: `moe` is 
 experts) on hidden states; `layer` is the whole model (attention, MoE block, a small head) on tokens, without a cache.
 Work: `decode` is 1x1, `prefill` 1x512, `batch` 4x512 (batch x tokens). In every round, all backends of all bit widths
 take turns, one call each; a row has the median over the rounds. `generate` is a model of --layers layers (part `model`)
-that continues a prompt of 32 tokens by 32 others, greedily, with a cache; its rows are seconds a token after the
+that continues prompts of --prompts tokens by 32 others, greedily, with a cache; its rows are seconds a token after the
 prompt, packed and in llama.cpp only. Its output head has --vocabulary rows, in bf16 or packed (--head-bits; several
 widths take turns, and each has a llama.cpp of its own in memory, with its closest format):
 
@@ -29,7 +29,7 @@ Rows: part, work, shape, bits, backend, threads, median_s, ratio_to_bf16 (to the
 limit (`bandwidth` or `arithmetic`, whichever takes longer at this machine's rates, which are measured in the same run;
 arithmetic at the better of bf16 and float32), limit_share (the share of that limit that was reached; it can exceed 1
 because integers can be multiplied faster), weight_bytes (of the part, in memory; of a model that generates, of its
-layers and its head). Rows of `generate` also have layers, vocabulary and head_bits. Rows of `load` also have
+layers and its head). Rows of `generate` also have layers, vocabulary, head_bits and prompt. Rows of `load` also have
 resident_bytes and peak_bytes, beyond those of the process before, and file_bytes.
 """
 
@@ -66,7 +66,7 @@ from inference_models import (
 )
 from kept_rows import write_rows
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from eacmoe_lightning.calibration.recipe import HEAD_BITS
 from eacmoe_lightning.compressed.format import size_of
@@ -76,7 +76,8 @@ HERE = Path(__file__).resolve().parent
 WORK = {"decode": (1, 1), "prefill": (1, 512), "batch": (4, 512)}
 PARTS = {"decode": ("moe", "layer"), "prefill": ("moe", "layer"), "batch": ("layer",)}  # measured by default
 LOAD, LOADS = "load", 1  # fresh processes for each `load` row
-GENERATE, PROMPT, GENERATED = "generate", 32, 32
+GENERATE, GENERATED = "generate", 32
+MOST_TOKENS = 2048  # of a sequence in llama.cpp, if no prompt is longer
 LONG = 30  # expected seconds of a bf16 call above which `grouped_mm` is left out
 LLAMA_FORMATS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_0"}  # llama.cpp's closest formats: 2.6, 3.4 and 4.5 bits a weight
 LLAMA_HEADS = {4: "Q4_0", 5: "Q5_0", 6: "Q6_K", 8: "Q8_0", 16: "F16"}  # of its output head, by bits
@@ -145,8 +146,9 @@ class Other:
         self.process.wait()
 
 
-def llama_cpp(directory: Path, config: Any, bits: int, head_bits: int = 16) -> Other:
+def llama_cpp(directory: Path, config: Any, bits: int, head_bits: int = 16, most_tokens: int = MOST_TOKENS) -> Other:
     job = {"config": config.to_dict(), "format": LLAMA_FORMATS[bits], "head": LLAMA_HEADS[head_bits]}
+    job["most_tokens"] = most_tokens
     return Other(directory, LLAMA_PACKAGES, "inference_llama.py", job)
 
 
@@ -208,37 +210,51 @@ def seconds_a_token(
     model.lm_head = head
     torch.set_num_threads(threads)
     set_activations(model, activations)
-    times = []
-    for tokens in (1, 1 + GENERATED):
-        start = time.perf_counter()
-        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
-        times.append(time.perf_counter() - start)
-    return (times[1] - times[0]) / GENERATED
+    clock, tokens = Clock(), 1 + GENERATED
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    model.generate(prompt, **options, logits_processor=LogitsProcessorList([clock]))
+    return (clock.times[-1] - clock.times[0]) / GENERATED
+
+
+class Clock(LogitsProcessor):
+    """Notes when the logits of each token were there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.times.append(time.perf_counter())
+        return scores
 
 
 def compare_generation(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of whole models, one width after the other, because each may fill the memory."""
-    prompt = torch.randint(0, VOCABULARY, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, VOCABULARY, (1, max(args.prompts)), generator=torch.Generator().manual_seed(0))
+    most_tokens = max(MOST_TOKENS, max(args.prompts) + GENERATED)
     for bits in args.bits:
         model = deep_model(shape, bits, args.layers, args.vocabulary)
         heads, engines = heads_of(model, args.head_bits), {}
         if args.llama_cpp and bits in LLAMA_FORMATS:
-            engines = {h: llama_cpp(args.llama_cpp, model.config, bits, h) for h in heads if h in LLAMA_HEADS}
-        for threads in args.threads:
+            engines = {
+                h: llama_cpp(args.llama_cpp, model.config, bits, h, most_tokens) for h in heads if h in LLAMA_HEADS
+            }
+        for threads, prompt in itertools.product(args.threads, args.prompts):
             backends: dict[tuple[str, int], Callable[[], float]] = {
-                (name, head_bits): functools.partial(seconds_a_token, model, head, prompt, threads, activations)
+                (name, head_bits): functools.partial(
+                    seconds_a_token, model, head, ids[:, :prompt], threads, activations
+                )
                 for head_bits, head in heads.items()
                 for name, activations in (("packed", "exact"), ("packed int8", "int8"))
             }
             for head_bits, engine in engines.items():
                 name = f"llama.cpp {LLAMA_FORMATS[bits]}"
-                backends[name, head_bits] = functools.partial(engine.seconds_a_token, PROMPT, GENERATED, threads)
+                backends[name, head_bits] = functools.partial(engine.seconds_a_token, prompt, GENERATED, threads)
             for (name, head_bits), seconds in interleaved(backends, args.rounds, 10 * args.seconds).items():
                 size = bytes_of(model.model.layers) + bytes_of(heads[head_bits])
                 if name.startswith("llama"):
                     size = engines[head_bits].weight_bytes + engines[head_bits].head_bytes
                 row = {"part": "model", "work": GENERATE, "shape": shape, "bits": bits, "backend": name}
-                row |= {"threads": threads, "layers": args.layers, "vocabulary": args.vocabulary}
+                row |= {"threads": threads, "layers": args.layers, "vocabulary": args.vocabulary, "prompt": prompt}
                 yield row | {"head_bits": head_bits, "median_s": seconds, "weight_bytes": size}
         for engine in engines.values():
             engine.close()
@@ -316,7 +332,7 @@ def show(row: dict[str, Any]) -> None:
     if row["work"] == LOAD:
         limit = f"{row['resident_bytes'] / 1e6:.0f} MB, peak {row['peak_bytes'] / 1e6:.0f}"
     ratio = f"{row['ratio_to_bf16']:6.2f} x bf16" if "ratio_to_bf16" in row else ""
-    head = f", head {row['head_bits']}" if "head_bits" in row else ""
+    head = f", head {row['head_bits']}, after {row['prompt']}" if "head_bits" in row else ""
     print(
         f"{row['shape']:12s} {row['part']:6s} {row['work']:8s} {row['bits']} bit {row['threads']} threads "
         f"{row['backend'] + head:22s}"
@@ -334,6 +350,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["moe", "layer"], help="default: moe not at `batch`")
     parser.add_argument("--work", nargs="+", choices=[*WORK, LOAD, GENERATE], default=[*WORK, LOAD])
     parser.add_argument("--layers", type=int, default=24, help="of the model that generates")
+    parser.add_argument("--prompts", nargs="+", type=int, default=[32], help="tokens before those it generates")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of the model that generates")
     parser.add_argument(
         "--head-bits", nargs="+", type=int, choices=[16, *HEAD_BITS], default=[16],

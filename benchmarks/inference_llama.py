@@ -19,7 +19,7 @@ import gguf
 import llama_cpp as llama
 import numpy as np
 
-MAX_TOKENS = 2048
+BATCH = 2048  # tokens that one llama_decode takes
 # by format: values of a block's float16 fields by byte offset, for weights with a mean near 0 and a deviation of 0.02
 SCALES = {
     **{"Q4_0": {0: 0.004}, "Q3_K": {108: 0.0005}, "Q2_K": {80: 0.0017, 82: 0.0026}},
@@ -35,7 +35,7 @@ def write_model(path: Path, config: dict, name: str, head: str) -> tuple[int, in
     experts = config["num_experts"] if is_qwen else config["num_local_experts"]
     width = config["moe_intermediate_size"] if is_qwen else config["intermediate_size"]
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(MAX_TOKENS)
+    writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(width)
     writer.add_head_count(heads)
@@ -118,7 +118,8 @@ def main() -> None:
     if not model:
         raise SystemExit(f"llama.cpp does not load {path}")
     parameters = llama.llama_context_default_params()
-    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch, parameters.n_seq_max = 4 * MAX_TOKENS, 2048, 512, 4
+    parameters.n_ctx, parameters.n_seq_max = 4 * job["most_tokens"], 4
+    parameters.n_batch, parameters.n_ubatch = BATCH, 512
     context = llama.llama_init_from_model(model, parameters)
     if not context:
         raise SystemExit(f"llama.cpp creates no context for {path}")
@@ -156,7 +157,9 @@ def decode(context: object, ids: np.ndarray, position: int, all_logits: bool) ->
 
 def generate(context: object, prompt: int, tokens: int, vocabulary: int) -> float:
     """Seconds a token of greedy generation, without the prompt's share; choosing a token counts."""
-    decode(context, np.random.default_rng(0).integers(vocabulary, size=(1, prompt)), 0, False)
+    ids = np.random.default_rng(0).integers(vocabulary, size=(1, prompt))
+    for start in range(0, prompt, BATCH):
+        decode(context, ids[:, start : start + BATCH], start, False)
     seconds = 0.0
     for i in range(tokens):
         start = time.perf_counter()
