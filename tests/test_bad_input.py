@@ -52,6 +52,28 @@ def copied(finished, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
+    "words, option",
+    [
+        (["--model.name_or_path", "elsewhere", "--config", "tiny"], "--model.name_or_path"),
+        (["--data.calibration.text", "mine.txt", "--config", "tiny"], "--data.calibration"),
+        (["--config", "tiny", "--model.bits", "4", "--config", "tiny-2.06"], "--model.bits"),
+    ],
+)
+def test_options_before_a_config_that_sets_them_again(refused, words, option):
+    error = refused(*words, "--print_config")
+    assert (
+        f"{option} stands before --config {words[-1]}, which sets it again" in error and "put --config before" in error
+    )
+
+
+def test_options_around_configs(capsys):
+    words = ["--trainer.max_steps", "4", "--config", "tiny", "--model.bits", "2", "--config", "tiny-2.06"]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *words, "--print_config"])
+    assert end.value.code == 0 and "max_steps: 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     "option, value, messages",
     [
         ("model.bits", "1", ["bits=1 (--model.bits)"]),

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
 TEXT = re.compile(r"[:{\n]")  # marks text that is neither a file nor a name: YAML or a URL
@@ -35,14 +35,27 @@ def find_config(config: str, option: str = "--config") -> str:
 
 
 class NamedConfig(ActionConfigFile):
-    """`--config FILE` or `--config NAME`."""
+    """`--config FILE` or `--config NAME`. It may not set what options before it have set."""
 
     def __init__(self, **kwargs: Any) -> None:
         names = ", ".join(config_names())
         super().__init__(**{**kwargs, "help": f"A YAML file, or the name of a config of the package: {names}."})
 
     def __call__(self, parser: ArgumentParser, cfg: Any, values: str, option_string: str | None = None) -> None:
+        untouched = self.after if cfg.get(self.dest) else parser.get_defaults()
+        given = {key: value for key, value in vars(cfg.as_flat()).items() if value != untouched.get(key)}
         super().__call__(parser, cfg, find_config(values), option_string)
+        _refuse_overridden(given, cfg, values)
+        self.after = cfg.clone()
+
+
+def _refuse_overridden(given: dict[str, Any], cfg: Namespace, config: str) -> None:
+    for key, value in given.items():
+        if cfg.get(key) != value:
+            raise ValueError(
+                f"--{key} stands before --config {config}, which sets it again, to {cfg.get(key)!r}: put --config "
+                "before the options that change it"
+            )
 
 
 class NamedConfigParser(ArgumentParser):
