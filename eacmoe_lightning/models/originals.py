@@ -126,11 +126,23 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
         raise no_model(name_or_path, f"transformers does not understand its config.json ({error!r}).") from error
     quantization = None
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        _fill_head_dim(part)
         if (found := getattr(part, QUANTIZATION, None)) is not None:
             quantization = quantization or (found if isinstance(found, dict) else found.to_dict())
         if QUANTIZATION in vars(part):
             delattr(part, QUANTIZATION)
     return config, quantization or None
+
+
+def _fill_head_dim(config: PreTrainedConfig) -> None:
+    """Gives a config without a `head_dim` the one that the attention takes then.
+
+    transformers' YaRN, dynamic and LongRoPE frequencies multiply by None otherwise, as Mixtral's config has it.
+    """
+    values = vars(config)  # to ask a config whose layers have heads of different sizes is an error
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    if values.get("head_dim", 0) is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        config.head_dim = hidden // heads
 
 
 def _original_of(compressed: dict[str, Any]) -> str | None:
