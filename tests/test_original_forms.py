@@ -1,21 +1,96 @@
-"""Originals whose files or configs have an unusual form, but a plain meaning: they are read as they are meant."""
+"""Originals whose files or configs have an unusual form, or those of other programs: read as meant, or refused."""
 
+from collections.abc import Callable
+
+import pytest
+import tiny_models
 import torch
-from changed_models import changed
+from changed_models import Tensors, changed, refused
 
+from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.models.self_check import check_parts
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.run.files import StoreError
+
+ROPE = {
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 1024},
+    "dynamic": {"factor": 2.0},
+    "longrope": {"original_max_position_embeddings": 8, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+}
 
 
-def test_a_config_without_head_dim_takes_yarn(tiny_model_dir, tmp_path, tokens):
+@pytest.mark.parametrize("kind", ROPE)
+def test_a_config_without_head_dim_takes_every_kind_of_rope(kind, tiny_model_dir, tmp_path, tokens):
     """transformers multiplies by a `head_dim` of null, which is what Mixtral's config has."""
-    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 1024}
+    rope = {"rope_type": kind, "rope_theta": 1e4, **ROPE[kind]}
     logits = []
     for head_dim in (None, 16):
         folder = tmp_path / str(head_dim)
-        changed(tiny_model_dir("mixtral"), folder, rope_parameters=yarn, head_dim=head_dim)
+        changed(tiny_model_dir("mixtral"), folder, rope_parameters=rope, head_dim=head_dim)
         moe = StreamedModel(Checkpoint(str(folder)))
         check_parts(moe, tokens)
         logits.append(moe.logits(tokens))
     assert torch.equal(*logits)
+
+
+def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {key.replace(old, new, 1): tensor for key, tensor in tensors.items()}
+
+
+def with_adapter(tensors: Tensors) -> Tensors:
+    lora = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    return tensors | {f"{lora}A.weight": torch.ones(4, 64), f"{lora}B.weight": torch.ones(64, 4)}
+
+
+@pytest.mark.parametrize(
+    "change, messages",
+    [
+        (renamed("", "_orig_mod."), ["`_orig_mod.`, of torch.compile", "rename the tensors to lm_head.weight"]),
+        (renamed("", "module."), ["`module.`, of Distributed", "save the unwrapped model"]),
+        (renamed("layers.1.", "layers.1._checkpoint_wrapped_module."), ["activation checkpointing", "model.layers.1."]),
+        (with_adapter, ["holds 2 tensors of an adapter such as base_model.model.", "merge it into its base model"]),
+    ],
+)
+def test_weights_of_wrapped_models_and_of_adapters_are_refused(change, messages, tiny_model_dir, tmp_path, capsys):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", change)
+    error = refused(folder, tmp_path / "run", capsys)
+    assert all(message in error for message in [*messages, "--model.name_or_path"]), error
+
+
+def test_no_command_runs_a_model_that_lacks_weights(tiny_model_dir, tmp_path):
+    """transformers' own loader draws them at random and goes on."""
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", renamed("lm_head", "head"))
+    with pytest.warns(UserWarning, match="head.weight"), pytest.raises(StoreError, match=r"lack lm_head\.weight"):
+        open_model(str(folder)).in_memory()
+    with pytest.raises(FileNotFoundError, match=r"lack lm_head\.weight"):
+        load_original(str(folder))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"hidden_act": "swoosh"}, "it does not know hidden_act='swoosh'"),
+        (
+            {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}},
+            "it does not know rope_parameters.rope_type='su'",
+        ),
+        ({"pad_token_id": 4096}, "Padding_idx must be within num_embeddings"),
+    ],
+)
+def test_options_that_transformers_does_not_take_are_named(config, message, tiny_model_dir, tmp_path):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", **config)
+    with pytest.raises(FileNotFoundError) as error:
+        Checkpoint(str(folder))
+    assert message in str(error.value) and "its config.json" in str(error.value)
+
+
+def test_a_model_that_runs_blocks_several_times_is_refused(tokens):
+    model = tiny_models.build("mixtral")
+    moe = MoEModel(model)
+    model.model.layers = torch.nn.ModuleList([*model.model.layers, model.model.layers[1]])
+    model.config.num_hidden_layers = 4
+    with pytest.raises(ValueError, match="runs model.layers.1 more than once"):
+        check_parts(moe, tokens)

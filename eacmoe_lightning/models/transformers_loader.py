@@ -65,13 +65,16 @@ from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
 
+from eacmoe_lightning.models.config_errors import described
+
 SKIPS_PAIRS = "_is_expert_parallel"  # set on experts: ids of E occur, and their pairs are to be skipped
 CACHE = next(field.name for field in fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 TOWER_RETURNS_ROUTER_LOGITS = "router_logits" in DeepseekOcr2TextModel._can_record_outputs
 
 # what transformers raises beside OSError and ValueError where a config's options are missing or make no sense
 UNBUILDABLE = (
-    TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError, StrictDataclassError
+    TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError, AssertionError,
+    StrictDataclassError,
 )  # fmt: skip
 
 _TEXT_HEADS = (AutoModelForImageTextToText, AutoModelForCausalLM)
@@ -249,8 +252,8 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             model = auto_class(config).from_config(config, dtype=dtype)
     except UNBUILDABLE as error:
         raise ValueError(
-            f"transformers cannot build {config.model_type!r} from the options in its config.json ({error!r}). Mend "
-            "the config, or restore the one that was published."
+            f"transformers cannot build {config.model_type!r} from the options in its config.json "
+            f"({described(error, config.to_dict())}). Mend the config, or restore the one that was published."
         ) from error
     persistent = model.state_dict().keys() & dict(model.named_buffers()).keys()
     model._move_missing_keys_from_meta_to_device(persistent, None, None, None)
