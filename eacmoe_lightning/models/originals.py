@@ -156,8 +156,9 @@ def _fill_head_dim(config: PreTrainedConfig) -> None:
     transformers' YaRN, dynamic and LongRoPE frequencies multiply by None otherwise, as Mixtral's config has it.
     """
     values = vars(config)  # to ask a config whose layers have heads of different sizes is an error
-    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
-    if values.get("head_dim", 0) is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+    rope, heads, hidden = (values.get(name) for name in ("rope_parameters", "num_attention_heads", "hidden_size"))
+    is_scaled = isinstance(rope, dict) and rope.get("rope_type", "default") != "default"
+    if is_scaled and values.get("head_dim", 0) is None and heads and hidden:
         config.head_dim = hidden // heads
 
 

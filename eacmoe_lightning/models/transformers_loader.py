@@ -28,8 +28,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -64,6 +66,7 @@ from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_check
 from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from eacmoe_lightning.models.config_errors import described
 
@@ -212,6 +215,21 @@ def trust_tokenizer_file(model_type: str) -> None:
     """
     tokenization_auto.TOKENIZER_MAPPING_NAMES.setdefault(model_type, "TokenizersBackend")
     tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(model_type)
+
+
+@contextmanager
+def dated(template: str, date: datetime) -> Iterator[None]:
+    """Inside the `with` block a chat template that asks for the date (`strftime_now`) gets this one.
+
+    Raises:
+        TemplateSyntaxError: the template is broken.
+    """
+    known = _compile_jinja_template(template).globals  # transformers compiles a template once
+    today, known["strftime_now"] = known["strftime_now"], date.strftime
+    try:
+        yield
+    finally:
+        known["strftime_now"] = today
 
 
 # --- a model without weights ---------------------------------------------------------------------------------
