@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 
+import jobs
 import pytest
 import tiny_models
 import torch
+from architectures import build_from, config_of
 from changed_models import Tensors, changed, refused
+from safetensors.torch import load_file, save_file
 
+from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
@@ -94,3 +98,24 @@ def test_a_model_that_runs_blocks_several_times_is_refused(tokens):
     model.config.num_hidden_layers = 4
     with pytest.raises(ValueError, match="runs model.layers.1 more than once"):
         check_parts(moe, tokens)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_shared_experts_of_no_width_are_none(stored, tmp_path, tokens, tokenizer):
+    """transformers makes empty matrices of `n_shared_experts: 0`, which not every checkpoint holds."""
+    folder = tmp_path / "model"
+    model = build_from(config_of("glm4_moe", n_shared_experts=0))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if not stored:
+        weights = load_file(folder / "model.safetensors")
+        save_file({k: t for k, t in weights.items() if t.numel()}, folder / "model.safetensors", {"format": "pt"})
+    moe = StreamedModel(Checkpoint(str(folder)))
+    check_parts(moe, tokens)
+    with torch.no_grad():
+        assert torch.equal(moe.logits(tokens), model(tokens, use_cache=False).logits)
+    if stored:
+        run = jobs.fit(folder, tmp_path / "run", model__block_epochs=0, model__joint_epochs=0)
+        main(["export", "--source", str(run), "--output", str(tmp_path / "dense"), "--format", "dense"])
+        with pytest.raises(SystemExit):
+            main(["export", "--source", str(run), "--output", str(tmp_path / "gguf"), "--format", "gguf"])

@@ -215,7 +215,10 @@ class OpenFile:
 
     def lazy(self, key: str) -> Any:
         """The tensor, which `[...]` reads."""
-        return self._tensors[key] if isinstance(self._tensors, dict) else self._tensors.get_slice(key)
+        if isinstance(self._tensors, dict):
+            return self._tensors[key]
+        tensor = self._tensors.get_slice(key)
+        return self._tensors.get_tensor(key) if 0 in tensor.get_shape() else tensor  # it does not slice empty ones
 
 
 @contextmanager
