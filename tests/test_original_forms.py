@@ -9,6 +9,8 @@ import torch
 from architectures import build_from, config_of
 from changed_models import Tensors, changed, refused
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.opening import open_model
@@ -119,3 +121,29 @@ def test_shared_experts_of_no_width_are_none(stored, tmp_path, tokens, tokenizer
         main(["export", "--source", str(run), "--output", str(tmp_path / "dense"), "--format", "dense"])
         with pytest.raises(SystemExit):
             main(["export", "--source", str(run), "--output", str(tmp_path / "gguf"), "--format", "gguf"])
+
+
+@pytest.mark.skipif("step3p7" not in CONFIG_MAPPING_NAMES, reason="transformers 5.24 has it")
+def test_step_has_experts_without_the_usual_marks(tmp_path, tokens):
+    """Some of its experts clamp the activated gate."""
+    text = {
+        **{**tiny_models.COMMON, "pad_token_id": 1, "head_dim": 16, "intermediate_size": 128, "share_expert_dim": 64},
+        **{"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "sliding_window": 8},
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": dict.fromkeys(
+            ("full_attention", "sliding_attention"), {"rope_type": "default", "rope_theta": 1e4}
+        ),
+        **{"swiglu_limits": [0.0, 0.5, 0.0], "swiglu_limits_shared": [0.0, 0.4, 0.0], "num_sliding_attention_heads": 2},
+    }
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = AutoConfig.for_model("step3p7", text_config=text, vision_config=vision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    moe = StreamedModel(Checkpoint(str(tmp_path)))
+    check_parts(moe, tokens)
+    assert len(moe.moe_blocks) == 2
+    with torch.no_grad():
+        assert torch.equal(moe.logits(tokens), model(tokens, use_cache=False).logits)
