@@ -1,5 +1,6 @@
 """Originals whose files or configs have an unusual form, or those of other programs: read as meant, or refused."""
 
+import json
 from collections.abc import Callable
 
 import jobs
@@ -147,3 +148,21 @@ def test_step_has_experts_without_the_usual_marks(tmp_path, tokens):
     assert len(moe.moe_blocks) == 2
     with torch.no_grad():
         assert torch.equal(moe.logits(tokens), model(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_tensor_in_two_files_must_be_the_same_in_both(factor, tiny_model_dir, tmp_path):
+    """The index names one of them, and transformers takes that in the last file."""
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model")
+    tensors, key = load_file(folder / "model.safetensors"), "model.norm.weight"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    save_file({key: factor * tensors.pop(key)}, folder / "model-00002-of-00002.safetensors", {"format": "pt"})
+    files = dict.fromkeys(tensors, "model-00001-of-00002.safetensors") | {key: "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    if factor == 1:
+        Checkpoint(str(folder))
+        return
+    with pytest.raises(
+        ValueError, match=r"holds model.norm.weight twice .* model-00001-of-00002.safetensors and model"
+    ):
+        Checkpoint(str(folder))
