@@ -20,6 +20,7 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.models.self_check import check_parts
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.run.files import StoreError
 
 ROPE = {
@@ -162,7 +163,14 @@ def test_a_tensor_in_two_files_must_be_the_same_in_both(factor, tiny_model_dir, 
     if factor == 1:
         Checkpoint(str(folder))
         return
-    with pytest.raises(
-        ValueError, match=r"holds model.norm.weight twice .* model-00001-of-00002.safetensors and model"
-    ):
+    with pytest.raises(ValueError, match=r"holds model.norm.weight twice .* in model-00001-of-00002.safetensors and"):
         Checkpoint(str(folder))
+
+
+def test_a_tokenizer_with_dropout_repeats_itself(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    text = "It was the best of times, it was the worst of times. " * 9
+    assert tokenizer_of(str(tmp_path))(text)["input_ids"] == tokenizer(text)["input_ids"]

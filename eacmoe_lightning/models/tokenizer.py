@@ -32,6 +32,13 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
         raise UntrustedCode(name_or_path, "`auto_map` in its tokenizer_config.json or config.json") from error
 
 
+def _without_dropout(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes a tokenizer cut the same text the same way each time: BPE can leave out merges at random (`dropout`)."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):
+        model.dropout = None
+
+
 def tokenizer_of(
     name_or_path: str, option: str = "--model.name_or_path", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -43,6 +50,7 @@ def tokenizer_of(
     """
     try:
         tokenizer = load_tokenizer(name_or_path, trust_remote_code)
+        _without_dropout(tokenizer)
         problem = "" if tokenizer(PROBE)["input_ids"] else "it makes no token of any text"
     except (DamagedFile, UntrustedCode):
         raise

@@ -81,8 +81,8 @@ def stored_tensors(path: str) -> dict[str, Stored]:
             if key in stored and not _is_equal(key, stored[key], tensor):
                 raise ValueError(
                     f"{path} (--model.name_or_path) holds {key} twice with different values, in "
-                    f"{Path(stored[key].file).name} and {Path(file).name}: download the model again, or remove the file "
-                    "that is not part of it"
+                    f"{Path(stored[key].file).name} and {Path(file).name}: download the model again, or remove the "
+                    "file that is not part of it"
                 )
             stored[key] = tensor
     return stored
