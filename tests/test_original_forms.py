@@ -41,7 +41,15 @@ def test_a_config_without_head_dim_takes_every_kind_of_rope(kind, tiny_model_dir
         moe = StreamedModel(Checkpoint(str(folder)))
         check_parts(moe, tokens)
         logits.append(moe.logits(tokens))
+        assert len(tokenizer_of(str(folder))) == tiny_models.VOCABULARY  # transformers reads the config for it as well
     assert torch.equal(*logits)
+
+
+def test_a_config_that_asks_for_tuples_runs(tiny_model_dir, tmp_path, tokens):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", return_dict=False)
+    moe = StreamedModel(Checkpoint(str(folder)))
+    moe.load_all()
+    assert torch.equal(moe.model(tokens, use_cache=False).logits, moe.logits(tokens))
 
 
 def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:

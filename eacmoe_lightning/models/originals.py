@@ -132,6 +132,8 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
     quantization = None
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         _fill_head_dim(part)
+        if vars(part).get("return_dict") is False:
+            part.return_dict = True  # transformers' own models cannot run with tuples from each other
         if (found := getattr(part, QUANTIZATION, None)) is not None:
             quantization = quantization or (found if isinstance(found, dict) else found.to_dict())
         if QUANTIZATION in vars(part):
