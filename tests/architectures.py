@@ -189,9 +189,12 @@ def model_type(name: str) -> str:
     return name.partition("-")[0]
 
 
-def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of an architecture: 3 or 4 blocks, 8 experts of width 64, top-2 wherever the type allows it."""
-    return AutoConfig.for_model(model_type(name), **{**tiny_models.COMMON, **SETTINGS[name]})
+def config_of(name: str, **changes: Any) -> PreTrainedConfig:
+    """The configuration of an architecture: 3 or 4 blocks, 8 experts of width 64, top-2 wherever the type allows it.
+
+    `changes` replaces or adds options.
+    """
+    return AutoConfig.for_model(model_type(name), **{**tiny_models.COMMON, **SETTINGS[name], **changes})
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:

@@ -113,6 +113,8 @@ def test_options_around_configs(capsys):
         ("trainer.num_sanity_val_steps", "2", ["--trainer.num_sanity_val_steps 2", "validate"]),
         ("trainer.check_val_every_n_epoch", "1", ["--trainer.check_val_every_n_epoch 1", "validate"]),
         ("trainer.val_check_interval", "0.5", ["--trainer.val_check_interval 0.5", "validate"]),
+        ("trainer.accelerator", "tpu", ["--trainer.accelerator tpu: torch finds none", "it can be auto, "]),
+        ("trainer.accelerator", "npu", ["--trainer.accelerator npu: there is no such accelerator", "cuda"]),
         ("trainer.strategy", "ddp", ["DDPStrategy", "ddp_find_unused_parameters_true"]),
         ("ckpt_path", __file__, ["is not a checkpoint", "--ckpt_path", "auto"]),
         ("trainer.enable_checkpointing", "false", ["enable_checkpointing=False"]),
@@ -147,6 +149,19 @@ def test_an_evaluation_takes_no_checkpoint_and_no_partial_batches(stage, refused
     assert "--trainer.fast_dev_run" in refused(*words, "--trainer.fast_dev_run", "true", stage=stage)
     limit = {"validate": "val"}.get(stage, stage)
     assert "nothing would be evaluated" in refused(*words, f"--trainer.limit_{limit}_batches", "0", stage=stage)
+
+
+@pytest.mark.parametrize("command", ["plan", "sensitivity", "analyze", "prune", "study"])
+def test_a_device_that_is_not_there(command, refused, tiny_model_dir, tmp_path):
+    folder = tiny_model_dir("mixtral")
+    words = {
+        "plan": jobs.options(folder, tmp_path / "run"),
+        "sensitivity": [*jobs.options(folder, tmp_path / "run"), "--output", str(tmp_path / "out")],
+        "prune": ["--model", str(folder), "--output", str(tmp_path / "out"), "--pruning.keep", "4"],
+    }.get(command, ["--model", str(folder), "--output", str(tmp_path / "out")])
+    error = refused(*words, "--device", "cuda:77", stage=command)
+    assert "--device cuda:77 is no device of this machine: pass cpu" in error
+    assert not list(tmp_path.iterdir())
 
 
 class StopInEpoch(Callback):

@@ -24,6 +24,7 @@ from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.ranks import Ranks
+from eacmoe_lightning.text.chat import conversation_tokens
 from eacmoe_lightning.text.rows import Conversation
 from eacmoe_lightning.text.sources import read_documents
 from eacmoe_lightning.text.windows import Windows, cut_windows, token_windows
@@ -214,6 +215,7 @@ def test_tokens_are_those_of_the_template_with_nothing_between_conversations(cha
     [
         (CHATML, ["Four.<|im_end|>\n", "Four plus three is seven.<|im_end|>\n"]),
         (MARKED, ["Four.!", "Four plus three is seven.!"]),
+        (MARKED.replace("{% gen", "{%+ gen"), ["Four.!", "Four plus three is seven.!"]),
         (STRICT, [" Four.<|endoftext|>", " Four plus three is seven.<|endoftext|>"]),
     ],
 )
@@ -233,6 +235,42 @@ def test_an_answer_that_repeats_the_question_is_marked_once(chat_tokenizer):
     talk = [{"role": "user", "content": "Say yes. yes"}, {"role": "assistant", "content": "yes"}]
     for template, expected in ((CHATML, "yes<|im_end|>\n"), (THOUGHTS, "yes")):
         assert answers(chat_tokenizer(template), talk) == [expected]
+
+
+DATED = "{{ strftime_now('%d %B %Y %f') }}\n" + CHATML  # gpt-oss, Llama 3 and others tell the date
+
+
+def test_a_template_that_tells_the_date_renders_the_same_every_day(chat_tokenizer):
+    """Otherwise a run that is continued on another day would be refused, because its text has changed."""
+    tokenizer = chat_tokenizer(DATED)
+    ids = token_windows([Conversation(TALK)], tokenizer, 1, 16)[0]
+    assert tokenizer.decode(ids).startswith("01 January 2026 00")
+    assert answers(tokenizer, TALK) == answers(chat_tokenizer(CHATML), TALK)
+    assert "January 2026" not in tokenizer.apply_chat_template(TALK, tokenize=False)  # elsewhere it is today
+
+
+CALLS = (
+    "{% for m in messages %}{{ m.role }}:{% for call in m.tool_calls %}{% for name, value in call.function.arguments"
+    ".items() %}{{ name }}={{ value }}{% endfor %}{% else %}{{ m.content }}{% endfor %}\n{% endfor %}"
+)
+CALLS_AS_TEXT = CALLS.replace("{% for name, value in call.function.arguments.items() %}", "").replace(
+    "{{ name }}={{ value }}{% endfor %}", "{{ '`' + call.function.arguments + '`' }}"
+)
+
+
+@pytest.mark.parametrize("template, expected", [(CALLS, "assistant:city=Rome"), (CALLS_AS_TEXT, '`{"city": "Rome"}`')])
+def test_arguments_of_tools_as_json_text_are_what_the_template_takes(chat_tokenizer, template, expected):
+    """Data sets have them as OpenAI's clients do, as text; most templates read a dict, some text."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    talk = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "sun"}]
+    tokenizer = chat_tokenizer(template)
+    assert expected in tokenizer.decode(conversation_tokens(Conversation(talk), tokenizer, False)[0])
+
+
+def test_templates_by_name_without_a_default_are_refused(chat_tokenizer):
+    tokenizer = chat_tokenizer({"rag": CHATML, "tool_use": CHATML})
+    with pytest.raises(ValueError, match="chat templates for rag, tool_use, but no default: .* --data.chat_template"):
+        answers(tokenizer, TALK)
 
 
 def test_a_template_that_hides_an_answer_is_refused(chat_tokenizer):

@@ -306,6 +306,7 @@ def test_null_rows_are_skipped_and_counted(tmp_path, caplog, name, content):
         ("x.csv", b"text,id\na,1\nb,2,3\n", "line 3: 3 cells, but the header has 2"),
         ("x.csv", b'text\n"a\nb', "not CSV"),
         ("x.csv", b"text\n\n", "is empty"),
+        ("x.csv", b"text,id,text\na,1,b\n", "has 2 columns called `text`: rename all but one"),
         ("x.jsonl.zst", b"(\xb5/\xfd", "an archive of a kind that is not read (.zst): unpack it"),
         ("x.tar.gz", gzip.compress(b"text", mtime=0), "an archive of a kind that is not read (.tar)"),
         ("x.txt.gz", b"plain text", "x.txt.gz is not a whole gzip file"),

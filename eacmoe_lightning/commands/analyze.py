@@ -14,6 +14,7 @@ from eacmoe_lightning.commands.cross import fit_rows
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.evaluation.choice_task import make_questions
+from eacmoe_lightning.run.device import device_of
 from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.skipping import PESF
 from eacmoe_lightning.skipping.selection import Survivors
@@ -93,6 +94,7 @@ def analyze(
         PESF(alpha, survivors, rescue)  # raises before any work starts if an option is wrong
     if cross is not None:
         find_config(cross, "--cross")
+    device_of(device)  # raises now
     opened = open_model(model, dtype)
     if cross is not None and opened.is_compressed:
         raise ValueError(f"{model} (--model) is already compressed, but --cross compresses an original model")

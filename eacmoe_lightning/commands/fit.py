@@ -22,7 +22,7 @@ from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
-from eacmoe_lightning.job.trainer_options import refuse_directory
+from eacmoe_lightning.job.trainer_options import refuse_directory, refuse_missing_accelerator
 from eacmoe_lightning.models.originals import stored_name
 from eacmoe_lightning.text.sources import stored_sources
 
@@ -111,6 +111,7 @@ class CommandLine(LightningCLI):
         follow_launcher(trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        refuse_missing_accelerator(self.config[self.subcommand]["trainer"]["accelerator"])
         has_progress_bar = self.config[self.subcommand]["trainer"].get("enable_progress_bar") is not False
         self.trainer_defaults["callbacks"] = default_callbacks(has_progress_bar)
         if self.config_init[self.subcommand]["trainer"].get("plugins") is None:

@@ -26,6 +26,7 @@ from eacmoe_lightning.planning.phases import plan as plan_run
 from eacmoe_lightning.planning.report import report, summary, warnings
 from eacmoe_lightning.planning.shapes import load_shapes, stored_share
 from eacmoe_lightning.planning.sizes import job_of
+from eacmoe_lightning.run.device import device_of
 from eacmoe_lightning.run.memory import available_memory
 from eacmoe_lightning.targets import TARGETS
 
@@ -67,7 +68,11 @@ def plan(words: list[str]) -> None:
     module.recipe.check(moe)
     by_size = _choose_bits(module, moe)
     share = stored_share(module.name_or_path, moe)
-    device, folder = torch.device(chosen.device), _existing(Path(folder))
+    is_described = getattr(chosen, "available.memory") and None not in [
+        getattr(chosen, f"rate.{f.name}") for f in fields(Rates)
+    ]
+    device = torch.device(chosen.device) if is_described else device_of(chosen.device)
+    folder = _existing(Path(folder))
     memory = getattr(chosen, "available.memory") or available_memory(device)
     job = job_of(module, data, moe, chosen.processes, device.type, memory, share)
     costs = plan_run(moe, module.recipe, job)

@@ -37,6 +37,7 @@ from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.routers.losses import TopKMSE
 from eacmoe_lightning.run.block_file import read_block
+from eacmoe_lightning.run.device import device_of
 from eacmoe_lightning.run.directory import RunDirectory, refuse_other_settings
 from eacmoe_lightning.run.files import read_json
 from eacmoe_lightning.run.lock import LOCK, RunLock
@@ -101,6 +102,7 @@ def prune(
     for option, value in (("batch_size", batch_size), ("ridge", ridge)):
         if value <= 0:
             raise ValueError(f"{option}={value} (--{option}) is not positive")
+    device_of(device)  # raises now
     given = open_model(model, dtype)
     moe = whole(given.streamed(device))
     if moe.is_pruned:

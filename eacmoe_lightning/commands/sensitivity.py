@@ -17,6 +17,7 @@ from eacmoe_lightning.job.sampling import SampledTexts
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.run.device import device_of
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.ranks import Ranks
@@ -50,12 +51,13 @@ def sensitivity(words: list[str]) -> None:
         parser.print_help()  # those of fit follow
         parse_fit(words)
     chosen, words = parser.parse_known_args(words)
+    device = device_of(chosen.device)
     module, data, _ = parse_fit(words)
     widths = sorted(int(width) if width == int(width) else width for width in set(chosen.widths))
     for width in widths:
         module.recipe.uniform(width)  # raises now
     weights = Checkpoint(module.name_or_path, module.dtype_name, module.trust_remote_code)
-    moe = StreamedModel(weights, torch.device(chosen.device))
+    moe = StreamedModel(weights, device)
     data.check_model(moe, "fit")
     module.recipe.check(moe)
     run, ranks = RunDirectory(chosen.output), Ranks()

@@ -19,6 +19,7 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import stored_name
 from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.offload.codecs import Bound
+from eacmoe_lightning.run.device import device_of
 from eacmoe_lightning.run.files import write_atomically, write_json
 from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.provenance import command_line, commit, processor
@@ -98,6 +99,7 @@ def study(
     sources = name_sources(heldout, "--heldout")
     if not sources:
         raise ValueError("--heldout is empty: pass one or more sources, or null for the bundled texts")
+    device_of(device)  # raises now
     opened = open_model(model, dtype)
     directory, moe = opened.directory, opened.in_memory()
     moe.model.to(device)

@@ -23,7 +23,7 @@ from eacmoe_lightning import callbacks
 from eacmoe_lightning.commands.tasks import rules_of, run_tasks
 from eacmoe_lightning.evaluation.harness import Asking
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
-from eacmoe_lightning.job.trainer_options import NEVER
+from eacmoe_lightning.job.trainer_options import NEVER, refuse_missing_accelerator
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.stopping import Stopping
 from eacmoe_lightning.skipping.selection import Survivors
@@ -210,7 +210,11 @@ def calibration_trainer(
         extra_callbacks: after those of `fit`.
         progress_bar: whether the terminal shows one.
         **options: of Lightning's Trainer (accelerator, devices, precision, ...).
+
+    Raises:
+        ValueError: this machine has no such accelerator.
     """
+    refuse_missing_accelerator(options.get("accelerator", "auto"))
     run = Path(run)
     checkpoint = ModelCheckpoint(
         run / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False

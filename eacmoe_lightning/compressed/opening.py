@@ -15,7 +15,7 @@ from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import is_bundled, load_original, local_directory
+from eacmoe_lightning.models.originals import is_bundled, local_directory
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.streamed import StreamedModel
 
@@ -80,8 +80,6 @@ class OpenedModel:
         """The whole model, with compressed or quantized weights decoded."""
         if self.is_compressed:
             return MoEModel(load(self.directory, self.dtype, packed=False))
-        if self.weights.files.scheme is None:
-            return MoEModel(load_original(self.name, self.dtype))
         moe = self.streamed()
         moe.load_all()
         return MoEModel(moe.model)

@@ -59,7 +59,7 @@ class Reference:
         self.imports = [] if module.startswith("transformers.") else [module]  # registers a model type of ours
         self.tokens = torch.randint(vocabulary, (NUM_WINDOWS, WINDOW_LENGTH), generator=generator)
         self.seen = reload.look(model, self.tokens)
-        weights = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+        weights = {name: t for name, t in model.state_dict().items() if t.is_floating_point() and t.numel()}
         self.norms = {name: _norms(t) for name, t in weights.items()}
         self.dtypes = {name: str(t.dtype).rpartition(".")[2] for name, t in weights.items()}
 

@@ -142,6 +142,8 @@ def plan(moe: MoEModel, types: Mapping[str, str], architecture: Architecture) ->
     table = gguf.get_tensor_name_map(number, len(blocks))
     by_block: list[list[Entry]] = [[] for _ in (*blocks, None)]
     for parameter, shape in shapes_of(moe).items():
+        if 0 in shape:
+            raise ValueError(f"{parameter} has no element, which a GGUF file cannot hold: export with --format dense")
         index = next((i for i, block in enumerate(blocks) if parameter.startswith(f"{block.name}.")), len(blocks))
         prefix = f"blk.{blocks[index].index}." if index < len(blocks) else ""
         if pair := _by_ending(SPLIT, parameter):

@@ -25,7 +25,7 @@ def sketch(tensor: Tensor) -> Tensor:
 def look(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     """`logits` [B, T, V] in float32, and the sketch of each floating-point tensor of the model, by name."""
     logits = model(tokens, use_cache=False).logits.float()  # runs first: packed linears may decode on first use
-    sketches = {name: sketch(t) for name, t in model.state_dict().items() if t.is_floating_point()}
+    sketches = {name: sketch(t) for name, t in model.state_dict().items() if t.is_floating_point() and t.numel()}
     return {"logits": logits, **sketches}
 
 

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint, Timer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -41,6 +43,24 @@ def refuse_unsuitable(trainer: Trainer, stage: str) -> None:
             raise ValueError(f"--trainer.{option} {value} does not suit {stage}: {reason}")
     if stage == "fit":
         _check_callbacks(trainer)
+
+
+def refuse_missing_accelerator(name: Any) -> None:
+    """Raises ValueError for the name of an accelerator (`--trainer.accelerator`) that this machine does not have."""
+    classes = {
+        known: AcceleratorRegistry[known]["accelerator"] for known in AcceleratorRegistry.available_accelerators()
+    }
+    there = [known for known, accelerator in classes.items() if accelerator.is_available()]
+    wanted = {"gpu": ("cuda", "mps")}.get(name, (name,))
+    if name == "auto" or not isinstance(name, str) or any(one in there for one in wanted):
+        return
+    if not any(one in classes for one in wanted):
+        reason = f"there is no such accelerator, only {', '.join(['auto', 'gpu', *sorted(classes)])}"
+    elif "cuda" in wanted and torch.version.cuda is None and torch.version.hip is None:
+        reason = f"torch {torch.__version__} is built without CUDA: install a build of torch with it"
+    else:
+        reason = "torch finds none on this machine"
+    raise ValueError(f"--trainer.accelerator {name}: {reason}. Here it can be {', '.join(['auto', *sorted(there)])}")
 
 
 def refuse_directory(directory: str) -> None:

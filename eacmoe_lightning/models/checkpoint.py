@@ -128,7 +128,15 @@ class Checkpoint:
                 except (OSError, SafetensorError) as error:
                     named = first_of(together, "parameter")
                     raise FileNotFoundError(f"{named} of {self.name_or_path!r} cannot be read: {error}") from error
+        tensors |= {name: self._empty(name) for name in names if name not in tensors and self._is_empty(name)}
         return {name: tensors[name] for name in names if name in tensors}
+
+    def _is_empty(self, name: str) -> bool:
+        """Whether a parameter has no element, as of shared experts that there are none of: not every file holds it."""
+        return self._loader.get_parameter_or_buffer(name).numel() == 0
+
+    def _empty(self, name: str) -> Tensor:
+        return torch.empty_like(self._loader.get_parameter_or_buffer(name), device="cpu")
 
     def _batches(self, owners: list[str]) -> Iterator[list[str]]:
         """Parameters one after another, small ones together."""

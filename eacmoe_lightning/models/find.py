@@ -116,6 +116,8 @@ def _find_parts(index: int, name: str, layer: nn.Module) -> Block:
         if type(module).forward is not nn.Linear.forward:
             block.unquantized[path] = f"{type(module).__name__} is no plain product with a matrix"
             continue
+        if not (module.in_features and module.out_features):
+            continue  # of shared experts that there are none of
         if block.is_moe and (path == block.router_name or path.startswith(f"{block.router_name}.")):
             continue
         block.linears[path] = "shared" if block.is_moe and _is_beside_experts(path, moe_name) else "attention"

@@ -99,3 +99,9 @@ def _llama4_moe(moe: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     scaled = (hidden[:, None] * scores[..., None]).flatten(0, 1)  # [N * K, D]
     routed = moe.experts(scaled, ids.view(-1, 1), scaled.new_ones(len(scaled), 1))
     return moe.shared_expert(hidden) + routed.view(len(hidden), -1, routed.shape[-1]).sum(1), logits
+
+
+@register_form("Step3p7Experts")
+def _step3(experts: nn.Module) -> None:
+    """Step 3.7 has the common form but for the marks that say how the weights are laid out."""
+    experts.has_gate, experts.has_bias, experts.is_transposed = True, False, False

@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from eacmoe_lightning.models.config_errors import described
 from eacmoe_lightning.models.transformers_loader import UNBUILDABLE, auto_class, knows_config, register_remote_code
 from eacmoe_lightning.models.weight_files import check_fetched, check_no_adapter, check_option_files, found_instead
+from eacmoe_lightning.run.files import first_of
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny-moe"
 TESTBEDS = Path(__file__).parent.parent.parent / "testbeds"  # in a checkout only: too large for the wheel
@@ -109,6 +112,7 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
     check_fetched(path, weights=False)
     check_option_files(path)
     check_no_adapter(path)
+    stored: dict[str, Any] = {}
     try:
         stored, _ = PreTrainedConfig.get_config_dict(path)
         if {"original", "format_version"} <= stored.keys():
@@ -117,20 +121,47 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
             if not trust_remote_code:
                 raise UntrustedCode(name_or_path, "`auto_map` in its config.json")
             register_remote_code(path, stored["model_type"], stored["auto_map"])
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = _config(path, stored)
     except UntrustedCode:
         raise
     except (OSError, ValueError) as error:
         raise no_model(name_or_path, error) from error
     except UNBUILDABLE as error:
-        raise no_model(name_or_path, f"transformers does not understand its config.json ({error!r}).") from error
+        reason = f"transformers does not understand its config.json ({described(error, stored)})."
+        raise no_model(name_or_path, reason) from error
     quantization = None
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        _fill_head_dim(part)
+        if vars(part).get("return_dict") is False:
+            part.return_dict = True  # transformers' own models cannot run with tuples from each other
         if (found := getattr(part, QUANTIZATION, None)) is not None:
             quantization = quantization or (found if isinstance(found, dict) else found.to_dict())
         if QUANTIZATION in vars(part):
             delattr(part, QUANTIZATION)
     return config, quantization or None
+
+
+def _config(path: str, stored: dict[str, Any]) -> PreTrainedConfig:
+    """The config in a directory or on the hub, whose content is `stored`."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except StrictDataclassError:  # LongRoPE's lengths are checked with a `head_dim` that is not filled in yet
+        heads, hidden = stored.get("num_attention_heads"), stored.get("hidden_size")
+        if stored.get("head_dim") is not None or not heads or not hidden:
+            raise
+        return CONFIG_MAPPING[stored["model_type"]].from_dict({**stored, "head_dim": hidden // heads})
+
+
+def _fill_head_dim(config: PreTrainedConfig) -> None:
+    """Gives a config without a `head_dim` the one that the attention takes then.
+
+    transformers' YaRN, dynamic and LongRoPE frequencies multiply by None otherwise, as Mixtral's config has it.
+    """
+    values = vars(config)  # to ask a config whose layers have heads of different sizes is an error
+    rope, heads, hidden = (values.get(name) for name in ("rope_parameters", "num_attention_heads", "hidden_size"))
+    is_scaled = isinstance(rope, dict) and rope.get("rope_type", "default") != "default"
+    if is_scaled and values.get("head_dim", 0) is None and heads and hidden:
+        config.head_dim = hidden // heads
 
 
 def _original_of(compressed: dict[str, Any]) -> str | None:
@@ -172,7 +203,7 @@ def load_original(name_or_path: str, dtype: str = "auto", trust_remote_code: boo
         trust_remote_code: see `read_config`.
 
     Raises:
-        FileNotFoundError: no model can be loaded from there.
+        FileNotFoundError: no model can be loaded from there, or weights are missing.
         ValueError: the model is quantized (`streamed.StreamedModel.load_all` brings such a one into memory).
     """
     path = resolve_model(name_or_path)
@@ -180,9 +211,11 @@ def load_original(name_or_path: str, dtype: str = "auto", trust_remote_code: boo
     if quantization is not None:
         raise ValueError(f"{name_or_path!r} is quantized: open it as StreamedModel(Checkpoint(...))")
     try:
-        model = auto_class(config).from_pretrained(path, config=config, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model, info = auto_class(config).from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
         raise no_model(name_or_path, error) from error
+    if missing := sorted(info["missing_keys"]):  # transformers would leave them random
+        raise no_model(name_or_path, f"Its files lack {first_of(missing, 'weight')}.")
     return model.eval()
 
 

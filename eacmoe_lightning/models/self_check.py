@@ -58,7 +58,15 @@ def check_parts(
         layer = moe.blocks[index].layer
         return partial(type(layer).forward, layer)
 
+    visited: set[int] = set()
+
     def run(block: Block, *args, **kwargs) -> Any:
+        if block.index in visited:
+            raise ValueError(
+                f"{moe.config.model_type} runs {block.name} more than once in a forward pass. A block is compressed "
+                "with the inputs of one run, so such a model (--model.name_or_path) cannot be compressed"
+            )
+        visited.add(block.index)
         with moe.loaded(block.index), moe.blocks_replaced(of_class):
             before(block)
             with _in_its_own_form(block.layer):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from eacmoe_lightning.models.originals import UntrustedCode, local_directory, no_model, resolve_model
+from eacmoe_lightning.models.originals import UntrustedCode, local_directory, no_model, read_config, resolve_model
 from eacmoe_lightning.models.transformers_loader import UNBUILDABLE
 from eacmoe_lightning.models.weight_files import DamagedFile, check_fetched, check_option_files
 
@@ -25,11 +26,22 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
     check_fetched(path, weights=False)
     check_option_files(path)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        try:
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except StrictDataclassError:  # it reads config.json too, which lacks what `read_config` fills in
+            config, _ = read_config(name_or_path, trust_remote_code)
+            return AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         if trust_remote_code or "trust_remote_code" not in str(error):
             raise
         raise UntrustedCode(name_or_path, "`auto_map` in its tokenizer_config.json or config.json") from error
+
+
+def _without_dropout(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes a tokenizer cut the same text the same way each time: BPE can leave out merges at random (`dropout`)."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):
+        model.dropout = None
 
 
 def tokenizer_of(
@@ -43,6 +55,7 @@ def tokenizer_of(
     """
     try:
         tokenizer = load_tokenizer(name_or_path, trust_remote_code)
+        _without_dropout(tokenizer)
         problem = "" if tokenizer(PROBE)["input_ids"] else "it makes no token of any text"
     except (DamagedFile, UntrustedCode):
         raise

@@ -28,8 +28,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -64,6 +66,9 @@ from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_check
 from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from eacmoe_lightning.models.config_errors import described
 
 SKIPS_PAIRS = "_is_expert_parallel"  # set on experts: ids of E occur, and their pairs are to be skipped
 CACHE = next(field.name for field in fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values"))
@@ -71,7 +76,8 @@ TOWER_RETURNS_ROUTER_LOGITS = "router_logits" in DeepseekOcr2TextModel._can_reco
 
 # what transformers raises beside OSError and ValueError where a config's options are missing or make no sense
 UNBUILDABLE = (
-    TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError, StrictDataclassError
+    TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError, AssertionError,
+    StrictDataclassError,
 )  # fmt: skip
 
 _TEXT_HEADS = (AutoModelForImageTextToText, AutoModelForCausalLM)
@@ -211,6 +217,21 @@ def trust_tokenizer_file(model_type: str) -> None:
     tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(model_type)
 
 
+@contextmanager
+def dated(template: str, date: datetime) -> Iterator[None]:
+    """Inside the `with` block a chat template that asks for the date (`strftime_now`) gets this one.
+
+    Raises:
+        TemplateSyntaxError: the template is broken.
+    """
+    known = _compile_jinja_template(template).globals  # transformers compiles a template once
+    today, known["strftime_now"] = known["strftime_now"], date.strftime
+    try:
+        yield
+    finally:
+        known["strftime_now"] = today
+
+
 # --- a model without weights ---------------------------------------------------------------------------------
 
 
@@ -249,8 +270,8 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             model = auto_class(config).from_config(config, dtype=dtype)
     except UNBUILDABLE as error:
         raise ValueError(
-            f"transformers cannot build {config.model_type!r} from the options in its config.json ({error!r}). Mend "
-            "the config, or restore the one that was published."
+            f"transformers cannot build {config.model_type!r} from the options in its config.json "
+            f"({described(error, config.to_dict())}). Mend the config, or restore the one that was published."
         ) from error
     persistent = model.state_dict().keys() & dict(model.named_buffers()).keys()
     model._move_missing_keys_from_meta_to_device(persistent, None, None, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +12,23 @@ from transformers import PreTrainedModel
 from eacmoe_lightning.models.decoding.schemes import QUANTIZED
 from eacmoe_lightning.models.draft import draft_keys
 from eacmoe_lightning.models.original_files import OriginalFiles
-from eacmoe_lightning.models.transformers_loader import is_ignored
+from eacmoe_lightning.models.transformers_loader import is_ignored, source_keys
+from eacmoe_lightning.models.weight_files import MERGE
 
 UNQUANTIZED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes of ordinary weights
+ADAPTER = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_[bd]|ia3_l|hada_w[12]_[ab]|oft_[rR]|"
+    r"base_layer|modules_to_save|original_module)\."
+)
+WRAPPERS = {  # what other programs put into the names of parameters, and which ones
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "_forward_module.": "Lightning or DeepSpeed",
+    "base_model.model.": "peft",
+    "module.": "DistributedDataParallel or DeepSpeed",
+    "state_dict.": "a training checkpoint",
+}
 HARMLESS = re.compile(r"(^|\.)(inv_freq|position_ids)$")  # computed from the config
 
 
@@ -27,7 +41,8 @@ def check_used(files: OriginalFiles, model: PreTrainedModel, sources: Mapping[st
         sources: the keys of each parameter, as `source_keys` returns them; other names are of unused tensors.
 
     Raises:
-        ValueError: weights are stored as codes, and what decodes them is missing.
+        ValueError: weights are stored as codes, and what decodes them is missing; or an adapter is among the tensors,
+            or they have the names of a wrapped model.
     """
     known = model.state_dict()
     decoded = files.scheme.parts if files.scheme else {}
@@ -57,6 +72,8 @@ def check_used(files: OriginalFiles, model: PreTrainedModel, sources: Mapping[st
             f"{files.name_or_path!r} (--model.name_or_path) is quantized: it holds {' and '.join(what)}. They must be "
             f"decoded, and {remedy}. Otherwise codes would be taken for weights"
         )
+    _refuse_adapter(files, unused)
+    _refuse_wrapped(files, model, unused)
     if files.scheme is not None and not decoded:
         warnings.warn(
             f"the config.json of {files.name_or_path!r} (--model.name_or_path) has a `quantization_config`, but none "
@@ -71,3 +88,26 @@ def check_used(files: OriginalFiles, model: PreTrainedModel, sources: Mapping[st
             f"{' and so on' if len(unused) > 3 else ''}",
             stacklevel=2,
         )
+
+
+def _refuse_adapter(files: OriginalFiles, unused: Iterable[str]) -> None:
+    """Raises ValueError if an adapter is among the tensors, since the model would be another one without it."""
+    if adapter := sorted(key for key in unused if ADAPTER.search(key)):
+        raise ValueError(
+            f"{files.name_or_path!r} (--model.name_or_path) holds {len(adapter)} tensors of an adapter such as "
+            f"{adapter[0]}, which would not take part: {MERGE}"
+        )
+
+
+def _refuse_wrapped(files: OriginalFiles, model: PreTrainedModel, unused: Iterable[str]) -> None:
+    """Raises ValueError if the model's own weights are there, but under the names that they have inside a wrapper."""
+    for part, program in WRAPPERS.items():
+        wrapped = {key.replace(part, ""): key for key in unused if key.startswith(part) or f".{part}" in key}
+        known = model.state_dict().keys() if wrapped else ()
+        own = {key for name, keys in source_keys(model, wrapped)[0].items() if name in known for key in keys}
+        if own := sorted(own - files.keys.keys()):
+            raise ValueError(
+                f"{files.name_or_path!r} (--model.name_or_path) holds {len(own)} weights under names that they have in "
+                f"a wrapper (`{part}`, of {program}), such as {wrapped[own[0]]}, and transformers would not find them: "
+                f"save the unwrapped model with `save_pretrained`, or rename the tensors to {own[0]} and so on"
+            )

@@ -66,7 +66,7 @@ def stored_tensors(path: str) -> dict[str, Stored]:
     Raises:
         OSError: there are no weight files.
         DamagedFile: one is missing, truncated, damaged or not fetched by git-lfs.
-        ValueError: a pickle holds Python objects besides tensors.
+        ValueError: a pickle holds Python objects besides tensors, or two files hold different tensors of one name.
     """
     check_fetched(path)
     files = weight_files(path)
@@ -75,7 +75,28 @@ def stored_tensors(path: str) -> dict[str, Stored]:
             f"of the {len(files)} files that its index names, {path} lacks {first_of(missing, 'file')}: download the "
             "model again"
         )
-    return {key: tensor for file in files for key, tensor in _read_header(file).items()}
+    stored: dict[str, Stored] = {}
+    for file in files:
+        for key, tensor in _read_header(file).items():
+            if key in stored and not _is_equal(key, stored[key], tensor):
+                raise ValueError(
+                    f"{path} (--model.name_or_path) holds {key} twice with different values, in "
+                    f"{Path(stored[key].file).name} and {Path(file).name}: download the model again, or remove the "
+                    "file that is not part of it"
+                )
+            stored[key] = tensor
+    return stored
+
+
+def _is_equal(key: str, *tensors: Stored) -> bool:
+    """Whether two files hold the same under a key."""
+    if len({(tensor.dtype, tensor.shape) for tensor in tensors}) > 1:
+        return False
+    read = []
+    for tensor in tensors:
+        with opened(tensor.file) as file:
+            read.append(file.lazy(key)[...].contiguous().view(-1).view(torch.uint8))
+    return torch.equal(*read)
 
 
 def weight_files(path: str) -> list[str]:
@@ -215,7 +236,10 @@ class OpenFile:
 
     def lazy(self, key: str) -> Any:
         """The tensor, which `[...]` reads."""
-        return self._tensors[key] if isinstance(self._tensors, dict) else self._tensors.get_slice(key)
+        if isinstance(self._tensors, dict):
+            return self._tensors[key]
+        tensor = self._tensors.get_slice(key)
+        return self._tensors.get_tensor(key) if 0 in tensor.get_shape() else tensor  # it does not slice empty ones
 
 
 @contextmanager

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from eacmoe_lightning.models.transformers_loader import dated
 from eacmoe_lightning.text.files import check_fetched, read_text
 from eacmoe_lightning.text.rows import Conversation
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # encloses the answers in templates that mark them
-TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError)  # its code may do anything
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # encloses the answers in templates that mark them
+# its code may do anything
+TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError, ValueError)
+TODAY = datetime(2026, 1, 1)  # in templates that tell the date: a run is continued with the same text on another day
 PLAIN = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Well."}]
 NO_TEMPLATE = (
     "{}: the tokenizer has no chat template to render conversations with: pass one with --data.chat_template FILE "
@@ -92,11 +97,19 @@ def rendered(conversation: Conversation, tokenizer: Any, **options: Any) -> str:
 
 
 def _apply(conversation: Conversation, tokenizer: Any, messages: list[dict], **options: Any) -> Any:
+    _check_default(tokenizer)
+    messages = _as_read(messages, tokenizer, conversation.where)
+    parsed = [_with_parsed_arguments(message) for message in messages]
     try:
-        return tokenizer.apply_chat_template(_as_read(messages, tokenizer, conversation.where), **options)
+        return _render(tokenizer, parsed, **options)
     except TEMPLATE_ERRORS as error:
+        if parsed != messages:
+            try:
+                return _render(tokenizer, messages, **options)  # some templates join arguments as text
+            except TEMPLATE_ERRORS:
+                pass  # the first error says more
         try:
-            tokenizer.apply_chat_template(PLAIN, tokenize=False)
+            _render(tokenizer, PLAIN, tokenize=False)
         except TEMPLATE_ERRORS as broken:
             line = f"line {broken.lineno}: " if isinstance(broken, TemplateSyntaxError) else ""
             message = broken.message if isinstance(broken, TemplateSyntaxError) else broken
@@ -109,6 +122,44 @@ def _apply(conversation: Conversation, tokenizer: Any, messages: list[dict], **o
             f"{conversation.where}: the chat template does not render turns of {roles}: {error}. Mend or remove the "
             "row, or pass another template with --data.chat_template FILE"
         ) from error
+
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
+    templates = tokenizer.chat_template
+    with ExitStack() as stack:
+        for template in templates.values() if isinstance(templates, dict) else [templates]:
+            stack.enter_context(dated(template, TODAY))
+        return tokenizer.apply_chat_template(messages, **options)
+
+
+def _check_default(tokenizer: Any) -> None:
+    """Raises ValueError if a tokenizer has several templates by name, and none is the default."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        raise ValueError(
+            f"the tokenizer has chat templates for {', '.join(sorted(templates))}, but no default: pass one of them "
+            "with --data.chat_template FILE"
+        )
+
+
+def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A turn whose calls of tools have their arguments as a dict, which templates expect, instead of as JSON text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [_with_parsed_call(call) for call in calls]}
+
+
+def _with_parsed_call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(function := call.get("function"), dict):
+        return call | {"function": _with_parsed_call(function)}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _as_read(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> list[dict[str, Any]]:
@@ -140,7 +191,7 @@ def _form_read(tokenizer: Any, template: str) -> Literal["text", "parts", "neith
 def _shows_content(tokenizer: Any, messages: list[dict[str, Any]]) -> bool | None:
     """Whether the template renders what these turns of `PLAIN` say; None: it does not render them at all."""
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = _render(tokenizer, messages, tokenize=False)
     except TEMPLATE_ERRORS:
         return None
     return all(message["content"].casefold() in text.casefold() for message in PLAIN)

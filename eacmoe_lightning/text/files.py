@@ -246,6 +246,7 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
+        _check_names(header, path)
         for cells in reader:
             if len(cells) > len(header):
                 raise ValueError(
@@ -261,6 +262,12 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
         raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
+def _check_names(columns: list[str], path: Path) -> None:
+    """Raises ValueError if two columns of a table have one name: a row would hold the last of them alone."""
+    if repeated := sorted({name for name in columns if name and columns.count(name) > 1}):
+        raise ValueError(f"{path} has {columns.count(repeated[0])} columns called `{repeated[0]}`: rename all but one")
+
+
 def _parquet(path: Path) -> Table:
     import pyarrow.parquet  # takes a second, so only when needed
 
@@ -268,6 +275,7 @@ def _parquet(path: Path) -> Table:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is not a parquet file ({error})") from error
+    _check_names(file.schema_arrow.names, path)
     return Table(str(path), lambda columns: _parquet_rows(str(path), file, columns), columns=file.schema_arrow.names)
 
 
