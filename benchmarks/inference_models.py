@@ -13,6 +13,7 @@ from eacmoe_lightning.compressed.format import METHOD, REST, SHARD
 from eacmoe_lightning.models.growing_cache import grow_in_place
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.files import write_json
+from eacmoe_lightning.runtime.attention import share_keys
 from eacmoe_lightning.runtime.decode_step import shorten_decode_step
 from eacmoe_lightning.runtime.packed_modules import PackedLinear, pack_modules, packed_weights
 
@@ -68,6 +69,7 @@ def packed_model(dense: PreTrainedModel, bits: int, group_size: int = GROUP_SIZE
         parameter.data = kept[name].data
     shorten_decode_step(model, MoEModel(model).blocks)
     grow_in_place(model)
+    share_keys(model)
     return model
 
 
@@ -107,6 +109,7 @@ def deep_model(shape: str, bits: int, layers: int, vocabulary: int) -> PreTraine
             parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
     shorten_decode_step(model, MoEModel(model).blocks)
     grow_in_place(model)
+    share_keys(model)
     return model
 
 

@@ -39,6 +39,7 @@ from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.models.transformers_loader import auto_class, untie
 from eacmoe_lightning.run.files import StoreError, read_json, read_tensors
+from eacmoe_lightning.runtime.attention import share_keys
 from eacmoe_lightning.runtime.decode_step import shorten_decode_step
 from eacmoe_lightning.runtime.packed_modules import PackedLinear, pack_modules, set_activations
 from eacmoe_lightning.skipping.stored import restore_rule
@@ -176,6 +177,7 @@ class PackedQuantizer(HfQuantizer):
         if self.quantization_config.bits:  # a model that is only pruned stays bit for bit what transformers computes
             shorten_decode_step(model, find_blocks(model)[1])
             grow_in_place(model)
+            share_keys(model)
         restore_rule(model, self.quantization_config.directory_config)
         model.save_pretrained = _Saver(model)
 

@@ -14,6 +14,7 @@
 #undef ISA_TARGET
 #undef ISA_WIDTH
 #if defined(__x86_64__)
+#include <immintrin.h>
 #define ISA avx2_portable
 #define ISA_TARGET __attribute__((target("avx2,fma,f16c")))
 #define ISA_WIDTH 8
@@ -27,6 +28,7 @@
 #define ISA_WIDTH 16
 #include "portable.h"
 #include "small.h"
+#include "attend.h"
 #undef ISA
 #undef ISA_TARGET
 #undef ISA_WIDTH

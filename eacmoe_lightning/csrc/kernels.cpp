@@ -1,6 +1,7 @@
 // The CPU kernels' plain C interface, loaded through ctypes (runtime/kernels.py). No dependencies.
 
 #include "products.h"
+#include "attention.h"
 #include "decode_step.h"
 
 #if defined(_WIN32)
@@ -10,7 +11,7 @@
 #endif
 
 // Raise this whenever the interface below changes.
-EXPORT int eacmoe_interface() { return 5; }
+EXPORT int eacmoe_interface() { return 6; }
 
 EXPORT int eacmoe_level() { return eacmoe::best_level(); }
 
@@ -63,4 +64,11 @@ EXPORT void eacmoe_norm(int level, int form, const void* weight, int weight_dtyp
   const auto d = eacmoe::Dtype(dtype);
   eacmoe::norm(eacmoe::kit(eacmoe::Level(level), d, false), eacmoe::Norm(form), weight, eacmoe::Dtype(weight_dtype),
                eps, x, d, N, D, out);
+}
+
+// For AVX512 alone.
+EXPORT void eacmoe_attention(const void* attention, void* out, int threads) {
+#if defined(__x86_64__)
+  eacmoe::attention(*(const eacmoe::Attention*)attention, out, threads);
+#endif
 }

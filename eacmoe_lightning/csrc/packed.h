@@ -71,6 +71,16 @@ struct Engine {
   void (*multiply)(const Packed&, const Segments&, const uint8_t* const* tokens, int64_t M, const Rows&, float* out);
 };
 
+constexpr int64_t KEYS = 256;  // of a chunk
+
+// Some keys [length, width] and values [length, value_width], float32 or bfloat16; mask bool [length] or null. Strides
+// are in elements.
+struct Chunk {
+  const void *keys, *values;
+  const uint8_t* mask;
+  int64_t key_stride, value_stride, length, width, value_width;
+};
+
 // Scratch memory of the calling thread, 64-byte aligned. It is kept from call to call, because fresh pages would cost
 // more than the arithmetic on them. A larger request loses the slot's content.
 enum Slot { SCALES, ROW, OUT_TILE, SUMS, TOKENS_IN, HIDDEN, TOKENS_INNER, SLOTS };

@@ -36,7 +36,7 @@ from eacmoe_lightning.quantization.packing import expert_codes, unpack
 
 CUDA = ("humming", "triton", "decode")  # kernels for GPUs, best first
 LEVELS = ("portable", "avx2", "avx512")  # instruction sets of the C++ kernels; avx512 includes VNNI and VBMI
-INTERFACE = 5  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
+INTERFACE = 6  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 # tokens of an expert from which decoding to float32 and torch's product beat our float32 kernel
@@ -102,8 +102,9 @@ def library() -> ctypes.CDLL | None:
     lib.eacmoe_route.argtypes = [word, dense, choice, pointer, word, long, pointer, word, pointer]
     lib.eacmoe_route.argtypes += [pointer, word, word]
     lib.eacmoe_norm.argtypes = [word, word, pointer, word, ctypes.c_float, pointer, word, long, long, pointer]
+    lib.eacmoe_attention.argtypes = [pointer, pointer, word]
     lib.eacmoe_use_openmp.argtypes = [pointer]
-    for name in ("linear", "experts", "use_openmp", "mlp", "dense", "route", "norm"):
+    for name in ("linear", "experts", "use_openmp", "mlp", "dense", "route", "norm", "attention"):
         getattr(lib, f"eacmoe_{name}").restype = None
     if waiting.spins():
         lib.eacmoe_use_openmp(_openmp_of_torch())
