@@ -39,6 +39,7 @@ UNEQUAL_WITHOUT_CACHE = {
 REFUSED = {
     "dbrx": "its config has experts (moe_num_experts=8)",
     "doge": "its config has experts (num_experts=64)",
+    "inkling2_loop_text": "runs model.layers.2 more than once in a forward pass",
     "jetmoe": "its config has experts (num_local_experts=8)",
     "longcat_flash": "the model has no list of 4 decoder layers",
 }

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from eacmoe_lightning.runtime import kernels
-from eacmoe_lightning.runtime.attention import NAME, attend, share_keys
+from eacmoe_lightning.runtime.attention import MARK, attend, share_keys
 
 pytestmark = pytest.mark.skipif(kernels.level() != "avx512", reason="needs the C++ kernels and AVX512")
 SHAPES = {  # batch, heads, heads of keys, tokens, width of keys, width of values
@@ -38,7 +39,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, masked: bool = False) -> 
 
 
 def module(query: Tensor, key: Tensor) -> SimpleNamespace:
-    return SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True)
+    return SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True, **{MARK: True})
 
 
 @torch.no_grad()
@@ -122,14 +123,17 @@ def test_a_model_that_generates(cache):
         return out.sequences, torch.stack(out.logits)
 
     expected, expected_logits = generated()
-    assert share_keys(model) and model.config._attn_implementation == NAME
+    assert share_keys(model) == 3 and model.config._attn_implementation == "sdpa"
     found, logits = generated()
     assert torch.equal(found, expected)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
     assert not torch.equal(logits, expected_logits)  # another kernel's rounding
+    for part in model.modules():
+        vars(part).pop(MARK, None)
+    assert torch.equal(generated()[1], expected_logits)  # as for all other models of the process
 
 
-def test_eager_models_stay_eager():
-    model = architectures.build("gpt_oss")
-    before = model.config._attn_implementation
-    assert share_keys(model) == (before == "sdpa") and (before == "sdpa" or model.config._attn_implementation == before)
+@torch.no_grad()
+def test_an_attention_of_the_user_is_left_alone(monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *args, **kwargs: None)
+    assert share_keys(architectures.build("qwen3_moe")) == 0

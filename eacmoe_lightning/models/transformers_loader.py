@@ -18,8 +18,8 @@ nowhere else, so a new version means work in one file. `docs/findings/versions.m
 
 Three undocumented names stay where they are used, because all these versions have them: a quantizer's
 `checkpoint_files` and the config's `transformers_weights` (`compressed/loading.py`), and the config's
-`_attn_implementation` (`skipping/session.py`). So do the names of transformers' own server and chat
-(`serving/transformers_server.py`).
+`_attn_implementation` (`skipping/session.py`). So do the names of transformers' own server and
+chat (`serving/transformers_server.py`).
 
 Nothing depends on the version of torch.
 """

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from eacmoe_lightning.runtime import kernels
 
-NAME = "eacmoe"  # of this attention, in place of `sdpa`
+SDPA = "sdpa"  # transformers' name; some models decide by it what else they do, so it stays
+MARK = "shares_keys"  # an attribute of attention modules that use the kernel
 DTYPES = (torch.float32, torch.bfloat16)
 LANES = 16  # heads are multiples of so many numbers
 ALTERS = ("position_bias", "softcap", "s_aux", "output_attentions")  # options that change what is computed
@@ -37,14 +37,22 @@ class _Attention(ctypes.Structure):
     ]
 
 
-def share_keys(model: PreTrainedModel) -> bool:
-    """Has a model whose attention is `sdpa` use `attend`, if the CPU has AVX512. Returns whether it does."""
-    if kernels.level() != "avx512" or model.config._attn_implementation != "sdpa":
-        return False
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    return model.config._attn_implementation == NAME
+def share_keys(model: nn.Module) -> int:
+    """Has the attention of a model use the kernel where heads share keys, if the CPU has AVX512.
+
+    transformers' `sdpa` becomes `attend`, which leaves the modules of all other models to it.
+
+    Returns:
+        The number of attention modules that do, while the model's attention is `sdpa`.
+    """
+    found = AttentionInterface().get(SDPA)
+    if kernels.level() != "avx512" or found not in (sdpa_attention_forward, attend):  # or somebody else's
+        return 0
+    AttentionInterface.register(SDPA, attend)
+    modules = [module for module in model.modules() if getattr(module, "num_key_value_groups", 1) > 1]
+    for module in modules:
+        setattr(module, MARK, True)
+    return len(modules)
 
 
 def attend(
@@ -68,7 +76,11 @@ def attend(
     Returns:
         [B, Q, H, V], and None for the weights.
     """
-    takes = not dropout and all((given := options.get(name)) is None or given is False for name in ALTERS)
+    takes = (
+        hasattr(module, MARK)
+        and not dropout
+        and all((given := options.get(name)) is None or given is False for name in ALTERS)
+    )
     if not takes or not kernels.goes_direct(query) or not _takes(query, key, value, attention_mask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
