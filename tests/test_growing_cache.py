@@ -7,9 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from eacmoe_lightning.models.growing_cache import LEAST_SPARE, GrowingLayer, _adopt, grow_in_place, with_room
+from eacmoe_lightning.models.growing_cache import (
+    LEAST_SPARE,
+    GrowingLayer,
+    GrowingWindowLayer,
+    _adopt,
+    grow_in_place,
+    with_room,
+)
 
 # grouped queries; values of another width than keys; sliding windows; layers with a state of another kind
 MODELS = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
@@ -30,9 +37,9 @@ def prompt(*lengths: int) -> dict[str, Tensor]:
 
 
 def generated(model: PreTrainedModel, inputs: dict[str, Tensor], **options) -> Tensor:
-    tokens = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    tokens = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     out = model.generate(**inputs, **tokens, **options, return_dict_in_generate=True, output_scores=True)
-    assert out.sequences.shape[1] == inputs["input_ids"].shape[1] + 12
+    assert out.sequences.shape[1] == inputs["input_ids"].shape[1] + 24
     return torch.cat([out.sequences.flatten().float(), torch.stack(out.scores).flatten()])
 
 
@@ -74,6 +81,25 @@ def test_tokens_are_written_where_there_is_room():
     assert layer.rooms[0].shape[-2] == with_room(5) == 5 + LEAST_SPARE
     layer.update(keys(1), keys(1))
     assert layer.keys.data_ptr() != place and torch.equal(layer.keys[..., :-1, :], held)
+
+
+@torch.no_grad()
+def test_a_window_moves_on_in_its_room():
+    growing, own, places = GrowingWindowLayer(sliding_window=6), DynamicSlidingWindowLayer(sliding_window=6), set()
+    for step, tokens in enumerate([9, 1, 2, *[1] * 2 * LEAST_SPARE]):
+        new = keys(tokens, float(step))
+        got, expected = growing.update(new, new + 1), own.update(new, new + 1)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+        assert torch.equal(growing.keys, own.keys) and growing.get_mask_sizes(1) == own.get_mask_sizes(1)
+        if step:
+            places.add(growing.rooms[0].data_ptr())
+            assert growing.rooms[0].shape[-2] <= with_room(8)  # and not the prompt's
+    assert 1 < len(places) <= 4
+    for layer in (growing, own) if hasattr(own, "activate_past_recording") else ():
+        layer.activate_past_recording()
+        layer.update(keys(3), keys(3))
+        layer.crop(-2)
+    assert torch.equal(growing.update(keys(1), keys(1))[0], own.update(keys(1), keys(1))[0])
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """Keys and values that grow in place while a model generates.
 
 transformers' dynamic cache makes a new tensor of all keys and one of all values for each token and layer. That is most
-of a decode step of a long text beside packed weights, and of a batch of many texts. `grow_in_place` gives the
-full-attention layers of the cache that a model is called with tensors with room to spare, in which new tokens find
-their place. Attention sees the same numbers, as views.
+of a decode step of a long text beside packed weights, and of a batch of many texts. `grow_in_place` gives the layers of
+the cache that a model is called with tensors with room to spare, in which new tokens find their place. Attention sees
+the same numbers, as views. Layers that keep more than keys and values are left as they are.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 LEAST_SPARE, SPARE = 256, 0.25  # places that a growth leaves free: so many, or this share of those taken
+FEW = 8  # new tokens up to which a sliding window moves in its room
 
 
 def grow_in_place(model: nn.Module) -> RemovableHandle:
@@ -36,12 +37,11 @@ def _adopt(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     for cache in (*args, *kwargs.values()):  # its name differs between versions of transformers
         if type(cache) is DynamicCache and not cache.offloading and not torch.compiler.is_compiling():
             for layer in cache.layers:
-                if type(layer) is DynamicLayer:
-                    layer.__class__ = GrowingLayer
+                layer.__class__ = GROWING.get(type(layer), type(layer))
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer of the cache whose `keys` and `values` [B, H, T, D] are the beginnings of larger tensors, its rooms."""
+    """A layer of the cache whose `keys` and `values` [B, H, T, D] are parts of larger tensors, its rooms."""
 
     rooms: tuple[Tensor | None, Tensor | None] = (None, None)
 
@@ -50,28 +50,53 @@ class GrowingLayer(DynamicLayer):
         if torch.is_grad_enabled():  # a backward pass may need what stands in the rooms
             self.rooms = (None, None)
             return super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.values = self._appended(key_states, value_states)
+        return self.keys, self.values
+
+    def _appended(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, key_room = _append(self.keys, key_states, self.rooms[0])
-        self.values, value_room = _append(self.values, value_states, self.rooms[1])
+        keys, key_room = _append(self.keys, key_states, self.rooms[0])
+        values, value_room = _append(self.values, value_states, self.rooms[1])
         self.rooms = key_room, value_room
-        return self.keys, self.values
+        return keys, values
+
+
+class GrowingWindowLayer(DynamicSlidingWindowLayer, GrowingLayer):
+    """A layer that keeps a sliding window of tokens: it moves on in its rooms, and at their end into new ones."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends tokens as `GrowingLayer` does and returns all, but keeps the last `sliding_window` - 1 of them."""
+        records = getattr(self, "record_past", False)  # keeps more, for a `crop` to come
+        if torch.is_grad_enabled() or records or key_states.shape[-2] > FEW:
+            self.rooms = (None, None)  # those of a prompt would stay much larger than the window
+            return DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
+        keys, values = self._appended(key_states, value_states)
+        self.cumulative_length += key_states.shape[-2]
+        self.keys, self.values = (part[:, :, -self.sliding_window + 1 :, :] for part in (keys, values))
+        return keys, values
+
+
+GROWING = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingWindowLayer}
 
 
 def _append(held: Tensor, new: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
     """What is held [B, H, T, D], or an empty tensor, with the new tokens after it, and the room that this lies in."""
-    start = held.shape[-2] if held.numel() else 0
-    end = start + new.shape[-2]
-    if room is None or not _takes(room, held, new, end):
-        room = new.new_empty(*new.shape[:-2], with_room(end), new.shape[-1])
-        if start:
-            room[..., :start, :] = held
-    room[..., start:end, :] = new
-    return room[..., :end, :], room
+    count, length = new.shape[-2], held.shape[-2] if held.numel() else 0
+    place = None if room is None else _place(room, held, new)
+    if place is None:
+        room, place = new.new_empty(*new.shape[:-2], with_room(length + count), new.shape[-1]), length
+        if length:
+            room[..., :length, :] = held
+    room[..., place : place + count, :] = new
+    return room[..., place - length : place + count, :], room
 
 
-def _takes(room: Tensor, held: Tensor, new: Tensor, end: int) -> bool:
-    """Whether what is held is the beginning of `room`, and new tokens may be written behind it."""
-    is_beginning = held.data_ptr() == room.data_ptr() and held.stride() == room.stride()
-    fits = end <= room.shape[-2] and held.shape[:-2] == new.shape[:-2] and held.dtype == new.dtype
-    return is_beginning and fits and (torch.is_inference_mode_enabled() or not room.is_inference())
+def _place(room: Tensor, held: Tensor, new: Tensor) -> int | None:
+    """The place in `room` behind what is held; None if that lies elsewhere, or new tokens may not be written there."""
+    lies_there = held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
+    if not lies_there or held.stride() != room.stride() or held.shape[:-2] != new.shape[:-2] or held.dtype != new.dtype:
+        return None
+    place = (held.storage_offset() - room.storage_offset()) // room.stride(-2) + held.shape[-2]
+    may = torch.is_inference_mode_enabled() or not room.is_inference()
+    return place if may and place + new.shape[-2] <= room.shape[-2] else None
