@@ -19,7 +19,7 @@ from eacmoe_lightning.text.rows import Conversation
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # encloses the answers in templates that mark them
 # its code may do anything
 TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError, ValueError)
-TODAY = datetime(2026, 1, 1)  # in templates that tell the date: a run is continued with the same text on another day
+DATE = datetime(2026, 1, 1)  # in templates that tell the date: a run is continued with the same text on another day
 PLAIN = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Well."}]
 NO_TEMPLATE = (
     "{}: the tokenizer has no chat template to render conversations with: pass one with --data.chat_template FILE "
@@ -128,7 +128,7 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> A
     templates = tokenizer.chat_template
     with ExitStack() as stack:
         for template in templates.values() if isinstance(templates, dict) else [templates]:
-            stack.enter_context(dated(template, TODAY))
+            stack.enter_context(dated(template, DATE))
         return tokenizer.apply_chat_template(messages, **options)
 
 
