@@ -13,6 +13,7 @@ import tiny_models
 import torch
 from joint_trial import assert_equals_the_whole, stage_of
 from safetensors.torch import load_file, save_file
+from test_architectures import REFUSED
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -45,7 +46,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*
 NAMES = {"qwen2_moe": "lm_head.weight", "phimoe": "lm_head.weight", "qwen3_moe": "model.embed_tokens.weight"}  # tied
 families = pytest.mark.parametrize("family", NAMES)
 QUICK = {"model__router_method": "none", "data__heldout": "[]"}
-REFUSED = ("dbrx", "doge", "jetmoe", "longcat_flash")  # by `fit`, with any options
 
 
 @pytest.fixture(scope="module")
