@@ -28,7 +28,7 @@ def test_unpack_is_the_inverse_of_pack(bits, length, rows, seed):
     )
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (rows, 2, -(-length // 8) * bits)
-    assert torch.equal(unpack(packed, bits, length), codes)
+    assert torch.equal(unpack(packed, bits, length), codes) and packed.is_contiguous()
 
 
 def test_experts_of_mixed_bits_are_stored_one_after_another():
@@ -44,6 +44,7 @@ def test_experts_of_mixed_bits_are_stored_one_after_another():
 def test_packed_bytes_are_the_codes_in_little_endian_order():
     # 3 bits: 1, 2, ..., 7, 0 as one 24-bit number, the first code in its lowest bits
     number = sum(code << (3 * place) for place, code in enumerate([1, 2, 3, 4, 5, 6, 7, 0]))
+    assert pack(torch.ones(2, 8, dtype=torch.uint8), 3).is_contiguous()  # kernels read it row after row
     packed = pack(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.uint8), 3)
     assert packed.tolist() == list(number.to_bytes(3, "little"))
 

@@ -242,11 +242,12 @@ def stream_use(moe: MoEModel, recipe: Recipe, job: Job) -> tuple[int, int]:
     states = [at_blocks[0].output * job.stream_bytes]  # the embedded tokens, the same in both streams
     states += [one.output * job.stream_bytes + one.more for one in at_blocks]
     itemsize, needed = moe.model.dtype.itemsize, []
+    keeps_attention = recipe.quantizes and recipe.solver.needs
     for index, one in enumerate(at_blocks):
         before = states[0] if index == 0 else 2 * states[index]
         checkpoint = 0 if index == 0 else states[0] if index == 1 else 2 * states[index - 1]
         router, experts = one.router_input * job.stream_bytes, one.expert_input * job.stream_bytes
-        attention, after = one.attention_input * itemsize if recipe.solver.needs else 0, states[index + 1]
+        attention, after = one.attention_input * itemsize if keeps_attention else 0, states[index + 1]
         at_the_end = 2 * after + (0 if job.block_epochs else attention)
         needed.append(checkpoint + before + router + max(after + attention + experts, at_the_end))
     return max(needed) * job.num_windows, max(one.output * itemsize + one.more for one in at_blocks)

@@ -28,7 +28,7 @@ def pack(codes: Tensor, bits: Bits) -> Tensor:
     words = torch.zeros(codes.shape[:-1], dtype=torch.int64, device=codes.device)  # of eight codes each
     for i in range(8):
         words |= codes[..., i].long() << i * bits
-    return words.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
+    return words.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2).contiguous()  # a view for rows of eight codes
 
 
 def unpack(packed: Tensor, bits: Bits, n: int) -> Tensor:
