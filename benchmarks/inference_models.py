@@ -10,11 +10,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Q
 
 from eacmoe_lightning.compressed.directory import untied, write_weights
 from eacmoe_lightning.compressed.format import METHOD, REST, SHARD
-from eacmoe_lightning.models.growing_cache import grow_in_place
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.run.files import write_json
-from eacmoe_lightning.runtime.attention import share_keys
-from eacmoe_lightning.runtime.decode_step import shorten_decode_step
+from eacmoe_lightning.runtime.decode_step import speed_up_generation
 from eacmoe_lightning.runtime.packed_modules import PackedLinear, pack_modules, packed_weights
 
 VOCABULARY, GROUP_SIZE, ATTENTION_BITS = 512, 128, 4
@@ -67,9 +65,7 @@ def packed_model(dense: PreTrainedModel, bits: int, group_size: int = GROUP_SIZE
     kept = dict(dense.named_parameters())
     for name, parameter in model.named_parameters():
         parameter.data = kept[name].data
-    shorten_decode_step(model, MoEModel(model).blocks)
-    grow_in_place(model)
-    share_keys(model)
+    speed_up_generation(model, MoEModel(model).blocks)
     return model
 
 
@@ -107,9 +103,7 @@ def deep_model(shape: str, bits: int, layers: int, vocabulary: int) -> PreTraine
             torch.nn.init.ones_(parameter)
         else:
             parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
-    shorten_decode_step(model, MoEModel(model).blocks)
-    grow_in_place(model)
-    share_keys(model)
+    speed_up_generation(model, MoEModel(model).blocks)
     return model
 
 

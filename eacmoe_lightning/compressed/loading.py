@@ -33,14 +33,12 @@ from eacmoe_lightning.compressed.format import (
     runs_packed,
 )
 from eacmoe_lightning.models.find import find_blocks
-from eacmoe_lightning.models.growing_cache import grow_in_place
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.models.transformers_loader import auto_class, untie
 from eacmoe_lightning.run.files import StoreError, read_json, read_tensors
-from eacmoe_lightning.runtime.attention import share_keys
-from eacmoe_lightning.runtime.decode_step import shorten_decode_step
+from eacmoe_lightning.runtime.decode_step import speed_up_generation
 from eacmoe_lightning.runtime.packed_modules import PackedLinear, pack_modules, set_activations
 from eacmoe_lightning.skipping.stored import restore_rule
 
@@ -175,9 +173,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         set_activations(model, self.quantization_config.activations)
         if self.quantization_config.bits:  # a model that is only pruned stays bit for bit what transformers computes
-            shorten_decode_step(model, find_blocks(model)[1])
-            grow_in_place(model)
-            share_keys(model)
+            speed_up_generation(model, find_blocks(model)[1])
         restore_rule(model, self.quantization_config.directory_config)
         model.save_pretrained = _Saver(model)
 

@@ -6,8 +6,6 @@ namespace ISA {
 
 constexpr int SUMS_AT_ONCE = 16;  // half of the registers
 
-typedef int32_t Ints __attribute__((vector_size(ISA_WIDTH * 4)));
-
 ISA_TARGET static inline Floats widened(const float* x) { return *(const Floats*)x; }
 ISA_TARGET static inline Floats widened(const uint16_t* x) {
   return Floats(__builtin_convertvector(*(const Halves*)x, Words) << 16);
@@ -29,20 +27,6 @@ ISA_TARGET static inline void add_up(const Floats* v, float* out) {
       a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88),
                            _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xDD));
   _mm512_storeu_ps(out, a[0]);
-}
-
-// `exponential` of portable.h for a vector, of numbers up to 0.
-ISA_TARGET static inline Floats exponentials(Floats x) {
-  x = x < -87.0f ? Floats{} - 87.0f : x;
-  const Floats shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats y = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1;
-  return y * Floats((__builtin_convertvector(n, Ints) + 127) << 23);
 }
 
 // score[r * KEYS + t] = <query r, key t> for `count` queries [count, D].
@@ -86,17 +70,15 @@ ISA_TARGET static void mix_values(const float* weight, const T* values, int64_t 
 // Scores [KEYS] become exp(score - best), 0 where they are masked; the first n count.
 ISA_TARGET static void weights_of(float* score, const uint8_t* mask, int64_t n, float* best, float* total) {
   for (int64_t t = 0; mask && t < n; t++) score[t] = mask[t] ? score[t] : -INFINITY;
-  for (int64_t t = n; t % ISA_WIDTH; t++) score[t] = -INFINITY;
+  int64_t end = n;
+  for (; end % ISA_WIDTH; end++) score[end] = -INFINITY;
   Floats most = Floats{} - INFINITY, all = {};
-  for (int64_t t = 0; t < n; t += ISA_WIDTH) most = *(Floats*)(score + t) > most ? *(Floats*)(score + t) : most;
+  for (int64_t t = 0; t < end; t += ISA_WIDTH) most = *(Floats*)(score + t) > most ? *(Floats*)(score + t) : most;
   *best = -INFINITY;
   for (int i = 0; i < ISA_WIDTH; i++) *best = most[i] > *best ? most[i] : *best;
   const float least = *best == -INFINITY ? 0 : *best;  // all are masked
-  for (int64_t t = 0; t < n; t += ISA_WIDTH) {
-    Floats& s = *(Floats*)(score + t);
-    s = s == -INFINITY ? Floats{} : exponentials(s - least);
-    all += s;
-  }
+  for (int64_t t = 0; t < end; t++) score[t] = score[t] == -INFINITY ? 0 : exponential(score[t] - least);
+  for (int64_t t = 0; t < end; t += ISA_WIDTH) all += *(Floats*)(score + t);
   *total = sum(all);
 }
 

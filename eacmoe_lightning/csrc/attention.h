@@ -4,7 +4,6 @@
 #include "engines.h"
 #include "threads.h"
 
-#if defined(__x86_64__)
 namespace eacmoe {
 
 // q [B, H, D], k [B, H / G, T, D], v [B, H / G, T, V], mask bool [B, T] or null; strides are in elements.
@@ -17,6 +16,7 @@ struct Attention {
   int32_t dtype;  // FLOAT32 or BFLOAT16
 };
 
+#if defined(__x86_64__)
 // out [B, H, V]. Each task has a chunk of the keys and all queries that share them, so each key is read once; then the
 // chunks' results are put together. The result does not depend on the number of threads.
 static void attention(const Attention& a, void* out, int threads) {
@@ -55,6 +55,6 @@ static void attention(const Attention& a, void* out, int threads) {
     write(sums, V, out, Dtype(a.dtype), row * V);
   });
 }
+#endif
 
 }  // namespace eacmoe
-#endif

@@ -67,8 +67,8 @@ EXPORT void eacmoe_norm(int level, int form, const void* weight, int weight_dtyp
 }
 
 // For AVX512 alone.
-EXPORT void eacmoe_attention(const void* attention, void* out, int threads) {
+EXPORT void eacmoe_attention(const eacmoe::Attention* a, void* out, int threads) {
 #if defined(__x86_64__)
-  eacmoe::attention(*(const eacmoe::Attention*)attention, out, threads);
+  eacmoe::attention(*a, out, threads);
 #endif
 }

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from eacmoe_lightning.models.transformers_loader import cache_of
+
 LEAST_SPARE, SPARE = 256, 0.25  # places that a growth leaves free: so many, or this share of those taken
 FEW = 8  # new tokens up to which a sliding window moves in its room
 
@@ -34,10 +36,10 @@ def with_room(tokens: int) -> int:
 
 
 def _adopt(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    for cache in (*args, *kwargs.values()):  # its name differs between versions of transformers
-        if type(cache) is DynamicCache and not cache.offloading and not torch.compiler.is_compiling():
-            for layer in cache.layers:
-                layer.__class__ = GROWING.get(type(layer), type(layer))
+    cache = cache_of(kwargs)
+    if type(cache) is DynamicCache and not cache.offloading and not torch.compiler.is_compiling():
+        for layer in cache.layers:
+            layer.__class__ = GROWING.get(type(layer), type(layer))
 
 
 class GrowingLayer(DynamicLayer):

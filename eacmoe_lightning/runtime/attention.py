@@ -7,7 +7,6 @@ the rest to that: prefill, gradients, heads with keys of their own, other types 
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -22,19 +21,6 @@ MARK = "shares_keys"  # an attribute of attention modules that use the kernel
 DTYPES = (torch.float32, torch.bfloat16)
 LANES = 16  # heads are multiples of so many numbers
 ALTERS = ("position_bias", "softcap", "s_aux", "output_attentions")  # options that change what is computed
-
-
-class _Attention(ctypes.Structure):
-    """`struct Attention` of csrc/attention.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "length", "width", "value_width")),
-        *((name, ctypes.c_int64) for name in ("q_batch", "q_head", "k_batch", "k_head", "k_token")),
-        *((name, ctypes.c_int64) for name in ("v_batch", "v_head", "v_token", "mask_batch")),
-        ("scale", ctypes.c_float),
-        ("dtype", ctypes.c_int32),
-    ]
 
 
 def share_keys(model: nn.Module) -> int:
@@ -89,14 +75,14 @@ def attend(
     out = query.new_empty(batch, 1, heads, value_width)
     tensors = query, key, value, attention_mask
     mask_batch = 0 if attention_mask is None or len(attention_mask) == 1 else attention_mask.stride(0)
-    described = _Attention(
+    described = kernels.Attention(
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
         *(batch, heads, kv_heads, length, width, value_width),
         *(*query.stride()[:2], *key.stride()[:3], *value.stride()[:3], mask_batch),
         width**-0.5 if scaling is None else scaling,
         kernels.DTYPES[query.dtype],
     )
-    kernels.library().eacmoe_attention(ctypes.byref(described), out.data_ptr(), torch.get_num_threads())
+    kernels.library().eacmoe_attention(described, out.data_ptr(), torch.get_num_threads())
     return out, None
 
 

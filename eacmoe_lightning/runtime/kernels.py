@@ -76,6 +76,19 @@ class Choice(ctypes.Structure):
     ]
 
 
+class Attention(ctypes.Structure):
+    """`struct Attention` of csrc/attention.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "length", "width", "value_width")),
+        *((name, ctypes.c_int64) for name in ("q_batch", "q_head", "k_batch", "k_head", "k_token")),
+        *((name, ctypes.c_int64) for name in ("v_batch", "v_head", "v_token", "mask_batch")),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None with one warning where they are not built."""
@@ -102,7 +115,7 @@ def library() -> ctypes.CDLL | None:
     lib.eacmoe_route.argtypes = [word, dense, choice, pointer, word, long, pointer, word, pointer]
     lib.eacmoe_route.argtypes += [pointer, word, word]
     lib.eacmoe_norm.argtypes = [word, word, pointer, word, ctypes.c_float, pointer, word, long, long, pointer]
-    lib.eacmoe_attention.argtypes = [pointer, pointer, word]
+    lib.eacmoe_attention.argtypes = [ctypes.POINTER(Attention), pointer, word]
     lib.eacmoe_use_openmp.argtypes = [pointer]
     for name in ("linear", "experts", "use_openmp", "mlp", "dense", "route", "norm", "attention"):
         getattr(lib, f"eacmoe_{name}").restype = None
