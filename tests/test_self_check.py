@@ -80,6 +80,21 @@ def test_experts_that_are_misread_are_refused():
         type(experts).forward = type_forward
 
 
+@pytest.mark.parametrize("of_run", [1, 2])  # the model's own, and that as a part
+def test_a_difference_that_does_not_come_again_is_a_warning(of_run, caplog):
+    model = tiny_models.build("mixtral")
+    runs = []
+
+    def disturb(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        runs.append(module)
+        return output * 1.0001 if len(runs) == of_run else None
+
+    model.model.layers[1].mlp.register_forward_hook(disturb)
+    check_parts(MoEModel(model), IDS)
+    assert "model.layers.1 agrees with the model's own forward pass only when both run again" in caplog.text
+    assert "model.layers.1: its output differs" in caplog.text
+
+
 class OtherMoE(nn.Module):
     """Mixtral's MoE block with a router that gives (ids, weights) and experts that are called with them swapped."""
 

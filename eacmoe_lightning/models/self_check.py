@@ -7,6 +7,7 @@ from the same state as a part, and must give the same.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,8 @@ from eacmoe_lightning.models.block import Block, Call
 from eacmoe_lightning.models.moe import MoEModel, inputs
 from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.run.hidden import State
+
+log = logging.getLogger(__name__)
 
 REMEDY = (
     "CONTRIBUTING.md says how to describe a model from outside the package (a form); please report the model type too"
@@ -37,7 +40,8 @@ def check_parts(
 ) -> State:
     """Compares every block, router and expert as a part with the model's own forward pass; reads each block once.
 
-    Linears that do not run are moved to `Block.unquantized`.
+    Linears that do not run are moved to `Block.unquantized`. What differs is run a second time, both ways, and only
+    warned of where it agrees then.
 
     Args:
         moe: the original model.
@@ -69,11 +73,25 @@ def check_parts(
         visited.add(block.index)
         with moe.loaded(block.index), moe.blocks_replaced(of_class):
             before(block)
-            with _in_its_own_form(block.layer):
-                expected = of_class(block.index)(*args, **kwargs)
+
+            def own_output() -> Any:
+                with _in_its_own_form(block.layer):
+                    return of_class(block.index)(*args, **kwargs)
+
+            expected = own_output()
             call = moe.call(block.index, input_ids, states[-1] if states else None, position_ids)
             _compare(f"{block.name}: its input", call.hidden, Call(args, kwargs).hidden)
-            states[:] = [_check_block(block, call, expected)]
+            try:
+                state = _check_block(block, call, expected)
+            except ValueError as error:  # a misfit shows again, what the machine did once does not
+                expected = own_output()
+                state = _check_block(block, call, expected)
+                log.warning(
+                    "%s agrees with the model's own forward pass only when both run again, so on this machine two runs "
+                    "of one job may differ. The first try: %s",
+                    *(block.name, error),
+                )
+            states[:] = [state]
             after(block, call)
         return expected
 
