@@ -48,6 +48,7 @@ STRICT = (  # Mistral, Gemma: no system turn, user and assistant in turns
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}{% endfor %}"
 )
+WITHOUT_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]  # knows no prompt for an answer
 TALK = [
     {"role": "user", "content": "What is two and two?"},
     {"role": "assistant", "content": "Four."},
@@ -214,6 +215,7 @@ def test_tokens_are_those_of_the_template_with_nothing_between_conversations(cha
     "template, expected",
     [
         (CHATML, ["Four.<|im_end|>\n", "Four plus three is seven.<|im_end|>\n"]),
+        (WITHOUT_PROMPT, ["Four.<|im_end|>\n", "Four plus three is seven.<|im_end|>\n"]),
         (MARKED, ["Four.!", "Four plus three is seven.!"]),
         (MARKED.replace("{% gen", "{%+ gen"), ["Four.!", "Four plus three is seven.!"]),
         (STRICT, [" Four.<|endoftext|>", " Four plus three is seven.<|endoftext|>"]),

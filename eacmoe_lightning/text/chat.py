@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import ExitStack
 from datetime import datetime
@@ -21,6 +22,7 @@ GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # encloses the ans
 TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError, ValueError)
 DATE = datetime(2026, 1, 1)  # in templates that tell the date: a run is continued with the same text on another day
 PLAIN = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Well."}]
+OTHER_ANSWER = "\N{SNOWMAN}"  # begins as no answer does
 NO_TEMPLATE = (
     "{}: the tokenizer has no chat template to render conversations with: pass one with --data.chat_template FILE "
     "(the chat_template.jinja of a chat model of this family), or name a column of plain text with --data.column"
@@ -233,11 +235,18 @@ def _answer_spans(conversation: Conversation, tokenizer: Any, text: str) -> list
 
 
 def _around(conversation: Conversation, tokenizer: Any, index: int) -> tuple[str | None, str]:
-    """The rendered turns before an answer, with the prompt for it, and those up to and with the answer."""
+    """The rendered turns before an answer, with the prompt for it, and those up to and with the answer.
+
+    A template that knows no prompt (`add_generation_prompt`) shows it by two answers that begin differently.
+    """
     messages, options = conversation.messages, {"tools": conversation.tools, "tokenize": False}
     try:
         before = _apply(conversation, tokenizer, messages[:index], add_generation_prompt=True, **options)
-        return before, _apply(conversation, tokenizer, messages[: index + 1], **options)
+        after = _apply(conversation, tokenizer, messages[: index + 1], **options)
+        if before == _apply(conversation, tokenizer, messages[:index], **options):
+            other = [*messages[:index], {"role": "assistant", "content": OTHER_ANSWER}]
+            before = os.path.commonprefix([after, _apply(conversation, tokenizer, other, **options)])
+        return before, after
     except (ValueError, IndexError):  # a template may refuse a conversation that ends here, or an empty one
         return None, ""
 
