@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.models import tokenizer as tokenizer_module
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.originals import BUNDLED
 from eacmoe_lightning.models.streamed import StreamedModel
@@ -348,3 +350,18 @@ def test_a_pickle_of_before_torch_16_is_read(tiny_model_dir, tmp_path):
     torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     key = "model.layers.2.self_attn.o_proj.weight"
     assert torch.equal(Checkpoint(str(tmp_path)).read([key])[key], weights[key])
+
+
+@pytest.mark.parametrize(
+    "file, package",
+    [("tokenizer.model", "sentencepiece"), ("tiktoken.model", "tiktoken"), ("qwen.tiktoken", "tiktoken")],
+)
+def test_a_tokenizer_that_an_absent_package_reads_names_the_package(
+    file, package, tiny_model_dir, tmp_path, capsys, monkeypatch
+):
+    folder = shutil.copytree(tiny_model_dir("mixtral"), tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (folder / file).write_bytes(b"\n\x0e\n\x05<unk>\x15")
+    monkeypatch.setattr(tokenizer_module, "find_spec", lambda name: None)
+    message = refused(folder, tmp_path / "run", capsys)
+    assert f"{file} is read by the package {package}: pip install {package}" in message

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -10,6 +13,12 @@ from eacmoe_lightning.models.transformers_loader import UNBUILDABLE
 from eacmoe_lightning.models.weight_files import DamagedFile, check_fetched, check_option_files
 
 PROBE = "Any text has tokens: 1, 2, 3."
+READERS = {  # files that transformers reads by a package that it does not require
+    "tiktoken.model": "tiktoken",
+    "*.tiktoken": "tiktoken",
+    "tokenizer.model": "sentencepiece",
+    "spiece.model": "sentencepiece",
+}
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -37,6 +46,15 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
         raise UntrustedCode(name_or_path, "`auto_map` in its tokenizer_config.json or config.json") from error
 
 
+def _missing_reader(folder: Path) -> str:
+    """What to do if the tokenizer is in a form for which a package is missing; else an empty text."""
+    if not (folder / "tokenizer.json").is_file():
+        for pattern, package in READERS.items():
+            if (file := next(folder.glob(pattern), None)) is not None and find_spec(package) is None:
+                return f"{file.name} is read by the package {package}: pip install {package}"
+    return ""
+
+
 def _without_dropout(tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes a tokenizer cut the same text the same way each time: BPE can leave out merges at random (`dropout`)."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
@@ -51,7 +69,7 @@ def tokenizer_of(
 
     Raises:
         FileNotFoundError: there is no such model; or it has no tokenizer, an empty or a damaged one.
-        ValueError: it needs code that came with it, and that is not trusted.
+        ValueError: it needs code that came with it, and that is not trusted; or a package that is not installed.
     """
     try:
         tokenizer = load_tokenizer(name_or_path, trust_remote_code)
@@ -59,11 +77,14 @@ def tokenizer_of(
         problem = "" if tokenizer(PROBE)["input_ids"] else "it makes no token of any text"
     except (DamagedFile, UntrustedCode):
         raise
-    except UNBUILDABLE as error:  # most classes read config.json too
-        reason = f"transformers does not understand its config.json or the tokenizer's files ({error!r})."
-        raise no_model(name_or_path, reason, option) from error
-    except (OSError, ValueError) as error:
-        if not (local_directory(name_or_path, option) / "config.json").is_file():  # no model at all
+    except (*UNBUILDABLE, OSError, ValueError) as error:
+        folder = local_directory(name_or_path, option)
+        if missing := _missing_reader(folder):
+            raise ValueError(f"the tokenizer of {name_or_path!r} ({option}) cannot be opened: {missing}") from error
+        if isinstance(error, UNBUILDABLE):  # most classes read config.json too
+            reason = f"transformers does not understand its config.json or the tokenizer's files ({error!r})."
+            raise no_model(name_or_path, reason, option) from error
+        if not (folder / "config.json").is_file():  # no model at all
             raise no_model(name_or_path, "There is no config.json.", option) from error
         problem = str(error)
     if problem:  # some classes make an empty tokenizer where its files are missing
