@@ -3,6 +3,7 @@
 Tests that run lm-eval are skipped where it is not installed (`pip install -e ".[test,tasks]"`).
 """
 
+import copy
 import inspect
 import json
 import re
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 
 import jobs
 import pytest
+import tiny_models
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -336,3 +338,11 @@ def test_generation_under_pesf_in_a_batch_is_that_of_one_sequence_at_a_time(fitt
     alone, together = (ask(language_model(model, tokenizer, size), unit, asking) for size in (1, 3))
     assert [q["answers"] for q in alone["questions"]] == [q["answers"] for q in together["questions"]]
     assert len({q["answers"][""] for q in alone["questions"]}) > 1
+
+
+@needs_lm_eval
+def test_prompts_that_tell_the_date_are_the_same_on_every_day(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    model = language_model(tiny_models.build("mixtral"), tokenizer)
+    assert model.apply_chat_template([{"role": "user", "content": "Hi"}]) == "2026-01-01Hi"

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eacmoe_lightning.evaluation.task_results import Record, answers_of, is_scored
 from eacmoe_lightning.skipping import current_rule
+from eacmoe_lightning.text.chat import on_a_fixed_date
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "tasks"
 SAMPLES = 1000  # of bootstrapped standard errors, for metrics that have no closed form
@@ -199,7 +200,14 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
     from lm_eval.models.huggingface import HFLM
 
     class LanguageModel(HFLM):
-        """HFLM that scores one sequence at a time if the model skips experts by what a sequence selects."""
+        """HFLM that scores one sequence at a time if the model skips experts by what a sequence selects.
+
+        Prompts that tell the date tell a fixed one, so that another day's figures are comparable.
+        """
+
+        def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+            with on_a_fixed_date(self.tokenizer):
+                return super().apply_chat_template(*args, **kwargs)
 
         def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
             before = self.batch_size_per_gpu

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -126,11 +127,19 @@ def _apply(conversation: Conversation, tokenizer: Any, messages: list[dict], **o
         ) from error
 
 
-def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
+@contextmanager
+def on_a_fixed_date(tokenizer: Any) -> Iterator[None]:
+    """Inside the `with` block all chat templates of a tokenizer that tell the date tell `DATE`."""
     templates = tokenizer.chat_template
     with ExitStack() as stack:
         for template in templates.values() if isinstance(templates, dict) else [templates]:
-            stack.enter_context(dated(template, DATE))
+            if template is not None:
+                stack.enter_context(dated(template, DATE))
+        yield
+
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
+    with on_a_fixed_date(tokenizer):
         return tokenizer.apply_chat_template(messages, **options)
 
 
