@@ -148,6 +148,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
                      num_experts=8, head_dim=16),
     "laguna": dict(**ROUTED, **SLIDING, **DENSE_FIRST, shared_expert_intermediate_size=64, num_experts=8, head_dim=16,
                    moe_routed_scaling_factor=2.5, num_attention_heads_per_layer=[4, 2, 4]),
+    "laguna-capped": dict(**ROUTED, num_experts=8, head_dim=16, moe_router_logit_softcapping=0.5),
     "lfm2_moe": dict(**ROUTED, num_experts=8, num_dense_layers=1, routed_scaling_factor=2.5,
                      layer_types=["conv", "full_attention", "conv"]),
     "lara_mini": dict(**ROUTED, **DELTA_NET, head_dim=16, num_experts=8, shared_expert_intermediate_size=64,

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.models.routing import LogitMap
 from eacmoe_lightning.routers.losses import TopKMSE
 from eacmoe_lightning.routers.ridge import NormalEquations, experts_together, solve, working_bytes
 
@@ -107,6 +108,16 @@ def test_a_linear_shift_is_undone(rows):
     shift = torch.eye(D) + 0.2 * torch.randn(D, D, generator=torch.Generator().manual_seed(5))
     expected = weight @ torch.linalg.inv(shift)
     torch.testing.assert_close(calibrated(x @ shift.T, x @ weight.T, weight, E, 1e-10), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("to_logits", [LogitMap(scale=0.5), LogitMap(cap=8.0), LogitMap(scale=0.25, cap=3.0)])
+def test_a_linear_shift_before_a_router_that_scales_or_caps_its_logits_is_undone(rows, to_logits):
+    """The closed form is solved in the products of input and matrix, which the original's logits are mapped back to."""
+    x, _, weight = rows
+    shift = torch.eye(D) + 0.2 * torch.randn(D, D, generator=torch.Generator().manual_seed(5))
+    teacher = to_logits(x @ weight.T)
+    ours = calibrated(x @ shift.T, to_logits.products(teacher), weight, E, 1e-10)
+    torch.testing.assert_close(to_logits(x @ shift.T @ ours.T), teacher, rtol=0, atol=1e-2)
 
 
 def test_an_expert_that_no_token_targets_keeps_its_row(rows):

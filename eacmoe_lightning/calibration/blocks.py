@@ -274,7 +274,7 @@ class Calibration:
             experts = slice(start, min(start + together, num_experts))
             sums = ridge.NormalEquations(experts, width, weight.device, shared)
             for x, target in self._ridge_rows():
-                residual = target - self.block.router_logits(x)
+                residual = self.block.logit_map.products(target) - self.block.router_products(x)
                 sums.add(x.float(), residual, self.block.choice(target).topk(num_targets, dim=-1).indices)
             for total in (sums.gram, sums.cross, sums.squares):
                 self.ranks.sum(total)

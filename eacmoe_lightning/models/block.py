@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from eacmoe_lightning.models.experts import Experts, Groups, run_by_expert
 from eacmoe_lightning.models.routing import (
     Handles,
+    LogitMap,
     Reached,
     Routing,
     Watcher,
@@ -118,7 +119,7 @@ class Block:
 
     @property
     def calibrates(self) -> bool:
-        """Whether the router's logits are the product of its input with a matrix [E, R], which can be calibrated.
+        """Whether the router has one matrix [E, R] that its logits follow from, which can be calibrated.
 
         The routers of ZAYA and Inkling have rows for more than the experts; they stay as they are.
         """
@@ -150,8 +151,17 @@ class Block:
         """[E], the bias that is added to the logits, if the router has one (gpt_oss)."""
         return getattr(self.router_matrix, "bias", None) if self.calibrates else None
 
+    @property
+    def logit_map(self) -> LogitMap:
+        """What the router makes of its matrix's products, the router's bias added."""
+        return LogitMap.of(self.router)
+
     def router_logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """[N, R] -> [N, E] in float32, with the router's weight or another one in its place."""
+        return self.logit_map(self.router_products(x, weight))
+
+    def router_products(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The same before `logit_map`, so linear in the weight."""
         weight = self.router_weight if weight is None else weight
         bias = self.router_bias
         with torch.autocast(x.device.type, enabled=False):

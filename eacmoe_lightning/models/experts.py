@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from eacmoe_lightning.models.transformers_loader import post_expert_norm
+
 if TYPE_CHECKING:
     from eacmoe_lightning.models.block import Block
 
@@ -56,7 +58,9 @@ class Experts:
         """One expert: [n, D] -> [n, D]. `up` [O, D] and `down` [D, F] replace its weights."""
         h = self.intermediate(x, expert, up)
         down = self.weight("down_proj")[expert] if down is None else down
-        return nn.functional.linear(h, down, self.bias("down_proj", expert))
+        y = nn.functional.linear(h, down, self.bias("down_proj", expert))
+        norm = post_expert_norm(self.module)
+        return y if norm is None else norm(y)
 
 
 def run_by_expert(

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+
+LARGEST_SHARE = 0.9999  # of a cap that the inverse of a capped logit takes for its largest
 
 
 @dataclass
@@ -21,6 +24,36 @@ class Routing:
         """The same with a row for each pair of a token and one of its experts, [N * K, ...]."""
         logits = self.logits.repeat_interleave(self.ids.shape[1], 0)
         return Routing(logits, self.ids.reshape(-1, 1), self.weights.reshape(-1, 1))
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """What a router makes of the products of its input with its matrix before they are its logits.
+
+    Attributes:
+        scale: factor of the products (Muse Spark).
+        cap: logits stay between -cap and cap, as cap * tanh(product / cap) (Laguna); 0: they are not bounded.
+    """
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+    @classmethod
+    def of(cls, router: nn.Module) -> LogitMap:
+        """The map of a router, from the options that transformers' routers keep."""
+        scale, cap = getattr(router, "output_multiplier", 1.0), getattr(router, "router_logit_softcapping", 0.0)
+        return cls(float(scale), max(float(cap or 0.0), 0.0))
+
+    def __call__(self, products: Tensor) -> Tensor:
+        """Products [N, E] -> logits [N, E], differentiable."""
+        logits = products if self.scale == 1.0 else products * self.scale
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+    def products(self, logits: Tensor) -> Tensor:
+        """The products [N, E] that give these logits; of logits next to the cap, large ones."""
+        if self.cap:
+            logits = torch.atanh((logits / self.cap).clamp(-LARGEST_SHARE, LARGEST_SHARE)) * self.cap
+        return logits if self.scale == 1.0 else logits / self.scale
 
 
 # Gets a routing and, if it is known, the router's input. A routing that it returns runs instead.

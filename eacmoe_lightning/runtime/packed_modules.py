@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
 from eacmoe_lightning.models.head import output_head
-from eacmoe_lightning.models.transformers_loader import has_default_gate
+from eacmoe_lightning.models.transformers_loader import has_default_gate, post_expert_norm
 from eacmoe_lightning.quantization.grid import Bits, Quantized
 from eacmoe_lightning.quantization.packing import expert_codes, packed, unpack
 from eacmoe_lightning.runtime import kernels
@@ -207,6 +207,8 @@ class PackedExperts(nn.Module):
                 self.register_parameter(name, parameter)
             delattr(experts, name)
         self.original = (experts,)  # for its gating; a tuple, since transformers would initialise a submodule
+        self.post_expert_norm = post_expert_norm(experts)
+        self.has_post_expert_norm = self.post_expert_norm is not None
         self.activation = _activation_name(experts)
 
     def _bias(self, name: str) -> Tensor | None:
@@ -225,11 +227,12 @@ class PackedExperts(nn.Module):
         return out.view(hidden_states.shape)
 
     def _expert(self, e: int, x: Tensor) -> Tensor:
-        """One expert, with the gating of the original module: [n, D] -> [n, D]."""
+        """One expert, with the gating and the norm of the original module: [n, D] -> [n, D]."""
         hidden = self._multiply(self.up_name, e, x)
         (experts,) = self.original
         hidden = experts._apply_gate(hidden) if self.has_gate else experts.act_fn(hidden)
-        return self._multiply("down_proj", e, hidden)
+        out = self._multiply("down_proj", e, hidden)
+        return self.post_expert_norm(out) if self.has_post_expert_norm else out
 
     def _multiply(self, name: str, e: int, x: Tensor) -> Tensor:
         *tensors, bits = getattr(self, name).expert(e)
@@ -238,8 +241,8 @@ class PackedExperts(nn.Module):
 
 
 def _activation_name(experts: nn.Module) -> str | None:
-    """The kernels' name of the activation; None if they lack the activation or the gating."""
-    if experts.has_gate and not has_default_gate(experts):
+    """The kernels' name of the activation; None if they lack the activation, the gating or a norm that follows."""
+    if (experts.has_gate and not has_default_gate(experts)) or post_expert_norm(experts) is not None:
         return None
     return activation_name(experts.act_fn)
 
