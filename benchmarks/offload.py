@@ -154,7 +154,7 @@ def break_even(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
     slower, saved = row["decode"] - plain["decode"], plain["bytes_per_token"] - row["bytes_per_token"]
     return {
         "serial": saved / slower / 1e9 if slower > 0 else float("inf"),
-        "overlapped": plain["bytes_per_token"] / row["decode"] / 1e9,
+        "overlapped": plain["bytes_per_token"] / row["decode"] / 1e9 if row["decode"] > 0 else float("inf"),
     }
 
 
