@@ -56,10 +56,31 @@ def test_the_next_router_predicts_and_no_hook_sees_it(offloaded, tokens):
     assert counters.prefetches > 0 and counters.requests == 6  # one token, two experts in three blocks
     hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
     for cache in handle.caches:
-        cache.entries.clear()
+        for place in list(cache.entries):
+            cache.wait(place)
+            cache.free.append(cache.forget(place).slot)
     handle.predict(0, hidden)
     likely = set((hidden @ blocks[1].router_weight.float().t()).topk(2).indices[0].tolist())
     assert {place for cache in handle.caches for place in cache.entries} == {(1, expert) for expert in likely}
+
+
+def test_a_block_whose_experts_are_all_here_is_not_predicted(offloaded, tokens, monkeypatch):
+    model, handle = offloaded("mixtral", 1.0, lookahead=2.0)
+    blocks = handle.blocks
+    for block in blocks:
+        handle.cache_of[block.index].prefetch(block.index, range(8))
+        for expert in range(8):
+            handle.cache_of[block.index].wait((block.index, expert))
+    predicted = []
+    for block in blocks:
+        monkeypatch.setattr(block, "router_logits", lambda x: predicted.append(x))
+    with torch.no_grad():
+        model(tokens)
+    assert not predicted and all(cache.holds(1, 8) for cache in handle.caches)
+    cache = handle.cache_of[1]
+    cache.wait((1, 3))
+    cache.free.append(cache.forget((1, 3)).slot)
+    assert not cache.holds(1, 8) and (1, 3) not in cache.fetching
 
 
 def test_counters_by_hand(offloaded):

@@ -9,6 +9,7 @@ the model; workers only fill slots.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -52,11 +53,17 @@ class ExpertCache:
         self.is_packed = len(slots.parts[0]) > 1
         self.parts: dict[Place, tuple[tuple[Part, ...], ...]] = {}
         self.entries: dict[Place, Entry] = {}
+        self.fetching: dict[Place, Entry] = {}  # those of the entries whose fetch nobody has waited for
+        self.held: Counter[int] = Counter()  # number of entries of each block
         self.free = list(range(slots.capacity))[::-1]
 
     @property
     def capacity(self) -> int:
         return self.slots.capacity
+
+    def holds(self, block: int, num_experts: int) -> bool:
+        """Whether all experts of a block are here or on their way."""
+        return self.held[block] == num_experts
 
     def window(self, block: int, experts: Sequence[int]) -> Window:
         """A context manager for a block that will request these experts in this order."""
@@ -83,7 +90,8 @@ class ExpertCache:
         if slot is None:
             return False
         future = self.fetcher.submit(self.slots.loader(slot, self._records(place), self.parts_of(place)))
-        self.entries[place] = Entry(slot, future, is_prediction)
+        self.entries[place] = self.fetching[place] = Entry(slot, future, is_prediction)
+        self.held[place[0]] += 1
         self.counters.prefetches += is_prediction
         self._count_bytes(place, 1)
         return True
@@ -99,22 +107,23 @@ class ExpertCache:
             try:
                 self.counters.decode_seconds += entry.future.result()
             except Exception:
-                self.free.append(self.entries.pop(place).slot)
+                self.free.append(self.forget(place).slot)
                 raise
             entry.future = None
+            self.fetching.pop(place)
         return entry.slot
 
     def drop_queued(self, wanted: Collection[Place]) -> None:
         """Cancels prefetches of experts that are not wanted, unless a worker has started on them."""
-        for place, entry in list(self.entries.items()):
-            if entry.future is not None and not entry.is_pinned and place not in wanted and entry.future.cancel():
-                self.free.append(self.entries.pop(place).slot)
+        for place, entry in list(self.fetching.items()):
+            if not entry.is_pinned and place not in wanted and entry.future.cancel():
+                self.free.append(self.forget(place).slot)
                 self.counters.prefetches -= 1
                 self._count_bytes(place, -1)
 
     def wait_for_room(self) -> None:
         """Waits until some prefetch ends, so that its expert can be evicted."""
-        in_flight = [e.future for e in self.entries.values() if not (e.is_pinned or e.is_ready)]
+        in_flight = [entry.future for entry in self.fetching.values() if not (entry.is_pinned or entry.is_ready)]
         wait(in_flight, return_when=FIRST_COMPLETED)
 
     def _take_slot(self, protected: Collection[Place]) -> int | None:
@@ -125,10 +134,16 @@ class ExpertCache:
         victim = self.policy.victim(idle)
         if victim is None:
             return None
-        entry = self.entries.pop(victim)
+        entry = self.forget(victim)
         self.counters.evictions += 1
         self.counters.useless_prefetches += entry.is_prediction
         return entry.slot
+
+    def forget(self, place: Place) -> Entry:
+        """Takes an expert out of the cache; its slot is the caller's."""
+        self.fetching.pop(place, None)
+        self.held[place[0]] -= 1
+        return self.entries.pop(place)
 
     def parts_of(self, place: Place) -> tuple[tuple[Part, ...], ...]:
         """An expert's tensors, projection by projection."""

@@ -74,6 +74,8 @@ class Offload:
         following = self.successor.get(block)
         if following is None or not self.lookahead or not self.fetcher.is_parallel:
             return
+        if self.cache_of[following.index].holds(following.index, following.num_experts):
+            return
         logits = following.router_logits(hidden)
         ids = logits.topk(self.top_k, dim=-1).indices
         load = torch.bincount(ids.flatten(), minlength=logits.shape[-1])
