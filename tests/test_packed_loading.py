@@ -24,7 +24,7 @@ from transformers import (
     pipeline,
 )
 
-from eacmoe_lightning import load
+from eacmoe_lightning import load, load_offloaded
 from eacmoe_lightning.compressed.directory import save_compressed
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import BUNDLED, load_original
@@ -182,6 +182,14 @@ def test_dtypes_and_copies_do_not_touch_the_scales(folder_of, tokens):
         tensor.zero_()
     model.load_state_dict({name: torch.as_tensor(t) for name, t in load(folder_of("mixtral")).state_dict().items()})
     assert state.keys() == model.state_dict().keys() and torch.equal(model(tokens).logits, wide)
+
+
+@pytest.mark.parametrize("opened", [load, lambda path, dtype: load_offloaded(path, 0.5, dtype=dtype)])
+def test_a_dtype_is_named_or_torchs_own(opened, folder_of):
+    assert opened(folder_of("mixtral"), dtype=torch.bfloat16).dtype == torch.bfloat16
+    for wrong in ("fp16", torch.float64, None):
+        with pytest.raises(ValueError, match=r"dtype=.*: pass one of auto, float32, bfloat16, float16"):
+            opened(folder_of("mixtral"), dtype=wrong)
 
 
 def test_the_config_is_the_originals(folder_of, tiny_model_dir):

@@ -32,6 +32,7 @@ from eacmoe_lightning.compressed.format import (
     read_config,
     runs_packed,
 )
+from eacmoe_lightning.models.checkpoint import dtype_name
 from eacmoe_lightning.models.find import find_blocks
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.shrink import shrink_as_pruned
@@ -45,7 +46,7 @@ from eacmoe_lightning.skipping.stored import restore_rule
 
 def load(
     path: str | Path,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     packed: bool = True,
     activations: str = "exact",
     trust_remote_code: bool = False,
@@ -54,7 +55,7 @@ def load(
 
     Args:
         path: a compressed directory, or a run directory that holds one.
-        dtype: `auto` (the dtype of the calibration), `float32`, `bfloat16` or `float16`.
+        dtype: `auto` (the dtype of the calibration), `float32`, `bfloat16` or `float16`; by name or as torch has it.
         packed: whether quantized weights stay packed in memory; otherwise they are decoded to an ordinary model.
             Weights on a lattice or in llama.cpp's blocks (`--model.quantizer lattice`, `kquant`) are always decoded.
         activations: `exact`, or `int8` for faster products with rounded activations, at the loss in quality that
@@ -64,9 +65,9 @@ def load(
     Raises:
         FileNotFoundError: `path` holds no compressed model.
         StoreError: a file or a tensor is missing, or a file is truncated or altered.
-        ValueError: a newer version of this package wrote the model.
+        ValueError: a newer version of this package wrote the model, or there is no such dtype.
     """
-    path = Path(path)
+    path, dtype = Path(path), dtype_name(dtype)
     path = path / "compressed" if is_compressed(path / "compressed") else path
     config = read_config(path)
     if trust_remote_code:

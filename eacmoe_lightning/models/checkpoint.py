@@ -35,6 +35,7 @@ from eacmoe_lightning.run.files import first_of
 
 log = logging.getLogger(__name__)
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHUNK = 8 << 20  # bytes per read of the prefetching thread
 TOGETHER = 64 << 20  # bytes on disk that are converted in one call, whose fixed costs would exceed those of small ones
 
@@ -201,6 +202,18 @@ class Checkpoint:
                             os.preadv(stream.fileno(), [memoryview(buffer)[: min(CHUNK, end - offset)]], offset)
         except OSError as error:  # `read` will raise it
             log.debug("prefetch: %s", error)
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """A dtype to load a model in, as the name that options have for it: `auto`, `float32`, `bfloat16`, `float16`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: pass one of {', '.join(DTYPES)}")
+    return name
 
 
 def running_dtype(stored: torch.dtype) -> torch.dtype:

@@ -17,6 +17,7 @@ from eacmoe_lightning.compressed.directory import CompressedWeights
 from eacmoe_lightning.compressed.format import SHARD, read_config, runs_packed
 from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.checkpoint import dtype_name
 from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.streamed import StreamedModel
@@ -39,7 +40,7 @@ def load_offloaded(
     cache_bytes: int | float,
     codec: str | Codec = "lossless",
     directory: str | Path | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     **options: Any,
 ) -> PreTrainedModel:
@@ -51,7 +52,8 @@ def load_offloaded(
             `packed-entropy` their codes stay as they are.
         directory: where to keep the store; a store of the same model, codec and dtype is reused, any other is
             overwritten. None: in host memory.
-        dtype: of everything that is not quantized.
+        dtype: of everything that is not quantized: `auto`, `float32`, `bfloat16` or `float16`, by name or as torch has
+            it.
         device: where the model runs.
         **options: further options of `offload_experts`.
 
@@ -59,6 +61,7 @@ def load_offloaded(
         FileNotFoundError: there is no such model.
         ValueError, StoreError: as in `offload_experts`, or a file of the model or the store is damaged.
     """
+    dtype = dtype_name(dtype)
     opened, parsed = open_model(name_or_path, dtype, "name_or_path"), codec_named(codec)
     options |= {"cache_bytes": cache_bytes, "device": device}
     if opened.is_compressed and runs_packed(read_config(opened.directory)):
