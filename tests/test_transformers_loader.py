@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from eacmoe_lightning.models import transformers_loader as loader
+from eacmoe_lightning.models import transformers_modules as modules
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 
@@ -136,20 +137,20 @@ def test_eager_experts_skip_pairs_with_the_id_behind_the_last(skipped):
         for expert, weight in zip(ids[token].tolist(), weights[token], strict=True):
             if expert < 8:
                 expected[token] += weight * experts.output(x[token : token + 1], expert)[0]
-    got = loader.eager_experts(experts.module, x, ids, weights)
+    got = modules.eager_experts(experts.module, x, ids, weights)
     torch.testing.assert_close(got, expected)
     for implementation in ("grouped_mm", "batched_mm"):
-        got = loader.run_experts(implementation, experts.module, x, ids, weights)
+        got = modules.run_experts(implementation, experts.module, x, ids, weights)
         torch.testing.assert_close(got, expected)
 
 
 @torch.no_grad()
 def test_a_cache_is_known_by_both_its_names(ids):
-    cache = tiny_models.build("mixtral")(ids)[loader.CACHE]
+    cache = tiny_models.build("mixtral")(ids)[modules.CACHE]
     assert cache.get_seq_length() == 24
-    assert loader.cache_of({loader.CACHE: cache}) is cache
-    assert loader.cache_of({"past_key_values": cache}) is cache
-    assert loader.cache_of({loader.CACHE: None}) is None
+    assert modules.cache_of({modules.CACHE: cache}) is cache
+    assert modules.cache_of({"past_key_values": cache}) is cache
+    assert modules.cache_of({modules.CACHE: None}) is None
 
 
 @pytest.mark.parametrize("columns", [1, 3])

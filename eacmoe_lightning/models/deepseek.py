@@ -28,7 +28,8 @@ from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import (
 )
 from transformers.utils import can_return_tuple
 
-from eacmoe_lightning.models.transformers_loader import CACHE, share_conversion, trust_tokenizer_file
+from eacmoe_lightning.models.transformers_loader import share_conversion, trust_tokenizer_file
+from eacmoe_lightning.models.transformers_modules import CACHE
 
 
 @strict

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.models.transformers_loader import post_expert_norm
+from eacmoe_lightning.models.transformers_modules import post_expert_norm
 
 if TYPE_CHECKING:
     from eacmoe_lightning.models.block import Block

@@ -21,7 +21,7 @@ import eacmoe_lightning.models.deepseek  # noqa: F401  (registers model_type "de
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.experts import Experts, counts_experts
 from eacmoe_lightning.models.forms import bring_into_form
-from eacmoe_lightning.models.transformers_loader import select_in_router
+from eacmoe_lightning.models.transformers_modules import select_in_router
 
 ROUTER_NAMES = ("gate", "router")  # tell the router apart where its structure does not
 TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from eacmoe_lightning.models.transformers_loader import cache_of
+from eacmoe_lightning.models.transformers_modules import cache_of
 
 LEAST_SPARE, SPARE = 256, 0.25  # places that a growth leaves free: so many, or this share of those taken
 FEW = 8  # new tokens up to which a sliding window moves in its room

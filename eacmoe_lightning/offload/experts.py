@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.models.transformers_loader import (
+from eacmoe_lightning.models.transformers_modules import (
     eager_experts,
     experts_implementation,
     post_expert_norm,

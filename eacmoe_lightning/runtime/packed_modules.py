@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
 from eacmoe_lightning.models.head import output_head
-from eacmoe_lightning.models.transformers_loader import has_default_gate, post_expert_norm
+from eacmoe_lightning.models.transformers_modules import has_default_gate, post_expert_norm
 from eacmoe_lightning.quantization.grid import Bits, Quantized
 from eacmoe_lightning.quantization.packing import expert_codes, packed, unpack
 from eacmoe_lightning.runtime import kernels

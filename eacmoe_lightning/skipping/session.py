@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
-from eacmoe_lightning.models.transformers_loader import CACHE, SKIPS_PAIRS, cache_of, is_eager
+from eacmoe_lightning.models.transformers_modules import CACHE, SKIPS_PAIRS, cache_of, is_eager
 from eacmoe_lightning.runtime.packed_modules import PackedExperts
 from eacmoe_lightning.skipping.report import SkipReport
 from eacmoe_lightning.skipping.rules import Place, Rule

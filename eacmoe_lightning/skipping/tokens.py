@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.models.transformers_loader import cache_of
+from eacmoe_lightning.models.transformers_modules import cache_of
 
 
 @dataclass
