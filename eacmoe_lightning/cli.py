@@ -49,6 +49,9 @@ COMMANDS = {
 } | {name: inspect.getdoc(function).splitlines()[0] for name, function in FUNCTIONS.items()}
 
 
+# what opening or making files raises where a path is another kind of thing
+WRONG_PATH = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
 RESTART = {  # what a message says when a signal ends the command
     "fit": ": the same command with --ckpt_path auto goes on, and all finished work is kept",
     **dict.fromkeys(
@@ -77,6 +80,8 @@ def main(args: ArgsType = None) -> None:
     except Exception as error:
         if (message := _full_disk(error) or _lost_process(error, command)) is not None:
             _report(error, message)
+        if isinstance(error, WRONG_PATH):
+            _report(error, f"{error.strerror}: {error.filename}. Pass another path")
         if not isinstance(error, (ValueError, FileNotFoundError, StoreError, MisconfigurationException)):
             raise
         _report(error, str(error))

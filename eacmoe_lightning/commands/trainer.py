@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.call import _call_callback_hooks, _call_lightning_module_hook
 from lightning.pytorch.trainer.states import TrainerFn
@@ -207,7 +207,7 @@ def calibration_trainer(
 
     Args:
         run: the run directory.
-        extra_callbacks: after those of `fit`.
+        extra_callbacks: after those of `fit`; a progress bar among them takes the place of `fit`'s.
         progress_bar: whether the terminal shows one.
         **options: of Lightning's Trainer (accelerator, devices, precision, ...).
 
@@ -215,7 +215,7 @@ def calibration_trainer(
         ValueError: this machine has no such accelerator.
     """
     refuse_missing_accelerator(options.get("accelerator", "auto"))
-    run = Path(run)
+    run, has_own_bar = Path(run), any(isinstance(callback, ProgressBar) for callback in extra_callbacks)
     checkpoint = ModelCheckpoint(
         run / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False
     )
@@ -226,6 +226,6 @@ def calibration_trainer(
     }
     return CalibrationTrainer(
         default_root_dir=run,
-        callbacks=[*default_callbacks(progress_bar), *extra_callbacks, checkpoint],
+        callbacks=[*default_callbacks(progress_bar and not has_own_bar), *extra_callbacks, checkpoint],
         **DEFAULTS | defaults | options,
     )

@@ -6,8 +6,12 @@ is checked on one window, calibration text is sampled if a model writes it, and 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
 
 from eacmoe_lightning import targets
 from eacmoe_lightning.budget.rest import Rest
@@ -56,9 +60,10 @@ def begin(module: QESC) -> BegunRun:
     """
     trainer, data, run = module.trainer, module.trainer.datamodule, module.run
     resumes = getattr(trainer, "resumes", trainer.ckpt_path is not None)
+    others = _folders_of_loggers(trainer, run.path)
     if trainer.is_global_zero:
         module.lock.refuse_if_taken()
-        run.check(module.settings(), resumes)  # before a large model is read
+        run.check(module.settings(), resumes, others)  # before a large model is read
     moe, choice = open_original(module)
     memory = available_memory(moe.device)
     job = job_of(module, data, moe, trainer.world_size, moe.device.type, memory)
@@ -73,7 +78,7 @@ def begin(module: QESC) -> BegunRun:
             for text, share in data.fullness.items():
                 print(f"the windows of {text} are {share:.0%} full")
         module.lock.take()
-        run.check(module.settings(), resumes)  # another job may have ended in between
+        run.check(module.settings(), resumes, others)  # another job may have ended in between
         watch = Watch()
         if not resumes:
             window, positions = data.checked_window(moe.config.vocab_size)
@@ -93,7 +98,7 @@ def begin(module: QESC) -> BegunRun:
     texts.make()
     if trainer.is_global_zero:
         identity, sampled = module.identity(), watch_sampling.cost()
-        run.start(identity, resumes)
+        run.start(identity, resumes, others)
         if not resumes:
             run.add_cost(None, "check", checked)
             if texts.texts:
@@ -105,6 +110,13 @@ def begin(module: QESC) -> BegunRun:
     moe.leave(read_json(run.unquantized))
     recipe, pruning = _choose_bits(module, choice) if choice is not None else (module.recipe, module.pruning)
     return BegunRun(moe, texts, recipe, pruning, is_resident)
+
+
+def _folders_of_loggers(trainer: Trainer, run: Path) -> set[str]:
+    """What the trainer's loggers may have made in the run directory before the run began, by name."""
+    paths = {getattr(logger, "log_dir", None) or logger.save_dir for logger in trainer.loggers}
+    inside = [Path(os.path.relpath(path, run)).parts for path in paths if path is not None]
+    return {parts[0] for parts in inside if parts and parts[0] != os.pardir}
 
 
 def open_original(module: QESC) -> tuple[StreamedModel, BySize | None]:

@@ -84,7 +84,7 @@ class TrainedParts:
             {
                 "params": [weight],
                 "kind": kind,
-                "name": name,
+                "name": f"{kind} {name}",
                 "rms": 1.0 if kind == "code" else _rms(weight[rows[name]] if kind == "router" else weight),
             }
             for kind, weights in kinds.items()

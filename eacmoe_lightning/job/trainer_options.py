@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 NEVER = 10**9  # epochs between validations inside fit: nothing can be validated before the last block
@@ -28,6 +35,11 @@ def refuse_unsuitable(trainer: Trainer, stage: str) -> None:
         stage: `fit`, `validate`, `test` or `predict`.
     """
     stage = str(getattr(stage, "value", stage))  # Lightning passes an enum
+    if not hasattr(trainer.datamodule, "calibration_digest"):
+        raise ValueError(
+            "calibration and evaluation read their text from a TextWindows data module: pass it, as in "
+            f"trainer.{stage}(module, datamodule=TextWindows(...))"
+        )
     refuse_directory(str(trainer.default_root_dir))
     refusals = _of_fit(trainer) if stage == "fit" else _of_evaluation(trainer, stage)
     common = {
@@ -114,6 +126,16 @@ def _check_callbacks(trainer: Trainer) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, Timer):
             raise ValueError(f"--trainer.max_time (the callback Timer) does not suit fit: {STOPS}")
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise ValueError(
+                "the callback GradientAccumulationScheduler does not suit fit: a run that is continued could not tell "
+                "whether it had it. Pass --trainer.accumulate_grad_batches, which holds for the whole run"
+            )
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ValueError(
+                "the callback StochasticWeightAveraging does not suit fit: each block trains weights of its own, "
+                "so leave it out"
+            )
         if isinstance(callback, EarlyStopping):
             raise ValueError(f"the callback {type(callback).__name__} does not suit fit: {STOPS}")
         if isinstance(callback, OnExceptionCheckpoint) or (

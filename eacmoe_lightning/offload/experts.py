@@ -72,7 +72,7 @@ class OffloadedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         _, cache, predict = self.unregistered
         rows, needed = hidden_states.reshape(-1, hidden_states.shape[-1]), self.needed(top_k_index)
-        with cache.window(self.block, needed) as window:
+        with cache.fetcher.lock, cache.window(self.block, needed) as window:
             predict(self.block, rows)
             out = self.compute(window, rows, top_k_index, top_k_weights)
         return out.view(hidden_states.shape)
@@ -169,7 +169,7 @@ class OffloadedPackedExperts(OffloadedExperts):
         rows, needed = hidden_states.reshape(-1, hidden_states.shape[-1]), self.needed(top_k_index)
         out = None
         for start in range(0, max(len(needed), 1), cache.capacity):
-            with cache.window(self.block, needed[start : start + cache.capacity]) as window:
+            with cache.fetcher.lock, cache.window(self.block, needed[start : start + cache.capacity]) as window:
                 if start + cache.capacity >= len(needed):
                     predict(self.block, rows)
                 ids = slot_table(window, self.num_experts, rows.device)[top_k_index]

@@ -37,6 +37,7 @@ class Fetcher:
 
     def __init__(self, store: ExpertStore, arena: Arena, counters: Counters) -> None:
         self.store, self.arena, self.counters = store, arena, counters
+        self.lock = threading.RLock()  # of all caches: one thread at a time runs the experts of a model
 
     def submit(self, task: Callable[[Decode], float]) -> Future[float]:
         """Runs `task(decode)`, which calls `decode(job)` and may do more in the same thread (copy to a device)."""
@@ -64,7 +65,10 @@ class Threads(Fetcher):
         self.executor = ThreadPoolExecutor(num_workers, "eacmoe-fetch")
 
     def submit(self, task: Callable[[Decode], float]) -> Future[float]:
-        return self.executor.submit(task, self.decode)
+        try:
+            return self.executor.submit(task, self.decode)
+        except RuntimeError as error:
+            raise RuntimeError("the model cannot fetch experts after `offload.close()`: load it again") from error
 
     def close(self) -> None:
         self.executor.shutdown(wait=True, cancel_futures=True)

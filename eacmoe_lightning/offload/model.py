@@ -176,6 +176,8 @@ def offload_experts(
         ValueError: the model has no routed experts, weights are not finite, or the cache is too small for one expert.
         StoreError: the disk is full.
     """
+    if isinstance(getattr(model, "offload", None), Offload):
+        raise ValueError("the model's experts are offloaded already: load it again to offload them in another way")
     moe = MoEModel(model)
     parsed = codec_of_each(moe.moe_blocks, codec) if isinstance(codec, Mapping) else codec_named(codec)
     about = {"codec": "each expert's own" if isinstance(parsed, Mapping) else parsed.specification}

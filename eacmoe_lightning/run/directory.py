@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,14 @@ class RunDirectory:
         """Deletes the hidden states of a finished run."""
         shutil.rmtree(self.path / "streams", ignore_errors=True)
 
-    def check(self, identity: dict[str, Any], resume: bool) -> None:
+    def check(self, identity: dict[str, Any], resume: bool, others: Collection[str] = ()) -> None:
         """Raises if the run cannot start or continue in this directory; writes nothing.
 
         Args:
             identity: everything the result depends on, by option. Digests of contents (`CONTENTS`) may be left out;
                 `start` compares them.
             resume: whether the job continues a run.
+            others: what else may be in the directory, by name, such as the folders of loggers.
 
         Raises:
             ValueError: the directory holds a run with other settings; or this run, without `resume`; or no run, with
@@ -175,7 +177,7 @@ class RunDirectory:
             known = ("checkpoints", "tensorboard", "config.yaml", "validate.json", "test.json", "scores_", ".", LOCK)
             known += (self.unquantized.name, self.sampled.name)
             names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
-            if strangers := [name for name in names if not name.startswith(known)]:
+            if strangers := [name for name in names if not name.startswith(known) and name not in others]:
                 raise ValueError(f"{where} is not empty and holds no run: {strangers[:3]}. Pass an empty directory")
             return
         try:
@@ -189,9 +191,9 @@ class RunDirectory:
         if not resume:
             raise ValueError(f"{where} already holds this run: add --ckpt_path auto to continue it")
 
-    def start(self, identity: dict[str, Any], resume: bool) -> None:
+    def start(self, identity: dict[str, Any], resume: bool, others: Collection[str] = ()) -> None:
         """Claims an empty directory for the run, or checks that it holds the same run (see `check`)."""
-        self.check(identity, resume)
+        self.check(identity, resume, others)
         if not self.manifest.exists():
             write_json(self.manifest, identity)
         for partial in self.path.rglob(".*.partial"):  # left by killed attempts

@@ -25,6 +25,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -357,6 +358,17 @@ _ops.impl("experts", _experts_cuda, "CUDA")
 for _device in ("MPS", "XPU"):
     _ops.impl("linear", _linear, _device)
     _ops.impl("experts", _experts, _device)
+
+
+def _no_gradient(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "packed weights pass no gradient on. To train, or to attribute a model's outputs, load it decoded: "
+        "eacmoe_lightning.load(path, packed=False)"
+    )
+
+
+for _name in ("linear", "experts"):
+    torch.library.register_autograd(f"eacmoe::{_name}", _no_gradient, lib=_ops)
 
 
 def goes_direct(x: Tensor) -> bool:

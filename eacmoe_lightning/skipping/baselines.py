@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
+from eacmoe_lightning.skipping.apply import current_rule
 from eacmoe_lightning.skipping.rules import Decision, Place, Rule
 from eacmoe_lightning.skipping.selection import drop
 from eacmoe_lightning.skipping.tokens import Tokens
@@ -147,7 +148,18 @@ def most_important(importance: Tensor, real: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def median_ratios(model: PreTrainedModel, windows: Tensor, batch_size: int = 8) -> tuple[float, ...]:
-    """For each MoE block, the median of smallest weight / largest weight over all tokens of windows [S, T]."""
+    """For each MoE block, the median of smallest weight / largest weight over all tokens of windows [S, T].
+
+    Raises:
+        ValueError: there is no window, or the model skips experts, so that these weights are not its router's.
+    """
+    if windows.ndim != 2:
+        raise ValueError(f"windows has the shape {tuple(windows.shape)}: pass token ids [windows, tokens]")
+    if current_rule(model) is not None:
+        raise ValueError(
+            "the model skips experts by a rule, and the ratios are those of all experts: calibrate outside of the "
+            "`with` block, or after set_skipping(model, None)"
+        )
     if not len(windows):
         raise ValueError("no calibration window: the ratios are medians over tokens, so pass at least one window")
     blocks = MoEModel(model).moe_blocks

@@ -46,6 +46,7 @@ class Rule:
     name: ClassVar[str] = "none"
     remembers: ClassVar[bool] = False  # whether it keeps state for each sequence between forward passes
     needs_attention: ClassVar[bool] = False  # whether it needs attention weights
+    counts_prompts: ClassVar[bool] = False  # whether it judges a prompt by all tokens of its forward pass
 
     def decide(self, place: Place, routing: Routing, tokens: Tokens) -> Decision:
         return Decision(routing.ids, routing.weights)
@@ -85,6 +86,7 @@ class PESF(Rule):
     """
 
     name: ClassVar[str] = "pesf"
+    counts_prompts: ClassVar[bool] = True
     alpha: float = 0.3
     survivors: Survivors = "keep"
     rescue: float | None = None

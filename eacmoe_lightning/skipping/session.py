@@ -9,6 +9,8 @@ the cache of the forward pass, so every `generate` starts afresh.
 
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
 from collections.abc import Callable
 from functools import partial, wraps
@@ -27,7 +29,21 @@ from eacmoe_lightning.skipping.report import SkipReport
 from eacmoe_lightning.skipping.rules import Place, Rule
 from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, real_tokens
 
+log = logging.getLogger(__name__)
+
 Memory = dict[str, Tensor]
+
+
+class Pass(threading.local):
+    """The forward pass that runs in a thread.
+
+    Attributes:
+        tokens: the tokens of the last one that began.
+        is_running: whether the decoder is running: `tokens` are then those of its call.
+    """
+
+    tokens: Tokens | None = None
+    is_running = False
 
 
 class Session:
@@ -42,8 +58,8 @@ class Session:
         self.places = [Place(i, block.router) for i, block in enumerate(self.moe.moe_blocks)]
         self.report = SkipReport([block.num_experts for block in self.moe.moe_blocks])
         self.handles: list[Any] = []
-        self.tokens: Tokens | None = None
-        self.is_running = False  # whether the decoder is running: `tokens` are then those of its call
+        self.now = Pass()
+        self.has_warned = False  # of prompts in pieces
         self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
         self.attention_before: str | None = None
         self.parallel_before = [getattr(experts, SKIPS_PAIRS, False) for experts in self.experts]
@@ -51,10 +67,10 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model keep its rule, but not the state of sequences."""
-        return {name: value for name, value in self.__dict__.items() if name != "memories"} | {"tokens": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("memories", "now")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"memories": weakref.WeakKeyDictionary()}
+        self.__dict__ |= state | {"memories": weakref.WeakKeyDictionary(), "now": Pass()}
 
     @property
     def experts(self) -> list[nn.Module]:
@@ -94,7 +110,7 @@ class Session:
             self.model.set_attn_implementation(self.attention_before)
         for place in self.places:
             place.inputs = place.attention = None
-        self.handles, self.tokens, self.attention_before = [], None, None
+        self.handles, self.now.tokens, self.attention_before = [], None, None
         self.memories.clear()
 
     # --- hooks, in the order in which they run -----------------------------------------------------------
@@ -105,23 +121,33 @@ class Session:
         memory = self.memories.get(cache) if self.rule.remembers and cache is not None else None
         if memory is not None and not cache.get_seq_length():
             memory = None  # the cache was reset
-        self.tokens = Tokens(real_tokens(arguments), {} if memory is None else memory, memory is not None)
-        self.is_running = True
+        tokens = Tokens(real_tokens(arguments), {} if memory is None else memory, memory is not None)
+        self.now.tokens, self.now.is_running = tokens, True
+        if self.rule.counts_prompts and not self.rule.remembers and not (self.has_warned or tokens.is_step):
+            if past := 0 if cache is None else int(cache.get_seq_length()):
+                self.has_warned = True
+                log.warning(
+                    "%d tokens follow %d in the cache: %s counts the new ones alone as a prompt. A prompt in pieces, "
+                    "a draft model or a conversation whose cache is kept gives other text than one pass. With "
+                    "decode=True pieces of a prompt are counted together",
+                    *(tokens.shape[1], past, self.rule.name),
+                )
 
     def _enter(self, layer: nn.Module, args: tuple) -> None:
         """For a block that runs without the decoder, as in `evaluate`: batches there have no padding."""
-        if not self.is_running and args and tuple(args[0].shape[:2]) != self.tokens.shape:
-            self.tokens = Tokens(torch.ones(args[0].shape[:2], dtype=torch.bool, device=args[0].device))
+        now = self.now
+        if not now.is_running and args and (now.tokens is None or tuple(args[0].shape[:2]) != now.tokens.shape):
+            now.tokens = Tokens(torch.ones(args[0].shape[:2], dtype=torch.bool, device=args[0].device))
 
     def _route(self, place: Place, routing: Routing, inputs: Tensor | None) -> Routing:
-        ids = routing.ids
-        batch, length = self.tokens.shape
+        ids, tokens = routing.ids, self.now.tokens
+        batch, length = tokens.shape
         if len(ids) != batch * length:
             raise ValueError(
                 f"the router of MoE block {place.index} got {len(ids)} tokens, and the model {batch} x {length}: the "
                 "sequence of each token is unknown, so no expert can be skipped"
             )
-        self.tokens.real = self.tokens.real.to(ids.device)  # blocks may be on different devices
+        tokens.real = tokens.real.to(ids.device)  # blocks may be on different devices
         if self.rule.needs_attention:
             if place.attention is None:
                 raise ValueError(
@@ -129,19 +155,19 @@ class Session:
                 )
             place.inputs = inputs
         logits = routing.logits[:, : self.report.num_experts[place.index]]  # ZAYA's router has one for skipping
-        decision = self.rule.decide(place, Routing(logits, ids, routing.weights), self.tokens)
-        self.report.add(place.index, self.tokens, decision)
+        decision = self.rule.decide(place, Routing(logits, ids, routing.weights), tokens)
+        self.report.add(place.index, tokens, decision)
         place.inputs = place.attention = None
         return Routing(routing.logits, decision.ids, decision.weights)
 
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        self.is_running = False
+        self.now.is_running = False
         cache = getattr(output, CACHE, None)
         if not self.rule.remembers or cache is None:
             return
         if cache not in self.memories:
             _follow(cache, self.memories)
-        self.memories[cache] = self.tokens.memory
+        self.memories[cache] = self.now.tokens.memory
 
 
 def _run_survivors(
