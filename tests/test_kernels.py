@@ -216,12 +216,13 @@ def test_threads_that_spin_are_used_and_a_fork_has_its_own():
     assert done.stdout.split() == ["0", "0"]
 
 
-def test_an_input_with_a_gradient_takes_torchs_way():
-    """Past its dispatcher the gradient would be lost without torch's warning."""
+def test_an_input_with_a_gradient_gets_an_error_instead_of_none():
+    """Past torch's dispatcher the gradient would be lost."""
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight = (*tensors(q := random_weight((8, 64), 3, 32)), None, q.bits, False)
-    with pytest.warns(UserWarning, match="eacmoe::linear"):
-        kernels.linear(x, *weight).sum().backward()
+    product = kernels.linear(x, *weight)
+    with pytest.raises(RuntimeError, match="packed weights pass no gradient on"):
+        product.sum().backward()
     with torch.no_grad():
         assert torch.equal(kernels.linear(x, *weight), torch.ops.eacmoe.linear(x, *weight))
 
