@@ -1,5 +1,8 @@
 """The cache of offloaded experts: what it fetches, counts and evicts, and how small it may be."""
 
+import json
+import re
+
 import pytest
 import tiny_models
 import torch
@@ -7,6 +10,7 @@ from offloading import EXPERT_BYTES, generate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from eacmoe_lightning import load
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.offload import offload_experts
 from eacmoe_lightning.offload.policy import LeastFrequent, LeastRecent
@@ -178,3 +182,40 @@ def test_a_cache_without_room_for_a_block_warns_that_it_is_slow(offloaded, token
         generate(model, tokens)
     assert f"{8 * EXPERT_BYTES} bytes (cache_bytes)" in str(caught[0].message)
     assert handle.counters.passes > 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"frequencies": {0: [1, 2]}}, "frequencies has 2 numbers for block 0, which has 8 experts"),
+        ({"frequencies": {"9": [1] * 8}}, "frequencies has 8 numbers for block 9, which has no experts"),
+        ({"lookahead": -1}, "lookahead=-1 is not a number from 0 on"),
+        ({"lookahead": "1"}, "lookahead='1' is not a number from 0 on"),
+        ({"num_workers": 1.5}, "num_workers=1.5 is not a whole number from 0 on"),
+        ({"cache_bytes": "0.25"}, "cache_bytes='0.25' is neither a number of bytes nor a share"),
+    ],
+)
+def test_options_that_would_be_ignored_or_misread_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        offload_experts(tiny_models.build("mixtral"), **{"cache_bytes": 0.5, **options})
+
+
+def test_frequencies_of_a_pruned_run_are_those_of_the_experts_that_are_left(fitted):
+    """`expert_frequency.json` counts by the original's numbers."""
+    run = fitted("mixtral", pruning__keep=6)
+    loads = {
+        index: load["compressed"] for index, load in json.loads((run / "expert_frequency.json").read_text()).items()
+    }
+    model = load(run)
+    block = MoEModel(model).moe_blocks[0]
+    handle = offload_experts(model, 0.5, num_workers=0, frequencies=loads)
+    counts = handle.caches[0].policy.counts
+    kept = [loads["0"][expert] for expert in block.expert_numbers]
+    assert len(kept) == 6 and [counts[0, e] > 0 for e in range(6)] == [value > 0 for value in kept]
+    assert max(range(6), key=lambda e: counts[0, e]) == max(range(6), key=lambda e: kept[e])
+
+
+def test_frequencies_as_json_has_them():
+    model = tiny_models.build("mixtral")
+    handle = offload_experts(model, 0.5, num_workers=0, frequencies={"0": [50, 50, *[1] * 6]})
+    assert handle.caches[0].policy.counts[0, 1] > handle.caches[0].policy.counts[0, 2]

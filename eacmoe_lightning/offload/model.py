@@ -149,7 +149,7 @@ def offload_experts(
     codec: str | Codec | Mapping[int | str, Sequence[str | Codec]] = "lossless",
     directory: str | Path | None = None,
     eviction: Literal["frequency", "lru"] = "frequency",
-    frequencies: Mapping[int, Sequence[float]] | None = None,
+    frequencies: Mapping[int | str, Sequence[float]] | None = None,
     lookahead: float = 1.0,
     num_workers: int | None = None,
 ) -> Offload:
@@ -163,8 +163,8 @@ def offload_experts(
             whatever the codec; `packed-zstd:...` and `packed-entropy:...` also entropy-code them.
         directory: where to write the store, which is then mapped; None: in host memory.
         eviction: what a full cache evicts: the expert selected least often (`frequency`) or least recently (`lru`).
-        frequencies: selections per expert, by block index, that `frequency` starts from, such as those in
-            `expert_frequency.json`.
+        frequencies: selections per expert, by block index (a string, as in JSON, will do), that `frequency` starts
+            from, such as those in `expert_frequency.json`.
         lookahead: number of experts to prefetch for the next block, in multiples of top_k; 0: none.
         num_workers: number of threads or processes that decode; None: one less than there are cores, at least 1;
             0: the thread that runs the model decodes.
@@ -196,13 +196,16 @@ def attach(
     store: ExpertStore,
     cache_bytes: int | float,
     eviction: Literal["frequency", "lru"] = "frequency",
-    frequencies: Mapping[int, Sequence[float]] | None = None,
+    frequencies: Mapping[int | str, Sequence[float]] | None = None,
     lookahead: float = 1.0,
     num_workers: int | None = None,
     device: str | torch.device | None = None,
 ) -> Offload:
     """Replaces a model's experts (dense, packed or on the meta device) with those of a store; see `offload_experts`."""
     counters, blocks = Counters(), moe.moe_blocks
+    if not isinstance(lookahead, int | float) or lookahead < 0:
+        raise ValueError(f"lookahead={lookahead!r} is not a number from 0 on")
+    frequencies = _by_block(frequencies, blocks)
     layouts = {block.index: layout_of(block, store) for block in blocks}
     plans = plan(layouts, {block.index: block.num_experts for block in blocks}, cache_bytes)
     device, count = torch.device(moe.device if device is None else device), _num_workers(num_workers)
@@ -269,6 +272,8 @@ def plan(layouts: Mapping[int, Layout], num_experts: Mapping[int, int], cache_by
     for block, layout in layouts.items():
         counts[layout] = counts.get(layout, 0) + num_experts[block]
     total = sum(nbytes_of(layout) * count for layout, count in counts.items())
+    if not isinstance(cache_bytes, int | float):
+        raise ValueError(f"cache_bytes={cache_bytes!r} is neither a number of bytes nor a share, a float up to 1.0")
     share = cache_bytes if isinstance(cache_bytes, float) else cache_bytes / total
     if not 0 < share or (isinstance(cache_bytes, float) and share > 1):
         raise ValueError(f"cache_bytes={cache_bytes} must be a positive number of bytes or a share, a float up to 1.0")
@@ -283,7 +288,33 @@ def plan(layouts: Mapping[int, Layout], num_experts: Mapping[int, int], cache_by
     return [Plan(layout, capacity, capacity) for layout, capacity in capacities.items()]
 
 
+def _by_block(
+    frequencies: Mapping[int | str, Sequence[float]] | None, blocks: Sequence[Block]
+) -> dict[int, Sequence[float]] | None:
+    """Frequencies by block index, which may be a string as in JSON, of the experts that a pruned block still has.
+
+    Raises:
+        ValueError: they are not those of this model's experts.
+    """
+    if frequencies is None:
+        return None
+    found, by_index = (
+        {int(index): loads for index, loads in frequencies.items()},
+        {block.index: block for block in blocks},
+    )
+    for index, loads in found.items():
+        block = by_index.get(index)
+        if block is not None and len(loads) > max(block.expert_numbers) >= block.num_experts:  # those of a pruned run
+            found[index] = loads = [loads[expert] for expert in block.expert_numbers]
+        if block is None or len(loads) != block.num_experts:
+            raise ValueError(
+                f"frequencies has {len(loads)} numbers for block {index}, which has "
+                f"{'no' if block is None else block.num_experts} experts"
+            )
+    return found
+
+
 def _num_workers(requested: int | None) -> int:
-    if requested is not None and requested < 0:
-        raise ValueError(f"num_workers={requested} must not be negative")
+    if requested is not None and (not isinstance(requested, int) or requested < 0):
+        raise ValueError(f"num_workers={requested!r} is not a whole number from 0 on")
     return max(1, (os.cpu_count() or 2) - 1) if requested is None else requested
