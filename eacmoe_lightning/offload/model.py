@@ -298,10 +298,8 @@ def _by_block(
     """
     if frequencies is None:
         return None
-    found, by_index = (
-        {int(index): loads for index, loads in frequencies.items()},
-        {block.index: block for block in blocks},
-    )
+    found = {int(index): loads for index, loads in frequencies.items()}
+    by_index = {block.index: block for block in blocks}
     for index, loads in found.items():
         block = by_index.get(index)
         if block is not None and len(loads) > max(block.expert_numbers) >= block.num_experts:  # those of a pruned run
