@@ -79,6 +79,22 @@ def test_a_file_in_the_place_of_a_directory_is_named(words, tmp_path, capsys):
     assert f"{tmp_path / 'file'}" in message and "Pass another path" in message
 
 
+@pytest.mark.parametrize(
+    "words, option",
+    [
+        (["analyze", "--output", "unused", "--model"], "--model"),
+        (["study", "--config", "study-tiny", "--output", "unused", "--model"], "--model"),
+        (["validate", "--model.evaluate"], "--model.evaluate"),
+        (["chat"], "MODEL"),
+    ],
+)
+def test_a_directory_without_a_model_is_named_with_its_option(words, option, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    message = refused(capsys, *words, str(tmp_path / "empty"))
+    assert f"'{tmp_path / 'empty'}' ({option}): pass `bundled`" in message and "There is no config.json" in message
+
+
 # --- the result
 
 
