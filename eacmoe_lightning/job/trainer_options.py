@@ -35,7 +35,7 @@ def refuse_unsuitable(trainer: Trainer, stage: str) -> None:
         stage: `fit`, `validate`, `test` or `predict`.
     """
     stage = str(getattr(stage, "value", stage))  # Lightning passes an enum
-    if not hasattr(trainer.datamodule, "calibration_digest"):
+    if not hasattr(type(trainer.datamodule), "calibration_digest"):  # of the class: its value may not be known yet
         raise ValueError(
             "calibration and evaluation read their text from a TextWindows data module: pass it, as in "
             f"trainer.{stage}(module, datamodule=TextWindows(...))"
