@@ -98,6 +98,14 @@ def test_a_directory_without_a_model_is_named_with_its_option(words, option, tmp
 # --- the result
 
 
+def test_a_resized_vocabulary_is_not_saved_into_a_directory_that_cannot_be_read(fitted, tmp_path):
+    model = load(fitted("mixtral"))
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    with pytest.raises(ValueError, match=r"resized from 4096 to 4104 tokens.*packed=False"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_packed_weights_pass_no_wrong_gradient(fitted, tokens):
     packed, decoded = (load(fitted("mixtral"), packed=packed) for packed in (True, False))
     with pytest.raises(RuntimeError, match=r"packed weights pass no gradient on.*packed=False"):

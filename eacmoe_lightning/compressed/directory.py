@@ -199,8 +199,19 @@ def _format_version(moe: MoEModel, weights: dict[str, dict[str, Any]], has_head:
 
 
 def save_packed(path: str | Path, model: PreTrainedModel) -> None:
-    """Writes a packed model that `load` returned, as it is in memory; the tokenizer is not written."""
+    """Writes a packed model that `load` returned, as it is in memory; the tokenizer is not written.
+
+    Raises:
+        ValueError: its vocabulary was resized, which the original's config in the directory would not know.
+    """
     config = {k: v for k, v in model.hf_quantizer.quantization_config.directory_config.items() if k != stored.KEY}
+    configs = original_config(config), model.config
+    before, now = (own.get_text_config().vocab_size for own in configs)
+    if before != now:
+        raise ValueError(
+            f"the vocabulary was resized from {before} to {now} tokens, and a compressed directory keeps the config of "
+            "the original. Resize the original and run fit on that, or load(path, packed=False), resize and save that"
+        )
     shards: dict[str, dict[str, Tensor]] = {}
     for name, tensor in untied(model).items():
         layer = re.match(r"[^0-9]*\.(\d+)\.", name)

@@ -276,7 +276,10 @@ def pack_modules(model: nn.Module, bits: dict[str, int | list[int]], group_sizes
             module = model.get_submodule(owner)
             getattr(module, parameter)
         except AttributeError as error:
-            raise ValueError(f"{name} is listed as quantized, but the model has no such parameter") from error
+            raise ValueError(
+                f"{name} is listed as quantized, but {type(model).__name__} has no such parameter: a compressed "
+                "directory opens as its causal language model (AutoModelForCausalLM, or eacmoe_lightning.load)"
+            ) from error
         width = bits[name]
         if not isinstance(width, int):
             num_experts = 0 if isinstance(module, nn.Linear) else len(getattr(module, parameter))
