@@ -86,7 +86,9 @@ def attempts(model: Path, run: Path, places: list, more: dict) -> str:
     watchdog.cancel()
     output = "".join(lines)
     status = [json.loads(line) for line in re.findall(r"^STATUS (.*)$", output, re.MULTILINE)]
-    assert status == [[place, ENDS[place[3]] if place[3:] else -9] for place in places] + [[None, 0]], output[-4000:]
+    wanted = [[place, ENDS[place[3]] if place[3:] else -9] for place in places] + [[None, 0]]
+    others = [end for end in status if end not in wanted] + [end for end in wanted if end not in status]
+    assert status == wanted, f"{others or status}\n{output[-20000:]}"
     return output
 
 

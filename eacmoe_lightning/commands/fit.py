@@ -123,12 +123,12 @@ class CommandLine(LightningCLI):
 
 def _take_tokenizer_of_subject(config: Namespace) -> None:
     """Without `--model.name_or_path`, an evaluation tokenizes with the tokenizer beside the model that it evaluates."""
-    if evaluate := config["model"].get("evaluate"):
-        config["data"]["tokenizer"] = str(open_model(evaluate, option="--model.evaluate").directory)
-        return
+    evaluate = config["model"].get("evaluate")
     try:
-        subject = open_model(config["trainer"]["default_root_dir"])
+        subject = open_model(evaluate or config["trainer"]["default_root_dir"], option="--model.evaluate")
     except (FileNotFoundError, ValueError):
+        if evaluate and os.path.isdir(evaluate):
+            raise
         return  # `setup` says what is wrong
     config["data"]["tokenizer"] = str(subject.directory)
 
