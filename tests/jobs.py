@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
-import warnings
 from functools import cache
 from pathlib import Path
 
@@ -71,38 +69,26 @@ ENDS = {"SIGTERM": 143, "SIGINT": 130, "full": 1}  # exit codes of signals that 
 def attempts(model: Path, run: Path, places: list, more: dict) -> str:
     """Runs a job, ending it at every place (`kill_driver.py`), and then to its end.
 
-    Every end must have come where it was to come. On a busy machine one has come elsewhere twice in many runs, for a
-    reason that is not known: then all is run once more, with a warning that says which.
+    Every end must have come where it was to come.
 
     Returns:
         The output of all attempts.
     """
-    wanted = [[place, ENDS[place[3]] if place[3:] else -9] for place in places] + [[None, 0]]
-    for is_last in (False, True):
-        output = _output(json.dumps([places, options(model, run, **more)]))
-        status = [json.loads(line) for line in re.findall(r"^STATUS (.*)$", output, re.MULTILINE)]
-        if status == wanted:
-            return output
-        others = [end for end in status if end not in wanted] + [end for end in wanted if end not in status]
-        assert not is_last, f"{others or status}\n{output[-20000:]}"
-        warnings.warn(f"ends that came elsewhere: {others or status}\n{output[-20000:]}", stacklevel=2)
-        shutil.rmtree(run, ignore_errors=True)
-    raise AssertionError
-
-
-def _output(job: str) -> str:
-    """What the driver prints for a job."""
     driver, lines = _kill_driver(), []
     watchdog = threading.Timer(900, driver.kill)
     watchdog.start()
-    driver.stdin.write(job + "\n")
+    driver.stdin.write(json.dumps([places, options(model, run, **more)]) + "\n")
     driver.stdin.flush()
     for line in driver.stdout:
         if line == "END\n":
             break
         lines.append(line)
     watchdog.cancel()
-    return "".join(lines)
+    output = "".join(lines)
+    status = [json.loads(line) for line in re.findall(r"^STATUS (.*)$", output, re.MULTILINE)]
+    expected = [[place, ENDS[place[3]] if place[3:] else -9] for place in places] + [[None, 0]]
+    assert status == expected, f"{[end for end in status if end not in expected]}\n{output[-4000:]}"
+    return output
 
 
 @cache

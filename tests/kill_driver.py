@@ -102,6 +102,8 @@ def attempt(place: list | None, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # a job in the background of a shell ignores it, and so would all jobs here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         places, words = json.loads(line)
         for place in [*places, None]:
