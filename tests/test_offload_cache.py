@@ -195,9 +195,12 @@ def test_a_cache_without_room_for_a_block_warns_that_it_is_slow(offloaded, token
         ({"cache_bytes": "0.25"}, "cache_bytes='0.25' is neither a number of bytes nor a share"),
     ],
 )
-def test_options_that_would_be_ignored_or_misread_are_refused(options, message):
+def test_options_that_would_be_ignored_or_misread_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
-        offload_experts(tiny_models.build("mixtral"), **{"cache_bytes": 0.5, **options})
+        offload_experts(
+            tiny_models.build("mixtral"), **{"cache_bytes": 0.5, "directory": tmp_path / "store", **options}
+        )
+    assert not (tmp_path / "store").exists()  # before experts are compressed
 
 
 def test_frequencies_of_a_pruned_run_are_those_of_the_experts_that_are_left(fitted):

@@ -92,4 +92,4 @@ def test_a_store_of_another_model_is_refused(tmp_path):
         block.experts.module.down_proj = torch.nn.Parameter(torch.zeros(8, 64, 32))
     message = "down_proj has shape .64, 64., in the model .64, 32.: it is from another model"
     with pytest.raises(StoreError, match=message):
-        attach(moe, ExpertStore.open(tmp_path / STORE), 1.0)
+        attach(moe, lambda: ExpertStore.open(tmp_path / STORE), 1.0)

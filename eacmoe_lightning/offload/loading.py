@@ -68,7 +68,7 @@ def load_offloaded(
         return _load_packed(opened.directory, parsed, directory, dtype, options)
     streamed = opened.streamed(device)
     about = _about(str(opened.directory), parsed, streamed.weights.dtype)
-    attach(streamed, _store(directory, lambda: _dense_records(streamed, parsed), about), **options)
+    attach(streamed, lambda: _store(directory, lambda: _dense_records(streamed, parsed), about), **options)
     streamed.load_all()
     return streamed.model
 
@@ -81,7 +81,7 @@ def _load_packed(
     store = _store(directory, lambda: _packed_records(path, config, codec), _about(str(path), codec, torch_dtype))
 
     def prepare(model: PreTrainedModel) -> None:
-        attach(MoEModel(model), store, **options)
+        attach(MoEModel(model), lambda: store, **options)
         ignore_unexpected(model, r"\.experts\.")
 
     config.quantization_config["prepare"] = [prepare]

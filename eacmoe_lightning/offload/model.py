@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -182,18 +182,20 @@ def offload_experts(
     parsed = codec_of_each(moe.moe_blocks, codec) if isinstance(codec, Mapping) else codec_named(codec)
     about = {"codec": "each expert's own" if isinstance(parsed, Mapping) else parsed.specification}
     about |= {"model_type": model.config.model_type}
-    records = expert_records(moe.moe_blocks, parsed)
-    if directory is None:
-        store = ExpertStore.in_memory(records, about)
-    else:
+
+    def make_store() -> ExpertStore:
+        records = expert_records(moe.moe_blocks, parsed)
+        if directory is None:
+            return ExpertStore.in_memory(records, about)
         stores.write(Path(directory) / STORE, records, about)
-        store = ExpertStore.open(Path(directory) / STORE)
-    return attach(moe, store, cache_bytes, eviction, frequencies, lookahead, num_workers)
+        return ExpertStore.open(Path(directory) / STORE)
+
+    return attach(moe, make_store, cache_bytes, eviction, frequencies, lookahead, num_workers)
 
 
 def attach(
     moe: MoEModel,
-    store: ExpertStore,
+    make_store: Callable[[], ExpertStore],
     cache_bytes: int | float,
     eviction: Literal["frequency", "lru"] = "frequency",
     frequencies: Mapping[int | str, Sequence[float]] | None = None,
@@ -201,14 +203,20 @@ def attach(
     num_workers: int | None = None,
     device: str | torch.device | None = None,
 ) -> Offload:
-    """Replaces a model's experts (dense, packed or on the meta device) with those of a store; see `offload_experts`."""
+    """Replaces a model's experts (dense, packed or on the meta device) with those of a store; see `offload_experts`.
+
+    `make_store` is called once the options are known to be good, since it may take long.
+    """
     counters, blocks = Counters(), moe.moe_blocks
+    if not isinstance(cache_bytes, int | float):
+        raise ValueError(f"cache_bytes={cache_bytes!r} is neither a number of bytes nor a share, a float up to 1.0")
     if not isinstance(lookahead, int | float) or lookahead < 0:
         raise ValueError(f"lookahead={lookahead!r} is not a number from 0 on")
-    frequencies = _by_block(frequencies, blocks)
+    count, eviction_policy = _num_workers(num_workers), policy(eviction, _by_block(frequencies, blocks))
+    store = make_store()
     layouts = {block.index: layout_of(block, store) for block in blocks}
     plans = plan(layouts, {block.index: block.num_experts for block in blocks}, cache_bytes)
-    device, count = torch.device(moe.device if device is None else device), _num_workers(num_workers)
+    device = torch.device(moe.device if device is None else device)
     if device.type != "cpu":
         for pool in plans:
             pool.in_arena = max(count, 1)
@@ -222,7 +230,6 @@ def attach(
     else:
         in_threads = all(codec_of(store.header(key)).releases_gil for key in store)
         fetcher = (Threads if in_threads else Processes)(store, arena, counters, count)
-    eviction_policy = policy(eviction, frequencies)
     caches = {
         pool.layout: ExpertCache(Slots(pool, arena, device), store, fetcher, eviction_policy, counters)
         for pool in plans
@@ -272,8 +279,6 @@ def plan(layouts: Mapping[int, Layout], num_experts: Mapping[int, int], cache_by
     for block, layout in layouts.items():
         counts[layout] = counts.get(layout, 0) + num_experts[block]
     total = sum(nbytes_of(layout) * count for layout, count in counts.items())
-    if not isinstance(cache_bytes, int | float):
-        raise ValueError(f"cache_bytes={cache_bytes!r} is neither a number of bytes nor a share, a float up to 1.0")
     share = cache_bytes if isinstance(cache_bytes, float) else cache_bytes / total
     if not 0 < share or (isinstance(cache_bytes, float) and share > 1):
         raise ValueError(f"cache_bytes={cache_bytes} must be a positive number of bytes or a share, a float up to 1.0")
