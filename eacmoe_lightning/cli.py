@@ -80,7 +80,7 @@ def main(args: ArgsType = None) -> None:
     except Exception as error:
         if (message := _full_disk(error) or _lost_process(error, command)) is not None:
             _report(error, message)
-        if isinstance(error, WRONG_PATH):
+        if isinstance(error, WRONG_PATH) and error.filename is not None:
             _report(error, f"{error.strerror}: {error.filename}. Pass another path")
         if not isinstance(error, (ValueError, FileNotFoundError, StoreError, MisconfigurationException)):
             raise

@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -112,10 +112,10 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         refuse_missing_accelerator(self.config[self.subcommand]["trainer"]["accelerator"])
-        is_shown = self.config[self.subcommand]["trainer"].get("enable_progress_bar") is not False
+        has_progress_bar = self.config[self.subcommand]["trainer"].get("enable_progress_bar") is not False
         given = self.config_init[self.subcommand]["trainer"].get("callbacks") or []
-        has_own = any(isinstance(callback, ProgressBar) for callback in (given if isinstance(given, list) else [given]))
-        self.trainer_defaults["callbacks"] = default_callbacks(is_shown and not has_own)
+        given = given if isinstance(given, list) else [given]
+        self.trainer_defaults["callbacks"] = default_callbacks(has_progress_bar, given)
         if self.config_init[self.subcommand]["trainer"].get("plugins") is None:
             kwargs["plugins"] = [AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)

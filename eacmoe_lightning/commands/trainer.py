@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -186,8 +186,8 @@ def _no_checkpoint(command: str, ckpt_path: Any) -> None:
         )
 
 
-def default_callbacks(progress_bar: bool = True) -> list[Callback]:
-    """The callbacks of `fit`, in the order in which they act at its end."""
+def default_callbacks(progress_bar: bool = True, given: Iterable[Callback] = ()) -> list[Callback]:
+    """The callbacks of `fit`, in the order in which they act at its end; a progress bar unless one is `given`."""
     chosen = [
         callbacks.LayerwiseQuantization(),
         callbacks.ExpertFrequency(),
@@ -197,7 +197,8 @@ def default_callbacks(progress_bar: bool = True) -> list[Callback]:
         callbacks.BoardLayout(),
         callbacks.TokenScores(),
     ]
-    return [*chosen, callbacks.BlockProgress()] if progress_bar else chosen
+    shows = progress_bar and not any(isinstance(callback, ProgressBar) for callback in given)
+    return [*chosen, callbacks.BlockProgress()] if shows else chosen
 
 
 def calibration_trainer(
@@ -215,7 +216,7 @@ def calibration_trainer(
         ValueError: this machine has no such accelerator.
     """
     refuse_missing_accelerator(options.get("accelerator", "auto"))
-    run, has_own_bar = Path(run), any(isinstance(callback, ProgressBar) for callback in extra_callbacks)
+    run = Path(run)
     checkpoint = ModelCheckpoint(
         run / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False
     )
@@ -226,6 +227,6 @@ def calibration_trainer(
     }
     return CalibrationTrainer(
         default_root_dir=run,
-        callbacks=[*default_callbacks(progress_bar and not has_own_bar), *extra_callbacks, checkpoint],
+        callbacks=[*default_callbacks(progress_bar, extra_callbacks), *extra_callbacks, checkpoint],
         **DEFAULTS | defaults | options,
     )

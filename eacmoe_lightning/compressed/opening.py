@@ -15,7 +15,7 @@ from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.originals import is_bundled, local_directory, no_model
+from eacmoe_lightning.models.originals import is_bundled, local_directory
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.streamed import StreamedModel
 
@@ -112,10 +112,7 @@ def open_model(
         if trust_remote_code:
             read_original_config(config["original"]["name_or_path"], True)  # registers the classes
         return OpenedModel(str(name_or_path), directory, True, dtype, trust_remote_code)
-    original = local_directory(str(name_or_path), option)
-    if not (original / "config.json").is_file():
-        raise no_model(str(name_or_path), "There is no config.json.", option)
-    return OpenedModel(str(name_or_path), original, False, dtype, trust_remote_code)
+    return OpenedModel(str(name_or_path), local_directory(str(name_or_path), option), False, dtype, trust_remote_code)
 
 
 def open_compressed(path: str | Path, dtype: str = "auto", option: str = "--source") -> OpenedModel:

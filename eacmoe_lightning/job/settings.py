@@ -27,11 +27,11 @@ OF_SAMPLING = ("temperature", "sample_start")
 def settings_of(module: QESC) -> dict[str, Any]:
     """Every option that the result of `fit` depends on, by name; local paths are absolute."""
     data, asked, trainer = module.trainer.datamodule, module.chosen_bits, module.trainer
-    clipping = str(getattr(trainer.gradient_clip_algorithm, "value", "norm")) if trainer.gradient_clip_val else None
+    clips = trainer.gradient_clip_algorithm if trainer.gradient_clip_val else None
     return {
         "version": __version__,
         **{f"trainer.{name}": getattr(trainer, name) for name in TRAINER_OPTIONS},
-        **({"trainer.gradient_clip_algorithm": clipping} if clipping not in (None, "norm") else {}),
+        **({"trainer.gradient_clip_algorithm": "value"} if clips == "value" else {}),
         "model.name_or_path": module.name_or_path,
         "model.dtype": module.dtype_name,
         **{f"model.{name}": value for name, value in asked.recipe.record().items()},

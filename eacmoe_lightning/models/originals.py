@@ -85,10 +85,13 @@ def local_directory(name_or_path: str, option: str = "--model.name_or_path") -> 
         option: that errors name.
 
     Raises:
-        FileNotFoundError: there is no such directory, and the hub has no such model or cannot be reached.
+        FileNotFoundError: the directory holds no model; or there is none, and the hub has no such model or cannot be
+            reached.
     """
     path = resolve_model(name_or_path)
     if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise no_model(name_or_path, "There is no config.json.", option)
         return Path(path)
     try:
         return Path(cached_file(path, "config.json")).parent

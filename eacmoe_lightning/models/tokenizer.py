@@ -78,14 +78,12 @@ def tokenizer_of(
     except (DamagedFile, UntrustedCode):
         raise
     except (*UNBUILDABLE, OSError, ValueError) as error:
-        folder = local_directory(name_or_path, option)
+        folder = local_directory(name_or_path, option)  # says so if there is no model at all
         if missing := _missing_reader(folder):
             raise ValueError(f"the tokenizer of {name_or_path!r} ({option}) cannot be opened: {missing}") from error
         if isinstance(error, UNBUILDABLE):  # most classes read config.json too
             reason = f"transformers does not understand its config.json or the tokenizer's files ({error!r})."
             raise no_model(name_or_path, reason, option) from error
-        if not (folder / "config.json").is_file():  # no model at all
-            raise no_model(name_or_path, "There is no config.json.", option) from error
         problem = str(error)
     if problem:  # some classes make an empty tokenizer where its files are missing
         raise FileNotFoundError(

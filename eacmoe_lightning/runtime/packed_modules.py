@@ -208,7 +208,6 @@ class PackedExperts(nn.Module):
             delattr(experts, name)
         self.original = (experts,)  # for its gating; a tuple, since transformers would initialise a submodule
         self.post_expert_norm = post_expert_norm(experts)
-        self.has_post_expert_norm = self.post_expert_norm is not None
         self.activation = _activation_name(experts)
 
     def _bias(self, name: str) -> Tensor | None:
@@ -232,7 +231,7 @@ class PackedExperts(nn.Module):
         (experts,) = self.original
         hidden = experts._apply_gate(hidden) if self.has_gate else experts.act_fn(hidden)
         out = self._multiply("down_proj", e, hidden)
-        return self.post_expert_norm(out) if self.has_post_expert_norm else out
+        return out if self.post_expert_norm is None else self.post_expert_norm(out)
 
     def _multiply(self, name: str, e: int, x: Tensor) -> Tensor:
         *tensors, bits = getattr(self, name).expert(e)
