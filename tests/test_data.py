@@ -383,8 +383,8 @@ def test_an_evaluation_without_text_is_refused(text_data, stage):
     text_data(heldout=[]).setup("fit")
 
 
-@pytest.mark.parametrize("option", ["batch_size", "heldout_batch_size"])
-def test_batch_sizes_must_be_positive(option):
+@pytest.mark.parametrize("option", ["batch_size", "heldout_batch_size", "num_windows", "num_heldout_windows"])
+def test_numbers_of_windows_must_be_positive(option):
     with pytest.raises(ValueError, match=f"--data.{option}=0 must be at least 1"):
         TextWindows(**{option: 0})
 

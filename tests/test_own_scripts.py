@@ -63,6 +63,12 @@ def test_a_module_without_its_data_says_what_is_missing(tmp_path):
         trainer.fit(QESC("bundled"))
 
 
+def test_a_checkpoint_is_not_taken_for_a_model(fitted):
+    checkpoint = fitted("mixtral", **SMALL) / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match="pass it to Trainer.fit as ckpt_path to go on, or open the finished model"):
+        QESC.load_from_checkpoint(checkpoint)
+
+
 # --- paths
 
 

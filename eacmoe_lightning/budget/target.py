@@ -70,9 +70,11 @@ class SizeTarget:
         option = "--model.target_bits" if self.gb is None else "--model.target_gb"
         if wanted < allocator.smallest:
             least = self.described(allocator.smallest * 1.0005, moe, rest)  # rounded, it can be had
+            ways = [f"{least} or more"]
+            if not allocator.recipe.in_blocks:
+                ways += ["a larger --model.group_size", "--model.quantizer lattice, which has rates down to 1.5 bits"]
             raise ValueError(
-                f"{asked} ({option}) is below what the smallest widths take: pass {least} or more, a larger "
-                "--model.group_size, --model.quantizer lattice, which has rates down to 1.5 bits, or --pruning.keep "
+                f"{asked} ({option}) is below what the smallest widths take: pass {', '.join(ways)}, or --pruning.keep "
                 "auto, which drops experts too"
             )
         largest = (largest or allocator).largest

@@ -130,7 +130,7 @@ class TextWindows(L.LightningDataModule):
 
     def _check_options(self) -> None:
         """Raises ValueError if an option is out of its range."""
-        for option in ("batch_size", "micro_batch_size", "heldout_batch_size"):
+        for option in ("batch_size", "micro_batch_size", "heldout_batch_size", "num_heldout_windows"):
             if (value := getattr(self, option)) is not None and value < 1:
                 raise ValueError(f"--data.{option}={value} must be at least 1")
         if self.window_length < 2:
@@ -172,8 +172,6 @@ class TextWindows(L.LightningDataModule):
             )
         sharing = [name for name in self.calibration_texts if name not in fixed]
         shared = split_windows(self.num_windows, sharing, shares) if sharing or shares else {}
-        if any(number < 1 for name, number in shared.items() if name in self.sampled_texts):
-            raise ValueError(f"--data.num_windows={self.num_windows} must be at least 1")
         return {name: (fixed | shared)[name] for name in self.calibration_texts}
 
     @property

@@ -271,6 +271,11 @@ class QESC(Comparison):
             self.resumes_at = self.block_index if self.parts.block is None else self.parts.block
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is None:  # load_from_checkpoint
+            raise ValueError(
+                "a checkpoint holds the state of a job, not a model: pass it to Trainer.fit as ckpt_path to go on, or "
+                "open the finished model with eacmoe_lightning.load(RUN_DIRECTORY)"
+            )
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         refuse_other_job(checkpoint, shapes, self.trainer.ckpt_path)
         self.block_routers = checkpoint["block_routers"]

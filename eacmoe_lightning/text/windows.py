@@ -158,6 +158,8 @@ def split_windows(num_windows: int, texts: list[str], shares: dict[str, float] |
     Raises:
         ValueError: the shares are not positive or not those of the texts, or a text would get no window.
     """
+    if num_windows < 1:
+        raise ValueError(f"--data.num_windows={num_windows} must be at least 1")
     shares = dict.fromkeys(texts, 1.0) if shares is None else shares
     if set(shares) != set(texts) or any(share <= 0 for share in shares.values()):
         raise ValueError(f"--data.shares={shares} must give each of {', '.join(texts)} a share above 0")
@@ -165,7 +167,7 @@ def split_windows(num_windows: int, texts: list[str], shares: dict[str, float] |
     numbers = {text: int(number) for text, number in exact.items()}
     for text in sorted(texts, key=lambda text: numbers[text] - exact[text])[: num_windows - sum(numbers.values())]:
         numbers[text] += 1
-    if num_windows >= 1 and 0 in numbers.values():
+    if 0 in numbers.values():
         none = ", ".join(text for text, number in numbers.items() if not number)
         raise ValueError(f"--data.num_windows={num_windows} leaves no window for {none}: pass more windows")
     return numbers
