@@ -22,6 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eacmoe_lightning import gptqmodel, load
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.pruned_config import pruned_config
+from eacmoe_lightning.models.shrink import keep_experts
+from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.hidden import hidden_of
 
 QUICK = (
@@ -138,6 +141,26 @@ def test_a_block_whose_experts_run_one_by_one_is_the_block(name):
         output, _ = block.forward(moe.call(block.index, ids, state), expert=expert)
         torch.testing.assert_close(hidden_of(output), hidden_of(expected), rtol=1e-4, atol=1e-5)
         state = tree_map_only(torch.Tensor, torch.Tensor.detach, expected)
+
+
+@slow_unless_quick(SUPPORTED)
+@torch.no_grad()
+def test_without_some_experts_it_is_what_its_config_says(name, tmp_path):
+    moe = MoEModel(architectures.build(name).float())
+    kept = [e for e in range(moe.moe_blocks[0].num_experts) if e % 4 != 1]  # as many of each group
+    try:
+        PruningRule(keep=len(kept)).check(moe)
+    except ValueError as error:
+        assert "no expert can be removed" in str(error)
+        return
+    for block in moe.moe_blocks:
+        keep_experts(block, kept)
+    moe.model.config = pruned_config(moe.model.config, moe)
+    moe.model.save_pretrained(tmp_path)
+    ids = torch.randint(1, tiny_models.VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(0))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    expected = moe.model(ids, use_cache=False).logits
+    torch.testing.assert_close(reloaded(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- fit, load, use, export

@@ -109,6 +109,9 @@ def test_options_around_configs(capsys):
         ("trainer.max_steps", "10", ["--trainer.max_steps 10", "--trainer.max_epochs"]),
         ("trainer.max_time", "00:00:10:00", ["--trainer.max_time", "SIGTERM", "--ckpt_path auto"]),
         ("trainer.limit_train_batches", "0", ["--trainer.limit_train_batches 0"]),
+        ("trainer.devices", "[0,1]", ["(--trainer.*)", "`devices` selected with `CPUAccelerator`"]),
+        ("trainer.devices", "0", ["(--trainer.*)", "devices='0'"]),
+        ("trainer.precision", "transformer-engine", ["(--trainer.*)", "transformer_engine"]),
         ("trainer.precision", "16-true", ["--trainer.precision 16-true", "--model.dtype"]),
         ("trainer.num_sanity_val_steps", "2", ["--trainer.num_sanity_val_steps 2", "validate"]),
         ("trainer.check_val_every_n_epoch", "1", ["--trainer.check_val_every_n_epoch 1", "validate"]),
@@ -310,6 +313,14 @@ def test_a_text_that_was_edited_since(resume, refused, tiny_model_dir, tmp_path)
     assert (run / "report.md").exists()
 
 
+def test_one_batch_is_not_taken_for_all_of_them(refused, tiny_model_dir, tmp_path):
+    run = jobs.fit(tiny_model_dir("deepseek"), tmp_path / "run", **DEEPSEEK, trainer__max_epochs=1)
+    words = [*jobs.options(tiny_model_dir("deepseek"), run, **DEEPSEEK), "--ckpt_path", "auto"]
+    error = refused(*words, "--trainer.limit_train_batches", "1")
+    assert 'trainer.limit_train_batches was 1.0 and is now "1 of an epoch\'s batches"' in error
+    main(["fit", *words, "--trainer.limit_train_batches", "1.0"])
+
+
 def test_a_tokenizer_that_was_changed_since(refused, tiny_model_dir, tmp_path):
     model = Path(shutil.copytree(tiny_model_dir("deepseek"), tmp_path / "model"))
     run = jobs.fit(model, tmp_path / "run", **DEEPSEEK, trainer__max_epochs=1)
@@ -318,6 +329,25 @@ def test_a_tokenizer_that_was_changed_since(refused, tiny_model_dir, tmp_path):
     (model / "tokenizer.json").write_text(json.dumps(stored))
     error = refused(*jobs.options(model, run, **DEEPSEEK), "--ckpt_path", "auto")
     assert "its tokens (the model's tokenizer) have changed" in error
+
+
+@pytest.mark.parametrize("change", ["ids", "merges", "words"])
+def test_a_finished_run_is_not_evaluated_with_another_tokenizer(change, refused, fitted, tiny_model_dir, tmp_path):
+    run = fitted("deepseek", **DEEPSEEK)
+    model = Path(shutil.copytree(tiny_model_dir("deepseek"), tmp_path / "model"))
+    stored = json.loads((model / "tokenizer.json").read_text())
+    words, message = stored["model"]["vocab"], "it cuts text into other tokens"
+    if change == "ids":
+        words["e"], words["t"], message = words["t"], words["e"], f"has the id {words['t']} there"
+    elif change == "merges":
+        stored["model"]["merges"] = stored["model"]["merges"][:-1500]
+    else:
+        stored["added_tokens"].append({**stored["added_tokens"][0], "id": len(words) - 1, "content": "the"})
+    (model / "tokenizer.json").write_text(json.dumps(stored))
+    for stage in ("validate", "test"):
+        error = refused(*jobs.options(model, run), stage=stage)
+        assert "the original's tokenizer (--model.name_or_path) is not the one that" in error and message in error
+    main(["validate", *jobs.options(None, run)])
 
 
 def rounded(model: Path, name: str) -> None:

@@ -376,6 +376,13 @@ def test_windows_that_repeat_are_counted(text_data, moe, tmp_path, caplog):
     assert re.search(r"\d+ of the 100 calibration windows repeat others", caplog.text)
 
 
+@pytest.mark.parametrize("option", ["calibration", "heldout", "predict"])
+@pytest.mark.parametrize("source, message", [("", "names no source, but ''"), ("bundled:prose[60%:50%]", "60% to 50%")])
+def test_what_names_no_text_is_named_with_its_option(option, source, message):
+    with pytest.raises(ValueError, match=f"--data.{option}.*{message}"):
+        TextWindows(**{option: source})
+
+
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_an_evaluation_without_text_is_refused(text_data, stage):
     with pytest.raises(ValueError, match=f"--data.heldout is empty, so {stage} has no text"):

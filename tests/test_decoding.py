@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -554,6 +555,23 @@ def test_words_that_need_no_decoding_are_read_as_they_are(tiny_model_dir, tmp_pa
     whole = AutoModelForCausalLM.from_pretrained(tiny_model_dir("mixtral"))
     with pytest.warns(UserWarning, match="none of its tensors is quantized: they are read as they are"):
         assert_decoded(plain, whole.state_dict())
+
+
+@pytest.mark.parametrize("size", [[0, 0], [1, 32, 32]])
+def test_a_block_size_that_is_none_is_named(size, tiny_model_dir, tmp_path):
+    config = {"quant_method": "fp8", "weight_block_size": size}
+    folder = quantized(tiny_model_dir("mixtral"), tmp_path / "out", config, float8((32, 32)))
+    with pytest.raises(ValueError, match=re.escape(f"weight_block_size={size} in `quantization_config`")):
+        read(folder)
+
+
+def test_scales_of_zero_are_refused(tiny_model_dir, tmp_path):
+    def change(key: str, weight: Tensor) -> dict[str, Tensor]:
+        return {name: t * 0 if name.endswith("scale_inv") else t for name, t in float8((32, 32))(key, weight).items()}
+
+    config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    with pytest.raises(ValueError, match="decodes to zeros as float8 in blocks of 32 x 32, because its scales are"):
+        read(quantized(tiny_model_dir("mixtral"), tmp_path / "out", config, change))
 
 
 # --- whole jobs

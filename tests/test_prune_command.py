@@ -251,6 +251,8 @@ def test_a_skipping_rule_is_suspended_and_copied(tiny_model_dir, tmp_path):
         (["--pruning.keep", "4", "--num_heldout_windows", "100000"], "(--num_heldout_windows)"),
         (["--pruning.keep", "4", "--texts", "/no/such/text.txt"], "/no/such/text.txt"),
         (["--pruning.keep", "4", "--ridge", "0"], "--ridge"),
+        (["--pruning.keep", "auto"], "keep=auto (--pruning.keep) serves `fit`"),
+        (["--pruning.keep", "4", "--calibration", ""], "'' is not a text source"),
     ],
 )
 def test_bad_options(arguments, message, tiny_model_dir, tmp_path, capsys):

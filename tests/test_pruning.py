@@ -1,6 +1,7 @@
 """Static pruning: rules and scores by hand, and pruned models against full models with masked routers."""
 
 import json
+import re
 from pathlib import Path
 
 import jobs
@@ -59,6 +60,8 @@ def test_the_papers_rule():
         ({"alpha": -0.1}, "--pruning.alpha"),
         ({"alpha": 0.5, "keep": 3}, "pass one"),
         ({}, "pass one"),
+        ({"keep": 3, "kept": {0: [0, 0, 1]}}, "kept[0]=[0, 0, 1] (--pruning.kept) does not name keep=3"),
+        ({"keep": 3, "kept": {0: [0, 1]}}, "does not name keep=3 (--pruning.keep) different experts"),
     ],
 )
 def test_bad_rules(options, message):
@@ -72,6 +75,19 @@ def test_a_number_that_does_not_fit_the_model(keep, numbers):
     with pytest.raises(ValueError) as error:
         PruningRule(keep=keep).check(MoEModel(tiny_models.build("mixtral")))
     assert all(number in str(error.value) for number in numbers)
+
+
+@pytest.mark.parametrize(
+    "family, kept, message",
+    [
+        ("mixtral", {0: [0, 1]}, "of the blocks [0]: name those of [0, 1, 2], the blocks with experts"),
+        ("mixtral", {0: [0, 1], 1: [2, 8], 2: [0, 3]}, "kept[1] (--pruning.kept): there is no expert 8, only 0 to 7"),
+        ("deepseek_v3", {1: [0, 1, 2, 4], 2: [0, 1, 4, 5]}, "equally many experts of each of the 2 groups"),
+    ],
+)
+def test_known_experts_that_do_not_fit_the_model(family, kept, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PruningRule(keep=len(kept[max(kept)]), kept=kept).check(MoEModel(build(family)))
 
 
 # --- scores

@@ -313,6 +313,9 @@ def test_null_rows_are_skipped_and_counted(tmp_path, caplog, name, content):
         ("x.jsonl.gz", gzip.compress(b'{"text": "a"}' * 1000, mtime=0)[:40], "x.jsonl.gz is not a whole gzip file"),
         ("x.parquet", b"PAR0", "x.parquet is not a parquet file"),
         ("x.jsonl", b'{"body": "a"}', "name the column with --data.column NAME"),
+        ("x.jsonl", b"[" * 100_000, "line 1: this JSON holds no text"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "b", "id": ' + b"1" * 5000 + b"}", "line 2: this JSON holds no text"),
+        ("x.json", b'{"text": ["a", "b"]}', "`text` is a list of strings: give each text a row of its own"),
     ],
 )
 def test_bad_rows(tmp_path, name, content, message):
@@ -320,6 +323,19 @@ def test_bad_rows(tmp_path, name, content, message):
     with pytest.raises(ValueError) as error:
         read_documents(str(tmp_path / name))
     assert message in str(error.value) and name in str(error.value)
+
+
+def test_strings_of_json_are_texts(tmp_path):
+    (tmp_path / "x.json").write_text('["one",\n "two"]')
+    (tmp_path / "y.jsonl").write_text('"one"\n"two"\n')
+    assert read_documents(str(tmp_path / "x.json")) == read_documents(str(tmp_path / "y.jsonl")) == ["one", "two"]
+
+
+def test_a_table_of_names_alone_says_so(tmp_path, caplog):
+    (tmp_path / "x.csv").write_text("It was the best of times\n")
+    with pytest.raises(ValueError):
+        read_documents(str(tmp_path / "x.csv") + "#It was the best of times")
+    assert "x.csv has no rows: its first line names the columns" in caplog.text
 
 
 def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path):

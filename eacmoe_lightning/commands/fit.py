@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from eacmoe_lightning import callbacks
 from eacmoe_lightning.commands.configs import NamedConfig
@@ -118,7 +119,10 @@ class CommandLine(LightningCLI):
         self.trainer_defaults["callbacks"] = default_callbacks(has_progress_bar, given)
         if self.config_init[self.subcommand]["trainer"].get("plugins") is None:
             kwargs["plugins"] = [AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
+            raise ValueError(f"Lightning's Trainer does not take these options (--trainer.*): {error}") from error
 
 
 def _take_tokenizer_of_subject(config: Namespace) -> None:

@@ -102,6 +102,8 @@ def prune(
     for option, value in (("batch_size", batch_size), ("ridge", ridge)):
         if value <= 0:
             raise ValueError(f"{option}={value} (--{option}) is not positive")
+    if pruning.keep == "auto":
+        raise ValueError("keep=auto (--pruning.keep) serves `fit` with a size: pass a number")
     device_of(device)  # raises now
     given = open_model(model, dtype)
     moe = whole(given.streamed(device))

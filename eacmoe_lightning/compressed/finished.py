@@ -86,10 +86,11 @@ class FinishedBlocks:
 
     def _kept_part(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the original; if it has an entry per expert, the entries of the kept experts."""
-        if tensor.shape == self._shapes[name]:
+        differs = [dim for dim, size in enumerate(self._shapes[name]) if tensor.shape[dim] != size]
+        if not differs:
             return tensor
         block = next(b for b in self._moe.moe_blocks if name.startswith(f"{b.name}."))
-        return tensor[block.kept]
+        return tensor.index_select(differs[0], block.kept)
 
     def prefetch(self, names: Iterable[str]) -> None:
         self.original.prefetch([name for name in names if name not in self._owners and name not in self.trained])

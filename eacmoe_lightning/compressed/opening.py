@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from eacmoe_lightning.compressed.directory import CompressedWeights
 from eacmoe_lightning.compressed.format import is_compressed, read_config, size_of
@@ -18,6 +19,7 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import is_bundled, local_directory
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.models.tokenizer import tokenizer_of
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,14 @@ class OpenedModel:
                 f"{original} is not the original that {self} was made from: its weights or its config.json are others. "
                 "Pass a directory that holds the original with --model.name_or_path"
             )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer beside the weights; None if there is none, as in a packed model that was saved alone."""
+        try:
+            return tokenizer_of(str(self.directory), trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError):
+            return None
 
     def __str__(self) -> str:
         is_short = is_bundled(self.name) or self.name == str(self.directory)

@@ -19,6 +19,7 @@ from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import write_json
 from eacmoe_lightning.run.ranks import Ranks
+from eacmoe_lightning.text.checks import refuse_other_tokenizer
 
 
 @dataclass
@@ -85,6 +86,8 @@ class Comparison(LightningModule):
         subject, original = self.find_models(self.run, self.trainer.is_global_zero)
         if original is None:
             return Compared(subject.streamed(device), None, {"original": subject.size_bytes})
+        if (own := subject.tokenizer) is not None:
+            refuse_other_tokenizer(self.trainer.datamodule.tokens, own, str(subject))
         size_bytes = {"original": original.size_bytes, "compressed": subject.size_bytes}
         return Compared(subject.streamed(device), original.streamed(device), size_bytes)
 

@@ -20,7 +20,7 @@ from eacmoe_lightning.text.chat import read_template
 from eacmoe_lightning.text.checks import check_length, check_tokens, warn_of_calibrated, warn_of_repeated
 from eacmoe_lightning.text.openings import Start
 from eacmoe_lightning.text.sampled import SampledSource, sampled_source
-from eacmoe_lightning.text.sources import documents, name_sources
+from eacmoe_lightning.text.sources import check_source, documents, name_sources
 from eacmoe_lightning.text.windows import (
     Layout,
     Windows,
@@ -150,6 +150,8 @@ class TextWindows(L.LightningDataModule):
             raise ValueError(f"--data.noise_floor={self.noise_floor} is a number of windows: pass 0 or more")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--data.temperature={self.temperature} must be above 0")
+        if self.predict is not None:
+            check_source(self.predict, "--data.predict")
         for option, sources in (("heldout", self.heldout.values()), ("predict", [self.predict or ""])):
             if written := next(filter(sampled_source, sources), None):
                 raise ValueError(f"--data.{option}: {written} is written by the model: it only calibrates")

@@ -31,6 +31,7 @@ def settings_of(module: QESC) -> dict[str, Any]:
     return {
         "version": __version__,
         **{f"trainer.{name}": getattr(trainer, name) for name in TRAINER_OPTIONS},
+        "trainer.limit_train_batches": _limit(trainer.limit_train_batches),
         **({"trainer.gradient_clip_algorithm": "value"} if clips == "value" else {}),
         "model.name_or_path": module.name_or_path,
         "model.dtype": module.dtype_name,
@@ -44,3 +45,8 @@ def settings_of(module: QESC) -> dict[str, Any]:
         **{f"data.{name}": getattr(data, name) for name in OF_WINDOWS},
         **{f"data.{name}": getattr(data, name) for name in OF_SAMPLING if data.sampled_texts},
     }
+
+
+def _limit(batches: int | float) -> float | str:
+    """A share of the batches as it is, a number in words: to Lightning 1.0 is all batches, and 1 is one."""
+    return f"{batches} of an epoch's batches" if isinstance(batches, int) else batches

@@ -1,7 +1,7 @@
 """Removes experts from a block: everything with one entry per expert shrinks together.
 
 These are recognized by shape: the experts' weights and biases, the router's rows and biases, and a correction bias in
-any module. The attributes in which the modules store their number of experts change, too.
+any module, [E] or [1, E]. The attributes in which the modules store their number of experts change, too.
 """
 
 from __future__ import annotations
@@ -29,15 +29,33 @@ def keep_experts(block: Block, kept: Sequence[int]) -> None:
         return
     for module in block.counting_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim and len(parameter) == num_experts:
-                rows = parameter.detach()[block.kept.to(parameter.device)]
+            if (dim := _counts(parameter, num_experts)) is not None:
+                rows = parameter.detach().index_select(dim, block.kept.to(parameter.device))
                 setattr(module, name, nn.Parameter(rows, parameter.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.ndim and len(buffer) == num_experts:
-                setattr(module, name, buffer[block.kept.to(buffer.device)])
+            if (dim := _counts(buffer, num_experts)) is not None:
+                setattr(module, name, buffer.index_select(dim, block.kept.to(buffer.device)))
         for name, value in list(vars(module).items()):
             if value == num_experts and type(value) is int and (counts_experts(name) or name == "out_features"):
                 setattr(module, name, len(kept))
+
+
+def has_table(block: Block) -> bool:
+    """Whether the router looks experts up in a table [V, K] of token ids, as in DeepSeek-V4's first blocks.
+
+    Without some of the experts, such a table has no answer for the tokens that it sends to them.
+    """
+    return any(
+        buffer.ndim == 2 and buffer.shape[1] == block.top_k and not buffer.is_floating_point()
+        for buffer in block.router.buffers()
+    )
+
+
+def _counts(tensor: torch.Tensor, num_experts: int) -> int | None:
+    """The dimension that counts experts, the first one or that of a single row; None if there is none."""
+    if tensor.ndim and len(tensor) == num_experts:
+        return 0
+    return 1 if tensor.shape == (1, num_experts) else None
 
 
 def shrink_as_pruned(config: PreTrainedConfig, blocks: list[Block]) -> None:

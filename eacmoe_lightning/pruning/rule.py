@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.experts import Groups
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.shrink import has_table
 from eacmoe_lightning.pruning.scores import CRITERIA
 
 
@@ -28,7 +31,8 @@ class PruningRule:
         kept: by block, the experts that stay, if they are known already; `keep` is their number.
 
     Raises:
-        ValueError: the criterion is unknown, alpha is outside (0, 1], or not exactly one of alpha and keep is given.
+        ValueError: the criterion is unknown, alpha is outside (0, 1], not exactly one of alpha and keep is given, or
+            kept does not name `keep` different experts for each of its blocks.
     """
 
     criterion: str = "frequency"
@@ -45,6 +49,12 @@ class PruningRule:
             )
         if self.alpha is not None and not 0 < self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} (--pruning.alpha) is not in (0, 1]")
+        for block, kept in (self.kept or {}).items():
+            if len(set(kept)) != len(kept) or len(kept) != self.keep:
+                raise ValueError(
+                    f"kept[{block}]={kept} (--pruning.kept) does not name keep={self.keep} (--pruning.keep) different "
+                    "experts"
+                )
 
     def record(self) -> dict[str, Any]:
         """The options."""
@@ -53,34 +63,60 @@ class PruningRule:
     def check(self, moe: MoEModel) -> None:
         """Raises ValueError if this rule does not fit the model; called before anything is computed."""
         for block in moe.moe_blocks:
-            groups = Groups.of(block)
             if not block.calibrates:
                 raise ValueError(
                     f"{block.name}: its router has no matrix with one row per expert, so no expert can be removed"
                 )
-            if self.keep == "auto":
-                continue
-            if self.alpha is not None:
-                if groups.number > 1:
-                    raise ValueError(
-                        f"{block.name} routes by {groups.number} groups of experts, which must stay equal in size: "
-                        "pass --pruning.keep instead of --pruning.alpha"
-                    )
-                continue
-            if not block.top_k <= self.keep <= block.num_experts:
+            if has_table(block):
+                raise ValueError(f"{block.name}: its router looks experts up by token id, so no expert can be removed")
+            if self.alpha is not None and (number := Groups.of(block).number) > 1:
                 raise ValueError(
-                    f"keep={self.keep} (--pruning.keep) is not between top_k={block.top_k}, which every token selects, "
-                    f"and num_experts={block.num_experts}"
+                    f"{block.name} routes by {number} groups of experts, which must stay equal in size: pass "
+                    "--pruning.keep instead of --pruning.alpha"
                 )
-            if self.keep % groups.number:
+            if isinstance(self.keep, int):
+                self._check_keep(block, self.keep)
+        if self.kept is not None:
+            self._check_kept(moe.moe_blocks, self.kept)
+
+    @staticmethod
+    def _check_keep(block: Block, keep: int) -> None:
+        groups = Groups.of(block)
+        if not block.top_k <= keep <= block.num_experts:
+            raise ValueError(
+                f"keep={keep} (--pruning.keep) is not between top_k={block.top_k}, which every token selects, and "
+                f"num_experts={block.num_experts}"
+            )
+        if keep % groups.number:
+            raise ValueError(
+                f"keep={keep} (--pruning.keep) is not a multiple of the {groups.number} groups by which {block.name} "
+                "routes"
+            )
+        if (least := groups.least(block.top_k)) > keep // groups.number:
+            raise ValueError(
+                f"keep={keep} (--pruning.keep) leaves {keep // groups.number} experts in each of the {groups.number} "
+                f"groups by which {block.name} routes, but {least} are needed"
+            )
+
+    @staticmethod
+    def _check_kept(blocks: list[Block], kept: dict[int, list[int]]) -> None:
+        if sorted(kept) != (indices := [block.index for block in blocks]):
+            raise ValueError(
+                f"kept (--pruning.kept) names experts of the blocks {sorted(kept)}: name those of {indices}, the "
+                "blocks with experts"
+            )
+        for block in blocks:
+            experts, number = kept[block.index], block.num_experts
+            if unknown := sorted(set(experts) - set(range(number))):
                 raise ValueError(
-                    f"keep={self.keep} (--pruning.keep) is not a multiple of the {groups.number} groups by which "
-                    f"{block.name} routes"
+                    f"kept[{block.index}] (--pruning.kept): there is no expert {unknown[0]}, only 0 to {number - 1}"
                 )
-            if (least := groups.least(block.top_k)) > self.keep // groups.number:
+            groups = Groups.of(block).number
+            in_group = Counter(e * groups // number for e in experts)
+            if set(in_group.values()) != {len(experts) // groups}:
                 raise ValueError(
-                    f"keep={self.keep} (--pruning.keep) leaves {self.keep // groups.number} experts in each of the "
-                    f"{groups.number} groups by which {block.name} routes, but {least} are needed"
+                    f"kept[{block.index}] (--pruning.kept) does not name equally many experts of each of the {groups} "
+                    f"groups by which {block.name} routes"
                 )
 
     def choose(self, scores: Tensor, top_k: int, num_groups: int = 1) -> list[int]:

@@ -38,7 +38,8 @@ def read_template(path: Path) -> str:
         ValueError: it is not text.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--data.chat_template: {path} does not exist: pass a file with a Jinja template")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"--data.chat_template: {path} {what}: pass a file with a Jinja template")
     try:
         check_fetched(path)
         text = read_text(path)

@@ -1,4 +1,7 @@
-"""What is wrong with windows that were cut: tokens that a model does not know, too many of them, repeated windows."""
+"""What is wrong with windows that were cut: tokens that a model does not know, too many of them, repeated windows.
+
+And with the tokenizer that cuts them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from eacmoe_lightning.text.sources import heldout_names, read_documents
 
 log = logging.getLogger(__name__)
 
@@ -60,3 +66,26 @@ def warn_of_calibrated(heldout: Mapping[str, Tensor], calibration: Iterable[Tens
                 "they test nothing: hold out other text, or calibrate on the part [:90%%] and hold out [90%%:]",
                 *(same, len(windows), name),
             )
+
+
+def refuse_other_tokenizer(given: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, model: str) -> None:
+    """Raises ValueError if a tokenizer is not the one that a compressed model was made with.
+
+    Args:
+        given: the tokenizer of an evaluation, from `--model.name_or_path`.
+        own: the one beside the compressed model.
+        model: the compressed model, for the message.
+    """
+    ids, known = given.get_vocab(), own.get_vocab()
+    token = min((token for token in known if ids.get(token) != known[token]), key=known.__getitem__, default=None)
+    if token is not None:
+        what = f"{token!r} has the id {ids.get(token)} there, and {known[token]} beside the compressed model"
+    else:
+        texts = [read_documents(f"bundled:{name}")[0][:5000] for name in heldout_names()]
+        if given(texts)["input_ids"] == own(texts)["input_ids"]:
+            return
+        what = "it cuts text into other tokens"
+    raise ValueError(
+        f"the original's tokenizer (--model.name_or_path) is not the one that {model} was made with: {what}. Pass a "
+        "directory with the files that the tokenizer had then"
+    )

@@ -216,7 +216,7 @@ def _json_rows(path: Path) -> Rows:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = _parsed(line, f"{path}, line {number}")
         except json.JSONDecodeError as error:
             if not is_first:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
@@ -235,9 +235,24 @@ def _each(number: int, value: Any) -> Rows:
 def _json_value(path: Path) -> Any:
     """The one JSON value that the whole file holds."""
     try:
-        return json.loads(read_text(path))
+        return _parsed(read_text(path), str(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error})") from error
+
+
+def _parsed(text: str, where: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        JSONDecodeError: the text is not JSON.
+        ValueError: it is, and no value of Python's.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # numbers of too many digits, lists in lists in lists
+        raise ValueError(f"{where}: this JSON holds no text ({error})") from error
 
 
 def _csv_rows(path: Path, delimiter: str) -> Rows:
@@ -247,6 +262,7 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
     try:
         header = next(reader, [])
         _check_names(header, path)
+        end_of_header = reader.line_num
         for cells in reader:
             if len(cells) > len(header):
                 raise ValueError(
@@ -258,6 +274,8 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
                     reader.line_num,
                     {name: None if cell in NULLS else cell for name, cell in zip(header, cells, strict=True)},
                 )
+        if header and reader.line_num == end_of_header:
+            log.warning("%s has no rows: its first line names the columns", path)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 

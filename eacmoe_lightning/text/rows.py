@@ -134,6 +134,11 @@ def _messages(turns: list, column: str, where: str) -> list[dict[str, Any]]:
     messages = []
     for number, turn in enumerate(turns, 1):
         place = f"{where}, turn {number} of `{column}`"
+        if isinstance(turn, str):
+            raise ValueError(
+                f"{where}: `{column}` is a list of strings: give each text a row of its own, or make each a turn, a "
+                "dict with `role` and `content`"
+            )
         if not isinstance(turn, Mapping):
             raise ValueError(f"{place} is {type(turn).__name__}, not a dict with `role` and `content`")
         turn = {key: value for key, value in turn.items() if value is not None}

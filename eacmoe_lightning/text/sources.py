@@ -71,14 +71,16 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
     """Sources by name: `prose` for bundled:prose, the stem of the path for any other; None: all bundled held-out texts.
 
     Raises:
-        ValueError: two sources get the same name.
+        ValueError: two sources get the same name, or one is empty or not a part of a text.
     """
     if sources is None:
         sources = [f"bundled:{name}" for name in heldout_names()]
-    if isinstance(sources, dict):
-        return dict(sources)
     if isinstance(sources, str):
         sources = [sources]
+    for source in sources.values() if isinstance(sources, dict) else sources:
+        check_source(source, option)
+    if isinstance(sources, dict):
+        return dict(sources)
     named: dict[str, str] = {}
     for source in sources:
         bundled = source.startswith("bundled:")
@@ -90,6 +92,16 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
             )
         named[name] = source
     return named
+
+
+def check_source(source: str, option: str) -> None:
+    """Raises ValueError for a source that names nothing, such as a variable of the shell that is not set."""
+    if not source.strip():
+        raise ValueError(f"{option} names no source, but {source!r}: {INSTEAD}")
+    try:
+        _take_part(source)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _stem(source: str) -> str:
@@ -115,6 +127,8 @@ def documents(source: str, column: str | None = None) -> Iterator[Document]:
         FileNotFoundError: there is no such bundled text, file, directory or data set.
         ValueError: a file is not text, a row has no such column, or all documents are blank.
     """
+    if not source.strip():
+        raise ValueError(f"{source!r} is not a text source: {INSTEAD}")
     read = False
     for document in _documents(source, column):
         if not isinstance(document, str) or document.strip():
@@ -277,6 +291,8 @@ def _row_documents(table: Table, column: str | None) -> Iterator[Document]:
             num_rows += 1
             where = f"{table.name}, {table.unit} {number}"
             document = None
+            if isinstance(row, str) and column is None:
+                row = {"text": row}
             if row is not None:
                 columns = chosen or (columns_of(row, column) if isinstance(row, dict) else None)
                 if columns is None:

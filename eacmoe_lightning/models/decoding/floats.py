@@ -31,7 +31,11 @@ class Float8(Scheme):
     def block(self) -> tuple[int, int] | None:
         """Rows and columns that share a scale, if the config says so."""
         size = self.config.get("weight_block_size")
-        return tuple(size) if size else None
+        if not size:
+            return None
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"weight_block_size={size} in `quantization_config` of its config.json is not two sizes")
+        return tuple(size)
 
     def describe(self) -> str:
         return "float8" + (" in blocks of {} x {}".format(*self.block) if self.block else "")

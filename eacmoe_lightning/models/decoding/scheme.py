@@ -52,12 +52,15 @@ class Scheme(ABC):
         """The same, if it can be the weight of a model.
 
         Raises:
-            ValueError: it holds NaN, or its size says that a scale is stored as its reciprocal.
+            ValueError: it holds NaN, its scales are zeros, or its size says that a scale is stored as its reciprocal.
         """
         weight = self.decode(key, parts)
         size = root_mean_square(weight)
         if not math.isfinite(size):
             raise ValueError(f"{key} decodes to NaN or infinite values as {self.description}: {REMEDY}")
+        codes = parts.get("weight")
+        if not size and codes is not None and codes.is_floating_point() and codes.float().any():
+            raise ValueError(f"{key} decodes to zeros as {self.description}, because its scales are: {REMEDY}")
         if not size or SMALLEST < size < LARGEST:
             return weight
         for kind in self.SCALES:
