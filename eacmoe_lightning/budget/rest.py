@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.draft import read_draft
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.original_files import OriginalFiles
@@ -29,16 +30,18 @@ class Rest:
     Attributes:
         files: bytes of tokenizer, processor, licenses, config, card and draft layers.
         dtype: in which the original stores its tensors.
+        in_float32: those that it stores in float32 instead, by parameter name.
     """
 
     files: int
     dtype: torch.dtype
+    in_float32: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, moe: MoEModel, name_or_path: str, trust_remote_code: bool = False) -> Rest:
         """The rest of an original, by its name or path.
 
-        Draft layers and tokenizer count if their files are there (`plan` needs neither).
+        Draft layers, tokenizer and dtypes count if their files are there (`plan` needs none).
         """
         source = resolve_model(name_or_path)
         config = read_config(source)[0]
@@ -50,7 +53,10 @@ class Rest:
         with suppress(FileNotFoundError, OSError, ValueError), tempfile.TemporaryDirectory() as folder:
             load_tokenizer(source, trust_remote_code).save_pretrained(folder)
             total += sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-        return cls(total, dtype)
+        in_float32: frozenset[str] = frozenset()
+        with suppress(FileNotFoundError):
+            in_float32 = Checkpoint(name_or_path, trust_remote_code=trust_remote_code).in_float32
+        return cls(total, dtype, in_float32)
 
     def nbytes(self, moe: MoEModel, head: WeightGrid | None = None) -> int:
         """The most bytes that the rest takes: an estimate, a little high.
@@ -76,6 +82,9 @@ class Rest:
                 continue
             if head is not None and name == head.name:
                 total += 3 * (HEADER_BYTES + 2 * len(name)) + packed_bytes([head])
+                continue
+            if name in self.in_float32:
+                total += tensor.numel() * 4
                 continue
             is_narrow = tensor.is_floating_point() and name not in trained
             total += tensor.numel() * min(tensor.element_size(), self.dtype.itemsize if is_narrow else 8)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from eacmoe_lightning.compressed import card
+from eacmoe_lightning.compressed import card, float32
 from eacmoe_lightning.compressed.format import (
     DRAFT,
     INDEX,
@@ -29,6 +29,7 @@ from eacmoe_lightning.compressed.format import (
     write_config,
 )
 from eacmoe_lightning.models.block import Block
+from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.draft import read_draft, without_draft
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.original_files import OriginalFiles
@@ -90,9 +91,13 @@ def save_compressed(
     tied = _tied_names(moe.model)
     names = [name for name in moe.model.state_dict() if name not in tied]
     weights: dict[str, dict[str, Any]] = {}  # by name, what `_described` says
+    wide, in_float32 = _stored_in_float32(source, source_config, trust_remote_code), []
 
     def unquantized(names: list[str]) -> dict[str, Tensor]:
-        return {name: _narrowed(tensor, stored_dtype) for name, tensor in moe.read(names).items()}
+        tensors = moe.read(names)
+        unchanged = wide.put_back(tensors, moe)
+        in_float32.extend(unchanged)
+        return {name: _narrowed(tensor, stored_dtype) for name, tensor in tensors.items()} | unchanged
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for block, quantized in zip(moe.blocks, quantized_blocks, strict=True):
@@ -123,6 +128,7 @@ def save_compressed(
                 "format_version": _format_version(moe, weights, bool(head)),
                 "original": {
                     **source_config.get("original", {"name_or_path": name_or_path, "fingerprint": fingerprint}),
+                    **({float32.KEY: sorted(in_float32)} if in_float32 else {}),
                     "config": config.to_dict(),
                 },
                 "dtype": str(moe.model.dtype).rpartition(".")[2],
@@ -133,6 +139,15 @@ def save_compressed(
         if card.is_edited(Path(path) / card.NAME):
             shutil.copyfile(Path(path) / card.NAME, partial / card.NAME)
         card.write_card(partial, moe)
+
+
+def _stored_in_float32(source: str, source_config: dict[str, Any], trust_remote_code: bool) -> float32.StoredInFloat32:
+    """Of an original, or of a compressed directory with this config."""
+    if source_config:
+        names = frozenset(source_config["original"].get(float32.KEY, ()))
+        return float32.StoredInFloat32(names, CompressedWeights(source, "float32"))
+    original = Checkpoint(source, "float32", trust_remote_code)
+    return float32.StoredInFloat32(original.in_float32, original)
 
 
 def _draft(source: str, is_compressed: bool, model: PreTrainedModel) -> dict[str, Tensor]:

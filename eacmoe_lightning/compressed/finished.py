@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.head import output_head
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.shrink import KEPT
+from eacmoe_lightning.models.shrink import KEPT, kept_part
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.block_file import read_block, read_head, read_stats
 from eacmoe_lightning.run.directory import RunDirectory
@@ -82,15 +82,8 @@ class FinishedBlocks:
                     weights[name] = block.as_parameter(name, quantized.dequantize(self._dtypes[name])).contiguous()
         weights |= {n: head.dequantize(self._dtypes[n]) for n, head in self.head.items() if n in names}
         unchanged = self.original.read([n for n in names if n not in weights and n not in self._tied])
-        return weights | {name: self._kept_part(name, tensor) for name, tensor in unchanged.items()}
-
-    def _kept_part(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the original; if it has an entry per expert, the entries of the kept experts."""
-        differs = [dim for dim, size in enumerate(self._shapes[name]) if tensor.shape[dim] != size]
-        if not differs:
-            return tensor
-        block = next(b for b in self._moe.moe_blocks if name.startswith(f"{b.name}."))
-        return tensor.index_select(differs[0], block.kept)
+        blocks = self._moe.moe_blocks
+        return weights | {name: kept_part(blocks, name, t, self._shapes[name]) for name, t in unchanged.items()}
 
     def prefetch(self, names: Iterable[str]) -> None:
         self.original.prefetch([name for name in names if name not in self._owners and name not in self.trained])

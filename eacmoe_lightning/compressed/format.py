@@ -7,13 +7,14 @@
     configuration_eacmoe.py       imports this package; transformers runs it if the user passes trust_remote_code=True
 
 Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
-(uint8), under the model's parameter names; all other tensors are stored unchanged. If the experts of a stack differ in
-bits, the config has a list of bits and `.codes` is flat, one expert after another (format version 2). A pruned model's
-config lists under `kept_experts` the experts that its blocks still have (version 2 as well). Weights on a lattice have
-`.stream`, `.ends`, `.shape` and `.scale` (`quantization/packing.py`), and the config lists their names under `lattice`
-(version 3). Weights in llama.cpp's blocks have one tensor, `.blocks`, and the config lists their types under `kquants`
-(version 4). A quantized output head is in `weights-rest.safetensors`, under the embedding's name if both are one weight
-(version 5).
+(uint8), under the model's parameter names; all other tensors are stored unchanged (the config lists under `float32` of
+its `original` those that are float32 because the original stores them so: `float32.py`). If the experts of a stack
+differ in bits, the config has a list of bits and `.codes` is flat, one expert after another (format version 2). A
+pruned model's config lists under `kept_experts` the experts that its blocks still have (version 2 as well). Weights on
+a lattice have `.stream`, `.ends`, `.shape` and `.scale` (`quantization/packing.py`), and the config lists their names
+under `lattice` (version 3). Weights in llama.cpp's blocks have one tensor, `.blocks`, and the config lists their types
+under `kquants` (version 4). A quantized output head is in `weights-rest.safetensors`, under the embedding's name if
+both are one weight (version 5).
 
 `load` reads such a directory, and so does transformers once this package is imported (`loading.py`). transformers looks
 for no entry points of packages, so somebody has to import it: the user, or `configuration_eacmoe.py`, to which the

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from eacmoe_lightning.compressed import float32
 from eacmoe_lightning.compressed.directory import untied
 from eacmoe_lightning.compressed.format import DRAFT, KQUANTS, LATTICE, REST, SHARD, original_config, read_config
 from eacmoe_lightning.compressed.opening import open_compressed
@@ -194,8 +195,13 @@ class Source:
             yield block, quantized, tensors
 
     def narrowed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors that are not quantized, by name in memory, in the export's dtype where the model keeps no other."""
-        return {n: t.to(self.parameters[n].dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        """Tensors that are not quantized, by name in memory, in the export's dtype where the model keeps no other.
+
+        What the original stores in float32 stays so.
+        """
+        in_float32 = self.directory_config["original"].get(float32.KEY, ())
+        stays = {name for name, tensor in tensors.items() if name in in_float32 or not tensor.is_floating_point()}
+        return {n: tensor if n in stays else tensor.to(self.parameters[n].dtype) for n, tensor in tensors.items()}
 
     def shards(self, names: Names) -> Iterator[Shard]:
         """The model's tensors, one block at a time.

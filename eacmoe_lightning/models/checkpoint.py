@@ -59,6 +59,7 @@ class Checkpoint:
         self.name_or_path = name_or_path
         self.files = OriginalFiles(name_or_path, trust_remote_code)
         self.path, self.config = self.files.path, self.files.config
+        self._usual_dtype = self._dtype("auto")  # now: the skeleton changes the config's
         self.dtype: torch.dtype = self._dtype(dtype)
         try:
             self._loader = empty_model(self.config, self.dtype)
@@ -84,6 +85,23 @@ class Checkpoint:
             stored = (tensor.dtype for tensor in self.files.stored.values())  # the first counts, as in transformers
             found = next((dtype for dtype in stored if dtype in UNQUANTIZED), torch.bfloat16)
         return running_dtype(found)
+
+    @property
+    def in_float32(self) -> frozenset[str]:
+        """Parameters and buffers that are stored in float32, where the config says a narrower dtype.
+
+        Empty if that is most of the model: then the config only says what to run it in.
+        """
+        if self._usual_dtype == torch.float32:
+            return frozenset()
+        stored, num_bytes = self.files.stored, self.files.num_bytes
+        names, size = [], 0
+        for name in self._loader.state_dict():
+            keys = self._sources.get(self._made_with.get(name, name), ())
+            if keys and all(stored[part].dtype == torch.float32 for key in keys for part in self.files.keys[key]):
+                names.append(name)
+                size += 0 if name in self._made_with else num_bytes(keys)
+        return frozenset(names if 2 * size < num_bytes(self.files.keys) else ())
 
     def _stacks(self) -> dict[str, Stack]:
         """Stacks of experts that transformers would not make of the linears on disk."""

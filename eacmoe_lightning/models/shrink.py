@@ -40,6 +40,22 @@ def keep_experts(block: Block, kept: Sequence[int]) -> None:
                 setattr(module, name, len(kept))
 
 
+def kept_part(blocks: Sequence[Block], name: str, tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor of the original; if it has an entry per expert, the entries of the experts that a block has kept.
+
+    Args:
+        blocks: with experts.
+        name: the tensor's.
+        tensor: as the original has it.
+        shape: that of the pruned model's.
+    """
+    differs = [dim for dim, size in enumerate(shape) if tensor.shape[dim] != size]
+    if not differs:
+        return tensor
+    block = next(block for block in blocks if name.startswith(f"{block.name}."))
+    return tensor.index_select(differs[0], block.kept)
+
+
 def has_table(block: Block) -> bool:
     """Whether the router looks experts up in a table [V, K] of token ids, as in DeepSeek-V4's first blocks.
 
