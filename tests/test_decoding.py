@@ -20,6 +20,7 @@ from eacmoe_lightning.calibration.recipe import num_quantized
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.decoding.floats import Float8
+from eacmoe_lightning.models.decoding.words import GPTQ
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.shapes import load_shapes, stored_share
 from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
@@ -572,6 +573,50 @@ def test_scales_of_zero_are_refused(tiny_model_dir, tmp_path):
     config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     with pytest.raises(ValueError, match="decodes to zeros as float8 in blocks of 32 x 32, because its scales are"):
         read(quantized(tiny_model_dir("mixtral"), tmp_path / "out", config, change))
+
+
+def without(*ends: str) -> Callable[[str], str | None]:
+    return lambda key: None if key.endswith(ends) else key
+
+
+@pytest.mark.parametrize(
+    ("config", "rename", "message"),
+    [
+        ({"desc_act": True}, without(".g_idx"), "its inputs are in the order of their importance"),
+        ({}, without("1.self_attn.q_proj.g_idx"), "q_proj.weight has no g_idx beside it"),
+        ({"sym": True}, without("1.self_attn.q_proj.qzeros"), "q_proj.weight has no qzeros beside it"),
+        ({"group_size": 64}, without(".g_idx"), "it has scales for 2 groups, and 64 inputs in groups of 64"),
+    ],
+)
+def test_gptq_that_lacks_what_its_config_or_its_other_linears_have(config, rename, message, tiny_model_dir, tmp_path):
+    folder, _ = gptq_model(tiny_model_dir("mixtral"), tmp_path / "out", config, symmetric=False, left_out=1)
+    with pytest.raises(ValueError, match=message):
+        read(renamed(folder, rename))
+
+
+def test_inputs_that_are_all_in_the_first_group_are_in_order(tiny_model_dir, tmp_path):
+    folder, expected = gptq_model(tiny_model_dir("mixtral"), tmp_path / "out", {}, symmetric=False, left_out=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {key: t * 0 if key.endswith("g_idx") else t for key, t in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert_decoded(folder, expected)
+    tensors = {key: t + 1 if key.endswith("g_idx") else t for key, t in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="its `g_idx` does not put inputs into each of its 2 groups"):
+        read(folder)
+
+
+def test_a_zero_point_of_0_that_gptqmodel_has_taken_from_a_whole_word(tiny_model_dir, tmp_path):
+    zeros = np.arange(64, dtype=np.int64)[None] % 16  # of 64 outputs in one group
+    stored = words(zeros, 4).view(np.uint32) - np.uint32(0x11111111)
+    scheme = GPTQ({"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False}, {})
+    codes = torch.randint(0, 16, (64, 64), generator=torch.Generator().manual_seed(0))
+    parts = {
+        "qweight": torch.from_numpy(words(codes.numpy(), 4).T.copy()),
+        "qzeros": torch.from_numpy(stored.view(np.int32)),
+        "scales": torch.ones(1, 64),
+    }
+    assert torch.equal(scheme.decode("weight", parts), (codes - torch.from_numpy(zeros.T)).float())
 
 
 # --- whole jobs

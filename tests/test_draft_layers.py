@@ -118,6 +118,19 @@ def test_draft_layers_that_the_files_lack_are_no_longer_promised(glm, tmp_path):
     assert config["num_nextn_predict_layers"] == config["num_mtp_modules"] == 0 and config["use_mtp"] is False
 
 
+@pytest.mark.parametrize("layers", [numbered, named])
+@pytest.mark.parametrize("missing", ["experts.3.up_proj.weight", "experts.5."])
+def test_draft_layers_of_which_a_part_is_missing_are_left_out(layers, missing, glm, tmp_path):
+    def partly(tensors: Tensors) -> Tensors:
+        return {name: tensor for name, tensor in layers(tensors).items() if missing not in name}
+
+    folder, _ = with_draft(glm, tmp_path / "original", partly, num_nextn_predict_layers=1)
+    with pytest.warns(UserWarning, match="or only a part of them: the config of the result promises 0 of them"):
+        out = compress(folder, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["original"]["config"]["num_nextn_predict_layers"] == 0
+    assert not list(out.glob("*draft*"))
+
+
 def test_layers_beyond_the_config_that_no_option_promises_are_unused(glm, tmp_path):
     folder, draft = with_draft(glm, tmp_path / "model", numbered, num_nextn_predict_layers=0)
     with pytest.warns(UserWarning, match=f"{len(draft)} tensors that Glm4MoeForCausalLM does not use"):

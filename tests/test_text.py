@@ -315,7 +315,11 @@ def test_null_rows_are_skipped_and_counted(tmp_path, caplog, name, content):
         ("x.jsonl", b'{"body": "a"}', "name the column with --data.column NAME"),
         ("x.jsonl", b"[" * 100_000, "line 1: this JSON holds no text"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "b", "id": ' + b"1" * 5000 + b"}", "line 2: this JSON holds no text"),
-        ("x.json", b'{"text": ["a", "b"]}', "`text` is a list of strings: give each text a row of its own"),
+        (
+            "x.json",
+            b'{"text": ["a", "b"]}',
+            "turn 1 of `text` is str, not a dict with `role` and `content`: give each",
+        ),
     ],
 )
 def test_bad_rows(tmp_path, name, content, message):

@@ -66,6 +66,8 @@ def plan(words: list[str]) -> None:
     module, data, folder = parse_fit(words)
     moe = load_shapes(module.name_or_path, module.dtype_name, module.trust_remote_code)
     module.recipe.check(moe)
+    if module.pruning is not None:
+        module.pruning.check(moe)
     by_size = _choose_bits(module, moe)
     share = stored_share(module.name_or_path, moe)
     is_described = getattr(chosen, "available.memory") and None not in [

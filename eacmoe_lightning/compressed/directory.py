@@ -173,8 +173,8 @@ def _with_draft(
         )
     elif without is not config:
         warnings.warn(
-            "the original's files hold none of the draft layers that its config promises: the config of the result "
-            "promises 0 of them",
+            "the original's files hold none of the draft layers that its config promises, or only a part of them: the "
+            "config of the result promises 0 of them",
             stacklevel=3,
         )
     return without, {}

@@ -117,6 +117,8 @@ def quantization_config(
     counts = Counter()
     for weight in [w for w in weights if w.part == "experts"] if fuses else weights:
         counts[weight.bits, weight.group_size] += weight.shape[0] if len(weight.shape) == 3 else 1
+    if not counts:
+        raise ValueError("nothing in this model is quantized: pass --format dense")
     (bits, group_size), _ = counts.most_common(1)[0]
     dynamic = {f"-:{pattern}": {} for pattern in unquantized}
     for weight in weights:

@@ -20,6 +20,7 @@ from eacmoe_lightning.models.transformers_loader import source_keys
 NUMBER = re.compile(r"(nextn|mtp)")  # options like num_nextn_predict_layers, mtp_num_hidden_layers, num_mtp_modules
 COUNTS = ("num", "layers", "modules")
 LAYER = re.compile(r"^((?:\w+\.)*?layers)\.(\d+)\.")
+EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.*)$")
 NAMED = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?\.")
 ELSEWHERE = re.compile(r"vis|audio|image|encoder|tower|talker")
 
@@ -41,6 +42,18 @@ def draft_keys(config: PreTrainedConfig, keys: Iterable[str]) -> list[str]:
     return drafts
 
 
+def is_whole(keys: Iterable[str]) -> bool:
+    """Whether every expert of the draft layers with these tensors has what the others of its layer have."""
+    layers: dict[str, dict[int, set[str]]] = {}
+    for key in keys:
+        if expert := EXPERT.match(key):
+            layers.setdefault(expert[1], {}).setdefault(int(expert[2]), set()).add(expert[3])
+    return all(
+        sorted(experts) == list(range(len(experts))) and len({frozenset(parts) for parts in experts.values()}) == 1
+        for experts in layers.values()
+    )
+
+
 def draft_prefixes(keys: Iterable[str]) -> list[str]:
     """What the names of draft layers begin with, such as `model.layers.61.` or `mtp.`, sorted."""
     prefixes = set()
@@ -53,12 +66,15 @@ def draft_prefixes(keys: Iterable[str]) -> list[str]:
 def read_draft(files: OriginalFiles, model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of an original's draft layers by key, as they are stored; quantized ones in the config's dtype.
 
-    Those that the model itself has are not among them.
+    Those that the model itself has are not among them. Draft layers of which a part is missing have none.
     """
     dtype, tensors, known = files.config.get_text_config().dtype, {}, model.state_dict()
     sources, _ = source_keys(model, draft_keys(files.config, files.keys))
+    wanted = [key for name, keys in sources.items() if name not in known for key in keys]
+    if not is_whole(wanted):
+        return {}
     with files.reading() as reader:
-        for key in (key for name, keys in sources.items() if name not in known for key in keys):
+        for key in wanted:
             tensor = reader.lazy(key)[...]
             is_decoded = files.scheme is not None and key in files.scheme.parts
             tensors[key] = tensor.to(dtype) if is_decoded and dtype is not None else tensor

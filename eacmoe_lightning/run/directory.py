@@ -15,8 +15,11 @@ one is reported and never used.
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import shutil
+import socket
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -121,8 +124,15 @@ class RunDirectory:
         return self.path / "streams" / f"rank_{rank}_of_{world}"
 
     def scratch(self, rank: int) -> Path:
-        """A directory where an evaluation stores tensors instead of in memory; `start` removes it after a kill."""
-        return self.path / f".evaluation_{rank}.partial"
+        """A directory where this process's evaluation stores tensors instead of in memory.
+
+        What killed evaluations on this machine left behind is removed; others may be at work in the same run.
+        """
+        begin = f".evaluation_{socket.gethostname()}_"
+        for left in self.path.glob(f"{glob.escape(begin)}*.partial"):
+            if not _is_running(int(left.name.removeprefix(begin).partition("_")[0])):
+                shutil.rmtree(left, ignore_errors=True)
+        return self.path / f"{begin}{os.getpid()}_{rank}.partial"
 
     @property
     def costs(self) -> Path:
@@ -198,3 +208,13 @@ class RunDirectory:
             write_json(self.manifest, identity)
         for partial in self.path.rglob(".*.partial"):  # left by killed attempts
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True

@@ -136,8 +136,8 @@ def _messages(turns: list, column: str, where: str) -> list[dict[str, Any]]:
         place = f"{where}, turn {number} of `{column}`"
         if isinstance(turn, str):
             raise ValueError(
-                f"{where}: `{column}` is a list of strings: give each text a row of its own, or make each a turn, a "
-                "dict with `role` and `content`"
+                f"{place} is str, not a dict with `role` and `content`: give each text a row of its own, or make it a "
+                "turn"
             )
         if not isinstance(turn, Mapping):
             raise ValueError(f"{place} is {type(turn).__name__}, not a dict with `role` and `content`")

@@ -54,6 +54,8 @@ def spread(
         parts, size = grid.shape[dim] if grid.ndim >= -dim else 1, shape[dim]
         if parts == 1:
             continue
+        if parts > size:
+            raise ValueError(f"{key}: scales {tuple(grid.shape)} do not fit a weight {tuple(shape)}")
         width = block[dim] if block and -(-size // block[dim]) == parts else size // parts
         if -(-size // width) != parts:
             raise ValueError(f"{key}: scales {tuple(grid.shape)} do not fit a weight {tuple(shape)}")

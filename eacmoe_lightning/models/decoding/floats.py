@@ -12,6 +12,8 @@ from eacmoe_lightning.models.decoding.arithmetic import FLOAT8, scaled, spread, 
 from eacmoe_lightning.models.decoding.scheme import Scheme, require
 from eacmoe_lightning.models.weight_files import Stored
 
+NVFP4_GROUP = 16  # inputs that share a scale
+
 
 class Float8(Scheme):
     """Scaled float8 and FP4: one scale for a block of the weight, a row or all of it."""
@@ -71,6 +73,11 @@ class ModelOpt(Float8):
             return super().decode(key, parts)
         values = unpack_fp4(parts["weight"])
         scale = parts["scale"].float() * parts["whole"].float()
+        if scale.shape[-1] * NVFP4_GROUP != values.shape[-1]:
+            raise ValueError(
+                f"{key}: scales {tuple(scale.shape)} do not fit a weight {tuple(values.shape)}: NVFP4 has one for "
+                f"{NVFP4_GROUP} inputs"
+            )
         return values * spread(key, scale, values.shape, None)
 
     def describe(self) -> str:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.models.decoding.arithmetic import unpack_words
-from eacmoe_lightning.models.decoding.scheme import Scheme, require
+from eacmoe_lightning.models.decoding.scheme import REMEDY, Scheme, require
 from eacmoe_lightning.models.weight_files import Stored
+
+OWN_SIZES = ("dynamic", "extra_config", "layer_config")  # options with group sizes of some linears
 
 
 class GPTQ(Scheme):
@@ -32,8 +34,8 @@ class GPTQ(Scheme):
     def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
         qweight, scales, qzeros, group = (parts.get(kind) for kind in ("qweight", "scales", "qzeros", "g_idx"))
         groups, out_features = scales.shape
-        if group is not None and not group.numel():
-            group = None
+        if group is not None and (not group.numel() or not group.any()):
+            group = None  # ExLlamaV2 too takes zeros for the ordinary order
         if qzeros is not None and qzeros.numel():
             bits = qzeros.shape[1] * 32 // out_features
         else:
@@ -41,11 +43,20 @@ class GPTQ(Scheme):
         codes = unpack_words(qweight.T, bits)  # [O, I]
         in_features = codes.shape[-1]
         if group is None:
+            if groups > 1 and self.config.get("desc_act"):
+                raise ValueError(
+                    f"{key}: its inputs are in the order of their importance (`desc_act`), and no `g_idx` says which "
+                    f"group each is in: {REMEDY}"
+                )
+            _check_groups(key, self.config, groups, in_features)
             group = torch.arange(in_features) // -(-in_features // groups)
+        elif len(group.unique()) < groups:
+            raise ValueError(f"{key}: its `g_idx` does not put inputs into each of its {groups} groups: {REMEDY}")
         group = group.long()
         zero_point: Tensor | int = 2 ** (bits - 1)
         if qzeros is not None:
-            zero_point = self._zero_point(key, codes, unpack_words(qzeros, bits).T[:, group], bits)
+            stored, whole = unpack_words(qzeros, bits).T[:, group], self._whole(qzeros, bits).T[:, group]
+            zero_point = self._zero_point(key, codes, stored, whole, bits)
         return (codes - zero_point).float() * scales.float().T[:, group]
 
     def _bits(self, words: int, groups: int, group: Tensor | None) -> int:
@@ -55,8 +66,21 @@ class GPTQ(Scheme):
         group_size = self.config.get("group_size") or -1
         return words * 32 // (groups * group_size) if group_size > 0 else self.config["bits"]
 
-    def _zero_point(self, key: str, codes: Tensor, stored: Tensor, bits: int) -> Tensor | int:
-        """The zero point of each code [O, I], from what is stored, which is 1 less in version 1 of the format.
+    def _whole(self, qzeros: Tensor, bits: int) -> Tensor:
+        """Zero points [G, O] from their words, with the 1 that version 1 of the format has taken off each.
+
+        GPTQModel takes it off whole words. So a zero point of 0 has borrowed from the next code of its word, and adding
+        to the words gives that back.
+        """
+        if self._is_v2:
+            return unpack_words(qzeros, bits)
+        if 32 % bits:  # codes cross words
+            return (unpack_words(qzeros, bits) + 1) & (2**bits - 1)
+        ones = sum(1 << place for place in range(0, 32, bits))
+        return unpack_words((qzeros.long() + ones).to(torch.int32), bits)
+
+    def _zero_point(self, key: str, codes: Tensor, stored: Tensor, zero_point: Tensor, bits: int) -> Tensor | int:
+        """The zero point of each code [O, I], from what is stored and what that is with what version 1 left out.
 
         The config says which version it is. Zero points of symmetric weights are in the middle, whatever it says.
 
@@ -69,7 +93,6 @@ class GPTQ(Scheme):
             is_middle = is_symmetric is not False and first in (middle, middle - 1)
             if is_middle or (is_symmetric and not first):  # some leave zeros in the place of what nobody reads
                 return middle
-        zero_point = stored + left_out
         if bits <= 4:  # the steps of more bits are so small that a mean of one may be the model's own
             mean = (codes - zero_point).float().mean(-1)  # of each row, in steps
             other = mean + (1 if left_out else -1)
@@ -113,6 +136,7 @@ class AWQ(Scheme):
         scales = parts["scales"].float()  # [G, O]
         bits = parts["qweight"].shape[1] * 32 // scales.shape[1]
         codes = self._unpack(parts["qweight"], bits)  # [I, O]
+        _check_groups(key, self.config, len(scales), len(codes))
         group_size = len(codes) // len(scales)
         if "qzeros" in parts:
             zero_point = self._unpack(parts["qzeros"], bits).repeat_interleave(group_size, 0)
@@ -143,12 +167,30 @@ def auto_round(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> Schem
 
 
 def _words(stored: Iterable[str], kinds: Sequence[str], is_symmetric: bool) -> dict[str, dict[str, str]]:
-    """`Scheme.parts` of linears in words: all have `qweight` and `scales`, and `qzeros` unless they are symmetric."""
-    parts = {}
+    """`Scheme.parts` of linears in words: all have `qweight` and `scales`, and `qzeros` unless they are symmetric.
+
+    What one linear has, all have.
+
+    Raises:
+        ValueError: a linear lacks something.
+    """
+    parts: dict[str, dict[str, str]] = {}
     for key in stored:
         if key.endswith(".qweight"):
             name = key.removesuffix(".qweight")
             found = {kind: f"{name}.{kind}" for kind in kinds if f"{name}.{kind}" in stored}
             require(key, found, ("scales",) if is_symmetric else ("scales", "qzeros"))
             parts[f"{name}.weight"] = found
+    for key, found in parts.items():
+        require(key, found, [kind for kind in kinds if any(kind in other for other in parts.values())])
     return parts
+
+
+def _check_groups(key: str, config: Mapping[str, Any], groups: int, in_features: int) -> None:
+    """Raises ValueError if scales are of other groups than the config says, and it has no own sizes of linears."""
+    size = config.get("group_size") or config.get("q_group_size") or -1
+    if size > 0 and groups != -(-in_features // size) and not any(config.get(name) for name in OWN_SIZES):
+        raise ValueError(
+            f"{key}: it has scales for {groups} groups, and {in_features} inputs in groups of {size} "
+            f"(`quantization_config` in config.json) have {-(-in_features // size)}: {REMEDY}"
+        )
