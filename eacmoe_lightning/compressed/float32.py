@@ -7,21 +7,16 @@ directory and its exports do too. A tensor that the calibration changed is writt
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.shrink import kept_part
+from eacmoe_lightning.models.streamed import Weights
 
 KEY = "float32"  # of `original` in the config of a compressed directory: their names
-
-
-class Weights(Protocol):
-    def read(self, names: Collection[str]) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)

@@ -34,17 +34,8 @@ static inline int64_t terms_at(const Segments& s, Form form) {
 
 template <Form form>
 static int64_t token_bytes(const Segments& s) {
-  if (form == FLOATS) return s.padded() * 4;
+  if (form == FLOATS) return float_bytes(s);
   return terms_at(s, form) + lines((s.cols / s.group + 8) * 4);
-}
-
-static void prepare_floats(const float* x, const Segments& s, uint8_t* prepared) {
-  float* out = (float*)prepared;
-  const int64_t padded = s.chunks * CHUNK;
-  for (int64_t i = 0; i < s.count; i++, out += padded) {
-    std::memcpy(out, x + s.start(i), size_t(s.size(i)) * 4);
-    std::memset(out + s.size(i), 0, size_t(padded - s.size(i)) * 4);
-  }
 }
 
 // The position of byte i of 32, because two vectors of 16-bit codes are packed to bytes lane by lane.

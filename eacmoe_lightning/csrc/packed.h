@@ -71,6 +71,17 @@ struct Engine {
   void (*multiply)(const Packed&, const Segments&, const uint8_t* const* tokens, int64_t M, const Rows&, float* out);
 };
 
+// Float32 activations: inputs, segments padded with zeros.
+inline int64_t float_bytes(const Segments& s) { return s.padded() * 4; }
+inline void prepare_floats(const float* x, const Segments& s, uint8_t* prepared) {
+  float* out = (float*)prepared;
+  const int64_t padded = s.chunks * CHUNK;
+  for (int64_t i = 0; i < s.count; i++, out += padded) {
+    std::memcpy(out, x + s.start(i), size_t(s.size(i)) * 4);
+    std::memset(out + s.size(i), 0, size_t(padded - s.size(i)) * 4);
+  }
+}
+
 constexpr int64_t KEYS = 256;  // of a chunk
 
 // Some keys [length, width] and values [length, value_width], float32 or bfloat16; mask bool [length] or null. Strides

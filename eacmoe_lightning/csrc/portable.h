@@ -45,17 +45,6 @@ ISA_TARGET static inline void dot(const float* const* x, const float* w, int64_t
   for (int64_t m = 0; m < count; m++) out[m * 2 * TILE] += sum(sums[m][0] + sums[m][1]);
 }
 
-static int64_t token_bytes(const Segments& s) { return s.padded() * 4; }
-
-static void prepare(const float* x, const Segments& s, uint8_t* prepared) {
-  float* out = (float*)prepared;
-  const int64_t padded = s.chunks * CHUNK;
-  for (int64_t i = 0; i < s.count; i++, out += padded) {
-    std::memcpy(out, x + s.start(i), size_t(s.size(i)) * 4);
-    std::memset(out + s.size(i), 0, size_t(padded - s.size(i)) * 4);
-  }
-}
-
 template <int bits>
 ISA_TARGET static void multiply_bits(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M,
                                      const Rows& rows, float* out) {
@@ -138,7 +127,7 @@ ISA_TARGET static void activate(Activation kind, float* gate, const float* up, i
   for (int64_t i = 0; up && i < n; i++) gate[i] *= up[i];
 }
 
-static const Engine engine = {token_bytes, prepare, multiply};
+static const Engine engine = {float_bytes, prepare_floats, multiply};
 
 }  // namespace ISA
 }  // namespace eacmoe

@@ -134,13 +134,9 @@ def _messages(turns: list, column: str, where: str) -> list[dict[str, Any]]:
     messages = []
     for number, turn in enumerate(turns, 1):
         place = f"{where}, turn {number} of `{column}`"
-        if isinstance(turn, str):
-            raise ValueError(
-                f"{place} is str, not a dict with `role` and `content`: give each text a row of its own, or make it a "
-                "turn"
-            )
         if not isinstance(turn, Mapping):
-            raise ValueError(f"{place} is {type(turn).__name__}, not a dict with `role` and `content`")
+            remedy = ": give each text a row of its own, or make it a turn" if isinstance(turn, str) else ""
+            raise ValueError(f"{place} is {type(turn).__name__}, not a dict with `role` and `content`{remedy}")
         turn = {key: value for key, value in turn.items() if value is not None}
         content, fields = turn.pop("content", turn.pop("value", "")), sorted(turn)
         if isinstance(role := turn.pop("role", None), str):

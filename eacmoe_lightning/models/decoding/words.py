@@ -55,8 +55,7 @@ class GPTQ(Scheme):
         group = group.long()
         zero_point: Tensor | int = 2 ** (bits - 1)
         if qzeros is not None:
-            stored, whole = unpack_words(qzeros, bits).T[:, group], self._whole(qzeros, bits).T[:, group]
-            zero_point = self._zero_point(key, codes, stored, whole, bits)
+            zero_point = self._zero_point(key, codes, qzeros, group, bits)
         return (codes - zero_point).float() * scales.float().T[:, group]
 
     def _bits(self, words: int, groups: int, group: Tensor | None) -> int:
@@ -79,8 +78,8 @@ class GPTQ(Scheme):
         ones = sum(1 << place for place in range(0, 32, bits))
         return unpack_words((qzeros.long() + ones).to(torch.int32), bits)
 
-    def _zero_point(self, key: str, codes: Tensor, stored: Tensor, zero_point: Tensor, bits: int) -> Tensor | int:
-        """The zero point of each code [O, I], from what is stored and what that is with what version 1 left out.
+    def _zero_point(self, key: str, codes: Tensor, qzeros: Tensor, group: Tensor, bits: int) -> Tensor | int:
+        """The zero point of each code [O, I], from the words of each group, less 1 in version 1 of the format.
 
         The config says which version it is. Zero points of symmetric weights are in the middle, whatever it says.
 
@@ -88,11 +87,13 @@ class GPTQ(Scheme):
             ValueError: the rows lie one step beside 0 by the config, and around 0 in the other version.
         """
         middle, left_out, is_symmetric = 2 ** (bits - 1), int(not self._is_v2), self.config.get("sym")
+        stored = unpack_words(qzeros, bits)  # [G, O]
         first = int(stored.flatten()[0])
         if (stored == first).all():
             is_middle = is_symmetric is not False and first in (middle, middle - 1)
             if is_middle or (is_symmetric and not first):  # some leave zeros in the place of what nobody reads
                 return middle
+        zero_point = self._whole(qzeros, bits).T[:, group]
         if bits <= 4:  # the steps of more bits are so small that a mean of one may be the model's own
             mean = (codes - zero_point).float().mean(-1)  # of each row, in steps
             other = mean + (1 if left_out else -1)
@@ -181,8 +182,9 @@ def _words(stored: Iterable[str], kinds: Sequence[str], is_symmetric: bool) -> d
             found = {kind: f"{name}.{kind}" for kind in kinds if f"{name}.{kind}" in stored}
             require(key, found, ("scales",) if is_symmetric else ("scales", "qzeros"))
             parts[f"{name}.weight"] = found
+    common = set().union(*parts.values())
     for key, found in parts.items():
-        require(key, found, [kind for kind in kinds if any(kind in other for other in parts.values())])
+        require(key, found, [kind for kind in kinds if kind in common])
     return parts
 
 
