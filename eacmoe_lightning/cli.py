@@ -27,7 +27,7 @@ from eacmoe_lightning.commands.serve import serve
 from eacmoe_lightning.commands.study import study
 from eacmoe_lightning.commands.table import table
 from eacmoe_lightning.exports.export import export
-from eacmoe_lightning.run.files import StoreError, is_disk_full
+from eacmoe_lightning.run.files import FullDisk, StoreError, is_disk_full
 from eacmoe_lightning.run.provenance import remember_command
 from eacmoe_lightning.run.stopping import Stopping
 from eacmoe_lightning.version import __version__
@@ -52,7 +52,7 @@ COMMANDS = {
 # what opening or making files raises where a path is another kind of thing
 WRONG_PATH = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
-RESTART = {  # what a message says when a signal ends the command
+RESTART = {  # what a message says when a signal or a full disk ends the command
     "fit": ": the same command with --ckpt_path auto goes on, and all finished work is kept",
     **dict.fromkeys(
         ("prune", "sensitivity", "study", "table"), ": the same command goes on, and all finished work is kept"
@@ -63,7 +63,7 @@ RESTART = {  # what a message says when a signal ends the command
 def main(args: ArgsType = None) -> None:
     """Runs the command line; errors of the user's making end in one message and exit code 1.
 
-    SIGTERM and SIGINT end it with exit codes 143 and 130.
+    SIGTERM, SIGINT and SIGHUP end it with exit codes 143, 130 and 129.
 
     With EACMOE_DEBUG=1 in the environment they come with their traceback.
     """
@@ -78,7 +78,7 @@ def main(args: ArgsType = None) -> None:
             _run(command, words, args)
         remember_command(None)
     except Exception as error:
-        if (message := _full_disk(error) or _lost_process(error, command)) is not None:
+        if (message := _full_disk(error, command) or _lost_process(error, command)) is not None:
             _report(error, message)
         if isinstance(error, WRONG_PATH) and error.filename is not None:
             _report(error, f"{error.strerror}: {error.filename}. Pass another path")
@@ -119,7 +119,7 @@ def _report(error: BaseException, message: str) -> None:
     sys.exit(1)
 
 
-def _full_disk(error: BaseException) -> str | None:
+def _full_disk(error: BaseException, command: str | None) -> str | None:
     """The message for a full disk; None for other errors.
 
     TensorBoard, Lightning and loggers meet a full disk too, turn it into other errors, and raise it again while
@@ -131,13 +131,9 @@ def _full_disk(error: BaseException) -> str | None:
     full = [link for link in chain if is_disk_full(link)]
     if not full:
         return None
-    for link in chain:
-        if isinstance(link, StoreError):
-            return str(link)
-    return (
-        f"the disk or quota is full ({full[-1]}). Free some space and continue this run with --ckpt_path auto: all "
-        "finished work is kept"
-    )
+    named = [str(link) for link in chain if isinstance(link, FullDisk)]
+    message = named[0] if named else f"the disk or quota is full ({full[-1]}). Free some space"
+    return message + RESTART.get(command, "")
 
 
 def _lost_process(error: BaseException, command: str | None) -> str | None:

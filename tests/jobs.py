@@ -63,7 +63,8 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> str:
         process.wait()
 
 
-ENDS = {"SIGTERM": 143, "SIGINT": 130, "full": 1}  # exit codes of signals that a process may answer, and of a full disk
+# exit codes of signals that a process may answer, and of a full disk
+ENDS = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "full": 1}
 
 
 def attempts(model: Path, run: Path, places: list, more: dict) -> str:

@@ -281,6 +281,7 @@ def test_decoding_fills_a_given_tensor():
     ("specification", "message"),
     [
         ("zip", "not one of"),
+        (["lossless"], "neither a string"),
         ("sz3", "missing 2 required"),
         ("sz3:mean", "missing 1 required"),
         ("sz3:mean:-1", "not a positive number"),

@@ -302,3 +302,9 @@ def test_runs_that_cannot_be_compared_are_refused(change, message, fitted, tmp_p
     with pytest.raises(SystemExit):
         main(["report", str(run), other, "--output", str(tmp_path / "pareto.html")])
     assert message in capsys.readouterr().err and not (tmp_path / "pareto.html").exists()
+
+
+def test_a_directory_is_no_place_for_a_page(fitted, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", str(fitted("qwen3_moe")), "--output", str(tmp_path)])
+    assert f"{tmp_path} (--output) is a directory" in capsys.readouterr().err

@@ -76,7 +76,7 @@ ANSWERED = [
     ["phase", "None write", 1, "full"],
     ["replace", ".compressed.partial/weights-rest", 1, "SIGINT"],
     ["phase", "None evaluate", 1, "full"],
-    ["replace", "report.json", 1, "SIGTERM"],
+    ["replace", "report.json", 1, "SIGHUP"],
 ]
 
 # with pruning by the outputs of the original's experts, which removes different numbers of experts from blocks

@@ -96,9 +96,15 @@ def test_other_bad_input_is_refused_by_name():
         PESF(0.3, "drop")
     with pytest.raises(ValueError, match=r"rescue=2 is not in \[0, 1\]"):
         PESF(0.3, rescue=2)
+    with pytest.raises(ValueError, match=r"rescue='1' is not in \[0, 1\]"):
+        PESF(0.3, rescue="1")
+    with pytest.raises(ValueError, match="decode='yes' is neither None nor a Demand"):
+        PESF(0.3, decode="yes")
     dense = tiny_models.build("llama")
     with pytest.raises(ValueError, match="no routed experts"), eacmoe_lightning.pesf(dense):
         pass
     model = tiny_models.build("mixtral")
+    with pytest.raises(ValueError, match="'pesf' is not a rule: pass one such as PESF"):
+        set_skipping(model, "pesf")
     with pytest.raises(ValueError, match="does not distinguish padding from tokens"), skipping(model, PESF()):
         model(random_ids(2, 8), attention_mask=torch.ones(2, 1, 8))

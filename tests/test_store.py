@@ -147,7 +147,7 @@ def test_a_full_disk_is_reported_and_keeps_existing_files(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "tensors", "text"]
     messages = result.stdout.splitlines()
     for kind, line in zip(("tensors", "text", "checkpoint"), messages, strict=True):
-        assert line.startswith(f"StoreError no room for {tmp_path / kind}") and "--ckpt_path auto" in line
+        assert line.startswith(f"FullDisk no room for {tmp_path / kind}") and "Free some space" in line
 
 
 # --- what an original is recognized by

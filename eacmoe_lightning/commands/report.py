@@ -25,6 +25,8 @@ def report(words: Sequence[str]) -> None:
         ValueError: a run has no divergence, or runs cannot be compared.
     """
     given = options().parse_args(words)
+    if Path(given.output).is_dir():
+        raise ValueError(f"{given.output} (--output) is a directory: pass the name of an HTML file to write")
     runs = {name: _read(Path(name)) for name in dict.fromkeys(given.runs)}
     first, (base, subject) = next(iter(runs.items()))
     for name, (other, divergence) in runs.items():

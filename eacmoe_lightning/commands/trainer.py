@@ -40,7 +40,7 @@ DEFAULTS = {
 
 
 class CalibrationTrainer(Trainer):
-    """Lightning's Trainer, which knows whether `fit` continues a run and ends at once on SIGTERM and SIGINT."""
+    """Lightning's Trainer, which knows whether `fit` continues a run and ends at once on SIGTERM, SIGINT and SIGHUP."""
 
     resumes = False
 

@@ -28,6 +28,10 @@ class StoreError(RuntimeError):
     """A file of the run cannot be written, or its content is not what was written."""
 
 
+class FullDisk(StoreError):
+    """A file cannot be written because the disk or quota is full."""
+
+
 def first_of(names: Sequence[str], noun: str) -> str:
     """Names in an error message: the first of them, and how many others of this kind of thing there are."""
     others = len(names) - 1
@@ -84,7 +88,7 @@ def full_disk_named(path: Path, partial: Path) -> Iterator[None]:
     """Removes the partial file if the body of the `with` statement raises.
 
     Raises:
-        StoreError: the body failed because the disk or quota is full.
+        FullDisk: the body failed because the disk or quota is full.
     """
     try:
         yield
@@ -93,9 +97,9 @@ def full_disk_named(path: Path, partial: Path) -> Iterator[None]:
         partial.unlink(missing_ok=True)
         if is_disk_full(error):
             free = shutil.disk_usage(path.parent).free
-            raise StoreError(
+            raise FullDisk(
                 f"no room for {path}: {size} bytes were written before the disk or quota was full, {free} bytes are "
-                "free. Free some space and continue this run with --ckpt_path auto: all finished work is kept"
+                "free. Free some space"
             ) from error
         raise
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a job at once, with the exit code that schedulers expect and a line that says how to go on.
+"""SIGTERM, SIGINT and SIGHUP end a job at once: the exit code that schedulers expect, and a line on how to go on.
 
 Whatever a job has finished is on disk already, so there is nothing to save first: a block may take hours, and a
 scheduler kills a job that has not ended after some seconds.
@@ -12,18 +12,18 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
-    """A signal has ended the job; the exit code is 128 + its number (143 for SIGTERM, 130 for SIGINT)."""
+    """A signal has ended the job; the exit code is 128 + its number (SIGTERM 143, SIGINT 130, SIGHUP 129)."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
 
 
 class Stopping:
-    """A context in which the first SIGTERM or SIGINT raises `Stopped`, and a second one ends the process.
+    """A context in which the first SIGTERM, SIGINT or SIGHUP raises `Stopped`, and a second one ends the process.
 
     A signal that the process ignores stays ignored, and a handler that somebody else has set runs first. Outside the
     main thread, where Python runs no handlers, the context does nothing.

@@ -68,8 +68,8 @@ def rescued(weights: Tensor, rescue: float) -> Tensor:
 
 def check_rescue(rescue: float) -> None:
     """Raises ValueError unless it is in [0, 1]."""
-    if not 0 <= rescue <= 1:
+    if isinstance(rescue, bool) or not isinstance(rescue, int | float) or not 0 <= rescue <= 1:
         raise ValueError(
-            f"rescue={rescue} is not in [0, 1]: a rare expert runs for a token that gives it at least this share of "
+            f"rescue={rescue!r} is not in [0, 1]: a rare expert runs for a token that gives it at least this share of "
             "its largest weight; 1 protects only the token's first choice"
         )

@@ -95,13 +95,15 @@ class PESF(Rule):
     def __post_init__(self) -> None:
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha <= 1:
             raise ValueError(
-                f"alpha={self.alpha} is not in (0, 1]: an expert with less than this share of the mean load is "
+                f"alpha={self.alpha!r} is not in (0, 1]: an expert with less than this share of the mean load is "
                 "skipped; 0.3 is mild, 0.7 aggressive"
             )
         if self.survivors not in get_args(Survivors):
             raise ValueError(f"survivors={self.survivors!r} is not one of {', '.join(get_args(Survivors))}")
         if self.rescue is not None:
             check_rescue(self.rescue)
+        if self.decode is not None and not isinstance(self.decode, Demand):
+            raise ValueError(f"decode={self.decode!r} is neither None nor a Demand(...)")
 
     @property
     def remembers(self) -> bool:

@@ -54,6 +54,8 @@ class Session:
     """
 
     def __init__(self, model: PreTrainedModel, rule: Rule) -> None:
+        if not isinstance(rule, Rule):
+            raise ValueError(f"{rule!r} is not a rule: pass one such as PESF(alpha=0.3), or None for no skipping")
         self.model, self.rule, self.moe = model, rule, MoEModel(model)
         self.places = [Place(i, block.router) for i, block in enumerate(self.moe.moe_blocks)]
         self.report = SkipReport([block.num_experts for block in self.moe.moe_blocks])

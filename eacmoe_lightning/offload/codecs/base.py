@@ -85,6 +85,8 @@ def codec(specification: str | Codec) -> Codec:
     """
     if isinstance(specification, Codec):
         return specification
+    if not isinstance(specification, str):
+        raise ValueError(f"codec {specification!r} is neither a string such as 'sz3:mean:0.1' nor a Codec")
     name, *words = specification.split(":")
     if name not in CODECS:
         raise ValueError(f"codec {specification!r}: {name!r} is not one of {', '.join(CODECS)}")
