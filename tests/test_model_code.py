@@ -21,6 +21,7 @@ class OwnForCausalLM(MixtralForCausalLM):
     config_class = OwnConfig
 """
 AUTO_MAP = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+SMALL = {"model__joint_epochs": 0, "data__num_windows": 4, "data__num_heldout_windows": 1}
 SCRIPT = """
 import sys
 from eacmoe_lightning import load
@@ -58,8 +59,7 @@ def run(folder: Path, words: list[str], setup: str = "", **environment: str) -> 
 
 def test_code_of_a_model_runs_only_on_the_users_word(tiny_model_dir, tmp_path):
     folder = own(tmp_path / "model", tiny_model_dir("mixtral"))
-    small = {"model__joint_epochs": 0, "data__num_windows": 4, "data__num_heldout_windows": 1}
-    words = ["fit", *jobs.options(folder, tmp_path / "run", **small)]
+    words = ["fit", *jobs.options(folder, tmp_path / "run", **SMALL)]
     output = run(tmp_path, words)
     assert "--model.trust_remote_code true" in output and "auto_map" in output, output
     assert "Traceback" not in output and "y/N" not in output and not (tmp_path / "ran").exists()
@@ -67,6 +67,32 @@ def test_code_of_a_model_runs_only_on_the_users_word(tiny_model_dir, tmp_path):
     output = run(tmp_path, [*words, "--model.trust_remote_code", "true"])
     assert "perplexity" in output and (tmp_path / "run" / "report.json").exists(), output
     assert (tmp_path / "ran").exists()
+
+
+TOGETHER = """
+import torch
+from transformers import AutoModelForCausalLM
+ours = load("run", trust_remote_code=True)
+assert type(ours).__name__ == "OwnForCausalLM"
+ids = torch.arange(8)[None]
+for folder, limit in (("run/compressed", 0), ("dense", 1e-5)):
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert (ours(ids).logits - theirs(ids).logits).abs().max() <= limit
+"""
+
+
+def test_a_result_carries_its_code_and_is_not_mixed_up_with_another(tiny_model_dir, tmp_path):
+    folder, other = (own(tmp_path / name, tiny_model_dir("mixtral")) for name in ("model", "other"))
+    (other / "own.py").write_text(CODE + "\nCHANGED = True\n")
+    trust = ["--trust_remote_code", "true"]
+    words = ["fit", *jobs.options(folder, tmp_path / "run", **SMALL), "--model.trust_remote_code", "true"]
+    assert "perplexity" in run(tmp_path, words)
+    folder.rename(tmp_path / "gone")
+    dense = ["export", "--source", "run", "--output", "dense", "--format", "dense"]
+    assert "--trust_remote_code true" in run(tmp_path, dense) and not (tmp_path / "dense").exists()
+    assert "tensors compared" in (output := run(tmp_path, [*dense, *trust])), output
+    output = run(tmp_path, ["analyze", "--model", str(other), "--output", "out", *trust], TOGETHER)
+    assert "open each model in a process of its own" in output and "AssertionError" not in output, output
 
 
 def test_classes_that_are_registered_first_need_no_trust(tiny_model_dir, tmp_path):

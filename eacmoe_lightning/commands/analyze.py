@@ -41,6 +41,7 @@ def analyze(
     cross: str | None = None,
     cross_calibration: dict[str, str] | list[str] | str | None = None,
     cross_windows: int = 24,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Reports selection frequencies, the similarity of texts to the routers, coverage and load balance.
 
@@ -77,6 +78,7 @@ def analyze(
         cross_calibration: Sources of the calibration texts, named after the texts of the same kind. null calibrates on
             the second half of each text and evaluates on the first.
         cross_windows: Number of calibration windows for `cross`.
+        trust_remote_code: Whether Python code that came with the model may run, where transformers has no class for it.
 
     Raises:
         FileNotFoundError: there is no such model or text.
@@ -95,7 +97,7 @@ def analyze(
     if cross is not None:
         find_config(cross, "--cross")
     device_of(device)  # raises now
-    opened = open_model(model, dtype)
+    opened = open_model(model, dtype, trust_remote_code=trust_remote_code)
     if cross is not None and opened.is_compressed:
         raise ValueError(f"{model} (--model) is already compressed, but --cross compresses an original model")
     directory, subject = opened.directory, opened.in_memory()

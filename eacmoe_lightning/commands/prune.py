@@ -67,6 +67,7 @@ def prune(
     seed: int = 0,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Removes the experts that matter least on a text from a finished model, compressed or not.
 
@@ -92,6 +93,7 @@ def prune(
         seed: Seed for the choice of calibration windows.
         dtype: Dtype to run the model in; auto is the dtype as stored.
         device: Device that the model runs on.
+        trust_remote_code: Whether Python code that came with the model may run, where transformers has no class for it.
 
     Raises:
         FileNotFoundError: there is no such model or text.
@@ -105,7 +107,7 @@ def prune(
     if pruning.keep == "auto":
         raise ValueError("keep=auto (--pruning.keep) serves `fit` with a size: pass a number")
     device_of(device)  # raises now
-    given = open_model(model, dtype)
+    given = open_model(model, dtype, trust_remote_code=trust_remote_code)
     moe = whole(given.streamed(device))
     if moe.is_pruned:
         raise ValueError(f"{model} (--model) was pruned before: prune the model that it was made from")
@@ -148,7 +150,7 @@ def prune(
             description = describe(given) | {"pruning": asdict(pruning) | {"routers": routers}}
             source = str(given.directory) if given.is_compressed else stored_name(model)
             head_codes = given.weights.head if given.is_compressed else None
-            about = description, windows[:1], identity["fingerprint"]
+            about = description, windows[:1], identity["fingerprint"], trust_remote_code
             write_result(run, pruned, source, codes, *about, head=head_codes)
         with costed(run, None, "evaluate"):
             reference = whole(given.streamed(device))

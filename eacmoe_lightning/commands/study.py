@@ -56,6 +56,7 @@ def study(
     budgets: list[float] = [],  # noqa: B006
     budget_windows: int = 8,
     batch_tokens: int = 4096,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measures which errors experts tolerate: puts errors into chosen experts and measures the loss on held-out text.
 
@@ -88,6 +89,7 @@ def study(
             bounds-*.json. The first of `kinds` is the codec.
         budget_windows: Number of windows per text for this comparison; they follow the windows of the study.
         batch_tokens: Tokens per forward pass.
+        trust_remote_code: Whether Python code that came with the model may run, where transformers has no class for it.
 
     Raises:
         ValueError: an option is wrong, or the output holds a study of another model or other texts.
@@ -100,7 +102,7 @@ def study(
     if not sources:
         raise ValueError("--heldout is empty: pass one or more sources, or null for the bundled texts")
     device_of(device)  # raises now
-    opened = open_model(model, dtype)
+    opened = open_model(model, dtype, trust_remote_code=trust_remote_code)
     directory, moe = opened.directory, opened.in_memory()
     moe.model.to(device)
     groups = block_groups(blocks, [block.index for block in moe.moe_blocks])

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from eacmoe_lightning.compressed import card, float32
 from eacmoe_lightning.compressed.format import (
+    CODE_DIGEST,
     DRAFT,
     INDEX,
     KQUANTS,
@@ -33,9 +34,10 @@ from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.draft import read_draft, without_draft
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.original_files import OriginalFiles
-from eacmoe_lightning.models.originals import license_files, processor_files, resolve_model
+from eacmoe_lightning.models.originals import license_files, local_directory, processor_files, resolve_model
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.pruned_config import pruned_config
+from eacmoe_lightning.models.remote_code import code_files, registered_code
 from eacmoe_lightning.models.tokenizer import load_tokenizer
 from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.quantization.grid import Quantized
@@ -76,7 +78,7 @@ def save_compressed(
         description: stored in the config under `quantization`.
         fingerprint: of the original (`models.fingerprint`), by which evaluations recognize it; a pruned compressed
             model takes that of the directory that was pruned.
-        trust_remote_code: whether Python code beside the original's tokenizer may run.
+        trust_remote_code: whether Python code beside the original may run; it is copied then.
         head: the quantized output head by parameter name; empty or None: it is stored as it is.
 
     Raises:
@@ -85,7 +87,9 @@ def save_compressed(
     source, head = resolve_model(name_or_path), head or {}
     source_config = read_config(source) if is_compressed(source) else {}
     draft = _draft(source, bool(source_config), moe.model)
-    config = original_config(source_config) if source_config else read_original_config(source)[0]
+    config = original_config(source_config) if source_config else read_original_config(source, trust_remote_code)[0]
+    code = registered_code(config.model_type)
+    about = source_config.get("original", {"name_or_path": name_or_path, "fingerprint": fingerprint})
     config, draft = _with_draft(pruned_config(config, moe), draft, moe)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
     tied = _tied_names(moe.model)
@@ -117,7 +121,8 @@ def save_compressed(
         if draft:
             write_tensors(partial / DRAFT, draft)
         load_tokenizer(source, trust_remote_code).save_pretrained(partial)
-        for file in (*processor_files(source), *license_files(source)):
+        own_code = code_files(local_directory(source)) if trust_remote_code else []
+        for file in (*processor_files(source), *license_files(source), *own_code):
             shutil.copyfile(file, partial / file.name)
         if moe.model.can_generate():
             moe.model.generation_config.save_pretrained(partial)
@@ -127,7 +132,8 @@ def save_compressed(
                 "model_type": METHOD,
                 "format_version": _format_version(moe, weights, bool(head)),
                 "original": {
-                    **source_config.get("original", {"name_or_path": name_or_path, "fingerprint": fingerprint}),
+                    **about,
+                    **({CODE_DIGEST: code} if code else {}),
                     **({float32.KEY: sorted(in_float32)} if in_float32 else {}),
                     "config": config.to_dict(),
                 },

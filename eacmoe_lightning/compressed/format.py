@@ -5,6 +5,7 @@
     weights-draft.safetensors     the original's draft layers (`models/draft.py`), if it has any; not in the index
     tokenizer, generation config
     configuration_eacmoe.py       imports this package; transformers runs it if the user passes trust_remote_code=True
+    other Python files            code that came with the original, if the user trusted it
 
 Quantized weights are `<parameter>.codes` (packed, `bits` bytes for eight codes), `.scale` (float16) and `.zero_point`
 (uint8), under the model's parameter names; all other tensors are stored unchanged (the config lists under `float32` of
@@ -28,6 +29,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from eacmoe_lightning.models.originals import read_config as read_original_config
+from eacmoe_lightning.models.remote_code import check_code, register_remote_code
 from eacmoe_lightning.models.transformers_loader import knows_config
 from eacmoe_lightning.run.files import read_json, write_json
 from eacmoe_lightning.version import __version__
@@ -39,6 +42,7 @@ DRAFT = "weights-draft.safetensors"
 METHOD = "eacmoe"  # model type and quantization method
 INDEX = "weights.safetensors.index.json"
 CODE = "configuration_eacmoe.py"
+CODE_DIGEST = "code"  # key of the config's `original`: by what the original's own Python code is recognized
 CODE_TEXT = '''"""Opens this compressed model in transformers, in an environment that has the package eacmoe-lightning.
 
 transformers runs this file if you pass `trust_remote_code=True`. It only imports the package, so you may as well write
@@ -92,10 +96,27 @@ def original_config(config: dict[str, Any]) -> PreTrainedConfig:
     if not knows_config(model_type):
         raise ValueError(
             f"the compressed model is of type {model_type!r}, which transformers does not know: register its classes, "
-            "or let the code that came with the original run (`load(..., trust_remote_code=True)`, "
-            "--model.trust_remote_code true)"
+            "or let the code that came with the original run (`load(..., trust_remote_code=True)`; "
+            "--trust_remote_code true, for fit and its evaluations --model.trust_remote_code true)"
         )
+    check_code(model_type, config["original"].get(CODE_DIGEST))
     return AutoConfig.for_model(model_type, **original)
+
+
+def trust_code(directory: str | Path, config: dict[str, Any]) -> None:
+    """Registers the classes of the code that came with the original: from beside the compressed model, where it lies.
+
+    Raises:
+        FileNotFoundError: the code is missing.
+        ValueError: other code was registered for the model type.
+    """
+    original = config["original"]
+    if CODE_DIGEST not in original:  # transformers knows the type, or the directory is of an older version
+        read_original_config(original["name_or_path"], True)
+        return
+    stored = original["config"]
+    beside = {auto: reference.rpartition("--")[2] for auto, reference in stored["auto_map"].items()}
+    register_remote_code(str(directory), stored["model_type"], beside)
 
 
 def check_format(config: dict[str, Any]) -> None:

@@ -31,10 +31,10 @@ from eacmoe_lightning.compressed.format import (
     original_config,
     read_config,
     runs_packed,
+    trust_code,
 )
 from eacmoe_lightning.models.checkpoint import dtype_name
 from eacmoe_lightning.models.find import find_blocks
-from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.shrink import shrink_as_pruned
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.models.transformers_loader import auto_class, untie
@@ -60,7 +60,7 @@ def load(
             Weights on a lattice or in llama.cpp's blocks (`--model.quantizer lattice`, `kquant`) are always decoded.
         activations: `exact`, or `int8` for faster products with rounded activations, at the loss in quality that
             docs/findings/int8-activations.md reports.
-        trust_remote_code: whether Python code beside the original, by its name in the config, may run.
+        trust_remote_code: whether Python code that came with the original may run.
 
     Raises:
         FileNotFoundError: `path` holds no compressed model.
@@ -71,7 +71,7 @@ def load(
     path = path / "compressed" if is_compressed(path / "compressed") else path
     config = read_config(path)
     if trust_remote_code:
-        read_original_config(config["original"]["name_or_path"], True)  # registers the classes
+        trust_code(path, config)
     original = original_config(config)
     torch_dtype = getattr(torch, config["dtype"] if dtype == "auto" else dtype)
     if packed and runs_packed(config):
@@ -122,6 +122,7 @@ class CompressedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         check_format(config_dict)
+        original_config(config_dict)  # raises for types that nobody has registered
         original = dict(config_dict["original"]["config"])
         kwargs.pop("_commit_hash", None)
         quantization = config_dict["quantization"]

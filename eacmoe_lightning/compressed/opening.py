@@ -11,13 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from eacmoe_lightning.compressed.directory import CompressedWeights
-from eacmoe_lightning.compressed.format import is_compressed, read_config, size_of
+from eacmoe_lightning.compressed.format import is_compressed, read_config, size_of, trust_code
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import is_bundled, local_directory
-from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.models.tokenizer import tokenizer_of
 
@@ -120,12 +119,14 @@ def open_model(
     if directory is not None:
         config = read_config(directory)  # raises if the format is newer than this package
         if trust_remote_code:
-            read_original_config(config["original"]["name_or_path"], True)  # registers the classes
+            trust_code(directory, config)
         return OpenedModel(str(name_or_path), directory, True, dtype, trust_remote_code)
     return OpenedModel(str(name_or_path), local_directory(str(name_or_path), option), False, dtype, trust_remote_code)
 
 
-def open_compressed(path: str | Path, dtype: str = "auto", option: str = "--source") -> OpenedModel:
+def open_compressed(
+    path: str | Path, dtype: str = "auto", option: str = "--source", trust_remote_code: bool = False
+) -> OpenedModel:
     """Opens a model that must be compressed; arguments as in `open_model`.
 
     Raises:
@@ -137,4 +138,4 @@ def open_compressed(path: str | Path, dtype: str = "auto", option: str = "--sour
         raise FileNotFoundError(
             f"{path} ({option}) is neither a run directory nor a compressed directory of eacmoe-lightning"
         )
-    return open_model(path, dtype, option)
+    return open_model(path, dtype, option, trust_remote_code)

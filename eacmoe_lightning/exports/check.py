@@ -15,6 +15,7 @@ from torch import Tensor
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.exports import reload
 from eacmoe_lightning.exports.source import Source
+from eacmoe_lightning.models.remote_code import registered_code
 from eacmoe_lightning.run.files import StoreError, first_of
 from eacmoe_lightning.skipping.apply import set_skipping
 
@@ -56,7 +57,9 @@ class Reference:
         vocabulary = model.config.get_text_config().vocab_size
         self.dtype_name = source.dtype_name
         module = type(model).__module__
-        self.imports = [] if module.startswith("transformers.") else [module]  # registers a model type of ours
+        self.has_own_code = registered_code(model.config.model_type) is not None
+        is_known = self.has_own_code or module.startswith("transformers.")
+        self.imports = [] if is_known else [module]  # registers a model type of ours
         self.tokens = torch.randint(vocabulary, (NUM_WINDOWS, WINDOW_LENGTH), generator=generator)
         self.seen = reload.look(model, self.tokens)
         weights = {name: t for name, t in model.state_dict().items() if t.is_floating_point() and t.numel()}
@@ -109,6 +112,7 @@ class Reference:
             tokens, out = Path(folder) / "tokens.safetensors", Path(folder) / "out.safetensors"
             save_file({"tokens": self.tokens}, tokens)
             command = [sys.executable, "-P", reload.__file__, str(directory), str(tokens), str(out), self.dtype_name]
+            command.append("trust" if self.has_own_code else "no-trust")
             done = subprocess.run([*command, *self.imports], capture_output=True, text=True)
             if done.returncode:
                 raise StoreError(

@@ -28,6 +28,7 @@ def export(
     target: Literal[targets.ENGINES] | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     tensor_parallel: int = 1,
+    trust_remote_code: bool = False,
 ) -> Difference:
     """Writes a compressed model in a format that other programs load, reloads it and compares every weight.
 
@@ -42,6 +43,7 @@ def export(
         dtype: Dtype of everything that is not quantized; auto: the one the model was calibrated in.
         tensor_parallel: Number of devices over which the engine will split each linear; group sizes that do not allow
             the split are refused.
+        trust_remote_code: Whether Python code that came with the model may run, where transformers has no class for it.
 
     Raises:
         FileNotFoundError: the source holds no compressed model.
@@ -52,7 +54,7 @@ def export(
     place = Path(output)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"{output} (--output) is not empty: pass an empty directory or one that does not exist")
-    opened = Source(source, dtype)
+    opened = Source(source, dtype, trust_remote_code)
     weights = opened.grids()
     original = original_of(opened.moe)
     row = targets.choose(rows, weights, original, tensor_parallel)

@@ -1,9 +1,10 @@
 """Opens an exported directory as any user would, in a process that has not imported this package.
 
-    python -P reload.py DIRECTORY TOKENS.safetensors OUT.safetensors DTYPE [MODULE ...]
+    python -P reload.py DIRECTORY TOKENS.safetensors OUT.safetensors DTYPE TRUST [MODULE ...]
 
 Loads the directory with transformers, runs the token ids `tokens` [B, T], and writes the logits and a sketch of every
-weight, which `eacmoe_lightning.exports.check` compares. Each MODULE is imported first: a model type may need it.
+weight, which `eacmoe_lightning.exports.check` compares. TRUST is `trust` if code in the directory may run. Each MODULE
+is imported first: a model type may need it.
 """
 
 import importlib
@@ -30,12 +31,13 @@ def look(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    directory, tokens, out, dtype, *modules = sys.argv[1:]
+    directory, tokens, out, dtype, trust, *modules = sys.argv[1:]
     for module in modules:
         importlib.import_module(module)
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(directory)
+    code = {"trust_remote_code": True} if trust == "trust" else {}
+    config = transformers.AutoConfig.from_pretrained(directory, **code)
     named = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
-    loaded = named.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    loaded = named.from_pretrained(directory, dtype=getattr(torch, dtype), **code).eval()
     save_file({n: t.contiguous() for n, t in look(loaded, load_file(tokens)["tokens"]).items()}, out)

@@ -76,7 +76,7 @@ def write_result(
         )
     if description.get("quantizer") == "none" and len({block.num_experts for block in moe.moe_blocks}) == 1:
         shutil.rmtree(run.dense, ignore_errors=True)
-        export(str(run.path), str(run.dense), "dense")
+        export(str(run.path), str(run.dense), "dense", trust_remote_code=trust_remote_code)
 
 
 def _checked_logits(moe: StreamedModel, directory: Path, tokens: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class Source:
         path: a run directory or a compressed directory.
         dtype: dtype of the tensors that are not quantized: `auto` (the one the model was calibrated in), `float32`,
             `bfloat16` or `float16`.
+        trust_remote_code: whether Python code that came with the original may run.
 
     Raises:
         FileNotFoundError: there is no compressed model.
@@ -75,8 +76,8 @@ class Source:
         draft: tensors of the draft layers under the original's names, written unchanged.
     """
 
-    def __init__(self, path: str | Path, dtype: str = "auto") -> None:
-        self.path = open_compressed(path, dtype).directory
+    def __init__(self, path: str | Path, dtype: str = "auto", trust_remote_code: bool = False) -> None:
+        self.path = open_compressed(path, dtype, trust_remote_code=trust_remote_code).directory
         self.directory_config = read_config(self.path)
         self.dtype_name = self.directory_config["dtype"] if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, self.dtype_name)

@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.utils import cached_file
 
 from eacmoe_lightning.models.config_errors import described
-from eacmoe_lightning.models.transformers_loader import UNBUILDABLE, auto_class, knows_config, register_remote_code
+from eacmoe_lightning.models.remote_code import register_remote_code, registered_code
+from eacmoe_lightning.models.transformers_loader import UNBUILDABLE, auto_class, knows_config
 from eacmoe_lightning.models.weight_files import check_fetched, check_no_adapter, check_option_files, found_instead
 from eacmoe_lightning.run.files import first_of
 
@@ -120,10 +121,12 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
         stored, _ = PreTrainedConfig.get_config_dict(path)
         if {"original", "format_version"} <= stored.keys():
             raise ValueError(f"It is a compressed model of this package: pass its original, {_original_of(stored)!r}.")
-        if "AutoConfig" in stored.get("auto_map", {}) and not knows_config(stored.get("model_type")):
-            if not trust_remote_code:
+        model_type, auto_map = stored.get("model_type"), stored.get("auto_map", {})
+        is_known = knows_config(model_type)
+        if "AutoConfig" in auto_map and (not is_known or registered_code(model_type)):
+            if not (is_known or trust_remote_code):
                 raise UntrustedCode(name_or_path, "`auto_map` in its config.json")
-            register_remote_code(path, stored["model_type"], stored["auto_map"])
+            register_remote_code(path, model_type, auto_map)
         config = _config(path, stored)
     except UntrustedCode:
         raise

@@ -20,7 +20,7 @@ which versions were tested.
 Three undocumented names stay where they are used, because all these versions have them: a quantizer's
 `checkpoint_files` and the config's `transformers_weights` (`compressed/loading.py`), and the config's
 `_attn_implementation` (`skipping/session.py`). So do the names of transformers' own server and
-chat (`serving/transformers_server.py`).
+chat (`serving/transformers_server.py`), and those for code that comes with a model (`remote_code.py`).
 
 Nothing depends on the version of torch.
 """
@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -39,7 +39,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -59,7 +58,6 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
 from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -174,27 +172,6 @@ def original_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[s
 def knows_config(model_type: str | None) -> bool:
     """Whether transformers has a config class for a model type, its own or a registered one."""
     return model_type in CONFIG_MAPPING
-
-
-def register_remote_code(path: str, model_type: str, auto_map: Mapping[str, str]) -> None:
-    """Registers the classes that come as Python code with a model, which runs that code.
-
-    Args:
-        path: a local directory or a hub id.
-        model_type: as in its config.json.
-        auto_map: class references by auto class, as in its config.json.
-
-    Raises:
-        OSError: the code is missing.
-        ValueError: it has no causal language model.
-    """
-    if AutoModelForCausalLM.__name__ not in auto_map:
-        raise ValueError("its code (`auto_map` in config.json) has no AutoModelForCausalLM")
-    config = get_class_from_dynamic_module(auto_map["AutoConfig"], path)
-    model = get_class_from_dynamic_module(auto_map[AutoModelForCausalLM.__name__], path)
-    config.model_type, model.config_class = model_type, config  # as `from_pretrained` pairs them
-    AutoConfig.register(model_type, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
 def share_conversion(model_type: str, other: str) -> None:

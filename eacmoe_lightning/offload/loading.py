@@ -42,6 +42,7 @@ def load_offloaded(
     directory: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """Loads a model with its experts offloaded; `model.offload` is their handle.
@@ -55,6 +56,7 @@ def load_offloaded(
         dtype: of everything that is not quantized: `auto`, `float32`, `bfloat16` or `float16`, by name or as torch has
             it.
         device: where the model runs.
+        trust_remote_code: whether Python code that came with the model may run.
         **options: further options of `offload_experts`.
 
     Raises:
@@ -62,7 +64,8 @@ def load_offloaded(
         ValueError, StoreError: as in `offload_experts`, or a file of the model or the store is damaged.
     """
     dtype = dtype_name(dtype)
-    opened, parsed = open_model(name_or_path, dtype, "name_or_path"), codec_named(codec)
+    parsed = codec_named(codec)
+    opened = open_model(name_or_path, dtype, "name_or_path", trust_remote_code)
     options |= {"cache_bytes": cache_bytes, "device": device}
     if opened.is_compressed and runs_packed(read_config(opened.directory)):
         return _load_packed(opened.directory, parsed, directory, dtype, options)
