@@ -233,6 +233,20 @@ def test_tied_weights_that_are_stored_under_the_name_of_the_head(tiny_model_dir,
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").get_input_embeddings().weight, head)
 
 
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_a_head_beside_a_config_that_ties_it_is_kept_as_in_transformers(tiny_model_dir, tmp_path):
+    folder = changed(tiny_model_dir("mixtral"), tmp_path / "model", tie_word_embeddings=True)
+    head = load_file(folder / "model.safetensors")["lm_head.weight"]
+    run = jobs.fit(folder, tmp_path / "run", data__num_windows=4)
+    for form in ("dense", "gptq_v2", "gguf"):
+        export(run, tmp_path / form, form)
+    config = json.loads((tmp_path / "gptq_v2" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    for model in (load(run), AutoModelForCausalLM.from_pretrained(tmp_path / "dense")):
+        assert torch.equal(model.get_output_embeddings().weight, head)
+        assert not torch.equal(model.get_input_embeddings().weight, head)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])  # of the second transformers makes an empty tokenizer
 @pytest.mark.parametrize("damage", [no_tokenizer, damaged_tokenizer, no_config, moved])
 def test_a_model_is_not_taken_for_its_tokenizer(damage, family, tiny_model_dir, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.directory import save_compressed
+from eacmoe_lightning.exports import dense
 from eacmoe_lightning.exports.check import Reference
 from eacmoe_lightning.exports.compressed_tensors import decode, to_tensors
 from eacmoe_lightning.exports.export import export
@@ -285,3 +288,27 @@ def test_experts_with_different_bits(tiny_model_dir, tokens, tmp_path):  # noqa:
         export(str(folder), str(tmp_path / "out"), "compressed-tensors")
     with pytest.raises(ValueError, match="the experts of block 0 have 2 bits.*8 bits.*would decode the others wrong"):
         export(str(folder), str(tmp_path / "out"), target="vllm")
+
+
+SECOND = """
+import sys
+from eacmoe_lightning.cli import main
+main(["export", "--source", sys.argv[1], "--output", sys.argv[2], "--format", "dense"])
+"""
+
+
+def test_a_second_export_into_the_same_place_is_refused_and_spoils_nothing(folder_of, tmp_path, monkeypatch):
+    source, out = folder_of("mixtral", ASYMMETRIC), tmp_path / "out"
+    seen = []
+
+    def started(*args):  # while the first one is writing
+        words = [sys.executable, "-c", SECOND, str(source), str(out)]
+        seen.append(subprocess.run(words, capture_output=True, text=True))
+        return written(*args)
+
+    written = dense.write
+    monkeypatch.setattr(dense, "write", started)
+    export(str(source), str(out), "dense")
+    assert seen[0].returncode == 1 and f"is at work in {out} (--output)" in seen[0].stderr
+    assert load(source, packed=False).num_parameters() == AutoModelForCausalLM.from_pretrained(out).num_parameters()
+    assert not [file for file in out.iterdir() if "lock" in file.name] and not list(tmp_path.glob(".*"))

@@ -91,6 +91,7 @@ def save_compressed(
     code = registered_code(config.model_type)
     about = source_config.get("original", {"name_or_path": name_or_path, "fingerprint": fingerprint})
     config, draft = _with_draft(pruned_config(config, moe), draft, moe)
+    _untie_if_the_head_differs(config, moe.model)
     stored_dtype = getattr(config.get_text_config(), "dtype", None) or moe.model.dtype
     tied = _tied_names(moe.model)
     names = [name for name in moe.model.state_dict() if name not in tied]
@@ -184,6 +185,22 @@ def _with_draft(
             stacklevel=3,
         )
     return without, {}
+
+
+def _untie_if_the_head_differs(config: PreTrainedConfig, model: PreTrainedModel) -> None:
+    """Corrects a config that ties the output head to the embedding, where the files held another head.
+
+    transformers takes the head then, with a warning; other programs would take the embedding.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight or not getattr(config, "tie_word_embeddings", False):
+        return
+    config.tie_word_embeddings = False
+    warnings.warn(
+        "the original's config ties the output head to the embedding (tie_word_embeddings), but its files hold another "
+        "head, which is kept: the config of the result says false",
+        stacklevel=3,
+    )
 
 
 def _described(weight: QuantizedWeight) -> dict[str, Any]:

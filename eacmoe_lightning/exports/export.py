@@ -13,6 +13,7 @@ from eacmoe_lightning.exports.check import Difference
 from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.run.files import whole_directory
+from eacmoe_lightning.run.lock import LOCK, RunLock
 from eacmoe_lightning.skipping.stored import KEY as SKIPPING
 from eacmoe_lightning.target_rules import Target
 from eacmoe_lightning.weight_grids import WeightGrid
@@ -47,14 +48,18 @@ def export(
 
     Raises:
         FileNotFoundError: the source holds no compressed model.
-        ValueError: the target does not load such a model, or the output is not empty.
+        ValueError: the target does not load such a model, the output is not empty, or another process is at work in it.
         StoreError: a file of the source is damaged, or the export reloads as another model; nothing is kept then.
     """
     rows = targets.find(format, target)
     place = Path(output)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+    if place.exists() and (not place.is_dir() or any(file.name != LOCK for file in place.iterdir())):
         raise ValueError(f"{output} (--output) is not empty: pass an empty directory or one that does not exist")
-    opened = Source(source, dtype, trust_remote_code)
+    with RunLock(place, "--output"):
+        return _export(Source(source, dtype, trust_remote_code), place, rows, tensor_parallel)
+
+
+def _export(opened: Source, place: Path, rows: list[Target], tensor_parallel: int) -> Difference:
     weights = opened.grids()
     original = original_of(opened.moe)
     row = targets.choose(rows, weights, original, tensor_parallel)
@@ -65,7 +70,6 @@ def export(
     if row.format in NEED_LIBRARY:
         writer.require_library()
     has_run, verdict = _verdict(row, weights, original.model_type)
-    place.parent.mkdir(parents=True, exist_ok=True)
     with whole_directory(place) as partial:
         try:
             writer.write(opened, weights, row, partial)
@@ -79,7 +83,7 @@ def export(
     if left:
         names = left[0].name + (" ..." if len(left) > 1 else "")
         print(f"{len(left)} linears that {row.engine} does not load packed are decoded: {names}")
-    print(f"{output}: {row.format} for {row.engine} ({row.version}). Reloaded: {difference}")
+    print(f"{place}: {row.format} for {row.engine} ({row.version}). Reloaded: {difference}")
     if row.launch:
         print(f"start {row.engine} with {row.launch}")
     if SKIPPING in opened.directory_config:

@@ -31,6 +31,7 @@ class RunLock:
     def __init__(self, directory: Path, option: str = "--trainer.default_root_dir") -> None:
         self.path, self.option = directory / LOCK, option
         self._file: int | None = None
+        self._is_new = False  # the directory was made for the lock
 
     def __enter__(self) -> RunLock:
         self.take()
@@ -53,6 +54,7 @@ class RunLock:
         """
         if self._file is not None:
             return
+        self._is_new = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -80,6 +82,8 @@ class RunLock:
             self.path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None
+            if self._is_new and not any(self.path.parent.iterdir()):
+                self.path.parent.rmdir()
 
     def _is_current(self, file: int) -> bool:
         try:
