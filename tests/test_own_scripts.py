@@ -116,6 +116,8 @@ def test_packed_weights_pass_no_wrong_gradient(fitted, tokens):
     packed, decoded = (load(fitted("mixtral"), packed=packed) for packed in (True, False))
     with pytest.raises(RuntimeError, match=r"packed weights pass no gradient on.*packed=False"):
         packed(tokens, labels=tokens).loss.backward()
+    with pytest.raises(ValueError, match="packed=False"):
+        packed.dequantize()
     decoded(tokens, labels=tokens).loss.backward()
     with torch.no_grad():
         torch.testing.assert_close(packed(tokens).logits, decoded(tokens).logits, rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    Ernie4_5_VLMoeConfig,
     Gemma4Config,
     Glm4vMoeConfig,
     Llama4Config,
@@ -89,6 +90,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {  # as many layers in the vision tower a
             "image_size": 16, "patch_size": 4, "vision_output_dim": 32, "projector_input_dim": 32,
             "projector_output_dim": 32},
         image_token_index=4090,
+    ),
+    "ernie4_5_vl_moe": Ernie4_5_VLMoeConfig(  # each block has experts for text and others for images
+        text_config=TEXT | {"intermediate_size": 128, "moe_intermediate_size": [64, 32], "moe_num_experts": 8,
+                            "moe_k": 2, "moe_num_shared_experts": 1, "pad_token_id": 0, "bos_token_id": 1,
+                            "eos_token_id": 2, "rope_parameters": {
+                                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
+            "spatial_merge_size": 2, "temporal_merge_size": 2, "text_hidden_size": 64},
+        image_start_token_id=4088, image_end_token_id=4089, video_start_token_id=4086, video_end_token_id=4087,
+        **IMAGES,
     ),
 }  # fmt: skip
 if "muse_spark" in CONFIG_MAPPING:  # from 5.24 on

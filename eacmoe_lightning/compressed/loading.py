@@ -183,6 +183,9 @@ class PackedQuantizer(HfQuantizer):
         """None: the tensors have their names and shapes in memory, not those of the original's checkpoint."""
         return []
 
+    def _dequantize(self, model: PreTrainedModel, *_: Any, **__: Any) -> PreTrainedModel:
+        raise ValueError("a packed model is not decoded in place: eacmoe_lightning.load(path, packed=False) decodes it")
+
     def is_serializable(self) -> bool:
         return True
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.models.transformers_loader import original_names
+from eacmoe_lightning.models.transformers_loader import made_together, original_names
 from eacmoe_lightning.weight_grids import Original, split_projection
 
 WEIGHT = ".weight"
+NO_ROW = -1  # in the place of rows of other weights
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,10 @@ def unstacked_linears(stack: str, shape: Sequence[int]) -> list[Rows]:
 
 def _converted(model: PreTrainedModel, name: str, shape: Sequence[int]) -> dict[str, Tensor]:
     """Tensors of the original's checkpoint whose values number the rows of a weight in memory."""
-    return original_names(model, {name: torch.arange(math.prod(shape)).view(*shape, 1)})
+    rows = {name: torch.arange(math.prod(shape)).view(*shape, 1)}
+    known = model.state_dict() if (others := made_together(model, name)) else {}
+    rows |= {other: torch.full((*known[other].shape[:-1], 1), NO_ROW) for other in others}
+    return {key: taken for key, taken in original_names(model, rows).items() if (taken != NO_ROW).all()}
 
 
 def _not_a_linear(converted: dict[str, Tensor], height: int) -> str | None:

@@ -163,10 +163,20 @@ def original_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[s
     """Tensors by their names in memory -> the same as the original's checkpoint has them, as for `save_pretrained`."""
     narrow = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 3 and tensor.shape[-1] == 1}
     original = revert_weight_conversion(model, {name: tensor for name, tensor in tensors.items() if name not in narrow})
-    for name, tensor in narrow.items():  # two columns, of which one is taken: a single one would not survive the split
-        double = revert_weight_conversion(model, {name: tensor.expand(*tensor.shape[:-1], 2)})
-        original |= {key: part[..., :1] for key, part in double.items()}
-    return original
+    # two columns, of which one is taken: a single one would not survive the split
+    double = {name: tensor.expand(*tensor.shape[:-1], 2) for name, tensor in narrow.items()}
+    return original | {key: part[..., :1] for key, part in revert_weight_conversion(model, double).items()}
+
+
+def made_together(model: PreTrainedModel, name: str) -> list[str]:
+    """Other parameters that are made of the same keys on disk as this one, such as ERNIE 4.5 VL's vision experts."""
+    known = model.state_dict()
+    for entry in get_model_conversion_mapping(model):
+        for own in entry.target_patterns if isinstance(entry, WeightConverter) else ():
+            if own in name:
+                others = (name.replace(own, other) for other in entry.target_patterns if other != own)
+                return [other for other in others if other in known]
+    return []
 
 
 def knows_config(model_type: str | None) -> bool:
