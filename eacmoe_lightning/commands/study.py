@@ -174,8 +174,9 @@ def read_texts(
                 check_tokens(windows, num_rows, tokenizer, source)
             if num_questions:
                 length, number = context_length + continuation_length, QUESTION_WINDOWS * num_questions
-                pieces = cut(number, length, seed=0, option=f"{QUESTION_WINDOWS} x --num_questions")
-                questions = make_questions(pieces, num_questions, context_length)
+                more = f"{QUESTION_WINDOWS} x --num_questions"
+                pieces = cut(number, length, seed=0, option=more)
+                questions = make_questions(pieces, num_questions, context_length, option=more)
         except ValueError as error:
             raise ValueError(f"--heldout: {str(error).replace('--data.', '--')}") from error
         texts[name] = Text(windows, questions)
