@@ -366,6 +366,7 @@ def test_sensitivities_of_something_else_are_refused(tiny_model_dir, tmp_path, c
     for other, more, message in (
         ("qwen2_moe", {}, "sensitivities of another model"),
         ("qwen3_moe", {"model__group_size": 16}, "measured with model.group_size=32.*this run has 16"),
+        ("qwen3_moe", {"pruning__keep": "auto"}, "by reap, and.*by frequency: pass --pruning.criterion reap, or"),
     ):
         with pytest.raises(SystemExit):
             jobs.fit(tiny_model_dir(other), tmp_path / "run", **given | more)

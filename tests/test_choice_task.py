@@ -49,8 +49,10 @@ def test_equal_continuations_are_never_two_choices():
     questions = make_questions(windows, 6, 3, num_choices=3)
     for choices in questions.input_ids.tolist():
         assert len({tuple(choice[3:]) for choice in choices}) == 3
-    with pytest.raises(ValueError, match="4 choices need as many different continuations.* have 3"):
-        make_questions(windows, 6, 3)
+    for option in ("--num_windows", "4 x --num_questions"):
+        message = f"4 choices need as many different continuations.* 6 windows have 3: raise {option},"
+        with pytest.raises(ValueError, match=message):
+            make_questions(windows, 6, 3, option=option)
 
 
 def test_a_model_that_knows_the_text_is_always_right():

@@ -287,11 +287,15 @@ def test_of_many_points_those_on_the_line_are_named():
     assert ">run2</text>" in pareto.page("model", ["prose"], points[:3])
 
 
+OF_PRUNE = {"model": "a run", "fingerprint": "of the run", "pruning": {"keep": 3}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda report: report.pop("divergence"), "has no divergence"),
-        (lambda report: report["model"].update(name_or_path="other"), "cannot be compared: model"),
+        (lambda report: report["config"].update({"model.fingerprint": "other"}), "Pass runs of one model"),
+        (lambda report: report.update(config=OF_PRUNE), "--trainer.default_root_dir {} measures from the original"),
         (lambda report: report["divergence"]["texts"].pop("code"), "cannot be compared: texts and tokens"),
         (None, "has no report.json"),
     ],
@@ -301,7 +305,7 @@ def test_runs_that_cannot_be_compared_are_refused(change, message, fitted, tmp_p
     other = str(tmp_path / "none") if change is None else copied(run, tmp_path / "other", change)
     with pytest.raises(SystemExit):
         main(["report", str(run), other, "--output", str(tmp_path / "pareto.html")])
-    assert message in capsys.readouterr().err and not (tmp_path / "pareto.html").exists()
+    assert message.format(other) in capsys.readouterr().err and not (tmp_path / "pareto.html").exists()
 
 
 def test_a_directory_is_no_place_for_a_page(fitted, tmp_path, capsys):

@@ -36,7 +36,7 @@ from eacmoe_lightning.commands.report import options as report_options
 from eacmoe_lightning.commands.sensitivity import options as sensitivity_options
 from eacmoe_lightning.commands.serve import options as serve_options
 from eacmoe_lightning.commands.table import options as table_options
-from eacmoe_lightning.commands.table import read_table
+from eacmoe_lightning.commands.table import read_table, refuse_overridden
 from eacmoe_lightning.quantization.quantizers import Quantizer
 from eacmoe_lightning.routers.losses import RouterLoss
 from eacmoe_lightning.text.sampled import sampled_source
@@ -139,7 +139,7 @@ def parse(words: tuple[str, ...]) -> None:
             report_options().parse_args(rest)
         elif command == "table":
             given, more = table_options().parse_known_args(rest)
-            read_table(given.table)
+            refuse_overridden(more, read_table(given.table), given.table)
             parse_fit(more)
         elif command in ("serve", "chat"):  # what they do not know goes to the server
             given, _ = (serve_options if command == "serve" else chat_options)().parse_known_args(rest)

@@ -277,7 +277,7 @@ def test_without_texts_the_report_has_no_evaluation(tiny_model_dir, tmp_path, ca
 @pytest.mark.parametrize("options", [["--pruning.keep", "5"], ["--pruning.alpha", "0.8"]])
 @torch.no_grad()
 def test_every_command_takes_the_result(options, fitted, tiny_model_dir, tmp_path, capsys):
-    """A finished run of `fit`, pruned, then `test`, `analyze` with all skipping rules, and `export`."""
+    """A finished run of `fit`, pruned, then `test`, `validate` and `report`, `analyze` with all rules, and `export`."""
     model = tiny_model_dir("qwen2_moe")
     run, out = fitted("qwen2_moe"), tmp_path / "out"
     arguments = ["--num_windows", "16", "--window_length", "64", "--num_heldout_windows", "3"]
@@ -295,6 +295,15 @@ def test_every_command_takes_the_result(options, fitted, tiny_model_dir, tmp_pat
         assert tested["perplexity"][text]["original"] == pytest.approx(values["original"], rel=1e-6)
         pruned = report["perplexity"][text]["compressed"]
         assert tested["perplexity"][text]["compressed"] == pytest.approx(pruned, rel=1e-6)
+
+    words = ["report", str(run), str(out), "--output", str(tmp_path / "pareto.html")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"that of {out} is from {run}" in capsys.readouterr().err
+    main(["validate", *jobs.options(model, out)])
+    main(words)
+    validated = json.loads((out / "validate.json").read_text())["divergence"]["mean"]["compressed"]["kl"]
+    assert f"{validated:9.5f}" in capsys.readouterr().out.split("same top")[-1]
 
     analysis_dir = tmp_path / "analysis"
     options = ["--model", str(out), "--output", str(analysis_dir), "--num_windows", "4", "--window_length", "64"]

@@ -288,7 +288,11 @@ def test_unknown_options_are_refused_before_anything_is_measured(tiny_model_dir,
         ({"experts": "[most-9]"}, "9 of 8 experts"),
         ({"blocks": "[9]"}, "--blocks"),
         ({"kinds": "[zip]"}, "--kinds"),
-        ({"bounds": "[0.0]"}, "not a positive number"),
+        ({"blocks": "[]"}, "--blocks is empty"),
+        ({"kinds": "[]"}, "--kinds is empty"),
+        ({"bounds": "[]"}, "--bounds is empty"),
+        ({"bounds": "[0.0]"}, "--bounds: bound 0.0 is not a positive number"),
+        ({"budgets": "[-1]"}, "--budgets: bound -1"),
         ({"num_windows": 10_000}, "(--num_windows)"),
     ):
         with pytest.raises(SystemExit):
@@ -324,6 +328,20 @@ def test_bounds_by_budget_take_no_more_bytes(tiny_model_dir, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["study", *options(model, tmp_path / "other", **small | more)])
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [0, "[0]", '["0"]', "0,2", "[0,2]", "[0, 1-2]", "each", "config: [0]", "config: 0"])
+def test_blocks_may_be_one_or_a_list_as_numbers_or_words(value, tiny_model_dir, tmp_path):
+    words = options(tiny_model_dir("qwen3_moe"), tmp_path / "out", experts="all", kinds="sz3", bounds=0.3, seeds=0)
+    word = words[words.index("--blocks") + 1] = str(value)
+    if word.startswith("config: "):
+        (tmp_path / "blocks.yaml").write_text(word.replace("config", "blocks"))
+        place = words.index("--blocks")
+        words[place : place + 2] = ["--config", str(tmp_path / "blocks.yaml")]
+    main(["study", *words])
+    study = json.loads((tmp_path / "out/study.json").read_text())
+    groups = {"0,2": ["0,2"], "[0,2]": ["0", "2"], "[0, 1-2]": ["0", "1-2"], "each": ["0", "1", "2"]}
+    assert [row["blocks"] for row in study["rows"]] == groups.get(word, ["0"])
 
 
 @pytest.mark.parametrize("config", sorted((jobs.ROOT / "configs").glob("study-*.yaml")), ids=lambda path: path.stem)

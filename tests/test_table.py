@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 
 import jobs
 import pytest
 import yaml
 
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.commands.table import TABLES, read_table
+from eacmoe_lightning.commands.table import TABLES, read_table, refuse_overridden
 
 WITHOUT_CHOICES = {"trainer.default_root_dir", "model.bits"}
 
@@ -33,6 +34,8 @@ def test_tables_of_the_package_have_their_published_rows(name):
         ({"rows": {"a": {"model.bits": 2}}}, "needs a title"),
         ({"title": "t", "rows": {}}, "needs a title"),
         ({"title": "t", "rows": {"a": {}}, "colums": []}, "colums is not a key"),
+        ({"title": "t", "rows": {"a": {}, "b": {"data.num_windows": 2}}}, "--data.num_windows would be overridden by"),
+        ({"title": "t", "rows": {"a": {}}, "options": {"data.heldout": "bundled:prose"}}, "(options)"),
         ({"title": "t", "rows": {"a": {"model.bits": 2}, "b": {"model.bits": 11}}}, "--model.bits"),
         ({"title": "t", "rows": {"a": {"model.bits": 2}, "b": {"model.bitz": 2}}}, "model.bitz"),
     ],
@@ -43,6 +46,30 @@ def test_a_bad_table_is_refused_before_any_row_is_run(content, message, tiny_mod
     with pytest.raises(SystemExit):
         main(["table", str(file), "--output", str(tmp_path / "out"), *base(tiny_model_dir("mixtral"))])
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("--model.bits", "model.bits"),
+        ("--model.bits=4", "model.bits"),
+        ("--data.heldout+=bundled:code", "data.heldout"),
+        ("--data.heldout.code=bundled:code", "data.heldout"),
+        ("--model.router_loss=TopKMSE", "model.router_loss.init_args.k"),
+        ("--model.router_loss.k=2", "model.router_loss.init_args.k"),
+        ("--model.router_loss.init_args.width=2", None),
+        ("--model.bits_more=2", None),
+        ("--config=tiny", None),
+        ("model.bits", None),  # a value
+    ],
+)
+def test_an_option_that_the_table_sets_is_not_given_too(word, key):
+    rows = {"a": {"model.router_loss.init_args.k": "K"}, "b": {"data.heldout": {"prose": "bundled:prose"}}}
+    plan = {"options": {"model.bits": 2}, "rows": rows}
+    if key is None:
+        return refuse_overridden([word], plan, "mine.yaml")
+    with pytest.raises(ValueError, match=f"would be overridden by {re.escape(key)} of the table mine.yaml"):
+        refuse_overridden([word], plan, "mine.yaml")
 
 
 @pytest.mark.slow

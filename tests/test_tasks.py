@@ -21,7 +21,15 @@ import eacmoe_lightning
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.commands.tasks import Kept, names_of, read_unit, rules_of
 from eacmoe_lightning.evaluation import local_tasks
-from eacmoe_lightning.evaluation.harness import SHIPPED, Asking, ask, language_model, load_units, require_harness
+from eacmoe_lightning.evaluation.harness import (
+    SHIPPED,
+    Asking,
+    ask,
+    find_tasks,
+    language_model,
+    load_units,
+    require_harness,
+)
 from eacmoe_lightning.evaluation.streams import token_log_likelihoods
 from eacmoe_lightning.evaluation.task_results import answers_of, compare, is_scored, summary, tabulate
 from eacmoe_lightning.models.moe import MoEModel
@@ -189,7 +197,7 @@ def test_names_of_tasks_on_the_hub():
     assert len(names) == 10 and set(names) <= set(known)
     assert not set(CONFIGS) & set(known), "a task of lm-eval has the name of one of ours"
     with pytest.raises(ValueError, match="there is no task hellaswagg .*hellaswag"):
-        load_units(["hellaswagg"])
+        find_tasks(["hellaswagg"])
 
 
 @needs_lm_eval
@@ -271,6 +279,9 @@ def test_the_same_command_asks_nothing_again_and_others_are_refused(asked, fitte
     with pytest.raises(SystemExit):
         evaluated(fitted("mixtral"), run, *words, "--limit", "3")
     assert "limit=4.0; now limit=3.0" in capsys.readouterr().err and jobs.contents(run / "tasks") == jobs_before
+    with pytest.raises(SystemExit):  # the name first, and nothing is removed for it
+        evaluated(fitted("mixtral"), run, "--tasks", "nope", "--limit", "3", "--overwrite", "true")
+    assert "there is no task nope" in capsys.readouterr().err and jobs.contents(run / "tasks") == jobs_before
     results = evaluated(fitted("mixtral"), run, *words, "--limit", "3", "--overwrite", "true")
     assert (
         list(results["tasks"]) == ["continuation_code"] and results["tasks"]["continuation_code"]["num_questions"] == 3
@@ -291,7 +302,8 @@ def test_packed_and_dense_weights_answer_alike(asked, fitted, tmp_path):
         tokenizer=AutoTokenizer.from_pretrained(tmp_path / "dense"),
         batch_size=3,
     )
-    for unit in load_units(["continuation_code", "one_digit_sums_generated"]):
+    names = ["continuation_code", "one_digit_sums_generated"]
+    for unit in load_units(names, find_tasks(names)):
         kept = read_unit(Kept(asked, {}).file(run.name, unit.name))
         found = simple_evaluate(dense, tasks=[unit.spec], limit=4, bootstrap_iters=0)
         for metric, value in kept["metrics"].items():
@@ -333,7 +345,7 @@ def test_scores_under_pesf_are_those_of_one_sequence_at_a_time(fitted, tokenizer
 def test_generation_under_pesf_in_a_batch_is_that_of_one_sequence_at_a_time(fitted, tokenizer):
     model = eacmoe_lightning.load(fitted("mixtral"))
     set_skipping(model, PESF(0.7))
-    (unit,) = load_units(["maths_answers"])  # questions of different lengths
+    (unit,) = load_units(["maths_answers"], find_tasks(["maths_answers"]))  # questions of different lengths
     asking = Asking(limit=3)
     alone, together = (ask(language_model(model, tokenizer, size), unit, asking) for size in (1, 3))
     assert [q["answers"] for q in alone["questions"]] == [q["answers"] for q in together["questions"]]

@@ -18,7 +18,7 @@ from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import stored_name
 from eacmoe_lightning.models.tokenizer import tokenizer_of
-from eacmoe_lightning.offload.codecs import Bound
+from eacmoe_lightning.offload.codecs.bound import Bound, Mode
 from eacmoe_lightning.run.device import device_of
 from eacmoe_lightning.run.files import write_atomically, write_json
 from eacmoe_lightning.run.lock import RunLock
@@ -41,19 +41,19 @@ def study(
     model: str = "bundled",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
     device: str = "cpu",
-    blocks: list[str] = ["each", "depth"],  # noqa: B006  (read only; jsonargparse shows it)
-    experts: list[str] = ["all"],  # noqa: B006
-    kinds: list[str] = ["sz3", "gaussian-noise"],  # noqa: B006
+    blocks: list[int | str] | int | str = ["each", "depth"],  # noqa: B006  (read only; jsonargparse shows it)
+    experts: list[str] | str = ["all"],  # noqa: B006
+    kinds: list[str] | str = ["sz3", "gaussian-noise"],  # noqa: B006
     bound_mode: Literal["absolute", "range", "mean"] = "mean",
-    bounds: list[float] = [0.1, 0.3, 0.5, 0.8],  # noqa: B006
-    seeds: list[int] = [0],  # noqa: B006
+    bounds: list[float] | float = [0.1, 0.3, 0.5, 0.8],  # noqa: B006
+    seeds: list[int] | int = [0],  # noqa: B006
     heldout: dict[str, str] | list[str] | str | None = None,
     num_windows: int = 8,
     window_length: int = 512,
     num_questions: int = 32,
     context_length: int = 32,
     continuation_length: int = 16,
-    budgets: list[float] = [],  # noqa: B006
+    budgets: list[float] | float = [],  # noqa: B006
     budget_windows: int = 8,
     batch_tokens: int = 4096,
     trust_remote_code: bool = False,
@@ -70,7 +70,8 @@ def study(
         dtype: Dtype of the model, in which errors are bounded.
         device: Device that the model runs on.
         blocks: Blocks to put errors into: `each` (every block with experts by itself), `depth` (shallow, middle and
-            deep blocks, divided as in the paper), `all`, or blocks such as `0,2-3`.
+            deep blocks, divided as in the paper), `all`, or blocks such as `0` or `0,2-3`, which get errors together.
+            This option and those below take one value or a list; `[0,2]` is block 0, and then block 2, by itself.
         experts: Experts of these blocks: `all`, `most-N` or `least-N` (the N most or least selected), or `random-N`.
         kinds: Kinds of error: the real error of a codec (`sz3`, `uniform`), or noise of the same nominal size
             (`gaussian-noise` as in the paper, `uniform-noise`).
@@ -98,6 +99,11 @@ def study(
     """
     sizes = {"num_windows": num_windows, "window_length": window_length, "num_questions": num_questions}
     sizes |= {"context_length": context_length, "continuation_length": continuation_length}
+    blocks = [str(block) for block in _several("blocks", blocks)]
+    experts = _several("experts", experts)
+    kinds, seeds = _several("kinds", kinds), _several("seeds", seeds)
+    measured_bounds = _bounds_of("bounds", _several("bounds", bounds), bound_mode)
+    global_bounds = _bounds_of("budgets", budgets if isinstance(budgets, list) else [budgets], bound_mode)
     sources = name_sources(heldout, "--heldout")
     if not sources:
         raise ValueError("--heldout is empty: pass one or more sources, or null for the bundled texts")
@@ -106,8 +112,8 @@ def study(
     directory, moe = opened.directory, opened.in_memory()
     moe.model.to(device)
     groups = block_groups(blocks, [block.index for block in moe.moe_blocks])
-    cells = plan(groups, experts, kinds, [Bound(bound_mode, value) for value in bounds], seeds)
-    _check_budgets(budgets, groups, moe, kinds[0])
+    cells = plan(groups, experts, kinds, measured_bounds, seeds)
+    _check_budgets(global_bounds, groups, moe, kinds[0])
     heldout_texts = read_texts(sources, directory, **sizes)
     questions = [text.questions.input_ids for text in heldout_texts.values() if text.questions is not None]
     identity = {
@@ -129,11 +135,10 @@ def study(
         cells.sort(key=lambda cell: list(groups).index(cell.blocks))  # in the order of --blocks
         rows = [report.row_of(cell, results[cell.key], measurement.baseline) for cell in cells]
         sections = []
-        if budgets:
+        if global_bounds:
             sensitivity = budget.fit_sensitivity(_cells_to_fit(groups, measurement.load, rows, kinds[0]))
             later_sizes = sizes | {"num_windows": budget_windows, "num_questions": 0}
             later = Measurement(moe, read_texts(sources, directory, **later_sizes, skip=num_windows), batch_tokens)
-            global_bounds = [Bound(bound_mode, value) for value in budgets]
             spent = spend.spend(
                 moe, later, sensitivity, measurement.load, kinds[0], global_bounds, results, Path(output)
             )
@@ -171,8 +176,9 @@ def read_texts(
                 check_tokens(windows, num_rows, tokenizer, source)
             if num_questions:
                 length, number = context_length + continuation_length, QUESTION_WINDOWS * num_questions
-                pieces = cut(number, length, seed=0, option=f"{QUESTION_WINDOWS} x --num_questions")
-                questions = make_questions(pieces, num_questions, context_length)
+                more = f"{QUESTION_WINDOWS} x --num_questions"
+                pieces = cut(number, length, seed=0, option=more)
+                questions = make_questions(pieces, num_questions, context_length, option=more)
         except ValueError as error:
             raise ValueError(f"--heldout: {str(error).replace('--data.', '--')}") from error
         texts[name] = Text(windows, questions)
@@ -195,7 +201,31 @@ def measure_cells(
         print(f"[{number}/{len(missing)}] {cell.key}: {loss:+.4f} nats", flush=True)
 
 
-def _check_budgets(budgets: list[float], groups: dict[str, list[int]], moe: MoEModel, kind: str) -> None:
+def _several(option: str, values: Any) -> list[Any]:
+    """The values of an option that takes one or a list.
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    values = values if isinstance(values, list) else [values]
+    if not values:
+        raise ValueError(f"--{option} is empty: pass one or more values, or leave it out")
+    return values
+
+
+def _bounds_of(option: str, values: list[float], mode: Mode) -> list[Bound]:
+    """The bounds of an option.
+
+    Raises:
+        ValueError: one is not positive.
+    """
+    try:
+        return [Bound(mode, value) for value in values]
+    except ValueError as error:
+        raise ValueError(f"--{option}: {error}") from error
+
+
+def _check_budgets(budgets: list[Bound], groups: dict[str, list[int]], moe: MoEModel, kind: str) -> None:
     """Raises ValueError if the study does not measure what `budgets` needs."""
     alone = {blocks[0] for blocks in groups.values() if len(blocks) == 1}
     if budgets and kind in NOISES:

@@ -32,19 +32,21 @@ FORMATS = {"bits": "{:.2f}", "changed": "{:.2%}", "seconds": "{:.0f}", "lost": "
 def table(words: Sequence[str]) -> None:
     """Runs the jobs of one of the paper's tables, or of your own, and writes the table.
 
-    All other options are those of `fit` and apply to every row, unless the table's file sets them. Each row is a `fit`
-    in a directory of its own, so the same command goes on after an interruption, and finished rows are not made again.
-    `table.json` and `table.md` hold the result.
+    All other options are those of `fit` and apply to every row. One that the table sets too is refused, but a --config
+    may hold it: the table then overrides it. Each row is a `fit` in a directory of its own, so the same command goes on
+    after an interruption, and finished rows are not made again. `table.json` and `table.md` hold the result.
 
     Args:
         words: the command's words.
 
     Raises:
         FileNotFoundError: there is no such table, config or model.
-        ValueError: the file is no table, or `fit` refuses one of its rows; before any row is run.
+        ValueError: the file is no table, it sets an option that was given too, or `fit` refuses one of its rows; before
+            any row is run.
     """
     given, more = options().parse_known_args(words)
     plan = read_table(given.table)
+    refuse_overridden(more, plan, given.table)
     rows = {name: plan.get("options", {}) | row for name, row in plan["rows"].items()}
     module, data, _ = parse_fit([*more, *words_of(_numbers(next(iter(rows.values())), 1, 1))])
     moe = load_shapes(module.name_or_path, module.dtype_name, module.trust_remote_code)
@@ -95,6 +97,29 @@ def read_table(name: str) -> dict[str, Any]:
     if unknown := sorted(plan.keys() - KEYS):
         raise ValueError(f"{path}: {unknown[0]} is not a key of a table: {', '.join(sorted(KEYS))}")
     return plan
+
+
+def refuse_overridden(words: Sequence[str], plan: dict[str, Any], table: str) -> None:
+    """Raises ValueError if a word is an option that the table sets too, as a whole or in part, and so overrides."""
+    places = {f"row {name!r}": row for name, row in plan["rows"].items()}
+    sets = [(where, key) for where, row in ({"options": plan.get("options", {})} | places).items() for key in row]
+    for word in words:
+        option = word.partition("=")[0].removesuffix("+")
+        if not option.startswith("--") or "." not in option:  # a value, or --config, --model FILE
+            continue
+        for where, key in sets:
+            if _overlap(option.removeprefix("--"), key):
+                elsewhere = "" if where == "options" else ". For rows that do not set it, put it into a --config"
+                raise ValueError(
+                    f"{option} would be overridden by {key} of the table {table} ({where}): leave it out, or change it "
+                    f"there{elsewhere}"
+                )
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two options are the same or one holds the other; arguments of classes go with and without `init_args`."""
+    one, other = (f"{name.replace('.init_args.', '.')}." for name in (one, other))
+    return one.startswith(other) or other.startswith(one)
 
 
 def _numbers(row: dict[str, Any], top_k: int, experts: int) -> dict[str, Any]:

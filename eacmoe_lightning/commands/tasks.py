@@ -157,6 +157,7 @@ def run_tasks(
         raise ValueError(f"task_batch_size={batch_size} (--task_batch_size) is below 1")
     names = names_of(tasks)
     version = harness.require_harness()
+    manager = harness.find_tasks(names, include_path)
     options = {"format": FORMAT, "lm_eval": version, **asdict(asking)}
     options.pop("confirm_run_unsafe_code")
     kept = Kept(folder, options)
@@ -167,7 +168,7 @@ def run_tasks(
     identities = {each.name(): each.identity() for each in subjects}
     for each in subjects:
         kept.check_subject(each, identities[each.name()], overwrite)
-    units = harness.load_units(names, include_path)
+    units = harness.load_units(names, manager)
     digests = {unit.name: unit.digest(asking) for unit in units}
     tokenizer = tokenizer_of(str(subject.directory), "--model.evaluate", subject.trust_remote_code)
     for each in subjects:

@@ -34,7 +34,12 @@ class Questions:
 
 
 def make_questions(
-    windows: Tensor, num_questions: int, context_length: int, num_choices: int = 4, seed: int = 0
+    windows: Tensor,
+    num_questions: int,
+    context_length: int,
+    num_choices: int = 4,
+    seed: int = 0,
+    option: str = "--num_windows",
 ) -> Questions:
     """Questions from windows of one text.
 
@@ -44,6 +49,7 @@ def make_questions(
         context_length: number of tokens of the context, less than T.
         num_choices: C; the wrong ones are other windows' continuations, all different.
         seed: seed for the choice of windows, the choice of wrong continuations and their order.
+        option: what an error names as the way to more windows.
 
     Raises:
         ValueError: there are too few windows or too few different continuations, or the context takes all of T.
@@ -52,14 +58,17 @@ def make_questions(
     if not 0 < context_length < length:
         raise ValueError(f"context_length={context_length} is not between 1 and {length - 1} (window length - 1)")
     if not 0 < num_questions <= num_windows:
-        raise ValueError(f"num_questions={num_questions} is not between 1 and {num_windows}, the number of windows")
+        raise ValueError(
+            f"num_questions={num_questions} (--num_questions) is not between 1 and {num_windows}, the number of "
+            f"windows ({option})"
+        )
     generator = torch.Generator().manual_seed(seed)
     continuations = windows[:, context_length:]
     _, kind = continuations.unique(dim=0, return_inverse=True)  # windows of one kind have the same continuation
     if int(kind.max()) + 1 < num_choices:
         raise ValueError(
             f"{num_choices} choices need as many different continuations, and these {num_windows} windows have "
-            f"{int(kind.max()) + 1}"
+            f"{int(kind.max()) + 1}: raise {option}, or take a text that repeats itself less"
         )
     question_windows = torch.randperm(num_windows, generator=generator)[:num_questions]
     questions, answers = [], []

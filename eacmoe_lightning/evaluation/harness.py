@@ -109,8 +109,8 @@ def _number(task: Any, limit: float | None) -> int | None:
     return get_sample_size(task, limit)
 
 
-def load_units(names: Sequence[str], include_path: str | Path | None = None) -> list[Unit]:
-    """Tasks by name, in the given order. Groups without a common score and tags become their tasks.
+def find_tasks(names: Sequence[str], include_path: str | Path | None = None) -> Any:
+    """lm-eval's index of tasks (TaskManager), which has all of these names; loads none of their data.
 
     Args:
         names: names of lm-eval's tasks, groups and tags, of the package's (configs/tasks) and of those in
@@ -118,8 +118,8 @@ def load_units(names: Sequence[str], include_path: str | Path | None = None) -> 
         include_path: a folder with further tasks as YAML files.
 
     Raises:
-        ValueError: there is no such task, or it is in the list twice.
-        FileNotFoundError: there is no such folder, or the data of a task cannot be loaded.
+        ValueError: there is no such task.
+        FileNotFoundError: there is no such folder.
     """
     from lm_eval.tasks import TaskManager
 
@@ -129,7 +129,6 @@ def load_units(names: Sequence[str], include_path: str | Path | None = None) -> 
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not all(_is_known(manager, name) for name in names):
         manager = TaskManager(include_path=folders)  # reading 14,000 files takes seconds
-    units: dict[str, Unit] = {}
     for name in names:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, 5, 0.6) or ["none is called similarly"]
@@ -137,6 +136,21 @@ def load_units(names: Sequence[str], include_path: str | Path | None = None) -> 
                 f"there is no task {name} (--tasks): {', '.join(near)}? Tasks of your own are YAML files in the folder "
                 "of --include_path"
             )
+    return manager
+
+
+def load_units(names: Sequence[str], manager: Any) -> list[Unit]:
+    """Tasks by name, in the given order. Groups without a common score and tags become their tasks.
+
+    Args:
+        names, manager: names that lm-eval's index has, see `find_tasks`.
+
+    Raises:
+        ValueError: a task is in the list twice.
+        FileNotFoundError: the data of a task cannot be loaded.
+    """
+    units: dict[str, Unit] = {}
+    for name in names:
         for unit in _load(manager, name):
             if unit.name in units:
                 raise ValueError(f"the task {unit.name} is in --tasks twice")

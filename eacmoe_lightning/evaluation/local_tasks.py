@@ -54,7 +54,7 @@ def continuation(
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(word for window in windows for word in window))}
     words = list(vocabulary)
     ids = torch.tensor([[vocabulary[word] for word in window] for window in windows])
-    questions = make_questions(ids, num_questions, context_words, num_choices, seed)
+    questions = make_questions(ids, num_questions, context_words, num_choices, seed, option="the length of the source")
     rows = []
     for choices, answer in zip(questions.input_ids.tolist(), questions.answers.tolist(), strict=True):
         texts = [["".join(words[i] for i in part) for part in (c[:context_words], c[context_words:])] for c in choices]

@@ -111,14 +111,27 @@ class ChosenBits:
         if self.path is not None:
             sensitivity = sensitivities.read(self.path)
             refuse_other(sensitivity, self.recipe, fingerprint, [block.name for block in moe.blocks], self.path)
-            if self.pruning is not None and sensitivity.identity.get("pruning.criterion") != self.pruning.criterion:
-                raise ValueError(
-                    f"{self.path} (--model.sensitivity) does not say what the model loses without experts chosen by "
-                    f"{self.pruning.criterion} (--pruning.criterion): measure with this option, and with --drops"
-                )
+            self._check_criterion(sensitivity)
         choice = BySize(self.size, self.recipe, moe, self.rows, rest, sensitivity, self.tensor_parallel, self.pruning)
         choice.check()
         return choice
+
+    def _check_criterion(self, sensitivity: Sensitivity) -> None:
+        """Raises ValueError if experts are removed by another criterion than sensitivities were measured with."""
+        measured = sensitivity.identity.get("pruning.criterion")  # None: without --drops
+        if self.pruning is None or measured == self.pruning.criterion:
+            return
+        options = f"--pruning.criterion {self.pruning.criterion} --pruning.keep N"  # its rule is none without a number
+        remedy = f"run `eacmoe sensitivity` with {options} (any N serves all) and another --output"
+        if measured is None:
+            raise ValueError(
+                f"{self.path} (--model.sensitivity) does not say what the model loses without some experts, as it was "
+                f"measured without --drops: {remedy}"
+            )
+        raise ValueError(
+            f"{self.path} (--model.sensitivity) says what the model loses without experts chosen by {measured}, and "
+            f"this run chooses them by {self.pruning.criterion}: pass --pruning.criterion {measured}, or {remedy}"
+        )
 
     def take(self, run: RunDirectory, choice: BySize, data: TextWindows, fingerprint: str) -> bool:
         """Writes the allocation, unless the run directory has it; for the first process.

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
 from eacmoe_lightning.evaluation.board import heldout_scalars
 from eacmoe_lightning.evaluation.evaluate import Evaluation
@@ -30,6 +31,7 @@ class Compared:
         subject: the model that is evaluated.
         original: the model it is compared with; None if the subject is itself an original.
         size_bytes: size on disk, keyed by `original` and `compressed`.
+        reference: `name_or_path` and `fingerprint` of the original, as results store them; None if there is none.
         evaluation: gathers the batches of `validate` and `test`.
         nll: results of `predict`: [B, T-1] nats, keyed by data loader index and batch index.
     """
@@ -37,6 +39,7 @@ class Compared:
     subject: StreamedModel
     original: StreamedModel | None
     size_bytes: dict[str, int]
+    reference: dict[str, str | None] | None = None
     evaluation: Evaluation | None = None
     nll: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
@@ -89,7 +92,9 @@ class Comparison(LightningModule):
         if (own := subject.tokenizer) is not None:
             refuse_other_tokenizer(self.trainer.datamodule.tokens, own, str(subject))
         size_bytes = {"original": original.size_bytes, "compressed": subject.size_bytes}
-        return Compared(subject.streamed(device), original.streamed(device), size_bytes)
+        made_from = read_config(subject.directory)["original"].get("fingerprint")  # `find_models` has compared them
+        reference = {"name_or_path": stored_name(original.name), "fingerprint": made_from}
+        return Compared(subject.streamed(device), original.streamed(device), size_bytes, reference)
 
     def find_models(self, run: RunDirectory, is_checked: bool = True) -> tuple[OpenedModel, OpenedModel | None]:
         """The model to evaluate, and the original to compare it with; None if it is itself one.
@@ -154,7 +159,8 @@ class Comparison(LightningModule):
         # `step` is the points' place in TensorBoard; without it Lightning adds its epoch to that of `fit`
         self.log_dict(heldout_scalars(result, stage) | {"step": 0.0}, sync_dist=True)
         if self.trainer.is_global_zero:
-            write_json(self.run.path / f"{stage}.json", result | {"size_bytes": self.compared.size_bytes})
+            about = {"size_bytes": self.compared.size_bytes, "original": self.compared.reference}
+            write_json(self.run.path / f"{stage}.json", result | about)
             print(evaluation_summary(result, self.compared.size_bytes))
 
     def on_validation_start(self) -> None:

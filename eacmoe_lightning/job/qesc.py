@@ -94,7 +94,7 @@ class QESC(Comparison):
         trust_remote_code: Whether Python code that came with the model may run, where transformers has no class for it.
         target_bits: Bits of a quantized weight, scales and zero points included, that the result shall have. Widths are
             chosen for attention, shared and routed experts, in place of bits, attention_bits and shared_expert_bits;
-            overrides stay.
+            overrides stay. Weights of experts that pruning removes count too.
         target_gb: The same as gigabytes (10^9 bytes) of the compressed directory with everything in it.
         sensitivity: Output of `eacmoe sensitivity`, from which widths are chosen; null measures it before the first
             block.
