@@ -27,6 +27,9 @@ class ExpertPruning(Callback):
         alpha: Removes the experts that score below this share of their block's mean; a block keeps at least top_k.
         keep: Number of experts that each block keeps; used instead of alpha. auto, with --model.target_bits or
             target_gb: the number with which the model of this size loses least.
+
+    Raises:
+        ValueError: `PruningRule` refuses the arguments, or a criterion is given without alpha and keep.
     """
 
     def __init__(
@@ -36,4 +39,9 @@ class ExpertPruning(Callback):
         keep: int | Literal["auto"] | None = None,
     ) -> None:
         is_off = alpha is None and keep is None
+        if is_off and criterion != "frequency":
+            raise ValueError(
+                f"criterion={criterion} (--pruning.criterion) removes nothing by itself: pass --pruning.keep or "
+                "--pruning.alpha as well"
+            )
         self.rule = None if is_off else PruningRule(criterion, alpha, keep)

@@ -99,6 +99,7 @@ def test_options_around_configs(capsys):
         ("data.window_length", "1", ["--data.window_length=1 must be at least 2"]),  # the first token has no prediction
         ("model.joint_selection", "-1", ["joint_selection=-1.0 (--model.joint_selection) is negative"]),
         ("model.weight_decay", "-1", ["weight_decay=-1.0 (--model.weight_decay) is negative"]),
+        ("pruning.criterion", "reap", ["(--pruning.criterion) removes nothing by itself", "--pruning.keep"]),
         ("model.tensor_parallel", "0", ["tensor_parallel=0 (--model.tensor_parallel) is below 1"]),
         ("model.tensor_parallel", "2", ["tensor_parallel=2 (--model.tensor_parallel)", "pass --model.target"]),
         ("trainer.default_root_dir", __file__, ["--trainer.default_root_dir", "a file is in its place"]),

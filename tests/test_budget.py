@@ -371,6 +371,9 @@ def test_sensitivities_of_something_else_are_refused(tiny_model_dir, tmp_path, c
         with pytest.raises(SystemExit):
             jobs.fit(tiny_model_dir(other), tmp_path / "run", **given | more)
         assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        main(["sensitivity", "--output", "unused", *jobs.options(model, "none"), "--pruning.criterion", "frequency"])
+    assert "chooses no experts by itself: pass --pruning.keep as well" in capsys.readouterr().err
     unfinished = tmp_path / "unfinished"
     shutil.copytree(found, unfinished)
     (unfinished / "sensitivity.json").unlink()

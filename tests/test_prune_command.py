@@ -304,6 +304,11 @@ def test_every_command_takes_the_result(options, fitted, tiny_model_dir, tmp_pat
     main(words)
     validated = json.loads((out / "validate.json").read_text())["divergence"]["mean"]["compressed"]["kl"]
     assert f"{validated:9.5f}" in capsys.readouterr().out.split("same top")[-1]
+    main(["validate", *jobs.options(model, out), "--model.evaluate", str(run)])  # says nothing of `out`
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"that of {out} is from {run}" in capsys.readouterr().err
 
     analysis_dir = tmp_path / "analysis"
     options = ["--model", str(out), "--output", str(analysis_dir), "--num_windows", "4", "--window_length", "64"]

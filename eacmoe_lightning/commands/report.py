@@ -94,7 +94,7 @@ def _read(run: Path) -> Evaluated:
     divergence = written.get("divergence") or {}
     if again.exists() and (not divergence or again.stat().st_mtime > path.stat().st_mtime):
         validated = read_json(again)
-        if validated.get("divergence"):
+        if validated.get("divergence") and not validated.get("evaluate"):  # of another model
             divergence = validated["divergence"]
             if original := validated.get("original"):
                 reference = original["name_or_path"], original["fingerprint"]

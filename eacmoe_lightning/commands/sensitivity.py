@@ -53,6 +53,8 @@ def sensitivity(words: list[str]) -> None:
     chosen, words = parser.parse_known_args(words)
     device = device_of(chosen.device)
     module, data, _ = parse_fit(words)
+    if module.pruning is None and any(word.startswith("--pruning.criterion") for word in words):
+        raise ValueError("--pruning.criterion chooses no experts by itself: pass --pruning.keep as well, any number")
     widths = sorted(int(width) if width == int(width) else width for width in set(chosen.widths))
     for width in widths:
         module.recipe.uniform(width)  # raises now

@@ -160,6 +160,7 @@ class Comparison(LightningModule):
         self.log_dict(heldout_scalars(result, stage) | {"step": 0.0}, sync_dist=True)
         if self.trainer.is_global_zero:
             about = {"size_bytes": self.compared.size_bytes, "original": self.compared.reference}
+            about["evaluate"] = None if self.evaluate is None else stored_name(self.evaluate)
             write_json(self.run.path / f"{stage}.json", result | about)
             print(evaluation_summary(result, self.compared.size_bytes))
 
