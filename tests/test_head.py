@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import architectures
+import gguf
 import jobs
 import pytest
 import tiny_models
@@ -208,11 +209,12 @@ def test_every_architecture_runs_with_a_packed_head(name, tokenizer, tokens, tmp
 # --- what the calibration sees
 
 
+@pytest.mark.parametrize("family, quantizer", [("qwen3_moe", "gptq"), ("qwen3_moe", "kquant"), ("qwen2_moe", "kquant")])
 @torch.no_grad()
-def test_the_compressed_stream_begins_with_the_decoded_embedding(tiny_model_dir, tmp_path):
-    moe = StreamedModel(Checkpoint(str(tiny_model_dir("qwen3_moe"))))
-    head = quantize_head(moe, Recipe(head_bits=4, group_size=32))
-    (decoded,) = (weight.dequantize() for weight in head.values())
+def test_the_compressed_stream_begins_with_the_decoded_embedding(family, quantizer, tiny_model_dir, tmp_path):
+    moe = StreamedModel(Checkpoint(str(tiny_model_dir(family))))
+    head = quantize_head(moe, Recipe(head_bits=4, group_size=32, quantizer=quantizer))
+    decoded = head["model.embed_tokens.weight"].dequantize()
     table, ids = moe.model.get_input_embeddings().weight.clone(), torch.arange(1, 97).view(4, 24)
     streams = Streams(moe, ids, 0, 2, RunDirectory(tmp_path), Ranks(), embedding=embedding_of(moe, head))
     streams.embed()
@@ -275,7 +277,7 @@ def test_a_head_that_was_deleted_is_made_again(run_of, tiny_model_dir, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["lattice", "kquant", "rtn"])
+@pytest.mark.parametrize("quantizer", ["lattice", "rtn"])
 @torch.no_grad()
 def test_the_head_lies_on_the_grid_beside_every_quantizer(quantizer, tiny_model_dir, tokens, tmp_path):
     run = jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", **QUICK, model__quantizer=quantizer,
@@ -285,8 +287,34 @@ def test_the_head_lies_on_the_grid_beside_every_quantizer(quantizer, tiny_model_
     model = load(run)
     assert torch.equal(load(run, packed=False).lm_head.weight, head.dequantize())
     assert model(tokens).logits.isfinite().all()
-    if quantizer == "kquant":
-        export(str(run), str(tmp_path / "gguf"), "gguf")
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+@torch.no_grad()
+def test_for_llama_cpp_the_embedding_has_blocks_too(family, tiny_model_dir, tmp_path):
+    """All stages see both decoded; the file holds their blocks, and `export` compares what it decodes to."""
+    run = jobs.fit(tiny_model_dir(family), tmp_path / "run", **QUICK, model__target="llama.cpp", model__head_bits=6)
+    head, state = read_head(RunDirectory(run)), load(run).state_dict()
+    in_file = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
+    assert list(head) == ([*sorted(in_file)] if family == "qwen2_moe" else ["model.embed_tokens.weight"])
+    assert all(torch.equal(state[name], weight.dequantize()) for name, weight in head.items())
+    for form in ("gguf", "dense"):
+        export(str(run), str(tmp_path / form), form)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+    for name, weight in head.items():
+        tensor = stored[in_file[name]]
+        assert tensor.tensor_type.name == weight.kind == "Q8_0"  # rows of 64 have no K-quants
+        assert torch.equal(torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)), weight.dequantize())
+    assert ("output.weight" in stored) == (family == "qwen2_moe")
+
+
+@torch.no_grad()
+def test_rows_of_256_get_k_quants():
+    moe = StreamedModel(Checkpoint("bundled"))
+    for bits, most in ((4, 0.09), (6, 0.02)):
+        ((name, weight),) = quantize_head(moe, Recipe(head_bits=bits, quantizer="kquant")).items()
+        original = moe.model.get_parameter(name).float()
+        assert weight.kind == f"Q{bits}_K" and (weight.dequantize() - original).norm() / original.norm() < most
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
@@ -323,6 +351,10 @@ def test_plan_counts_the_bytes_of_the_head(tiny_model_dir, capsys, tmp_path):
         packed = numbers * (8 + 24 / 32) / 8
         assert without["compressed model"] - quantized["compressed model"] == 2 * numbers - packed
         assert quantized["finished blocks"] - without["finished blocks"] == packed
+        recipe = Recipe(quantizer="kquant", head_bits=6)
+        blocks = disk_use(moe, recipe, job)["compressed model"]
+        without = disk_use(moe, Recipe(quantizer="kquant"), job)["compressed model"]
+        assert without - blocks == len(recipe.outside(moe)) * numbers * (2 - 8.5 / 8)
     main(["plan", *jobs.options(tiny_model_dir("qwen3_moe"), tmp_path / "run", model__head_bits=8),
           "--available.memory", "1e12"])  # fmt: skip
     assert "compressed model" in capsys.readouterr().out
@@ -352,6 +384,7 @@ def test_pruning_during_and_after_a_run_keeps_the_head(family, run_of, tiny_mode
     [
         ({"head_bits": 3}, "head_bits=3 .--model.head_bits. is not a whole number from 4 to 8"),
         ({"head_bits": 9}, "head_bits=9 .--model.head_bits. is not a whole number from 4 to 8"),
+        ({"head_bits": 7, "quantizer": "kquant"}, "head_bits=7 .--model.head_bits. is not among the bits of kquant"),
         ({"head_bits": 8, "quantizer": "none"}, "quantizer=none .--model.quantizer. leaves all weights as they are"),
     ],
 )
@@ -366,8 +399,10 @@ def test_bad_options(options, message, tiny_model_dir, tmp_path, capsys):
 
 def test_a_head_of_another_width_needs_groups_that_fit(tiny_model_dir):
     moe = load_shapes(str(tiny_model_dir("qwen2_moe")), "auto")
-    with pytest.raises(ValueError, match="lm_head.weight: in_features=64 is not a multiple of group_size=128"):
-        Recipe(head_bits=8, quantizer="kquant").check(moe)
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight: in_features=64 is not a multiple of 128 \(--model.group_size\)"
+    ):
+        Recipe(head_bits=8).check(moe)
 
 
 def test_a_model_whose_head_cannot_be_quantized_is_refused(tiny_model_dir):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Rest:
             in_float32 = Checkpoint(name_or_path, trust_remote_code=trust_remote_code).in_float32
         return cls(total, dtype, in_float32)
 
-    def nbytes(self, moe: MoEModel, head: WeightGrid | None = None) -> int:
+    def nbytes(self, moe: MoEModel, outside: Sequence[WeightGrid] = ()) -> int:
         """The most bytes that the rest takes: an estimate, a little high.
 
         Besides the files: embeddings, head, routers, norms, and headers of all tensors. It grows if the check of the
@@ -66,8 +67,9 @@ class Rest:
 
         Args:
             moe: the original.
-            head: how its output head is quantized (`Recipe.head`); None: it stays as it is.
+            outside: how its output head is quantized (`Recipe.outside`); empty: it stays as it is.
         """
+        grids = {grid.name: grid for grid in outside}
         quantized = {name for block in moe.blocks for name in block.weights()}
         trained = {name for name, _ in moe.norms()} | {block.router_parameter_name for block in moe.calibrated_blocks}
         total, seen = self.files, set()
@@ -80,8 +82,8 @@ class Rest:
                 numbers = tensor.shape[0] if tensor.ndim == 3 else 1
                 total += 3 * (HEADER_BYTES + 2 * len(name)) + 12 * numbers  # codes, scales, zero points; bits in config
                 continue
-            if head is not None and name == head.name:
-                total += 3 * (HEADER_BYTES + 2 * len(name)) + packed_bytes([head])
+            if name in grids:
+                total += 3 * (HEADER_BYTES + 2 * len(name)) + packed_bytes([grids[name]])
                 continue
             if name in self.in_float32:
                 total += tensor.numel() * 4

@@ -134,7 +134,7 @@ class BySize:
     @property
     def rest_bytes(self) -> int:
         """Bytes of everything but the blocks' quantized weights; see `Rest.nbytes`."""
-        return self.rest.nbytes(self.moe, self.recipe.head(self.moe))
+        return self.rest.nbytes(self.moe, self.recipe.outside(self.moe))
 
     def check(self) -> None:
         """Raises ValueError if no allocation has this size; needs no sensitivities."""

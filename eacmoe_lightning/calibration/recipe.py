@@ -47,7 +47,8 @@ class Recipe:
         attention_bits: Bits of the attention projections.
         shared_expert_bits: Bits of shared experts and dense feed-forwards; null uses the bits of the block's experts.
         head_bits: Bits of the output head, 4 to 8, and so of an embedding that is tied to it; null leaves it as it is.
-            It is rounded to nearest on the grid before the first block, whatever quantizer the blocks have.
+            It is rounded to nearest on the grid before the first block, whatever quantizer the blocks have. With kquant
+            it is rounded to llama.cpp's blocks, and an embedding that is not tied to it as well.
         overrides: By block index, other bits for attention, shared or experts, or another group_size. Keys may also
             name one routed expert (experts.3), one projection of all (experts.down_proj, experts.gate_up_proj, or
             experts.up_proj in experts without gates) or both (experts.3.down_proj); the most specific key wins.
@@ -199,6 +200,8 @@ class Recipe:
                 f"head_bits={self.head_bits} (--model.head_bits) is not a whole number from {HEAD_BITS[0]} to "
                 f"{HEAD_BITS[-1]}"
             )
+        if self.in_blocks:
+            self._check_bits("head_bits", self.head_bits)
         if not self.quantizes:
             raise ValueError(
                 f"head_bits={self.head_bits} (--model.head_bits) quantizes the output head, but quantizer=none "
@@ -210,12 +213,36 @@ class Recipe:
         """The grid of the output head, with `head_bits`."""
         return Grid(self.head_bits, self.group_size, bool(self.symmetric), self.clip_search)
 
-    def head(self, moe: MoEModel) -> WeightGrid | None:
-        """How the output head is quantized; None: it stays as it is. Its block is counted after the last one."""
+    def outside(self, moe: MoEModel) -> list[WeightGrid]:
+        """The grids of weights outside the blocks: of the output head, and in llama.cpp's blocks of the embedding.
+
+        They count as a block after the last one. Empty: both stay as they are.
+
+        Raises:
+            ValueError: their rows do not divide into groups, or the model has no head that can be quantized.
+        """
         if self.head_bits is None:
-            return None
-        head, grid = output_head(moe.model), self.head_grid
-        return WeightGrid(head.weight, len(moe.blocks), "head", head.shape, grid.bits, grid.group_size, grid.symmetric)
+            return []
+        head, index = output_head(moe.model), len(moe.blocks)
+        names = {head.weight, head.embedding} - {None} if self.in_blocks else {head.weight}
+        grids = []
+        for name in sorted(names):
+            shape = tuple(moe.model.get_parameter(name).shape)
+            multiple = SIMPLE if self.in_blocks else self.group_size
+            if shape[-1] % multiple:
+                option = "llama.cpp's smallest block" if self.in_blocks else "--model.group_size"
+                raise ValueError(
+                    f"{name}: in_features={shape[-1]} is not a multiple of {multiple} ({option}): leave out "
+                    "--model.head_bits" + ("" if self.in_blocks else ", or pass a group size that fits")
+                )
+            if self.in_blocks:
+                kind = type_of(self.head_bits, shape[-1])
+                groups = dict(group_size=kind.group, symmetric=kind.grid.symmetric, kquant=kind.name)
+                grids.append(WeightGrid(name, index, "head", shape, kind.bits, **groups))
+            else:
+                grid = self.head_grid
+                grids.append(WeightGrid(name, index, "head", shape, grid.bits, grid.group_size, grid.symmetric))
+        return grids
 
     def grid(self, block: int, num_blocks: int, part: str) -> Grid:
         """The grid of one part (`attention`, `shared`, `experts`) of one block."""
@@ -276,11 +303,7 @@ class Recipe:
                 f"bits (--model.bits) lists {len(self.parts)} parts, more than the model's {len(moe.blocks)} blocks"
             )
         self._leave_unfit(moe)
-        if (head := self.head(moe)) is not None and head.shape[-1] % head.group_size:
-            raise ValueError(
-                f"{head.name}: in_features={head.shape[-1]} is not a multiple of group_size={head.group_size} "
-                "(--model.group_size): pass one that fits, or leave out --model.head_bits"
-            )
+        self.outside(moe)  # raises now
         for block in moe.blocks if self.quantizes else ():
             self._check_experts(block)
             for name, (part, weight) in block.weights().items():

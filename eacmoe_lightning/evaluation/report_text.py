@@ -193,7 +193,8 @@ def _size_table(report: dict[str, Any]) -> str:
         ["bits per quantized weight, codes alone", "", f"{bits['nominal']:.2f}"],
     ]
     if "head" in bits:
-        rows.append(["bits per weight of the output head, which these leave out", "", f"{bits['head']:.2f}"])
+        what = "bits per weight of the output head, and of an embedding quantized with it, which these leave out"
+        rows.append([what, "", f"{bits['head']:.2f}"])
     return "## Size\n\n" + _table(["", "original", "compressed"], rows)
 
 

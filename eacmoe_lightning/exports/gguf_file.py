@@ -103,12 +103,14 @@ def read_back(source: Source, row: Target, directory: Path) -> Difference:
 
 def _types(source: Source, weights: list[WeightGrid]) -> dict[str, str]:
     """The ggml type of each quantized parameter."""
-    return {name: ggml_blocks.exact_type([w for w in weights if w.name == name]) for name in source.weights}
+    types = {name: ggml_blocks.exact_type([w for w in weights if w.name == name]) for name in source.weights}
+    return types | source.outside_types
 
 
 def _blocks(source: Source) -> Iterator[dict[str, Tensor | Quantized]]:
-    for _, quantized, unquantized in source.blocks():
-        yield quantized | {name: by_rows(source.moe, name, tensor) for name, tensor in unquantized.items()}
+    for block, quantized, unquantized in source.blocks():
+        unquantized = {name: by_rows(source.moe, name, tensor) for name, tensor in unquantized.items()}
+        yield unquantized | quantized | (source.outside() if block is None else {})
 
 
 def _encoded(entry: Entry, value: Tensor | Quantized) -> Tensor:

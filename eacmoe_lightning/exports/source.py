@@ -23,7 +23,7 @@ from eacmoe_lightning.models.pruned_config import has_shapes_of
 from eacmoe_lightning.models.shrink import KEPT
 from eacmoe_lightning.models.transformers_loader import empty_model, original_names
 from eacmoe_lightning.quantization.grid import Quantized
-from eacmoe_lightning.quantization.kquant import TYPES
+from eacmoe_lightning.quantization.kquant import TYPES, KQuant
 from eacmoe_lightning.quantization.packing import quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.files import StoreError, first_of, read_tensors
@@ -74,6 +74,7 @@ class Source:
 
     Attributes:
         draft: tensors of the draft layers under the original's names, written unchanged.
+        outside_types: llama.cpp's types of the output head and the embedding, if they are in its blocks.
     """
 
     def __init__(self, path: str | Path, dtype: str = "auto", trust_remote_code: bool = False) -> None:
@@ -106,6 +107,7 @@ class Source:
             for name, (part, _) in block.weights().items()
             if part == "experts"
         }
+        self.outside_types = {name: kind for name, kind in self.in_blocks.items() if name not in self.weights}
         self.decoded: list[str] = []  # quantized weights that are written decoded
         self.parameters: dict[str, Tensor] = untied(self.skeleton)  # on meta, tied ones once
 
@@ -127,6 +129,11 @@ class Source:
     def in_blocks(self) -> dict[str, str]:
         """Weights in llama.cpp's blocks, with their types."""
         return self.quantization.get(KQUANTS, {})
+
+    def outside(self) -> dict[str, KQuant]:
+        """The weights outside the model's blocks that are in llama.cpp's, by parameter name: see `outside_types`."""
+        tensors, bits = read_tensors(self.path / REST)[0] if self.outside_types else {}, self.quantization["bits"]
+        return {n: take_quantized(tensors, n, bits[n], self.parameters[n].shape[-1]) for n in self.outside_types}
 
     def decode(self, names: Iterable[str]) -> None:
         """Has these weights written decoded, as if they were not quantized."""

@@ -18,12 +18,14 @@ class OutputHead:
             embedding, under which both are stored.
         shape: [V, D] of the weight.
         is_tied: whether the embedding has the same weight.
+        embedding: name of the embedding's parameter; None if it is no table of rows (nn.Embedding).
     """
 
     module: str
     weight: str
     shape: tuple[int, int]
     is_tied: bool
+    embedding: str | None
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
@@ -41,12 +43,12 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     names = {id(module): name for name, module in model.named_modules()}
     own, others = f"{names[id(head)]}.weight", set(sharing)
     others.discard(own)
-    of_embedding = f"{names[id(embedding)]}.weight"
+    of_embedding = f"{names[id(embedding)]}.weight" if isinstance(embedding, nn.Embedding) else None
     if not others:
-        return OutputHead(names[id(head)], own, tuple(head.weight.shape), False)
-    if others != {of_embedding} or not isinstance(embedding, nn.Embedding):
+        return OutputHead(names[id(head)], own, tuple(head.weight.shape), False, of_embedding)
+    if others != {of_embedding}:
         raise ValueError(
             f"{of}: the output head shares its weight with {', '.join(sorted(others))}, and only one that it shares "
             "with the embedding can be quantized: leave the option out"
         )
-    return OutputHead(names[id(head)], of_embedding, tuple(head.weight.shape), True)
+    return OutputHead(names[id(head)], of_embedding, tuple(head.weight.shape), True, of_embedding)

@@ -201,12 +201,12 @@ def sampling_bytes(moe: MoEModel, windows: int, window_length: int) -> int:
 
 def disk_use(moe: MoEModel, recipe: Recipe, job: Job) -> dict[str, int]:
     """The most bytes that a run directory takes, by purpose."""
-    head = recipe.head(moe)
+    outside = recipe.outside(moe)
     streams, state_bytes = stream_use(moe, recipe, job)
     packed, itemsize = packed_bytes(recipe.grids(moe), job.share(moe.num_experts)), moe.model.dtype.itemsize
     unquantized = num_bytes(moe.model.parameters(), itemsize) - num_quantized(moe) * itemsize
-    packed_head = packed_bytes([head] if head else [])
-    unquantized += packed_head - (math.prod(head.shape) * itemsize if head else 0)
+    packed_head = packed_bytes(outside)
+    unquantized += packed_head - sum(math.prod(grid.shape) for grid in outside) * itemsize
     evaluated = (2 * job.heldout_tokens + job.floor_tokens) // job.window_length * state_bytes
     teachers = sum(block.num_experts for block in moe.moe_blocks) * job.tokens * 2 if job.joint_epochs else 0
     in_training = [  # of the joint stage, and of the largest block
