@@ -102,8 +102,9 @@ def attempt(place: list | None, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # a job in the background of a shell ignores it, and so would all jobs here
+    # a job in the background of a shell ignores the first, one under nohup the second, and so would all jobs here
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for line in sys.stdin:
         places, words = json.loads(line)
         for place in [*places, None]:
