@@ -11,7 +11,7 @@ from eacmoe_lightning.evaluation.evaluate import evaluate
 from eacmoe_lightning.models import forms
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.self_check import check_parts
-from eacmoe_lightning.planning.checks import leave_unpackable
+from eacmoe_lightning.planning.checks import check_original, leave_unpackable
 
 IDS = torch.randint(0, tiny_models.VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
@@ -90,9 +90,22 @@ def test_a_difference_that_does_not_come_again_is_a_warning(of_run, caplog):
         return output * 1.0001 if len(runs) == of_run else None
 
     model.model.layers[1].mlp.register_forward_hook(disturb)
-    check_parts(MoEModel(model), IDS)
-    assert "model.layers.1 agrees with the model's own forward pass only when both run again" in caplog.text
+    check_original(MoEModel(model), IDS)
+    assert "the model agrees with its own forward pass only when both run again" in caplog.text
     assert "model.layers.1: its output differs" in caplog.text
+
+
+def test_what_all_blocks_are_given_is_computed_again_too(caplog):
+    model = tiny_models.build("mixtral")
+    runs = []
+
+    def disturb(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+        runs.append(module)
+        return tuple(1.01 * part for part in output) if len(runs) == 1 else None
+
+    model.model.rotary_emb.register_forward_hook(disturb)
+    check_original(MoEModel(model), IDS)
+    assert "model.layers.0: its output differs" in caplog.text
 
 
 class OtherMoE(nn.Module):

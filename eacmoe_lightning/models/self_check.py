@@ -7,7 +7,6 @@ from the same state as a part, and must give the same.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,13 +20,15 @@ from eacmoe_lightning.models.moe import MoEModel, inputs
 from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.run.hidden import State
 
-log = logging.getLogger(__name__)
-
 REMEDY = (
     "CONTRIBUTING.md says how to describe a model from outside the package (a form); please report the model type too"
 )
 REPLACED = ("forward", "route_tokens_to_experts")  # attributes by which modules are brought into the common form
 NUM_TOKENS = 8  # for which experts are run one by one
+
+
+class Differs(ValueError):
+    """A part of a model does not compute what the model itself computes."""
 
 
 @torch.no_grad()
@@ -40,8 +41,7 @@ def check_parts(
 ) -> State:
     """Compares every block, router and expert as a part with the model's own forward pass; reads each block once.
 
-    Linears that do not run are moved to `Block.unquantized`. What differs is run a second time, both ways, and only
-    warned of where it agrees then.
+    Linears that do not run are moved to `Block.unquantized`.
 
     Args:
         moe: the original model.
@@ -54,7 +54,8 @@ def check_parts(
         What the last block hands over.
 
     Raises:
-        ValueError: a part differs from the model; names the first block and what differs.
+        Differs: a part differs from the model; names the first block and what differs.
+        ValueError: the model does not run its blocks as a calibration needs it.
     """
     states: list[State] = []
 
@@ -74,24 +75,11 @@ def check_parts(
         with moe.loaded(block.index), moe.blocks_replaced(of_class):
             before(block)
 
-            def own_output() -> Any:
-                with _in_its_own_form(block.layer):
-                    return of_class(block.index)(*args, **kwargs)
-
-            expected = own_output()
+            with _in_its_own_form(block.layer):
+                expected = of_class(block.index)(*args, **kwargs)
             call = moe.call(block.index, input_ids, states[-1] if states else None, position_ids)
             _compare(f"{block.name}: its input", call.hidden, Call(args, kwargs).hidden)
-            try:
-                state = _check_block(block, call, expected)
-            except ValueError as error:  # a misfit shows again, what the machine did once does not
-                expected = own_output()
-                state = _check_block(block, call, expected)
-                log.warning(
-                    "%s agrees with the model's own forward pass only when both run again, so on this machine two runs "
-                    "of one job may differ. The first try: %s",
-                    *(block.name, error),
-                )
-            states[:] = [state]
+            states[:] = [_check_block(block, call, expected)]
             after(block, call)
         return expected
 
@@ -153,16 +141,16 @@ def _check_experts(block: Block, x: Tensor, ids: Tensor, weights: Tensor, output
 
 
 def _compare(what: str, part: Tensor, own: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raises ValueError if a part's tensor is not the model's own, but for the rounding of `dtype` (or of its own)."""
+    """Raises Differs if a part's tensor is not the model's own, but for the rounding of `dtype` (or of its own)."""
     if part.shape != own.shape:
-        raise ValueError(f"{what} has the shape {tuple(part.shape)}, in the model itself {tuple(own.shape)}. {REMEDY}")
+        raise Differs(f"{what} has the shape {tuple(part.shape)}, in the model itself {tuple(own.shape)}. {REMEDY}")
     if not own.is_floating_point():
         equal, difference = torch.equal(part, own), 1.0
     else:
         difference = float((part.double() - own.double()).norm() / own.double().norm().clamp(min=1e-30))
         equal = difference <= max(8 * torch.finfo(dtype or own.dtype).eps, 1e-5) or not own.isfinite().all()
     if not equal:
-        raise ValueError(
+        raise Differs(
             f"{what} differs from the model's own forward pass by {difference:.2g} of its norm, so what is calibrated "
             f"would not be this model. {REMEDY}"
         )
