@@ -6,6 +6,8 @@ llama.cpp's blocks an embedding of its own is rounded too, as llama.cpp's files 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -38,14 +40,13 @@ def quantize_head(moe: MoEModel, recipe: Recipe) -> dict[str, Quantized | KQuant
 
 def _rounded(weight: Tensor, how: WeightGrid, recipe: Recipe) -> Quantized | KQuant:
     """A matrix [V, D] rounded to nearest, some rows at a time."""
-    if how.kquant:
-        kind, same = TYPES[how.kquant], torch.eye(weight.shape[-1], device=weight.device)
-        parts = [kquant_gptq.solve(rows, same, kind, search=True, refine=1)[0] for rows in weight.split(ROWS)]
-        fields = (torch.cat([getattr(part, field) for part in parts]).cpu() for field in KQuant.FIELDS)
-        return KQuant(*fields, kind.name)
-    parts = [round_to_nearest(rows, recipe.head_grid) for rows in weight.split(ROWS)]
-    fields = (torch.cat([getattr(part, field) for part in parts]).cpu() for field in Quantized.FIELDS)
-    return Quantized(*fields, how.bits)
+    if how.kquant:  # the solver divides the rows itself
+        same = torch.eye(weight.shape[-1], device=weight.device)
+        parts = [kquant_gptq.solve(weight, same, TYPES[how.kquant], search=True, refine=1)[0]]
+    else:
+        parts = [round_to_nearest(rows, recipe.head_grid) for rows in weight.split(ROWS)]
+    fields = {field: torch.cat([getattr(part, field) for part in parts]).cpu() for field in parts[0].FIELDS}
+    return replace(parts[0], **fields)
 
 
 @torch.no_grad()

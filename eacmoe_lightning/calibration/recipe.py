@@ -224,25 +224,22 @@ class Recipe:
         if self.head_bits is None:
             return []
         head, index = output_head(moe.model), len(moe.blocks)
-        names = {head.weight, head.embedding} - {None} if self.in_blocks else {head.weight}
-        grids = []
-        for name in sorted(names):
-            shape = tuple(moe.model.get_parameter(name).shape)
-            multiple = SIMPLE if self.in_blocks else self.group_size
-            if shape[-1] % multiple:
-                option = "llama.cpp's smallest block" if self.in_blocks else "--model.group_size"
-                raise ValueError(
-                    f"{name}: in_features={shape[-1]} is not a multiple of {multiple} ({option}): leave out "
-                    "--model.head_bits" + ("" if self.in_blocks else ", or pass a group size that fits")
-                )
-            if self.in_blocks:
-                kind = type_of(self.head_bits, shape[-1])
-                groups = dict(group_size=kind.group, symmetric=kind.grid.symmetric, kquant=kind.name)
-                grids.append(WeightGrid(name, index, "head", shape, kind.bits, **groups))
-            else:
-                grid = self.head_grid
-                grids.append(WeightGrid(name, index, "head", shape, grid.bits, grid.group_size, grid.symmetric))
-        return grids
+        multiple = SIMPLE if self.in_blocks else self.group_size
+        if head.shape[-1] % multiple:
+            option = "llama.cpp's smallest block" if self.in_blocks else "--model.group_size"
+            remedy = "" if self.in_blocks else ", or pass a group size that fits"
+            raise ValueError(
+                f"{head.weight}: in_features={head.shape[-1]} is not a multiple of {multiple} ({option}): leave out "
+                f"--model.head_bits{remedy}"
+            )
+        if not self.in_blocks:
+            grid = self.head_grid
+            return [WeightGrid(head.weight, index, "head", head.shape, grid.bits, grid.group_size, grid.symmetric)]
+        names = sorted({head.weight, head.embedding} - {None})
+        shapes = [tuple(moe.model.get_parameter(name).shape) for name in names]
+        return [
+            _in_blocks(name, index, "head", shape, self.head_bits) for name, shape in zip(names, shapes, strict=True)
+        ]
 
     def grid(self, block: int, num_blocks: int, part: str) -> Grid:
         """The grid of one part (`attention`, `shared`, `experts`) of one block."""
@@ -272,9 +269,8 @@ class Recipe:
                 if part == "experts":
                     bits = self.expert_bits(block.index, len(moe.blocks), name.rpartition(".")[2], block.expert_numbers)
                 if self.in_blocks:
-                    kind = type_of(min(bits) if part == "experts" else bits, shape[-1])
-                    groups = dict(group_size=kind.group, symmetric=kind.grid.symmetric, kquant=kind.name)
-                    grids.append(WeightGrid(name, block.index, part, shape, kind.bits, **groups))
+                    width = min(bits) if part == "experts" else bits
+                    grids.append(_in_blocks(name, block.index, part, shape, width))
                     continue
                 common = dict(group_size=group_size, symmetric=grid.symmetric, on_lattice=not self.has_groups)
                 for width, experts in by_bits(bits):
@@ -357,6 +353,13 @@ class Recipe:
                 raise ValueError(f"{option}: block {block.index} has experts 0 to {block.num_experts - 1}")
             if projection is not None and projection not in block.experts.projections:
                 raise ValueError(f"{option}: the experts' projections are {' and '.join(block.experts.projections)}")
+
+
+def _in_blocks(name: str, block: int, part: str, shape: tuple[int, ...], bits: int) -> WeightGrid:
+    """The grid of a weight in llama.cpp's blocks."""
+    kind = type_of(bits, shape[-1])
+    symmetric = kind.grid.symmetric
+    return WeightGrid(name, block, part, shape, kind.bits, kind.group, symmetric, kquant=kind.name)
 
 
 def _check_group_size(option: str, group_size: int) -> None:

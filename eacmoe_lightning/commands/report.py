@@ -94,7 +94,8 @@ def _read(run: Path) -> Evaluated:
     divergence = written.get("divergence") or {}
     if again.exists() and (not divergence or again.stat().st_mtime > path.stat().st_mtime):
         validated = read_json(again)
-        if validated.get("divergence") and not validated.get("evaluate"):  # of another model
+        is_of_run = not validated.get("evaluate")  # or of the model that --model.evaluate named
+        if is_of_run and validated.get("divergence"):
             divergence = validated["divergence"]
             if original := validated.get("original"):
                 reference = original["name_or_path"], original["fingerprint"]

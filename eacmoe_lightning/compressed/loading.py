@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -122,7 +121,7 @@ class CompressedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         check_format(config_dict)
-        original_config(config_dict)  # raises for types that nobody has registered
+        config_class = type(original_config(config_dict))
         original = dict(config_dict["original"]["config"])
         kwargs.pop("_commit_hash", None)
         quantization = config_dict["quantization"]
@@ -136,7 +135,7 @@ class CompressedConfig(PreTrainedConfig):
                 "directory_config": config_dict,
             },
         }
-        return CONFIG_MAPPING[original["model_type"]].from_dict(original, **kwargs)
+        return config_class.from_dict(original, **kwargs)
 
 
 AutoConfig.register(METHOD, CompressedConfig)

@@ -27,7 +27,7 @@ def read_back(source: Source, row: Target, directory: Path) -> Difference:
 
 def _shards(source: Source) -> Iterator[dict[str, Tensor]]:
     for block, quantized, unquantized in source.blocks():
-        decoded = {
-            name: block.as_parameter(name, q.dequantize(source.parameters[name].dtype)) for name, q in quantized.items()
-        }
+        decoded = {name: q.dequantize(source.parameters[name].dtype) for name, q in quantized.items()}
+        if block is not None:
+            decoded = {name: block.as_parameter(name, weight) for name, weight in decoded.items()}
         yield source.original_names(decoded | source.narrowed(unquantized))

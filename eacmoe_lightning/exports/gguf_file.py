@@ -108,9 +108,8 @@ def _types(source: Source, weights: list[WeightGrid]) -> dict[str, str]:
 
 
 def _blocks(source: Source) -> Iterator[dict[str, Tensor | Quantized]]:
-    for block, quantized, unquantized in source.blocks():
-        unquantized = {name: by_rows(source.moe, name, tensor) for name, tensor in unquantized.items()}
-        yield unquantized | quantized | (source.outside() if block is None else {})
+    for _, quantized, unquantized in source.blocks():
+        yield quantized | {name: by_rows(source.moe, name, tensor) for name, tensor in unquantized.items()}
 
 
 def _encoded(entry: Entry, value: Tensor | Quantized) -> Tensor:

@@ -93,8 +93,8 @@ def unstacked_linears(stack: str, shape: Sequence[int]) -> list[Rows]:
 def _converted(model: PreTrainedModel, name: str, shape: Sequence[int]) -> dict[str, Tensor]:
     """Tensors of the original's checkpoint whose values number the rows of a weight in memory."""
     rows = {name: torch.arange(math.prod(shape)).view(*shape, 1)}
-    known = model.state_dict() if (others := made_together(model, name)) else {}
-    rows |= {other: torch.full((*known[other].shape[:-1], 1), NO_ROW) for other in others}
+    others = made_together(model, name).items()
+    rows |= {other: torch.full((*tensor.shape[:-1], 1), NO_ROW) for other, tensor in others}
     return {key: taken for key, taken in original_names(model, rows).items() if (taken != NO_ROW).all()}
 
 

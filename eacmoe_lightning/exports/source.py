@@ -23,7 +23,7 @@ from eacmoe_lightning.models.pruned_config import has_shapes_of
 from eacmoe_lightning.models.shrink import KEPT
 from eacmoe_lightning.models.transformers_loader import empty_model, original_names
 from eacmoe_lightning.quantization.grid import Quantized
-from eacmoe_lightning.quantization.kquant import TYPES, KQuant
+from eacmoe_lightning.quantization.kquant import TYPES
 from eacmoe_lightning.quantization.packing import quantized_names, take_quantized
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.files import StoreError, first_of, read_tensors
@@ -130,11 +130,6 @@ class Source:
         """Weights in llama.cpp's blocks, with their types."""
         return self.quantization.get(KQUANTS, {})
 
-    def outside(self) -> dict[str, KQuant]:
-        """The weights outside the model's blocks that are in llama.cpp's, by parameter name: see `outside_types`."""
-        tensors, bits = read_tensors(self.path / REST)[0] if self.outside_types else {}, self.quantization["bits"]
-        return {n: take_quantized(tensors, n, bits[n], self.parameters[n].shape[-1]) for n in self.outside_types}
-
     def decode(self, names: Iterable[str]) -> None:
         """Has these weights written decoded, as if they were not quantized."""
         for name in names:
@@ -157,9 +152,9 @@ class Source:
         yield None, self._rest()
 
     def _rest(self) -> dict[str, Tensor]:
-        """The tensors outside the blocks; a quantized output head is decoded, which every format can hold."""
+        """The tensors outside the blocks; an output head on the grid is decoded, which every format can hold."""
         tensors, bits = read_tensors(self.path / REST)[0], self.quantization["bits"]
-        for name in quantized_names(tensors) & bits.keys():
+        for name in quantized_names(tensors) & bits.keys() - self.outside_types.keys():
             weight = self.parameters[name]
             head = take_quantized(tensors, name, bits[name], weight.shape[-1])
             tensors[name] = head.dequantize(weight.dtype)
@@ -198,8 +193,10 @@ class Source:
     def blocks(self) -> Iterator[tuple[Block | None, dict[str, QuantizedWeight], dict[str, Tensor]]]:
         """Each block, then None: its quantized weights by parameter name, and all its other tensors."""
         for block, tensors in self.files():
-            weights, bits = self.quantized(block), self.quantization["bits"]
-            quantized = {n: take_quantized(tensors, n, bits[n], w.shape[-1]) for n, (_, w) in weights.items()}
+            outside = {name: self.parameters[name] for name in self.outside_types}
+            weights = {name: weight for name, (_, weight) in self.quantized(block).items()} if block else outside
+            bits = self.quantization["bits"]
+            quantized = {n: take_quantized(tensors, n, bits[n], w.shape[-1]) for n, w in weights.items()}
             yield block, quantized, tensors
 
     def narrowed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

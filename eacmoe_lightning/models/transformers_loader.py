@@ -168,15 +168,15 @@ def original_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[s
     return original | {key: part[..., :1] for key, part in revert_weight_conversion(model, double).items()}
 
 
-def made_together(model: PreTrainedModel, name: str) -> list[str]:
+def made_together(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
     """Other parameters that are made of the same keys on disk as this one, such as ERNIE 4.5 VL's vision experts."""
-    known = model.state_dict()
-    for entry in get_model_conversion_mapping(model):
-        for own in entry.target_patterns if isinstance(entry, WeightConverter) else ():
-            if own in name:
-                others = (name.replace(own, other) for other in entry.target_patterns if other != own)
-                return [other for other in others if other in known]
-    return []
+    converters = (entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter))
+    patterns = next((c.target_patterns for c in converters if any(own in name for own in c.target_patterns)), [])
+    if len(patterns) < 2:
+        return {}
+    own = next(pattern for pattern in patterns if pattern in name)
+    known, others = model.state_dict(), (name.replace(own, other) for other in patterns if other != own)
+    return {other: known[other] for other in others if other in known}
 
 
 def knows_config(model_type: str | None) -> bool:
