@@ -287,6 +287,13 @@ def test_of_many_points_those_on_the_line_are_named():
     assert ">run2</text>" in pareto.page("model", ["prose"], points[:3])
 
 
+def test_a_model_without_any_loss_has_its_place():
+    figures = {"bits": 8.0, "kl_error": 0.0, "same_top": 1.0, "rms_dp": 0.0, "log_ppl_ratio": 0.0}
+    for kl in (0.0, -1e-9):  # a mean over rounded logarithms can be a little below 0
+        point = {"name": "run", "size": 1000, "kl": kl, **figures}
+        assert pareto.page("model", ["prose"], [point]).count("<circle") == 1
+
+
 OF_PRUNE = {"model": "a run", "fingerprint": "of the run", "pruning": {"keep": 3}}
 
 

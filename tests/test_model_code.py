@@ -1,6 +1,8 @@
 """Code that comes with a model runs only on the user's word."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +95,38 @@ def test_a_result_carries_its_code_and_is_not_mixed_up_with_another(tiny_model_d
     assert "tensors compared" in (output := run(tmp_path, [*dense, *trust])), output
     output = run(tmp_path, ["analyze", "--model", str(other), "--output", "out", *trust], TOGETHER)
     assert "open each model in a process of its own" in output and "AssertionError" not in output, output
+
+
+TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    def _encode_plus(self, *args, **kwargs):
+        open("ran", "w").close()
+        return super()._encode_plus(*args, **kwargs)
+"""
+
+
+def test_a_tokenizer_with_code_travels_with_a_model_that_transformers_knows(tiny_model_dir, tmp_path):
+    folder, trust = tmp_path / "model", ["--trust_remote_code", "true"]
+    shutil.copytree(tiny_model_dir("mixtral"), folder)
+    (folder / "own.py").write_text(TOKENIZER)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    words = ["fit", *jobs.options(folder, tmp_path / "run", **SMALL), "--model.trust_remote_code", "true"]
+    assert "perplexity" in (output := run(tmp_path, words)), output
+    folder.rename(tmp_path / "gone")
+    small = [*trust, "--output", "out", "--num_windows", "2", "--window_length", "64"]
+    for command in (
+        ["analyze", "--texts", "{prose: 'bundled:prose[:10%]'}"],
+        ["study", "--heldout", "{prose: 'bundled:prose[:10%]'}", "--bounds", "0.01", "--num_questions", "0"],
+        ["prune", "--texts", "{prose: 'bundled:prose[:10%]'}", "--num_heldout_windows", "2", "--pruning.keep", "3"],
+    ):
+        (tmp_path / "ran").unlink()
+        output = run(tmp_path, [*command, "--model", "run", *small])
+        assert "error" not in output and (tmp_path / "ran").exists(), output
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_classes_that_are_registered_first_need_no_trust(tiny_model_dir, tmp_path):

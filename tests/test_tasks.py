@@ -208,6 +208,7 @@ def test_names_of_tasks_on_the_hub():
         (["--tasks", "bundled,last_word"], "last_word is in --tasks twice"),
         (["--tasks", "last_word", "--task_batch_size", "0"], "--task_batch_size"),
         (["--tasks", "last_word", "--trainer.devices", "2"], "--trainer.devices 1"),
+        (["--tasks", "last_word", "--apply_chat_template", "true"], "--apply_chat_template true.* no chat template"),
         (["--tasks", "mine", "--include_path", "{tmp}"], "mine .*cannot be loaded: .*questions.jsonl"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,7 +107,8 @@ def analyze(
     if cross is not None and cross_calibration is None:
         cross_calibration = {name: f"{source}[50%:]" for name, source in sources.items()}
         sources = {name: f"{source}[:50%]" for name, source in sources.items()}
-    windows = {name: read_windows(source, directory, num_windows, window_length) for name, source in sources.items()}
+    read = partial(read_windows, tokenizer=directory, window_length=window_length, trust_remote_code=trust_remote_code)
+    windows = {name: read(source, num_windows=num_windows) for name, source in sources.items()}
     from eacmoe_lightning.analysis import figures  # importing matplotlib takes a second
 
     selections = {name: select(subject, ids, batch_size) for name, ids in windows.items()}
@@ -131,7 +133,7 @@ def analyze(
             survivors,
             rescue,
             batch_size,
-            read_windows("bundled:calibration", directory, 16, window_length) if baselines else None,
+            read("bundled:calibration", num_windows=16) if baselines else None,
             {name: make_questions(ids, **count) for name, ids in windows.items()} if count else None,
         )
         drawings["skipping"] = figures.skipping(description["skipping"])

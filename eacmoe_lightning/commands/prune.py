@@ -113,11 +113,12 @@ def prune(
         raise ValueError(f"{model} (--model) was pruned before: prune the model that it was made from")
     pruning.check(moe)
     sources = name_sources(texts, "--texts")
-    windows = read_windows(calibration, given.directory, num_windows, window_length, seed)
-    heldout = {
-        name: read_windows(source, given.directory, num_heldout_windows, window_length, option="--num_heldout_windows")
-        for name, source in sources.items()
-    }
+    read = partial(
+        read_windows, tokenizer=given.directory, window_length=window_length, trust_remote_code=trust_remote_code
+    )
+    windows = read(calibration, num_windows=num_windows, seed=seed)
+    of_texts = {"num_windows": num_heldout_windows, "option": "--num_heldout_windows"}
+    heldout = {name: read(source, **of_texts) for name, source in sources.items()}
     identity = {
         "version": __version__,
         "model": stored_name(model),

@@ -114,7 +114,8 @@ def study(
     groups = block_groups(blocks, [block.index for block in moe.moe_blocks])
     cells = plan(groups, experts, kinds, measured_bounds, seeds)
     _check_budgets(global_bounds, groups, moe, kinds[0])
-    heldout_texts = read_texts(sources, directory, **sizes)
+    read = partial(read_texts, sources, directory, trust_remote_code=trust_remote_code)
+    heldout_texts = read(**sizes)
     questions = [text.questions.input_ids for text in heldout_texts.values() if text.questions is not None]
     identity = {
         "model": stored_name(model),
@@ -138,7 +139,7 @@ def study(
         if global_bounds:
             sensitivity = budget.fit_sensitivity(_cells_to_fit(groups, measurement.load, rows, kinds[0]))
             later_sizes = sizes | {"num_windows": budget_windows, "num_questions": 0}
-            later = Measurement(moe, read_texts(sources, directory, **later_sizes, skip=num_windows), batch_tokens)
+            later = Measurement(moe, read(**later_sizes, skip=num_windows), batch_tokens)
             spent = spend.spend(
                 moe, later, sensitivity, measurement.load, kinds[0], global_bounds, results, Path(output)
             )
@@ -157,13 +158,14 @@ def read_texts(
     context_length: int,
     continuation_length: int,
     skip: int = 0,
+    trust_remote_code: bool = False,
 ) -> dict[str, Text]:
     """The windows of every text, after the first `skip`, and its questions.
 
     Raises:
         FileNotFoundError, ValueError: a text cannot be read or is too short; the message names the option to change.
     """
-    tokenizer = tokenizer_of(str(model), "--model")
+    tokenizer = tokenizer_of(str(model), "--model", trust_remote_code)
     num_rows, positions = read_sizes(model)
     check_length(window_length, positions, "--window_length")
     texts, option = {}, "--num_windows" + (" + --budget_windows" if skip else "")

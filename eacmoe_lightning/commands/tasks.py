@@ -6,6 +6,7 @@ takes what is there. `tasks.json` and `tasks.md` are made from these files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -158,8 +159,16 @@ def run_tasks(
     names = names_of(tasks)
     version = harness.require_harness()
     manager = harness.find_tasks(names, include_path)
+    tokenizer = tokenizer_of(str(subject.directory), "--model.evaluate", subject.trust_remote_code)
     options = {"format": FORMAT, "lm_eval": version, **asdict(asking)}
     options.pop("confirm_run_unsafe_code")
+    if asking.apply_chat_template:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"--apply_chat_template true: the tokenizer of {subject} has no chat template; leave the option "
+                "out for a base model, or put the chat_template.jinja of its family into that directory"
+            )
+        options["chat_template"] = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
     kept = Kept(folder, options)
     kept.check(overwrite)
     rules = [stored_rule(subject)] if rules is None else rules
@@ -170,7 +179,6 @@ def run_tasks(
         kept.check_subject(each, identities[each.name()], overwrite)
     units = harness.load_units(names, manager)
     digests = {unit.name: unit.digest(asking) for unit in units}
-    tokenizer = tokenizer_of(str(subject.directory), "--model.evaluate", subject.trust_remote_code)
     for each in subjects:
         keys = {unit.name: {**identities[each.name()], "task": digests[unit.name]} for unit in units}
         left = [unit for unit in units if not kept.has(each, unit, keys[unit.name], overwrite)]
@@ -220,10 +228,11 @@ class Kept:
             if unit["options"] == self.options:
                 continue
             if not overwrite:
-                other = {k: v for k, v in unit["options"].items() if v != self.options.get(k)}
+                names = unit["options"] | self.options
+                other = [name for name in names if unit["options"].get(name) != self.options.get(name)]
                 raise ValueError(
-                    f"{self.folder / 'tasks'} holds results of other options ({_listed(other)}; now "
-                    f"{_listed({k: self.options.get(k) for k in other})}): pass --overwrite true to replace them, or "
+                    f"{self.folder / 'tasks'} holds results of other options ({_listed(unit['options'], other)}; now "
+                    f"{_listed(self.options, other)}): pass --overwrite true to replace them, or "
                     "another --trainer.default_root_dir to keep both"
                 )
             self.file(model, task).unlink()
@@ -308,8 +317,8 @@ def read_unit(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path} is damaged ({error}): delete it, and the same command asks again") from error
 
 
-def _listed(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in options.items())
+def _listed(options: dict[str, Any], names: list[str]) -> str:
+    return ", ".join(f"{name}={options.get(name)}" for name in names)
 
 
 def _file_name(name: str) -> str:

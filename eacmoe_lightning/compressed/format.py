@@ -111,10 +111,11 @@ def trust_code(directory: str | Path, config: dict[str, Any]) -> None:
         ValueError: other code was registered for the model type.
     """
     original = config["original"]
-    if CODE_DIGEST not in original:  # transformers knows the type, or the directory is of an older version
-        read_original_config(original["name_or_path"], True)
-        return
     stored = original["config"]
+    if CODE_DIGEST not in original:
+        if not knows_config(stored["model_type"]):  # the directory is of a version that left the code where it was
+            read_original_config(original["name_or_path"], True)
+        return
     beside = {auto: reference.rpartition("--")[2] for auto, reference in stored["auto_map"].items()}
     register_remote_code(str(directory), stored["model_type"], beside)
 

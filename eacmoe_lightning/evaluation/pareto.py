@@ -72,7 +72,7 @@ def page(model: str, texts: list[str], points: list[dict[str, Any]], kind: str =
 
 def _axis(values: list[float], start: float, end: float):
     """The place of a value on an axis that begins at 0, and its ticks."""
-    most = max(values) * 1.08 or 1.0
+    most = max(0.0, *values) * 1.08 or 1.0  # rounding can leave a divergence of 0 below 0
     step = 10 ** math.floor(math.log10(most))
     step = next(step * part for part in (0.1, 0.2, 0.5, 1, 2) if most / (step * part) <= 7)
 

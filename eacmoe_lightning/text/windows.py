@@ -336,17 +336,19 @@ def read_windows(
     window_length: int,
     seed: int | None = None,
     option: str = "--num_windows",
+    trust_remote_code: bool = False,
 ) -> Tensor:
     """Token ids [S, T] of a source's first windows or, with a seed, of random ones (see `token_windows`).
 
     Args:
         tokenizer: a model directory, with its tokenizer and its config.json.
+        trust_remote_code: whether Python code beside the tokenizer may run.
 
     Raises:
         FileNotFoundError: there is no such text, or no tokenizer.
         ValueError: the text is too short, or holds a token that the model has no embedding for.
     """
-    loaded = tokenizer_of(str(tokenizer), "--model")
+    loaded = tokenizer_of(str(tokenizer), "--model", trust_remote_code)
     windows = token_windows(documents(source), loaded, num_windows, window_length, seed, source=source, option=option)
     num_rows, positions = read_sizes(tokenizer)
     if num_rows is not None:
