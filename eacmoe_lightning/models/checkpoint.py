@@ -25,7 +25,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from eacmoe_lightning.models.decoding.words import GPTQ
 from eacmoe_lightning.models.original_files import OriginalFiles
 from eacmoe_lightning.models.originals import no_model
 from eacmoe_lightning.models.transformers_loader import UNBUILDABLE, Misfit, empty_model, load_tensors, source_keys
@@ -108,7 +107,7 @@ class Checkpoint:
         known = self._loader.state_dict()
         unknown = [key for name, keys in self._sources.items() if name not in known for key in keys]
         try:
-            stacks = find_stacks(self._loader, unknown, halves=isinstance(self.files.scheme, GPTQ))
+            stacks = find_stacks(self._loader, unknown, self.files.scheme.split if self.files.scheme else None)
         except ValueError as error:
             raise ValueError(f"{self.name_or_path!r} (--model.name_or_path) cannot be read: {error}") from error
         return {name: stack for name, stack in stacks.items() if name not in self._sources}

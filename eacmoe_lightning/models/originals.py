@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ from eacmoe_lightning.run.files import first_of
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny-moe"
 TESTBEDS = Path(__file__).parent.parent.parent / "testbeds"  # in a checkout only: too large for the wheel
-QUANTIZATION = "quantization_config"
+QUANTIZATION = (
+    "quantization_config",
+    "compression_config",
+    "quantization",
+)  # the second of old llm-compressor, then MLX
+MODELOPT_FILE = "hf_quant_config.json"  # where older versions of ModelOpt write it
 PROCESSOR_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -140,11 +146,24 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
         _fill_head_dim(part)
         if vars(part).get("return_dict") is False:
             part.return_dict = True  # transformers' own models cannot run with tuples from each other
-        if (found := getattr(part, QUANTIZATION, None)) is not None:
-            quantization = quantization or (found if isinstance(found, dict) else found.to_dict())
-        if QUANTIZATION in vars(part):
-            delattr(part, QUANTIZATION)
-    return config, quantization or None
+        for name in QUANTIZATION:
+            if (found := getattr(part, name, None)) is not None:
+                found = found if isinstance(found, dict) else found.to_dict()
+                quantization = quantization or ({"quant_method": "mlx", **found} if name == "quantization" else found)
+            if name in vars(part):
+                delattr(part, name)
+    return config, quantization or _modelopt(path)
+
+
+def _modelopt(path: str) -> dict[str, Any] | None:
+    """What ModelOpt wrote beside the config.json, if there is such a file."""
+    try:
+        file = Path(path) / MODELOPT_FILE if Path(path).is_dir() else Path(cached_file(path, MODELOPT_FILE))
+        return {"quant_method": "modelopt", **json.loads(file.read_text())}
+    except OSError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: {MODELOPT_FILE} is damaged ({error}): download it again") from error
 
 
 def _config(path: str, stored: dict[str, Any]) -> PreTrainedConfig:

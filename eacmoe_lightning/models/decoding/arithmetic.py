@@ -71,10 +71,10 @@ def unpack_fp4(packed: Tensor) -> Tensor:
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """int32 [..., n] -> codes [..., n * 32 / bits], int32, a little-endian stream of bits."""
+    """int32 [..., n] -> codes [..., n * 32 // bits], int32, a little-endian stream of bits."""
     if 32 % bits == 0:
         shift = torch.arange(0, 32, bits, dtype=torch.int32)
         return ((words[..., None] >> shift) & (2**bits - 1)).flatten(-2)
-    stream = (words[..., None] >> torch.arange(32, dtype=torch.int32)) & 1
-    codes = stream.flatten(-2).unflatten(-1, (-1, bits))
+    stream = ((words[..., None] >> torch.arange(32, dtype=torch.int32)) & 1).flatten(-2)
+    codes = stream[..., : stream.shape[-1] // bits * bits].unflatten(-1, (-1, bits))
     return (codes << torch.arange(bits, dtype=torch.int32)).sum(-1, dtype=torch.int32)

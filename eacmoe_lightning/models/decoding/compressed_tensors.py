@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.models.decoding.arithmetic import FLOAT8, exponents, scaled, spread, unpack_fp4, unpack_words
-from eacmoe_lightning.models.decoding.scheme import REMEDY, Scheme, require
+from eacmoe_lightning.models.decoding.scheme import REMEDY, Scheme, Split, require
 from eacmoe_lightning.models.weight_files import Stored
 
 
@@ -37,7 +37,12 @@ class CompressedTensors(Scheme):
                 "decoded: pass the full-precision model that it was made of"
             )
         self._weights = [group["weights"] for group in groups if group.get("weights")]
+        self._blocks = [block for weights in self._weights if (block := _block_of(weights)) is not None]
         super().__init__(config, stored)
+
+    @property
+    def split(self) -> Split | None:
+        return "alternating"  # llm-compressor and AutoRound
 
     def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
         parts = {}
@@ -71,7 +76,7 @@ class CompressedTensors(Scheme):
             if zero_point is not None and zero_point.dtype == torch.int32:  # packed along the rows; int8 before 0.10
                 zero_point = unpack_words(zero_point.mT, bits)[..., : shape[-2]].mT - 2 ** (bits - 1)
         elif (weight := parts["weight"]).dtype in FLOAT8:
-            decoded = scaled(key, weight, scale, self._block)
+            decoded = scaled(key, weight, scale, self._block(key, scale, weight))
             if ".experts." in key or scale.dtype == torch.uint8:  # exponents: bfloat16 would lose nothing either
                 return decoded
             return decoded.to(scale.dtype)  # as transformers decodes the two
@@ -83,7 +88,8 @@ class CompressedTensors(Scheme):
             zero_point = zero_point.int()
         group = parts.get("g_idx")
         scale, zero_point = (
-            None if grid is None else spread(key, grid, codes.shape, self._block, group) for grid in (scale, zero_point)
+            None if grid is None else spread(key, grid, codes.shape, self._block(key, grid, codes), group)
+            for grid in (scale, zero_point)
         )
         steps = codes if zero_point is None else codes - zero_point
         return (steps.float() * scale.float()).to(scale.dtype)  # the scale's dtype is that of the library's product
@@ -95,10 +101,24 @@ class CompressedTensors(Scheme):
             scale = scale / whole.float()
         return (values * spread(key, scale, values.shape, None)).bfloat16()  # which the library makes of it
 
-    @property
-    def _block(self) -> tuple[int, int] | None:
-        blocks = [weights["block_structure"] for weights in self._weights if weights.get("block_structure")]
-        return tuple(blocks[0]) if blocks else None
+    def _block(self, key: str, grid: Tensor, weight: Tensor) -> tuple[int, int] | None:
+        """The rows and columns of a weight that share a value of the grid, as the groups of the config have it.
+
+        Raises:
+            ValueError: several fit, and differ.
+        """
+        shape = weight.shape[-2:]
+        fitting = [
+            block
+            for block in self._blocks
+            if grid.shape[-2:] == tuple(-(-size // width) for size, width in zip(shape, block, strict=True))
+        ]
+        if len({tuple(map(min, block, shape)) for block in fitting}) > 1:
+            raise ValueError(
+                f"{key}: its scales {tuple(grid.shape)} are of blocks of {fitting[0]} or of {fitting[1]} "
+                f"(config_groups in its config.json): {REMEDY}"
+            )
+        return fitting[0] if fitting else next((block for block in self._blocks if block[0] > 1), None)
 
     def _is_asymmetric(self, bits: int | None) -> bool:
         """Whether all weights of this width (None: of every width) have zero points by the config."""
@@ -109,13 +129,32 @@ class CompressedTensors(Scheme):
         """The width of codes of which `in_features` take this number of words."""
         widths = {weights["num_bits"] for weights in self._weights}
         fitting = [bits for bits in sorted(widths) if -(-in_features * bits // 32) == words]
-        if len(fitting) != 1 or 32 % fitting[0]:
+        if len(fitting) != 1:
             raise ValueError(
-                f"{key}: {words} words for {in_features} inputs are not codes of {sorted(widths)} bits "
-                "(config_groups); 2, 4 and 8 bits are known"
+                f"{key}: {words} words for {in_features} inputs are not codes of {sorted(widths)} bits, one after "
+                f"another (config_groups): {REMEDY}"
             )
         return fitting[0]
 
     def describe(self) -> str:
         kinds = sorted({f"{weights['num_bits']}-bit {weights['type']}" for weights in self._weights})
         return f"compressed-tensors, {' and '.join(kinds)}"
+
+
+def _block_of(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The rows and columns of a block in one group of the config; None: it has no blocks.
+
+    Raises:
+        ValueError: the config says no two sizes.
+    """
+    block, group_size = weights.get("block_structure"), weights.get("group_size") or 0
+    if not block:
+        return (1, group_size) if group_size > 0 else None
+    sizes = block.lower().split("x") if isinstance(block, str) else block
+    try:
+        rows, columns = map(int, sizes)
+    except (TypeError, ValueError):
+        rows = columns = 0
+    if min(rows, columns) < 1:
+        raise ValueError(f"block_structure={block!r} in `quantization_config` of its config.json is not two sizes")
+    return rows, columns

@@ -13,6 +13,7 @@ from eacmoe_lightning.models.decoding.scheme import Scheme, require
 from eacmoe_lightning.models.weight_files import Stored
 
 NVFP4_GROUP = 16  # inputs that share a scale
+FLOAT8_BLOCK = (128, 128)  # rows and columns that share one in ModelOpt's float8 of blocks
 
 
 class Float8(Scheme):
@@ -46,7 +47,10 @@ class Float8(Scheme):
 class ModelOpt(Float8):
     """NVIDIA's: float8 with a scale for a weight, and NVFP4, whose scales for 16 inputs have a scale of their own."""
 
-    ALGORITHMS = ("FP8", "NVFP4", "MIXED_PRECISION")
+    ALGORITHMS = (
+        *("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_BLOCK_SCALES", "MXFP8"),
+        *("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MIXED_PRECISION"),
+    )
     SCALES = ("scale", "whole")
 
     def __init__(self, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
@@ -62,15 +66,30 @@ class ModelOpt(Float8):
     def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
         parts = super().find(stored)
         for whole in stored:
-            key = whole.removesuffix("_scale_2")
-            if key != whole and key in stored:
-                parts[key] = {"weight": key, "scale": f"{key}_scale", "whole": whole}
-                require(key, {kind: name for kind, name in parts[key].items() if name in stored}, ("scale",))
+            scale = whole.removesuffix("_2")
+            for key in _scaled_by(scale) if whole.endswith("_scale_2") else ():
+                if key in stored and key != scale:
+                    parts[key] = {"weight": key, "scale": scale, "whole": whole}
+                    require(key, {kind: name for kind, name in parts[key].items() if name in stored}, ("scale",))
+        for key, found in parts.items():
+            before = key.removesuffix("weight") + "pre_quant_scale"
+            if before in stored:
+                found["before"] = before
         return parts
 
     def decode(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
-        if "whole" not in parts:
-            return super().decode(key, parts)
+        weight = self._decode_fp4(key, parts) if "whole" in parts else self._decode_float8(key, parts)
+        before = parts.get("before")  # by which the layer multiplies its inputs
+        return weight if before is None else weight * before.float()
+
+    def _decode_float8(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
+        scale = parts["scale"]
+        if is_of_blocks := scale.ndim == 4 and scale.shape[1] == scale.shape[3] == 1:  # [rows, 1, columns, 1]
+            scale = scale[:, 0, :, 0]
+        in_blocks = is_of_blocks or "BLOCK" in self.config["quant_algo"] or "_PB_" in self.config["quant_algo"]
+        return scaled(key, parts["weight"], scale, FLOAT8_BLOCK if in_blocks else self.block)
+
+    def _decode_fp4(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
         values = unpack_fp4(parts["weight"])
         scale = parts["scale"].float() * parts["whole"].float()
         if scale.shape[-1] * NVFP4_GROUP != values.shape[-1]:
@@ -111,6 +130,7 @@ def _scaled_by(key: str) -> Iterable[str]:
     for suffix, replacement in (
         ("_scale_inv", ""),
         ("weight_scale", "weight"),
+        ("_weight_scale", ""),
         ("_scale", ""),
         (".scale", ".weight"),
         (".qscale_weight", ".weight"),

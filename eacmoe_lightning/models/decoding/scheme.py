@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from eacmoe_lightning.models.weight_files import Stored
 
 # root mean squares of weights: beyond these no model has any, and those that models have
 SMALLEST, LARGEST, PLAUSIBLE = 1e-6, 30.0, (1e-4, 3.0)
+# What an expert's `gate_proj` and `up_proj` are, if a program made them of a stack in which rows of both alternate: the
+# halves of the stack's rows, or the rows of each.
+Split = Literal["halves", "alternating"]
 REMEDY = "the files or their config.json (--model.name_or_path) were changed: download them again"
 
 
@@ -39,6 +42,11 @@ class Scheme(ABC):
         self.config = config
         self.parts: dict[str, dict[str, str]] = self.find(stored)
         self.description: str = self.describe()
+
+    @property
+    def split(self) -> Split | None:
+        """How the program that quantized the model splits alternating rows; None: there is no telling."""
+        return None
 
     @abstractmethod
     def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:

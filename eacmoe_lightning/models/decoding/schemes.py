@@ -10,7 +10,8 @@ What is stored for a weight `X.weight` [O, I], by `quant_method`:
     gptq                X.qweight [I * b / 32, O]; X.qzeros and X.scales [G, O]; X.g_idx [I]
     awq                 X.qweight [I, O * b / 32]; X.qzeros and X.scales [G, O]
     auto-round          as gptq or awq, by its `packing_format`
-    modelopt            X.weight in float8 as above; or two FP4 values a byte, X.weight_scale and X.weight_scale_2
+    modelopt            X.weight in float8 as above; or two FP4 values a byte, X.weight_scale and X.weight_scale_2; for
+                        both X.pre_quant_scale [I], if the layer scales its inputs
 
 Symmetric weights may come without X.qzeros.
 
@@ -40,7 +41,7 @@ ACTIVATIONS = re.compile(
 # what is left of a quantized checkpoint whose config is lost
 QUANTIZED = re.compile(
     r"(_scale_inv|weight_scale|_scales|\.scales|qscale_weight|_blocks|\.qweight|\.qzeros|\.g_idx|weight_packed"
-    r"|weight_zero_point|weight_g_idx|weight_global_scale|weight_scale_2|\.absmax|\.quant_map|\.nested_absmax"
+    r"|weight_zero_point|weight_g_idx|weight_global_scale|weight_scale_2|pre_quant_scale|\.absmax|\.quant_map|\.nested_absmax"
     r"|\.nested_quant_map|quant_state\.\w+|\.SCB|\.weight_format)$"
 )
 
@@ -54,6 +55,14 @@ SCHEMES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Stored]], Scheme]] 
     "auto-round": auto_round,
     "modelopt": ModelOpt,
 }
+ALIASES = {  # other names, of older versions of the programs and of engines
+    "auto_round": "auto-round",
+    "intel/auto-round": "auto-round",
+    "gptqmodel": "gptq",
+    "modelopt_fp4": "modelopt",
+    "modelopt_mixed": "modelopt",
+    "modelopt_mxfp8": "modelopt",
+}
 
 
 def scheme_of(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> Scheme:
@@ -62,7 +71,7 @@ def scheme_of(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> Scheme
     Raises:
         ValueError: it cannot be decoded.
     """
-    method = str(config.get("quant_method", "")).lower()
+    method = _method(config)
     if method not in SCHEMES:
         raise ValueError(
             f"it is quantized by {method or 'an unnamed method'} (`quantization_config` in its config.json), and only "
@@ -71,9 +80,14 @@ def scheme_of(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> Scheme
     return SCHEMES[method](config, stored)
 
 
+def _method(config: Mapping[str, Any]) -> str:
+    method = str(config.get("quant_method", "")).lower()
+    return ALIASES.get(method, method)
+
+
 def stored_bits(config: Mapping[str, Any]) -> float:
     """Bits on disk per quantized weight, with scales and zero points, by its `quantization_config`."""
-    method = str(config.get("quant_method", "")).lower()
+    method = _method(config)
     if method == "compressed-tensors":
         groups = [group["weights"] for group in config["config_groups"].values() if group.get("weights")]
         sizes = [(weights["num_bits"], weights.get("group_size") or 0) for weights in groups]
@@ -81,6 +95,6 @@ def stored_bits(config: Mapping[str, Any]) -> float:
     if method in ("gptq", "awq", "auto-round"):
         bits, group_size = config.get("bits") or 4, config.get("group_size") or 128
         return bits + ((16 + bits) / group_size if group_size > 0 else 0)
-    if method == "modelopt" and str(config.get("quant_algo")).upper() == "NVFP4":
+    if method == "modelopt" and "NVFP4" in str(config.get("quant_algo")).upper():
         return 4.5
     return 4.25 if method == "mxfp4" else 8.0

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from eacmoe_lightning.models.decoding.arithmetic import unpack_words
-from eacmoe_lightning.models.decoding.scheme import REMEDY, Scheme, require
+from eacmoe_lightning.models.decoding.scheme import REMEDY, Scheme, Split, require
 from eacmoe_lightning.models.weight_files import Stored
 
+AUTO_ROUND = "auto-round"
+IN_HALVES = (
+    "gptqmodel",
+    "eacmoe-lightning",
+)  # programs that take a stack's first rows for gate, also where they alternate
 OWN_SIZES = ("dynamic", "extra_config", "layer_config")  # options with group sizes of some linears
+SIZES = (16, 32, 64, 128, 256, 512, 1024)  # of their groups
 
 
 class GPTQ(Scheme):
@@ -27,6 +33,10 @@ class GPTQ(Scheme):
                 "decoded: pass the model that it was made of"
             )
         super().__init__(config, stored)
+
+    @property
+    def split(self) -> Split | None:
+        return _split(self.config)
 
     def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
         return _words(stored, ("qweight", "qzeros", "scales", "g_idx"), self.config.get("sym") is True)
@@ -48,8 +58,7 @@ class GPTQ(Scheme):
                     f"{key}: its inputs are in the order of their importance (`desc_act`), and no `g_idx` says which "
                     f"group each is in: {REMEDY}"
                 )
-            _check_groups(key, self.config, groups, in_features)
-            group = torch.arange(in_features) // -(-in_features // groups)
+            group = torch.arange(in_features) // _group_size(key, self.config, groups, in_features)
         elif len(group.unique()) < groups:
             raise ValueError(f"{key}: its `g_idx` does not put inputs into each of its {groups} groups: {REMEDY}")
         group = group.long()
@@ -121,13 +130,17 @@ class AWQ(Scheme):
     ORDER = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}  # outputs of a word, from its lowest bits
 
     def __init__(self, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
-        version = str(config.get("version") or "gemm").lower()
+        version = str(config.get("version") or config.get("format") or "gemm").lower()
         self._num_bits = config.get("bits", config.get("w_bit", 4))
         if version != "gemm" or self._num_bits not in self.ORDER:
             raise ValueError(
                 f"it is AWQ of version {version!r} with {self._num_bits} bits; version 'gemm' with 4 or 8 is known"
             )
         super().__init__(config, stored)
+
+    @property
+    def split(self) -> Split | None:
+        return _split(self.config)
 
     def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
         is_symmetric = self.config.get("sym") is True or self.config.get("zero_point") is False
@@ -137,13 +150,9 @@ class AWQ(Scheme):
         scales = parts["scales"].float()  # [G, O]
         bits = parts["qweight"].shape[1] * 32 // scales.shape[1]
         codes = self._unpack(parts["qweight"], bits)  # [I, O]
-        _check_groups(key, self.config, len(scales), len(codes))
-        group_size = len(codes) // len(scales)
-        if "qzeros" in parts:
-            zero_point = self._unpack(parts["qzeros"], bits).repeat_interleave(group_size, 0)
-        else:
-            zero_point = 2 ** (bits - 1)
-        return ((codes - zero_point).float() * scales.repeat_interleave(group_size, 0)).T.contiguous()
+        group = torch.arange(len(codes)) // _group_size(key, self.config, len(scales), len(codes))
+        zero_point = self._unpack(parts["qzeros"], bits)[group] if "qzeros" in parts else 2 ** (bits - 1)
+        return ((codes - zero_point).float() * scales[group]).T.contiguous()
 
     def _unpack(self, words: Tensor, bits: int) -> Tensor:
         order = torch.tensor(self.ORDER[bits])
@@ -156,7 +165,10 @@ class AWQ(Scheme):
 
 def auto_round(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> Scheme:
     """The scheme of AutoRound's own configs, which stores words as GPTQ or AWQ does."""
-    form = str(config.get("packing_format") or "auto_gptq").rpartition(":")[2]
+    form, config = (
+        str(config.get("packing_format") or "auto_gptq").rpartition(":")[2],
+        {**config, "provider": AUTO_ROUND},
+    )
     if form == "auto_gptq" or (form == "auto_round" and config.get("sym")):
         return GPTQ({**config, "checkpoint_format": "gptq"}, stored)
     if form == "auto_awq":
@@ -188,11 +200,28 @@ def _words(stored: Iterable[str], kinds: Sequence[str], is_symmetric: bool) -> d
     return parts
 
 
-def _check_groups(key: str, config: Mapping[str, Any], groups: int, in_features: int) -> None:
-    """Raises ValueError if scales are of other groups than the config says, and it has no own sizes of linears."""
-    size = config.get("group_size") or config.get("q_group_size") or -1
-    if size > 0 and groups != -(-in_features // size) and not any(config.get(name) for name in OWN_SIZES):
+def _split(config: Mapping[str, Any]) -> Split | None:
+    """`Scheme.split`, by the program that the config names."""
+    if config.get("provider") == AUTO_ROUND:
+        return "alternating"
+    programs = str((config.get("meta") or {}).get("quantizer"))
+    return "halves" if any(program in programs for program in IN_HALVES) else None
+
+
+def _group_size(key: str, config: Mapping[str, Any], groups: int, in_features: int) -> int:
+    """The number of inputs of all groups but the last, which may have fewer.
+
+    Raises:
+        ValueError: scales are of other groups than the config says, and it has no own sizes of linears.
+    """
+    size = config.get("group_size") or config.get("q_group_size") or in_features
+    has_own_size = size < 0 or any(config.get(name) for name in OWN_SIZES)
+    for width in (size, *(SIZES if has_own_size else ())):
+        if width > 0 and groups == -(-in_features // width):
+            return width
+    if not has_own_size or in_features % groups:
         raise ValueError(
             f"{key}: it has scales for {groups} groups, and {in_features} inputs in groups of {size} "
             f"(`quantization_config` in config.json) have {-(-in_features // size)}: {REMEDY}"
         )
+    return in_features // groups
