@@ -1,5 +1,6 @@
 """Models as blocks, for every family: blocks run one by one are the model, and forced experts are those that run."""
 
+import architectures
 import pytest
 import tiny_models
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
 
+from eacmoe_lightning.job.trained import TrainedParts
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
@@ -14,6 +16,7 @@ from eacmoe_lightning.models.originals import BUNDLED, load_original
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.checks import check_original, warn_of_guessing
 from eacmoe_lightning.routers.router_weights import forced_weights
+from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.text.windows import read_windows
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -189,6 +192,29 @@ def test_all_that_is_not_quantized_is_embedding_router_norm_or_bias(family):
     assert left == routers | shared_gates | head | {"model.embed_tokens.weight"}
     norms = {name for name, _ in moe.norms()}
     assert norms == {name for name, p in parameters.items() if p.ndim == 1 and "norm" in name}
+
+
+def test_what_norms_add_to_their_weights():
+    moe = MoEModel(architectures.build("qwen3_next"))
+    offsets = {name: moe.norm_offset(name) for name, _ in moe.norms()}
+    gated = [name for name in offsets if ".linear_attn.norm." in name]  # reads a gate, and has its weight alone
+    assert gated and all(offsets[name] == 0 for name in gated)
+    assert all(offset == pytest.approx(1, rel=1e-3) for name, offset in offsets.items() if name not in gated)
+    for family in ("qwen3_moe", "phimoe", "cohere2_moe"):  # plain, with biases, with a mean
+        moe = MoEModel(architectures.build(family))
+        assert {moe.norm_offset(name) for name, _ in moe.norms()} == {0.0}
+
+
+def test_the_unit_of_a_norms_rate_is_what_it_multiplies_by(tmp_path):
+    model = architectures.build("qwen3_next")
+    name = "model.layers.0.input_layernorm.weight"
+    model.get_parameter(name).data.zero_()  # as models of this kind begin
+    model.save_pretrained(tmp_path / "model")
+    parts = TrainedParts(StreamedModel(Checkpoint(str(tmp_path / "model"))), RunDirectory(tmp_path / "run"), True)
+    units = {group["name"]: group["rms"] for group in parts.optimizer_groups()}
+    assert units[f"norm {name}"] == pytest.approx(1, rel=1e-3)
+    gated = model.get_parameter("model.layers.0.linear_attn.norm.weight")
+    assert units["norm model.layers.0.linear_attn.norm.weight"] == pytest.approx(float(gated.data.square().mean().sqrt()))
 
 
 @families

@@ -106,6 +106,21 @@ def test_equal_logits_go_to_the_lower_id():
     torch.testing.assert_close(weights, torch.full((2, 2), 0.5))
 
 
+@pytest.mark.parametrize("change", [{"top_k": 1}, {"norm_topk_prob": False}, {"norm_topk_prob": False, "top_k": 4}])
+def test_a_router_whose_options_change_later_follows_them(change):
+    model, found = shortened(architectures.build("qwen3_moe").eval())
+    assert found["routers"]
+    with torch.no_grad():
+        before = model(tokens(FEW), use_cache=False).logits
+    for layer in model.model.layers:
+        for name, value in change.items():
+            assert getattr(layer.mlp.gate, name) != value
+            setattr(layer.mlp.gate, name, value)
+    assert error(model, tokens(FEW)) < 2e-5
+    with torch.no_grad():
+        assert (model(tokens(FEW), use_cache=False).logits - before).abs().max() > 1e-2
+
+
 def test_a_packed_model(fitted):
     """Loading does it; the model copies and pickles, and its gradients and long texts go the modules' own way."""
     model = load(fitted("qwen2_moe"))

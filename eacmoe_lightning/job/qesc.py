@@ -62,7 +62,7 @@ class QESC(Comparison):
             steps per block) or joint (only in the joint stage).
         router_loss: Loss that sgd minimises; its num_targets is also the k of ridge.
         router_lr: Learning rate of sgd. All learning rates but joint_code_lr are relative to the root mean square of
-            the tensor that they train, so that one number fits routers of any scale.
+            the tensor that they train (1 + weight in norms that multiply by this), so that one number fits any scale.
         router_epochs: Passes over the calibration text per block.
         router_warm_start: Start sgd from the closed-form solution.
         ridge: Strength of ridge's penalty on drift from the original router, relative to the mean squared router

@@ -52,6 +52,7 @@ class TrainedParts:
     def __init__(self, moe: StreamedModel, run: RunDirectory, trains_norms: bool, resident: bool = True) -> None:
         self.moe, self.run, self.resident = moe, run, resident
         self.routers, self.norms = nn.ParameterDict(), nn.ParameterDict()  # [E, D]; [D]
+        self._offsets: dict[str, float] = {}  # that the norms add to their weights, by parameter name
         self.scales: dict[str, nn.Parameter] = {}  # by parameter name, in the shape of the scales
         self.moved: dict[str, Movable] = {}  # by parameter name
         self.codes: dict[str, QuantizedWeight] = {}  # weights in training that are in memory, as at its start
@@ -66,13 +67,22 @@ class TrainedParts:
         if trains_norms:
             for name, weight in moe.read(name for name, _ in moe.norms()).items():
                 self.norms[_key(name)] = nn.Parameter(weight.float().clone())
+                self._offsets[name] = moe.norm_offset(name)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """One group per parameter in training, with its kind, its name in the model and `rms`.
 
-        `rms` is the unit of its learning rate: its root mean square, or for codes a step of the grid.
+        `rms` is the unit of its learning rate: its root mean square (of norms that multiply by 1 + weight, that of the
+        sum), or for codes a step of the grid.
         """
         rows, blocks = self.kept_rows, self._blocks
+
+        def rms(kind: str, name: str, weight: Tensor) -> float:
+            if kind == "code":
+                return 1.0
+            weight = weight.detach()[rows[name]] if kind == "router" else weight.detach()
+            return float((weight + self._offsets.get(name, 0.0)).square().mean().sqrt())
+
         routers = {b.router_parameter_name: self.routers[router_key(b)] for b in blocks if b.calibrates}
         kinds = {
             "router": routers or ({} if self.moe.calibrated_blocks else dict(self.routers)),
@@ -81,12 +91,7 @@ class TrainedParts:
             "code": {name: moved.position for name, moved in self.moved.items()},
         }
         return [
-            {
-                "params": [weight],
-                "kind": kind,
-                "name": f"{kind} {name}",
-                "rms": 1.0 if kind == "code" else _rms(weight[rows[name]] if kind == "router" else weight),
-            }
+            {"params": [weight], "kind": kind, "name": f"{kind} {name}", "rms": rms(kind, name, weight)}
             for kind, weights in kinds.items()
             for name, weight in weights.items()
         ]
@@ -347,10 +352,6 @@ class TrainedParts:
 
 def router_key(block: Block) -> str:
     return f"block_{block.index:03d}"
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.detach().square().mean().sqrt())
 
 
 def _key(name: str) -> str:

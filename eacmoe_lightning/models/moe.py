@@ -185,6 +185,31 @@ class MoEModel:
             ):
                 yield name, parameter
 
+    @torch.no_grad()
+    def norm_offset(self, name: str) -> float:
+        """The number that a norm adds to its weight before it multiplies: 1 in Qwen3-Next and Qwen3.5, 0 in most.
+
+        Args:
+            name: of a parameter from `norms`. Of a bias, or of a norm that reads more than hidden states, it is 0.
+        """
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        parameters = dict(module.named_parameters())
+        x = torch.ones(1, parameters[leaf].numel())
+        x[:, ::2] = -1  # a norm gives such an input back
+
+        def gain(weight: float) -> float:
+            values = {key: torch.zeros(parameter.shape) for key, parameter in parameters.items()}
+            values[leaf] += weight
+            return float(torch.func.functional_call(module, values, (x,)).float().mul(x).mean())
+
+        try:
+            at_zero = gain(0.0)
+            slope = gain(1.0) - at_zero
+        except (TypeError, AttributeError, ValueError, RuntimeError):
+            return 0.0
+        return at_zero / slope if slope else 0.0
+
     def with_weights(self, weights: Mapping[str, Tensor], run: Callable[[], Any]) -> Any:
         """What `run` returns while these tensors stand in for the model's parameters, by name; differentiable."""
         if not weights:

@@ -62,7 +62,7 @@ def shorten_decode_step(model: nn.Module, blocks: list[Block]) -> dict[str, int]
     for module in list(model.modules()):
         if (block := routers.get(id(module))) is not None:
             if (choice := find_choice(block)) is not None:
-                _replace(module, _route, block.router_matrix, choice)
+                _replace(module, _route, block.router_matrix, choice, _options(module))
                 shortened["routers"] += 1
         elif _may_be_norm(module):
             if (form := find_norm(module)) is not None:
@@ -259,8 +259,18 @@ def _correction(router: nn.Module, rule: ChoiceRule) -> Tensor | None:
     return getattr(router.get_submodule(owner), name).float().flatten().contiguous()
 
 
-def _route(router: nn.Module, owner: nn.Module, rule: ChoiceRule, hidden: Tensor) -> tuple | None:
+def _options(router: nn.Module) -> dict[str, float | str | None]:
+    """The numbers and words that a router computes with: the rule holds as long as nobody changes one."""
+    return {name: value for name, value in vars(router).items() if isinstance(value, int | float | str)}
+
+
+def _route(
+    router: nn.Module, owner: nn.Module, rule: ChoiceRule, options: dict[str, float | str | None], hidden: Tensor
+) -> tuple | None:
     if not _is_few(hidden) or not _fits(hidden, owner.weight) or rule.chosen > len(owner.weight):
+        return None
+    now = vars(router)
+    if any(now.get(name) != value for name, value in options.items()):
         return None
     return _routed(router, owner, rule, hidden)
 
