@@ -214,7 +214,9 @@ def test_the_unit_of_a_norms_rate_is_what_it_multiplies_by(tmp_path):
     units = {group["name"]: group["rms"] for group in parts.optimizer_groups()}
     assert units[f"norm {name}"] == pytest.approx(1, rel=1e-3)
     gated = model.get_parameter("model.layers.0.linear_attn.norm.weight")
-    assert units["norm model.layers.0.linear_attn.norm.weight"] == pytest.approx(float(gated.data.square().mean().sqrt()))
+    assert units["norm model.layers.0.linear_attn.norm.weight"] == pytest.approx(
+        float(gated.data.square().mean().sqrt())
+    )
 
 
 @families

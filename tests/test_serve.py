@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +23,7 @@ import eacmoe_lightning
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.commands.serve import check_loads, check_port, open_served, read_template
 from eacmoe_lightning.exports.export import export
+from eacmoe_lightning.serving import requests
 from eacmoe_lightning.serving.transformers_server import BATCHES, CONTINUE, Served, missing_packages, serve
 from eacmoe_lightning.skipping.stored import KEY as SKIPPING
 
@@ -78,6 +80,9 @@ def test_models_that_cannot_be_served(tmp_path, directory):
 def test_options_that_cannot_be_met(tmp_path):
     with pytest.raises(ValueError, match=r"--chat_template .*none\.jinja.*`continue`"):
         read_template(str(tmp_path / "none.jinja"))
+    (tmp_path / "bad.jinja").write_text("{{ bad")
+    with pytest.raises(ValueError, match=r"--chat_template .*bad\.jinja cannot be read \(.*end of template"):
+        read_template(str(tmp_path / "bad.jinja"))
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"--port {port} on localhost \(--host\).*in use"):
@@ -85,6 +90,35 @@ def test_options_that_cannot_be_met(tmp_path):
     check_port("localhost", port)
     with pytest.raises(ValueError, match="--port 70000"):
         check_port("localhost", 70000)
+
+
+@needs_server
+def test_words_of_a_chat_that_are_no_settings(directory, capsys):
+    for word, message in (("max_new_tokens=abc", "no such value"), ("tokens=3", "no such setting")):
+        with pytest.raises(SystemExit):
+            main(["chat", str(directory), word])
+        assert f"error: {word}: " in (said := capsys.readouterr().err) and message in said
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"max_tokens": 5000}, "max_tokens is 5000, and the model has 4096 positions"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens is not a positive number of tokens: 0"),
+        ({"max_tokens": 2.5}, "max_tokens is not a positive number of tokens: 2.5"),
+        ({"top_p": 7}, "top_p is not a number from 0 to 1: 7"),
+        ({"temperature": True}, "temperature is not a number from 0 to 2: True"),
+        ({"seed": "x"}, "seed is not a whole number: 'x'"),
+        ({"stop": 5}, "stop is neither a text nor a list of texts: 5"),
+        ({"logprobs": 1}, "logprobs is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"n": 1, "logprobs": None, "echo": False, "response_format": {"type": "text"}, "stop": ["a"]}, None),
+        ({"max_tokens": 4096, "temperature": 0, "top_p": 1.0, "seed": 3, "stop": "a"}, None),
+    ],
+)
+def test_what_a_request_may_hold(body, message):
+    problem = requests.problem_of(body, 4096)
+    assert problem is None if message is None else message in problem
 
 
 def test_a_model_that_skips_experts_takes_no_batches(tmp_path, directory):
@@ -168,13 +202,33 @@ def _ask(openai, url: str, server: subprocess.Popen) -> dict[str, str]:
     chat = client.chat.completions.create
     for ask, status, message in (
         (lambda: complete(**options | {"model": "other"}, prompt="x"), 400, "requested 'other'"),
-        (lambda: complete(**options | {"max_tokens": "many"}, prompt="x"), 400, "invalid literal"),
+        (lambda: complete(**options | {"max_tokens": "many"}, prompt="x"), 400, "max_tokens is not a positive number"),
+        (lambda: complete(**options, prompt=""), 400, "prompt is empty"),
+        (lambda: complete(**options, prompt=["a", "b"]), 400, "prompt must be a string"),
+        (lambda: complete(**options, prompt="x", n=2), 400, "n is not supported"),
+        (lambda: chat(**options, messages="hi"), 400, "messages is not a list"),
+        (lambda: chat(**options, messages=[{"role": "user"}]), 400, r"messages\[0\] has no content"),
         (lambda: complete(**options, prompt="x", extra_body={"nonsense": 1}), 422, "nonsense"),
         (lambda: chat(**options, messages=[{"role": "user", "content": "x"}]), 400, "has no chat template"),
     ):
         with pytest.raises(openai.APIStatusError, match=message) as refused:
             ask()
         assert refused.value.status_code == status
+    bad = urllib.request.Request(f"{url}/v1/completions", b"[1", {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(bad)
+    assert refused.value.code == 400 and "the body: JSON" in json.loads(refused.value.read())["error"]["message"]
+    long = options | {"max_tokens": 4000, "prompt": "The whale"}
+    with pytest.raises(openai.APITimeoutError):
+        complete(**long, timeout=2)
+    started = time.monotonic()  # it is not computed to its end for a client that has left
+    assert complete(prompt="The whale", **options).choices[0].text == texts["The whale"]
+    assert time.monotonic() - started < 20
+    with pytest.raises(openai.APIStatusError, match="the server is being stopped"), ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(lambda: complete(**long))
+        time.sleep(2)
+        server.terminate()
+        answer.result()
     return texts
 
 

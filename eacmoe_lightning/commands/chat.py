@@ -33,6 +33,7 @@ def chat(words: Sequence[str]) -> None:
     if given.model is not None and "=" in given.model:  # a setting: MODEL was left out
         given.model, words = None, [given.model, *words]
     choose_engine("transformers")
+    transformers_server.check_settings(words)
     if given.url is not None:
         if given.chat_template is not None:
             raise ValueError("--chat_template: the server of --url renders conversations, so pass it to `eacmoe serve`")

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.originals import resolve_model
+from eacmoe_lightning.models.transformers_loader import check_template
 from eacmoe_lightning.serving import transformers_server
 from eacmoe_lightning.serving.packed_model import check_servable
 from eacmoe_lightning.serving.transformers_server import CONTINUE, Served
@@ -117,13 +120,15 @@ def read_template(chat_template: str | None) -> str | None:
     """The template in a file; `continue` and None unchanged.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it is no template.
     """
     if chat_template in (None, CONTINUE):
         return chat_template
     try:
-        return Path(chat_template).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        template = Path(chat_template).read_text("utf-8")
+        check_template(template)
+        return template
+    except (OSError, UnicodeDecodeError, TemplateError) as error:
         raise ValueError(
             f"--chat_template {chat_template} cannot be read ({error}): pass a Jinja file, or `continue`"
         ) from error

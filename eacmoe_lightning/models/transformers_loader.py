@@ -198,6 +198,11 @@ def trust_tokenizer_file(model_type: str) -> None:
     tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(model_type)
 
 
+def check_template(template: str) -> None:
+    """Raises TemplateSyntaxError for a broken chat template."""
+    _compile_jinja_template(template)
+
+
 @contextmanager
 def dated(template: str, date: datetime) -> Iterator[None]:
     """Inside the `with` block a chat template that asks for the date (`strftime_now`) gets this one.

@@ -7,19 +7,22 @@ manager that loads the one model in our way, and every request is for that model
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import socket
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eacmoe_lightning.compressed.format import read_config as read_directory
 from eacmoe_lightning.compressed.loading import load
@@ -27,7 +30,9 @@ from eacmoe_lightning.compressed.opening import OpenedModel
 from eacmoe_lightning.models.originals import read_config, resolve_model
 from eacmoe_lightning.models.tokenizer import load_tokenizer
 from eacmoe_lightning.models.transformers_loader import auto_class
+from eacmoe_lightning.serving import requests
 from eacmoe_lightning.skipping.stored import KEY as SKIPPING
+from eacmoe_lightning.text.windows import read_sizes
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +65,11 @@ class Served:
     name: str
     opened: OpenedModel
     template: str | None = None
+
+    @property
+    def positions(self) -> int | None:
+        """The number of the model's positions, if it has one."""
+        return read_sizes(self.opened.directory)[1]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; without a chat template, one that refuses conversations with status 400."""
@@ -179,30 +189,82 @@ def chat(name: str, url: str, words: Sequence[str]) -> None:
         module.RichInterface = theirs
 
 
+def check_settings(words: Sequence[str]) -> None:
+    """Raises ValueError for a word such as `max_new_tokens=abc`, which is no setting of `generate`."""
+    from transformers.cli.chat import parse_generate_flags
+
+    for word in words:
+        if word.startswith("-") or "=" not in word:
+            continue
+        try:
+            unknown = GenerationConfig().update(**parse_generate_flags([word]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{word}: no such value of a setting of `generate` ({error})") from error
+        if unknown:
+            raise ValueError(f"{word}: `generate` has no such setting (`max_new_tokens=60 do_sample=False` are two)")
+
+
 @contextmanager
 def _our_parts(served: Served) -> Iterator[None]:
-    """Lets `Serve` be made with our manager, and with an answer to requests that its handlers cannot read."""
-    from fastapi import HTTPException
+    """Lets `Serve` be made with our manager, our answer to requests that it cannot read, and an end of others."""
+    import uvicorn
     from transformers.cli.serving import model_manager, server
 
-    theirs = model_manager.ModelManager, server.build_server
-    model_manager.ModelManager = _manager_of(served, theirs[0])
+    theirs = model_manager.ModelManager, server.build_server, uvicorn.Server
+    stopping = threading.Event()
 
-    def build_server(*args: Any, **kwargs: Any) -> Any:
-        app = theirs[1](*args, **kwargs)
-        for error in (HTTPException, ValueError, KeyError, TypeError):
-            app.add_exception_handler(error, _bad_request)
-        return app
+    class Server(theirs[2]):
+        def handle_exit(self, *args: Any) -> None:
+            stopping.set()
+            super().handle_exit(*args)
 
-    server.build_server = build_server
+    model_manager.ModelManager = _manager_of(served, theirs[0], stopping)
+    server.build_server, uvicorn.Server = partial(_build_server, theirs[1], served), Server
     try:
         yield
     finally:
-        model_manager.ModelManager, server.build_server = theirs
+        model_manager.ModelManager, server.build_server, uvicorn.Server = theirs
 
 
-def _manager_of(served: Served, manager: type) -> type:
-    """transformers' manager of models, with one model."""
+def _build_server(theirs: Callable[..., Any], served: Served, *args: Any, **kwargs: Any) -> Any:
+    """transformers' app, which refuses with a reason what it cannot answer, and notes who leaves."""
+    from fastapi import HTTPException
+    from fastapi.exceptions import RequestValidationError
+    from jinja2 import TemplateError
+
+    given = inspect.signature(theirs).bind(*args, **kwargs).arguments
+    checks = {"chat_handler": requests.problem_of_messages, "completion_handler": requests.problem_of_prompt}
+    for name in (*checks, "response_handler"):
+        _check_first(given[name], checks.get(name), served.positions)
+    app = theirs(*args, **kwargs)
+    for error in (HTTPException, RequestValidationError, TemplateError, ValueError, KeyError, TypeError):
+        app.add_exception_handler(error, _bad_request)
+    app.add_exception_handler(requests.GivenUp, _given_up)
+    app.add_middleware(requests.Watched)
+    return app
+
+
+def _check_first(handler: Any, problem_of_text: Callable[[dict], str | None] | None, positions: int | None) -> None:
+    """Has a handler refuse what `requests` finds, and mark its generation configs."""
+    from fastapi import HTTPException
+
+    handle, build = handler.handle_request, handler._build_generation_config
+
+    async def checked(body: dict[str, Any], request_id: str) -> Any:
+        problem = requests.problem_of(body, positions) or (problem_of_text and problem_of_text(body))
+        if problem:
+            raise HTTPException(400, problem)
+        return await handle(body, request_id)
+
+    def marked(*args: Any, use_cb: bool = False, **kwargs: Any) -> Any:
+        config = build(*args, use_cb=use_cb, **kwargs)
+        return config if use_cb else requests.mark(config)
+
+    handler.handle_request, handler._build_generation_config = checked, marked
+
+
+def _manager_of(served: Served, manager: type, stopping: threading.Event) -> type:
+    """transformers' manager of models, with one model, which stops generating when `stopping` is set."""
 
     class Manager(manager):
         @staticmethod
@@ -218,7 +280,7 @@ def _manager_of(served: Served, manager: type) -> type:
             model = served.model(self.dtype, self.device)
             if self.attn_implementation is not None:
                 model.set_attn_implementation(self.attn_implementation)
-            return model
+            return requests.interruptible(model, stopping)
 
         def list_models(self, *_: Any) -> list[dict[str, Any]]:
             created = int((served.opened.directory / "config.json").stat().st_mtime)
@@ -231,12 +293,24 @@ def _manager_of(served: Served, manager: type) -> type:
 
 async def _bad_request(request: Any, error: Exception) -> Any:
     """An error as OpenAI's clients read it; with status 400 what would be 500 in transformers' server."""
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
 
-    message = f"{error} is missing" if isinstance(error, KeyError) else str(getattr(error, "detail", error))
+    if isinstance(error, RequestValidationError):
+        message = "; ".join(f"the body: {one['msg']}" for one in error.errors())
+    else:
+        message = f"{error} is missing" if isinstance(error, KeyError) else str(getattr(error, "detail", error))
     log.warning("%s refused: %s", request.url.path, message)
     status = getattr(error, "status_code", 400)
     return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
+
+
+async def _given_up(request: Any, error: Exception) -> Any:
+    """The answer to a request whose client has left, or which the end of the server has cut off."""
+    from fastapi.responses import JSONResponse
+
+    log.warning("%s given up: %s", request.url.path, error)
+    return JSONResponse({"error": {"message": str(error), "type": "server_error"}}, status_code=503)
 
 
 def _refuse_conversations(*_: Any, **__: Any) -> Any:

@@ -312,9 +312,13 @@ def beginning_tokens(tokenizer) -> list[int]:
 
 
 def read_sizes(model: Path) -> tuple[int | None, int | None]:
-    """Rows of the embedding and `max_position_embeddings` of a model directory, where its config.json has them."""
+    """Rows of the embedding and `max_position_embeddings` of a model directory, where its config.json has them.
+
+    That of a compressed directory has them in the original's config.
+    """
     path = model / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
+    config = (config.get("original") or {}).get("config") or config
     config |= config.get("text_config") or {}
     return config.get("vocab_size"), config.get("max_position_embeddings")
 
