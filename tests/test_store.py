@@ -45,6 +45,18 @@ def test_the_old_file_stays_when_the_writer_fails(tmp_path, failure):
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]  # no partial file is left
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_weights_are_as_readable_as_other_files(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "weights.safetensors", tensors())
+        write_json(tmp_path / "config.json", {})
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
 def test_a_write_replaces_the_old_file(tmp_path):
     for text in ("old and longer", "new"):
         write_atomically(tmp_path / "file", lambda partial, text=text: partial.write_text(text))

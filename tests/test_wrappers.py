@@ -7,6 +7,8 @@ import jobs
 import pytest
 import torch
 import transformers
+from changed_models import refused
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_packed_loading import compress
 from torch import Tensor
@@ -20,6 +22,7 @@ from transformers import (
     Glm4vMoeConfig,
     Llama4Config,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen3_5MoeConfig,
     Qwen3VLMoeConfig,
 )
@@ -126,24 +129,30 @@ def wrapper(tmp_path_factory):
     def build(kind: str) -> Path:
         if kind not in folders:
             folder = tmp_path_factory.mktemp(kind)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = AutoModelForImageTextToText.from_config(CONFIGS[kind], dtype=torch.float32)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if name.endswith(("gate.weight", "router.weight")):
-                        parameter *= 6  # a fresh router selects nearly uniformly
+            model = write(kind, folder)
             try:
                 model(torch.tensor([[1, 2]]))
             except AttributeError as error:  # Llama 4 with 5.24: its text half returns no `image_outputs`
                 pytest.skip(f"{kind}: transformers {transformers.__version__} cannot run it on text ({error})")
-            model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
-            (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
             folders[kind] = folder
         return folders[kind]
 
     return build
+
+
+def write(kind: str, folder: Path) -> PreTrainedModel:
+    """The model, written into a directory."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(CONFIGS[kind], dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("gate.weight", "router.weight")):
+                parameter *= 6  # a fresh router selects nearly uniformly
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return model
 
 
 def outside(weights: dict[str, Tensor], blocks: list) -> dict[str, Tensor]:
@@ -189,6 +198,9 @@ def test_a_compressed_wrapper_loads_and_exports_as_the_wrapper(kind, wrapper, to
         loaded = outside(model.state_dict(), moe.blocks)
         for name, tensor in outside(original.state_dict(), moe.blocks).items():
             assert torch.equal(loaded[name], tensor), name
+    card = (compressed / "README.md").read_text()
+    assert "`AutoModelForImageTextToText.from_pretrained`" in card and "vLLM" not in card
+    assert ModelCard(card).data.pipeline_tag == "image-text-to-text"
     for directory in (compressed, dense):
         assert json.loads((directory / "preprocessor_config.json").read_text()) == PROCESSOR
     config = json.loads((dense / "config.json").read_text())
@@ -250,6 +262,13 @@ def test_a_type_without_a_language_model_is_refused_by_one_message(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not transformers.__version__.startswith("5.24."), reason="the fault of another version")
+def test_a_model_that_this_transformers_cannot_run_is_refused_by_one_sentence(tmp_path, capsys):
+    write("llama4", tmp_path / "model")
+    message = refused(tmp_path / "model", tmp_path / "run", capsys)
+    assert "Llama4ForConditionalGeneration of transformers 5.24" in message and "try another version" in message
+
+
 def test_a_wrapper_is_fitted(wrapper, tmp_path):
     folder = wrapper("qwen3_vl_moe")
     run = jobs.fit(folder, tmp_path / "run", model__joint_epochs=1, data__num_windows=4, data__batch_size=2)

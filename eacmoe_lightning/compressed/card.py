@@ -22,6 +22,7 @@ from eacmoe_lightning.compressed.format import DRAFT, METHOD, read_config, runs_
 from eacmoe_lightning.compressed.sizes import HEAD, stored_parts
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import resolve_model
+from eacmoe_lightning.models.transformers_loader import auto_class
 from eacmoe_lightning.run.files import write_atomically
 from eacmoe_lightning.run.provenance import TRAINER_OPTIONS, command_line
 from eacmoe_lightning.version import __version__
@@ -45,10 +46,11 @@ LOAD = (
     "model = eacmoe_lightning.load(path)\ntokenizer = AutoTokenizer.from_pretrained(path)\n```\n\n"
     "needs the package eacmoe-lightning. `fit` and `prune` reload what they write and compare its logits. "
 )
+WITH_IMAGES = "Images go through the original's processor, whose files lie here. "
 PACKED = (
-    "Weights stay packed in memory. With `trust_remote_code=True` `AutoModelForCausalLM.from_pretrained` needs no "
-    "import of the package. vLLM 0.32 was seen to serve such directories on CPUs, through the package's plugin."
+    "Weights stay packed in memory. With `trust_remote_code=True` `{}.from_pretrained` needs no import of the package."
 )
+SERVED = " vLLM 0.32 was seen to serve such directories on CPUs, through the package's plugin."
 DECODED = "Weights are decoded as they are loaded; `eacmoe export` writes the model for other engines."
 
 
@@ -62,12 +64,26 @@ def write_card(directory: Path, moe: MoEModel, report: dict[str, Any] | None = N
     """
     config = read_config(directory)
     sections = {
-        "## How to load it": LOAD + (PACKED if runs_packed(config) else DECODED),
+        "## How to load it": _how_to_load(config, moe),
         "## Bits": bits_by_part(directory, moe, directory),
         QUALITY: quality(report),
         MADE: _made(config, report) + _commands(command_of(report)),
     }
-    _put(directory, _card(config, METHOD, sections))
+    _put(directory, _card(config, moe, METHOD, sections))
+
+
+def _how_to_load(config: dict[str, Any], moe: MoEModel) -> str:
+    text = LOAD + (WITH_IMAGES if _is_wrapper(moe) else "")
+    if not runs_packed(config):
+        return text + DECODED
+    has_equal_blocks = len({block.num_experts for block in moe.moe_blocks}) == 1
+    packed = PACKED.format(auto_class(moe.model.config).__name__)
+    return text + packed + (SERVED if has_equal_blocks and not _is_wrapper(moe) else "")
+
+
+def _is_wrapper(moe: MoEModel) -> bool:
+    """Whether the language model is inside a model that sees images."""
+    return moe.model.config.get_text_config() is not moe.model.config
 
 
 def write_export_card(source: Path, moe: MoEModel, directory: Path, format: str, seen: Sequence[str]) -> None:
@@ -88,7 +104,7 @@ def write_export_card(source: Path, moe: MoEModel, directory: Path, format: str,
         QUALITY: quality(report) or section(source / NAME, QUALITY),
         MADE: _made(config, report) + _commands(*commands, command_of(None)),
     }
-    _put(directory, _card(config, format, sections))
+    _put(directory, _card(config, moe, format, sections))
 
 
 def bits_by_part(source: Path, moe: MoEModel, directory: Path) -> str:
@@ -203,7 +219,7 @@ def base_data(name_or_path: str) -> dict[str, Any]:
     return {key: data[key] for key in PASSED_ON if data.get(key)}
 
 
-def _card(config: dict[str, Any], kind: str, sections: dict[str, str]) -> str:
+def _card(config: dict[str, Any], moe: MoEModel, kind: str, sections: dict[str, str]) -> str:
     name, original = config["original"]["name_or_path"], config["original"]["config"]
     base = base_data(name)
     is_quantized, is_pruned = bool(config["quantization"]["bits"]), "pruning" in config["quantization"]
@@ -212,9 +228,9 @@ def _card(config: dict[str, Any], kind: str, sections: dict[str, str]) -> str:
     tags = ["mixture-of-experts", original["model_type"], *words, "eacmoe"]
     tags += ["custom_code"] if kind == METHOD else []
     relation = {"base_model": name, **({"base_model_relation": "quantized"} if is_quantized else {})} if is_hub else {}
-    data = ModelCardData(
-        **base, **relation, tags=tags, library_name=LIBRARIES.get(kind, "transformers"), pipeline_tag="text-generation"
-    )
+    task = "image-text-to-text" if _is_wrapper(moe) and kind != "gguf" else "text-generation"
+    library = LIBRARIES.get(kind, "transformers")
+    data = ModelCardData(**base, **relation, tags=tags, library_name=library, pipeline_tag=task)
     model = f"[{name}](https://huggingface.co/{name})" if is_hub else f"`{name}`"
     license = base.get("license_name") or base.get("license")
     terms = f"Its license, {license}, applies to this model too." if license else (

@@ -203,5 +203,7 @@ class _Saver:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def __call__(self, save_directory: str | Path, **_: Any) -> None:
+    def __call__(self, save_directory: str | Path, push_to_hub: bool = False, **_: Any) -> None:
+        if push_to_hub:
+            raise ValueError("push_to_hub: save the model, and upload the directory with `hf upload`")
         save_packed(save_directory, self.model)

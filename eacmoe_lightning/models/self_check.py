@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from eacmoe_lightning.models.block import Block, Call
@@ -84,7 +85,13 @@ def check_parts(
         return expected
 
     with moe.blocks_replaced(lambda index: partial(run, moe.blocks[index])):
-        logits = moe.model(**inputs(input_ids, position_ids)).logits
+        try:
+            logits = moe.model(**inputs(input_ids, position_ids)).logits
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{type(moe.model).__name__} of transformers {transformers.__version__} does not run on text alone "
+                f"({error}): try another version of transformers"
+            ) from error
     if not states:
         raise ValueError(f"{moe.config.model_type}: its forward pass does not run its blocks. {REMEDY}")
     _compare(f"{moe.config.model_type}: its head", moe.head(states[-1], input_ids), logits)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
     with full_disk_named(path, partial):
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)  # by the user's umask; safetensors lets nobody else read its files
         write(partial)
+        partial.chmod(mode)
         settle(partial, path)
 
 

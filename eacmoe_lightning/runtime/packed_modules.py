@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
 from eacmoe_lightning.models.head import output_head
+from eacmoe_lightning.models.transformers_loader import auto_class
 from eacmoe_lightning.models.transformers_modules import has_default_gate, post_expert_norm
 from eacmoe_lightning.quantization.grid import Bits, Quantized
 from eacmoe_lightning.quantization.packing import expert_codes, packed, unpack
@@ -277,7 +278,8 @@ def pack_modules(model: nn.Module, bits: dict[str, int | list[int]], group_sizes
         except AttributeError as error:
             raise ValueError(
                 f"{name} is listed as quantized, but {type(model).__name__} has no such parameter: a compressed "
-                "directory opens as its causal language model (AutoModelForCausalLM, or eacmoe_lightning.load)"
+                f"directory opens as its causal language model ({auto_class(model.config).__name__}, or "
+                "eacmoe_lightning.load)"
             ) from error
         width = bits[name]
         if not isinstance(width, int):
