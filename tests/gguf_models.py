@@ -32,6 +32,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe-alpha": dict(rope_parameters={"rope_type": "ntk_alpha", "rope_theta": 10000.0, "alpha": 1000.0}),
     "lfm2_moe": dict(routed_scaling_factor=1.0, tie_word_embeddings=True),
     "minimax_m2": dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+    "nemotron_h-latent": dict(moe_latent_size=32),
     "olmoe": dict(clip_qkv=None, num_key_value_heads=4),
     "olmoe-tied": dict(clip_qkv=None, num_key_value_heads=4, tie_word_embeddings=True),
     "qwen3_5_moe_text": dict(head_dim=32, linear_key_head_dim=32, linear_value_head_dim=32),

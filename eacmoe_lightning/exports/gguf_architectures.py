@@ -18,7 +18,7 @@ from eacmoe_lightning.models.moe import MoEModel
 
 SOFTMAX, SIGMOID = 1, 2  # values of llama.cpp's expert_gating_func
 KINDS = ("linear_attention", "full_attention")
-WITHOUT_HEADS = ("conv", "linear_attention", "mamba")
+WITHOUT_HEADS = ("conv", "linear_attention", "mamba", "moe")
 SECTIONS = [11, 11, 10]  # how Qwen3.5 divides rotated pairs between time, height and width, where its config does not
 LITE = (26, 27)  # numbers of blocks at which llama.cpp takes deepseek2 for a model whose queries are not latent
 ROPE_TYPES = ("default", "yarn", "ntk_alpha")
@@ -40,6 +40,7 @@ class Architecture:
         layers: the kinds of layers that there may be.
         recurrent: what the layers without attention are, if they hold a state space: `delta net`, where one in every so
             many layers has full attention, or `mamba`.
+        separate: whether a layer is either attention, a state space or experts.
         leading_dense: whether the first blocks may be dense.
         gating: the key for what turns the router's logits into scores; None: there is none.
         normalizes: whether the weights of the selected experts are divided by their sum; None: a key says so.
@@ -51,8 +52,10 @@ class Architecture:
             those of a key head are adjacent.
         biases: the linears and experts whose biases are added.
         needs_head: whether the file must have an output matrix where it equals the embedding.
+        prefix: what names of parameters begin with in the `gguf` package's tables, in place of `model`.
         expects: options of the config, and their values in llama.cpp's computation.
-        keys: further keys: name of the writer's method without `add_` -> option of the config, or a constant.
+        keys: further keys: name of the writer's method without `add_` -> option of the config, or a constant. Options
+            that are None are left out.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Architecture:
     multi_head: bool = False
     layers: tuple[str, ...] = ("full_attention",)
     recurrent: str | None = None
+    separate: bool = False
     leading_dense: bool = False
     gating: int | None = None
     normalizes: bool | None = True
@@ -72,11 +76,13 @@ class Architecture:
     tiles_values: bool = False
     biases: tuple[str, ...] = QKV
     needs_head: bool = False
+    prefix: str = "model"
     expects: Mapping[str, Any] = field(default_factory=dict)
     keys: Mapping[str, str | int] = field(default_factory=dict)
 
 
-DEEPSEEK_V3 = {"leading_dense": True, "gating": SIGMOID, "normalizes": None, "scales": True, "grouped": True}
+DEEPSEEK_ROUTER = {"gating": SIGMOID, "normalizes": None, "scales": True, "grouped": True}
+DEEPSEEK_V3 = {"leading_dense": True, **DEEPSEEK_ROUTER}
 GRANITE = Architecture(
     "granitemoe",
     reorders=True,
@@ -159,6 +165,31 @@ ARCHITECTURES = {  # by transformers' model_type
     ),
     "qwen3_next": Architecture("qwen3next", **DELTA_NET),
     "qwen3_5_moe_text": Architecture("qwen35moe", **DELTA_NET, tiles_values=True),
+    "nemotron_h": Architecture(
+        "nemotron_h_moe",
+        layers=("full_attention", "attention", "linear_attention", "mamba", "moe"),  # the names of all versions
+        recurrent="mamba",
+        separate=True,
+        biases=("ssm_conv1d",),
+        prefix="backbone",
+        **DEEPSEEK_ROUTER,
+        expects={
+            "mlp_hidden_act": "relu2",
+            "mamba_hidden_act": "silu",
+            "use_conv_bias": True,
+            "time_step_limit": (0.0, math.inf),
+            "residual_in_fp32": False,
+        },
+        keys={
+            "layer_norm_eps": "layer_norm_epsilon",
+            "expert_shared_count": "n_shared_experts",
+            "moe_latent_size": "moe_latent_size",
+            "ssm_conv_kernel": "conv_kernel",
+            "ssm_state_size": "ssm_state_size",
+            "ssm_group_count": "n_groups",
+            "ssm_time_step_rank": "mamba_num_heads",
+        },
+    ),
     "exaone_moe": Architecture(
         "exaone-moe", layers=("full_attention", "sliding_attention"), needs_head=True, **DEEPSEEK_V3
     ),
@@ -184,7 +215,10 @@ def architecture_of(moe: MoEModel) -> Architecture:
                 f"{supported!r}: {REMEDY}"
             )
     dense = [block.index for block in moe.blocks if not block.is_moe]
-    if dense != (list(range(len(dense))) if architecture.leading_dense else []):
+    expected = list(range(len(dense))) if architecture.leading_dense else []
+    if architecture.separate:
+        expected = [index for index, kind in enumerate(_kinds(moe.config)) if kind != "moe"]
+    if dense != expected:
         raise ValueError(
             f"blocks {dense} have no experts, and llama.cpp's architecture {architecture.name} expects some: {REMEDY}"
         )
@@ -214,6 +248,8 @@ def keys_of(moe: MoEModel, architecture: Architecture, widths: Mapping[str, int]
 
     config, expert = moe.config, widths["ffn_down_exps"]
     feed_forward = widths.get("ffn_down", getattr(config, "intermediate_size", expert))
+    if architecture.separate:
+        feed_forward = [expert if kind == "moe" else 0 for kind in _kinds(config)]
     keys = {
         "vocab_size": config.vocab_size,
         "block_count": len(moe.blocks),
@@ -240,7 +276,8 @@ def keys_of(moe: MoEModel, architecture: Architecture, widths: Mapping[str, int]
     if architecture.grouped and _groups(config) != (1, 1):
         keys["expert_group_count"], keys["expert_group_used_count"] = _groups(config)
     for name, value in architecture.keys.items():
-        keys[name] = getattr(config, value) if isinstance(value, str) else value
+        value = getattr(config, value) if isinstance(value, str) else value
+        keys |= {} if value is None else {name: value}
     return keys
 
 
@@ -256,7 +293,7 @@ def _attention_keys(config: PreTrainedConfig, architecture: Architecture) -> dic
             "value_length_mla": config.v_head_dim,
         }
         return keys | {"q_lora_rank": config.q_lora_rank or 0}
-    kinds = getattr(config, "layer_types", None) or []
+    kinds = _kinds(config)
     keys = {"head_count_kv": config.num_key_value_heads, "key_length": _head(config), "value_length": _head(config)}
     if architecture.recurrent == "delta net":
         keys["ssm_inner_size"] = config.linear_num_value_heads * config.linear_value_head_dim
@@ -264,8 +301,11 @@ def _attention_keys(config: PreTrainedConfig, architecture: Architecture) -> dic
     elif {*kinds} & {*WITHOUT_HEADS}:
         keys["head_count_kv"] = [0 if kind in WITHOUT_HEADS else config.num_key_value_heads for kind in kinds]
     if architecture.recurrent == "mamba":
-        keys["ssm_inner_size"] = config.mamba_n_heads * config.mamba_d_head
-        keys["rope_scaling_finetuned"] = config.position_embedding_type == "rope"  # whether anything is rotated
+        heads, head = (
+            ("mamba_num_heads", "mamba_head_dim") if architecture.separate else ("mamba_n_heads", "mamba_d_head")
+        )
+        keys["ssm_inner_size"] = getattr(config, heads) * getattr(config, head)
+        keys["rope_scaling_finetuned"] = getattr(config, "position_embedding_type", None) == "rope"  # if any is rotated
     if "sliding_attention" in architecture.layers:
         keys["sliding_window"] = config.sliding_window
         keys["sliding_window_pattern"] = [kind == "sliding_attention" for kind in kinds]
@@ -297,7 +337,7 @@ def _rotary_keys(moe: MoEModel) -> dict[str, Any]:
 def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, Any, Any]]:
     """Options and properties of the model, their values, and the values that llama.cpp computes with."""
     config = moe.config
-    kinds, kind = getattr(config, "layer_types", None) or [], _rope(config).get("rope_type") or "default"
+    kinds, kind = _kinds(config), _rope(config).get("rope_type") or "default"
     yield "hidden_act", getattr(config, "hidden_act", "silu"), "silu"
     yield "rope_type", kind, kind if kind in ROPE_TYPES else "default"
     yield "layer_types", kinds, [kind for kind in kinds if kind in architecture.layers]
@@ -312,7 +352,8 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
         yield "some layers without attention", bool({*kinds} & {*WITHOUT_HEADS}), True
     yield "experts selected in each block", [block.top_k for block in moe.moe_blocks], [moe.top_k] * len(moe.moe_blocks)
     for option, supported in architecture.expects.items():
-        yield option, getattr(config, option, supported), supported
+        value = getattr(config, option, supported)
+        yield option, tuple(value) if isinstance(value, list) else value, supported
     if architecture.latent and len(moe.blocks) in LITE:
         yield f"q_lora_rank, at {len(moe.blocks)} blocks", config.q_lora_rank, None
     if sections := _sections(config):  # pair n is number n // 3 of section n % 3, and rotated if it is in one
@@ -380,13 +421,19 @@ def _head(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def _kinds(config: PreTrainedConfig) -> list[str]:
+    """The kind of each layer, where the config has it."""
+    return getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+
+
 def _interval(kinds: list[str]) -> int:
     """Every how many layers one has full attention."""
     return kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
 
 
 def _epsilon(config: PreTrainedConfig) -> float:
-    return config.rms_norm_eps if hasattr(config, "rms_norm_eps") else config.norm_eps
+    names = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
+    return next(getattr(config, name) for name in names if hasattr(config, name))
 
 
 def _groups(config: PreTrainedConfig) -> tuple[int, int]:

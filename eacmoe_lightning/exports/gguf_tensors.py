@@ -33,15 +33,17 @@ NAMES = {  # of tensors whose parameters the `gguf` package's tables do not have
     ".expert_bias": "exp_probs_b.bias",
     ".sinks": "attn_sinks.weight",
     ".router.weight": "ffn_gate_inp.weight",
+    ".experts.up_proj": "ffn_up_exps.weight",
     ".experts.down_proj": "ffn_down_exps.weight",
     ".experts.down_proj_bias": "ffn_down_exps.bias",
     ".A_log": "ssm_a",
     ".mamba.D": "ssm_d",
+    ".mixer.D": "ssm_d",
     ".dt_bias": "ssm_dt.bias",
     ".conv1d.weight": "ssm_conv1d.weight",
     ".conv1d.bias": "ssm_conv1d.bias",
 }
-COLUMNS = (".mamba.A_log", ".mamba.D")  # vectors that are a column in the file
+COLUMNS = (".mamba.A_log", ".mamba.D", ".mixer.A_log", ".mixer.D")  # vectors that are a column in the file
 SPLIT = {  # the same for parameters whose rows are those of two tensors
     ".experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
     ".experts.gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
@@ -151,7 +153,10 @@ def plan(moe: MoEModel, types: Mapping[str, str], architecture: Architecture) ->
         elif name := _by_ending(NAMES, parameter):
             names = [prefix + name]
         else:
-            name = table.get_name(parameter.replace(".language_model.", "."), try_suffixes=(".weight", ".bias"))
+            listed = parameter.replace(".language_model.", ".")
+            if listed.startswith("model."):
+                listed = f"{architecture.prefix}.{listed.removeprefix('model.')}"
+            name = table.get_name(listed, try_suffixes=(".weight", ".bias"))
             names = [name] if name else []
         if not names or (names[0].endswith(".bias") and not _is_added(names[0], architecture)):
             raise ValueError(
@@ -199,6 +204,8 @@ def _entries(
         rows = rows.view(heads, 2, -1).transpose(1, 2).flatten()
         return [Entry(names[0], parameter, shape, kind, rows, dim)]
     in_file = (*shape, 1) if parameter.endswith(COLUMNS) else tuple(n for n in shape if n > 1) or shape
+    if parameter.endswith(".mixer.norm.weight") and config.n_groups > 1:  # a norm for each group of the state space
+        in_file = (config.n_groups, shape[0] // config.n_groups)
     entry = Entry(names[0], parameter, in_file, kind, change=change)
     return [_tiled(entry, shape, config) if architecture.tiles_values and ".linear_attn." in parameter else entry]
 
