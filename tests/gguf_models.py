@@ -18,6 +18,7 @@ FULL = {"layer_types": ["full_attention"] * 3, "sliding_window": None}
 EPSILON = {"rms_norm_eps": 1e-6}  # that of the norms of latent vectors, which no option sets
 NO_GROUPS = {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
 CHANGES: dict[str, dict[str, Any]] = {
+    "afmoe": dict(num_hidden_layers=4, layer_types=["sliding_attention"] * 3 + ["full_attention"]),
     "deepseek_v2": dict(**NO_GROUPS, **EPSILON),
     "deepseek_v2-yarn": dict(**NO_GROUPS, q_lora_rank=None, **EPSILON,
                              rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}),

@@ -20,6 +20,7 @@ SOFTMAX, SIGMOID = 1, 2  # values of llama.cpp's expert_gating_func
 KINDS = ("linear_attention", "full_attention")
 WITHOUT_HEADS = ("conv", "linear_attention", "mamba", "moe")
 SECTIONS = [11, 11, 10]  # how Qwen3.5 divides rotated pairs between time, height and width, where its config does not
+UNROTATED = 4  # every how many layers one is not rotated, where only those with sliding windows are
 LITE = (26, 27)  # numbers of blocks at which llama.cpp takes deepseek2 for a model whose queries are not latent
 ROPE_TYPES = ("default", "yarn", "ntk_alpha")
 QKV = ("attn_q", "attn_k", "attn_v")
@@ -38,6 +39,7 @@ class Architecture:
         latent: whether keys and values are made of a latent vector (DeepSeek's MLA).
         multi_head: whether each query head must have a key and value head of its own.
         layers: the kinds of layers that there may be.
+        rotates_sliding: whether layers with sliding windows alone rotate, all but each fourth.
         recurrent: what the layers without attention are, if they hold a state space: `delta net`, where one in every so
             many layers has full attention, or `mamba`.
         separate: whether a layer is either attention, a state space or experts.
@@ -64,6 +66,7 @@ class Architecture:
     latent: bool = False
     multi_head: bool = False
     layers: tuple[str, ...] = ("full_attention",)
+    rotates_sliding: bool = False
     recurrent: str | None = None
     separate: bool = False
     leading_dense: bool = False
@@ -165,6 +168,15 @@ ARCHITECTURES = {  # by transformers' model_type
     ),
     "qwen3_next": Architecture("qwen3next", **DELTA_NET),
     "qwen3_5_moe_text": Architecture("qwen35moe", **DELTA_NET, tiles_values=True),
+    "afmoe": Architecture(
+        "afmoe",
+        layers=("full_attention", "sliding_attention"),
+        rotates_sliding=True,
+        leading_dense=True,
+        gating=SIGMOID,
+        expects={"mup_enabled": True, "score_func": "sigmoid"},
+        keys={"expert_weights_norm": True, "expert_weights_scale": "route_scale"},
+    ),
     "nemotron_h": Architecture(
         "nemotron_h_moe",
         layers=("full_attention", "attention", "linear_attention", "mamba", "moe"),  # the names of all versions
@@ -341,6 +353,9 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
     yield "hidden_act", getattr(config, "hidden_act", "silu"), "silu"
     yield "rope_type", kind, kind if kind in ROPE_TYPES else "default"
     yield "layer_types", kinds, [kind for kind in kinds if kind in architecture.layers]
+    if architecture.rotates_sliding:
+        pattern = ["sliding_attention" if (i + 1) % UNROTATED else "full_attention" for i in range(len(kinds))]
+        yield "layer_types", kinds, pattern
     if not kinds:
         yield "sliding_window", getattr(config, "sliding_window", None) or None, None
     if architecture.recurrent == "delta net":
