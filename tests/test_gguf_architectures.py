@@ -16,7 +16,8 @@ from torch import Tensor
 
 from eacmoe_lightning import load
 from eacmoe_lightning.exports.export import export
-from eacmoe_lightning.exports.gguf_architectures import SIGMOID, SOFTMAX, architecture_of, keys_of, warn_of_rounding
+from eacmoe_lightning.exports.gguf_architectures import SIGMOID, SOFTMAX
+from eacmoe_lightning.exports.gguf_keys import architecture_of, keys_of, warn_of_rounding
 from eacmoe_lightning.exports.gguf_tensors import plan, widths_of
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.transformers_loader import empty_model

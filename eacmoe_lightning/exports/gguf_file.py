@@ -3,8 +3,8 @@
 The file holds the model's architecture and sizes as keys, the tokenizer, and a tensor for each weight (the experts of a
 block stacked). The `gguf` package's tables give the names. The same package's decoder checks the file.
 
-llama.cpp has a fixed computation for each architecture; `gguf_architectures` refuses models that it would compute
-differently.
+llama.cpp has a fixed computation for each architecture (`gguf_architectures`); `gguf_keys` refuses models that it would
+compute differently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 from eacmoe_lightning.compressed.format import REST
 from eacmoe_lightning.exports import ggml_blocks
 from eacmoe_lightning.exports.check import Difference, Reference
-from eacmoe_lightning.exports.gguf_architectures import Architecture, architecture_of, keys_of, warn_of_rounding
+from eacmoe_lightning.exports.gguf_architectures import Architecture
+from eacmoe_lightning.exports.gguf_keys import architecture_of, keys_of, warn_of_rounding
 from eacmoe_lightning.exports.gguf_tensors import DENSE, Entry, by_rows, plan, shapes_of, widths_of
 from eacmoe_lightning.exports.gguf_tokenizer import add_tokenizer
 from eacmoe_lightning.exports.source import Source
