@@ -13,15 +13,23 @@ from eacmoe_lightning.models.decoding.scheme import REMEDY, Scheme, Split, requi
 from eacmoe_lightning.models.weight_files import Stored
 
 AUTO_ROUND = "auto-round"
-IN_HALVES = (
-    "gptqmodel",
-    "eacmoe-lightning",
-)  # programs that take a stack's first rows for gate, also where they alternate
+IN_HALVES = ("gptqmodel", "eacmoe-lightning")  # programs that take a stack's first half for gate, whatever it holds
 OWN_SIZES = ("dynamic", "extra_config", "layer_config")  # options with group sizes of some linears
 SIZES = (16, 32, 64, 128, 256, 512, 1024)  # of their groups
 
 
-class GPTQ(Scheme):
+class Words(Scheme):
+    """What GPTQ and AWQ have in common."""
+
+    @property
+    def split(self) -> Split | None:
+        if self.config.get("provider") == AUTO_ROUND:
+            return "alternating"
+        programs = str((self.config.get("meta") or {}).get("quantizer"))
+        return "halves" if any(program in programs for program in IN_HALVES) else None
+
+
+class GPTQ(Words):
     """Codes packed along the inputs; the inputs of a group are listed in `g_idx` (activation order)."""
 
     def __init__(self, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
@@ -33,10 +41,6 @@ class GPTQ(Scheme):
                 "decoded: pass the model that it was made of"
             )
         super().__init__(config, stored)
-
-    @property
-    def split(self) -> Split | None:
-        return _split(self.config)
 
     def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
         return _words(stored, ("qweight", "qzeros", "scales", "g_idx"), self.config.get("sym") is True)
@@ -124,7 +128,7 @@ class GPTQ(Scheme):
         return f"GPTQ, {self.config.get('bits')} bits in groups of {self.config.get('group_size')}"
 
 
-class AWQ(Scheme):
+class AWQ(Words):
     """Codes packed along the outputs, in the order of the GEMM kernel."""
 
     ORDER = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}  # outputs of a word, from its lowest bits
@@ -137,10 +141,6 @@ class AWQ(Scheme):
                 f"it is AWQ of version {version!r} with {self._num_bits} bits; version 'gemm' with 4 or 8 is known"
             )
         super().__init__(config, stored)
-
-    @property
-    def split(self) -> Split | None:
-        return _split(self.config)
 
     def find(self, stored: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
         is_symmetric = self.config.get("sym") is True or self.config.get("zero_point") is False
@@ -198,14 +198,6 @@ def _words(stored: Iterable[str], kinds: Sequence[str], is_symmetric: bool) -> d
     for key, found in parts.items():
         require(key, found, [kind for kind in kinds if kind in common])
     return parts
-
-
-def _split(config: Mapping[str, Any]) -> Split | None:
-    """`Scheme.split`, by the program that the config names."""
-    if config.get("provider") == AUTO_ROUND:
-        return "alternating"
-    programs = str((config.get("meta") or {}).get("quantizer"))
-    return "halves" if any(program in programs for program in IN_HALVES) else None
 
 
 def _group_size(key: str, config: Mapping[str, Any], groups: int, in_features: int) -> int:
