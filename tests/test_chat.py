@@ -156,6 +156,17 @@ def test_turns_as_json_in_a_csv(tmp_path):
     assert conversation.messages == TALK
 
 
+def test_turns_as_python_prints_them(tmp_path):
+    """As pandas writes a column of lists."""
+    datasets.Dataset.from_list([{"messages": str(TALK)}, {"messages": "[INST] plain text"}]).to_csv(tmp_path / "x.csv")
+    conversation, text = read_documents(str(tmp_path / "x.csv"))
+    assert conversation.messages == TALK and text == "[INST] plain text"
+    for cut in (json.dumps(TALK[0]), json.dumps(TALK)[:-5]):
+        (tmp_path / "x.jsonl").write_text(json.dumps({"messages": cut}))
+        with pytest.raises(ValueError, match=r"x.jsonl, line 1: field `messages` holds text that looks like turns"):
+            read_documents(str(tmp_path / "x.jsonl"))
+
+
 def test_null_and_empty_conversations_are_skipped(tmp_path, caplog):
     rows = [{"messages": None}, {"messages": []}, {"messages": TALK}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))

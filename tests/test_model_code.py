@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jobs
+import pytest
 from changed_models import changed
 from transformers import AutoModelForCausalLM
 
@@ -39,11 +40,13 @@ AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM)
 """
 
 
-def own(out: Path, tiny: Path) -> Path:
-    """A model of a type that only code beside it knows, with stacked experts on disk."""
+def own(out: Path, tiny: Path, folder: str = "") -> Path:
+    """A model of a type that only code beside it, or in a folder there, knows, with stacked experts on disk."""
     stacked = dict(AutoModelForCausalLM.from_pretrained(tiny).state_dict())
-    changed(tiny, out, lambda _: stacked, model_type="own_moe", auto_map=AUTO_MAP)
-    (out / "own.py").write_text(CODE)
+    auto_map = {auto: f"{folder}{reference}" for auto, reference in AUTO_MAP.items()}
+    changed(tiny, out, lambda _: stacked, model_type="own_moe", auto_map=auto_map)
+    (out / folder).mkdir(exist_ok=True)
+    (out / folder / "own.py").write_text(CODE)
     return out
 
 
@@ -83,9 +86,10 @@ for folder, limit in (("run/compressed", 0), ("dense", 1e-5)):
 """
 
 
-def test_a_result_carries_its_code_and_is_not_mixed_up_with_another(tiny_model_dir, tmp_path):
-    folder, other = (own(tmp_path / name, tiny_model_dir("mixtral")) for name in ("model", "other"))
-    (other / "own.py").write_text(CODE + "\nCHANGED = True\n")
+@pytest.mark.parametrize("beside", ["", "code/"])
+def test_a_result_carries_its_code_and_is_not_mixed_up_with_another(beside, tiny_model_dir, tmp_path):
+    folder, other = (own(tmp_path / name, tiny_model_dir("mixtral"), beside) for name in ("model", "other"))
+    (other / beside / "own.py").write_text(CODE + "\nCHANGED = True\n")
     trust = ["--trust_remote_code", "true"]
     words = ["fit", *jobs.options(folder, tmp_path / "run", **SMALL), "--model.trust_remote_code", "true"]
     assert "perplexity" in run(tmp_path, words)

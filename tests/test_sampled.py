@@ -15,6 +15,8 @@ from test_architectures import REFUSED
 from test_chat import CHATML
 from test_launchers import assert_same
 from test_processes import launch
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from eacmoe_lightning.job import sampling
 from eacmoe_lightning.job.data import TextWindows
@@ -325,6 +327,29 @@ def written(texts: sampling.SampledTexts) -> torch.Tensor:
     texts.prepare(False)
     texts.make()
     return texts.data.calibration_windows
+
+
+def test_text_of_another_tokenizer_or_template_is_not_mixed_in(tiny_model_dir, tmp_path):
+    """What tells windows apart is known before any is written, and so before the run knows its text."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("mixtral"), model)
+    held = texts_of(model, tmp_path / "run", "self")
+    held.prepare(False)
+    held.prepare(True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))]
+    )
+    tokenizer.save_pretrained(model)
+    with pytest.raises(ValueError, match=r"--data.calibration, self: tokenizer was '\w+' and is now"):
+        texts_of(model, tmp_path / "run", "self").prepare(True)
+    chats = {"sample_start": "chat", "chat_template": str(tmp_path / "t.jinja")}
+    turns = "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}{% endfor %}"
+    (tmp_path / "t.jinja").write_text(turns)
+    texts_of(model, tmp_path / "chats", "self", **chats).prepare(False)
+    (tmp_path / "t.jinja").write_text(turns.replace(":", " says"))
+    with pytest.raises(ValueError, match=r"tokenizer was '\w+' and is now"):
+        texts_of(model, tmp_path / "chats", "self", **chats).prepare(True)
 
 
 def test_a_job_killed_while_it_samples_goes_on_with_the_next_batch(tiny_model_dir, tmp_path, monkeypatch):

@@ -192,8 +192,11 @@ def test_the_fingerprint_is_of_all_that_a_model_is_loaded_from(weights, tmp_path
     seen = {fingerprint(str(weights))}
     index = b'{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'
     for name, content in (
-        ("config.json", b'{"a": 1}'),
+        ("config.json", b'{"auto_map": {"AutoConfig": "code/modeling_own.Config"}}'),
         ("modeling_own.py", b"x = 1"),
+        ("hf_quant_config.json", b"{}"),
+        ("code/modeling_own.py", b"x = 1"),
+        ("code/consts.py", b"y = 1"),
         ("model.safetensors", None),  # removed
         ("pytorch_model.bin", b"1"),
         ("pytorch_model.bin", b"2"),
@@ -202,6 +205,7 @@ def test_the_fingerprint_is_of_all_that_a_model_is_loaded_from(weights, tmp_path
         ("model.safetensors.index.json", index),
         ("model-00001-of-00001.safetensors", b"2"),
     ):
+        (weights / name).parent.mkdir(exist_ok=True)
         (weights / name).unlink() if content is None else (weights / name).write_bytes(content)
         new = fingerprint(str(weights))
         assert new not in seen, name

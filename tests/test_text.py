@@ -551,6 +551,19 @@ def test_parts_are_cut_at_line_ends_and_share_nothing(tmp_path):
     assert read_documents(f"{folder}[:]") == read_documents(folder)
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.jsonl.zst").write_bytes(b"packed")
+    assert read_documents(str(tmp_path)) == ["text"]
+    assert "b.jsonl.zst is not read, nor other files of its kind (1)" in caplog.text
+
+
+def test_a_text_of_one_line_is_cut_between_words(tmp_path):
+    (tmp_path / "a.txt").write_text("one two three four")
+    parts = [read_documents(f"{tmp_path / 'a.txt'}[{part}]")[0] for part in (":50%", "50%:")]
+    assert parts == ["one two three ", "four"]
+
+
 @given(st.integers(1, 99))
 def test_parts_of_a_bundled_text_make_the_whole(percent):
     parts = [read_documents(f"bundled:code[{part}]")[0] for part in (f":{percent}%", f"{percent}%:")]

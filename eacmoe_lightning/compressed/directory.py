@@ -37,7 +37,7 @@ from eacmoe_lightning.models.original_files import OriginalFiles
 from eacmoe_lightning.models.originals import license_files, local_directory, processor_files, resolve_model
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.pruned_config import pruned_config
-from eacmoe_lightning.models.remote_code import code_files, registered_code
+from eacmoe_lightning.models.remote_code import copy_code, registered_code
 from eacmoe_lightning.models.tokenizer import load_tokenizer
 from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.quantization.grid import Quantized
@@ -122,9 +122,10 @@ def save_compressed(
         if draft:
             write_tensors(partial / DRAFT, draft)
         load_tokenizer(source, trust_remote_code).save_pretrained(partial)
-        own_code = code_files(local_directory(source)) if trust_remote_code else []
-        for file in (*processor_files(source), *license_files(source), *own_code):
+        for file in (*processor_files(source), *license_files(source)):
             shutil.copyfile(file, partial / file.name)
+        if trust_remote_code:
+            copy_code(local_directory(source), partial)
         if moe.model.can_generate():
             moe.model.generation_config.save_pretrained(partial)
         write_config(

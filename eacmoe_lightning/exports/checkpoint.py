@@ -15,6 +15,7 @@ from torch import Tensor
 from eacmoe_lightning.compressed.card import NAME
 from eacmoe_lightning.compressed.format import CODE, INDEX
 from eacmoe_lightning.exports.source import Source
+from eacmoe_lightning.models.remote_code import code_files
 from eacmoe_lightning.run.files import StoreError, digest, write_atomically, write_json
 
 FORMAT_FILES = ("config.json", INDEX, CODE, NAME)  # of a compressed directory: not copied
@@ -38,9 +39,11 @@ def write_checkpoint(
     config = json.loads((directory / "config.json").read_text())
     config |= {"dtype": source.dtype_name, "architectures": [type(source.skeleton).__name__]}
     write_json(directory / "config.json", config | ({"quantization_config": quantization} if quantization else {}))
-    for file in source.path.iterdir():
-        if file.name not in FORMAT_FILES and file.suffix != ".safetensors":
-            shutil.copyfile(file, directory / file.name)
+    for file in {*source.path.iterdir(), *code_files(source.path)}:
+        if file.is_file() and file.name not in FORMAT_FILES and file.suffix != ".safetensors":
+            place = directory / file.relative_to(source.path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
 
 
 def check_draft(source: Source, directory: Path) -> None:

@@ -32,7 +32,7 @@ from eacmoe_lightning.run.memory import return_free_memory
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.answers import REQUESTS, ask, enough, pack
 from eacmoe_lightning.text.languages import languages, scripts
-from eacmoe_lightning.text.openings import Openings, openings
+from eacmoe_lightning.text.openings import PROMPTS, Openings, openings
 from eacmoe_lightning.text.sampled import FORMS, SampledSource, sampled_source
 from eacmoe_lightning.text.server import Server, ServerError
 from eacmoe_lightning.text.windows import Windows
@@ -107,7 +107,7 @@ class SampledTexts:
                     write_json(path, recipe)
                 continue
             for key, value in recipe.items():
-                if held.get(key) != value and not (key == "source" and self._has_moved(held, source)):
+                if held.get(key, value) != value and not (key == "source" and self._has_moved(held, source)):
                     raise ValueError(
                         f"{self.run.path} (--trainer.default_root_dir) holds a run with other settings: "
                         f"--data.calibration, {name}: {key} was {held.get(key)!r} and is now {value!r}. Nothing was "
@@ -295,7 +295,15 @@ class SampledTexts:
             "temperature": self.data.temperature,
             "sample_start": self.data.sample_start,
             "one_document": self._one_document,
+            "tokenizer": self._tokenizer_digest(name),
         }
+
+    def _tokenizer_digest(self, name: str) -> str:
+        """Of what the windows take from the tokenizer: its tokens, how it splits text, and what windows open with."""
+        tokenizer, given = self.data.tokens, self._openings(name, len(PROMPTS), self._generator(name))
+        opens = [given.given, sorted(given.ends), given.between]
+        parts = [sorted(tokenizer.get_vocab().items()), tokenizer(" ".join(PROMPTS))["input_ids"], opens]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _fingerprint(self, source: SampledSource) -> str | None:
         if source.is_server:

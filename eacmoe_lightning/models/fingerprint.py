@@ -11,7 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from eacmoe_lightning.models.originals import local_directory
+from eacmoe_lightning.models.originals import MODELOPT_FILE, local_directory
+from eacmoe_lightning.models.remote_code import code_files
 from eacmoe_lightning.run.files import StoreError, write_json
 
 RANGE, CHUNK = 1 << 28, 1 << 22  # bytes of a file that one thread hashes, and that it reads at a time
@@ -19,7 +20,7 @@ SETTLED = 2.0  # seconds: the times of a file that has changed less long ago may
 
 
 def fingerprint(name_or_path: str) -> str:
-    """SHA-256 over every byte of a model's weight files, its config.json and its own Python files.
+    """SHA-256 over every byte of a model's weight files, its configs and its own Python files.
 
     All cores read, so a model of 90 GB takes about as long as its disk needs. The result is kept in the hub's cache
     (HF_HOME) and taken from there while no file's size, inode or times change.
@@ -31,8 +32,10 @@ def fingerprint(name_or_path: str) -> str:
         FileNotFoundError: there is no such model.
     """
     directory = local_directory(name_or_path)
-    files = [directory / "config.json", *sorted(directory.glob("*.py")), *_weight_files(directory)]
-    status = {file.name: file.stat() for file in files}
+    modelopt = [file for file in (directory / MODELOPT_FILE,) if file.is_file()]
+    files = [directory / "config.json", *modelopt, *code_files(directory), *_weight_files(directory)]
+    names = {file: file.relative_to(directory).as_posix() for file in files}
+    status = {names[file]: file.stat() for file in files}
     stamps = {name: [s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for name, s in status.items()}
     kept = Path(constants.HF_HOME, "eacmoe-lightning", "fingerprints", _sha(os.path.realpath(directory)) + ".json")
     try:
@@ -42,10 +45,10 @@ def fingerprint(name_or_path: str) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not computed before, or not readable
     started = time.time()
-    ranges = [(file, at) for file in files for at in range(0, max(status[file.name].st_size, 1), RANGE)]
+    ranges = [(file, at) for file in files for at in range(0, max(status[names[file]].st_size, 1), RANGE)]
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as threads:
         parts = zip(ranges, threads.map(_sha_of_range, ranges), strict=True)
-        sha256 = _sha("".join(f"{file.name} {at} {sha}\n" for (file, at), sha in parts))
+        sha256 = _sha("".join(f"{names[file]} {at} {sha}\n" for (file, at), sha in parts))
     last_change = max(max(s.st_mtime, s.st_ctime) for s in status.values())
     if last_change < started - SETTLED:  # a later change would show in the times
         try:

@@ -7,6 +7,8 @@ model of the same type with other code is refused: it would run as the first one
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -62,8 +64,34 @@ def check_code(model_type: str, code: str | None) -> None:
 
 
 def code_files(directory: Path) -> list[Path]:
-    """The Python files beside a model."""
-    return sorted(directory.glob("*.py"))
+    """The Python files beside an original or a compressed model, and those in folders that class references name."""
+    folders = {directory}
+    for reference in _references(directory):
+        repository, _, module = reference.rpartition("--")
+        folders |= set() if repository else {directory / Path(module).parent}
+    return sorted(file for folder in folders for file in folder.glob("*.py"))
+
+
+def copy_code(source: Path, directory: Path) -> None:
+    """Copies the Python files of one model's directory to another, into the same folders."""
+    for file in code_files(source):
+        place = directory / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+def _references(directory: Path) -> Iterator[str]:
+    """The class references of a model and of its tokenizer, whose come in pairs, one of which may be None."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            config = json.loads((directory / name).read_text())
+        except (OSError, ValueError):
+            continue  # others say so
+        original = (config.get("original") or {}).get("config") or {}
+        for auto_map in (config.get("auto_map") or {}, original.get("auto_map") or {}):
+            for reference in auto_map.values():
+                several = reference if isinstance(reference, list) else [reference]
+                yield from (one for one in several if isinstance(one, str))
 
 
 def _digest(path: str, references: list[str]) -> str:

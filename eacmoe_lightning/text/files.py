@@ -88,11 +88,10 @@ def files_below(folder: Path) -> list[Path]:
 
     A README.md is text if it is one of several Markdown files, or the only file.
     """
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if is_text_file(path.name) and path.is_file() and not _is_hidden(path.relative_to(folder))
-    ]
+    below = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path.relative_to(folder)) and path.is_file()]
+    files = [path for path in below if is_text_file(path.name)]
+    if files and (unread := [path for path in below if path.suffix.lower() in (*OTHER_ARCHIVES, ".arrow")]):
+        log.warning("%s is not read, nor other files of its kind (%d): unpack or convert them", unread[0], len(unread))
     described = any(kind_of(path) != ".md" for path in files)
     pages = {path for path in files if kind_of(path) == ".md"}
     readmes = {path for path in pages if path.name.lower() == "readme.md"}

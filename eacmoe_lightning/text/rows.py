@@ -10,12 +10,15 @@ Which columns of a table make its documents is decided once, by their names (`co
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 TURNS = ("messages", "conversations", "conversation")
+LOOKS_LIKE_TURNS = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 PAIRS = (
     ("prompt", "response"),
     ("prompt", "completion"),
@@ -91,7 +94,7 @@ def document_of(row: Mapping[str, Any], columns: tuple[str, ...], where: str) ->
     Raises:
         ValueError: a value is neither text nor turns.
     """
-    values = [_parsed(row[name], name) for name in columns]
+    values = [_parsed(row[name], name, where) for name in columns]
     if len(values) == 1 and isinstance(values[0], str):
         return whole_characters(values[0])
     if any(value is None or value == [] for value in values):
@@ -112,7 +115,7 @@ def document_of(row: Mapping[str, Any], columns: tuple[str, ...], where: str) ->
         messages = _messages(question, columns[0], where) + _messages(answer, columns[1], where)
     if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": row["system"]})
-    tools = _parsed(row.get("tools"), "tools", always=True)
+    tools = _parsed(row.get("tools"), "tools", where)
     return Conversation(messages, tools if isinstance(tools, list) and tools else None, where)
 
 
@@ -120,13 +123,24 @@ def _kinds(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: {type(value).__name__}" for name, value in sorted(row.items()))
 
 
-def _parsed(value: Any, name: str, always: bool = False) -> Any:
-    """Turns that a table holds as JSON text (a csv can hold no others), or the value itself."""
-    if isinstance(value, str) and (always or name in TURNS) and value.lstrip()[:1] == "[":
+def _parsed(value: Any, name: str, where: str) -> Any:
+    """Turns that a table holds as the text of a list, in JSON or as Python prints it, or else the value itself.
+
+    Raises:
+        ValueError: the text looks like turns and is no list of them.
+    """
+    if not isinstance(value, str) or name not in (*TURNS, "tools"):
+        return value
+    for parse in (json.loads, ast.literal_eval) if value.lstrip()[:1] == "[" else ():
         try:
-            return json.loads(value)
-        except ValueError:
-            return value
+            return parse(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    if name in TURNS and LOOKS_LIKE_TURNS.match(value):
+        raise ValueError(
+            f"{where}: field `{name}` holds text that looks like turns and is no list in JSON, but {value[:40]!r} ...: "
+            "write it as a list of turns with `role` and `content`"
+        )
     return value
 
 

@@ -189,17 +189,18 @@ def _part(documents: list[Document], start: int, stop: int) -> list[Document]:
         return documents[len(documents) * start // 100 : len(documents) * stop // 100]
     total, offset, parts = sum(map(len, documents)), 0, []
     for document in documents:
-        ends = [_line_start(document, total * percent // 100 - offset) for percent in (start, stop)]
+        mark = "\n" if len(documents) > 1 or "\n" in document else " "  # one line has no other place to be cut
+        ends = [_line_start(document, total * percent // 100 - offset, mark) for percent in (start, stop)]
         parts.append(document[ends[0] : ends[1]])
         offset += len(document)
     return parts
 
 
-def _line_start(document: str, position: int) -> int:
-    """The start of the first line that begins at `position` or later."""
+def _line_start(document: str, position: int, mark: str) -> int:
+    """The start of the first line that begins at `position` or later; a mark ends each."""
     if position <= 0:
         return 0
-    return (document.find("\n", position - 1) + 1) or len(document)
+    return (document.find(mark, position - 1) + 1) or len(document)
 
 
 def _read_bundled(name: str) -> str:
