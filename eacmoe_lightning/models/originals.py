@@ -19,11 +19,8 @@ from eacmoe_lightning.run.files import first_of
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny-moe"
 TESTBEDS = Path(__file__).parent.parent.parent / "testbeds"  # in a checkout only: too large for the wheel
-QUANTIZATION = (
-    "quantization_config",
-    "compression_config",
-    "quantization",
-)  # the second of old llm-compressor, then MLX
+QUANTIZATION = ("quantization_config", "compression_config")  # the second is of old versions of llm-compressor
+MLX = ("quantization", {"bits", "group_size"})  # its name for that, and what it holds at least
 MODELOPT_FILE = "hf_quant_config.json"  # where older versions of ModelOpt write it
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -148,10 +145,12 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
             part.return_dict = True  # transformers' own models cannot run with tuples from each other
         for name in QUANTIZATION:
             if (found := getattr(part, name, None)) is not None:
-                found = found if isinstance(found, dict) else found.to_dict()
-                quantization = quantization or ({"quant_method": "mlx", **found} if name == "quantization" else found)
+                quantization = quantization or (found if isinstance(found, dict) else found.to_dict())
             if name in vars(part):
                 delattr(part, name)
+        of_mlx = getattr(part, MLX[0], None)
+        if isinstance(of_mlx, dict) and of_mlx.keys() >= MLX[1]:
+            quantization = quantization or {"quant_method": "mlx", **of_mlx}
     return config, quantization or _modelopt(path)
 
 

@@ -193,9 +193,9 @@ def check_settings(words: Sequence[str]) -> None:
     """Raises ValueError for a word such as `max_new_tokens=abc`, which is no setting of `generate`."""
     from transformers.cli.chat import parse_generate_flags
 
-    for word in words:
-        if word.startswith("-") or "=" not in word:
-            continue
+    for before, word in zip(["", *words], words, strict=False):
+        if before.startswith("-") or word.startswith("-") or "=" not in word:
+            continue  # an option or its value
         try:
             unknown = GenerationConfig().update(**parse_generate_flags([word]))
         except (TypeError, ValueError) as error:
