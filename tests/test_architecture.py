@@ -33,6 +33,7 @@ ROOMS = (  # each may import from itself and from earlier ones
     ("callbacks",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 LIGHTNING = ("job", "callbacks", "commands.fit", "commands.trainer", "cli")  # modules that may import Lightning
 
