@@ -73,10 +73,9 @@ class SizeTarget:
             ways = [f"{least} or more"]
             if not allocator.recipe.in_blocks:
                 ways += ["a larger --model.group_size", "--model.quantizer lattice, which has rates down to 1.5 bits"]
-            raise ValueError(
-                f"{asked} ({option}) is below what the smallest widths take: pass {', '.join(ways)}, or --pruning.keep "
-                "auto, which drops experts too"
-            )
+            if largest is None:  # experts are not dropped yet
+                ways.append("--pruning.keep auto, which drops experts too")
+            raise ValueError(f"{asked} ({option}) is below what the smallest widths take: pass {', or '.join(ways)}")
         largest = (largest or allocator).largest
         if wanted * CLOSE > largest:
             most = self.described(largest, moe, rest)
