@@ -37,7 +37,7 @@ from eacmoe_lightning.models.original_files import OriginalFiles
 from eacmoe_lightning.models.originals import license_files, local_directory, processor_files, resolve_model
 from eacmoe_lightning.models.originals import read_config as read_original_config
 from eacmoe_lightning.models.pruned_config import pruned_config
-from eacmoe_lightning.models.remote_code import copy_code, registered_code
+from eacmoe_lightning.models.remote_code import code_files, registered_code
 from eacmoe_lightning.models.tokenizer import load_tokenizer
 from eacmoe_lightning.models.transformers_loader import empty_model
 from eacmoe_lightning.quantization.grid import Quantized
@@ -47,6 +47,7 @@ from eacmoe_lightning.quantization.packing import packed, quantized_names, take_
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight
 from eacmoe_lightning.run.files import (
     StoreError,
+    copy_files,
     first_of,
     read_json,
     read_tensors,
@@ -125,7 +126,8 @@ def save_compressed(
         for file in (*processor_files(source), *license_files(source)):
             shutil.copyfile(file, partial / file.name)
         if trust_remote_code:
-            copy_code(local_directory(source), partial)
+            original = local_directory(source)
+            copy_files(code_files(original), original, partial)
         if moe.model.can_generate():
             moe.model.generation_config.save_pretrained(partial)
         write_config(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -16,7 +15,7 @@ from eacmoe_lightning.compressed.card import NAME
 from eacmoe_lightning.compressed.format import CODE, INDEX
 from eacmoe_lightning.exports.source import Source
 from eacmoe_lightning.models.remote_code import code_files
-from eacmoe_lightning.run.files import StoreError, digest, write_atomically, write_json
+from eacmoe_lightning.run.files import StoreError, copy_files, digest, write_atomically, write_json
 
 FORMAT_FILES = ("config.json", INDEX, CODE, NAME)  # of a compressed directory: not copied
 
@@ -39,11 +38,9 @@ def write_checkpoint(
     config = json.loads((directory / "config.json").read_text())
     config |= {"dtype": source.dtype_name, "architectures": [type(source.skeleton).__name__]}
     write_json(directory / "config.json", config | ({"quantization_config": quantization} if quantization else {}))
-    for file in {*source.path.iterdir(), *code_files(source.path)}:
-        if file.is_file() and file.name not in FORMAT_FILES and file.suffix != ".safetensors":
-            place = directory / file.relative_to(source.path)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
+    beside = (file for file in {*source.path.iterdir(), *code_files(source.path)} if file.is_file())
+    left = (file for file in beside if file.name not in FORMAT_FILES and file.suffix != ".safetensors")
+    copy_files(left, source.path, directory)
 
 
 def check_draft(source: Source, directory: Path) -> None:

@@ -126,10 +126,8 @@ def _attention_keys(config: PreTrainedConfig, architecture: Architecture) -> dic
     elif {*kinds} & {*WITHOUT_HEADS}:
         keys["head_count_kv"] = [0 if kind in WITHOUT_HEADS else config.num_key_value_heads for kind in kinds]
     if architecture.recurrent == "mamba":
-        heads, head = (
-            ("mamba_num_heads", "mamba_head_dim") if architecture.separate else ("mamba_n_heads", "mamba_d_head")
-        )
-        keys["ssm_inner_size"] = getattr(config, heads) * getattr(config, head)
+        heads = _first_of(config, "mamba_n_heads", "mamba_num_heads")
+        keys["ssm_inner_size"] = heads * _first_of(config, "mamba_d_head", "mamba_head_dim")
         keys["rope_scaling_finetuned"] = getattr(config, "position_embedding_type", None) == "rope"  # if any is rotated
     if "sliding_attention" in architecture.layers:
         keys["sliding_window"] = config.sliding_window
@@ -260,7 +258,11 @@ def _interval(kinds: list[str]) -> int:
 
 
 def _epsilon(config: PreTrainedConfig) -> float:
-    names = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
+    return _first_of(config, "rms_norm_eps", "norm_eps", "layer_norm_epsilon")
+
+
+def _first_of(config: PreTrainedConfig, *names: str) -> Any:
+    """The option that goes by one of these names, by model type."""
     return next(getattr(config, name) for name in names if hasattr(config, name))
 
 

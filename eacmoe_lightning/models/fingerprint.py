@@ -32,8 +32,8 @@ def fingerprint(name_or_path: str) -> str:
         FileNotFoundError: there is no such model.
     """
     directory = local_directory(name_or_path)
-    modelopt = [file for file in (directory / MODELOPT_FILE,) if file.is_file()]
-    files = [directory / "config.json", *modelopt, *code_files(directory), *_weight_files(directory)]
+    configs = [directory / "config.json", *directory.glob(MODELOPT_FILE)]
+    files = [*configs, *code_files(directory), *_weight_files(directory)]
     names = {file: file.relative_to(directory).as_posix() for file in files}
     status = {names[file]: file.stat() for file in files}
     stamps = {name: [s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for name, s in status.items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -70,14 +69,6 @@ def code_files(directory: Path) -> list[Path]:
         repository, _, module = reference.rpartition("--")
         folders |= set() if repository else {directory / Path(module).parent}
     return sorted(file for folder in folders for file in folder.glob("*.py"))
-
-
-def copy_code(source: Path, directory: Path) -> None:
-    """Copies the Python files of one model's directory to another, into the same folders."""
-    for file in code_files(source):
-        place = directory / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, place)
 
 
 def _references(directory: Path) -> Iterator[str]:

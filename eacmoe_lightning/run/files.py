@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,14 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in codes:
         return True
     return any(f"os error {code}" in str(error).lower() for code in codes)  # safetensors reports from Rust
+
+
+def copy_files(files: Iterable[Path], source: Path, directory: Path) -> None:
+    """Copies files below one directory to another, into the same folders."""
+    for file in files:
+        place = directory / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
 
 
 def write_json(path: Path, value: Any) -> None:
