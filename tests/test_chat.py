@@ -144,6 +144,29 @@ def test_a_system_prompt_and_tools_beside_the_turns(tmp_path):
     assert second.messages == TALK and second.tools is None
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_the_turns_before_a_question_and_a_system_prompt_beside_it(tmp_path, kind):
+    before = [["Hello.", "Hi."], ["And?", "Yes."]]
+    rows = datasets.Dataset.from_list([{**ALPACA, "history": before, "system_prompt": "Be brief."}])
+    path = tmp_path / f"x.{kind}"
+    rows.to_json(path) if kind == "jsonl" else rows.map(lambda row: {"history": json.dumps(row["history"])}).to_csv(
+        path
+    )
+    (conversation,) = read_documents(str(path))
+    assert [message["role"] for message in conversation.messages] == ["system", *["user", "assistant"] * 3]
+    contents = [message["content"] for message in conversation.messages]
+    assert contents == ["Be brief.", "Hello.", "Hi.", "And?", "Yes.", "Add the numbers.\n\n2 2", "4"]
+
+
+def test_a_history_is_pairs_or_turns_or_refused(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({**ALPACA, "history": history}) for history in (None, [], TALK)))
+    assert [len(conversation.messages) for conversation in read_documents(str(path))] == [2, 2, 2 + len(TALK)]
+    path.write_text(json.dumps({**ALPACA, "history": "Hello."}))
+    with pytest.raises(ValueError, match="x.jsonl, line 1: field `history` holds str, not pairs"):
+        read_documents(str(path))
+
+
 def test_roles_that_only_the_template_knows_are_left_to_it(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "ipython", "content": "b"}]
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": turns}))

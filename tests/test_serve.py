@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 import eacmoe_lightning
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.commands.serve import check_loads, check_port, open_served, read_template
+from eacmoe_lightning.commands.serve import check_loads, check_port, open_served, template_of
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.serving import requests
 from eacmoe_lightning.serving.transformers_server import BATCHES, CONTINUE, Served, missing_packages, serve
@@ -78,11 +78,13 @@ def test_models_that_cannot_be_served(tmp_path, directory):
 
 
 def test_options_that_cannot_be_met(tmp_path):
-    with pytest.raises(ValueError, match=r"--chat_template .*none\.jinja.*`continue`"):
-        read_template(str(tmp_path / "none.jinja"))
+    with pytest.raises(FileNotFoundError, match=r"--chat_template: .*none\.jinja does not exist"):
+        template_of(str(tmp_path / "none.jinja"))
     (tmp_path / "bad.jinja").write_text("{{ bad")
-    with pytest.raises(ValueError, match=r"--chat_template .*bad\.jinja cannot be read \(.*end of template"):
-        read_template(str(tmp_path / "bad.jinja"))
+    with pytest.raises(ValueError, match=r"--chat_template: .*bad\.jinja is no template \(.*end of template"):
+        template_of(str(tmp_path / "bad.jinja"))
+    (tmp_path / "named.json").write_text('{"chat_template": "{{ good }}"}')
+    assert template_of(str(tmp_path / "named.json")) == "{{ good }}"
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"--port {port} on localhost \(--host\).*in use"):

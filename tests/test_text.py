@@ -564,7 +564,7 @@ def test_a_text_of_one_line_is_cut_between_words(tmp_path):
     assert parts == ["one two three ", "four"]
 
 
-@given(st.integers(1, 99))
+@given(st.integers(1, 999).map(lambda thousandths: thousandths / 10))
 def test_parts_of_a_bundled_text_make_the_whole(percent):
     parts = [read_documents(f"bundled:code[{part}]")[0] for part in (f":{percent}%", f"{percent}%:")]
     assert "".join(parts) == read_documents("bundled:code")[0] and parts[0].endswith("\n")

@@ -9,7 +9,7 @@ import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
-from eacmoe_lightning.commands.serve import add_model, check_loads, choose_engine, open_served, read_template
+from eacmoe_lightning.commands.serve import add_model, check_loads, choose_engine, open_served, template_of
 from eacmoe_lightning.serving import transformers_server
 from eacmoe_lightning.serving.transformers_server import CONTINUE, Served
 from eacmoe_lightning.text.server import Server, ServerError
@@ -46,7 +46,7 @@ def chat(words: Sequence[str]) -> None:
         return
     if given.model is None:
         raise ValueError("pass a MODEL to load, or --url with the address of a server")
-    template = read_template(given.chat_template)
+    template = template_of(given.chat_template)
     opened = open_served(given.model)
     check_loads(opened)
     served = Served(given.model, opened, template)

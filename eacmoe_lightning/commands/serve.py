@@ -21,6 +21,7 @@ from eacmoe_lightning.models.transformers_loader import check_template
 from eacmoe_lightning.serving import transformers_server
 from eacmoe_lightning.serving.packed_model import check_servable
 from eacmoe_lightning.serving.transformers_server import CONTINUE, Served
+from eacmoe_lightning.text.chat import read_template
 
 ENGINES = ("vllm", "transformers")  # the first that is installed is the default
 VLLM_SERVER = "vllm.entrypoints.openai.api_server"
@@ -42,7 +43,7 @@ def serve(words: Sequence[str]) -> None:
     """
     given, words = options().parse_known_args(words)
     engine = choose_engine(given.engine)
-    template = read_template(given.chat_template)
+    template = template_of(given.chat_template)
     opened = open_served(given.model, TRUST in words)
     check_port(given.host, given.port)
     name, place = given.name or given.model, ["--host", given.host, "--port", str(given.port)]
@@ -116,22 +117,21 @@ def choose_engine(engine: str | None) -> str:
     return engine
 
 
-def read_template(chat_template: str | None) -> str | None:
+def template_of(chat_template: str | None) -> str | None:
     """The template in a file; `continue` and None unchanged.
 
     Raises:
-        ValueError: there is no such file, or it is no template.
+        FileNotFoundError: there is no such file.
+        ValueError: it is no template.
     """
     if chat_template in (None, CONTINUE):
         return chat_template
+    template = read_template(Path(chat_template).expanduser(), "--chat_template")
     try:
-        template = Path(chat_template).read_text("utf-8")
         check_template(template)
-        return template
-    except (OSError, UnicodeDecodeError, TemplateError) as error:
-        raise ValueError(
-            f"--chat_template {chat_template} cannot be read ({error}): pass a Jinja file, or `continue`"
-        ) from error
+    except TemplateError as error:
+        raise ValueError(f"--chat_template: {chat_template} is no template ({error})") from error
+    return template
 
 
 def open_served(model: str, trust_remote_code: bool = False) -> OpenedModel:

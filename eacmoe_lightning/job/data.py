@@ -366,7 +366,7 @@ class TextWindows(L.LightningDataModule):
         """The tokenizer."""
         tokenizer = tokenizer_of(self.tokenizer, trust_remote_code=self.trust_remote_code)
         if self.chat_template is not None:
-            tokenizer.chat_template = read_template(Path(self.chat_template).expanduser())
+            tokenizer.chat_template = read_template(Path(self.chat_template).expanduser(), "--data.chat_template")
         return tokenizer
 
     def _windows(

@@ -30,8 +30,12 @@ NO_TEMPLATE = (
 )
 
 
-def read_template(path: Path) -> str:
+def read_template(path: Path, option: str) -> str:
     """A chat template from its file.
+
+    Args:
+        path: a file with a Jinja template, or JSON with one under `chat_template`.
+        option: the command-line option that errors name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -39,7 +43,7 @@ def read_template(path: Path) -> str:
     """
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"--data.chat_template: {path} {what}: pass a file with a Jinja template")
+        raise FileNotFoundError(f"{option}: {path} {what}: pass a file with a Jinja template")
     try:
         check_fetched(path)
         text = read_text(path)
@@ -47,9 +51,9 @@ def read_template(path: Path) -> str:
             return _template_in(path, text)
         return text
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"--data.chat_template: {error}") from error
+        raise FileNotFoundError(f"{option}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"--data.chat_template: {error}") from error
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _template_in(path: Path, text: str) -> str:

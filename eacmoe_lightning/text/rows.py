@@ -5,7 +5,8 @@ Which columns of a table make its documents is decided once, by their names (`co
 - the column that the user named, or the pair of columns `QUESTION,ANSWER`;
 - else `text`;
 - else turns, in `messages` or `conversations`: dicts with `role` and `content`, or with `from` and `value` (ShareGPT);
-- else a question and its answer in two columns (`prompt` and `response`, `instruction` and `output`, ...).
+- else a question and its answer in two columns (`prompt` and `response`, `instruction` and `output`, ...), after the
+  earlier turns in `history`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PAIRS = (
     ("input", "output"),
 )
 BESIDE = ("input", "context")  # what an instruction speaks about, in a column of its own
+HISTORY = "history"  # the turns before a question: pairs of a question and its answer, or turns
+SYSTEM = ("system", "system_prompt")
 ROLES = {  # by other words for them
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "bot", "model"), "assistant"),
@@ -80,7 +83,7 @@ def columns_of(names: Collection[str], column: str | None = None) -> tuple[str, 
 
 def columns_read(names: Collection[str], columns: tuple[str, ...]) -> list[str]:
     """The columns that `document_of` looks at: those of the document and, for a conversation, those beside it."""
-    return [name for name in names if name in (*columns, "system", "tools", *BESIDE)]
+    return [name for name in names if name in (*columns, *SYSTEM, HISTORY, "tools", *BESIDE)]
 
 
 def document_of(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Document | None:
@@ -112,9 +115,11 @@ def document_of(row: Mapping[str, Any], columns: tuple[str, ...], where: str) ->
             beside = next((row[name] for name in BESIDE if row.get(name) and name not in columns), None)
             question = [{"role": "user", "content": f"{question}\n\n{beside}" if beside else question}]
         answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        messages = _messages(question, columns[0], where) + _messages(answer, columns[1], where)
-    if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
+        messages = _history(row.get(HISTORY), where)
+        messages += _messages(question, columns[0], where) + _messages(answer, columns[1], where)
+    system = next((row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name]), None)
+    if system is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": whole_characters(system)})
     tools = _parsed(row.get("tools"), "tools", where)
     return Conversation(messages, tools if isinstance(tools, list) and tools else None, where)
 
@@ -129,7 +134,7 @@ def _parsed(value: Any, name: str, where: str) -> Any:
     Raises:
         ValueError: the text looks like turns and is no list of them.
     """
-    if not isinstance(value, str) or name not in (*TURNS, "tools"):
+    if not isinstance(value, str) or name not in (*TURNS, HISTORY, "tools"):
         return value
     for parse in (json.loads, ast.literal_eval) if value.lstrip()[:1] == "[" else ():
         try:
@@ -142,6 +147,21 @@ def _parsed(value: Any, name: str, where: str) -> Any:
             "write it as a list of turns with `role` and `content`"
         )
     return value
+
+
+def _history(value: Any, where: str) -> list[dict[str, Any]]:
+    """The messages before a question.
+
+    Raises:
+        ValueError: the value holds neither pairs nor turns.
+    """
+    turns = _parsed(value, HISTORY, where) or []
+    if isinstance(turns, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in turns):
+        roles = ("user", "assistant")
+        turns = [{"role": role, "content": text} for pair in turns for role, text in zip(roles, pair, strict=True)]
+    if not isinstance(turns, list):
+        raise ValueError(f"{where}: field `{HISTORY}` holds {type(turns).__name__}, not pairs of question and answer")
+    return _messages(turns, HISTORY, where)
 
 
 def _messages(turns: list, column: str, where: str) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from glob import glob
 from itertools import chain, islice
 from pathlib import Path
@@ -49,7 +50,7 @@ from eacmoe_lightning.text.sampled import SELF, sampled_source
 
 BUNDLED_TEXT = Path(__file__).parent.parent / "assets" / "text"
 SPLIT = re.compile(r":(?P<split>[A-Za-z_][\w.+-]*(\[[^\]]*\])?)$")
-PART = re.compile(r"\[((?P<start>\d{1,3})%)?:((?P<stop>\d{1,3})%)?\]$")
+PART = re.compile(r"\[((?P<start>\d+(\.\d+)?)%)?:((?P<stop>\d+(\.\d+)?)%)?\]$")
 COLUMN = re.compile(r"#(?P<column>[^#/\[\]]+)$")
 WILDCARD = re.compile(r"[*?\[]")
 LOOKAHEAD = 1000  # rows that show whether a table holds documents or the lines of one
@@ -164,8 +165,8 @@ def _take_column(source: str, column: str | None) -> tuple[str, str | None]:
     return source[: match.start()], match["column"]
 
 
-def _take_part(source: str) -> tuple[str, int, int]:
-    """The source without `[FROM%:TO%]`, and the two numbers.
+def _take_part(source: str) -> tuple[str, Fraction, Fraction]:
+    """The source without `[FROM%:TO%]`, and the two numbers as parts of 1.
 
     Raises:
         ValueError: the numbers are not a part of a text.
@@ -173,24 +174,25 @@ def _take_part(source: str) -> tuple[str, int, int]:
     match = PART.search(source)
     is_split = SPLIT.search(source) and not source.startswith("bundled:")
     if match is None or is_split or Path(source).expanduser().exists():
-        return source, 0, 100
-    start, stop = int(match["start"] or 0), int(match["stop"] or 100)
-    if not 0 <= start < stop <= 100:
+        return source, Fraction(0), Fraction(1)
+    start, stop = match["start"] or "0", match["stop"] or "100"
+    first, last = Fraction(start) / 100, Fraction(stop) / 100
+    if not first < last <= 1:
         raise ValueError(f"{source}: {start}% to {stop}% is not a part of a text: pass 0 <= FROM < TO <= 100")
-    return source[: match.start()], start, stop
+    return source[: match.start()], first, last
 
 
-def _part(documents: list[Document], start: int, stop: int) -> list[Document]:
-    """The lines between two percentages of all characters; a part that starts at `stop` starts where this one ends.
+def _part(documents: list[Document], start: Fraction, stop: Fraction) -> list[Document]:
+    """The lines between two parts of all characters; a part that starts at `stop` starts where this one ends.
 
-    With conversations among them, the documents between two percentages of their number.
+    With conversations among them, the documents between two parts of their number.
     """
     if not all(isinstance(document, str) for document in documents):
-        return documents[len(documents) * start // 100 : len(documents) * stop // 100]
+        return documents[int(len(documents) * start) : int(len(documents) * stop)]
     total, offset, parts = sum(map(len, documents)), 0, []
     for document in documents:
         mark = "\n" if len(documents) > 1 or "\n" in document else " "  # one line has no other place to be cut
-        ends = [_line_start(document, total * percent // 100 - offset, mark) for percent in (start, stop)]
+        ends = [_line_start(document, int(total * part) - offset, mark) for part in (start, stop)]
         parts.append(document[ends[0] : ends[1]])
         offset += len(document)
     return parts
