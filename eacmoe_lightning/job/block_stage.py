@@ -69,7 +69,7 @@ class BlockStage(WeightStage):
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor | None:
         """As of every stage; windows that are held back have a loss of 0."""
-        taken = batch["weights"].any(1)
+        taken = batch["counts"]
         if not taken.any() or not any(self.rates.values()):
             return None
         losses = self.window_losses(batch["index"][taken])

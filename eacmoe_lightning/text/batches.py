@@ -51,13 +51,17 @@ def heldout_batches(num: int, batch_size: int, rank: int, world_size: int) -> li
     ]
 
 
+ON_HOST = ("index", "counts")  # of a batch: what the host reads, which needs no way to the device and back
+
+
 class WindowLoader:
     """Yields windows as batches, from memory. Lightning can stop and resume it after any batch.
 
     Yields dicts: `index` int64 [b], the windows' numbers in `windows`; `input_ids` int64 [b, T];
     `global_size` int, the number of windows in this batch over all ranks. With several ranks b may be 0.
-    With `weights` or `held_back`, also `weights` [b, T] and `global_tokens` int, the number of tokens that count in
-    this batch over all ranks. With `position_ids`, also `position_ids` int64 [b, T].
+    With `weights` or `held_back`, also `weights` [b, T], `counts` bool [b], whether any token of a window counts, and
+    `global_tokens` int, the number of tokens that count in this batch over all ranks. With `position_ids`, also
+    `position_ids` int64 [b, T].
 
     Lightning keeps `state_dict()` in its checkpoints (`loops.fit_loop.combined_loader`) and calls
     `load_state_dict()` before the first batch after a restart. The length is always that of the
@@ -122,6 +126,7 @@ class WindowLoader:
         ranks = [self._batches(epoch, rank, self.world_size)[number][0] for rank in range(self.world_size)]
         return {
             "weights": weights[index],  # [b, T]
+            "counts": weights[index].any(1),  # [b]
             "global_tokens": int(weights[torch.cat(ranks)].sum()),
         }
 
