@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from eacmoe_lightning.models.documents import most_telling
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.tokenizer import tokenizer_of
-from eacmoe_lightning.text.batches import WindowLoader
+from eacmoe_lightning.text.batches import ON_HOST, WindowLoader
 from eacmoe_lightning.text.chat import read_template
 from eacmoe_lightning.text.checks import check_length, check_tokens, warn_of_calibrated, warn_of_repeated
 from eacmoe_lightning.text.openings import Start
@@ -352,6 +352,11 @@ class TextWindows(L.LightningDataModule):
         if self.predict is None:
             return self.val_dataloader()
         return [self._in_order(self.predict_windows)]
+
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
+        """Lightning's, for all but what the host reads of a batch."""
+        moved = {name: value for name, value in batch.items() if name not in ON_HOST}
+        return batch | super().transfer_batch_to_device(moved, device, dataloader_idx)
 
     def _in_order(self, windows: Tensor) -> WindowLoader:
         return WindowLoader(windows, self.heldout_batch_size, shuffle=False, **self._ranks())

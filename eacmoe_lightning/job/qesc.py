@@ -47,7 +47,6 @@ from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.routers.losses import RouterLoss, TopKMSE
 from eacmoe_lightning.run.block_file import BlockStats, read_stats
 from eacmoe_lightning.run.lock import RunLock
-from eacmoe_lightning.text.batches import ON_HOST
 
 
 class QESC(Comparison):
@@ -325,11 +324,6 @@ class QESC(Comparison):
         return self.trainer.strategy.precision_plugin.train_step_context()
 
     # --- gradient steps -----------------------------------------------------------------------------------
-
-    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
-        """Lightning's, without what the host reads of a batch."""
-        moved = {name: value for name, value in batch.items() if name not in ON_HOST}
-        return batch | super().transfer_batch_to_device(moved, device, dataloader_idx)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         losses = self.stage.losses(batch)
