@@ -169,6 +169,44 @@ def test_a_gated_mlp_in_one_call(dtype, int8):
         assert float((short.float() - expected.float()).norm() / expected.float().norm()) < tolerance
 
 
+class Wrapper(nn.Module):
+    """An adapter around a linear, with the attributes of one."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    @property
+    def weight(self) -> nn.Module:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.base(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("watched", ["wrapper", "forward", "hook of the activation", "hook of all"])
+def test_a_changed_child_of_a_gated_mlp_is_heard(watched, fitted):
+    model = load(fitted("qwen2_moe"))
+    mlp = model.model.layers[0].mlp.shared_expert
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    before, up = mlp(x), mlp.up_proj
+    match watched:
+        case "wrapper":
+            model.set_submodule("model.layers.0.mlp.shared_expert.up_proj", Wrapper(up))
+        case "forward":
+            up.forward = lambda x: 2 * type(up).forward(up, x)
+        case "hook of the activation":
+            handle = mlp.act_fn.register_forward_hook(lambda module, args, output: 2 * output)
+        case _:
+            double = lambda module, args, output: 2 * output if module is up else None  # noqa: E731
+            handle = torch.nn.modules.module.register_module_forward_hook(double)
+    torch.testing.assert_close(mlp(x), 2 * before, rtol=1e-4, atol=1e-5)
+    if watched.startswith("hook"):
+        handle.remove()
+        torch.testing.assert_close(mlp(x), before)
+
+
 class Limited(nn.Module):
     """A gated MLP with a limit that small inputs do not reach."""
 

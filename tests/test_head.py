@@ -164,6 +164,11 @@ def test_a_packed_head_gives_what_the_decoded_one_gives(family, run_of, tokens):
     assert torch.equal(*(model.generate(tokens[:, :8], **options) for model in (packed, decoded)))
 
 
+def test_a_packed_head_cannot_be_resized(run_of):
+    with pytest.raises(ValueError, match="resize_token_embeddings: the output head is quantized.*packed=False"):
+        load(run_of("qwen3_moe")).resize_token_embeddings(tiny_models.VOCABULARY + 8)
+
+
 @families
 def test_saving_a_packed_model_again_gives_the_same_files(family, run_of, tmp_path):
     load(run_of(family)).save_pretrained(tmp_path / "again")

@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import architectures
 import pytest
 import tiny_models
 import torch
@@ -83,6 +84,23 @@ def test_experts_with_biases_in_another_layout(share, tokens, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at 0.4 the cache is smaller than a block
         assert torch.equal(model(tokens).logits, original(tokens).logits)
+    model.offload.close()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
+def test_packed_experts_keep_their_biases_whatever_their_slots(share, mixed, tokens, tmp_path, tokenizer):
+    """A cache may have fewer slots than a block has experts, or more."""
+    architectures.build("gpt_oss").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    folder = compress(tmp_path / "model", tmp_path / "compressed", mixed)
+    expected = load(folder)(tokens).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at 0.2 the cache is smaller than a block
+        model = load_offloaded(folder, share)
+        for _ in range(2):
+            torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
     model.offload.close()
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from eacmoe_lightning import load, load_offloaded, offload_experts, pesf
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.commands.trainer import calibration_trainer
+from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.skipping import EES
 
@@ -110,6 +111,26 @@ def test_a_resized_vocabulary_is_not_saved_into_a_directory_that_cannot_be_read(
     with pytest.raises(ValueError, match=r"resized from 4096 to 4104 tokens.*packed=False"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@torch.no_grad()
+def test_options_that_were_changed_are_saved(fitted, tokens, tmp_path):
+    model = load(fitted("mixtral"))
+    model.config.sliding_window, model.config.use_cache = 8, False
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert (again.config.sliding_window, again.config.use_cache) == (8, False)
+    torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
+    assert (again(tokens).logits - load(fitted("mixtral"))(tokens).logits).abs().max() > 1e-3  # the window counts
+    again.save_pretrained(tmp_path / "twice")
+    assert read_config(tmp_path / "twice") == read_config(tmp_path / "saved")
+
+
+def test_packed_weights_without_memory_are_named(fitted, tokens):
+    model = load(fitted("mixtral"))
+    model.model.layers[1].self_attn.q_proj.to("meta")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="a packed weight is on meta.*load_offloaded"):
+        model(tokens)
 
 
 def test_packed_weights_pass_no_wrong_gradient(fitted, tokens):

@@ -57,6 +57,9 @@ from eacmoe_lightning.run.files import (
 )
 from eacmoe_lightning.skipping import stored
 
+# options of a config that transformers sets when it loads a model
+SET_BY_LOADING = ("_name_or_path", "dtype", "transformers_weights", "transformers_version", "quantization_config")
+
 
 def save_compressed(
     path: str | Path,
@@ -250,9 +253,12 @@ def save_packed(path: str | Path, model: PreTrainedModel) -> None:
     before, now = (own.get_text_config().vocab_size for own in configs)
     if before != now:
         raise ValueError(
-            f"the vocabulary was resized from {before} to {now} tokens, and a compressed directory keeps the config of "
-            "the original. Resize the original and run fit on that, or load(path, packed=False), resize and save that"
+            f"the vocabulary was resized from {before} to {now} tokens, but a compressed directory has those of the "
+            "original. Resize the original and run fit on that, or load(path, packed=False), resize and save that"
         )
+    original = config["original"]
+    options = _with_changes(original["config"], *(own.to_dict() for own in configs))
+    config |= {"original": original | {"config": options}}
     shards: dict[str, dict[str, Tensor]] = {}
     for name, tensor in untied(model).items():
         layer = re.match(r"[^0-9]*\.(\d+)\.", name)
@@ -264,6 +270,15 @@ def save_packed(path: str | Path, model: PreTrainedModel) -> None:
         model.generation_config.save_pretrained(partial)
         dtype = str(model.dtype).rpartition(".")[2]
         write_config(partial, config | {"dtype": dtype} | stored.stored_rule(model))
+
+
+def _with_changes(held: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The original's config as a directory holds it, with the options that have been changed since it was loaded."""
+    changed = {name: value for name, value in now.items() if name not in SET_BY_LOADING and value != before.get(name)}
+    for name, value in changed.items():
+        if name.endswith("_config") and isinstance(value, dict) and isinstance(before.get(name), dict):
+            changed[name] = _with_changes(held.get(name) or {}, before[name], value)
+    return held | changed
 
 
 def write_weights(directory: Path, shards: Iterable[tuple[str, dict[str, Tensor]]]) -> None:

@@ -108,10 +108,6 @@ class PackedConfig(QuantizationConfigMixin):
         self.activations, self.directory_config = activations, directory_config or {}
         self.prepare = prepare
 
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What a `PackedConfig` that is passed to `from_pretrained` as `quantization_config` may override."""
-        return {"activations": self.activations}
-
 
 class CompressedConfig(PreTrainedConfig):
     """The config.json of a compressed directory. Reading it gives the original's config with a `PackedConfig`."""
@@ -177,6 +173,8 @@ class PackedQuantizer(HfQuantizer):
             speed_up_generation(model, find_blocks(model)[1])
         restore_rule(model, self.quantization_config.directory_config)
         model.save_pretrained = _Saver(model)
+        if isinstance(model.get_output_embeddings(), PackedLinear):
+            model.resize_token_embeddings = _refuse_resizing
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """None: the tensors have their names and shapes in memory, not those of the original's checkpoint."""
@@ -195,6 +193,13 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _refuse_resizing(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "resize_token_embeddings: the output head is quantized, and new tokens have no codes: "
+        "eacmoe_lightning.load(path, packed=False) decodes the model"
+    )
 
 
 class _Saver:

@@ -178,6 +178,11 @@ class OffloadedPackedExperts(OffloadedExperts):
         return out.to(rows.dtype).view(hidden_states.shape)
 
     def _run(self, window: Window, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        if self.has_bias:
+            held = torch.zeros(window.cache.capacity, dtype=torch.long)  # the expert of each slot
+            held[torch.tensor(window.slots(), dtype=torch.long)] = torch.tensor(window.experts, dtype=torch.long)
+            held = held.to(x.device)
+            self.inner._parameters.update({name: bias[held] for name, bias in self._parameters.items()})
         if not self.expert_bits:
             return self.inner(x, slots, weights)
         for projection, bits in self.expert_bits.items():

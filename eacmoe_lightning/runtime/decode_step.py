@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.growing_cache import grow_in_place
@@ -60,9 +61,10 @@ def shorten_decode_step(model: nn.Module, blocks: list[Block]) -> dict[str, int]
     activations: dict[tuple, str | None] = {}  # by all that tells MLPs apart: running each would read all its weights
     routers = {id(block.router): block for block in blocks if block.is_moe}
     for module in list(model.modules()):
+        children = tuple(module.children())
         if (block := routers.get(id(module))) is not None:
             if (choice := find_choice(block)) is not None:
-                _replace(module, _route, block.router_matrix, choice, _options(module))
+                _replace(module, _route, block.router_matrix, choice, _options(module), children)
                 shortened["routers"] += 1
         elif _may_be_norm(module):
             if (form := find_norm(module)) is not None:
@@ -74,7 +76,7 @@ def shorten_decode_step(model: nn.Module, blocks: list[Block]) -> dict[str, int]
             if key not in activations:
                 activations[key] = find_mlp(module)
             if (activation := activations[key]) is not None:
-                _replace(module, _mlp, activation)
+                _replace(module, _mlp, activation, children)
                 shortened["MLPs"] += 1
         elif type(module) is nn.Linear and module.out_features <= SMALL and module.weight.dtype == torch.bfloat16:
             _replace(module, _linear)
@@ -99,6 +101,13 @@ def _forward(module: nn.Module, before: Callable, short: Callable, settings: tup
 
 def _is_few(x: Tensor) -> bool:
     return x.numel() <= FEW * x.shape[-1]
+
+
+def _are_bare(module: nn.Module, children: tuple[nn.Module, ...]) -> bool:
+    """Whether a module still has these children, and nobody watches them or gave them another forward pass."""
+    watched = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
+    same = not watched and tuple(module._modules.values()) == children
+    return same and not any(c._forward_hooks or c._forward_pre_hooks or "forward" in vars(c) for c in children)
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -265,9 +274,16 @@ def _options(router: nn.Module) -> dict[str, float | str | None]:
 
 
 def _route(
-    router: nn.Module, owner: nn.Module, rule: ChoiceRule, options: dict[str, float | str | None], hidden: Tensor
+    router: nn.Module,
+    owner: nn.Module,
+    rule: ChoiceRule,
+    options: dict[str, float | str | None],
+    children: tuple[nn.Module, ...],
+    hidden: Tensor,
 ) -> tuple | None:
     if not _is_few(hidden) or not _fits(hidden, owner.weight) or rule.chosen > len(owner.weight):
+        return None
+    if children and not _are_bare(router, children):
         return None
     now = vars(router)
     if any(now.get(name) != value for name, value in options.items()):
@@ -318,15 +334,9 @@ def _multiplied(module: nn.Module, activation: str, x: Tensor) -> Tensor:
     return out
 
 
-def _mlp(module: nn.Module, activation: str, x: Tensor) -> Tensor | None:
-    return _multiplied(module, activation, x) if _is_few(x) and all(map(_is_bare, module.children())) else None
-
-
-def _is_bare(child: nn.Module) -> bool:
-    """Whether nobody watches this linear, and its weight is on the CPU."""
-    if not isinstance(child, PackedLinear):
-        return True
-    return not child._forward_hooks and not child._forward_pre_hooks and child.weight.device.type == "cpu"
+def _mlp(module: nn.Module, activation: str, children: tuple[nn.Module, ...], x: Tensor) -> Tensor | None:
+    is_here = module.gate_proj.weight.device.type == "cpu"
+    return _multiplied(module, activation, x) if _is_few(x) and is_here and _are_bare(module, children) else None
 
 
 # --- small linears --------------------------------------------------------------------------------------------------

@@ -159,7 +159,16 @@ def level_number() -> int:
 def describe(
     codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, in_features: int, bits: int
 ) -> _Packed:
-    """A weight as the C++ kernels read it; its tensors must live until they have."""
+    """A weight as the C++ kernels read it; its tensors must live until they have.
+
+    Raises:
+        RuntimeError: it is elsewhere than in host memory.
+    """
+    if not codes.is_cpu:
+        raise RuntimeError(
+            f"a packed weight is on {codes.device}, and its input on the CPU. accelerate does not bring packed weights "
+            "back that it moved away (`offload_buffers`): load the model with eacmoe_lightning.load_offloaded"
+        )
     rows, groups = scale.shape[-2:]
     pointers = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), None if bias is None else bias.data_ptr()
     return _Packed(*pointers, rows, in_features, in_features // groups, bits)

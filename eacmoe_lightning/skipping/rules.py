@@ -29,6 +29,10 @@ class Place:
     attention: Tensor | None = None  # [B, heads, T, past + T] of this block, for rules that need it
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None  # how the router computes weights; set on first use
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a model have nothing of its forward passes, and find `weigh` themselves."""
+        return {"index": self.index, "router": self.router}
+
 
 @dataclass
 class Decision:

@@ -123,7 +123,9 @@ class Session:
         memory = self.memories.get(cache) if self.rule.remembers and cache is not None else None
         if memory is not None and not cache.get_seq_length():
             memory = None  # the cache was reset
-        tokens = Tokens(real_tokens(arguments), {} if memory is None else memory, memory is not None)
+        last = arguments.get("logits_to_keep")
+        last = last if isinstance(last, int) else 0
+        tokens = Tokens(real_tokens(arguments), {} if memory is None else memory, memory is not None, last)
         self.now.tokens, self.now.is_running = tokens, True
         if self.rule.counts_prompts and not self.rule.remembers and not (self.has_warned or tokens.is_step):
             if past := 0 if cache is None else int(cache.get_seq_length()):
@@ -142,12 +144,12 @@ class Session:
             now.tokens = Tokens(torch.ones(args[0].shape[:2], dtype=torch.bool, device=args[0].device))
 
     def _route(self, place: Place, routing: Routing, inputs: Tensor | None) -> Routing:
-        ids, tokens = routing.ids, self.now.tokens
-        batch, length = tokens.shape
-        if len(ids) != batch * length:
+        ids, tokens = routing.ids, self.now.tokens.of_router(len(routing.ids))
+        if tokens is None:
             raise ValueError(
-                f"the router of MoE block {place.index} got {len(ids)} tokens, and the model {batch} x {length}: the "
-                "sequence of each token is unknown, so no expert can be skipped"
+                f"the router of MoE block {place.index} got {len(ids)} tokens, and the model "
+                f"{' x '.join(map(str, self.now.tokens.shape))}: the sequence of each token is unknown, so no expert "
+                "can be skipped"
             )
         tokens.real = tokens.real.to(ids.device)  # blocks may be on different devices
         if self.rule.needs_attention:

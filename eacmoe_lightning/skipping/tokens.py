@@ -7,7 +7,7 @@ forms that transformers uses: none, [B, past + T], or prepared [B, 1, T, keys] (
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,21 @@ class Tokens:
         real: [B, T] bool, False for padding.
         memory: a rule's state for each sequence, [B, ...] by name, kept between forward passes with the same cache.
         is_continued: whether `memory` already holds the state of earlier passes.
+        last: how many tokens of each sequence, its last ones, some blocks get alone (those of Gemma 4 that read the
+            keys of others, where `generate` asks for the last logits); 0: every block gets all.
     """
 
     real: Tensor
     memory: dict[str, Tensor] = field(default_factory=dict)
     is_continued: bool = False
+    last: int = 0
+
+    def of_router(self, number: int) -> Tokens | None:
+        """The tokens of a router that got this number of them; None if it is unknown which these are."""
+        batch, length = self.shape
+        if number == batch * length:
+            return self
+        return replace(self, real=self.real[:, -self.last :]) if self.last and number == batch * self.last else None
 
     @property
     def shape(self) -> tuple[int, int]:
