@@ -20,6 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 import eacmoe_lightning
+from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.commands.serve import check_loads, check_port, open_served, template_of
 from eacmoe_lightning.exports.export import export
@@ -75,6 +76,9 @@ def test_models_that_cannot_be_served(tmp_path, directory):
         check_loads(open_served(str(tmp_path / "gptq")))
     for loads in (directory, directory.parent / "original"):
         check_loads(open_served(str(loads)))
+    load(directory).save_pretrained(tmp_path / "alone")
+    with pytest.raises(FileNotFoundError, match=r"alone' \(MODEL\) has no tokenizer"):
+        Served("alone", open_served(str(tmp_path / "alone")), None).tokenizer()
 
 
 def test_options_that_cannot_be_met(tmp_path):

@@ -28,7 +28,7 @@ from eacmoe_lightning.compressed.format import read_config as read_directory
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.compressed.opening import OpenedModel
 from eacmoe_lightning.models.originals import read_config, resolve_model
-from eacmoe_lightning.models.tokenizer import load_tokenizer
+from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.models.transformers_loader import auto_class
 from eacmoe_lightning.serving import requests
 from eacmoe_lightning.skipping.stored import KEY as SKIPPING
@@ -74,7 +74,7 @@ class Served:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; without a chat template, one that refuses conversations with status 400."""
         opened = self.opened
-        tokenizer = load_tokenizer(str(opened.directory), opened.trust_remote_code)
+        tokenizer = tokenizer_of(str(opened.directory), "MODEL", opened.trust_remote_code)
         if self.template is not None:
             tokenizer.chat_template = continuing(tokenizer) if self.template == CONTINUE else self.template
             if CHATML not in tokenizer.chat_template:
