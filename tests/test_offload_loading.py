@@ -104,6 +104,16 @@ def test_packed_experts_keep_their_biases_whatever_their_slots(share, mixed, tok
     model.offload.close()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["inkling_text", "zaya", "nemotron_h-latent"])
+def test_routers_that_nothing_is_predicted_of(name, tokens, tmp_path):
+    """Their matrices have rows for more than the experts, or read something else than the experts."""
+    architectures.build(name).save_pretrained(tmp_path)
+    model = load_offloaded(tmp_path, 0.5)
+    torch.testing.assert_close(model(tokens).logits, load_original(str(tmp_path))(tokens).logits)
+    model.offload.close()
+
+
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises((FileNotFoundError, OSError, ValueError), match="nothing"):
         load_offloaded(Path(tmp_path / "nothing"), 1.0)

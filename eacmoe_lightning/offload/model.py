@@ -69,10 +69,13 @@ class Offload:
         """Prefetches the experts that the next block's router selects for this block's hidden states.
 
         Hidden states change little from block to block, so the next block is likely to select them. The prediction uses
-        the router's weights without calling the router, so hooks on it (PESF) do not see it.
+        the router's weights without calling the router, so hooks on it (PESF) do not see it. Nothing is predicted for
+        routers without one matrix, or with one for other inputs than the experts get (latent experts).
         """
         following = self.successor.get(block)
         if following is None or not self.lookahead or not self.fetcher.is_parallel:
+            return
+        if not following.calibrates or following.router_weight.shape[1] != hidden.shape[-1]:
             return
         if self.cache_of[following.index].holds(following.index, following.num_experts):
             return
