@@ -162,6 +162,25 @@ def test_phimoe_forced_to_its_second_choice_first(ids):
     torch.testing.assert_close(forced(0, 2)[0, 1], torch.tensor([1.99, 0.5]).softmax(0)[1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["deepseek_v4", "gemma4_text"])
+def test_routers_with_weights_of_their_own_kind_can_be_forced(name, ids):
+    """DeepSeek-V4: normalised square roots of softplus. Gemma 4: a softmax, times a factor of each expert."""
+    moe = MoEModel(architectures.build(name))
+    block, state = moe.moe_blocks[0], None
+    if name == "gemma4_text":
+        block.router.per_expert_scale.copy_(torch.linspace(0.5, 2, 8))
+    _, routing = block.forward(moe.call(block.index, ids, state))
+    logits, forced = routing.logits.float(), (routing.ids + 1) % 8
+    weights = forced_weights(block.router, logits, routing.weights, routing.ids, forced)
+    if name == "gemma4_text":
+        expected = logits.gather(1, forced).softmax(-1) * block.router.per_expert_scale[forced]
+    else:
+        scores = torch.nn.functional.softplus(logits).sqrt().gather(1, forced)
+        expected = scores / scores.sum(-1, keepdim=True) * block.router.routed_scaling_factor
+    torch.testing.assert_close(weights.float(), expected, rtol=1e-4, atol=1e-6)
+
+
 @families
 def test_parts_are_recognized(family):
     moe = MoEModel(tiny_models.build(family))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import architectures
 import jobs
 import pytest
 import torch
@@ -278,6 +279,17 @@ def test_a_run_has_the_size_that_was_asked_for(size, tiny_model_dir, sensitivity
     assert {"loss of each weight", "bits chosen by size", "size and divergence"} <= {*board.Tags()["images"]}
     widths = read_config(run / "compressed")["quantization"]["bits"]
     assert len({w for bits in widths.values() for w in (bits if isinstance(bits, list) else [bits])}) > 1
+
+
+@pytest.mark.parametrize("name, drops", [("gemma4_text", True), ("deepseek_v4", False), ("zaya", False)])
+def test_sensitivities_of_routers_of_other_kinds(name, drops, tmp_path, tokenizer):
+    """Missing experts are measured where experts can be removed: not where ids of tokens choose them."""
+    architectures.build(name).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = jobs.options(tmp_path / "model", "none", data__num_windows=4)
+    main(["sensitivity", "--output", str(tmp_path / "found"), "--widths", "3", "4", "--device", "cpu", *options])
+    found = read(tmp_path / "found")
+    assert bool(found.drops) == drops and found.damage
 
 
 def test_a_job_that_goes_on_keeps_its_widths(tiny_model_dir, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from eacmoe_lightning.job.sampling import SampledTexts
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.fingerprint import fingerprint
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.pruning.rule import keeps_all
 from eacmoe_lightning.run.device import device_of
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.lock import RunLock
 from eacmoe_lightning.run.ranks import Ranks
+
+log = logging.getLogger(__name__)
 
 
 def options() -> argparse.ArgumentParser:
@@ -65,12 +69,16 @@ def sensitivity(words: list[str]) -> None:
     run, ranks = RunDirectory(chosen.output), Ranks()
     texts = SampledTexts(data, run, moe, ranks, module.name_or_path, module.dtype_name, module.trust_remote_code)
     texts.check()
+    drops = sorted(chosen.drops)
+    if drops and (reason := next((reason for block in moe.moe_blocks if (reason := keeps_all(block))), None)):
+        log.info("without --drops, which measures missing experts: %s", reason)
+        drops = []
     with RunLock(chosen.output, "--output"):
         texts.prepare(continues=(chosen.output / "identity.json").exists())
         texts.make()
         found = measured(
             chosen.output, module.recipe, moe, data, fingerprint(module.name_or_path), num_probes=chosen.probe_windows,
-            widths=widths, drops=sorted(chosen.drops) if moe.calibrated_blocks == moe.moe_blocks else (),
+            widths=widths, drops=drops,
             criterion=module.pruning.criterion if module.pruning else "reap",
         )  # fmt: skip
         allocator = allocator_of(module.recipe, moe, module.targets, found)

@@ -16,6 +16,13 @@ from eacmoe_lightning.models.shrink import has_table
 from eacmoe_lightning.pruning.scores import CRITERIA
 
 
+def keeps_all(block: Block) -> str | None:
+    """Why no expert of a block can be removed; None if some can."""
+    if not block.calibrates:
+        return "its router has no matrix with one row per expert"
+    return "its router looks experts up by token id" if has_table(block) else None
+
+
 @dataclass(frozen=True)
 class PruningRule:
     """Keeps the best experts of every block: a fixed number, or all with a high enough score.
@@ -63,12 +70,8 @@ class PruningRule:
     def check(self, moe: MoEModel) -> None:
         """Raises ValueError if this rule does not fit the model; called before anything is computed."""
         for block in moe.moe_blocks:
-            if not block.calibrates:
-                raise ValueError(
-                    f"{block.name}: its router has no matrix with one row per expert, so no expert can be removed"
-                )
-            if has_table(block):
-                raise ValueError(f"{block.name}: its router looks experts up by token id, so no expert can be removed")
+            if (reason := keeps_all(block)) is not None:
+                raise ValueError(f"{block.name}: {reason}, so no expert can be removed")
             if self.alpha is not None and (number := Groups.of(block).number) > 1:
                 raise ValueError(
                     f"{block.name} routes by {number} groups of experts, which must stay equal in size: pass "

@@ -56,12 +56,25 @@ def _softmax_of_selected(router, logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(1, ids).softmax(-1)
 
 
+def _scaled_softmax_of_selected(router, logits: Tensor, ids: Tensor) -> Tensor:
+    """Gemma 4: each expert has a factor of its own."""
+    factors = getattr(router, "per_expert_scale", None)
+    weights = _softmax_of_selected(router, logits, ids)
+    return weights if factors is None else weights * factors.detach().float()[ids]
+
+
 def _sigmoid(router, logits: Tensor, ids: Tensor) -> Tensor:
     return logits.sigmoid().gather(1, ids)
 
 
 def _sigmoid_normalised(router, logits: Tensor, ids: Tensor) -> Tensor:
     scores = _sigmoid(router, logits, ids)
+    return scores / scores.sum(-1, keepdim=True)
+
+
+def _sqrt_softplus_normalised(router, logits: Tensor, ids: Tensor) -> Tensor:
+    """DeepSeek-V4."""
+    scores = nn.functional.softplus(logits).sqrt().gather(1, ids)
     return scores / scores.sum(-1, keepdim=True)
 
 
@@ -79,4 +92,12 @@ def _sparsemixer(router, logits: Tensor, ids: Tensor) -> Tensor:
     return torch.cat(columns, 1)
 
 
-_WEIGHT_RULES = (_softmax_of_selected, _softmax, _sigmoid_normalised, _sigmoid, _sparsemixer)
+_WEIGHT_RULES = (
+    _softmax_of_selected,
+    _softmax,
+    _sigmoid_normalised,
+    _sigmoid,
+    _sqrt_softplus_normalised,
+    _scaled_softmax_of_selected,
+    _sparsemixer,
+)
