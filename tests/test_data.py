@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.text.batches import WindowLoader, calibration_batches, heldout_batches, shard
+from eacmoe_lightning.text.checks import shared_runs
 from eacmoe_lightning.text.sources import heldout_names, name_sources, read_documents
 
 sizes = st.integers(1, 40)
@@ -396,19 +397,42 @@ def test_numbers_of_windows_must_be_positive(option):
         TextWindows(**{option: 0})
 
 
-def test_heldout_text_that_is_calibrated_on_is_counted(tiny_model_dir, caplog):
-    """Every window of a text that is both; none of parts that share nothing."""
-    both = {"window_length": 32, "num_windows": 8, "num_heldout_windows": 8}
-    moe = MoEModel(tiny_models.build("mixtral"))
-    for calibration, heldout, count in (
-        ("bundled:code[:3%]", "bundled:code[:3%]", True),
-        ("bundled:code[:50%]", "bundled:code[50%:]", False),
+def test_heldout_text_that_is_calibrated_on_is_counted(tiny_model_dir, tmp_path, caplog):
+    """However its windows lie beside those of the calibration; parts that share nothing, and the defaults, do not."""
+    text = read_documents("bundled:code[:6%]")[0]
+    (tmp_path / "end.txt").write_text(text[len(text) // 2 + 7 :])
+    (tmp_path / "all.txt").write_text(text)
+    model, moe = tiny_model_dir("mixtral"), MoEModel(tiny_models.build("mixtral"))
+    num_tokens = len(AutoTokenizer.from_pretrained(model)(text)["input_ids"])
+    for calibration, heldout, least in (
+        (tmp_path / "all.txt", {"code": tmp_path / "all.txt"}, 95),
+        (tmp_path / "all.txt", {"code": tmp_path / "end.txt"}, 40),
+        ("bundled:code[:50%]", {"code": "bundled:code[50%:]"}, None),
+        ("bundled:calibration", None, None),
     ):
-        data = TextWindows(calibration, {"code": heldout}, tokenizer=str(tiny_model_dir("mixtral")), **both)
-        calibrated = data.calibration_windows.tolist()
-        same = sum(row in calibrated for row in data.heldout_windows["code"].tolist())
-        caplog.clear()
-        data.setup("fit")
-        data.check_model(moe, "fit")
-        assert bool(same) is count
-        assert (f"{same} of the 8 windows of the held-out text code" in caplog.text) is count
+        for length in (32, 64, 200):
+            data = TextWindows(
+                str(calibration),
+                heldout and {name: str(source) for name, source in heldout.items()},
+                tokenizer=str(model),
+                window_length=length,
+                num_windows=num_tokens // length,
+            )
+            caplog.clear()
+            data.setup("fit")
+            data.check_model(moe, "fit")
+            found = re.search(r"(\d+)% of the held-out text code \(--data.heldout\) is in the calibration", caplog.text)
+            assert (found is None) == (least is None) and (found is None or int(found[1]) >= least)
+
+
+@pytest.mark.parametrize("length", [1, 5, 32])
+def test_shared_runs_are_those_that_a_search_finds(length):
+    """Runs of few different tokens, some of them copied, in windows of which some are shorter than a run."""
+    draw = torch.Generator().manual_seed(length)
+    runs = torch.randint(3, (150, length), generator=draw)
+    texts = [torch.randint(3, (shape), generator=draw) for shape in ((90, 40), (1, 33), (70, length), (4, 1))]
+    texts[0][70:, 3 : 3 + length] = runs[:20]
+    texts[2][:10] = runs[30:40]
+    there = {tuple(row[start : start + length]) for text in texts for row in text.tolist() for start in range(len(row))}
+    expected = sum(tuple(run) in there for run in runs.tolist()) / len(runs)
+    assert shared_runs(runs.numpy(), [text.numpy() for text in texts]) == expected >= 0.2

@@ -303,7 +303,7 @@ class TextWindows(L.LightningDataModule):
     def check_model(self, moe: MoEModel, stage: str) -> None:
         """Checks that the windows of a stage fit the model, before any work starts.
 
-        Warns of windows that are longer than what the model was trained on, and of held-out windows that are
+        Warns of windows that are longer than what the model was trained on, and of held-out text that is in the
         calibration windows too.
 
         Raises:
