@@ -112,6 +112,13 @@ def test_options_around_configs(capsys):
         ("trainer.limit_train_batches", "0", ["--trainer.limit_train_batches 0"]),
         ("trainer.devices", "[0,1]", ["(--trainer.*)", "`devices` selected with `CPUAccelerator`"]),
         ("trainer.devices", "0", ["(--trainer.*)", "devices='0'"]),
+        ("trainer.accumulate_grad_batches", "0", ["--trainer.accumulate_grad_batches 0", "1 or more"]),
+        ("trainer.accumulate_grad_batches", "-2", ["--trainer.accumulate_grad_batches -2", "1 or more"]),
+        ("trainer.gradient_clip_val", "-1", ["--trainer.gradient_clip_val -1", "0 or more"]),
+        ("trainer.gradient_clip_val", ".nan", ["--trainer.gradient_clip_val nan"]),
+        ("seed_everything", "-1", ["--seed_everything -1", "from 0 to 4294967295"]),
+        ("seed_everything", "99999999999", ["--seed_everything 99999999999", "from 0 to 4294967295"]),
+        ("data.seed", "99999999999999999999", ["--data.seed=99999999999999999999 must be from -2^63 to 2^63 - 1"]),
         ("trainer.precision", "transformer-engine", ["(--trainer.*)", "transformer_engine"]),
         ("trainer.precision", "16-true", ["--trainer.precision 16-true", "--model.dtype"]),
         ("trainer.num_sanity_val_steps", "2", ["--trainer.num_sanity_val_steps 2", "validate"]),
@@ -187,6 +194,23 @@ def test_a_router_loss_with_too_large_a_k(refused, tiny_model_dir, tmp_path):
     loss = {"model__router_loss": "TopKMSE", "model__router_loss__k": 9}
     error = refused(*jobs.options(tiny_model_dir("mixtral"), tmp_path / "run", **loss))
     assert "k=9 (--model.router_loss.init_args.k)" in error and "num_experts=8" in error
+
+
+@pytest.mark.parametrize(
+    "loss, option, value",
+    [("SelectionHinge", "margin", "-1"), ("SelectionHinge", "margin", ".nan"), ("SelectionKL", "temperature", "0")],
+)
+def test_a_router_loss_with_a_senseless_number(loss, option, value, refused, tiny_model_dir, tmp_path):
+    more = {"model__router_loss": loss, f"model__router_loss__{option}": value}
+    error = refused(*jobs.options(tiny_model_dir("mixtral"), tmp_path / "run", **more))
+    assert f"--model.router_loss.{option}" in error and "is not a finite number" in error
+
+
+def test_routers_that_no_stage_would_calibrate(refused, tiny_model_dir, tmp_path):
+    more = {"model__router_method": "joint", "model__joint_epochs": 0, "model__block_epochs": 0}
+    error = refused(*jobs.options(tiny_model_dir("mixtral"), tmp_path / "run", **more))
+    assert all(option in error for option in ("--model.router_method", "--model.joint_epochs", "--model.block_epochs"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_text_shorter_than_a_window(refused, tiny_model_dir, tmp_path):

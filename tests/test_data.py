@@ -363,7 +363,9 @@ def test_several_texts_share_the_windows(text_data):
             {"calibration": ["bundled:prose"], "shares": {"code": 1}},
             "--data.shares={'code': 1} must give each of prose",
         ),
-        ({"calibration": ["bundled:prose"], "shares": {"prose": 0}}, "a share above 0"),
+        ({"calibration": ["bundled:prose"], "shares": {"prose": 0}}, "a finite share above 0"),
+        ({"calibration": ["bundled:prose"], "shares": {"prose": float("nan")}}, "--data.shares={'prose': nan} must"),
+        ({"calibration": ["bundled:prose"], "shares": {"prose": float("inf")}}, "--data.shares={'prose': inf} must"),
     ],
 )
 def test_bad_shares(text_data, options, message):

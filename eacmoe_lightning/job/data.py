@@ -133,6 +133,8 @@ class TextWindows(L.LightningDataModule):
         for option in ("batch_size", "micro_batch_size", "heldout_batch_size", "num_heldout_windows"):
             if (value := getattr(self, option)) is not None and value < 1:
                 raise ValueError(f"--data.{option}={value} must be at least 1")
+        if not -(2**63) <= self.seed < 2**63:  # torch takes no others
+            raise ValueError(f"--data.seed={self.seed} must be from -2^63 to 2^63 - 1")
         if self.window_length < 2:
             raise ValueError(
                 f"--data.window_length={self.window_length} must be at least 2: a window's first token has no "
