@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import jobs
 import lightning as L
@@ -242,6 +243,11 @@ def test_held_out_sources_get_names(tmp_path):
     assert name_sources("bundled:prose") == {"prose": "bundled:prose"}
     assert name_sources(["/a/b/wiki.txt"]) == {"wiki": "/a/b/wiki.txt"}
     assert name_sources({"x": "bundled:code"}) == {"x": "bundled:code"}
+    assert name_sources(["."]) == {Path.cwd().name: "."}
+    for name in ("a/b", "../x", "..", "", " ", "a\\b"):
+        for option in ("calibration", "heldout"):
+            with pytest.raises(ValueError, match=re.escape(f"--data.{option}: a text cannot be called {name!r}")):
+                TextWindows(**{option: {"prose": "bundled:prose", name: "bundled:code"}})
     with pytest.raises(ValueError, match="/a/wiki.txt and /b/wiki.md would both be called 'wiki'"):
         name_sources(["/a/wiki.txt", "/b/wiki.md"])
 

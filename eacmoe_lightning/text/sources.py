@@ -72,7 +72,8 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
     """Sources by name: `prose` for bundled:prose, the stem of the path for any other; None: all bundled held-out texts.
 
     Raises:
-        ValueError: two sources get the same name, or one is empty or not a part of a text.
+        ValueError: two sources get the same name, or one that no file can have; or one is empty, or not a part of a
+            text.
     """
     if sources is None:
         sources = [f"bundled:{name}" for name in heldout_names()]
@@ -81,6 +82,8 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
     for source in sources.values() if isinstance(sources, dict) else sources:
         check_source(source, option)
     if isinstance(sources, dict):
+        for name in sources:
+            _check_name(str(name), option)
         return dict(sources)
     named: dict[str, str] = {}
     for source in sources:
@@ -93,6 +96,14 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
             )
         named[name] = source
     return named
+
+
+def _check_name(name: str, option: str) -> None:
+    """Raises ValueError for a name that cannot be part of the name of a file, as that of a held-out text is."""
+    if not name.strip() or name in (".", "..") or re.search(r"[/\\\0]", name):
+        raise ValueError(
+            f"{option}: a text cannot be called {name!r}: pass {{name: source}} with a name without / and \\"
+        )
 
 
 def check_source(source: str, option: str) -> None:
@@ -109,7 +120,8 @@ def _stem(source: str) -> str:
     """The last part of a source without its end; of a pattern, the last one without wildcards."""
     if _is_pattern(_take_part(source)[0]):
         return next((part for part in reversed(Path(source).parts) if not WILDCARD.search(part)), "pattern")
-    return Path(source).stem
+    name = Path(source).stem
+    return name if name.strip(".") else Path(source).absolute().resolve().stem or "text"
 
 
 def read_documents(source: str, column: str | None = None) -> list[Document]:
