@@ -392,6 +392,30 @@ def test_what_names_no_text_is_named_with_its_option(option, source, message):
         TextWindows(**{option: source})
 
 
+@pytest.mark.parametrize("source", ["[bundled:prose[:5%], bundled:code[:5%]]", "{prose: bundled:prose[:5%]}"])
+def test_lists_that_are_taken_for_one_source_are_refused(source, tiny_model_dir, tmp_path, capsys):
+    """YAML takes a bracket inside of a list for another list."""
+    for option, message in (
+        ("calibration", "is one text and no list: put quotes around each source that has brackets"),
+        ("heldout", "is one text and no list: put quotes around each source that has brackets"),
+        ("predict", "must be one source, not several and not {name: source}"),
+    ):
+        with pytest.raises(SystemExit):
+            jobs.fit(tiny_model_dir("mixtral"), tmp_path / "run", **{f"data__{option}": source})
+        error = capsys.readouterr().err
+        assert f"--data.{option}" in error and source in error and message in error
+    with pytest.raises(ValueError, match="--data.predict={'a': 'bundled:prose'} must be one source"):
+        TextWindows(predict={"a": "bundled:prose"})
+
+
+def test_a_pattern_of_brackets_alone_is_a_pattern(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    assert name_sources("[ab].tx[t]") and read_documents("[ab].tx[t]") == ["text"]
+    (tmp_path / ":").write_text("colon")
+    assert name_sources("[,:]") and read_documents("[,:]") == ["colon"]
+
+
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_an_evaluation_without_text_is_refused(text_data, stage):
     with pytest.raises(ValueError, match=f"--data.heldout is empty, so {stage} has no text"):

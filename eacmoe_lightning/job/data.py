@@ -20,7 +20,7 @@ from eacmoe_lightning.text.chat import read_template
 from eacmoe_lightning.text.checks import check_length, check_tokens, warn_of_calibrated, warn_of_repeated
 from eacmoe_lightning.text.openings import Start
 from eacmoe_lightning.text.sampled import SampledSource, sampled_source
-from eacmoe_lightning.text.sources import check_source, documents, name_sources
+from eacmoe_lightning.text.sources import check_source, documents, is_unread_list, name_sources
 from eacmoe_lightning.text.windows import (
     Layout,
     Windows,
@@ -153,6 +153,11 @@ class TextWindows(L.LightningDataModule):
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--data.temperature={self.temperature} must be above 0")
         if self.predict is not None:
+            if not isinstance(self.predict, str) or is_unread_list(self.predict):
+                raise ValueError(
+                    f"--data.predict={self.predict} must be one source, not several and not {{name: source}}; without "
+                    "it the held-out texts (--data.heldout) are scored"
+                )
             check_source(self.predict, "--data.predict")
         for option, sources in (("heldout", self.heldout.values()), ("predict", [self.predict or ""])):
             if written := next(filter(sampled_source, sources), None):

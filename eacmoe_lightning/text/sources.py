@@ -52,6 +52,7 @@ BUNDLED_TEXT = Path(__file__).parent.parent / "assets" / "text"
 SPLIT = re.compile(r":(?P<split>[A-Za-z_][\w.+-]*(\[[^\]]*\])?)$")
 PART = re.compile(r"\[((?P<start>\d+(\.\d+)?)%)?:((?P<stop>\d+(\.\d+)?)%)?\]$")
 COLUMN = re.compile(r"#(?P<column>[^#/\[\]]+)$")
+UNREAD_LIST = re.compile(r"\[.*[,:].*\]|\{.*:.*\}", re.S)  # a list or a dictionary that YAML did not take for one
 WILDCARD = re.compile(r"[*?\[]")
 LOOKAHEAD = 1000  # rows that show whether a table holds documents or the lines of one
 COLUMN_REMEDY = "; name the column with --data.column NAME or SOURCE#NAME, or two: QUESTION,ANSWER"
@@ -110,10 +111,20 @@ def check_source(source: str, option: str) -> None:
     """Raises ValueError for a source that names nothing, such as a variable of the shell that is not set."""
     if not source.strip():
         raise ValueError(f"{option} names no source, but {source!r}: {INSTEAD}")
+    if is_unread_list(source):
+        raise ValueError(
+            f"{option}: {source} is one text and no list: put quotes around each source that has brackets, as in "
+            "['bundled:prose[:50%]', 'bundled:code[:50%]'] or {prose: 'bundled:prose[:50%]'}"
+        )
     try:
         _take_part(source)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
+
+
+def is_unread_list(source: str) -> bool:
+    """Whether a source looks like several, or like {name: source}."""
+    return UNREAD_LIST.fullmatch(source.strip()) is not None and not (glob(source) or Path(source).exists())
 
 
 def _stem(source: str) -> str:
@@ -368,6 +379,6 @@ def stored_source(source: str) -> str:
     is_local = (
         path.exists() or _is_pattern(name) or (match is not None and path.parent.is_dir() and path.parent != Path())
     )
-    if source.startswith("bundled:") or not is_local:
+    if source.startswith("bundled:") or is_unread_list(source) or not is_local:
         return source
     return os.path.abspath(path) + source[len(name) :]
