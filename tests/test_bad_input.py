@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
 from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
@@ -99,6 +100,8 @@ def test_options_around_configs(capsys):
         ("data.window_length", "1", ["--data.window_length=1 must be at least 2"]),  # the first token has no prediction
         ("model.joint_selection", "-1", ["joint_selection=-1.0 (--model.joint_selection) is negative"]),
         ("model.weight_decay", "-1", ["weight_decay=-1.0 (--model.weight_decay) is negative"]),
+        ("model.evaluate", "/no/such/run", ["--model.evaluate /no/such/run does not suit fit", "validate"]),
+        ("data.column", "story", ["--data.column=story is a column of tables", "--data.calibration"]),
         ("pruning.criterion", "reap", ["(--pruning.criterion) removes nothing by itself", "--pruning.keep"]),
         ("model.tensor_parallel", "0", ["tensor_parallel=0 (--model.tensor_parallel) is below 1"]),
         ("model.tensor_parallel", "2", ["tensor_parallel=2 (--model.tensor_parallel)", "pass --model.target"]),
@@ -465,6 +468,36 @@ def test_damage_is_named_and_computed_again_once_deleted(
         assert jobs.contents(run / part) == jobs.contents(finished / part)
 
 
+def test_what_the_check_of_the_model_found_is_found_again(tiny_model_dir, tmp_path, caplog, monkeypatch):
+    """It is the layers that stay unquantized: here one whose weight the model's code reads."""
+    forward = MixtralAttention.forward
+
+    def reads(self, *args, **kwargs):
+        out, *others = forward(self, *args, **kwargs)
+        return out + 0 * self.q_proj.weight.sum(), *others
+
+    monkeypatch.setattr(MixtralAttention, "forward", reads)
+    model, options = tiny_model_dir("mixtral"), {"model__block_epochs": 0, "model__joint_epochs": 0}
+    whole = jobs.fit(model, tmp_path / "whole", **options)
+    stopped = jobs.fit(model, tmp_path / "stopped", **options, trainer__max_epochs=2)
+    found = json.loads((stopped / "unquantized.json").read_text())
+    assert list(found) == [f"model.layers.{index}.self_attn.q_proj.weight" for index in range(3)]
+    for content in ("{", "", None):
+        run = Path(shutil.copytree(stopped, tmp_path / "run"))
+        (run / "unquantized.json").unlink()
+        if content is not None:
+            (run / "unquantized.json").write_text(content)
+        caplog.clear()
+        jobs.fit(model, run, "--ckpt_path", "auto", **options)
+        assert re.search(
+            "unquantized.json is missing, truncated or corrupt .*: the model is checked again", caplog.text
+        )
+        assert json.loads((run / "unquantized.json").read_text()) == found
+        for part in ("blocks", "compressed"):
+            assert jobs.contents(run / part) == jobs.contents(whole / part)
+        shutil.rmtree(run)
+
+
 def test_a_trained_block_that_is_gone_is_named(refused, tiny_model_dir, tmp_path):
     run, options = tmp_path / "run", DEEPSEEK | {"model__block_epochs": 1}
     jobs.fit(tiny_model_dir("deepseek"), run, **options, trainer__max_epochs=4)  # two of three blocks
@@ -533,9 +566,8 @@ def test_damaged_options_of_a_compressed_directory_are_named(name, refused, tiny
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_damaged_files_of_options_of_a_run_are_named(content, refused, tiny_model_dir, copied):
     words = [*jobs.options(tiny_model_dir("deepseek"), copied, **DEEPSEEK), "--ckpt_path", "auto"]
-    for name in ("unquantized.json", "run.json"):
-        (copied / name).write_text(content)
-        assert str(copied / name) in refused(*words)
+    (copied / "run.json").write_text(content)
+    assert str(copied / "run.json") in refused(*words)
     (copied / "report.json").write_text(content)
     assert str(copied / "report.json") in refused(str(copied), stage="report")
 

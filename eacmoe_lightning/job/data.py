@@ -20,7 +20,7 @@ from eacmoe_lightning.text.chat import read_template
 from eacmoe_lightning.text.checks import check_length, check_tokens, warn_of_calibrated, warn_of_repeated
 from eacmoe_lightning.text.openings import Start
 from eacmoe_lightning.text.sampled import SampledSource, sampled_source
-from eacmoe_lightning.text.sources import check_source, documents, is_unread_list, name_sources
+from eacmoe_lightning.text.sources import check_source, documents, is_unread_list, may_have_rows, name_sources
 from eacmoe_lightning.text.windows import (
     Layout,
     Windows,
@@ -162,6 +162,12 @@ class TextWindows(L.LightningDataModule):
         for option, sources in (("heldout", self.heldout.values()), ("predict", [self.predict or ""])):
             if written := next(filter(sampled_source, sources), None):
                 raise ValueError(f"--data.{option}: {written} is written by the model: it only calibrates")
+        texts = [*self.calibration_texts.values(), *self.heldout.values(), *([self.predict] if self.predict else [])]
+        if self.column is not None and not any(map(may_have_rows, texts)):
+            raise ValueError(
+                f"--data.column={self.column} is a column of tables, and no text is one (--data.calibration, "
+                "--data.heldout): leave it out"
+            )
         if not self.calibration_texts:
             raise ValueError("--data.calibration is empty: pass one or more sources")
 

@@ -224,6 +224,11 @@ class QESC(Comparison):
             super().setup(stage)
             return
         refuse_unsuitable(self.trainer, stage)
+        if self.evaluate is not None:
+            raise ValueError(
+                f"--model.evaluate {self.evaluate} does not suit fit, which evaluates its own result: leave it out, or "
+                "run validate, test or predict with it"
+            )
         if self.trainer.is_global_zero:
             self.lock = RunLock(self.run.path)
         begun = begin(self)

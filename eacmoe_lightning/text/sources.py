@@ -43,7 +43,16 @@ from glob import glob
 from itertools import chain, islice
 from pathlib import Path
 
-from eacmoe_lightning.text.files import READ_FILES, Table, files_below, is_text_file, read_file, read_text
+from eacmoe_lightning.text.files import (
+    READ_FILES,
+    ROW_FILES,
+    Table,
+    files_below,
+    is_text_file,
+    kind_of,
+    read_file,
+    read_text,
+)
 from eacmoe_lightning.text.hub import INSTEAD, hub_name, is_dataset_directory, read_dataset
 from eacmoe_lightning.text.rows import Document, columns_of, columns_read, document_of
 from eacmoe_lightning.text.sampled import SELF, sampled_source
@@ -120,6 +129,14 @@ def check_source(source: str, option: str) -> None:
         _take_part(source)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
+
+
+def may_have_rows(source: str) -> bool:
+    """Whether a source may be a table: bundled text, text that a model samples and files of plain text are none."""
+    whole = _take_part(source)[0]
+    if source.startswith("bundled:") or SELF.fullmatch(source):
+        return False
+    return not Path(whole).expanduser().is_file() or kind_of(Path(whole)) in ROW_FILES
 
 
 def is_unread_list(source: str) -> bool:
