@@ -74,8 +74,8 @@ def warn_of_calibrated(heldout: Mapping[str, Tensor], calibration: Iterable[Tens
         share = shared_runs(runs, texts)
         if share > BOILERPLATE:
             log.warning(
-                "%.0f%% of the held-out text %s (--data.heldout) is in the calibration windows too (in runs of %d "
-                "tokens), so it tests little: hold out other text, or calibrate on the part [:90%%] and hold out "
+                "at least %.0f%% of the held-out text %s (--data.heldout) is in the calibration windows too (in runs "
+                "of %d tokens), so it tests little: hold out other text, or calibrate on the part [:90%%] and hold out "
                 "[90%%:]",
                 *(100 * share, name, length),
             )
