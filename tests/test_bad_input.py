@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
 from eacmoe_lightning import load
 from eacmoe_lightning.cli import main
@@ -99,6 +100,8 @@ def test_options_around_configs(capsys):
         ("data.window_length", "1", ["--data.window_length=1 must be at least 2"]),  # the first token has no prediction
         ("model.joint_selection", "-1", ["joint_selection=-1.0 (--model.joint_selection) is negative"]),
         ("model.weight_decay", "-1", ["weight_decay=-1.0 (--model.weight_decay) is negative"]),
+        ("model.evaluate", "/no/such/run", ["--model.evaluate /no/such/run does not suit fit", "validate"]),
+        ("data.column", "story", ["--data.column=story is a column of tables", "--data.calibration"]),
         ("pruning.criterion", "reap", ["(--pruning.criterion) removes nothing by itself", "--pruning.keep"]),
         ("model.tensor_parallel", "0", ["tensor_parallel=0 (--model.tensor_parallel) is below 1"]),
         ("model.tensor_parallel", "2", ["tensor_parallel=2 (--model.tensor_parallel)", "pass --model.target"]),
@@ -112,6 +115,13 @@ def test_options_around_configs(capsys):
         ("trainer.limit_train_batches", "0", ["--trainer.limit_train_batches 0"]),
         ("trainer.devices", "[0,1]", ["(--trainer.*)", "`devices` selected with `CPUAccelerator`"]),
         ("trainer.devices", "0", ["(--trainer.*)", "devices='0'"]),
+        ("trainer.accumulate_grad_batches", "0", ["--trainer.accumulate_grad_batches 0", "1 or more"]),
+        ("trainer.accumulate_grad_batches", "-2", ["--trainer.accumulate_grad_batches -2", "1 or more"]),
+        ("trainer.gradient_clip_val", "-1", ["--trainer.gradient_clip_val -1", "0 or more"]),
+        ("trainer.gradient_clip_val", ".nan", ["--trainer.gradient_clip_val nan"]),
+        ("seed_everything", "-1", ["--seed_everything -1", "from 0 to 4294967295"]),
+        ("seed_everything", "99999999999", ["--seed_everything 99999999999", "from 0 to 4294967295"]),
+        ("data.seed", "99999999999999999999", ["--data.seed=99999999999999999999 must be from -2^63 to 2^63 - 1"]),
         ("trainer.precision", "transformer-engine", ["(--trainer.*)", "transformer_engine"]),
         ("trainer.precision", "16-true", ["--trainer.precision 16-true", "--model.dtype"]),
         ("trainer.num_sanity_val_steps", "2", ["--trainer.num_sanity_val_steps 2", "validate"]),
@@ -187,6 +197,23 @@ def test_a_router_loss_with_too_large_a_k(refused, tiny_model_dir, tmp_path):
     loss = {"model__router_loss": "TopKMSE", "model__router_loss__k": 9}
     error = refused(*jobs.options(tiny_model_dir("mixtral"), tmp_path / "run", **loss))
     assert "k=9 (--model.router_loss.init_args.k)" in error and "num_experts=8" in error
+
+
+@pytest.mark.parametrize(
+    "loss, option, value",
+    [("SelectionHinge", "margin", "-1"), ("SelectionHinge", "margin", ".nan"), ("SelectionKL", "temperature", "0")],
+)
+def test_a_router_loss_with_a_senseless_number(loss, option, value, refused, tiny_model_dir, tmp_path):
+    more = {"model__router_loss": loss, f"model__router_loss__{option}": value}
+    error = refused(*jobs.options(tiny_model_dir("mixtral"), tmp_path / "run", **more))
+    assert f"--model.router_loss.{option}" in error and "is not a finite number" in error
+
+
+def test_routers_that_no_stage_would_calibrate(refused, tiny_model_dir, tmp_path):
+    more = {"model__router_method": "joint", "model__joint_epochs": 0, "model__block_epochs": 0}
+    error = refused(*jobs.options(tiny_model_dir("mixtral"), tmp_path / "run", **more))
+    assert all(option in error for option in ("--model.router_method", "--model.joint_epochs", "--model.block_epochs"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_text_shorter_than_a_window(refused, tiny_model_dir, tmp_path):
@@ -441,6 +468,36 @@ def test_damage_is_named_and_computed_again_once_deleted(
         assert jobs.contents(run / part) == jobs.contents(finished / part)
 
 
+def test_what_the_check_of_the_model_found_is_found_again(tiny_model_dir, tmp_path, caplog, monkeypatch):
+    """It is the layers that stay unquantized: here one whose weight the model's code reads."""
+    forward = MixtralAttention.forward
+
+    def reads(self, *args, **kwargs):
+        out, *others = forward(self, *args, **kwargs)
+        return out + 0 * self.q_proj.weight.sum(), *others
+
+    monkeypatch.setattr(MixtralAttention, "forward", reads)
+    model, options = tiny_model_dir("mixtral"), {"model__block_epochs": 0, "model__joint_epochs": 0}
+    whole = jobs.fit(model, tmp_path / "whole", **options)
+    stopped = jobs.fit(model, tmp_path / "stopped", **options, trainer__max_epochs=2)
+    found = json.loads((stopped / "unquantized.json").read_text())
+    assert list(found) == [f"model.layers.{index}.self_attn.q_proj.weight" for index in range(3)]
+    for content in ("{", "", None):
+        run = Path(shutil.copytree(stopped, tmp_path / "run"))
+        (run / "unquantized.json").unlink()
+        if content is not None:
+            (run / "unquantized.json").write_text(content)
+        caplog.clear()
+        jobs.fit(model, run, "--ckpt_path", "auto", **options)
+        assert re.search(
+            "unquantized.json is missing, truncated or corrupt .*: the model is checked again", caplog.text
+        )
+        assert json.loads((run / "unquantized.json").read_text()) == found
+        for part in ("blocks", "compressed"):
+            assert jobs.contents(run / part) == jobs.contents(whole / part)
+        shutil.rmtree(run)
+
+
 def test_a_trained_block_that_is_gone_is_named(refused, tiny_model_dir, tmp_path):
     run, options = tmp_path / "run", DEEPSEEK | {"model__block_epochs": 1}
     jobs.fit(tiny_model_dir("deepseek"), run, **options, trainer__max_epochs=4)  # two of three blocks
@@ -509,9 +566,8 @@ def test_damaged_options_of_a_compressed_directory_are_named(name, refused, tiny
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_damaged_files_of_options_of_a_run_are_named(content, refused, tiny_model_dir, copied):
     words = [*jobs.options(tiny_model_dir("deepseek"), copied, **DEEPSEEK), "--ckpt_path", "auto"]
-    for name in ("unquantized.json", "run.json"):
-        (copied / name).write_text(content)
-        assert str(copied / name) in refused(*words)
+    (copied / "run.json").write_text(content)
+    assert str(copied / "run.json") in refused(*words)
     (copied / "report.json").write_text(content)
     assert str(copied / "report.json") in refused(str(copied), stage="report")
 

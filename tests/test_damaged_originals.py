@@ -150,6 +150,33 @@ def options(**config) -> Callable[[Path], str]:
     return write
 
 
+def senseless(message: str, **config) -> Callable[[Path], str]:
+    """Values that transformers does not take, of which the message names config.json, the option and nothing else."""
+
+    def write(folder: Path) -> str:
+        options(**config)(folder)
+        return rf"error: '[^']*' \(--model.name_or_path\): transformers does not understand its config.json \({message}"
+
+    return write
+
+
+def link(name: str) -> Callable[[Path], str]:
+    def dangle(folder: Path) -> str:
+        (folder / name).unlink()
+        (folder / name).symlink_to("../../blobs/0123")
+        return rf"{name} is a link to a missing file, ../../blobs/0123: download it again"
+
+    return dangle
+
+
+def folder_of_a_cache(folder: Path) -> str:
+    snapshot = folder / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for file in [file for file in folder.iterdir() if file.is_file()]:
+        file.rename(snapshot / file.name)
+    return rf"is a model's folder in the hub's cache: pass the snapshot in it, such as {snapshot}\."
+
+
 def gguf(folder: Path) -> str:
     (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
     return "holds GGUF files, which are not read: pass the model that they were made of"
@@ -189,6 +216,12 @@ def generation_options(folder: Path) -> str:
         *(broken_config, a_list_as_config, generation_options, gguf),
         *(adapter_alone, adapter_beside, other_layout, training_job),
         *(options(hidden_act="foo"), options(dtype="float8"), options(quantization_config="fp8")),
+        senseless(r"Field 'vocab_size' expected int, got str \(value: '4096'\)\): mend it", vocab_size="4096"),
+        senseless("Field 'rms_norm_eps' expected float, got str", rms_norm_eps="1e-05"),
+        senseless("Field 'sliding_window' with value 'all' doesn't match any type", sliding_window="all"),
+        senseless(r"it does not know dtype='float8'\): mend it", dtype="float8"),
+        senseless(r"TypeError\('its text_config holds no options'\)", text_config=3),
+        *(link("model.safetensors"), link("config.json"), link("tokenizer.json"), folder_of_a_cache),
         options(rope_parameters={"rope_type": "foo", "rope_theta": 10000.0}),
     ],
 )

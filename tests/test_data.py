@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import jobs
 import lightning as L
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.text.batches import WindowLoader, calibration_batches, heldout_batches, shard
+from eacmoe_lightning.text.checks import shared_runs
 from eacmoe_lightning.text.sources import heldout_names, name_sources, read_documents
 
 sizes = st.integers(1, 40)
@@ -241,6 +243,11 @@ def test_held_out_sources_get_names(tmp_path):
     assert name_sources("bundled:prose") == {"prose": "bundled:prose"}
     assert name_sources(["/a/b/wiki.txt"]) == {"wiki": "/a/b/wiki.txt"}
     assert name_sources({"x": "bundled:code"}) == {"x": "bundled:code"}
+    assert name_sources(["."]) == {Path.cwd().name: "."}
+    for name in ("a/b", "../x", "..", "", " ", "a\\b"):
+        for option in ("calibration", "heldout"):
+            with pytest.raises(ValueError, match=re.escape(f"--data.{option}: a text cannot be called {name!r}")):
+                TextWindows(**{option: {"prose": "bundled:prose", name: "bundled:code"}})
     with pytest.raises(ValueError, match="/a/wiki.txt and /b/wiki.md would both be called 'wiki'"):
         name_sources(["/a/wiki.txt", "/b/wiki.md"])
 
@@ -362,7 +369,9 @@ def test_several_texts_share_the_windows(text_data):
             {"calibration": ["bundled:prose"], "shares": {"code": 1}},
             "--data.shares={'code': 1} must give each of prose",
         ),
-        ({"calibration": ["bundled:prose"], "shares": {"prose": 0}}, "a share above 0"),
+        ({"calibration": ["bundled:prose"], "shares": {"prose": 0}}, "a finite share above 0"),
+        ({"calibration": ["bundled:prose"], "shares": {"prose": float("nan")}}, "--data.shares={'prose': nan} must"),
+        ({"calibration": ["bundled:prose"], "shares": {"prose": float("inf")}}, "--data.shares={'prose': inf} must"),
     ],
 )
 def test_bad_shares(text_data, options, message):
@@ -383,6 +392,30 @@ def test_what_names_no_text_is_named_with_its_option(option, source, message):
         TextWindows(**{option: source})
 
 
+@pytest.mark.parametrize("source", ["[bundled:prose[:5%], bundled:code[:5%]]", "{prose: bundled:prose[:5%]}"])
+def test_lists_that_are_taken_for_one_source_are_refused(source, tiny_model_dir, tmp_path, capsys):
+    """YAML takes a bracket inside of a list for another list."""
+    for option, message in (
+        ("calibration", "is one text and no list: put quotes around each source that has brackets"),
+        ("heldout", "is one text and no list: put quotes around each source that has brackets"),
+        ("predict", "must be one source, not several and not {name: source}"),
+    ):
+        with pytest.raises(SystemExit):
+            jobs.fit(tiny_model_dir("mixtral"), tmp_path / "run", **{f"data__{option}": source})
+        error = capsys.readouterr().err
+        assert f"--data.{option}" in error and source in error and message in error
+    with pytest.raises(ValueError, match="--data.predict={'a': 'bundled:prose'} must be one source"):
+        TextWindows(predict={"a": "bundled:prose"})
+
+
+def test_a_pattern_of_brackets_alone_is_a_pattern(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    assert name_sources("[ab].tx[t]") and read_documents("[ab].tx[t]") == ["text"]
+    (tmp_path / ":").write_text("colon")
+    assert name_sources("[,:]") and read_documents("[,:]") == ["colon"]
+
+
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_an_evaluation_without_text_is_refused(text_data, stage):
     with pytest.raises(ValueError, match=f"--data.heldout is empty, so {stage} has no text"):
@@ -396,19 +429,42 @@ def test_numbers_of_windows_must_be_positive(option):
         TextWindows(**{option: 0})
 
 
-def test_heldout_text_that_is_calibrated_on_is_counted(tiny_model_dir, caplog):
-    """Every window of a text that is both; none of parts that share nothing."""
-    both = {"window_length": 32, "num_windows": 8, "num_heldout_windows": 8}
-    moe = MoEModel(tiny_models.build("mixtral"))
-    for calibration, heldout, count in (
-        ("bundled:code[:3%]", "bundled:code[:3%]", True),
-        ("bundled:code[:50%]", "bundled:code[50%:]", False),
+def test_heldout_text_that_is_calibrated_on_is_counted(tiny_model_dir, tmp_path, caplog):
+    """However its windows lie beside those of the calibration; parts that share nothing, and the defaults, do not."""
+    text = read_documents("bundled:code[:6%]")[0]
+    (tmp_path / "end.txt").write_text(text[len(text) // 2 + 7 :])
+    (tmp_path / "all.txt").write_text(text)
+    model, moe = tiny_model_dir("mixtral"), MoEModel(tiny_models.build("mixtral"))
+    num_tokens = len(AutoTokenizer.from_pretrained(model)(text)["input_ids"])
+    for calibration, heldout, least in (
+        (tmp_path / "all.txt", {"code": tmp_path / "all.txt"}, 95),
+        (tmp_path / "all.txt", {"code": tmp_path / "end.txt"}, 40),
+        ("bundled:code[:50%]", {"code": "bundled:code[50%:]"}, None),
+        ("bundled:calibration", None, None),
     ):
-        data = TextWindows(calibration, {"code": heldout}, tokenizer=str(tiny_model_dir("mixtral")), **both)
-        calibrated = data.calibration_windows.tolist()
-        same = sum(row in calibrated for row in data.heldout_windows["code"].tolist())
-        caplog.clear()
-        data.setup("fit")
-        data.check_model(moe, "fit")
-        assert bool(same) is count
-        assert (f"{same} of the 8 windows of the held-out text code" in caplog.text) is count
+        for length in (32, 64, 200):
+            data = TextWindows(
+                str(calibration),
+                heldout and {name: str(source) for name, source in heldout.items()},
+                tokenizer=str(model),
+                window_length=length,
+                num_windows=num_tokens // length,
+            )
+            caplog.clear()
+            data.setup("fit")
+            data.check_model(moe, "fit")
+            found = re.search(r"(\d+)% of the held-out text code \(--data.heldout\) is in the calibration", caplog.text)
+            assert (found is None) == (least is None) and (found is None or int(found[1]) >= least)
+
+
+@pytest.mark.parametrize("length", [1, 5, 32])
+def test_shared_runs_are_those_that_a_search_finds(length):
+    """Runs of few different tokens, some of them copied, in windows of which some are shorter than a run."""
+    draw = torch.Generator().manual_seed(length)
+    runs = torch.randint(3, (150, length), generator=draw)
+    texts = [torch.randint(3, (shape), generator=draw) for shape in ((90, 40), (1, 33), (70, length), (4, 1))]
+    texts[0][70:, 3 : 3 + length] = runs[:20]
+    texts[2][:10] = runs[30:40]
+    there = {tuple(row[start : start + length]) for text in texts for row in text.tolist() for start in range(len(row))}
+    expected = sum(tuple(run) in there for run in runs.tolist()) / len(runs)
+    assert shared_runs(runs.numpy(), [text.numpy() for text in texts]) == expected >= 0.2

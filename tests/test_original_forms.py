@@ -67,6 +67,9 @@ def with_adapter(tensors: Tensors) -> Tensors:
         (renamed("", "_orig_mod."), ["`_orig_mod.`, of torch.compile", "rename the tensors to lm_head.weight"]),
         (renamed("", "module."), ["`module.`, of Distributed", "save the unwrapped model"]),
         (renamed("layers.1.", "layers.1._checkpoint_wrapped_module."), ["activation checkpointing", "model.layers.1."]),
+        (renamed("", "model.language_model."), ["`model.language_model.`, of a model of images", "to lm_head.weight"]),
+        (renamed("", "language_model."), ["`language_model.`, of a model of images", "to lm_head.weight"]),
+        (renamed("", "transformer."), ["`transformer.`, of another program", "to lm_head.weight"]),
         (with_adapter, ["holds 2 tensors of an adapter such as base_model.model.", "merge it into its base model"]),
     ],
 )

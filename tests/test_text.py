@@ -209,6 +209,13 @@ def test_a_pattern_that_nothing_matches(source, message, tmp_path, monkeypatch):
             "0x8b); it is compressed by gzip: let its name end with .gz",
         ),
         ("x.txt", b"%PDF-1.4\xff", ValueError, "0xff); it is a PDF: save it as text"),
+        ("x.txt", b"%PDF-1.4 all of it is ASCII", ValueError, "x.txt is no text: it is a PDF: save it as text"),
+        ("x.txt", b"PK\x03\x04 so is this", ValueError, "x.txt is no text: it is a zip archive or an office document"),
+        ("x", b"ARROW1\0\0", ValueError, "x is no text: it is an Arrow file"),
+        ("x.arrow", b"words", ValueError, "not read (.arrow): pass its folder if `save_to_disk` wrote it"),
+        ("x.docx", b"words", ValueError, "not read (.docx): it is an office document: save it as text"),
+        ("x.pdf", b"words", ValueError, "not read (.pdf): save it as text"),
+        ("x.sqlite", b"words", ValueError, "not read (.sqlite): it is a database"),
         ("x.txt", b" \n", ValueError, "is empty"),
         (
             "x.txt",
@@ -227,6 +234,12 @@ def test_bad_files(tmp_path, name, content, kind, message):
     with pytest.raises(kind) as error:
         read_documents(str(tmp_path if name.endswith(".bin") else tmp_path / name))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["PK is short for private key", "%PDF is how they begin", "PAR1 and GGUF too"])
+def test_texts_about_such_files_are_read(tmp_path, text):
+    (tmp_path / "x.txt").write_text(text)
+    assert read_documents(str(tmp_path / "x.txt")) == [text]
 
 
 @pytest.mark.parametrize("source", ["/no/such/file", "notes.txt", "./here", "~/no/such", "/no/a:b"])

@@ -94,6 +94,14 @@ class CommandLine(LightningCLI):
                 ".ckpt file of this run"
             ) from error
 
+    def _set_seed(self) -> None:
+        """Lightning's, with the option in its errors."""
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            seed = self.config[self.subcommand]["seed_everything"]
+            raise ValueError(f"--seed_everything {seed}: {error}") from error
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         trainer = config["trainer"]

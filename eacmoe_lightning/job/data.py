@@ -20,7 +20,7 @@ from eacmoe_lightning.text.chat import read_template
 from eacmoe_lightning.text.checks import check_length, check_tokens, warn_of_calibrated, warn_of_repeated
 from eacmoe_lightning.text.openings import Start
 from eacmoe_lightning.text.sampled import SampledSource, sampled_source
-from eacmoe_lightning.text.sources import check_source, documents, name_sources
+from eacmoe_lightning.text.sources import check_source, documents, is_unread_list, may_have_rows, name_sources
 from eacmoe_lightning.text.windows import (
     Layout,
     Windows,
@@ -133,6 +133,8 @@ class TextWindows(L.LightningDataModule):
         for option in ("batch_size", "micro_batch_size", "heldout_batch_size", "num_heldout_windows"):
             if (value := getattr(self, option)) is not None and value < 1:
                 raise ValueError(f"--data.{option}={value} must be at least 1")
+        if not -(2**63) <= self.seed < 2**63:  # torch takes no others
+            raise ValueError(f"--data.seed={self.seed} must be from -2^63 to 2^63 - 1")
         if self.window_length < 2:
             raise ValueError(
                 f"--data.window_length={self.window_length} must be at least 2: a window's first token has no "
@@ -151,10 +153,21 @@ class TextWindows(L.LightningDataModule):
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--data.temperature={self.temperature} must be above 0")
         if self.predict is not None:
+            if not isinstance(self.predict, str) or is_unread_list(self.predict):
+                raise ValueError(
+                    f"--data.predict={self.predict} must be one source, not several and not {{name: source}}; without "
+                    "it the held-out texts (--data.heldout) are scored"
+                )
             check_source(self.predict, "--data.predict")
         for option, sources in (("heldout", self.heldout.values()), ("predict", [self.predict or ""])):
             if written := next(filter(sampled_source, sources), None):
                 raise ValueError(f"--data.{option}: {written} is written by the model: it only calibrates")
+        texts = [*self.calibration_texts.values(), *self.heldout.values(), *([self.predict] if self.predict else [])]
+        if self.column is not None and not any(map(may_have_rows, texts)):
+            raise ValueError(
+                f"--data.column={self.column} is a column of tables, and no text is one (--data.calibration, "
+                "--data.heldout): leave it out"
+            )
         if not self.calibration_texts:
             raise ValueError("--data.calibration is empty: pass one or more sources")
 
@@ -303,7 +316,7 @@ class TextWindows(L.LightningDataModule):
     def check_model(self, moe: MoEModel, stage: str) -> None:
         """Checks that the windows of a stage fit the model, before any work starts.
 
-        Warns of windows that are longer than what the model was trained on, and of held-out windows that are
+        Warns of windows that are longer than what the model was trained on, and of held-out text that is in the
         calibration windows too.
 
         Raises:

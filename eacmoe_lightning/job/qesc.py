@@ -161,6 +161,12 @@ class QESC(Comparison):
         ):
             if value < 0:
                 raise ValueError(f"{option}={value} (--model.{option}) is negative")
+        if router_method == "joint" and not (joint_epochs or block_epochs):
+            raise ValueError(
+                "router_method=joint (--model.router_method) calibrates routers in the joint stage, which "
+                "joint_epochs=0 (--model.joint_epochs) leaves out, as block_epochs=0 (--model.block_epochs) does with "
+                "the block stage: pass 1 or more, or another method"
+            )
         if tensor_parallel < 1 or (tensor_parallel > 1 and not target):
             problem = "is below 1" if tensor_parallel < 1 else "is for an engine: pass --model.target too"
             raise ValueError(f"tensor_parallel={tensor_parallel} (--model.tensor_parallel) {problem}")
@@ -218,6 +224,11 @@ class QESC(Comparison):
             super().setup(stage)
             return
         refuse_unsuitable(self.trainer, stage)
+        if self.evaluate is not None:
+            raise ValueError(
+                f"--model.evaluate {self.evaluate} does not suit fit, which evaluates its own result: leave it out, or "
+                "run validate, test or predict with it"
+            )
         if self.trainer.is_global_zero:
             self.lock = RunLock(self.run.path)
         begun = begin(self)

@@ -6,6 +6,7 @@ is checked on one window, calibration text is sampled if a model writes it, and 
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,13 @@ from eacmoe_lightning.planning.checks import check_disk, check_memory, check_ori
 from eacmoe_lightning.planning.sizes import job_of
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.block_file import write_head
-from eacmoe_lightning.run.files import read_json, write_json
+from eacmoe_lightning.run.files import StoreError, read_json, write_json
 from eacmoe_lightning.run.memory import Watch, available_memory
 
 if TYPE_CHECKING:
     from eacmoe_lightning.job.qesc import QESC
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def begin(module: QESC) -> BegunRun:
         module.lock.take()
         run.check(module.settings(), resumes, others)  # another job may have ended in between
         watch = Watch()
-        if not resumes:
+        if not resumes or _is_lost(run.unquantized):
             window, positions = data.checked_window(moe.config.vocab_size)
             state = check_original(moe, window, positions)
             if data.reads_text:
@@ -110,6 +113,16 @@ def begin(module: QESC) -> BegunRun:
     moe.leave(read_json(run.unquantized))
     recipe, pruning = _choose_bits(module, choice) if choice is not None else (module.recipe, module.pruning)
     return BegunRun(moe, texts, recipe, pruning, is_resident)
+
+
+def _is_lost(unquantized: Path) -> bool:
+    """Whether a run that goes on has lost what the check of the model found, so that the model is checked again."""
+    try:
+        read_json(unquantized)
+    except StoreError as error:
+        log.warning("%s: the model is checked again", str(error).partition(";")[0])
+        return True
+    return False
 
 
 def _folders_of_loggers(trainer: Trainer, run: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def refuse_directory(directory: str) -> None:
 def _of_fit(trainer: Trainer) -> dict[str, tuple[Any, str]]:
     """By option: its value if it is unsuitable, and why."""
     validates = "there is no model to validate before the last block is done; `fit` evaluates at its end"
-    every = trainer.check_val_every_n_epoch
+    every, summed, clip = trainer.check_val_every_n_epoch, trainer.accumulate_grad_batches, trainer.gradient_clip_val
     is_known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
     if isinstance(trainer.strategy, DDPStrategy):
         is_known = bool(trainer.strategy._ddp_kwargs.get("find_unused_parameters"))  # a block trains one router only
@@ -102,6 +103,11 @@ def _of_fit(trainer: Trainer) -> dict[str, tuple[Any, str]]:
             "the number of steps follows from windows and blocks. --trainer.max_epochs stops between blocks",
         ),
         "limit_train_batches": (trainer.limit_train_batches == 0 and "0", "nothing would be computed: leave it out"),
+        "accumulate_grad_batches": (summed < 1 and str(summed), "it is a number of batches for a step: pass 1 or more"),
+        "gradient_clip_val": (
+            clip is not None and not 0 <= clip < math.inf and str(clip),
+            "it is the largest norm or value of a gradient: pass 0 or more, or leave it out",
+        ),
         "precision": (
             trainer.precision not in PRECISIONS and trainer.precision,
             f"--model.dtype is the dtype of the model and its calibration; training steps take {', '.join(PRECISIONS)}",

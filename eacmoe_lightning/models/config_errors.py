@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
 
 
 def described(error: BaseException, options: Mapping[str, Any]) -> str:
     """An error as text, after the option whose value it does not know.
 
-    transformers looks values up in tables, so that an unknown one is a KeyError with nothing but the value.
+    transformers looks values up in tables and in modules, so that an unknown one is a KeyError or an AttributeError
+    with nothing but the value. A value of the wrong type is named in the last line of an error.
 
     Args:
         error: what transformers raised.
         options: the content of config.json.
     """
-    if not isinstance(error, KeyError) or not error.args or not isinstance(error.args[0], str):
+    if isinstance(error, StrictDataclassError):
+        what = str(error).rpartition("\n")[2].strip()
+        return re.sub(r"^\w+: ", "", what.partition(". Errors:")[0])  # which follow for each type that it could have
+    value = error.name if isinstance(error, AttributeError) else (*error.args, None)[0]
+    if not isinstance(error, KeyError | AttributeError) or not isinstance(value, str):
         return repr(error)
-    named = [name for name, value in _flat(options) if value == error.args[0]]
-    return f"it does not know {named[0]}={error.args[0]!r}" if named else f"it lacks {error.args[0]!r}"
+    named = [name for name, other in _flat(options) if other == value]
+    if isinstance(error, AttributeError) and not named:
+        return repr(error)
+    return f"it does not know {named[0]}={value!r}" if named else f"it lacks {value!r}"
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,13 @@ from transformers.utils import cached_file
 from eacmoe_lightning.models.config_errors import described
 from eacmoe_lightning.models.remote_code import register_remote_code, registered_code
 from eacmoe_lightning.models.transformers_loader import UNBUILDABLE, auto_class, knows_config
-from eacmoe_lightning.models.weight_files import check_fetched, check_no_adapter, check_option_files, found_instead
+from eacmoe_lightning.models.weight_files import (
+    DamagedFile,
+    check_fetched,
+    check_no_adapter,
+    check_option_files,
+    found_instead,
+)
 from eacmoe_lightning.run.files import first_of
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny-moe"
@@ -131,13 +137,17 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[Pre
                 raise UntrustedCode(name_or_path, "`auto_map` in its config.json")
             register_remote_code(path, model_type, auto_map)
         config = _config(path, stored)
+        if not isinstance(config.get_text_config(), PreTrainedConfig):
+            raise TypeError("its text_config holds no options")
     except UntrustedCode:
         raise
     except (OSError, ValueError) as error:
         raise no_model(name_or_path, error) from error
     except UNBUILDABLE as error:
-        reason = f"transformers does not understand its config.json ({described(error, stored)})."
-        raise no_model(name_or_path, reason) from error
+        raise DamagedFile(
+            f"{name_or_path!r} (--model.name_or_path): transformers does not understand its config.json "
+            f"({described(error, stored)}): mend it, or restore the one that was published"
+        ) from error
     quantization = None
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         _fill_head_dim(part)

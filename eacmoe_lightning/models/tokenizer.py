@@ -55,6 +55,16 @@ def _missing_reader(folder: Path) -> str:
     return ""
 
 
+def _refuse_config(name_or_path: str, trust_remote_code: bool) -> None:
+    """Raises DamagedFile if transformers does not understand the config.json, which most tokenizers read too."""
+    try:
+        read_config(name_or_path, trust_remote_code)
+    except DamagedFile:
+        raise
+    except (OSError, ValueError):  # it is of a compressed model, or nothing that a tokenizer reads
+        return
+
+
 def _without_dropout(tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes a tokenizer cut the same text the same way each time: BPE can leave out merges at random (`dropout`)."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
@@ -81,8 +91,9 @@ def tokenizer_of(
         folder = local_directory(name_or_path, option)  # says so if there is no model at all
         if missing := _missing_reader(folder):
             raise ValueError(f"the tokenizer of {name_or_path!r} ({option}) cannot be opened: {missing}") from error
-        if isinstance(error, UNBUILDABLE):  # most classes read config.json too
-            reason = f"transformers does not understand its config.json or the tokenizer's files ({error!r})."
+        if isinstance(error, UNBUILDABLE):
+            _refuse_config(name_or_path, trust_remote_code)
+            reason = f"transformers does not understand the tokenizer's files ({error!r})."
             raise no_model(name_or_path, reason, option) from error
         problem = str(error)
     if problem:  # some classes make an empty tokenizer where its files are missing

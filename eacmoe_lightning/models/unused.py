@@ -28,6 +28,9 @@ WRAPPERS = {  # what other programs put into the names of parameters, and which 
     "base_model.model.": "peft",
     "module.": "DistributedDataParallel or DeepSpeed",
     "state_dict.": "a training checkpoint",
+    "model.language_model.": "a model of images and text",
+    "language_model.": "a model of images and text",
+    "transformer.": "another program",
 }
 HARMLESS = re.compile(r"(^|\.)(inv_freq|position_ids)$")  # computed from the config
 

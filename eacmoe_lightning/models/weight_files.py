@@ -123,12 +123,14 @@ def weight_files(path: str) -> list[str]:
 
 
 def check_fetched(path: str, weights: bool = True) -> None:
-    """Raises DamagedFile if a file of a local directory, weights or not, is only a pointer of git-lfs."""
+    """Raises DamagedFile if a file of a local directory, weights or not, is a pointer of git-lfs or a dangling link."""
     if not Path(path).is_dir():
         return
     for file in sorted(Path(path).iterdir()):
         if (file.suffix in WEIGHTS) != weights:
             continue
+        if file.is_symlink() and not file.exists() and (weights or file.suffix == ".json"):
+            raise DamagedFile(f"{file} is a link to a missing file, {file.readlink()}: download it again")
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
             raise DamagedFile(f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in {path}")
 
@@ -136,6 +138,8 @@ def check_fetched(path: str, weights: bool = True) -> None:
 def found_instead(folder: Path) -> str:
     """What a directory holds that is no model of transformers, and what to do, as sentences; "" if nothing is known."""
     names = sorted(path.name for path in folder.iterdir())
+    if snapshots := sorted(file.parent for file in folder.glob("snapshots/*/config.json")):
+        return f"{folder} is a model's folder in the hub's cache: pass the snapshot in it, such as {snapshots[-1]}."
     if "run.json" in names:
         return f"{folder} is a run directory: pass the original that the run has calibrated."
     if "adapter_config.json" in names:

@@ -6,6 +6,8 @@ Each loss maps student and teacher router logits [n, E] to one loss per token [n
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,8 @@ class SelectionHinge(RouterLoss):
 
     def __init__(self, margin: float = 0.1) -> None:
         super().__init__()
+        if not 0 <= margin < math.inf:
+            raise ValueError(f"margin={margin} (--model.router_loss.margin) is not a finite number from 0 on")
         self.margin = margin
 
     def forward(self, student: Tensor, teacher: Tensor, top_k: int) -> Tensor:
@@ -89,6 +93,10 @@ class SelectionKL(RouterLoss):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
+        if not 0 < temperature < math.inf:
+            raise ValueError(
+                f"temperature={temperature} (--model.router_loss.temperature) is not a finite number above 0"
+            )
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor, top_k: int) -> Tensor:

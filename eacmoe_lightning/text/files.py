@@ -23,6 +23,16 @@ JSON_FILES = (".jsonl", ".ndjson", ".json")
 ROW_FILES = (*JSON_FILES, ".csv", ".tsv", ".parquet")  # a document per row
 READ_FILES = TEXT_FILES + ROW_FILES
 OTHER_ARCHIVES = (".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z", ".lz4", ".rar")
+NO_TEXT = {  # ends of files that hold no plain text, and what to do with them
+    **dict.fromkeys((".pdf", ".epub", ".rtf"), "save it as text"),
+    **dict.fromkeys((".doc", ".docx", ".odt", ".ppt", ".pptx", ".odp"), "it is an office document: save it as text"),
+    **dict.fromkeys((".xls", ".xlsx", ".ods"), "it is a spreadsheet: save it as .csv"),
+    ".arrow": "pass its folder if `save_to_disk` wrote it, or save it as .parquet",
+    **dict.fromkeys((".feather", ".orc", ".avro", ".h5", ".hdf5"), "save its rows as .parquet"),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3"), "it is a database: save its rows as .csv"),
+    **dict.fromkeys((".pkl", ".pickle", ".npy", ".npz"), "it holds objects of Python: save its rows as .jsonl"),
+    **dict.fromkeys((".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"), "it holds the weights of a model"),
+}
 NULLS = (
     "",
     "#N/A",
@@ -37,14 +47,18 @@ NULLS = (
     "null",
 )  # cells that `datasets` calls null
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-BEGINNINGS = {  # of files that are not UTF-8 text, and what to do with them
+BEGINNINGS = {  # of files that are no text, though some may be UTF-8, and what to do with them
     b"\xff\xfe\0\0": "it is UTF-32: convert it with iconv -f utf-32 -t utf-8",
     b"\xff\xfe": "it is UTF-16: convert it with iconv -f utf-16 -t utf-8",
     b"\xfe\xff": "it is UTF-16: convert it with iconv -f utf-16 -t utf-8",
     b"\x1f\x8b": "it is compressed by gzip: let its name end with .gz",
-    b"PK": "it is a zip archive or an office document: unpack it, or save it as text",
-    b"%PDF": "it is a PDF: save it as text",
-    b"PAR1": "it is a parquet file: let its name end with .parquet",
+    b"PK\x03\x04": "it is a zip archive or an office document: unpack it, or save it as text",
+    b"%PDF-": "it is a PDF: save it as text",
+    b"{\\rtf": "it is an office document: save it as text",
+    b"\xd0\xcf\x11\xe0": "it is an office document: save it as text",
+    b"PAR1\x15": "it is a parquet file: let its name end with .parquet",
+    b"ARROW1\0": "it is an Arrow file: save it as .parquet",
+    b"SQLite format 3\0": "it is a database: save its rows as .csv",
 }
 MARK = "\ufeff"  # the byte order mark, decoded
 CARD_KEYS = re.compile(  # in the YAML at the head of a data set's README.md
@@ -137,6 +151,8 @@ def read_file(path: Path) -> str | Table:
     kind = kind_of(path)
     if kind in OTHER_ARCHIVES:
         raise ValueError(f"{path} is an archive of a kind that is not read ({kind}): unpack it, or compress with gzip")
+    if kind in NO_TEXT:
+        raise ValueError(f"{path} is a file of a kind that is not read ({kind}): {NO_TEXT[kind]}")
     if kind == ".parquet":
         return _parquet(path)
     if kind in JSON_FILES:
@@ -161,6 +177,8 @@ def read_text(path: Path) -> str:
         raise ValueError(
             f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); {_remedy(content)}"
         ) from error
+    if known := _known(content):
+        raise ValueError(f"{path} is no text: {known}")
     if "\0" in text:
         raise ValueError(
             f"{path} is no text: it holds {text.count(chr(0))} NUL characters, as UTF-16 and binary files do. "
@@ -169,12 +187,14 @@ def read_text(path: Path) -> str:
     return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
 
 
+def _known(content: bytes) -> str | None:
+    """What a file is and what to do with it, if it begins as files do that are no text."""
+    return next((what for start, what in BEGINNINGS.items() if content.startswith(start)), None)
+
+
 def _remedy(content: bytes) -> str:
     """What to do with a file that is not UTF-8 text, by how it begins."""
-    for start, what in BEGINNINGS.items():
-        if content.startswith(start):
-            return what
-    return "convert it, for instance with iconv -t utf-8"
+    return _known(content) or "convert it, for instance with iconv -t utf-8"
 
 
 def _opened(path: Path) -> BinaryIO:

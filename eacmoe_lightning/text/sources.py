@@ -43,7 +43,16 @@ from glob import glob
 from itertools import chain, islice
 from pathlib import Path
 
-from eacmoe_lightning.text.files import READ_FILES, Table, files_below, is_text_file, read_file, read_text
+from eacmoe_lightning.text.files import (
+    READ_FILES,
+    ROW_FILES,
+    Table,
+    files_below,
+    is_text_file,
+    kind_of,
+    read_file,
+    read_text,
+)
 from eacmoe_lightning.text.hub import INSTEAD, hub_name, is_dataset_directory, read_dataset
 from eacmoe_lightning.text.rows import Document, columns_of, columns_read, document_of
 from eacmoe_lightning.text.sampled import SELF, sampled_source
@@ -52,6 +61,7 @@ BUNDLED_TEXT = Path(__file__).parent.parent / "assets" / "text"
 SPLIT = re.compile(r":(?P<split>[A-Za-z_][\w.+-]*(\[[^\]]*\])?)$")
 PART = re.compile(r"\[((?P<start>\d+(\.\d+)?)%)?:((?P<stop>\d+(\.\d+)?)%)?\]$")
 COLUMN = re.compile(r"#(?P<column>[^#/\[\]]+)$")
+UNREAD_LIST = re.compile(r"\[.*[,:].*\]|\{.*:.*\}", re.S)  # a list or a dictionary that YAML did not take for one
 WILDCARD = re.compile(r"[*?\[]")
 LOOKAHEAD = 1000  # rows that show whether a table holds documents or the lines of one
 COLUMN_REMEDY = "; name the column with --data.column NAME or SOURCE#NAME, or two: QUESTION,ANSWER"
@@ -72,7 +82,8 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
     """Sources by name: `prose` for bundled:prose, the stem of the path for any other; None: all bundled held-out texts.
 
     Raises:
-        ValueError: two sources get the same name, or one is empty or not a part of a text.
+        ValueError: two sources get the same name, or one that no file can have; or one is empty, or not a part of a
+            text.
     """
     if sources is None:
         sources = [f"bundled:{name}" for name in heldout_names()]
@@ -81,6 +92,8 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
     for source in sources.values() if isinstance(sources, dict) else sources:
         check_source(source, option)
     if isinstance(sources, dict):
+        for name in sources:
+            _check_name(str(name), option)
         return dict(sources)
     named: dict[str, str] = {}
     for source in sources:
@@ -95,21 +108,48 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
     return named
 
 
+def _check_name(name: str, option: str) -> None:
+    """Raises ValueError for a name that cannot be part of the name of a file, as that of a held-out text is."""
+    if not name.strip() or name in (".", "..") or re.search(r"[/\\\0]", name):
+        raise ValueError(
+            f"{option}: a text cannot be called {name!r}: pass {{name: source}} with a name without / and \\"
+        )
+
+
 def check_source(source: str, option: str) -> None:
     """Raises ValueError for a source that names nothing, such as a variable of the shell that is not set."""
     if not source.strip():
         raise ValueError(f"{option} names no source, but {source!r}: {INSTEAD}")
+    if is_unread_list(source):
+        raise ValueError(
+            f"{option}: {source} is one text and no list: put quotes around each source that has brackets, as in "
+            "['bundled:prose[:50%]', 'bundled:code[:50%]'] or {prose: 'bundled:prose[:50%]'}"
+        )
     try:
         _take_part(source)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
 
 
+def may_have_rows(source: str) -> bool:
+    """Whether a source may be a table: bundled text, text that a model samples and files of plain text are none."""
+    whole = _take_part(source)[0]
+    if source.startswith("bundled:") or SELF.fullmatch(source):
+        return False
+    return not Path(whole).expanduser().is_file() or kind_of(Path(whole)) in ROW_FILES
+
+
+def is_unread_list(source: str) -> bool:
+    """Whether a source looks like several, or like {name: source}."""
+    return UNREAD_LIST.fullmatch(source.strip()) is not None and not (glob(source) or Path(source).exists())
+
+
 def _stem(source: str) -> str:
     """The last part of a source without its end; of a pattern, the last one without wildcards."""
     if _is_pattern(_take_part(source)[0]):
         return next((part for part in reversed(Path(source).parts) if not WILDCARD.search(part)), "pattern")
-    return Path(source).stem
+    name = Path(source).stem
+    return name if name.strip(".") else Path(source).absolute().resolve().stem or "text"
 
 
 def read_documents(source: str, column: str | None = None) -> list[Document]:
@@ -356,6 +396,6 @@ def stored_source(source: str) -> str:
     is_local = (
         path.exists() or _is_pattern(name) or (match is not None and path.parent.is_dir() and path.parent != Path())
     )
-    if source.startswith("bundled:") or not is_local:
+    if source.startswith("bundled:") or is_unread_list(source) or not is_local:
         return source
     return os.path.abspath(path) + source[len(name) :]

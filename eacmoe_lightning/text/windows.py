@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -161,8 +162,8 @@ def split_windows(num_windows: int, texts: list[str], shares: dict[str, float] |
     if num_windows < 1:
         raise ValueError(f"--data.num_windows={num_windows} must be at least 1")
     shares = dict.fromkeys(texts, 1.0) if shares is None else shares
-    if set(shares) != set(texts) or any(share <= 0 for share in shares.values()):
-        raise ValueError(f"--data.shares={shares} must give each of {', '.join(texts)} a share above 0")
+    if set(shares) != set(texts) or not all(0 < share < math.inf for share in shares.values()):
+        raise ValueError(f"--data.shares={shares} must give each of {', '.join(texts)} a finite share above 0")
     exact = {text: num_windows * shares[text] / sum(shares.values()) for text in texts}
     numbers = {text: int(number) for text, number in exact.items()}
     for text in sorted(texts, key=lambda text: numbers[text] - exact[text])[: num_windows - sum(numbers.values())]:
