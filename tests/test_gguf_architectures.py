@@ -4,6 +4,7 @@
 it); `benchmarks/export_check.py --families gguf` runs them in llama.cpp.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -32,7 +33,13 @@ WITHOUT = {  # keys that the converter writes with the value that llama.cpp has 
     "expert_weights_scale": 1.0,
     "nextn_predict_layers": 0,
     "rope.scaling.type": "none",
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
 }
+
+
+LONG_YARN = gguf_models.YARN | {"original_max_position_embeddings": 4096}
+KIMI_YARN = LONG_YARN | {"rope_theta": 5e4, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1.0, "beta_slow": 1.0}
 
 
 def empty(name: str, **changes) -> MoEModel:
@@ -169,6 +176,18 @@ def test_the_keys_describe_the_router(name, tmp_path):
             r"attention_scaling=1.5, but llama.cpp's architecture qwen3moe has 1.13",
         ),
         ("qwen3_moe", {"rope_parameters": gguf_models.YARN | {"rope_type": "linear"}}, "rope_type='linear'"),
+        (
+            "qwen3_moe",
+            {"rope_parameters": LONG_YARN | {"beta_fast": 16.0}},
+            "beta_fast=16.0, but llama.cpp's architecture qwen3moe has 32.0",
+        ),
+        (
+            "gpt_oss",
+            {"rope_parameters": LONG_YARN | {"beta_slow": 4.0}},
+            "beta_slow=4.0, but llama.cpp's architecture gpt-oss has 1.0",
+        ),
+        ("qwen3_moe", {"rope_parameters": LONG_YARN | {"truncate": False}}, "truncate=False"),
+        ("deepseek_v3", {**gguf_models.EPSILON, "rope_parameters": KIMI_YARN}, "beta_fast=1.0"),
         ("hunyuan_v1_moe", {"attention_bias": True}, "o_proj.bias: llama.cpp's architecture hunyuan-moe has no such"),
     ],
 )
@@ -181,6 +200,34 @@ def test_other_computations_are_refused(name, changes, message):
 def test_limits_of_yarn_that_llama_cpp_rounds_are_named():
     with pytest.warns(UserWarning, match="truncate=false"):
         warn_of_rounding(empty("gpt_oss", rope_parameters=gguf_models.YARN | {"truncate": False}))
+
+
+def rotated_by_llama_cpp(pairs: int, theta: float, original: int, factor: float) -> np.ndarray:
+    """Frequencies of `ggml_rope_yarn_corr_dims` and `rope_yarn` at llama.cpp's 32 and 1 turns."""
+    start, end = pairs * np.log(original / (2 * np.pi * np.array([32, 1]))) / np.log(theta)
+    low, high = max(0, np.floor(start)), min(2 * pairs - 1, np.ceil(end))
+    interpolated = np.clip((np.arange(pairs) - low) / max(0.001, high - low), 0, 1)
+    return theta ** (-np.arange(pairs) / pairs) * (interpolated / factor + 1 - interpolated)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen3_moe"])
+@pytest.mark.parametrize("theta", [1e3, 1.5e5])
+@pytest.mark.parametrize("original", [8, 4096])
+def test_yarn_is_accepted_where_llama_cpp_rotates_alike(name, theta, original):
+    yarn = gguf_models.YARN | {"rope_theta": theta, "original_max_position_embeddings": original}
+    yarn |= {"partial_rotary_factor": 0.5 if name == "glm4_moe" else 1.0}
+    accepted = set()
+    for fast, slow, truncate in itertools.product((1, 24, 31, 32, 64), (0.5, 0.9, 1, 4), (True, False)):
+        moe = empty(name, rope_parameters=yarn | {"beta_fast": fast, "beta_slow": slow, "truncate": truncate})
+        frequencies = next(module.inv_freq for module in moe.decoder.modules() if hasattr(module, "inv_freq")).numpy()
+        expected = rotated_by_llama_cpp(len(frequencies), theta, original, yarn["factor"])
+        if np.allclose(frequencies, expected, rtol=1e-5):
+            architecture_of(moe)
+            accepted.add((fast, slow, truncate))
+        else:
+            with pytest.raises(ValueError, match="beta_fast|beta_slow|truncate"):
+                architecture_of(moe)
+    assert (32, 1, True) in accepted and len(accepted) < 40
 
 
 # --- rows that change places

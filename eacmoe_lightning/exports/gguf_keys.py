@@ -17,6 +17,7 @@ WITHOUT_HEADS = ("conv", "linear_attention", "mamba", "moe")
 SECTIONS = [11, 11, 10]  # how Qwen3.5 divides rotated pairs between time, height and width, where its config does not
 UNROTATED = 4  # every how many layers one is not rotated, where only those with sliding windows are
 LITE = (26, 27)  # numbers of blocks at which llama.cpp takes deepseek2 for a model whose queries are not latent
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}  # llama.cpp's, where an architecture does not set them
 ROPE_TYPES = ("default", "yarn", "ntk_alpha")
 REMEDY = "export with --format dense, and convert that with llama.cpp's scripts if they know the model"
 
@@ -52,7 +53,8 @@ def architecture_of(moe: MoEModel) -> Architecture:
 
 def warn_of_rounding(moe: MoEModel) -> None:
     """Warns of the one difference that every GGUF file of such a model has (gpt-oss)."""
-    if _rope(moe.config).get("truncate") is False:
+    rope = _rope(moe.config)
+    if rope.get("rope_type") == "yarn" and _interpolated(moe, rope) != _interpolated(moe, rope | {"truncate": True}):
         warnings.warn(
             "the model blends rotary frequencies by YaRN without rounding the limits (truncate=false), and llama.cpp "
             "rounds them to whole frequencies, as in every GGUF file of such a model",
@@ -147,8 +149,6 @@ def _rotary_keys(moe: MoEModel) -> dict[str, Any]:
             "rope_scaling_type": gguf.RopeScalingType.YARN,
             "rope_scaling_factor": _yarn_factor(moe.config),
             "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
-            "rope_scaling_yarn_beta_fast": float(rope.get("beta_fast") or 32),
-            "rope_scaling_yarn_beta_slow": float(rope.get("beta_slow") or 1),
         }
         if share := rope.get("mscale_all_dim"):
             keys["rope_scaling_yarn_log_mul"] = 0.1 * share  # llama.cpp takes the factor .1 out again
@@ -163,6 +163,8 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
     kinds, kind = _kinds(config), _rope(config).get("rope_type") or "default"
     yield "hidden_act", getattr(config, "hidden_act", "silu"), "silu"
     yield "rope_type", kind, kind if kind in ROPE_TYPES else "default"
+    if kind == "yarn":
+        yield from _compared_yarn(moe)
     yield "layer_types", kinds, [kind for kind in kinds if kind in architecture.layers]
     if architecture.rotates_sliding:
         pattern = ["sliding_attention" if (i + 1) % UNROTATED else "full_attention" for i in range(len(kinds))]
@@ -205,6 +207,31 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
             yield f"{name}.attention_scaling", factor, rotated
         elif isinstance(factor := getattr(module, "scaling", None), float):
             yield f"{name}.scaling", factor, scaling
+
+
+def _compared_yarn(moe: MoEModel) -> Iterator[tuple[str, Any, Any]]:
+    """The options that move YaRN's limits; llama.cpp has no key for them in any of our architectures."""
+    rope, supported = _rope(moe.config), _interpolated(moe, YARN)
+    for option in ("beta_fast", "beta_slow"):
+        value = float(rope.get(option) or YARN[option])
+        if _interpolated(moe, YARN | {option: value}) != supported:
+            yield option, value, YARN[option]
+    if moe.config.model_type != "gpt_oss" and _interpolated(moe, rope) != supported:  # `warn_of_rounding` names that
+        yield "truncate", rope.get("truncate"), YARN["truncate"]
+
+
+def _interpolated(moe: MoEModel, options: Mapping[str, Any]) -> list[float]:
+    """How much of each rotated pair's frequency YaRN interpolates: 0 below its limits, 1 above.
+
+    The limits are the pairs with beta_fast and beta_slow turns in the original context.
+    """
+    rope, dimensions, limits = _rope(moe.config), _rotary_dimensions(moe), []
+    for option, rounded in (("beta_fast", math.floor), ("beta_slow", math.ceil)):
+        turns = rope["original_max_position_embeddings"] / (2 * math.pi * (options.get(option) or YARN[option]))
+        limit = dimensions * math.log(turns) / (2 * math.log(rope["rope_theta"]))
+        limits.append(rounded(limit) if options.get("truncate", YARN["truncate"]) else limit)
+    low, high = max(limits[0], 0), min(limits[1], dimensions - 1)
+    return [min(max((pair - low) / (high - low or 0.001), 0.0), 1.0) for pair in range(dimensions // 2)]
 
 
 def _attention_factors(config: PreTrainedConfig, architecture: Architecture) -> tuple[float, float]:
