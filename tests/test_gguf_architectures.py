@@ -144,7 +144,31 @@ def test_the_keys_describe_the_router(name, tmp_path):
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, r"norm\.eps=.*architecture deepseek2 has"),
         ("deepseek_v3", {"rope_parameters": gguf_models.YARN}, "scaling="),
-        ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank, at 26 blocks=32"),
+        ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank, at 26 blocks and 4096 tokens=32"),
+        (
+            "deepseek_v3",
+            {"num_hidden_layers": 48, "vocab_size": 128256},
+            "q_lora_rank, at 48 blocks and 128256 tokens=32",
+        ),
+        ("qwen2_moe", {"head_dim": 32}, "head_dim=32, but llama.cpp's architecture qwen2moe has 16"),
+        ("lfm2_moe", {"head_dim": 32}, "head_dim=32"),
+        (
+            "ernie4_5_moe",
+            {"moe_norm_min": 1e-3},
+            "moe_norm_min=0.001, but llama.cpp's architecture ernie4_5-moe has 6.1",
+        ),
+        ("qwen3_next", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05, but llama.cpp's architecture qwen3next has 1e-06"),
+        ("qwen3_5_moe_text", {"rms_norm_eps": 1e-4}, "rms_norm_eps=0.0001"),
+        ("exaone_moe", {"layer_types": ["full_attention"] * 3}, "some layers with sliding windows=False"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 3}, "some layers with sliding windows=False"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 3}, "some layers without attention=False"),
+        ("qwen3_next", {"layer_types": ["linear_attention"] * 3}, "some layers with attention=False"),
+        ("qwen3_5_moe_text", {"layer_types": ["linear_attention"] * 3}, "some layers with attention=False"),
+        ("lfm2_moe", {"layer_types": ["conv"] * 3}, "some layers with attention=False"),
+        ("lfm2_moe", {"layer_types": ["full_attention"] * 3}, "some layers without attention=False"),
+        ("granitemoehybrid", {"layer_types": ["mamba"] * 3}, "some layers with attention=False"),
+        ("nemotron_h", {"layers_block_type": ["attention", "moe"] * 2}, "some layers without attention=False"),
+        ("nemotron_h", {"layers_block_type": ["mamba", "moe"] * 2}, "some layers with attention=False"),
         ("qwen3_next", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types="),
         ("qwen3_next", {"linear_value_head_dim": 32}, "linear_value_head_dim=32"),
         ("qwen3_5_moe_text", {"head_dim": 16}, "mrope_section longer than a head=True"),
@@ -195,6 +219,34 @@ def test_other_computations_are_refused(name, changes, message):
     with pytest.raises(ValueError, match=f"(?s){message}.*--format dense"):
         moe = empty(name, **changes)
         plan(moe, {}, architecture_of(moe))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("deepseek_v3", {"num_hidden_layers": 48}),
+        ("deepseek_v3", {"vocab_size": 128256}),
+        ("deepseek_v3", {"num_hidden_layers": 27, "q_lora_rank": None}),
+        ("ernie4_5_moe", {"moe_norm_min": 6e-5}),
+        ("exaone_moe", {"layer_types": ["sliding_attention"] * 3}),
+        ("qwen3_moe", {"hidden_act": "swish"}),
+        ("nemotron_h", {"mamba_hidden_act": "swish"}),
+    ],
+)
+def test_computations_that_are_the_same_are_accepted(name, changes):
+    moe = empty(name, **changes)
+    assert plan(moe, {}, architecture_of(moe))
+
+
+def test_hunyuans_alpha_is_a_base_by_both_of_its_names(tmp_path):
+    rope = {"rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0}
+    written = [
+        keys(empty("hunyuan_v1_moe", rope_parameters=rope | {"rope_type": kind}), tmp_path)
+        for kind in ("ntk_alpha", "dynamic")
+    ]
+    assert written[0] == written[1] and written[1]["rope.freq_base"] == pytest.approx(1e4 * 1000 ** (16 / 14))
+    with pytest.raises(ValueError, match="rope_type='dynamic'"):
+        architecture_of(empty("hunyuan_v1_moe", rope_parameters=rope | {"rope_type": "dynamic", "alpha": None}))
 
 
 def test_limits_of_yarn_that_llama_cpp_rounds_are_named():

@@ -26,6 +26,7 @@ class Architecture:
         partial_rotary: whether a part of each head may stay as it is.
         latent: whether keys and values are made of a latent vector (DeepSeek's MLA).
         multi_head: whether each query head must have a key and value head of its own.
+        full_width: whether the query heads together must be as wide as the model.
         layers: the kinds of layers that there may be.
         rotates_sliding: whether layers with sliding windows alone rotate, all but each fourth.
         recurrent: what the layers without attention are, if they hold a state space: `delta net`, where one in every so
@@ -53,6 +54,7 @@ class Architecture:
     partial_rotary: bool = False
     latent: bool = False
     multi_head: bool = False
+    full_width: bool = False
     layers: tuple[str, ...] = ("full_attention",)
     rotates_sliding: bool = False
     recurrent: str | None = None
@@ -89,6 +91,7 @@ DELTA_NET = {
     "partial_rotary": True,
     "layers": ("full_attention", "linear_attention"),
     "recurrent": "delta net",
+    "expects": {"rms_norm_eps": 1e-6},  # llama.cpp's norm of linear attention's queries and keys has the same epsilon
     "norms_less_one": True,
     "keys": {
         "ssm_conv_kernel": "linear_conv_kernel_dim",
@@ -99,9 +102,9 @@ DELTA_NET = {
 }
 ARCHITECTURES = {  # by transformers' model_type
     "mixtral": Architecture("llama", reorders=True),
-    "qwen2_moe": Architecture("qwen2moe", normalizes=False),
+    "qwen2_moe": Architecture("qwen2moe", full_width=True, normalizes=False),
     "qwen3_moe": Architecture("qwen3moe"),
-    "deepseek": Architecture("deepseek", reorders=True, leading_dense=True, normalizes=False),
+    "deepseek": Architecture("deepseek", reorders=True, full_width=True, leading_dense=True, normalizes=False),
     "deepseek_v2": Architecture(
         "deepseek2", latent=True, leading_dense=True, gating=SOFTMAX, normalizes=False, scales=True
     ),
@@ -118,7 +121,9 @@ ARCHITECTURES = {  # by transformers' model_type
         needs_head=True,
         expects={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     ),
-    "olmoe": Architecture("olmoe", multi_head=True, normalizes=False, needs_head=True, expects={"clip_qkv": None}),
+    "olmoe": Architecture(
+        "olmoe", multi_head=True, full_width=True, normalizes=False, needs_head=True, expects={"clip_qkv": None}
+    ),
     "granitemoe": GRANITE,
     "granitemoeshared": GRANITE,
     "granitemoehybrid": replace(
@@ -148,6 +153,7 @@ ARCHITECTURES = {  # by transformers' model_type
     "minimax_m2": Architecture("minimax-m2", partial_rotary=True, gating=SIGMOID, needs_head=True),
     "lfm2_moe": Architecture(
         "lfm2moe",
+        full_width=True,
         layers=("full_attention", "conv"),
         leading_dense=True,
         gating=SIGMOID,
