@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eacmoe_lightning import load
 from eacmoe_lightning.exports.export import export
-from eacmoe_lightning.exports.gguf_architectures import SIGMOID, SOFTMAX
+from eacmoe_lightning.exports.gguf_architectures import ARCHITECTURES, SIGMOID, SOFTMAX
 from eacmoe_lightning.exports.gguf_keys import architecture_of, keys_of, warn_of_rounding
 from eacmoe_lightning.exports.gguf_tensors import plan, widths_of
 from eacmoe_lightning.models.moe import MoEModel
@@ -80,6 +80,14 @@ def test_tensors_and_keys_are_those_of_llama_cpps_converter(name, tmp_path):
         del expected["keys"]["full_attention_interval"]
     for key, value in expected["keys"].items():
         assert written.get(key, WITHOUT.get(key)) == pytest.approx(value), key
+
+
+@pytest.mark.parametrize("name", sorted({*ARCHITECTURES} - {"nemotron_h"}))  # which transformers never ties
+def test_tied_models_have_a_head_where_llama_cpp_requires_one(name):
+    """`LLM_TENSOR_OUTPUT` without `TENSOR_NOT_REQUIRED` in llama.cpp's src/models."""
+    moe = empty(name, tie_word_embeddings=True)
+    is_written = "output.weight" in [entry.name for entry in plan(moe, {}, architecture_of(moe))]
+    assert is_written == (name in ("dots1", "exaone_moe", "gpt_oss", "minimax_m2", "olmoe", "qwen2_moe"))
 
 
 # --- routers
@@ -313,6 +321,14 @@ def test_gate_and_up_of_gpt_oss_alternate_in_columns(exported):
     down = state["model.layers.1.mlp.experts.down_proj"].swapaxes(1, 2)
     np.testing.assert_array_equal(stored["blk.1.ffn_down_exps.weight"], down)
     np.testing.assert_array_equal(stored["blk.1.attn_sinks.weight"], state["model.layers.1.self_attn.sinks"])
+
+
+def test_the_bias_that_llama_cpp_requires_of_gpt_oss_is_zero_where_the_model_has_none(exported):
+    stored, state = exported("gpt_oss-plain")
+    assert not [name for name in state if "self_attn" in name and name.endswith("bias")]
+    np.testing.assert_array_equal(stored["blk.1.attn_output.bias"], np.zeros(64))
+    np.testing.assert_array_equal(stored["blk.1.attn_output.weight"], state["model.layers.1.self_attn.o_proj.weight"])
+    assert "blk.1.attn_q.bias" not in stored
 
 
 def test_keys_and_values_of_latent_attention_are_split_by_head(exported):

@@ -42,6 +42,7 @@ class Architecture:
         tiles_values: whether linear attention's value head n belongs to key head n modulo their number; in the model
             those of a key head are adjacent.
         biases: the linears and experts whose biases are added.
+        needs_biases: those of these linears that the file must have, if only as zeros.
         needs_head: whether the file must have an output matrix where it equals the embedding.
         prefix: what names of parameters begin with in the `gguf` package's tables, in place of `model`.
         expects: options of the config, and their values in llama.cpp's computation.
@@ -68,6 +69,7 @@ class Architecture:
     norms_less_one: bool = False
     tiles_values: bool = False
     biases: tuple[str, ...] = QKV
+    needs_biases: tuple[str, ...] = ()
     needs_head: bool = False
     prefix: str = "model"
     expects: Mapping[str, Any] = field(default_factory=dict)
@@ -102,7 +104,7 @@ DELTA_NET = {
 }
 ARCHITECTURES = {  # by transformers' model_type
     "mixtral": Architecture("llama", reorders=True),
-    "qwen2_moe": Architecture("qwen2moe", full_width=True, normalizes=False),
+    "qwen2_moe": Architecture("qwen2moe", full_width=True, normalizes=False, needs_head=True),
     "qwen3_moe": Architecture("qwen3moe"),
     "deepseek": Architecture("deepseek", reorders=True, full_width=True, leading_dense=True, normalizes=False),
     "deepseek_v2": Architecture(
@@ -118,6 +120,7 @@ ARCHITECTURES = {  # by transformers' model_type
         layers=("full_attention", "sliding_attention"),
         alternates=True,
         biases=(*QKV, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+        needs_biases=("attn_output",),
         needs_head=True,
         expects={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     ),
