@@ -238,6 +238,7 @@ def test_other_computations_are_refused(name, changes, message):
         ("ernie4_5_moe", {"moe_norm_min": 6e-5}),
         ("exaone_moe", {"layer_types": ["sliding_attention"] * 3}),
         ("qwen3_moe", {"hidden_act": "swish"}),
+        ("qwen3_moe", {"rope_parameters": LONG_YARN | {"beta_fast": 16.0, "factor": 1.0}}),
         ("nemotron_h", {"mamba_hidden_act": "swish"}),
     ],
 )

@@ -63,7 +63,7 @@ def _is_same(value: Any, supported: Any) -> bool:
 def warn_of_rounding(moe: MoEModel) -> None:
     """Warns of the one difference that every GGUF file of such a model has (gpt-oss)."""
     rope = _rope(moe.config)
-    if rope.get("rope_type") == "yarn" and _interpolated(moe, rope) != _interpolated(moe, rope | {"truncate": True}):
+    if rope.get("rope_type") == "yarn" and _yarn_slowing(moe, rope) != _yarn_slowing(moe, rope | {"truncate": True}):
         warnings.warn(
             "the model blends rotary frequencies by YaRN without rounding the limits (truncate=false), and llama.cpp "
             "rounds them to whole frequencies, as in every GGUF file of such a model",
@@ -228,17 +228,17 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
 
 def _compared_yarn(moe: MoEModel) -> Iterator[tuple[str, Any, Any]]:
     """The options that move YaRN's limits; llama.cpp has no key for them in any of our architectures."""
-    rope, supported = _rope(moe.config), _interpolated(moe, YARN)
+    rope, supported = _rope(moe.config), _yarn_slowing(moe, YARN)
     for option in ("beta_fast", "beta_slow"):
         value = float(rope.get(option) or YARN[option])
-        if _interpolated(moe, YARN | {option: value}) != supported:
+        if _yarn_slowing(moe, YARN | {option: value}) != supported:
             yield option, value, YARN[option]
-    if moe.config.model_type != "gpt_oss" and _interpolated(moe, rope) != supported:  # `warn_of_rounding` names that
+    if moe.config.model_type != "gpt_oss" and _yarn_slowing(moe, rope) != supported:  # `warn_of_rounding` names that
         yield "truncate", rope.get("truncate"), YARN["truncate"]
 
 
-def _interpolated(moe: MoEModel, options: Mapping[str, Any]) -> list[float]:
-    """How much of each rotated pair's frequency YaRN interpolates: 0 below its limits, 1 above.
+def _yarn_slowing(moe: MoEModel, options: Mapping[str, Any]) -> list[float]:
+    """By what YaRN multiplies the frequency of each rotated pair: 1 below its limits, 1 / factor above.
 
     The limits are the pairs with beta_fast and beta_slow turns in the original context.
     """
@@ -248,7 +248,8 @@ def _interpolated(moe: MoEModel, options: Mapping[str, Any]) -> list[float]:
         limit = dimensions * math.log(turns) / (2 * math.log(rope["rope_theta"]))
         limits.append(rounded(limit) if options.get("truncate", YARN["truncate"]) else limit)
     low, high = max(limits[0], 0), min(limits[1], dimensions - 1)
-    return [min(max((pair - low) / (high - low or 0.001), 0.0), 1.0) for pair in range(dimensions // 2)]
+    shares = [min(max((pair - low) / (high - low or 0.001), 0.0), 1.0) for pair in range(dimensions // 2)]
+    return [1 - share * (1 - 1 / _yarn_factor(moe.config)) for share in shares]
 
 
 def _attention_factors(config: PreTrainedConfig, architecture: Architecture) -> tuple[float, float]:
