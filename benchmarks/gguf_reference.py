@@ -24,9 +24,11 @@ ADDED = {  # options on the hub that transformers does not write, or writes with
     "minimax_m2": {"rotary_dim": 8},
 }
 SKIPPED = (
+    "gpt_oss-plain",  # which it writes without biases
     "granitemoehybrid-rope",  # the converter never has hybrid models rotate
     "hunyuan_v1_moe-alpha",  # which must have the real model's sizes
     "olmoe-tied",  # which it writes without a head
+    "qwen2_moe-tied",  # the same
 )
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,6 +4,7 @@
 it); `benchmarks/export_check.py --families gguf` runs them in llama.cpp.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from eacmoe_lightning import load
 from eacmoe_lightning.exports.export import export
-from eacmoe_lightning.exports.gguf_architectures import SIGMOID, SOFTMAX
+from eacmoe_lightning.exports.gguf_architectures import ARCHITECTURES, SIGMOID, SOFTMAX
 from eacmoe_lightning.exports.gguf_keys import architecture_of, keys_of, warn_of_rounding
 from eacmoe_lightning.exports.gguf_tensors import plan, widths_of
 from eacmoe_lightning.models.moe import MoEModel
@@ -32,7 +33,13 @@ WITHOUT = {  # keys that the converter writes with the value that llama.cpp has 
     "expert_weights_scale": 1.0,
     "nextn_predict_layers": 0,
     "rope.scaling.type": "none",
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
 }
+
+
+LONG_YARN = gguf_models.YARN | {"original_max_position_embeddings": 4096}
+KIMI_YARN = LONG_YARN | {"rope_theta": 5e4, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1.0, "beta_slow": 1.0}
 
 
 def empty(name: str, **changes) -> MoEModel:
@@ -73,6 +80,14 @@ def test_tensors_and_keys_are_those_of_llama_cpps_converter(name, tmp_path):
         del expected["keys"]["full_attention_interval"]
     for key, value in expected["keys"].items():
         assert written.get(key, WITHOUT.get(key)) == pytest.approx(value), key
+
+
+@pytest.mark.parametrize("name", sorted({*ARCHITECTURES} - {"nemotron_h"}))  # which transformers never ties
+def test_tied_models_have_a_head_where_llama_cpp_requires_one(name):
+    """`LLM_TENSOR_OUTPUT` without `TENSOR_NOT_REQUIRED` in llama.cpp's src/models."""
+    moe = empty(name, tie_word_embeddings=True)
+    is_written = "output.weight" in [entry.name for entry in plan(moe, {}, architecture_of(moe))]
+    assert is_written == (name in ("dots1", "exaone_moe", "gpt_oss", "minimax_m2", "olmoe", "qwen2_moe"))
 
 
 # --- routers
@@ -137,7 +152,31 @@ def test_the_keys_describe_the_router(name, tmp_path):
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, r"norm\.eps=.*architecture deepseek2 has"),
         ("deepseek_v3", {"rope_parameters": gguf_models.YARN}, "scaling="),
-        ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank, at 26 blocks=32"),
+        ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank, at 26 blocks and 4096 tokens=32"),
+        (
+            "deepseek_v3",
+            {"num_hidden_layers": 48, "vocab_size": 128256},
+            "q_lora_rank, at 48 blocks and 128256 tokens=32",
+        ),
+        ("qwen2_moe", {"head_dim": 32}, "head_dim=32, but llama.cpp's architecture qwen2moe has 16"),
+        ("lfm2_moe", {"head_dim": 32}, "head_dim=32"),
+        (
+            "ernie4_5_moe",
+            {"moe_norm_min": 1e-3},
+            "moe_norm_min=0.001, but llama.cpp's architecture ernie4_5-moe has 6.1",
+        ),
+        ("qwen3_next", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05, but llama.cpp's architecture qwen3next has 1e-06"),
+        ("qwen3_5_moe_text", {"rms_norm_eps": 1e-4}, "rms_norm_eps=0.0001"),
+        ("exaone_moe", {"layer_types": ["full_attention"] * 3}, "some layers with sliding windows=False"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 3}, "some layers with sliding windows=False"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 3}, "some layers without attention=False"),
+        ("qwen3_next", {"layer_types": ["linear_attention"] * 3}, "some layers with attention=False"),
+        ("qwen3_5_moe_text", {"layer_types": ["linear_attention"] * 3}, "some layers with attention=False"),
+        ("lfm2_moe", {"layer_types": ["conv"] * 3}, "some layers with attention=False"),
+        ("lfm2_moe", {"layer_types": ["full_attention"] * 3}, "some layers without attention=False"),
+        ("granitemoehybrid", {"layer_types": ["mamba"] * 3}, "some layers with attention=False"),
+        ("nemotron_h", {"layers_block_type": ["attention", "moe"] * 2}, "some layers without attention=False"),
+        ("nemotron_h", {"layers_block_type": ["mamba", "moe"] * 2}, "some layers with attention=False"),
         ("qwen3_next", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types="),
         ("qwen3_next", {"linear_value_head_dim": 32}, "linear_value_head_dim=32"),
         ("qwen3_5_moe_text", {"head_dim": 16}, "mrope_section longer than a head=True"),
@@ -169,6 +208,18 @@ def test_the_keys_describe_the_router(name, tmp_path):
             r"attention_scaling=1.5, but llama.cpp's architecture qwen3moe has 1.13",
         ),
         ("qwen3_moe", {"rope_parameters": gguf_models.YARN | {"rope_type": "linear"}}, "rope_type='linear'"),
+        (
+            "qwen3_moe",
+            {"rope_parameters": LONG_YARN | {"beta_fast": 16.0}},
+            "beta_fast=16.0, but llama.cpp's architecture qwen3moe has 32.0",
+        ),
+        (
+            "gpt_oss",
+            {"rope_parameters": LONG_YARN | {"beta_slow": 4.0}},
+            "beta_slow=4.0, but llama.cpp's architecture gpt-oss has 1.0",
+        ),
+        ("qwen3_moe", {"rope_parameters": LONG_YARN | {"truncate": False}}, "truncate=False"),
+        ("deepseek_v3", {**gguf_models.EPSILON, "rope_parameters": KIMI_YARN}, "beta_fast=1.0"),
         ("hunyuan_v1_moe", {"attention_bias": True}, "o_proj.bias: llama.cpp's architecture hunyuan-moe has no such"),
     ],
 )
@@ -178,9 +229,66 @@ def test_other_computations_are_refused(name, changes, message):
         plan(moe, {}, architecture_of(moe))
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("deepseek_v3", {"num_hidden_layers": 48}),
+        ("deepseek_v3", {"vocab_size": 128256}),
+        ("deepseek_v3", {"num_hidden_layers": 27, "q_lora_rank": None}),
+        ("ernie4_5_moe", {"moe_norm_min": 6e-5}),
+        ("exaone_moe", {"layer_types": ["sliding_attention"] * 3}),
+        ("qwen3_moe", {"hidden_act": "swish"}),
+        ("qwen3_moe", {"rope_parameters": LONG_YARN | {"beta_fast": 16.0, "factor": 1.0}}),
+        ("nemotron_h", {"mamba_hidden_act": "swish"}),
+    ],
+)
+def test_computations_that_are_the_same_are_accepted(name, changes):
+    moe = empty(name, **changes)
+    assert plan(moe, {}, architecture_of(moe))
+
+
+def test_hunyuans_alpha_is_a_base_by_both_of_its_names(tmp_path):
+    rope = {"rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0}
+    written = [
+        keys(empty("hunyuan_v1_moe", rope_parameters=rope | {"rope_type": kind}), tmp_path)
+        for kind in ("ntk_alpha", "dynamic")
+    ]
+    assert written[0] == written[1] and written[1]["rope.freq_base"] == pytest.approx(1e4 * 1000 ** (16 / 14))
+    with pytest.raises(ValueError, match="rope_type='dynamic'"):
+        architecture_of(empty("hunyuan_v1_moe", rope_parameters=rope | {"rope_type": "dynamic", "alpha": None}))
+
+
 def test_limits_of_yarn_that_llama_cpp_rounds_are_named():
     with pytest.warns(UserWarning, match="truncate=false"):
         warn_of_rounding(empty("gpt_oss", rope_parameters=gguf_models.YARN | {"truncate": False}))
+
+
+def rotated_by_llama_cpp(pairs: int, theta: float, original: int, factor: float) -> np.ndarray:
+    """Frequencies of `ggml_rope_yarn_corr_dims` and `rope_yarn` at llama.cpp's 32 and 1 turns."""
+    start, end = pairs * np.log(original / (2 * np.pi * np.array([32, 1]))) / np.log(theta)
+    low, high = max(0, np.floor(start)), min(2 * pairs - 1, np.ceil(end))
+    interpolated = np.clip((np.arange(pairs) - low) / max(0.001, high - low), 0, 1)
+    return theta ** (-np.arange(pairs) / pairs) * (interpolated / factor + 1 - interpolated)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen3_moe"])
+@pytest.mark.parametrize("theta", [1e3, 1.5e5])
+@pytest.mark.parametrize("original", [8, 4096])
+def test_yarn_is_accepted_where_llama_cpp_rotates_alike(name, theta, original):
+    yarn = gguf_models.YARN | {"rope_theta": theta, "original_max_position_embeddings": original}
+    yarn |= {"partial_rotary_factor": 0.5 if name == "glm4_moe" else 1.0}
+    accepted = set()
+    for fast, slow, truncate in itertools.product((1, 24, 31, 32, 64), (0.5, 0.9, 1, 4), (True, False)):
+        moe = empty(name, rope_parameters=yarn | {"beta_fast": fast, "beta_slow": slow, "truncate": truncate})
+        frequencies = next(module.inv_freq for module in moe.decoder.modules() if hasattr(module, "inv_freq")).numpy()
+        expected = rotated_by_llama_cpp(len(frequencies), theta, original, yarn["factor"])
+        if np.allclose(frequencies, expected, rtol=1e-5):
+            architecture_of(moe)
+            accepted.add((fast, slow, truncate))
+        else:
+            with pytest.raises(ValueError, match="beta_fast|beta_slow|truncate"):
+                architecture_of(moe)
+    assert (32, 1, True) in accepted and len(accepted) < 40
 
 
 # --- rows that change places
@@ -214,6 +322,14 @@ def test_gate_and_up_of_gpt_oss_alternate_in_columns(exported):
     down = state["model.layers.1.mlp.experts.down_proj"].swapaxes(1, 2)
     np.testing.assert_array_equal(stored["blk.1.ffn_down_exps.weight"], down)
     np.testing.assert_array_equal(stored["blk.1.attn_sinks.weight"], state["model.layers.1.self_attn.sinks"])
+
+
+def test_the_bias_that_llama_cpp_requires_of_gpt_oss_is_zero_where_the_model_has_none(exported):
+    stored, state = exported("gpt_oss-plain")
+    assert not [name for name in state if "self_attn" in name and name.endswith("bias")]
+    np.testing.assert_array_equal(stored["blk.1.attn_output.bias"], np.zeros(64))
+    np.testing.assert_array_equal(stored["blk.1.attn_output.weight"], state["model.layers.1.self_attn.o_proj.weight"])
+    assert "blk.1.attn_q.bias" not in stored
 
 
 def test_keys_and_values_of_latent_attention_are_split_by_head(exported):

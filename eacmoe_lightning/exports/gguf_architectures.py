@@ -26,6 +26,7 @@ class Architecture:
         partial_rotary: whether a part of each head may stay as it is.
         latent: whether keys and values are made of a latent vector (DeepSeek's MLA).
         multi_head: whether each query head must have a key and value head of its own.
+        full_width: whether the query heads together must be as wide as the model.
         layers: the kinds of layers that there may be.
         rotates_sliding: whether layers with sliding windows alone rotate, all but each fourth.
         recurrent: what the layers without attention are, if they hold a state space: `delta net`, where one in every so
@@ -41,6 +42,7 @@ class Architecture:
         tiles_values: whether linear attention's value head n belongs to key head n modulo their number; in the model
             those of a key head are adjacent.
         biases: the linears and experts whose biases are added.
+        needs_biases: those of these linears that the file must have, if only as zeros.
         needs_head: whether the file must have an output matrix where it equals the embedding.
         prefix: what names of parameters begin with in the `gguf` package's tables, in place of `model`.
         expects: options of the config, and their values in llama.cpp's computation.
@@ -53,6 +55,7 @@ class Architecture:
     partial_rotary: bool = False
     latent: bool = False
     multi_head: bool = False
+    full_width: bool = False
     layers: tuple[str, ...] = ("full_attention",)
     rotates_sliding: bool = False
     recurrent: str | None = None
@@ -66,6 +69,7 @@ class Architecture:
     norms_less_one: bool = False
     tiles_values: bool = False
     biases: tuple[str, ...] = QKV
+    needs_biases: tuple[str, ...] = ()
     needs_head: bool = False
     prefix: str = "model"
     expects: Mapping[str, Any] = field(default_factory=dict)
@@ -89,6 +93,7 @@ DELTA_NET = {
     "partial_rotary": True,
     "layers": ("full_attention", "linear_attention"),
     "recurrent": "delta net",
+    "expects": {"rms_norm_eps": 1e-6},  # llama.cpp's norm of linear attention's queries and keys has the same epsilon
     "norms_less_one": True,
     "keys": {
         "ssm_conv_kernel": "linear_conv_kernel_dim",
@@ -99,9 +104,9 @@ DELTA_NET = {
 }
 ARCHITECTURES = {  # by transformers' model_type
     "mixtral": Architecture("llama", reorders=True),
-    "qwen2_moe": Architecture("qwen2moe", normalizes=False),
+    "qwen2_moe": Architecture("qwen2moe", full_width=True, normalizes=False, needs_head=True),
     "qwen3_moe": Architecture("qwen3moe"),
-    "deepseek": Architecture("deepseek", reorders=True, leading_dense=True, normalizes=False),
+    "deepseek": Architecture("deepseek", reorders=True, full_width=True, leading_dense=True, normalizes=False),
     "deepseek_v2": Architecture(
         "deepseek2", latent=True, leading_dense=True, gating=SOFTMAX, normalizes=False, scales=True
     ),
@@ -115,10 +120,13 @@ ARCHITECTURES = {  # by transformers' model_type
         layers=("full_attention", "sliding_attention"),
         alternates=True,
         biases=(*QKV, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+        needs_biases=("attn_output",),
         needs_head=True,
         expects={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     ),
-    "olmoe": Architecture("olmoe", multi_head=True, normalizes=False, needs_head=True, expects={"clip_qkv": None}),
+    "olmoe": Architecture(
+        "olmoe", multi_head=True, full_width=True, normalizes=False, needs_head=True, expects={"clip_qkv": None}
+    ),
     "granitemoe": GRANITE,
     "granitemoeshared": GRANITE,
     "granitemoehybrid": replace(
@@ -148,6 +156,7 @@ ARCHITECTURES = {  # by transformers' model_type
     "minimax_m2": Architecture("minimax-m2", partial_rotary=True, gating=SIGMOID, needs_head=True),
     "lfm2_moe": Architecture(
         "lfm2moe",
+        full_width=True,
         layers=("full_attention", "conv"),
         leading_dense=True,
         gating=SIGMOID,

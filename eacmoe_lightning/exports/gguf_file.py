@@ -115,6 +115,8 @@ def _blocks(source: Source) -> Iterator[dict[str, Tensor | Quantized]]:
 
 def _encoded(entry: Entry, value: Tensor | Quantized) -> Tensor:
     """One tensor as the file stores it."""
+    if entry.is_zero:
+        return torch.zeros(entry.shape)
     dtype = {kind: dtype for dtype, kind in DENSE.items()}.get(entry.type)
     if not isinstance(value, Tensor) and (entry.is_transposed or (entry.moves_columns and dtype)):
         value = value.dequantize()

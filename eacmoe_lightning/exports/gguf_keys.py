@@ -11,12 +11,17 @@ from transformers import PreTrainedConfig
 
 from eacmoe_lightning.exports.gguf_architectures import ARCHITECTURES, Architecture
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.runtime.packed_modules import ACTIVATION_NAMES
 
 KINDS = ("linear_attention", "full_attention")
-WITHOUT_HEADS = ("conv", "linear_attention", "mamba", "moe")
+RECURRENT = ("conv", "linear_attention", "mamba")
+WITHOUT_HEADS = (*RECURRENT, "moe")
 SECTIONS = [11, 11, 10]  # how Qwen3.5 divides rotated pairs between time, height and width, where its config does not
 UNROTATED = 4  # every how many layers one is not rotated, where only those with sliding windows are
 LITE = (26, 27)  # numbers of blocks at which llama.cpp takes deepseek2 for a model whose queries are not latent
+KANANA = (48, 128256)  # the same: blocks and tokens of Kanana-2
+SMALLEST_SUM = 2.0**-14  # llama.cpp divides expert weights by no smaller sum
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}  # llama.cpp's, where an architecture does not set them
 ROPE_TYPES = ("default", "yarn", "ntk_alpha")
 REMEDY = "export with --format dense, and convert that with llama.cpp's scripts if they know the model"
 
@@ -33,8 +38,7 @@ def architecture_of(moe: MoEModel) -> Architecture:
         why = " (llama.cpp weights its experts by another rule)" if kind == "phimoe" else ""
         raise ValueError(f"--format gguf knows {', '.join(ARCHITECTURES)}, not {kind}{why}: {REMEDY}")
     for option, value, supported in _compared(moe, architecture):
-        same = math.isclose(value, supported, rel_tol=1e-6) if isinstance(supported, float) else value == supported
-        if not same:
+        if not _is_same(value, supported):
             raise ValueError(
                 f"the model has {option}={value!r}, but llama.cpp's architecture {architecture.name} has "
                 f"{supported!r}: {REMEDY}"
@@ -50,9 +54,16 @@ def architecture_of(moe: MoEModel) -> Architecture:
     return architecture
 
 
+def _is_same(value: Any, supported: Any) -> bool:
+    if supported == "silu":
+        return value in ACTIVATION_NAMES["silu"]
+    return math.isclose(value, supported, rel_tol=1e-6) if isinstance(supported, float) else value == supported
+
+
 def warn_of_rounding(moe: MoEModel) -> None:
     """Warns of the one difference that every GGUF file of such a model has (gpt-oss)."""
-    if _rope(moe.config).get("truncate") is False:
+    rope = _rope(moe.config)
+    if rope.get("rope_type") == "yarn" and _yarn_slowing(moe, rope) != _yarn_slowing(moe, rope | {"truncate": True}):
         warnings.warn(
             "the model blends rotary frequencies by YaRN without rounding the limits (truncate=false), and llama.cpp "
             "rounds them to whole frequencies, as in every GGUF file of such a model",
@@ -147,8 +158,6 @@ def _rotary_keys(moe: MoEModel) -> dict[str, Any]:
             "rope_scaling_type": gguf.RopeScalingType.YARN,
             "rope_scaling_factor": _yarn_factor(moe.config),
             "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
-            "rope_scaling_yarn_beta_fast": float(rope.get("beta_fast") or 32),
-            "rope_scaling_yarn_beta_slow": float(rope.get("beta_slow") or 1),
         }
         if share := rope.get("mscale_all_dim"):
             keys["rope_scaling_yarn_log_mul"] = 0.1 * share  # llama.cpp takes the factor .1 out again
@@ -163,6 +172,8 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
     kinds, kind = _kinds(config), _rope(config).get("rope_type") or "default"
     yield "hidden_act", getattr(config, "hidden_act", "silu"), "silu"
     yield "rope_type", kind, kind if kind in ROPE_TYPES else "default"
+    if kind == "yarn":
+        yield from _compared_yarn(moe)
     yield "layer_types", kinds, [kind for kind in kinds if kind in architecture.layers]
     if architecture.rotates_sliding:
         pattern = ["sliding_attention" if (i + 1) % UNROTATED else "full_attention" for i in range(len(kinds))]
@@ -174,20 +185,28 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
         pattern = [KINDS[(i + 1) % every == 0] for i in range(len(kinds))]
         yield "layer_types", kinds, pattern
         yield "linear_value_head_dim", config.linear_value_head_dim, config.linear_key_head_dim
-    if architecture.recurrent == "mamba":
-        yield "some layers without attention", bool({*kinds} & {*WITHOUT_HEADS}), True
+    if {*architecture.layers} & {*RECURRENT}:  # llama.cpp aborts where one of its two caches has no layer
+        yield "some layers without attention", bool({*kinds} & {*RECURRENT}), True
+        yield "some layers with attention", bool({*kinds} - {*WITHOUT_HEADS}), True
+    if "sliding_attention" in architecture.layers:
+        yield "some layers with sliding windows", "sliding_attention" in kinds, True
     yield "experts selected in each block", [block.top_k for block in moe.moe_blocks], [moe.top_k] * len(moe.moe_blocks)
     for option, supported in architecture.expects.items():
         value = getattr(config, option, supported)
         yield option, tuple(value) if isinstance(value, list) else value, supported
-    if architecture.latent and len(moe.blocks) in LITE:
-        yield f"q_lora_rank, at {len(moe.blocks)} blocks", config.q_lora_rank, None
+    blocks, tokens = len(moe.blocks), config.vocab_size
+    if architecture.latent and (blocks in LITE or (blocks, tokens) == KANANA):
+        yield f"q_lora_rank, at {blocks} blocks and {tokens} tokens", config.q_lora_rank, None
     if sections := _sections(config):  # pair n is number n // 3 of section n % 3, and rotated if it is in one
         pairs = [n % sum(sections) for n in range(_rotary_dimensions(moe) // 2)]
         yield "mrope_section longer than a head", sum(sections) > _head(config), False
         yield "rotated pairs in no mrope_section", [n for n in pairs if n // 3 >= sections[n % 3]], []
     if architecture.multi_head:
         yield "num_key_value_heads", config.num_key_value_heads, config.num_attention_heads
+    if architecture.full_width:
+        yield "head_dim", _head(config), config.hidden_size // config.num_attention_heads
+    if (smallest := getattr(config, "moe_norm_min", 0.0)) > SMALLEST_SUM:  # ERNIE's
+        yield "moe_norm_min", smallest, SMALLEST_SUM
     if architecture.normalizes is not None and config.model_type != "deepseek_v2":  # which does not read the option
         yield "norm_topk_prob", getattr(config, "norm_topk_prob", architecture.normalizes), architecture.normalizes
     if not architecture.scales:
@@ -205,6 +224,32 @@ def _compared(moe: MoEModel, architecture: Architecture) -> Iterator[tuple[str, 
             yield f"{name}.attention_scaling", factor, rotated
         elif isinstance(factor := getattr(module, "scaling", None), float):
             yield f"{name}.scaling", factor, scaling
+
+
+def _compared_yarn(moe: MoEModel) -> Iterator[tuple[str, Any, Any]]:
+    """The options that move YaRN's limits; llama.cpp has no key for them in any of our architectures."""
+    rope, supported = _rope(moe.config), _yarn_slowing(moe, YARN)
+    for option in ("beta_fast", "beta_slow"):
+        value = float(rope.get(option) or YARN[option])
+        if _yarn_slowing(moe, YARN | {option: value}) != supported:
+            yield option, value, YARN[option]
+    if moe.config.model_type != "gpt_oss" and _yarn_slowing(moe, rope) != supported:  # `warn_of_rounding` names that
+        yield "truncate", rope.get("truncate"), YARN["truncate"]
+
+
+def _yarn_slowing(moe: MoEModel, options: Mapping[str, Any]) -> list[float]:
+    """By what YaRN multiplies the frequency of each rotated pair: 1 below its limits, 1 / factor above.
+
+    The limits are the pairs with beta_fast and beta_slow turns in the original context.
+    """
+    rope, dimensions, limits = _rope(moe.config), _rotary_dimensions(moe), []
+    for option, rounded in (("beta_fast", math.floor), ("beta_slow", math.ceil)):
+        turns = rope["original_max_position_embeddings"] / (2 * math.pi * (options.get(option) or YARN[option]))
+        limit = dimensions * math.log(turns) / (2 * math.log(rope["rope_theta"]))
+        limits.append(rounded(limit) if options.get("truncate", YARN["truncate"]) else limit)
+    low, high = max(limits[0], 0), min(limits[1], dimensions - 1)
+    shares = [min(max((pair - low) / (high - low or 0.001), 0.0), 1.0) for pair in range(dimensions // 2)]
+    return [1 - share * (1 - 1 / _yarn_factor(moe.config)) for share in shares]
 
 
 def _attention_factors(config: PreTrainedConfig, architecture: Architecture) -> tuple[float, float]:
@@ -235,7 +280,9 @@ def _sections(config: PreTrainedConfig) -> list[int]:
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    return getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}
+    is_alpha = config.model_type == "hunyuan_v1_moe" and rope.get("rope_type") == "dynamic" and rope.get("alpha")
+    return rope | {"rope_type": "ntk_alpha"} if is_alpha else rope  # HunYuan's checkpoints call it dynamic
 
 
 def _yarn_factor(config: PreTrainedConfig) -> float:

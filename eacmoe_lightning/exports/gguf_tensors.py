@@ -55,7 +55,7 @@ SPLIT = {  # the same for parameters whose rows are those of two tensors
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: some rows of a parameter.
+    """One tensor of the file: some rows of a parameter, or zeros.
 
     Attributes:
         name: its name in the file.
@@ -67,6 +67,7 @@ class Entry:
         heads: the matrices into which the rows are split; 0: one.
         is_transposed: whether each of these matrices is transposed.
         change: of the values; only of tensors that are not quantized.
+        is_zero: whether it is the bias of a linear without one; the parameter is the linear's weight.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Entry:
     heads: int = 0
     is_transposed: bool = False
     change: Change | None = None
+    is_zero: bool = False
 
     @property
     def moves_columns(self) -> bool:
@@ -98,6 +100,8 @@ class Entry:
 
     def give_back(self, tensor: Tensor, parameter: Tensor) -> None:
         """Copies the tensor to where its rows came from."""
+        if self.is_zero:
+            return
         tensor = self.change.back(tensor) if self.change else tensor
         tensor = tensor.transpose(1, 2) if self.is_transposed else tensor
         tensor = tensor.flatten(0, 1) if self.heads else tensor
@@ -165,6 +169,9 @@ def plan(moe: MoEModel, types: Mapping[str, str], architecture: Architecture) ->
             )
         kind = types.get(parameter) or _dense_type(names[0], shape, parameters[parameter].dtype)
         by_block[index] += _entries(names, parameter, shape, kind, architecture, config)
+        stem, is_weight = _stem(names[0]), parameter.endswith(".weight")
+        if is_weight and stem in architecture.needs_biases and parameter[: -len("weight")] + "bias" not in parameters:
+            by_block[index].append(Entry(f"{prefix}{stem}.bias", parameter, shape[:1], "F32", is_zero=True))
         if architecture.needs_head and names == ["token_embd.weight"] and "lm_head.weight" not in parameters:
             by_block[index] += _entries(["output.weight"], parameter, shape, kind, architecture, config)
     return [entry for entries in by_block for entry in entries]
