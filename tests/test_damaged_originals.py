@@ -401,7 +401,12 @@ def test_a_pickle_of_before_torch_16_is_read(tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize(
     "file, package",
-    [("tokenizer.model", "sentencepiece"), ("tiktoken.model", "tiktoken"), ("qwen.tiktoken", "tiktoken")],
+    [
+        ("tokenizer.model", "sentencepiece"),
+        ("tiktoken.model", "tiktoken"),
+        ("qwen.tiktoken", "tiktoken"),
+        ("tekken.json", "mistral_common"),
+    ],
 )
 def test_a_tokenizer_that_an_absent_package_reads_names_the_package(
     file, package, tiny_model_dir, tmp_path, capsys, monkeypatch

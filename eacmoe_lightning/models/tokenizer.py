@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ READERS = {  # files that transformers reads by a package that it does not requi
     "*.tiktoken": "tiktoken",
     "tokenizer.model": "sentencepiece",
     "spiece.model": "sentencepiece",
+    "tekken.json": "mistral_common",
 }
 
 
@@ -46,13 +46,17 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
         raise UntrustedCode(name_or_path, "`auto_map` in its tokenizer_config.json or config.json") from error
 
 
-def _missing_reader(folder: Path) -> str:
-    """What to do if the tokenizer is in a form for which a package is missing; else an empty text."""
-    if not (folder / "tokenizer.json").is_file():
-        for pattern, package in READERS.items():
-            if (file := next(folder.glob(pattern), None)) is not None and find_spec(package) is None:
-                return f"{file.name} is read by the package {package}: pip install {package}"
-    return ""
+def _refuse_missing_reader(name_or_path: str, option: str) -> None:
+    """Raises ValueError if the tokenizer is in a form for which a package is missing; FileNotFoundError for no model."""
+    folder = local_directory(name_or_path, option)
+    if (folder / "tokenizer.json").is_file():
+        return
+    for pattern, package in READERS.items():
+        if (file := next(folder.glob(pattern), None)) is not None and find_spec(package) is None:
+            raise ValueError(
+                f"the tokenizer of {name_or_path!r} ({option}) cannot be opened: {file.name} is read by the package "
+                f"{package}: pip install {package}"
+            )
 
 
 def _refuse_config(name_or_path: str, trust_remote_code: bool) -> None:
@@ -88,15 +92,14 @@ def tokenizer_of(
     except (DamagedFile, UntrustedCode):
         raise
     except (*UNBUILDABLE, OSError, ValueError) as error:
-        folder = local_directory(name_or_path, option)  # says so if there is no model at all
-        if missing := _missing_reader(folder):
-            raise ValueError(f"the tokenizer of {name_or_path!r} ({option}) cannot be opened: {missing}") from error
+        _refuse_missing_reader(name_or_path, option)
         if isinstance(error, UNBUILDABLE):
             _refuse_config(name_or_path, trust_remote_code)
             reason = f"transformers does not understand the tokenizer's files ({error!r})."
             raise no_model(name_or_path, reason, option) from error
         problem = str(error)
-    if problem:  # some classes make an empty tokenizer where its files are missing
+    if problem:  # some classes make an empty tokenizer where its files are missing, or one that they cannot read
+        _refuse_missing_reader(name_or_path, option)
         raise FileNotFoundError(
             f"{name_or_path!r} ({option}) has no tokenizer, or a damaged one: put the files there that the model was "
             f"published with (tokenizer.json, tokenizer_config.json). {problem}"
