@@ -47,7 +47,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
 
 
 def _refuse_missing_reader(name_or_path: str, option: str) -> None:
-    """Raises ValueError if the tokenizer is in a form for which a package is missing; FileNotFoundError for no model."""
+    """Raises ValueError for a tokenizer that a missing package reads, FileNotFoundError where there is no model."""
     folder = local_directory(name_or_path, option)
     if (folder / "tokenizer.json").is_file():
         return
