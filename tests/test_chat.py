@@ -167,6 +167,17 @@ def test_a_history_is_pairs_or_turns_or_refused(tmp_path):
         read_documents(str(path))
 
 
+def test_a_tokenizer_that_takes_no_template_is_refused(tokenizer):
+    class MistralCommonBackend(type(tokenizer)):
+        def apply_chat_template(self, conversation, tools=None):
+            raise AssertionError("renders no answers")
+
+    other = copy.deepcopy(tokenizer)
+    other.__class__ = MistralCommonBackend
+    with pytest.raises(ValueError, match="line 1: the tokenizer is a MistralCommonBackend.*takes no chat template"):
+        conversation_tokens(Conversation(TALK, where="x, line 1"), other, answers=False)
+
+
 def test_roles_that_only_the_template_knows_are_left_to_it(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "ipython", "content": "b"}]
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": turns}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -79,9 +80,8 @@ def conversation_tokens(conversation: Conversation, tokenizer: Any, answers: boo
     Raises:
         ValueError: there is no template, it refuses these turns, or it does not show where the answers are.
     """
+    _check_renders(conversation, tokenizer)
     template = tokenizer.chat_template
-    if template is None:
-        raise ValueError(NO_TEMPLATE.format(conversation.where))
     messages, tools = conversation.messages, conversation.tools
     if answers and isinstance(template, str) and GENERATION.search(template):
         encoded = _apply(
@@ -99,9 +99,20 @@ def rendered(conversation: Conversation, tokenizer: Any, **options: Any) -> str:
     Raises:
         ValueError: there is no template, or it refuses these turns.
     """
+    _check_renders(conversation, tokenizer)
+    return _apply(conversation, tokenizer, conversation.messages, tokenize=False, **options)
+
+
+def _check_renders(conversation: Conversation, tokenizer: Any) -> None:
+    """Raises ValueError for a tokenizer without a chat template, or of a kind that takes none (mistral_common's)."""
+    if "chat_template" not in inspect.signature(tokenizer.apply_chat_template).parameters:
+        raise ValueError(
+            f"{conversation.where}: the tokenizer is a {type(tokenizer).__name__}, which renders requests and no "
+            "answers, and takes no chat template: put a tokenizer.json of this model in the place of its own file, or "
+            "name a column of plain text with --data.column"
+        )
     if tokenizer.chat_template is None:
         raise ValueError(NO_TEMPLATE.format(conversation.where))
-    return _apply(conversation, tokenizer, conversation.messages, tokenize=False, **options)
 
 
 def _apply(conversation: Conversation, tokenizer: Any, messages: list[dict], **options: Any) -> Any:
