@@ -173,9 +173,9 @@ def test_the_effect_of_a_selection_is_that_of_forcing_it(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama4_text", "gemma4_text"])
+@pytest.mark.parametrize("family", ["llama4_text", "inkling_text"])
 def test_where_the_effect_cannot_be_had_everything_else_is_there(family):
-    """Llama 4's experts read a row for each pair; no known rule gives Gemma 4's weights."""
+    """Llama 4's experts read a row for each pair; no known rule gives Inkling's weights."""
     if family not in architectures.ARCHITECTURES:
         pytest.skip(f"this transformers has no {family}")
     models = [MoEModel(architectures.build(family, seed).eval()) for seed in (0, 1)]
