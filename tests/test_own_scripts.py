@@ -2,12 +2,14 @@
 
 import threading
 
+import architectures
 import jobs
 import pytest
 import tiny_models
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
+from test_packed_loading import compress
+from torch import Tensor, nn
 
 from eacmoe_lightning import load, load_offloaded, offload_experts, pesf
 from eacmoe_lightning.cli import main
@@ -207,9 +209,7 @@ def test_threads_that_skip_experts_keep_their_own_tokens(tokens):
             torch.testing.assert_close(result, logits, rtol=1e-5, atol=1e-5)
 
 
-def test_threads_share_an_offloaded_model(fitted, tokens):
-    model = load_offloaded(fitted("mixtral"), 0.25)
-
+def threads_get_what_one_gets(model: nn.Module, tokens: Tensor) -> None:
     @torch.no_grad()
     def run(ids):
         return model(ids, use_cache=False).logits
@@ -221,6 +221,20 @@ def test_threads_share_an_offloaded_model(fitted, tokens):
     for logits, results in zip(expected, threads.results, strict=True):
         for result in results:
             torch.testing.assert_close(result, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_share_offloaded_experts_with_biases(tokens, tokenizer, tmp_path):
+    """Whose biases, in the order of the slots, belong to one forward pass."""
+    architectures.build("gpt_oss").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = load_offloaded(compress(tmp_path / "model", tmp_path / "compressed"), 0.4)
+    threads_get_what_one_gets(model, tokens)
+    model.offload.close()
+
+
+def test_threads_share_an_offloaded_model(fitted, tokens):
+    model = load_offloaded(fitted("mixtral"), 0.25)
+    threads_get_what_one_gets(model, tokens)
     with pytest.raises(ValueError, match="offloaded already"):
         offload_experts(model, 0.5)
     model.offload.close()

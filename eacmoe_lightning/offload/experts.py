@@ -81,7 +81,6 @@ class OffloadedExperts(nn.Module):
         """The experts that at least one pair runs, by index; warns once if the cache cannot hold them all."""
         needed = [expert for expert in ids.unique().tolist() if 0 <= expert < self.num_experts]
         cache = self.cache
-        self.inner._parameters.update(self._parameters)  # biases may have been loaded or moved since
         if len(needed) > cache.capacity:
             cache.counters.passes += 1
             if not self.has_warned:
@@ -100,6 +99,7 @@ class OffloadedExperts(nn.Module):
         On CPU, `grouped_mm` spends time on every slot, whether or not a token needs it.
         """
         experts, cache = self.inner, window.cache
+        experts._parameters.update(self._parameters)  # biases may have been loaded or moved since
         implementation = experts_implementation(experts)
         if implementation == "eager" or self.has_bias:
             for projection in self.projections:
