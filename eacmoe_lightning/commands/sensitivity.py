@@ -70,7 +70,7 @@ def sensitivity(words: list[str]) -> None:
     texts = SampledTexts(data, run, moe, ranks, module.name_or_path, module.dtype_name, module.trust_remote_code)
     texts.check()
     drops = sorted(chosen.drops)
-    if drops and (reason := next((reason for block in moe.moe_blocks if (reason := keeps_all(block))), None)):
+    if drops and (reason := next(filter(None, map(keeps_all, moe.moe_blocks)), None)):
         log.info("without --drops, which measures missing experts: %s", reason)
         drops = []
     with RunLock(chosen.output, "--output"):

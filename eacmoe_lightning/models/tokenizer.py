@@ -85,23 +85,23 @@ def tokenizer_of(
         FileNotFoundError: there is no such model; or it has no tokenizer, an empty or a damaged one.
         ValueError: it needs code that came with it, and that is not trusted; or a package that is not installed.
     """
+    cause: Exception | None = None
     try:
         tokenizer = load_tokenizer(name_or_path, trust_remote_code)
         _without_dropout(tokenizer)
-        problem = "" if tokenizer(PROBE)["input_ids"] else "it makes no token of any text"
+        if tokenizer(PROBE)["input_ids"]:
+            return tokenizer
+        problem = "it makes no token of any text"  # as some classes do where they find or can read none of its files
     except (DamagedFile, UntrustedCode):
         raise
     except (*UNBUILDABLE, OSError, ValueError) as error:
-        _refuse_missing_reader(name_or_path, option)
-        if isinstance(error, UNBUILDABLE):
-            _refuse_config(name_or_path, trust_remote_code)
-            reason = f"transformers does not understand the tokenizer's files ({error!r})."
-            raise no_model(name_or_path, reason, option) from error
-        problem = str(error)
-    if problem:  # some classes make an empty tokenizer where its files are missing, or one that they cannot read
-        _refuse_missing_reader(name_or_path, option)
-        raise FileNotFoundError(
-            f"{name_or_path!r} ({option}) has no tokenizer, or a damaged one: put the files there that the model was "
-            f"published with (tokenizer.json, tokenizer_config.json). {problem}"
-        )
-    return tokenizer
+        cause, problem = error, str(error)
+    _refuse_missing_reader(name_or_path, option)
+    if isinstance(cause, UNBUILDABLE):
+        _refuse_config(name_or_path, trust_remote_code)
+        reason = f"transformers does not understand the tokenizer's files ({cause!r})."
+        raise no_model(name_or_path, reason, option) from cause
+    raise FileNotFoundError(
+        f"{name_or_path!r} ({option}) has no tokenizer, or a damaged one: put the files there that the model was "
+        f"published with (tokenizer.json, tokenizer_config.json). {problem}"
+    ) from cause

@@ -53,13 +53,7 @@ def _softmax(router, logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _softmax_of_selected(router, logits: Tensor, ids: Tensor) -> Tensor:
-    return logits.gather(1, ids).softmax(-1)
-
-
-def _scaled_softmax_of_selected(router, logits: Tensor, ids: Tensor) -> Tensor:
-    """Gemma 4: each expert has a factor of its own."""
-    factors = getattr(router, "per_expert_scale", None)
-    weights = _softmax_of_selected(router, logits, ids)
+    weights, factors = logits.gather(1, ids).softmax(-1), getattr(router, "per_expert_scale", None)  # Gemma 4's
     return weights if factors is None else weights * factors.detach().float()[ids]
 
 
@@ -98,6 +92,5 @@ _WEIGHT_RULES = (
     _sigmoid_normalised,
     _sigmoid,
     _sqrt_softplus_normalised,
-    _scaled_softmax_of_selected,
     _sparsemixer,
 )
