@@ -27,7 +27,7 @@ from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.evaluation.divergence import PerToken, joined, statistics
 from eacmoe_lightning.evaluation.streams import run_batches
 from eacmoe_lightning.models.streamed import StreamedModel
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.documents import read_documents
 
 
 def main() -> None:

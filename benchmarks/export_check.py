@@ -49,7 +49,8 @@ from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import BUNDLED, load_original
 from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
-from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.documents import read_documents
+from eacmoe_lightning.text.sources import heldout_names
 from eacmoe_lightning.text.windows import token_windows
 
 HERE = Path(__file__).resolve().parent

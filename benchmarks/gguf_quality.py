@@ -24,7 +24,7 @@ from kept_rows import write_rows
 from llama_programs import IN_FLOAT32, as_gguf, divergence, run, unquantized_gguf
 
 from eacmoe_lightning.compressed.opening import open_model
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.documents import read_documents
 
 PLAIN = ("F32", "F16", "BF16")
 

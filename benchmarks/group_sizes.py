@@ -26,7 +26,7 @@ from eacmoe_lightning.models.originals import load_original
 from eacmoe_lightning.models.tokenizer import load_tokenizer
 from eacmoe_lightning.quantization.gptq import solve
 from eacmoe_lightning.quantization.grid import Grid
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.documents import read_documents
 from eacmoe_lightning.text.windows import token_windows
 
 LARGE, SMALLER = 128, (64, 32)

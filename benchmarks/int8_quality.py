@@ -23,7 +23,8 @@ from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.evaluation.divergence import compare, joined
 from eacmoe_lightning.models.originals import load_original, resolve_model
 from eacmoe_lightning.runtime import kernels
-from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.documents import read_documents
+from eacmoe_lightning.text.sources import heldout_names
 from eacmoe_lightning.text.windows import token_windows
 
 

@@ -45,7 +45,8 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import BUNDLED, load_original
 from eacmoe_lightning.offload import Offload, offload_experts
 from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
-from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.documents import read_documents
+from eacmoe_lightning.text.sources import heldout_names
 
 STORAGE = ["plain", "lossless", "sz3:mean:0.1", "sz3:mean:0.3", "packed:3:128", "packed-zstd:3:128"]
 

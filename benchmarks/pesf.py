@@ -52,7 +52,8 @@ from eacmoe_lightning.models.originals import BUNDLED, load_original
 from eacmoe_lightning.runtime.packed_modules import packed_weights
 from eacmoe_lightning.skipping import EES, ODP, PESF, Demand, Rule, Truncation, skipping
 from eacmoe_lightning.skipping.baselines import median_ratios
-from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.documents import read_documents
+from eacmoe_lightning.text.sources import heldout_names
 from eacmoe_lightning.text.windows import token_windows
 
 WORK = {"1x512": (1, 512), "4x512": (4, 512)}

@@ -137,7 +137,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, dict[str, list[str]]]]]] = [
         [
             ("models.moe", {"MoEModel": ["embed", "head", "logits", "loaded"]}),
             ("models.streamed", {"StreamedModel": []}),
-            ("text.sources", {"read_documents": [], "documents": []}),
+            ("text.documents", {"read_documents": [], "documents": []}),
             ("text.windows", {"read_windows": [], "token_windows": [], "cut_windows": [], "Windows": []}),
             ("text.rows", {"Conversation": []}),
         ],

@@ -19,7 +19,7 @@ from eacmoe_lightning.analysis.selection import (
 )
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.models.moe import MoEModel
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.documents import read_documents
 from eacmoe_lightning.text.windows import token_windows
 
 

@@ -25,8 +25,8 @@ from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.chat import conversation_tokens
+from eacmoe_lightning.text.documents import read_documents
 from eacmoe_lightning.text.rows import Conversation
-from eacmoe_lightning.text.sources import read_documents
 from eacmoe_lightning.text.windows import Windows, cut_windows, token_windows
 
 CHATML = (

@@ -9,7 +9,7 @@ from eacmoe_lightning.evaluation.choice_task import accuracy, answer, choose, ma
 from eacmoe_lightning.evaluation.streams import token_log_likelihoods
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.originals import BUNDLED, load_original
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.documents import read_documents
 from eacmoe_lightning.text.windows import token_windows
 
 

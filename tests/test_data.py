@@ -18,7 +18,8 @@ from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.text.batches import WindowLoader, calibration_batches, heldout_batches, shard
 from eacmoe_lightning.text.checks import shared_runs
-from eacmoe_lightning.text.sources import heldout_names, name_sources, read_documents
+from eacmoe_lightning.text.documents import read_documents
+from eacmoe_lightning.text.sources import heldout_names, name_sources
 
 sizes = st.integers(1, 40)
 worlds = st.integers(1, 6)

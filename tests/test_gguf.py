@@ -21,7 +21,7 @@ from eacmoe_lightning.exports.ggml_blocks import exact_type, to_blocks
 from eacmoe_lightning.exports.gguf_tokenizer import words_of
 from eacmoe_lightning.models.originals import BUNDLED
 from eacmoe_lightning.quantization.grid import Quantized
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.documents import read_documents
 from eacmoe_lightning.weight_grids import WeightGrid
 
 gguf = pytest.importorskip("gguf")

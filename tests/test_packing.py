@@ -20,9 +20,9 @@ from eacmoe_lightning.models.self_check import check_parts
 from eacmoe_lightning.run.block_file import BlockStats, read_stats
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.ranks import Ranks
+from eacmoe_lightning.text.documents import read_documents
 from eacmoe_lightning.text.packing import pack
 from eacmoe_lightning.text.rows import Conversation
-from eacmoe_lightning.text.sources import read_documents
 from eacmoe_lightning.text.windows import Windows, cut_windows
 
 BUILDS = {"mixtral": tiny_models.build, "qwen3_moe": tiny_models.build, "deepseek_v3": architectures.build}

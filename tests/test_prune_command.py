@@ -26,7 +26,7 @@ from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.files import StoreError, read_tensors
 from eacmoe_lightning.runtime.packed_modules import packed_weights
 from eacmoe_lightning.skipping import PESF, current_rule, set_skipping
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.documents import read_documents
 from eacmoe_lightning.text.windows import token_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")

@@ -22,7 +22,7 @@ from eacmoe_lightning.models.shrink import keep_experts
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.pruning.scores import ExpertScores, measured
 from eacmoe_lightning.run.ranks import Ranks
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.documents import read_documents
 from eacmoe_lightning.text.windows import token_windows
 
 families = pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)

@@ -28,7 +28,7 @@ from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.job.trained import TrainedParts
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.documents import read_documents
 from eacmoe_lightning.text.windows import token_windows
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")]

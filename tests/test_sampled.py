@@ -31,11 +31,12 @@ from eacmoe_lightning.run.files import read_tensors
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text import server as server_module
 from eacmoe_lightning.text.answers import enough, pack
+from eacmoe_lightning.text.documents import documents
 from eacmoe_lightning.text.languages import language_of, scripts
 from eacmoe_lightning.text.openings import PROMPTS, Openings, openings
 from eacmoe_lightning.text.sampled import SampledSource, sampled_source
 from eacmoe_lightning.text.server import ServerError
-from eacmoe_lightning.text.sources import documents, name_sources, stored_source
+from eacmoe_lightning.text.sources import name_sources, stored_source
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FEW = {"data__num_windows": 4, "data__heldout": "[]", "model__router_method": "none"}

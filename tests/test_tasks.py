@@ -34,7 +34,7 @@ from eacmoe_lightning.evaluation.streams import token_log_likelihoods
 from eacmoe_lightning.evaluation.task_results import answers_of, compare, is_scored, summary, tabulate
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.skipping import PESF, pesf, set_skipping
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.documents import read_documents
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed (extra: tasks)")
 

@@ -17,14 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from eacmoe_lightning.text.sources import (
-    bundled_names,
-    documents,
-    heldout_names,
-    name_sources,
-    read_documents,
-    stored_source,
-)
+from eacmoe_lightning.text.documents import documents, read_documents
+from eacmoe_lightning.text.sources import bundled_names, heldout_names, name_sources, stored_source
 from eacmoe_lightning.text.windows import read_windows, token_windows
 
 

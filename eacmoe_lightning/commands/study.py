@@ -29,7 +29,8 @@ from eacmoe_lightning.study.disturb import NOISES, disturbed
 from eacmoe_lightning.study.measure import Measurement, Text
 from eacmoe_lightning.study.results import Results
 from eacmoe_lightning.text.checks import check_length, check_tokens
-from eacmoe_lightning.text.sources import name_sources, read_documents, stored_source
+from eacmoe_lightning.text.documents import read_documents
+from eacmoe_lightning.text.sources import name_sources, stored_source
 from eacmoe_lightning.text.windows import digest, read_sizes, token_windows
 
 POINT = "the model with the experts of some blocks stored by a codec, each weight within an error bound"

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from eacmoe_lightning.evaluation.choice_task import make_questions
-from eacmoe_lightning.text.sources import read_documents
+from eacmoe_lightning.text.documents import read_documents
 
 WORD = re.compile(r"\s*\S+")  # a word with the white space before it
 ANSWERED = re.compile(r"(Question: [^\n]+\nAnswer:) ([^\n]+)")

@@ -23,7 +23,7 @@ KANANA = (48, 128256)  # the same: blocks and tokens of Kanana-2
 SMALLEST_SUM = 2.0**-14  # llama.cpp divides expert weights by no smaller sum
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}  # llama.cpp's, where an architecture does not set them
 ROPE_TYPES = ("default", "yarn", "ntk_alpha")
-REMEDY = "export with --format dense, and convert that with llama.cpp's scripts if they know the model"
+REMEDY = "export with --format dense, for other engines and for llama.cpp's scripts if they know such a model"
 
 
 def architecture_of(moe: MoEModel) -> Architecture:

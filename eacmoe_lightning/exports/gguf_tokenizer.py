@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from eacmoe_lightning.text.sources import bundled_names, read_documents
+from eacmoe_lightning.text.documents import read_documents
+from eacmoe_lightning.text.sources import bundled_names
 
 if TYPE_CHECKING:
     import gguf

@@ -18,9 +18,10 @@ from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.text.batches import ON_HOST, WindowLoader
 from eacmoe_lightning.text.chat import read_template
 from eacmoe_lightning.text.checks import check_length, check_tokens, warn_of_calibrated, warn_of_repeated
+from eacmoe_lightning.text.documents import documents
 from eacmoe_lightning.text.openings import Start
 from eacmoe_lightning.text.sampled import SampledSource, sampled_source
-from eacmoe_lightning.text.sources import check_source, documents, is_unread_list, may_have_rows, name_sources
+from eacmoe_lightning.text.sources import check_source, is_unread_list, may_have_rows, name_sources
 from eacmoe_lightning.text.windows import (
     Layout,
     Windows,

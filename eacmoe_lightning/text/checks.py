@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from eacmoe_lightning.text.sources import heldout_names, read_documents
+from eacmoe_lightning.text.documents import read_documents
+from eacmoe_lightning.text.sources import heldout_names
 
 RUN = 32  # tokens that texts do not share by chance
 BOILERPLATE = 0.1  # share of runs that unrelated texts may have in common; license headers make up to 6% of source code

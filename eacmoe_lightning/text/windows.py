@@ -17,9 +17,9 @@ from torch import Tensor
 from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.text.chat import conversation_tokens
 from eacmoe_lightning.text.checks import check_length, check_tokens
+from eacmoe_lightning.text.documents import documents
 from eacmoe_lightning.text.packing import pack
 from eacmoe_lightning.text.rows import Conversation, Document
-from eacmoe_lightning.text.sources import documents
 
 POOL = 16  # N random windows are drawn from the first POOL * N
 Layout = Literal["joined", "separate", "packed"]  # how documents lie in windows, see `cut_windows`
