@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,41 @@ def test_linear(level, bits, rows, width, group_size):
             allowed = tolerance * (2 if level == "torch" else 1)
             assert error(linear(x, q, bias), reference) < allowed
             assert error(linear(x, q, bias, int8=True), reference) < max(INT8_TOLERANCE, allowed)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_float32_loses_no_digits_where_activations_have_one_sign(level, bits):
+    """Zero points then take off nearly all that codes have summed up."""
+    q = random_weight((40, 1024), bits, 256)
+    q = replace(q, zero_point=torch.full_like(q.zero_point, 2 ** (bits - 1)))
+    for count in (1, 4, 40):
+        x = 3 + torch.rand(count, 1024, generator=torch.Generator().manual_seed(count))
+        decoded = q.dequantize(torch.float64)
+        dense = x @ decoded.float().T
+        allowed = max(TOLERANCE[torch.float32], 3 * error(dense, x.double() @ decoded.T))
+        assert error(linear(x, q), x.double() @ decoded.T) < allowed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("count", [1, 9])
+def test_what_is_no_number_stays_none(level, value, count):
+    """A token that overflowed must not come out as a plausible one; the others are none the worse for it."""
+    q, up, down = (
+        random_weight((40, 256), 3, 128),
+        random_weight((2, 64, 256), 3, 128),
+        random_weight((2, 256, 64), 5, 32),
+    )
+    ids, weights = torch.tensor([[0, 1]]).expand(count, 2).contiguous(), torch.ones(count, 2)
+    for dtype, int8, (gated, name) in itertools.product(TOLERANCE, (False, True), ((True, "silu"), (False, "relu"))):
+        x = torch.randn(count, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x[0, 37] = value
+        part = down if not gated else random_weight((2, 256, 32), 5, 32)
+        routed = torch.ops.eacmoe.experts(
+            x, ids, weights, *tensors(up), None, [3], *tensors(part), None, [5], gated, name, int8
+        )
+        for result in (linear(x, q, int8=int8), routed):
+            assert not result[0].isfinite().any()
+            assert result[1:].isfinite().all()
 
 
 @settings(max_examples=60, deadline=None)

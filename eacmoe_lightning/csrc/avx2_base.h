@@ -86,12 +86,15 @@ WITH_AVX2 static void prepare(const float* x, const Segments& s, uint8_t* prepar
   for (int64_t i = 0; i < s.count; i++, out += padded) {
     const float* in = x + s.start(i);
     const int64_t n = s.size(i);  // a multiple of 8
-    __m256 largest = _mm256_setzero_ps();
-    for (int64_t k = 0; k < n; k += 8)
-      largest = _mm256_max_ps(largest, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(in + k)));
-    float most_of[8], top = 0;
-    _mm256_storeu_ps(most_of, largest);
-    for (float each : most_of) top = each > top ? each : top;
+    __m256i largest = _mm256_setzero_si256();  // bits without signs; those of a NaN are above infinity's
+    for (int64_t k = 0; k < n; k += 8) {
+      const __m256 value = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(in + k));
+      largest = _mm256_max_epi32(largest, _mm256_castps_si256(value));
+    }
+    int32_t most_of[8], top_bits = 0;
+    _mm256_storeu_si256((__m256i*)most_of, largest);
+    for (int32_t each : most_of) top_bits = each > top_bits ? each : top_bits;
+    const float top = as_float(top_bits);
     const __m256 inverse = _mm256_set1_ps(top > 0 ? most / top : 0);
     __m256i sum = _mm256_setzero_si256();
     std::memset(out + n, 0, size_t(padded - n) * 2);

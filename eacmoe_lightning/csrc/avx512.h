@@ -1,10 +1,10 @@
-// 16-bit and 8-bit activations on CPUs with AVX512, VNNI and VBMI (Ice Lake, Zen 4 and later).
+// All activations on CPUs with AVX512, VNNI and VBMI (Ice Lake, Zen 4 and later).
 //
-// Activations are signed bytes, with one scale for each token and segment: one byte (the int8 option), or two for
-// bfloat16 and float16, 256 times an upper byte plus a lower one. The rounding error of the latter (1 in 65279 of the
-// segment's largest) is far below the rounding of the result. Codes of any width are unsigned bytes; VNNI multiplies
-// both and sums in 32 bits, exactly (256 * 255 * 32639 < 2^31). Zero points are taken off afterwards, through the sum
-// of a segment's activations.
+// Activations are signed bytes, with one scale for each token and segment: one byte (the int8 option); two for bfloat16
+// and float16, 256 times an upper byte plus a lower one; or three for float32. The rounding error of two (1 in 65279 of
+// the segment's largest) is far below the rounding of the result, that of three (1 in 16.7 million) like float32's. Codes
+// of any width are unsigned bytes; VNNI multiplies both and sums in 32 bits, exactly (256 * 255 * 32639 < 2^31). Zero
+// points are taken off afterwards, through the sum of a segment's activations.
 //
 // Two instructions turn 64 codes of any width into 64 bytes: spread `bits` bytes into each quadword, shift every byte
 // of it into place; a third masks its neighbours' bits.
@@ -46,6 +46,7 @@ static void multiply(const Packed& p, const Segments& s, const uint8_t* const* t
   }
 }
 
+static const Engine floats = {token_bytes<3>, prepare<3>, multiply<3>};
 static const Engine words = {token_bytes<2>, prepare<2>, multiply<2>};
 static const Engine bytes = {token_bytes<1>, prepare<1>, multiply<1>};
 

@@ -59,8 +59,9 @@ struct Unpacker {
 static inline __mmask16 up_to_16(int64_t n) { return n < 16 ? __mmask16((1u << n) - 1) : __mmask16(0xffff); }
 
 // --- prepared tokens ------------------------------------------------------------------------------------------------
-// Chunks of 64 inputs: the upper bytes, then (of 16-bit activations) the lower ones. After them, per segment, the scale,
-// the sum, and their product. One token takes a whole number of cache lines.
+// Chunks of 64 inputs: their upper bytes, then (of 16- and 24-bit activations) the lower ones. After them, per segment,
+// the scale, a sum, and the scale times a sum: both of the inputs, or (24 bits) of the upper bytes and of what lies below
+// them, and then that sum itself. One token takes a whole number of cache lines.
 
 static inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -77,24 +78,31 @@ static int64_t terms_at(const Segments& s) {
   return sums_at<bytes>(s) + lines(s.count * 4);
 }
 template <int bytes>
-static int64_t token_bytes(const Segments& s) {
+static int64_t lower_sums_at(const Segments& s) {
   return terms_at<bytes>(s) + lines(s.count * 4);
+}
+template <int bytes>
+static int64_t token_bytes(const Segments& s) {
+  return lower_sums_at<bytes>(s) + (bytes == 3 ? lines(s.count * 4) : 0);
 }
 
 template <int bytes>
 WITH_AVX512 static void prepare(const float* x, const Segments& s, uint8_t* prepared) {
-  constexpr float top = bytes == 1 ? 127 : 127 * 256 + 127;
+  // of 24 bits a little less than fits, for products that are rounded up
+  constexpr float top = bytes == 1 ? 127 : bytes == 2 ? 127 * 256 + 127 : (127 * 256 + 127) * 256;
   float *scales = (float*)(prepared + scales_at<bytes>(s)), *sums = (float*)(prepared + sums_at<bytes>(s));
-  float* terms = (float*)(prepared + terms_at<bytes>(s));
+  float *terms = (float*)(prepared + terms_at<bytes>(s)), *lower = (float*)(prepared + lower_sums_at<bytes>(s));
   for (int64_t i = 0; i < s.count; i++) {
     const float* in = x + s.start(i);
     const int64_t n = s.size(i);
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t k = 0; k < n; k += 16)
-      most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(up_to_16(n - k), in + k)));
-    const float largest = _mm512_reduce_max_ps(most);
+    __m512i most = _mm512_setzero_si512();  // bits of the largest without signs; those of a NaN are above infinity's
+    for (int64_t k = 0; k < n; k += 16) {
+      const __m512 value = _mm512_abs_ps(_mm512_maskz_loadu_ps(up_to_16(n - k), in + k));
+      most = _mm512_max_epi32(most, _mm512_castps_si512(value));
+    }
+    const float largest = as_float(_mm512_reduce_max_epi32(most));
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? top / largest : 0);
-    __m512i sum = _mm512_setzero_si512();
+    __m512i sum = _mm512_setzero_si512(), upper_sum = _mm512_setzero_si512();
     for (int64_t k = 0; k < s.chunks * CHUNK; k += 16) {
       const __m512 value = k < n ? _mm512_maskz_loadu_ps(up_to_16(n - k), in + k) : _mm512_setzero_ps();
       const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
@@ -102,16 +110,29 @@ WITH_AVX512 static void prepare(const float* x, const Segments& s, uint8_t* prep
       sum = _mm512_add_epi32(sum, whole);
       if (bytes == 1) {
         _mm_storeu_si128(place, _mm512_cvtepi32_epi8(whole));
-      } else {  // the lower byte is signed too: the upper one is rounded, not cut
-        const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-        _mm_storeu_si128(place, _mm512_cvtepi32_epi8(upper));
-        _mm_storeu_si128(place + CHUNK / 16, _mm512_cvtepi32_epi8(whole));
+      } else {  // the lower bytes are signed too: what is above them is rounded, not cut
+        const __m512i half = _mm512_set1_epi32(128);
+        const __m512i above = _mm512_srai_epi32(_mm512_add_epi32(whole, half), 8);
+        if (bytes == 3) {
+          const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(above, half), 8);
+          upper_sum = _mm512_add_epi32(upper_sum, upper);
+          _mm_storeu_si128(place, _mm512_cvtepi32_epi8(upper));
+        }
+        _mm_storeu_si128(place + (bytes - 2) * (CHUNK / 16), _mm512_cvtepi32_epi8(above));
+        _mm_storeu_si128(place + (bytes - 1) * (CHUNK / 16), _mm512_cvtepi32_epi8(whole));
       }
     }
     prepared += s.chunks * CHUNK * bytes;
     scales[i] = largest / top;
-    sums[i] = float(_mm512_reduce_add_epi32(sum));
-    terms[i] = scales[i] * sums[i];
+    if (bytes == 3) {
+      const int32_t upper = _mm512_reduce_add_epi32(upper_sum);
+      sums[i] = float(upper);
+      lower[i] = float(_mm512_reduce_add_epi32(sum) - upper * 65536);
+      terms[i] = scales[i] * lower[i];
+    } else {
+      sums[i] = float(_mm512_reduce_add_epi32(sum));
+      terms[i] = scales[i] * sums[i];
+    }
   }
 }
 

@@ -6,11 +6,17 @@
 namespace eacmoe {
 namespace avx512 {
 
-// Sums of the upper and lower bytes' products.
+// The sum of the products of all bytes, of three of the lower two.
 template <int bytes>
 WITH_AVX512 static inline __m512 whole(const __m512i sum[bytes]) {
   if (bytes == 1) return _mm512_cvtepi32_ps(sum[0]);
-  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[0], 8), sum[bytes - 1]));
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[bytes - 2], 8), sum[bytes - 1]));
+}
+
+// The sum of products from those of the lower two of three bytes and those of the upper ones, which are exact in float32
+// and are freed of the zero points' share first, so that nothing large cancels.
+WITH_AVX512 static inline __m512 with_upper(__m512 lower, __m512i upper, __m512 zero_share) {
+  return _mm512_fmadd_ps(_mm512_set1_ps(65536), _mm512_sub_ps(_mm512_cvtepi32_ps(upper), zero_share), lower);
 }
 
 // `wide`: chunks loaded together; 0 if segments are not made of whole chunks. Row r of both halves is computed
@@ -21,7 +27,9 @@ WITH_AVX512 static void few_rows(const Packed& p, const Segments& s, const uint8
   const Unpacker<bits> unpack;
   const int64_t groups = p.groups(), count = s.count, per_group = s.per_group, chunks = s.chunks;
   const int64_t padded = (count + 15) / 16 * 16;
-  float* weight = (float*)scratch(SCALES, size_t(2 * M * padded) * 4);  // [half][M][segment], scale times token's scale
+  // [half][M][segment]: scale times token's scale; and zero point times the sum of upper bytes, a sixteenth for each lane
+  float* weight = (float*)scratch(SCALES, size_t(4 * M * padded) * 4);
+  float* upper_zero = weight + 2 * M * padded;
   const uint8_t* x[M];
   for (int64_t m = 0; m < M; m++) x[m] = tokens[m];
   for (int64_t r = 0; r < rows.valid[0]; r++) {
@@ -45,12 +53,17 @@ WITH_AVX512 static void few_rows(const Packed& p, const Segments& s, const uint8
           }
           own_scale = scales, own_zero = zeros;
         }
-        const __m512 a = load_halves(own_scale, there), az = _mm512_mul_ps(a, load_bytes(own_zero, there));
+        const __m512 a = load_halves(own_scale, there), z = load_bytes(own_zero, there), az = _mm512_mul_ps(a, z);
         for (int64_t m = 0; m < M; m++) {
           const float* x_scale = (const float*)(x[m] + scales_at<bytes>(s)) + i;
           const float* term = (const float*)(x[m] + terms_at<bytes>(s)) + i;
           _mm512_storeu_ps(weight + (j * M + m) * padded + i, _mm512_mul_ps(a, _mm512_maskz_loadu_ps(there, x_scale)));
           total[j][m] = _mm512_fnmadd_ps(az, _mm512_maskz_loadu_ps(there, term), total[j][m]);
+          if (bytes == 3) {
+            const __m512 sum = _mm512_maskz_loadu_ps(there, (const float*)(x[m] + sums_at<bytes>(s)) + i);
+            const __m512 share = _mm512_mul_ps(_mm512_mul_ps(z, sum), _mm512_set1_ps(1.0f / 16));
+            _mm512_storeu_ps(upper_zero + (j * M + m) * padded + i, share);
+          }
         }
       }
     }
@@ -90,9 +103,12 @@ WITH_AVX512 static void few_rows(const Packed& p, const Segments& s, const uint8
       }
 #pragma GCC unroll 2
       for (int64_t j = 0; j < 2; j++)
-        for (int64_t m = 0; m < M; m++)
-          total[j][m] = _mm512_fmadd_ps(_mm512_set1_ps(weight[(j * M + m) * padded + i]), whole<bytes>(sum[j][m]),
-                                        total[j][m]);
+        for (int64_t m = 0; m < M; m++) {
+          const int64_t place = (j * M + m) * padded + i;
+          __m512 value = whole<bytes>(sum[j][m]);
+          if (bytes == 3) value = with_upper(value, sum[j][m][0], _mm512_set1_ps(upper_zero[place]));
+          total[j][m] = _mm512_fmadd_ps(_mm512_set1_ps(weight[place]), value, total[j][m]);
+        }
     }
     for (int64_t j = 0; j < halves; j++)
       for (int64_t m = 0; m < M; m++) out[(m * 2 + j) * TILE + r] = _mm512_reduce_add_ps(total[j][m]);

@@ -104,7 +104,7 @@ WITH_AVX512 static inline void pass(const Segments& s, int64_t i, const __m512i*
       const __m512i w0 = tile[0], w1 = tile[1];
 #pragma GCC unroll 16
       for (int64_t m = 0; m < M; m++) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
         for (int b = 0; b < bytes; b++) {
           int32_t four;
           std::memcpy(&four, x[m] + (c * bytes + b) * CHUNK + t * 4, 4);
@@ -118,9 +118,11 @@ WITH_AVX512 static inline void pass(const Segments& s, int64_t i, const __m512i*
 #pragma GCC unroll 16
   for (int64_t m = 0; m < M; m++) {
     const __m512 x_sum = _mm512_set1_ps(((const float*)(tokens[m] + sums_at<bytes>(s)))[i]);
+    const __m512 below = bytes == 3 ? _mm512_set1_ps(((const float*)(tokens[m] + lower_sums_at<bytes>(s)))[i]) : x_sum;
     const __m512 x_scale = _mm512_set1_ps(((const float*)(tokens[m] + scales_at<bytes>(s)))[i]);
     for (int h = 0; h < 2; h++) {
-      const __m512 value = _mm512_fnmadd_ps(zero[h], x_sum, whole<bytes>(sum[m][h]));
+      __m512 value = _mm512_fnmadd_ps(zero[h], below, whole<bytes>(sum[m][h]));
+      if (bytes == 3) value = with_upper(value, sum[m][h][0], _mm512_mul_ps(zero[h], x_sum));
       float* place = out + m * 2 * TILE + h * TILE;
       _mm512_storeu_ps(place, _mm512_fmadd_ps(_mm512_mul_ps(scale[h], x_scale), value, _mm512_loadu_ps(place)));
     }

@@ -83,7 +83,7 @@ struct Kit {
 static Kit kit(Level level, Dtype dtype, bool int8) {
 #if defined(__x86_64__)
   if (level == AVX512) {
-    const Engine* engine = int8 ? &avx512::bytes : dtype == FLOAT32 ? &avx512f::engine : &avx512::words;
+    const Engine* engine = int8 ? &avx512::bytes : dtype == FLOAT32 ? &avx512::floats : &avx512::words;
     return EACMOE_KIT(engine, avx512f);
   }
   if (level == AVX2) {

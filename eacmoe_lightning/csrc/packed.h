@@ -97,6 +97,12 @@ struct Chunk {
 enum Slot { SCALES, ROW, OUT_TILE, SUMS, TOKENS_IN, HIDDEN, TOKENS_INNER, SLOTS };
 uint8_t* scratch(Slot slot, size_t bytes);
 
+inline float as_float(int32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 inline float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
   if (exponent == 31) {

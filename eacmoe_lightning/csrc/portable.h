@@ -121,7 +121,7 @@ ISA_TARGET static void activate(Activation kind, float* gate, const float* up, i
       }
       break;
     case 3:  // ReLU
-      for (int64_t i = 0; i < n; i++) gate[i] = gate[i] > 0 ? gate[i] : 0;
+      for (int64_t i = 0; i < n; i++) gate[i] = gate[i] < 0 ? 0 : gate[i];
       break;
   }
   for (int64_t i = 0; up && i < n; i++) gate[i] *= up[i];

@@ -41,7 +41,7 @@ INTERFACE = 6  # of csrc/kernels.cpp; a checkout may have moved on since its ker
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 # tokens of an expert from which decoding to float32 and torch's product beat our float32 kernel
-MANY_FLOAT32 = {"portable": 192, "avx2": 2048, "avx512": 192}
+MANY_FLOAT32 = {"portable": 192, "avx2": 2048}
 
 
 class _Packed(ctypes.Structure):
@@ -200,7 +200,7 @@ def _has_kernel(x: Tensor, tokens: int, int8: bool) -> bool:
     """Whether the C++ kernels take these activations, of so many tokens a weight."""
     if level() is None or x.dtype not in DTYPES:
         return False
-    return x.dtype != torch.float32 or int8 or tokens < MANY_FLOAT32[level()]
+    return x.dtype != torch.float32 or int8 or tokens < MANY_FLOAT32.get(level(), math.inf)
 
 
 def _linear_cpu(x, codes, scale, zero_point, bias, bits, int8):
