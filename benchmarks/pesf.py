@@ -13,7 +13,8 @@ and `mixtral` have one layer of real shape with random weights and a routing lik
 and each topic selects experts with frequencies 1, 1/2^z, 1/3^z, ... in its own order, with noise of unit variance on
 the logits. The exponents z (`--zipf`) are chosen so that about as much is skipped as in the bundled model. Random
 routers alone are nearly uniform, so no expert would be rare. The dense path is the fastest of `--dtypes` with `eager`
-and `grouped_mm`, chosen by one or two calls each. Mixtral's layer takes 2.8 GB in bfloat16, 5.6 GB in float32.
+and `grouped_mm`, chosen by one or two calls each, and the packed model has its dtype. Mixtral's layer takes 2.8 GB in
+bfloat16, 5.6 GB in float32.
 
 Parts:
     prefill   1x512 and 4x512 tokens at alpha 0, 0.3 and 0.7, which take turns; medians. `limit` is the remaining
@@ -121,7 +122,7 @@ def strongest(models: dict[str, PreTrainedModel], ids: Tensor) -> tuple[str, str
 
 
 def prepare(name: str, args: argparse.Namespace) -> tuple[dict[str, PreTrainedModel], Callable[[int, int], Tensor]]:
-    """Backends by name, the fastest dense one and a packed one, and a function that draws tokens."""
+    """Backends by name, the fastest dense one and a packed one of its dtype, and a function that draws tokens."""
     if name == "bundled":
         dense = {dtype: load_original("bundled", dtype) for dtype in args.dtypes}
         windows = torch.cat([text_windows[:4] for text_windows in heldout(4, 512).values()])
@@ -136,14 +137,13 @@ def prepare(name: str, args: argparse.Namespace) -> tuple[dict[str, PreTrainedMo
         packed = packed_model(model, BITS)
         draw = give_topics(model, zipf)
         give_topics(packed, zipf)
-        packed = packed.float()
         dense = {"bfloat16": model} if "bfloat16" in args.dtypes else {}
         if "float32" in args.dtypes:  # converted in place if bfloat16 is not measured, to save memory
             dense = {"float32": dense_in_float32(model) if dense else model.float()} | dense
     print(name, flush=True)
     dtype, experts = strongest(dense, draw(1, 512))
     backends = {f"{dtype} {experts}": use(dense[dtype], experts)}
-    return backends | ({"packed float32": packed} if packed is not None else {}), draw
+    return backends | ({f"packed {dtype}": packed.to(getattr(torch, dtype))} if packed is not None else {}), draw
 
 
 def heldout(num_windows: int, length: int) -> dict[str, Tensor]:
