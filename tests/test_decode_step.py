@@ -121,6 +121,14 @@ def test_a_router_whose_options_change_later_follows_them(change):
         assert (model(tokens(FEW), use_cache=False).logits - before).abs().max() > 1e-2
 
 
+@torch.no_grad()
+def test_another_dtype_than_the_one_of_loading():
+    """The roundings that were found for bfloat16 are not those of float32."""
+    model, found = shortened(architectures.build("qwen3_moe").to(torch.bfloat16).eval())
+    assert found["routers"]
+    assert error(model.float(), tokens(FEW)) < 2e-5
+
+
 def test_a_packed_model(fitted):
     """Loading does it; the model copies and pickles, and its gradients and long texts go the modules' own way."""
     model = load(fitted("qwen2_moe"))

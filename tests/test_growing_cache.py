@@ -78,7 +78,7 @@ def test_tokens_are_written_where_there_is_room():
         got = layer.update(new, new)
         assert torch.equal(got[0], held) and torch.equal(got[1], held)
         assert layer.keys.data_ptr() == place
-    assert layer.rooms[0].shape[-2] == with_room(5) == 5 + LEAST_SPARE
+    assert layer.rooms[0].tensor.shape[-2] == with_room(5) == 5 + LEAST_SPARE
     layer.update(keys(1), keys(1))
     assert layer.keys.data_ptr() != place and torch.equal(layer.keys[..., :-1, :], held)
 
@@ -92,8 +92,8 @@ def test_a_window_moves_on_in_its_room():
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
         assert torch.equal(growing.keys, own.keys) and growing.get_mask_sizes(1) == own.get_mask_sizes(1)
         if step:
-            places.add(growing.rooms[0].data_ptr())
-            assert growing.rooms[0].shape[-2] <= with_room(8)  # and not the prompt's
+            places.add(growing.rooms[0].tensor.data_ptr())
+            assert growing.rooms[0].tensor.shape[-2] <= with_room(8)  # and not the prompt's
     assert 1 < len(places) <= 4
     for layer in (growing, own) if hasattr(own, "activate_past_recording") else ():
         layer.activate_past_recording()
@@ -120,6 +120,33 @@ def test_what_changes_the_tensors_elsewhere_is_followed():
     assert layer.keys.shape == (1, 3, 7, 4)
     layer.reset()
     assert torch.equal(layer.update(keys(2), keys(2))[0], keys(2))
+
+
+@torch.no_grad()
+def test_what_others_hold_is_not_written():
+    """Shallow copies go on from one text in two ways, and keys that were taken stay what they were."""
+    layer = GrowingLayer()
+    layer.update(keys(4), keys(4))
+    fork = copy.copy(layer)
+    for branch, first in ((layer, 7.0), (fork, 9.0), (layer, 7.0), (fork, 9.0)):
+        branch.update(keys(1, first), keys(1, first))
+    for branch, first in ((layer, 7.0), (fork, 9.0)):
+        assert torch.equal(branch.keys, torch.cat([keys(4), keys(1, first), keys(1, first)], -2))
+    taken, before = layer.keys, layer.keys.clone()
+    layer.crop(-2)
+    layer.update(keys(1), keys(1))
+    assert torch.equal(taken, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 2), [1]])
+def test_rows_that_are_cut_out_by_hand(rows):
+    layer = GrowingLayer()
+    layer.update(keys(4), keys(4))
+    layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    new = keys(1, 5.0, batch=1)
+    got, _ = layer.update(new, new)
+    assert torch.equal(got, torch.cat([keys(4)[rows], new], -2))
 
 
 def test_inference_mode_and_gradients():

@@ -132,7 +132,11 @@ def test_a_packed_weight_decodes_the_rows_that_are_asked_for(bits):
     decoded, ids = quantized.dequantize(), torch.tensor([[3, 49, 3], [0, 7, 21]])
     assert torch.equal(weight.rows(ids), decoded[ids])
     assert torch.equal(weight[7], decoded[7]) and torch.equal(weight[7, :], decoded[7, :])
-    assert torch.equal(weight[None, 2:4, :], decoded[None, 2:4, :])
+    assert torch.equal(weight[None, 2:4, :], decoded[None, 2:4, :]) and torch.equal(weight[-1], decoded[-1])
+    assert torch.equal(weight.rows(torch.tensor(7)), decoded[7])
+    for beyond in (-1, 50):  # as torch's embedding has it: an id that stands for no token is an error
+        with pytest.raises(IndexError):
+            weight.rows(torch.tensor([3, beyond]))
 
 
 def test_one_weight_serves_the_embedding_and_the_head(run_of):

@@ -1,5 +1,7 @@
 """`load_offloaded` gives the same model without ever holding more than one block of experts; offloading with PESF."""
 
+import copy
+import pickle
 import warnings
 from pathlib import Path
 
@@ -112,6 +114,18 @@ def test_routers_that_nothing_is_predicted_of(name, tokens, tmp_path):
     model = load_offloaded(tmp_path, 0.5)
     torch.testing.assert_close(model(tokens).logits, load_original(str(tmp_path))(tokens).logits)
     model.offload.close()
+
+
+def test_copies_and_other_dtypes_are_refused(tmp_path):
+    architectures.build("mixtral").save_pretrained(tmp_path)
+    dense = load_offloaded(tmp_path, 0.5)
+    with pytest.raises(ValueError, match="pass dtype= to load_offloaded"):
+        dense.bfloat16()
+    for refused in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled: call load_offloaded"):
+            refused(dense)
+    dense.to("cpu")
+    dense.offload.close()
 
 
 def test_a_missing_model_is_named(tmp_path):

@@ -236,6 +236,17 @@ def test_a_compiled_model_gives_the_same(family, folder_of, tokens):
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and says what it takes for constants
+def test_a_traced_linear(folder_of):
+    """Tracing sees operators, and nothing that goes past them."""
+    linear = load(folder_of("mixtral")).model.layers[0].self_attn.q_proj
+    x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
+    traced = torch.jit.trace(linear, x)
+    other = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(traced(other), linear(other))
+
+
 def test_int8_activations_are_near_and_can_be_switched(folder_of, tokens):
     model = load(folder_of("mixtral"), dtype="bfloat16", activations="int8")
     assert all(m.int8 for m in model.modules() if isinstance(m, PackedLinear | PackedExperts))

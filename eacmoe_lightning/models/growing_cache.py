@@ -3,7 +3,9 @@
 transformers' dynamic cache makes a new tensor of all keys and one of all values for each token and layer. That is most
 of a decode step of a long text beside packed weights, and of a batch of many texts. `grow_in_place` gives the layers of
 the cache that a model is called with tensors with room to spare, in which new tokens find their place. Attention sees
-the same numbers, as views. Layers that keep more than keys and values are left as they are.
+the same numbers, as views. Nothing is written where another view may lie: shallow copies of a layer share its room, and
+only the one whose tokens end where the room's do goes on in it. Layers that keep more than keys and values are left as
+they are.
 """
 
 from __future__ import annotations
@@ -42,10 +44,37 @@ def _adopt(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             layer.__class__ = GROWING.get(type(layer), type(layer))
 
 
+class Room:
+    """A tensor [B, H, R, D] with room to spare, of which the first `end` places have been given to tokens."""
+
+    def __init__(self, new: Tensor, places: int) -> None:
+        self.tensor, self.end = new.new_empty(*new.shape[:-2], places, new.shape[-1]), 0
+
+    def follows(self, held: Tensor, new: Tensor) -> bool:
+        """Whether the new tokens' place behind those held is in this room, is free, and may be written."""
+        room = self.tensor
+        if held.untyped_storage().data_ptr() != room.untyped_storage().data_ptr() or held.stride() != room.stride():
+            return False
+        if not held.shape[:-2] == new.shape[:-2] == room.shape[:-2] or held.dtype != new.dtype:
+            return False
+        place = (held.storage_offset() - room.storage_offset()) // room.stride(-2) + held.shape[-2]
+        may = torch.is_inference_mode_enabled() or not room.is_inference()
+        return may and place == self.end and place + new.shape[-2] <= room.shape[-2]
+
+    def add(self, new: Tensor) -> None:
+        """Writes tokens [B, H, n, D] behind the others."""
+        self.tensor[..., self.end : self.end + new.shape[-2], :] = new
+        self.end += new.shape[-2]
+
+    def last(self, tokens: int) -> Tensor:
+        """A view of the last tokens [B, H, tokens, D]."""
+        return self.tensor[..., self.end - tokens : self.end, :]
+
+
 class GrowingLayer(DynamicLayer):
     """A layer of the cache whose `keys` and `values` [B, H, T, D] are parts of larger tensors, its rooms."""
 
-    rooms: tuple[Tensor | None, Tensor | None] = (None, None)
+    rooms: tuple[Room | None, Room | None] = (None, None)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends the keys and values [B, H, n, D] of n tokens. Returns all of them, [B, H, T + n, D]."""
@@ -82,23 +111,12 @@ class GrowingWindowLayer(DynamicSlidingWindowLayer, GrowingLayer):
 GROWING = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingWindowLayer}
 
 
-def _append(held: Tensor, new: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
+def _append(held: Tensor, new: Tensor, room: Room | None) -> tuple[Tensor, Room]:
     """What is held [B, H, T, D], or an empty tensor, with the new tokens after it, and the room that this lies in."""
-    count, length = new.shape[-2], held.shape[-2] if held.numel() else 0
-    place = None if room is None else _place(room, held, new)
-    if place is None:
-        room, place = new.new_empty(*new.shape[:-2], with_room(length + count), new.shape[-1]), length
+    length = held.shape[-2] if held.numel() else 0
+    if room is None or not room.follows(held, new):
+        room = Room(new, with_room(length + new.shape[-2]))
         if length:
-            room[..., :length, :] = held
-    room[..., place : place + count, :] = new
-    return room[..., place - length : place + count, :], room
-
-
-def _place(room: Tensor, held: Tensor, new: Tensor) -> int | None:
-    """The place in `room` behind what is held; None if that lies elsewhere, or new tokens may not be written there."""
-    lies_there = held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
-    if not lies_there or held.stride() != room.stride() or held.shape[:-2] != new.shape[:-2] or held.dtype != new.dtype:
-        return None
-    place = (held.storage_offset() - room.storage_offset()) // room.stride(-2) + held.shape[-2]
-    may = torch.is_inference_mode_enabled() or not room.is_inference()
-    return place if may and place + new.shape[-2] <= room.shape[-2] else None
+            room.add(held)
+    room.add(new)
+    return room.last(length + new.shape[-2]), room

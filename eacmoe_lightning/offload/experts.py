@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class OffloadedExperts(nn.Module):
         self.has_gate, self.has_bias, self.is_transposed = experts.has_gate, experts.has_bias, experts.is_transposed
         self.block, self.projections = block, projections
         self.has_warned = False
-        self.stack_shape = tuple(experts.down_proj.shape)
+        self.stack_shape, self.dtype = tuple(experts.down_proj.shape), experts.down_proj.dtype
         for projection in projections:
             delattr(experts, projection)
         for name, bias in list(experts.named_parameters(recurse=False)):
@@ -68,6 +68,25 @@ class OffloadedExperts(nn.Module):
     def down_proj(self) -> Tensor:
         """A meta tensor of the stack's shape: `MoEModel` recognizes experts by it."""
         return torch.empty(self.stack_shape, device="meta")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "an offloaded model cannot be copied or pickled, because its experts are in a store on disk: call "
+            "load_offloaded once more for another one"
+        )
+
+    def _apply(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """nn.Module's, for biases; experts in the store keep the dtype in which they were loaded.
+
+        Raises:
+            ValueError: `convert` changes their dtype.
+        """
+        converted = convert(torch.empty(0, dtype=self.dtype)).dtype
+        if converted != self.dtype and not isinstance(self.inner, PackedExperts):
+            raise ValueError(
+                f"experts in the store are {self.dtype} and do not become {converted}: pass dtype= to load_offloaded"
+            )
+        return super()._apply(convert, recurse)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         _, cache, predict = self.unregistered

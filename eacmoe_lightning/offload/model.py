@@ -245,6 +245,7 @@ def attach(
         offloaded = module(experts, block.experts.projections, block.index, cache, handle.predict)
         block.layer.set_submodule(block.experts_name, offloaded)
         block.experts.module = offloaded
+        block.moe._is_hf_initialized = True  # some models (Qwen3-Omni) would draw values for experts by their names
     moe.model.offload, moe.model.save_pretrained = handle, refuse_to_save
     return handle
 

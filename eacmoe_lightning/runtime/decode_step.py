@@ -182,6 +182,7 @@ class ChoiceRule:
     sigmoid: bool
     normalised: bool
     rounded: bool
+    dtype: torch.dtype  # of the router's weight, for which the others hold
     logits_dtype: torch.dtype
     weights_dtype: torch.dtype
     correction: str | None  # name of the tensor in the router
@@ -207,7 +208,8 @@ def find_choice(block: Block) -> ChoiceRule | None:
     rounded = torch.equal(logits.float(), logits.bfloat16().float())
     scales = {1.0} | {float(s) for name in SCALES if isinstance(s := getattr(router, name, None), int | float)}
     for sigmoid, normalised, scale in itertools.product((False, True), (False, True), sorted(scales)):
-        rule = ChoiceRule(block.top_k, scale, sigmoid, normalised, rounded, logits.dtype, weights.dtype, correction)
+        dtypes = weight.dtype, logits.dtype, weights.dtype
+        rule = ChoiceRule(block.top_k, scale, sigmoid, normalised, rounded, *dtypes, correction)
         if _chooses_alike(_routed(router, block.router_matrix, rule, x), (logits, weights, ids), rule):
             return rule
     return None
@@ -281,7 +283,8 @@ def _route(
     children: tuple[nn.Module, ...],
     hidden: Tensor,
 ) -> tuple | None:
-    if not _is_few(hidden) or not _fits(hidden, owner.weight) or rule.chosen > len(owner.weight):
+    weight = owner.weight
+    if not _is_few(hidden) or not _fits(hidden, weight) or rule.chosen > len(weight) or weight.dtype != rule.dtype:
         return None
     if children and not _are_bare(router, children):
         return None

@@ -381,10 +381,12 @@ for _name in ("linear", "experts"):
 
 
 def goes_direct(x: Tensor) -> bool:
-    """Whether the kernels may be called past torch's dispatcher: nothing traces, compiles or differentiates."""
+    """Whether the kernels may be called past torch's dispatcher: nothing traces, compiles, maps or differentiates."""
     if type(x) is not Tensor or not x.is_cpu or torch.is_grad_enabled():
         return False
-    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return torch._C._get_tracing_state() is None and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def linear(x: Tensor, *weight) -> Tensor:

@@ -78,15 +78,16 @@ class PackedWeight(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of a weight [O, I], decoded: ids [...] -> [..., I] in `dtype`."""
-        codes = unpack(self.codes[ids], self.bits, self.shape[-1])
-        return Quantized(codes, self.scale[ids], self.zero_point[ids], self.bits).dequantize(self.dtype)
+        codes, scale, zero_point = (part.index_select(0, ids.flatten()) for part in self.tensors)
+        rows = Quantized(unpack(codes, self.bits, self.shape[-1]), scale, zero_point, self.bits).dequantize(self.dtype)
+        return rows.view(*ids.shape, -1)
 
     def __getitem__(self, index: Any) -> Tensor:
         """Of a weight [O, I], decoded, as some models read their embedding's weight; one row is decoded alone."""
         first, *rest = index if isinstance(index, tuple) else (index,)
         if not isinstance(first, int):
             return self.dequantize(self.dtype)[index]
-        return self.rows(torch.tensor(first, device=self.device))[tuple(rest)]
+        return self.rows(torch.tensor(range(self.shape[0])[first], device=self.device))[tuple(rest)]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +180,7 @@ def _look_up(embedding: nn.Embedding, ids: Tensor) -> Tensor:
     if type(embedding) is nn.Embedding:
         return rows
     looked_up = copy.copy(embedding)  # with a table of these rows alone
-    vars(looked_up).update(weight=rows.flatten(0, -2), padding_idx=None)
+    vars(looked_up).update(weight=rows.reshape(-1, rows.shape[-1]), padding_idx=None)
     return type(embedding).forward(looked_up, torch.arange(ids.numel(), device=ids.device).view(ids.shape))
 
 
