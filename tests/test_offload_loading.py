@@ -122,7 +122,7 @@ def test_copies_and_other_dtypes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pass dtype= to load_offloaded"):
         dense.bfloat16()
     for refused in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="cannot be copied or pickled: call load_offloaded"):
+        with pytest.raises(TypeError, match="cannot be copied or pickled, .* call load_offloaded"):
             refused(dense)
     dense.to("cpu")
     dense.offload.close()
