@@ -1,6 +1,8 @@
 """Skipping after the prompt, and the baselines: against sequential and brute-force references, and by hand."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import tiny_models
@@ -10,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import eacmoe_lightning
+from eacmoe_lightning.models.growing_cache import GrowingLayer, grow_in_place
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.skipping import EES, ODP, PESF, Demand, Truncation, current_rule, set_skipping, skipping
@@ -140,8 +143,55 @@ def test_demand_follows_selected_and_repeated_sequences_and_a_crop_is_refused():
         got = model(token[[2, 2, 0, 0]], past_key_values=cache).logits
         want = stepwise(model, torch.cat([ids, token], 1)[[2, 2, 0, 0]], 50)[:, -1:]
         assert error(got, want) < 1e-5
-        with pytest.raises(ValueError, match="removed from the cache"):
-            cache.crop(-1)
+        cache.crop(0)
+        model(token[[2, 2, 0, 0]], past_key_values=cache)
+        cache.crop(-1)
+        with pytest.raises(ValueError, match="removed from the cache.*`prompt_lookup_num_tokens`"):
+            model(token[[2, 2, 0, 0]], past_key_values=cache)
+    model(token[[2, 2, 0, 0]], past_key_values=cache)  # without the rule, nothing is counted
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@torch.no_grad()
+def test_demand_is_copied_and_pickled_with_its_cache(make):
+    model, ids = skewed_model(), random_ids(2, 50)
+    tokens = random_ids(2, 6, seed=1)
+
+    def steps(cache: DynamicCache) -> Tensor:
+        return torch.cat([model(token, past_key_values=cache).logits for token in tokens.split(1, 1)], 1)
+
+    with eacmoe_lightning.pesf(model, alpha=0.7, decode=True) as report:
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        copied, swapped = make(cache), make(cache)
+        swapped.reorder_cache(torch.tensor([1, 0]))
+        want = steps(cache)  # the copies' changes do not reach it
+        assert error(want, stepwise(model, torch.cat([ids, tokens], 1), 50)[:, 50:]) < 1e-5
+        assert report.summary("decode")["dropped"] > 0
+        del cache
+        assert torch.equal(steps(copied), want)
+        swapped_rows = torch.cat([ids[[1, 0]], tokens], 1)
+        assert error(steps(swapped), stepwise(model, swapped_rows, 50)[:, 50:]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_cache_with_demand_still_grows_in_place():
+    model, ids, cache = skewed_model(), random_ids(1, 40), DynamicCache()
+    grow_in_place(model)
+    with eacmoe_lightning.pesf(model, alpha=0.7, decode=True):
+        for piece in (ids, ids[:, :1]):  # the layers come with the first
+            model(input_ids=piece, past_key_values=cache)
+    assert all(type(layer) is GrowingLayer for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_filled_without_the_rule_is_warned_of(caplog):
+    model, ids = skewed_model(), random_ids(1, 40)
+    cache = model(ids, use_cache=True).past_key_values
+    with eacmoe_lightning.pesf(model, alpha=0.7, decode=True):
+        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+    assert [record.message[:32] for record in caplog.records] == ["1 tokens follow 40 in the cache:"]
 
 
 @torch.no_grad()
@@ -153,9 +203,8 @@ def test_a_prompt_in_pieces_counts_as_one():
         model(ids, past_key_values=whole)
         for piece in ids.split(20, 1):
             model(piece, past_key_values=pieces)
-        memories = model._expert_skipping.memories
-        assert memories[whole].keys() == memories[pieces].keys()
-        assert all(torch.equal(memories[whole][name], memories[pieces][name]) for name in memories[whole])
+        assert whole.memory.keys() == pieces.memory.keys()
+        assert all(torch.equal(whole.memory[name], pieces.memory[name]) for name in whole.memory)
 
 
 # --- baselines --------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
+import uuid
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +25,12 @@ from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.models.transformers_modules import CACHE, SKIPS_PAIRS, cache_of, is_eager
 from eacmoe_lightning.runtime.packed_modules import PackedExperts
+from eacmoe_lightning.skipping.memory import memory_of, remember
 from eacmoe_lightning.skipping.report import SkipReport
 from eacmoe_lightning.skipping.rules import Place, Rule
 from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, real_tokens
 
 log = logging.getLogger(__name__)
-
-Memory = dict[str, Tensor]
 
 
 class Pass(threading.local):
@@ -62,23 +61,24 @@ class Session:
         self.handles: list[Any] = []
         self.now = Pass()
         self.has_warned = False  # of prompts in pieces
-        self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
+        self.memory_key = ""  # under which caches keep the state of their sequences
         self.attention_before: str | None = None
         self.parallel_before = [getattr(experts, SKIPS_PAIRS, False) for experts in self.experts]
         rule.check(len(self.places), self.moe.top_k)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of a model keep its rule, but not the state of sequences."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("memories", "now")}
+        """Copies and pickles of a model keep its rule, but nothing of a forward pass."""
+        return {name: value for name, value in self.__dict__.items() if name != "now"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"memories": weakref.WeakKeyDictionary(), "now": Pass()}
+        self.__dict__ |= state | {"now": Pass()}
 
     @property
     def experts(self) -> list[nn.Module]:
         return [block.experts.module for block in self.moe.moe_blocks]
 
     def attach(self) -> None:
+        self.memory_key = uuid.uuid4().hex  # caches that were filled before are unknown
         for block in self.moe.moe_blocks:
             experts = block.experts.module
             if not isinstance(experts, PackedExperts):
@@ -113,29 +113,33 @@ class Session:
         for place in self.places:
             place.inputs = place.attention = None
         self.handles, self.now.tokens, self.attention_before = [], None, None
-        self.memories.clear()
 
     # --- hooks, in the order in which they run -----------------------------------------------------------
 
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = named_arguments(decoder, args, kwargs)
         cache = cache_of(arguments)
-        memory = self.memories.get(cache) if self.rule.remembers and cache is not None else None
-        if memory is not None and not cache.get_seq_length():
-            memory = None  # the cache was reset
+        memory = memory_of(cache, self.memory_key) if self.rule.remembers else None
         last = arguments.get("logits_to_keep")
         last = last if isinstance(last, int) else 0
-        tokens = Tokens(real_tokens(arguments), {} if memory is None else memory, memory is not None, last)
+        tokens = Tokens(real_tokens(arguments), memory or {}, memory is not None, last)
         self.now.tokens, self.now.is_running = tokens, True
-        if self.rule.counts_prompts and not self.rule.remembers and not (self.has_warned or tokens.is_step):
-            if past := 0 if cache is None else int(cache.get_seq_length()):
-                self.has_warned = True
-                log.warning(
-                    "%d tokens follow %d in the cache: %s counts the new ones alone as a prompt. A prompt in pieces, "
-                    "a draft model or a conversation whose cache is kept gives other text than one pass. With "
-                    "decode=True pieces of a prompt are counted together",
-                    *(tokens.shape[1], past, self.rule.name),
-                )
+        if self.rule.counts_prompts and cache is not None and not self.has_warned and memory is None:
+            self._warn_of_pieces(tokens, int(cache.get_seq_length()))
+
+    def _warn_of_pieces(self, tokens: Tokens, past: int) -> None:
+        """Warns, once, of tokens that follow others that are not counted with them."""
+        if not past or (tokens.is_step and not self.rule.remembers):
+            return
+        self.has_warned = True
+        log.warning(
+            "%d tokens follow %d in the cache: %s counts the new ones alone as a prompt. A prompt in pieces, a draft "
+            "model or a conversation whose cache is kept gives other text than one pass. %s",
+            *(tokens.shape[1], past, self.rule.name),
+            "With `decode`, fill the cache while the rule is attached"
+            if self.rule.remembers
+            else "With decode=True pieces of a prompt are counted together",
+        )
 
     def _enter(self, layer: nn.Module, args: tuple) -> None:
         """For a block that runs without the decoder, as in `evaluate`: batches there have no padding."""
@@ -167,11 +171,8 @@ class Session:
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.now.is_running = False
         cache = getattr(output, CACHE, None)
-        if not self.rule.remembers or cache is None:
-            return
-        if cache not in self.memories:
-            _follow(cache, self.memories)
-        self.memories[cache] = self.now.tokens.memory
+        if self.rule.remembers and cache is not None:
+            remember(cache, self.memory_key, self.now.tokens.memory)
 
 
 def _run_survivors(
@@ -230,38 +231,3 @@ def _check_can_skip(block: Block, dtype: torch.dtype) -> None:
             f"{type(experts).__name__} cannot skip a (token, expert) pair in its present implementation ({error}): "
             "try model.set_experts_implementation('grouped_mm')"
         ) from error
-
-
-def _follow(cache: Any, memories: weakref.WeakKeyDictionary[Any, Memory]) -> None:
-    """Keeps a memory in step with its cache: reordered beams, selected and repeated sequences, a reset."""
-    reference = weakref.ref(cache)
-
-    def wrap(method: str, change: Callable[..., Memory]) -> None:
-        original = getattr(type(cache), method)
-
-        @wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> None:
-            followed_cache = reference()
-            original(followed_cache, *args, **kwargs)
-            if followed_cache in memories:
-                memories[followed_cache] = change(memories[followed_cache], *args, **kwargs)
-
-        setattr(cache, method, wrapper)
-
-    def select(memory: Memory, indices: Tensor) -> Memory:
-        return {name: tensor.index_select(0, indices.to(tensor.device)) for name, tensor in memory.items()}
-
-    def repeat(memory: Memory, repeats: int) -> Memory:
-        return {name: tensor.repeat_interleave(repeats, 0) for name, tensor in memory.items()}
-
-    def refuse(memory: Memory, *_: Any) -> Memory:
-        raise ValueError(
-            "tokens were removed from the cache, but a rule with `decode` cannot remove them from its expert counts: "
-            "leave out `decode`, or the assistant model"
-        )
-
-    wrap("reorder_cache", select)
-    wrap("batch_select_indices", select)
-    wrap("batch_repeat_interleave", repeat)
-    wrap("reset", lambda memory: {})
-    wrap("crop", refuse)
