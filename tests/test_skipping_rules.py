@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from test_pesf import error, padded, random_ids, skewed_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 import eacmoe_lightning
 from eacmoe_lightning.models.growing_cache import GrowingLayer, grow_in_place
@@ -271,11 +271,27 @@ def test_odp_equals_ees_except_for_protected_tokens():
     assert model.config._attn_implementation == before
 
 
+@torch.no_grad()
+def test_odp_protects_the_same_tokens_with_every_cache():
+    model, ids = tiny_models.build("qwen3_moe"), random_ids(1, 25)
+    with skipping(model, ODP(median_ratios(model, ids), protected=0.3)):
+        want = model(ids, use_cache=False).logits
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
+            assert error(model(ids, past_key_values=cache).logits, want) < 1e-5
+        pieces = []
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
+            pieces.append(torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(10, 1)], 1))
+        assert error(*pieces) < 1e-5
+
+
 def test_importance_by_hand():
     attention = torch.tensor([[[[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.2, 0.6]]]])
     all_real = torch.ones(1, 3).bool()
     received = mean_attention_received(attention, all_real)
     torch.testing.assert_close(received, torch.tensor([[1.7 / 3, 0.7 / 2, 0.6]]))
+    empty = torch.nn.functional.pad(attention, (2, 3), value=9.0)  # two tokens in the cache, three free places
+    torch.testing.assert_close(mean_attention_received(empty, all_real, past=2), received)
+    torch.testing.assert_close(mean_attention_received(attention, all_real, past=9), received)  # a window's keys
     padded_last = torch.tensor([[True, True, False]])
     torch.testing.assert_close(mean_attention_received(attention, padded_last)[0, :2], torch.tensor([1.5 / 2, 0.5]))
     importance = torch.tensor([[3.0, 1.0, 2.0, 9.0]])

@@ -123,19 +123,22 @@ class ODP(EES):
         dropped = self._weak(place, routing)
         if not tokens.is_step:
             importance = place.inputs.float().abs().sum(-1).view(tokens.shape)
-            importance = importance * mean_attention_received(place.attention, tokens.real)
+            importance = importance * mean_attention_received(place.attention, tokens.real, tokens.past)
             dropped &= ~most_important(importance, tokens.real, self.protected).view(-1, 1)
         return _decide(routing, dropped, self.survivors)
 
 
-def mean_attention_received(attention: Tensor, real: Tensor) -> Tensor:
+def mean_attention_received(attention: Tensor, real: Tensor, past: int = 0) -> Tensor:
     """Mean attention [B, T] that each token receives from itself and the real tokens after it.
 
     Args:
-        attention: [B, heads, T, past + T].
+        attention: [B, heads, T, keys]; keys may end with empty places, as those of a static cache do.
         real: [B, T] bool, False for padding.
+        past: the place of the first token's key; where a window has fewer keys, these tokens' are the last.
     """
-    received = (attention.float().mean(1)[..., -real.shape[1] :] * real.unsqueeze(-1)).sum(1)
+    length, keys = real.shape[1], attention.shape[-1]
+    start = past if past + length <= keys else keys - length
+    received = (attention.float().mean(1)[..., start : start + length] * real.unsqueeze(-1)).sum(1)
     num_attending = real.flip(1).cumsum(1).flip(1)  # the token itself and the real tokens after it
     return received / num_attending.clamp(min=1)
 

@@ -123,19 +123,20 @@ class Session:
         last = arguments.get("logits_to_keep")
         last = last if isinstance(last, int) else 0
         tokens = Tokens(real_tokens(arguments), memory or {}, memory is not None, last)
+        asks = self.rule.counts_prompts or self.rule.needs_attention
+        if asks and cache is not None and (self.rule.remembers or not tokens.is_step):  # else no wait for the device
+            tokens.past = int(cache.get_seq_length())
         self.now.tokens, self.now.is_running = tokens, True
-        if self.rule.counts_prompts and cache is not None and not self.has_warned and memory is None:
-            self._warn_of_pieces(tokens, int(cache.get_seq_length()))
+        if self.rule.counts_prompts and tokens.past and not (self.has_warned or tokens.is_continued):
+            self._warn_of_pieces(tokens)
 
-    def _warn_of_pieces(self, tokens: Tokens, past: int) -> None:
+    def _warn_of_pieces(self, tokens: Tokens) -> None:
         """Warns, once, of tokens that follow others that are not counted with them."""
-        if not past or (tokens.is_step and not self.rule.remembers):
-            return
         self.has_warned = True
         log.warning(
             "%d tokens follow %d in the cache: %s counts the new ones alone as a prompt. A prompt in pieces, a draft "
             "model or a conversation whose cache is kept gives other text than one pass. %s",
-            *(tokens.shape[1], past, self.rule.name),
+            *(tokens.shape[1], tokens.past, self.rule.name),
             "With `decode`, fill the cache while the rule is attached"
             if self.rule.remembers
             else "With decode=True pieces of a prompt are counted together",

@@ -26,19 +26,23 @@ class Tokens:
         is_continued: whether `memory` already holds the state of earlier passes.
         last: how many tokens of each sequence, its last ones, some blocks get alone (those of Gemma 4 that read the
             keys of others, where `generate` asks for the last logits); 0: every block gets all.
+        past: how many tokens of each sequence the cache held before, for rules that ask for it.
     """
 
     real: Tensor
     memory: dict[str, Tensor] = field(default_factory=dict)
     is_continued: bool = False
     last: int = 0
+    past: int = 0
 
     def of_router(self, number: int) -> Tokens | None:
         """The tokens of a router that got this number of them; None if it is unknown which these are."""
         batch, length = self.shape
         if number == batch * length:
             return self
-        return replace(self, real=self.real[:, -self.last :]) if self.last and number == batch * self.last else None
+        if not self.last or number != batch * self.last:
+            return None
+        return replace(self, real=self.real[:, -self.last :], past=self.past + length - self.last)
 
     @property
     def shape(self) -> tuple[int, int]:
