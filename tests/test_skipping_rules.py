@@ -3,7 +3,9 @@
 import copy
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
+import architectures
 import pytest
 import tiny_models
 import torch
@@ -282,6 +284,30 @@ def test_odp_protects_the_same_tokens_with_every_cache():
         for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
             pieces.append(torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(10, 1)], 1))
         assert error(*pieces) < 1e-5
+
+
+@torch.no_grad()
+def test_threads_do_not_mix_the_attention_of_their_texts():
+    model, texts = tiny_models.build("qwen3_moe"), [random_ids(1, length, length) for length in (20, 27, 34, 41)]
+    with skipping(model, ODP(median_ratios(model, texts[0]), protected=0.3)):
+        want = [model(ids, use_cache=False).logits for ids in texts]
+
+        @torch.no_grad()
+        def run(i: int) -> list[Tensor]:
+            return [model(texts[i], use_cache=False).logits for _ in range(20)]
+
+        with ThreadPoolExecutor(len(texts)) as threads:
+            for got, expected in zip(threads.map(run, range(len(texts))), want, strict=True):
+                assert all(torch.equal(logits, expected) for logits in got)
+
+
+@pytest.mark.parametrize("name, blocks", [("minimax", "0, 2"), ("nemotron_h", "0, 1")])
+def test_odp_is_refused_where_blocks_have_no_attention_weights(name, blocks):
+    model = architectures.build(name)
+    with pytest.raises(ValueError, match=f"needs attention weights, and the layers of MoE blocks {blocks} "):
+        ODP.calibrate(model, random_ids(2, 16))
+    with pytest.raises(ValueError, match="use EES"):
+        set_skipping(model, ODP((0.5,) * len(MoEModel(model).moe_blocks)))
 
 
 def test_importance_by_hand():

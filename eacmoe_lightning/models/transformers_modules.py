@@ -1,4 +1,4 @@
-"""What this package takes from inside transformers' models: how experts run, what routers return, the cache's name.
+"""What this package takes from inside transformers' models: experts, routers, attention, the cache's name.
 
 Together with `transformers_loader.py`, whose table says what differs between versions.
 """
@@ -122,6 +122,17 @@ def _forward_with_router(moe: nn.Module, router: nn.Module, hidden: Tensor) -> T
     _, weights, ids = router(hidden)
     routed = moe.experts(hidden.view(-1, hidden.shape[-1]), ids, weights)
     return routed.view(hidden.shape) + moe.shared_experts(hidden)
+
+
+# --- attention -----------------------------------------------------------------------------------------------
+
+
+def attention_children(layer: nn.Module) -> list[nn.Module]:
+    """The children of a layer that compute attention weights, and return them where attention is eager.
+
+    Linear attention, convolutions and state-space layers have no weights for pairs of tokens, nor this attribute.
+    """
+    return [child for child in layer.children() if hasattr(child, "is_causal")]
 
 
 # --- the cache of keys and values ----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.skipping.apply import current_rule
 from eacmoe_lightning.skipping.rules import Decision, Place, Rule
 from eacmoe_lightning.skipping.selection import drop
+from eacmoe_lightning.skipping.session import check_attention
 from eacmoe_lightning.skipping.tokens import Tokens
 
 Weights = Literal["keep", "renormalize"]
@@ -77,7 +78,12 @@ class EES(Rule):
             windows: [S, T] token ids of calibration text.
             batch_size: number of windows in a batch.
             options: the rule's other arguments.
+
+        Raises:
+            ValueError: the rule does not fit the model, or there is no window.
         """
+        if cls.needs_attention:
+            check_attention(MoEModel(model).moe_blocks, cls.name)
         return cls(median_ratios(model, windows, batch_size), **options)
 
     def check(self, num_blocks: int, top_k: int) -> None:

@@ -21,12 +21,12 @@ from eacmoe_lightning.skipping.tokens import Tokens
 
 @dataclass
 class Place:
-    """One router, with what a rule may need in addition to its output."""
+    """One router, with what a rule may need in addition to its output. `inputs` and `attention` are of one pass."""
 
     index: int  # of its block among the MoE blocks
     router: nn.Module
-    inputs: Tensor | None = None  # [N, D] or [B, T, D], the router's input
-    attention: Tensor | None = None  # [B, heads, T, past + T] of this block, for rules that need it
+    inputs: Tensor | None = None  # [N, D] or [B, T, D], the router's input, with `attention`
+    attention: Tensor | None = None  # [B, heads, T, keys] of this block, for rules that need it
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None  # how the router computes weights; set on first use
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
-from eacmoe_lightning.models.transformers_modules import CACHE, SKIPS_PAIRS, cache_of, is_eager
+from eacmoe_lightning.models.transformers_modules import CACHE, SKIPS_PAIRS, attention_children, cache_of, is_eager
 from eacmoe_lightning.runtime.packed_modules import PackedExperts
 from eacmoe_lightning.skipping.memory import memory_of, remember
 from eacmoe_lightning.skipping.report import SkipReport
@@ -39,10 +40,14 @@ class Pass(threading.local):
     Attributes:
         tokens: the tokens of the last one that began.
         is_running: whether the decoder is running: `tokens` are then those of its call.
+        attention: attention weights [B, heads, T, keys] by number of the MoE block, until its router has run.
     """
 
     tokens: Tokens | None = None
     is_running = False
+
+    def __init__(self) -> None:  # in each thread
+        self.attention: dict[int, Tensor] = {}
 
 
 class Session:
@@ -65,6 +70,8 @@ class Session:
         self.attention_before: str | None = None
         self.parallel_before = [getattr(experts, SKIPS_PAIRS, False) for experts in self.experts]
         rule.check(len(self.places), self.moe.top_k)
+        if rule.needs_attention:
+            check_attention(self.moe.moe_blocks, rule.name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model keep its rule, but nothing of a forward pass."""
@@ -96,8 +103,8 @@ class Session:
             self.attention_before = self.model.config._attn_implementation
             self.model.set_attn_implementation("eager")
             for place, block in zip(self.places, self.moe.moe_blocks, strict=True):
-                for child in block.layer.children():
-                    self.handles.append(child.register_forward_hook(partial(_keep_attention, place)))
+                for child in attention_children(block.layer):
+                    self.handles.append(child.register_forward_hook(partial(self._keep_attention, place)))
 
     def detach(self) -> None:
         for handle in self.handles:
@@ -110,9 +117,8 @@ class Session:
                     experts.forward = wrapped.args[1]
         if self.attention_before is not None:
             self.model.set_attn_implementation(self.attention_before)
-        for place in self.places:
-            place.inputs = place.attention = None
         self.handles, self.now.tokens, self.attention_before = [], None, None
+        self.now.attention.clear()
 
     # --- hooks, in the order in which they run -----------------------------------------------------------
 
@@ -127,6 +133,7 @@ class Session:
         if asks and cache is not None and (self.rule.remembers or not tokens.is_step):  # else no wait for the device
             tokens.past = int(cache.get_seq_length())
         self.now.tokens, self.now.is_running = tokens, True
+        self.now.attention.clear()
         if self.rule.counts_prompts and tokens.past and not (self.has_warned or tokens.is_continued):
             self._warn_of_pieces(tokens)
 
@@ -148,6 +155,11 @@ class Session:
         if not now.is_running and args and (now.tokens is None or tuple(args[0].shape[:2]) != now.tokens.shape):
             now.tokens = Tokens(torch.ones(args[0].shape[:2], dtype=torch.bool, device=args[0].device))
 
+    def _keep_attention(self, place: Place, module: nn.Module, args: tuple, output: Any) -> None:
+        """Attention returns (hidden, weights [B, heads, T, keys])."""
+        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
+            self.now.attention[place.index] = output[1]
+
     def _route(self, place: Place, routing: Routing, inputs: Tensor | None) -> Routing:
         ids, tokens = routing.ids, self.now.tokens.of_router(len(routing.ids))
         if tokens is None:
@@ -158,15 +170,16 @@ class Session:
             )
         tokens.real = tokens.real.to(ids.device)  # blocks may be on different devices
         if self.rule.needs_attention:
-            if place.attention is None:
+            attention = self.now.attention.pop(place.index, None)
+            if attention is None or (attention.shape[0], attention.shape[2]) != tokens.shape:
                 raise ValueError(
-                    f"MoE block {place.index} returns no attention weights, which the rule {self.rule.name} needs"
+                    f"MoE block {place.index} returns no attention weights, which the rule {self.rule.name} needs: "
+                    "use EES, which needs none"
                 )
-            place.inputs = inputs
+            place = replace(place, inputs=inputs, attention=attention)
         logits = routing.logits[:, : self.report.num_experts[place.index]]  # ZAYA's router has one for skipping
         decision = self.rule.decide(place, Routing(logits, ids, routing.weights), tokens)
         self.report.add(place.index, tokens, decision)
-        place.inputs = place.attention = None
         return Routing(routing.logits, decision.ids, decision.weights)
 
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -208,10 +221,14 @@ def _run_survivors(
     return out
 
 
-def _keep_attention(place: Place, module: nn.Module, args: tuple, output: Any) -> None:
-    """Attention is the child of a layer that returns (hidden, weights [B, heads, T, keys])."""
-    if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
-        place.attention = output[1]
+def check_attention(blocks: list[Block], rule_name: str) -> None:
+    """Raises ValueError if the layer of an MoE block computes no attention weights."""
+    without = [str(i) for i, block in enumerate(blocks) if not attention_children(block.layer)]
+    if without:
+        raise ValueError(
+            f"the rule {rule_name} needs attention weights, and the layers of MoE blocks {', '.join(without)} compute "
+            "none (linear attention, or no attention at all): use EES, which needs none"
+        )
 
 
 def _check_can_skip(block: Block, dtype: torch.dtype) -> None:
