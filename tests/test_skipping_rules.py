@@ -11,7 +11,14 @@ import tiny_models
 import torch
 from test_pesf import error, padded, random_ids, skewed_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 
 import eacmoe_lightning
 from eacmoe_lightning.models.growing_cache import GrowingLayer, grow_in_place
@@ -336,6 +343,28 @@ def test_baselines_generate_and_are_stored():
         model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
         report = model._expert_skipping.report
         assert report.summary("prefill")["dropped"] > 0 and report.summary("decode")["dropped"] > 0
+
+
+def test_continuous_batching_runs_rules_for_single_tokens_and_refuses_others():
+    model, prompts = tiny_models.build("qwen3_moe"), [random_ids(1, n, n)[0].tolist() for n in (5, 17)]
+    options = GenerationConfig(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+
+    def batch() -> list[list[int]]:
+        out = model.generate_batch(prompts, generation_config=options, continuous_batching_config=small)
+        return sorted(result.generated_tokens for result in out.values())
+
+    ratios = median_ratios(model, random_ids(2, 16))
+    for rule in (Truncation(1), EES(ratios)):
+        set_skipping(model, rule)
+        alone = [model.generate(torch.tensor([p]), generation_config=options)[0, len(p) :].tolist() for p in prompts]
+        assert batch() == sorted(alone)
+    for rule in (PESF(0.7), ODP(ratios)):
+        set_skipping(model, rule)
+        with pytest.raises(ValueError, match="tokens of each sequence .* mix those of several requests: call generate"):
+            batch()
+    set_skipping(model, None)
+    assert all(len(tokens) == 4 for tokens in batch())
 
 
 def test_bad_arguments_are_refused_by_name():

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 SKIPS_PAIRS = "_is_expert_parallel"  # set on experts: ids of E occur, and their pairs are to be skipped
 CACHE = next(field.name for field in fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+BATCHES = "init_continuous_batching"  # the method of a model by which continuous batching begins
 _ROUTES = "route_tokens_to_experts"
 _READS_ROUTER_WEIGHT = ("DeepseekV2Moe", "DeepseekOcr2TextMoe")  # until 5.12: they never call their router
 
@@ -141,3 +142,8 @@ def attention_children(layer: nn.Module) -> list[nn.Module]:
 def cache_of(arguments: Mapping[str, Any]) -> Any:
     """The cache among a decoder's arguments, by its present or its former name; None if there is none."""
     return arguments.get(CACHE) if arguments.get(CACHE) is not None else arguments.get("past_key_values")
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is that of continuous batching: a row then holds tokens of several requests."""
+    return cache is not None and not hasattr(cache, "get_seq_length")

@@ -24,7 +24,15 @@ from transformers import PreTrainedModel
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
-from eacmoe_lightning.models.transformers_modules import CACHE, SKIPS_PAIRS, attention_children, cache_of, is_eager
+from eacmoe_lightning.models.transformers_modules import (
+    BATCHES,
+    CACHE,
+    SKIPS_PAIRS,
+    attention_children,
+    cache_of,
+    is_eager,
+    is_paged,
+)
 from eacmoe_lightning.runtime.packed_modules import PackedExperts
 from eacmoe_lightning.skipping.memory import memory_of, remember
 from eacmoe_lightning.skipping.report import SkipReport
@@ -69,6 +77,7 @@ class Session:
         self.memory_key = ""  # under which caches keep the state of their sequences
         self.attention_before: str | None = None
         self.parallel_before = [getattr(experts, SKIPS_PAIRS, False) for experts in self.experts]
+        self.needs_sequences = rule.counts_prompts or rule.needs_attention
         rule.check(len(self.places), self.moe.top_k)
         if rule.needs_attention:
             check_attention(self.moe.moe_blocks, rule.name)
@@ -91,6 +100,8 @@ class Session:
             if not isinstance(experts, PackedExperts):
                 experts.forward = partial(_run_survivors, experts, experts.__dict__.get("forward"))
             _check_can_skip(block, self.model.dtype)
+        if self.needs_sequences:
+            setattr(self.model, BATCHES, partial(_refuse_batches, self.rule.name))
         decoder = self.moe.decoder
         self.handles += [
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -107,6 +118,7 @@ class Session:
                     self.handles.append(child.register_forward_hook(partial(self._keep_attention, place)))
 
     def detach(self) -> None:
+        vars(self.model).pop(BATCHES, None)
         for handle in self.handles:
             handle.remove()
         for experts, before in zip(self.experts, self.parallel_before, strict=True):
@@ -129,8 +141,10 @@ class Session:
         last = arguments.get("logits_to_keep")
         last = last if isinstance(last, int) else 0
         tokens = Tokens(real_tokens(arguments), memory or {}, memory is not None, last)
-        asks = self.rule.counts_prompts or self.rule.needs_attention
-        if asks and cache is not None and (self.rule.remembers or not tokens.is_step):  # else no wait for the device
+        if self.needs_sequences and is_paged(cache):
+            _refuse_batches(self.rule.name)
+        waits = self.rule.remembers or (self.needs_sequences and not tokens.is_step)  # for the device
+        if waits and cache is not None:
             tokens.past = int(cache.get_seq_length())
         self.now.tokens, self.now.is_running = tokens, True
         self.now.attention.clear()
@@ -187,6 +201,14 @@ class Session:
         cache = getattr(output, CACHE, None)
         if self.rule.remembers and cache is not None:
             remember(cache, self.memory_key, self.now.tokens.memory)
+
+
+def _refuse_batches(rule_name: str, *args: Any, **kwargs: Any) -> None:
+    """In the place of the method that starts continuous batching."""
+    raise ValueError(
+        f"this model skips experts by the tokens of each sequence (the rule {rule_name}), and a batch would mix those "
+        "of several requests: call generate, or set_skipping(model, None) before continuous batching"
+    )
 
 
 def _run_survivors(

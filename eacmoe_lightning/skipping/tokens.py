@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eacmoe_lightning.models.transformers_modules import cache_of
+from eacmoe_lightning.models.transformers_modules import cache_of, is_paged
 
 
 @dataclass
@@ -74,7 +74,8 @@ def real_tokens(arguments: dict[str, Any]) -> Tensor:
     mask = arguments.get("attention_mask")
     if isinstance(mask, dict):  # one for each kind of layer, with the same padding
         mask = next((m for m in mask.values() if m is not None), None)
-    if mask is None:
+    cache = cache_of(arguments)
+    if mask is None or is_paged(cache):
         return torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask[:, -length:].bool()
@@ -83,7 +84,6 @@ def real_tokens(arguments: dict[str, Any]) -> Tensor:
             f"an attention mask of type {type(mask).__name__}{_shape(mask)} does not distinguish padding from tokens, "
             "so no expert can be skipped: pass a mask of [batch, length], or none"
         )
-    cache = cache_of(arguments)
     past = 0 if cache is None else int(cache.get_seq_length())
     past = past if past + length <= mask.shape[-1] else mask.shape[-1] - length  # a sliding window has fewer keys
     diagonal = mask[:, 0].diagonal(past, -2, -1)  # only padding does not attend to itself
