@@ -280,6 +280,25 @@ def test_odp_equals_ees_except_for_protected_tokens():
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize("rule", [PESF(0.7), PESF(0.7, survivors="reroute"), PESF(0.7, decode=Demand()), "odp"])
+@torch.no_grad()
+def test_texts_packed_into_rows_are_counted_apart(rule):
+    model, ids = tiny_models.build("qwen3_moe"), random_ids(2, 50)
+    rule = ODP(median_ratios(model, ids), protected=0.3) if rule == "odp" else rule
+    lengths = [[1, 32, 17], [50]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    texts = [text[None] for row, sizes in zip(ids, lengths, strict=True) for text in row.split(sizes)]
+    with skipping(model, rule) as report:
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        together = report.summary()
+        report.clear()
+        alone = [model(text, use_cache=False).logits[0] for text in texts]
+        assert error(packed, torch.cat(alone).view_as(packed)) < 1e-5
+        for name in ("dropped", "sequence_skipped"):
+            steps = report.summary("decode")  # the text of one token, of which nothing is skipped
+            assert together[name] == report.summary()[name] + (0 if rule.counts_prompts else steps[name])
+
+
 @torch.no_grad()
 def test_odp_protects_the_same_tokens_with_every_cache():
     model, ids = tiny_models.build("qwen3_moe"), random_ids(1, 25)

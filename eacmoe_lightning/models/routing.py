@@ -21,6 +21,10 @@ class Routing:
     ids: Tensor  # [N, K] int64, the experts that ran
     weights: Tensor  # [N, K], their weights
 
+    def of(self, tokens: slice) -> Routing:
+        """The same of some tokens."""
+        return Routing(self.logits[tokens], self.ids[tokens], self.weights[tokens])
+
     def by_pair(self) -> Routing:
         """The same with a row for each pair of a token and one of its experts, [N * K, ...]."""
         logits = self.logits.repeat_interleave(self.ids.shape[1], 0)

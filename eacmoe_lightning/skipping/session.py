@@ -36,8 +36,8 @@ from eacmoe_lightning.models.transformers_modules import (
 from eacmoe_lightning.runtime.packed_modules import PackedExperts
 from eacmoe_lightning.skipping.memory import memory_of, remember
 from eacmoe_lightning.skipping.report import SkipReport
-from eacmoe_lightning.skipping.rules import Place, Rule
-from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, real_tokens
+from eacmoe_lightning.skipping.rules import Decision, Place, Rule
+from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, packed_texts, real_tokens
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +146,8 @@ class Session:
         waits = self.rule.remembers or (self.needs_sequences and not tokens.is_step)  # for the device
         if waits and cache is not None:
             tokens.past = int(cache.get_seq_length())
+        if self.needs_sequences:
+            tokens.texts = packed_texts(arguments, bool(getattr(decoder.config, "use_cache", True)))
         self.now.tokens, self.now.is_running = tokens, True
         self.now.attention.clear()
         if self.rule.counts_prompts and tokens.past and not (self.has_warned or tokens.is_continued):
@@ -184,17 +186,33 @@ class Session:
             )
         tokens.real = tokens.real.to(ids.device)  # blocks may be on different devices
         if self.rule.needs_attention:
-            attention = self.now.attention.pop(place.index, None)
-            if attention is None or (attention.shape[0], attention.shape[2]) != tokens.shape:
-                raise ValueError(
-                    f"MoE block {place.index} returns no attention weights, which the rule {self.rule.name} needs: "
-                    "use EES, which needs none"
-                )
-            place = replace(place, inputs=inputs, attention=attention)
+            place = self._with_attention(place, inputs, tokens)
         logits = routing.logits[:, : self.report.num_experts[place.index]]  # ZAYA's router has one for skipping
-        decision = self.rule.decide(place, Routing(logits, ids, routing.weights), tokens)
+        decision = self._decide(place, Routing(logits, ids, routing.weights), tokens)
         self.report.add(place.index, tokens, decision)
         return Routing(routing.logits, decision.ids, decision.weights)
+
+    def _with_attention(self, place: Place, inputs: Tensor | None, tokens: Tokens) -> Place:
+        """The place with its router's input and the attention weights of this pass."""
+        attention = self.now.attention.pop(place.index, None)
+        if attention is None or (attention.shape[0], attention.shape[2]) != tokens.shape:
+            raise ValueError(
+                f"MoE block {place.index} returns no attention weights, which the rule {self.rule.name} needs: use "
+                "EES, which needs none"
+            )
+        return replace(place, inputs=inputs, attention=attention)
+
+    def _decide(self, place: Place, routing: Routing, tokens: Tokens) -> Decision:
+        """The rule's decision; on rows of several texts, one text after another."""
+        if not tokens.texts:
+            return self.rule.decide(place, routing, tokens)
+        decisions = [
+            self.rule.decide(place.of_text(text, tokens.shape[1]), routing.of(text), tokens.of_text(text))
+            for text in tokens.texts
+        ]
+        kept = [decision.kept for decision in decisions if decision.kept is not None]
+        ids, weights = torch.cat([d.ids for d in decisions]), torch.cat([d.weights for d in decisions])
+        return Decision(ids, weights, torch.cat(kept) if kept else None)
 
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.now.is_running = False
