@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import architectures
 import pytest
@@ -119,6 +120,15 @@ def test_an_expert_returns_as_first_choice_or_when_it_is_selected_often():
     ran = [decide([0, 2], [0.6, 0.4]) == [0, 2] for _ in range(30)]
     # demand of expert 2 after n more tokens: about 2 + n, against a mean of about 23.6 * 2 / 4
     assert ran == sorted(ran) and 8 < ran.index(True) < 25
+
+
+def test_a_demand_of_few_tokens_skips_nothing():
+    rule, place, memory = PESF(0.9, decode=Demand(rescue=1.0)), Place(0, torch.nn.Identity()), {}
+    # up to E / (alpha K) = 8 / (0.9 * 2) = 4.4 tokens, as after a prompt of which a block got the last token alone
+    for chosen in ([0, 1], [2, 3], [4, 5], [6, 7]):
+        routing = Routing(torch.zeros(1, 8), torch.tensor([chosen]), torch.tensor([[0.6, 0.4]]))
+        tokens = Tokens(torch.ones(1, 1).bool(), memory, is_continued=bool(memory))
+        assert rule.decide(place, routing, tokens).ids.tolist() == [chosen]
 
 
 @torch.no_grad()
@@ -386,6 +396,17 @@ def test_continuous_batching_runs_rules_for_single_tokens_and_refuses_others():
     assert all(len(tokens) == 4 for tokens in batch())
 
 
+def route_apart(model: PreTrainedModel) -> None:
+    """Gives a router fewer tokens than the model has, as models do that route images apart from text."""
+    block = MoEModel(model).moe_blocks[0]
+    with skipping(model, PESF(0.7)):
+        handle = block.router.register_forward_pre_hook(lambda router, args: (args[0][:20],))
+        try:
+            model(random_ids(1, 24))
+        finally:
+            handle.remove()
+
+
 def test_bad_arguments_are_refused_by_name():
     model = tiny_models.build("mixtral")
     for make, message in [
@@ -397,6 +418,7 @@ def test_bad_arguments_are_refused_by_name():
         (lambda: set_skipping(model, Truncation(3)), "top_k=3 is not between 1 and the 2 experts"),
         (lambda: set_skipping(model, EES((0.5,))), "ees has 1 ratios and the model 3 MoE blocks"),
         (lambda: EES.calibrate(model, random_ids(2, 8)[:0]), "no calibration window"),
+        (partial(route_apart, model), r"got 20 tokens, .* 1 x 24: .* call it without the rule"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()

@@ -182,7 +182,8 @@ class Session:
             raise ValueError(
                 f"the router of MoE block {place.index} got {len(ids)} tokens, and the model "
                 f"{' x '.join(map(str, self.now.tokens.shape))}: the sequence of each token is unknown, so no expert "
-                "can be skipped"
+                "can be skipped (a model that routes images apart from text skips in text alone): call it without the "
+                "rule, set_skipping(model, None)"
             )
         tokens.real = tokens.real.to(ids.device)  # blocks may be on different devices
         if self.rule.needs_attention:
