@@ -1,15 +1,28 @@
 """Skipping after the prompt, and the baselines: against sequential and brute-force references, and by hand."""
 
+import copy
 import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import architectures
 import pytest
 import tiny_models
 import torch
 from test_pesf import error, padded, random_ids, skewed_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 
 import eacmoe_lightning
+from eacmoe_lightning.models.growing_cache import GrowingLayer, grow_in_place
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.skipping import EES, ODP, PESF, Demand, Truncation, current_rule, set_skipping, skipping
@@ -109,6 +122,15 @@ def test_an_expert_returns_as_first_choice_or_when_it_is_selected_often():
     assert ran == sorted(ran) and 8 < ran.index(True) < 25
 
 
+def test_a_demand_of_few_tokens_skips_nothing():
+    rule, place, memory = PESF(0.9, decode=Demand(rescue=1.0)), Place(0, torch.nn.Identity()), {}
+    # up to E / (alpha K) = 8 / (0.9 * 2) = 4.4 tokens, as after a prompt of which a block got the last token alone
+    for chosen in ([0, 1], [2, 3], [4, 5], [6, 7]):
+        routing = Routing(torch.zeros(1, 8), torch.tensor([chosen]), torch.tensor([[0.6, 0.4]]))
+        tokens = Tokens(torch.ones(1, 1).bool(), memory, is_continued=bool(memory))
+        assert rule.decide(place, routing, tokens).ids.tolist() == [chosen]
+
+
 @torch.no_grad()
 def test_generations_start_afresh_and_beams_keep_their_demand():
     model, ids = skewed_model(), random_ids(2, 40)
@@ -140,8 +162,55 @@ def test_demand_follows_selected_and_repeated_sequences_and_a_crop_is_refused():
         got = model(token[[2, 2, 0, 0]], past_key_values=cache).logits
         want = stepwise(model, torch.cat([ids, token], 1)[[2, 2, 0, 0]], 50)[:, -1:]
         assert error(got, want) < 1e-5
-        with pytest.raises(ValueError, match="removed from the cache"):
-            cache.crop(-1)
+        cache.crop(0)
+        model(token[[2, 2, 0, 0]], past_key_values=cache)
+        cache.crop(-1)
+        with pytest.raises(ValueError, match="removed from the cache.*`prompt_lookup_num_tokens`"):
+            model(token[[2, 2, 0, 0]], past_key_values=cache)
+    model(token[[2, 2, 0, 0]], past_key_values=cache)  # without the rule, nothing is counted
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@torch.no_grad()
+def test_demand_is_copied_and_pickled_with_its_cache(make):
+    model, ids = skewed_model(), random_ids(2, 50)
+    tokens = random_ids(2, 6, seed=1)
+
+    def steps(cache: DynamicCache) -> Tensor:
+        return torch.cat([model(token, past_key_values=cache).logits for token in tokens.split(1, 1)], 1)
+
+    with eacmoe_lightning.pesf(model, alpha=0.7, decode=True) as report:
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        copied, swapped = make(cache), make(cache)
+        swapped.reorder_cache(torch.tensor([1, 0]))
+        want = steps(cache)  # the copies' changes do not reach it
+        assert error(want, stepwise(model, torch.cat([ids, tokens], 1), 50)[:, 50:]) < 1e-5
+        assert report.summary("decode")["dropped"] > 0
+        del cache
+        assert torch.equal(steps(copied), want)
+        swapped_rows = torch.cat([ids[[1, 0]], tokens], 1)
+        assert error(steps(swapped), stepwise(model, swapped_rows, 50)[:, 50:]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_cache_with_demand_still_grows_in_place():
+    model, ids, cache = skewed_model(), random_ids(1, 40), DynamicCache()
+    grow_in_place(model)
+    with eacmoe_lightning.pesf(model, alpha=0.7, decode=True):
+        for piece in (ids, ids[:, :1]):  # the layers come with the first
+            model(input_ids=piece, past_key_values=cache)
+    assert all(type(layer) is GrowingLayer for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_filled_without_the_rule_is_warned_of(caplog):
+    model, ids = skewed_model(), random_ids(1, 40)
+    cache = model(ids, use_cache=True).past_key_values
+    with eacmoe_lightning.pesf(model, alpha=0.7, decode=True):
+        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+    assert [record.message[:32] for record in caplog.records] == ["1 tokens follow 40 in the cache:"]
 
 
 @torch.no_grad()
@@ -153,9 +222,8 @@ def test_a_prompt_in_pieces_counts_as_one():
         model(ids, past_key_values=whole)
         for piece in ids.split(20, 1):
             model(piece, past_key_values=pieces)
-        memories = model._expert_skipping.memories
-        assert memories[whole].keys() == memories[pieces].keys()
-        assert all(torch.equal(memories[whole][name], memories[pieces][name]) for name in memories[whole])
+        assert whole.memory.keys() == pieces.memory.keys()
+        assert all(torch.equal(whole.memory[name], pieces.memory[name]) for name in whole.memory)
 
 
 # --- baselines --------------------------------------------------------------------------------------------------------
@@ -222,11 +290,70 @@ def test_odp_equals_ees_except_for_protected_tokens():
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize("rule", [PESF(0.7), PESF(0.7, survivors="reroute"), PESF(0.7, decode=Demand()), "odp"])
+@torch.no_grad()
+def test_texts_packed_into_rows_are_counted_apart(rule):
+    model, ids = tiny_models.build("qwen3_moe"), random_ids(2, 50)
+    rule = ODP(median_ratios(model, ids), protected=0.3) if rule == "odp" else rule
+    lengths = [[1, 32, 17], [50]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    texts = [text[None] for row, sizes in zip(ids, lengths, strict=True) for text in row.split(sizes)]
+    with skipping(model, rule) as report:
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        together = report.summary()
+        report.clear()
+        alone = [model(text, use_cache=False).logits[0] for text in texts]
+        assert error(packed, torch.cat(alone).view_as(packed)) < 1e-5
+        for name in ("dropped", "sequence_skipped"):
+            steps = report.summary("decode")  # the text of one token, of which nothing is skipped
+            assert together[name] == report.summary()[name] + (0 if rule.counts_prompts else steps[name])
+
+
+@torch.no_grad()
+def test_odp_protects_the_same_tokens_with_every_cache():
+    model, ids = tiny_models.build("qwen3_moe"), random_ids(1, 25)
+    with skipping(model, ODP(median_ratios(model, ids), protected=0.3)):
+        want = model(ids, use_cache=False).logits
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
+            assert error(model(ids, past_key_values=cache).logits, want) < 1e-5
+        pieces = []
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
+            pieces.append(torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(10, 1)], 1))
+        assert error(*pieces) < 1e-5
+
+
+@torch.no_grad()
+def test_threads_do_not_mix_the_attention_of_their_texts():
+    model, texts = tiny_models.build("qwen3_moe"), [random_ids(1, length, length) for length in (20, 27, 34, 41)]
+    with skipping(model, ODP(median_ratios(model, texts[0]), protected=0.3)):
+        want = [model(ids, use_cache=False).logits for ids in texts]
+
+        @torch.no_grad()
+        def run(i: int) -> list[Tensor]:
+            return [model(texts[i], use_cache=False).logits for _ in range(20)]
+
+        with ThreadPoolExecutor(len(texts)) as threads:
+            for got, expected in zip(threads.map(run, range(len(texts))), want, strict=True):
+                assert all(torch.equal(logits, expected) for logits in got)
+
+
+@pytest.mark.parametrize("name, blocks", [("minimax", "0, 2"), ("nemotron_h", "0, 1")])
+def test_odp_is_refused_where_blocks_have_no_attention_weights(name, blocks):
+    model = architectures.build(name)
+    with pytest.raises(ValueError, match=f"needs attention weights, and the layers of MoE blocks {blocks} "):
+        ODP.calibrate(model, random_ids(2, 16))
+    with pytest.raises(ValueError, match="use EES"):
+        set_skipping(model, ODP((0.5,) * len(MoEModel(model).moe_blocks)))
+
+
 def test_importance_by_hand():
     attention = torch.tensor([[[[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.2, 0.6]]]])
     all_real = torch.ones(1, 3).bool()
     received = mean_attention_received(attention, all_real)
     torch.testing.assert_close(received, torch.tensor([[1.7 / 3, 0.7 / 2, 0.6]]))
+    empty = torch.nn.functional.pad(attention, (2, 3), value=9.0)  # two tokens in the cache, three free places
+    torch.testing.assert_close(mean_attention_received(empty, all_real, past=2), received)
+    torch.testing.assert_close(mean_attention_received(attention, all_real, past=9), received)  # a window's keys
     padded_last = torch.tensor([[True, True, False]])
     torch.testing.assert_close(mean_attention_received(attention, padded_last)[0, :2], torch.tensor([1.5 / 2, 0.5]))
     importance = torch.tensor([[3.0, 1.0, 2.0, 9.0]])
@@ -247,6 +374,39 @@ def test_baselines_generate_and_are_stored():
         assert report.summary("prefill")["dropped"] > 0 and report.summary("decode")["dropped"] > 0
 
 
+def test_continuous_batching_runs_rules_for_single_tokens_and_refuses_others():
+    model, prompts = tiny_models.build("qwen3_moe"), [random_ids(1, n, n)[0].tolist() for n in (5, 17)]
+    options = GenerationConfig(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+
+    def batch() -> list[list[int]]:
+        out = model.generate_batch(prompts, generation_config=options, continuous_batching_config=small)
+        return sorted(result.generated_tokens for result in out.values())
+
+    ratios = median_ratios(model, random_ids(2, 16))
+    for rule in (Truncation(1), EES(ratios)):
+        set_skipping(model, rule)
+        alone = [model.generate(torch.tensor([p]), generation_config=options)[0, len(p) :].tolist() for p in prompts]
+        assert batch() == sorted(alone)
+    for rule in (PESF(0.7), ODP(ratios)):
+        set_skipping(model, rule)
+        with pytest.raises(ValueError, match="tokens of each sequence .* mix those of several requests: call generate"):
+            batch()
+    set_skipping(model, None)
+    assert all(len(tokens) == 4 for tokens in batch())
+
+
+def route_apart(model: PreTrainedModel) -> None:
+    """Gives a router fewer tokens than the model has, as models do that route images apart from text."""
+    block = MoEModel(model).moe_blocks[0]
+    with skipping(model, PESF(0.7)):
+        handle = block.router.register_forward_pre_hook(lambda router, args: (args[0][:20],))
+        try:
+            model(random_ids(1, 24))
+        finally:
+            handle.remove()
+
+
 def test_bad_arguments_are_refused_by_name():
     model = tiny_models.build("mixtral")
     for make, message in [
@@ -258,6 +418,7 @@ def test_bad_arguments_are_refused_by_name():
         (lambda: set_skipping(model, Truncation(3)), "top_k=3 is not between 1 and the 2 experts"),
         (lambda: set_skipping(model, EES((0.5,))), "ees has 1 ratios and the model 3 MoE blocks"),
         (lambda: EES.calibrate(model, random_ids(2, 8)[:0]), "no calibration window"),
+        (partial(route_apart, model), r"got 20 tokens, .* 1 x 24: .* call it without the rule"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()

@@ -19,6 +19,7 @@ from eacmoe_lightning.models.experts import Experts, Groups, run_by_expert
 from eacmoe_lightning.models.routing import (
     Handles,
     LogitMap,
+    Products,
     Reached,
     Routing,
     Watcher,
@@ -252,10 +253,10 @@ class Block:
 
         Together with `route`, this is the only place that knows how a router returns its decision.
         """
-        logits, handles = [], Handles()
+        products, handles = Products(), Handles()
         if self.router_matrix is not self.router:
-            handles.append(self.router_matrix.register_forward_hook(partial(keep_logits, logits)))
-        hook = partial(show_routing, watcher, logits)
+            handles.append(self.router_matrix.register_forward_hook(partial(keep_logits, products)))
+        hook = partial(show_routing, watcher, products)
         handles.append(self.router.register_forward_hook(hook, with_kwargs=True))
         return handles
 

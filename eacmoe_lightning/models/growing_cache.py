@@ -39,7 +39,8 @@ def with_room(tokens: int) -> int:
 
 def _adopt(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     cache = cache_of(kwargs)
-    if type(cache) is DynamicCache and not cache.offloading and not torch.compiler.is_compiling():
+    plain_class = getattr(cache, "plain_class", type(cache))  # of a cache that a skipping rule follows
+    if plain_class is DynamicCache and not cache.offloading and not torch.compiler.is_compiling():
         for layer in cache.layers:
             layer.__class__ = GROWING.get(type(layer), type(layer))
 

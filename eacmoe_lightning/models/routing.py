@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ class Routing:
     logits: Tensor  # [N, E] float32, before any softmax
     ids: Tensor  # [N, K] int64, the experts that ran
     weights: Tensor  # [N, K], their weights
+
+    def of(self, tokens: slice) -> Routing:
+        """The same of some tokens."""
+        return Routing(self.logits[tokens], self.ids[tokens], self.weights[tokens])
 
     def by_pair(self) -> Routing:
         """The same with a row for each pair of a token and one of its experts, [N * K, ...]."""
@@ -60,16 +65,30 @@ class LogitMap:
 Watcher = Callable[[Routing, Tensor | None], Routing | None]
 
 
-def keep_logits(logits: list[Tensor], linear: nn.Module, args: tuple, output: Tensor) -> None:
+class Products(threading.local):
+    """What a router's matrix gave in the forward pass that runs in a thread; copies and pickles have none.
+
+    Attributes:
+        logits: [..., E], until the router's own hook takes them.
+    """
+
+    logits: Tensor | None = None
+
+    def __reduce__(self) -> tuple:
+        return Products, ()
+
+
+def keep_logits(products: Products, linear: nn.Module, args: tuple, output: Tensor) -> None:
     """The forward hook of a router's matrix that is a layer of its own."""
-    logits[:] = [output]
+    products.logits = output
 
 
 def show_routing(
-    watcher: Watcher, logits: list[Tensor], router: nn.Module, args: tuple, kwargs: dict, output: tuple
+    watcher: Watcher, products: Products, router: nn.Module, args: tuple, kwargs: dict, output: tuple
 ) -> tuple | None:
     """A router's forward hook, bound to a watcher by `partial` so that a model with it can be copied and pickled."""
-    routing = _routing_of(output, logits.pop() if logits else None)
+    routing = _routing_of(output, products.logits)
+    products.logits = None
     changed = watcher(routing, args[0] if args else kwargs.get("hidden_states"))
     return None if changed is None else (output[0], changed.weights, changed.ids, *output[3:])
 

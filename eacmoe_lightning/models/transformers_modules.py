@@ -1,4 +1,4 @@
-"""What this package takes from inside transformers' models: how experts run, what routers return, the cache's name.
+"""What this package takes from inside transformers' models: experts, routers, attention, the cache's name.
 
 Together with `transformers_loader.py`, whose table says what differs between versions.
 """
@@ -18,6 +18,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 SKIPS_PAIRS = "_is_expert_parallel"  # set on experts: ids of E occur, and their pairs are to be skipped
 CACHE = next(field.name for field in fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+BATCHES = "init_continuous_batching"  # the method of a model by which continuous batching begins
 _ROUTES = "route_tokens_to_experts"
 _READS_ROUTER_WEIGHT = ("DeepseekV2Moe", "DeepseekOcr2TextMoe")  # until 5.12: they never call their router
 
@@ -124,9 +125,25 @@ def _forward_with_router(moe: nn.Module, router: nn.Module, hidden: Tensor) -> T
     return routed.view(hidden.shape) + moe.shared_experts(hidden)
 
 
+# --- attention -----------------------------------------------------------------------------------------------
+
+
+def attention_children(layer: nn.Module) -> list[nn.Module]:
+    """The children of a layer that compute attention weights, and return them where attention is eager.
+
+    Linear attention, convolutions and state-space layers have no weights for pairs of tokens, nor this attribute.
+    """
+    return [child for child in layer.children() if hasattr(child, "is_causal")]
+
+
 # --- the cache of keys and values ----------------------------------------------------------------------------
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
     """The cache among a decoder's arguments, by its present or its former name; None if there is none."""
     return arguments.get(CACHE) if arguments.get(CACHE) is not None else arguments.get("past_key_values")
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is that of continuous batching: a row then holds tokens of several requests."""
+    return cache is not None and not hasattr(cache, "get_seq_length")

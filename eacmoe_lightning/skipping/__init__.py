@@ -4,6 +4,7 @@ selection.py   the paper's rule as pure functions        tokens.py      the sequ
 rules.py       the interface of a rule, and PESF         decode.py      PESF after the prompt
 baselines.py   truncation, EES and ODP                   stored.py      rules in a model's config.json
 session.py     a rule attached to a model                report.py      what a rule skipped
+memory.py      what a rule remembers of a cache
 apply.py       `pesf`, `skipping`, `set_skipping`
 """
 

@@ -19,6 +19,7 @@ from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.skipping.apply import current_rule
 from eacmoe_lightning.skipping.rules import Decision, Place, Rule
 from eacmoe_lightning.skipping.selection import drop
+from eacmoe_lightning.skipping.session import check_attention
 from eacmoe_lightning.skipping.tokens import Tokens
 
 Weights = Literal["keep", "renormalize"]
@@ -77,7 +78,12 @@ class EES(Rule):
             windows: [S, T] token ids of calibration text.
             batch_size: number of windows in a batch.
             options: the rule's other arguments.
+
+        Raises:
+            ValueError: the rule does not fit the model, or there is no window.
         """
+        if cls.needs_attention:
+            check_attention(MoEModel(model).moe_blocks, cls.name)
         return cls(median_ratios(model, windows, batch_size), **options)
 
     def check(self, num_blocks: int, top_k: int) -> None:
@@ -123,19 +129,22 @@ class ODP(EES):
         dropped = self._weak(place, routing)
         if not tokens.is_step:
             importance = place.inputs.float().abs().sum(-1).view(tokens.shape)
-            importance = importance * mean_attention_received(place.attention, tokens.real)
+            importance = importance * mean_attention_received(place.attention, tokens.real, tokens.past)
             dropped &= ~most_important(importance, tokens.real, self.protected).view(-1, 1)
         return _decide(routing, dropped, self.survivors)
 
 
-def mean_attention_received(attention: Tensor, real: Tensor) -> Tensor:
+def mean_attention_received(attention: Tensor, real: Tensor, past: int = 0) -> Tensor:
     """Mean attention [B, T] that each token receives from itself and the real tokens after it.
 
     Args:
-        attention: [B, heads, T, past + T].
+        attention: [B, heads, T, keys]; keys may end with empty places, as those of a static cache do.
         real: [B, T] bool, False for padding.
+        past: the place of the first token's key; where a window has fewer keys, these tokens' are the last.
     """
-    received = (attention.float().mean(1)[..., -real.shape[1] :] * real.unsqueeze(-1)).sum(1)
+    length, keys = real.shape[1], attention.shape[-1]
+    start = past if past + length <= keys else keys - length
+    received = (attention.float().mean(1)[..., start : start + length] * real.unsqueeze(-1)).sum(1)
     num_attending = real.flip(1).cumsum(1).flip(1)  # the token itself and the real tokens after it
     return received / num_attending.clamp(min=1)
 

@@ -21,7 +21,9 @@ class Demand:
         drop    a rare choice is skipped, unless its weight is at least `rescue` times the token's largest
 
     A skipped expert returns in two ways: for one token, if the token weights it highly enough, and for the sequence,
-    once it is selected often enough. A token's first choice always runs.
+    once it is selected often enough. A token's first choice always runs. As a token's choices are added first, a demand
+    of up to E / (alpha K) tokens skips nothing. So begin Gemma 4's last blocks, which get a prompt's last token alone
+    where `generate` asks for the last logits: their demand is that of the tokens that they ran.
 
     Args:
         half_life: h, in tokens.

@@ -49,7 +49,7 @@ class SkipReport:
             self._count(DECODE, block, torch.stack(ids), torch.stack(real), None if is_full else torch.stack(kept))
 
     def _count(self, phase: str, block: int, ids: Tensor, real: Tensor, kept: Tensor | None) -> None:
-        """Adds M decisions of one block: ids [M, B, T, K], real [M, B, T], kept [M, B, E]."""
+        """Adds M decisions of one block: ids [M, B, T, K], real [M, B, T], kept [M, B, E], or a row for each text."""
         num_experts = self.num_experts[block]
         if phase not in self.sums:
             shape = len(self.num_experts), len(self.FIELDS)
@@ -58,6 +58,8 @@ class SkipReport:
         counts = [pairs, ((ids == num_experts) & real.unsqueeze(-1)).sum()]
         if kept is not None:
             filled = real.any(2)  # [M, B]; a sequence of padding alone is not counted
+            if kept.shape[1] != real.shape[1]:  # texts, which have no padding
+                filled = kept.new_ones(kept.shape[:2])
             unused = ~kept | ~filled.unsqueeze(2)
             counts += [filled.sum() * num_experts, (unused & filled.unsqueeze(2)).sum()]
             counts += [filled.any(1).sum() * num_experts, (unused.all(1) & filled.any(1, keepdim=True)).sum()]

@@ -7,7 +7,7 @@ is skipped, and their weights. It is a frozen dataclass of plain values, so that
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
@@ -21,13 +21,22 @@ from eacmoe_lightning.skipping.tokens import Tokens
 
 @dataclass
 class Place:
-    """One router, with what a rule may need in addition to its output."""
+    """One router, with what a rule may need in addition to its output. `inputs` and `attention` are of one pass."""
 
     index: int  # of its block among the MoE blocks
     router: nn.Module
-    inputs: Tensor | None = None  # [N, D] or [B, T, D], the router's input
-    attention: Tensor | None = None  # [B, heads, T, past + T] of this block, for rules that need it
+    inputs: Tensor | None = None  # [N, D] or [B, T, D], the router's input, with `attention`
+    attention: Tensor | None = None  # [B, heads, T, keys] of this block, for rules that need it
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None  # how the router computes weights; set on first use
+
+    def of_text(self, text: slice, length: int) -> Place:
+        """The same for one text, a slice of the tokens of rows of this length."""
+        if self.attention is None:
+            return self
+        row, start = divmod(text.start, length)
+        part = slice(start, start + text.stop - text.start)
+        inputs = self.inputs.reshape(-1, self.inputs.shape[-1])[text]
+        return replace(self, inputs=inputs, attention=self.attention[row : row + 1, :, part, part])
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model have nothing of its forward passes, and find `weigh` themselves."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
+import uuid
 from collections.abc import Callable
-from functools import partial, wraps
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,15 +24,22 @@ from transformers import PreTrainedModel
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.routing import Routing
-from eacmoe_lightning.models.transformers_modules import CACHE, SKIPS_PAIRS, cache_of, is_eager
+from eacmoe_lightning.models.transformers_modules import (
+    BATCHES,
+    CACHE,
+    SKIPS_PAIRS,
+    attention_children,
+    cache_of,
+    is_eager,
+    is_paged,
+)
 from eacmoe_lightning.runtime.packed_modules import PackedExperts
+from eacmoe_lightning.skipping.memory import memory_of, remember
 from eacmoe_lightning.skipping.report import SkipReport
-from eacmoe_lightning.skipping.rules import Place, Rule
-from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, real_tokens
+from eacmoe_lightning.skipping.rules import Decision, Place, Rule
+from eacmoe_lightning.skipping.tokens import Tokens, named_arguments, packed_texts, real_tokens
 
 log = logging.getLogger(__name__)
-
-Memory = dict[str, Tensor]
 
 
 class Pass(threading.local):
@@ -40,10 +48,14 @@ class Pass(threading.local):
     Attributes:
         tokens: the tokens of the last one that began.
         is_running: whether the decoder is running: `tokens` are then those of its call.
+        attention: attention weights [B, heads, T, keys] by number of the MoE block, until its router has run.
     """
 
     tokens: Tokens | None = None
     is_running = False
+
+    def __init__(self) -> None:  # in each thread
+        self.attention: dict[int, Tensor] = {}
 
 
 class Session:
@@ -62,28 +74,34 @@ class Session:
         self.handles: list[Any] = []
         self.now = Pass()
         self.has_warned = False  # of prompts in pieces
-        self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
+        self.memory_key = ""  # under which caches keep the state of their sequences
         self.attention_before: str | None = None
         self.parallel_before = [getattr(experts, SKIPS_PAIRS, False) for experts in self.experts]
+        self.needs_sequences = rule.counts_prompts or rule.needs_attention
         rule.check(len(self.places), self.moe.top_k)
+        if rule.needs_attention:
+            check_attention(self.moe.moe_blocks, rule.name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of a model keep its rule, but not the state of sequences."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("memories", "now")}
+        """Copies and pickles of a model keep its rule, but nothing of a forward pass."""
+        return {name: value for name, value in self.__dict__.items() if name != "now"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"memories": weakref.WeakKeyDictionary(), "now": Pass()}
+        self.__dict__ |= state | {"now": Pass()}
 
     @property
     def experts(self) -> list[nn.Module]:
         return [block.experts.module for block in self.moe.moe_blocks]
 
     def attach(self) -> None:
+        self.memory_key = uuid.uuid4().hex  # caches that were filled before are unknown
         for block in self.moe.moe_blocks:
             experts = block.experts.module
             if not isinstance(experts, PackedExperts):
                 experts.forward = partial(_run_survivors, experts, experts.__dict__.get("forward"))
             _check_can_skip(block, self.model.dtype)
+        if self.needs_sequences:
+            setattr(self.model, BATCHES, partial(_refuse_batches, self.rule.name))
         decoder = self.moe.decoder
         self.handles += [
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -96,10 +114,11 @@ class Session:
             self.attention_before = self.model.config._attn_implementation
             self.model.set_attn_implementation("eager")
             for place, block in zip(self.places, self.moe.moe_blocks, strict=True):
-                for child in block.layer.children():
-                    self.handles.append(child.register_forward_hook(partial(_keep_attention, place)))
+                for child in attention_children(block.layer):
+                    self.handles.append(child.register_forward_hook(partial(self._keep_attention, place)))
 
     def detach(self) -> None:
+        vars(self.model).pop(BATCHES, None)
         for handle in self.handles:
             handle.remove()
         for experts, before in zip(self.experts, self.parallel_before, strict=True):
@@ -110,32 +129,41 @@ class Session:
                     experts.forward = wrapped.args[1]
         if self.attention_before is not None:
             self.model.set_attn_implementation(self.attention_before)
-        for place in self.places:
-            place.inputs = place.attention = None
         self.handles, self.now.tokens, self.attention_before = [], None, None
-        self.memories.clear()
+        self.now.attention.clear()
 
     # --- hooks, in the order in which they run -----------------------------------------------------------
 
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = named_arguments(decoder, args, kwargs)
         cache = cache_of(arguments)
-        memory = self.memories.get(cache) if self.rule.remembers and cache is not None else None
-        if memory is not None and not cache.get_seq_length():
-            memory = None  # the cache was reset
+        memory = memory_of(cache, self.memory_key) if self.rule.remembers else None
         last = arguments.get("logits_to_keep")
         last = last if isinstance(last, int) else 0
-        tokens = Tokens(real_tokens(arguments), {} if memory is None else memory, memory is not None, last)
+        tokens = Tokens(real_tokens(arguments), memory or {}, memory is not None, last)
+        if self.needs_sequences and is_paged(cache):
+            _refuse_batches(self.rule.name)
+        waits = self.rule.remembers or (self.needs_sequences and not tokens.is_step)  # for the device
+        if waits and cache is not None:
+            tokens.past = int(cache.get_seq_length())
+        if self.needs_sequences:
+            tokens.texts = packed_texts(arguments, bool(getattr(decoder.config, "use_cache", True)))
         self.now.tokens, self.now.is_running = tokens, True
-        if self.rule.counts_prompts and not self.rule.remembers and not (self.has_warned or tokens.is_step):
-            if past := 0 if cache is None else int(cache.get_seq_length()):
-                self.has_warned = True
-                log.warning(
-                    "%d tokens follow %d in the cache: %s counts the new ones alone as a prompt. A prompt in pieces, "
-                    "a draft model or a conversation whose cache is kept gives other text than one pass. With "
-                    "decode=True pieces of a prompt are counted together",
-                    *(tokens.shape[1], past, self.rule.name),
-                )
+        self.now.attention.clear()
+        if self.rule.counts_prompts and tokens.past and not (self.has_warned or tokens.is_continued):
+            self._warn_of_pieces(tokens)
+
+    def _warn_of_pieces(self, tokens: Tokens) -> None:
+        """Warns, once, of tokens that follow others that are not counted with them."""
+        self.has_warned = True
+        log.warning(
+            "%d tokens follow %d in the cache: %s counts the new ones alone as a prompt. A prompt in pieces, a draft "
+            "model or a conversation whose cache is kept gives other text than one pass. %s",
+            *(tokens.shape[1], tokens.past, self.rule.name),
+            "With `decode`, fill the cache while the rule is attached"
+            if self.rule.remembers
+            else "With decode=True pieces of a prompt are counted together",
+        )
 
     def _enter(self, layer: nn.Module, args: tuple) -> None:
         """For a block that runs without the decoder, as in `evaluate`: batches there have no padding."""
@@ -143,35 +171,63 @@ class Session:
         if not now.is_running and args and (now.tokens is None or tuple(args[0].shape[:2]) != now.tokens.shape):
             now.tokens = Tokens(torch.ones(args[0].shape[:2], dtype=torch.bool, device=args[0].device))
 
+    def _keep_attention(self, place: Place, module: nn.Module, args: tuple, output: Any) -> None:
+        """Attention returns (hidden, weights [B, heads, T, keys])."""
+        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
+            self.now.attention[place.index] = output[1]
+
     def _route(self, place: Place, routing: Routing, inputs: Tensor | None) -> Routing:
         ids, tokens = routing.ids, self.now.tokens.of_router(len(routing.ids))
         if tokens is None:
             raise ValueError(
                 f"the router of MoE block {place.index} got {len(ids)} tokens, and the model "
                 f"{' x '.join(map(str, self.now.tokens.shape))}: the sequence of each token is unknown, so no expert "
-                "can be skipped"
+                "can be skipped (a model that routes images apart from text skips in text alone): call it without the "
+                "rule, set_skipping(model, None)"
             )
         tokens.real = tokens.real.to(ids.device)  # blocks may be on different devices
         if self.rule.needs_attention:
-            if place.attention is None:
-                raise ValueError(
-                    f"MoE block {place.index} returns no attention weights, which the rule {self.rule.name} needs"
-                )
-            place.inputs = inputs
+            place = self._with_attention(place, inputs, tokens)
         logits = routing.logits[:, : self.report.num_experts[place.index]]  # ZAYA's router has one for skipping
-        decision = self.rule.decide(place, Routing(logits, ids, routing.weights), tokens)
+        decision = self._decide(place, Routing(logits, ids, routing.weights), tokens)
         self.report.add(place.index, tokens, decision)
-        place.inputs = place.attention = None
         return Routing(routing.logits, decision.ids, decision.weights)
+
+    def _with_attention(self, place: Place, inputs: Tensor | None, tokens: Tokens) -> Place:
+        """The place with its router's input and the attention weights of this pass."""
+        attention = self.now.attention.pop(place.index, None)
+        if attention is None or (attention.shape[0], attention.shape[2]) != tokens.shape:
+            raise ValueError(
+                f"MoE block {place.index} returns no attention weights, which the rule {self.rule.name} needs: use "
+                "EES, which needs none"
+            )
+        return replace(place, inputs=inputs, attention=attention)
+
+    def _decide(self, place: Place, routing: Routing, tokens: Tokens) -> Decision:
+        """The rule's decision; on rows of several texts, one text after another."""
+        if not tokens.texts:
+            return self.rule.decide(place, routing, tokens)
+        decisions = [
+            self.rule.decide(place.of_text(text, tokens.shape[1]), routing.of(text), tokens.of_text(text))
+            for text in tokens.texts
+        ]
+        kept = [decision.kept for decision in decisions if decision.kept is not None]
+        ids, weights = torch.cat([d.ids for d in decisions]), torch.cat([d.weights for d in decisions])
+        return Decision(ids, weights, torch.cat(kept) if kept else None)
 
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.now.is_running = False
         cache = getattr(output, CACHE, None)
-        if not self.rule.remembers or cache is None:
-            return
-        if cache not in self.memories:
-            _follow(cache, self.memories)
-        self.memories[cache] = self.now.tokens.memory
+        if self.rule.remembers and cache is not None:
+            remember(cache, self.memory_key, self.now.tokens.memory)
+
+
+def _refuse_batches(rule_name: str, *args: Any, **kwargs: Any) -> None:
+    """In the place of the method that starts continuous batching."""
+    raise ValueError(
+        f"this model skips experts by the tokens of each sequence (the rule {rule_name}), and a batch would mix those "
+        "of several requests: call generate, or set_skipping(model, None) before continuous batching"
+    )
 
 
 def _run_survivors(
@@ -206,10 +262,14 @@ def _run_survivors(
     return out
 
 
-def _keep_attention(place: Place, module: nn.Module, args: tuple, output: Any) -> None:
-    """Attention is the child of a layer that returns (hidden, weights [B, heads, T, keys])."""
-    if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
-        place.attention = output[1]
+def check_attention(blocks: list[Block], rule_name: str) -> None:
+    """Raises ValueError if the layer of an MoE block computes no attention weights."""
+    without = [str(i) for i, block in enumerate(blocks) if not attention_children(block.layer)]
+    if without:
+        raise ValueError(
+            f"the rule {rule_name} needs attention weights, and the layers of MoE blocks {', '.join(without)} compute "
+            "none (linear attention, or no attention at all): use EES, which needs none"
+        )
 
 
 def _check_can_skip(block: Block, dtype: torch.dtype) -> None:
@@ -230,38 +290,3 @@ def _check_can_skip(block: Block, dtype: torch.dtype) -> None:
             f"{type(experts).__name__} cannot skip a (token, expert) pair in its present implementation ({error}): "
             "try model.set_experts_implementation('grouped_mm')"
         ) from error
-
-
-def _follow(cache: Any, memories: weakref.WeakKeyDictionary[Any, Memory]) -> None:
-    """Keeps a memory in step with its cache: reordered beams, selected and repeated sequences, a reset."""
-    reference = weakref.ref(cache)
-
-    def wrap(method: str, change: Callable[..., Memory]) -> None:
-        original = getattr(type(cache), method)
-
-        @wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> None:
-            followed_cache = reference()
-            original(followed_cache, *args, **kwargs)
-            if followed_cache in memories:
-                memories[followed_cache] = change(memories[followed_cache], *args, **kwargs)
-
-        setattr(cache, method, wrapper)
-
-    def select(memory: Memory, indices: Tensor) -> Memory:
-        return {name: tensor.index_select(0, indices.to(tensor.device)) for name, tensor in memory.items()}
-
-    def repeat(memory: Memory, repeats: int) -> Memory:
-        return {name: tensor.repeat_interleave(repeats, 0) for name, tensor in memory.items()}
-
-    def refuse(memory: Memory, *_: Any) -> Memory:
-        raise ValueError(
-            "tokens were removed from the cache, but a rule with `decode` cannot remove them from its expert counts: "
-            "leave out `decode`, or the assistant model"
-        )
-
-    wrap("reorder_cache", select)
-    wrap("batch_select_indices", select)
-    wrap("batch_repeat_interleave", repeat)
-    wrap("reset", lambda memory: {})
-    wrap("crop", refuse)
