@@ -9,6 +9,7 @@ This module uses neither Lightning nor global random state.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from glob import glob
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from eacmoe_lightning.text.files import READ_FILES, Table, files_below, read_file, read_text
 from eacmoe_lightning.text.hub import INSTEAD, hub_name, is_dataset_directory, read_dataset
-from eacmoe_lightning.text.rows import Document, columns_of, columns_read, document_of
+from eacmoe_lightning.text.rows import Document, columns_of, columns_read, document_of, left_out
 from eacmoe_lightning.text.sampled import SELF
 from eacmoe_lightning.text.sources import (
     BUNDLED_TEXT,
@@ -167,6 +168,7 @@ def _row_documents(table: Table, column: str | None) -> Iterator[Document]:
         names = ", ".join(_short(name) for name in sorted(table.columns))
         raise ValueError(f"{table.name} has no column `{column or 'text'}`, only {names}{COLUMN_REMEDY}")
     num_rows = num_null = 0
+    unread: Counter[str] = Counter()
     try:
         for number, row in table.rows(None if chosen is None else columns_read(table.columns, chosen)):
             num_rows += 1
@@ -179,12 +181,18 @@ def _row_documents(table: Table, column: str | None) -> Iterator[Document]:
                 if columns is None:
                     raise ValueError(f"{where}: {_row_needs(row, column)}{COLUMN_REMEDY}")
                 document = document_of(row, columns, where)
+                unread.update(filter(None, [left_out(row, columns)]))
             num_null += document is None
             if document is not None:
                 yield document
     finally:
         if num_null:
             log.warning("%s: %d of %d rows are null and were skipped", table.name, num_null, num_rows)
+        for name, number in unread.items():
+            log.warning(
+                "%s: `%s` of %d of %d rows is neither text nor a list of texts and was left out of the questions",
+                *(table.name, name, number, num_rows),
+            )
 
 
 def _row_needs(row: object, column: str | None) -> str:
