@@ -386,6 +386,19 @@ def test_windows_that_repeat_are_counted(text_data, moe, tmp_path, caplog):
     assert re.search(r"\d+ of the 100 calibration windows repeat others", caplog.text)
 
 
+@pytest.mark.parametrize("layout", ["joined", "separate", "packed"])
+@pytest.mark.parametrize("part", ["", "[:100%]"])
+def test_rows_beside_many_blank_ones_are_joined_where_documents_are(text_data, tmp_path, caplog, layout, part):
+    rows = [{"text": f"document number {i}" if i % 6 else ""} for i in range(60)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = f"{tmp_path}/x.jsonl{part}"
+    data = text_data(calibration=source, num_windows=2, window_length=32, documents=layout, heldout=[])
+    text = data.tokens.decode(data.calibration_windows[0])
+    assert ("\n\n" in text) == (layout == "joined")
+    warning = f"{tmp_path}/x.jsonl: 10 of the first 60 rows are blank, so all rows are joined into one"
+    assert (warning in caplog.text) == (layout == "joined")
+
+
 @pytest.mark.parametrize("option", ["calibration", "heldout", "predict"])
 @pytest.mark.parametrize("source, message", [("", "names no source, but ''"), ("bundled:prose[60%:50%]", "60% to 50%")])
 def test_what_names_no_text_is_named_with_its_option(option, source, message):

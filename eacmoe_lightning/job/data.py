@@ -395,7 +395,7 @@ class TextWindows(L.LightningDataModule):
         tokenizer = self.tokens
         names = {"source": source, "option": f"--data.{number}"}
         try:
-            read = documents(source, self.column)
+            read = documents(source, self.column, joins_lines=options.get("layout", "joined") == "joined")
             return cut_windows(read, tokenizer, num, self.window_length, seed, **names, **options)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--data.{option}: {error}") from error

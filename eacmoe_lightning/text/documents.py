@@ -40,12 +40,13 @@ def read_documents(source: str, column: str | None = None) -> list[Document]:
     return list(documents(source, column))
 
 
-def documents(source: str, column: str | None = None) -> Iterator[Document]:
+def documents(source: str, column: str | None = None, *, joins_lines: bool = True) -> Iterator[Document]:
     """The non-empty documents of a source, in a fixed order, read as they are taken.
 
     Args:
         source: see text/sources.py.
         column: the column of the documents, or `QUESTION,ANSWER`, where the source names none.
+        joins_lines: the rows of a table with many blank ones are the lines of one document (see `_join_lines`).
 
     Raises:
         FileNotFoundError: there is no such bundled text, file, directory or data set.
@@ -54,7 +55,7 @@ def documents(source: str, column: str | None = None) -> Iterator[Document]:
     if not source.strip():
         raise ValueError(f"{source!r} is not a text source: {INSTEAD}")
     read = False
-    for document in _documents(source, column):
+    for document in _documents(source, column, joins_lines):
         if not isinstance(document, str) or document.strip():
             read = True
             yield document
@@ -62,12 +63,12 @@ def documents(source: str, column: str | None = None) -> Iterator[Document]:
         raise ValueError(f"{source} is empty: it holds no text; {INSTEAD}")
 
 
-def _documents(source: str, column: str | None) -> Iterator[Document]:
+def _documents(source: str, column: str | None, joins_lines: bool) -> Iterator[Document]:
     if SELF.fullmatch(source):
         raise ValueError(f"{source} is text that the model writes: only fit takes it, in --data.calibration")
     whole, start, stop = take_part(source)
     if whole != source:
-        yield from _part(read_documents(whole, column), start, stop)
+        yield from _part(list(documents(whole, column, joins_lines=joins_lines)), start, stop)
         return
     source, column = take_column(source, column)
     if source.startswith("bundled:"):
@@ -77,7 +78,8 @@ def _documents(source: str, column: str | None) -> Iterator[Document]:
         if isinstance(held, str):
             yield held
         else:
-            yield from _join_lines(_row_documents(held, column))
+            rows = _row_documents(held, column)
+            yield from _join_lines(rows, held.name) if joins_lines else rows
 
 
 def _part(documents: list[Document], start: Fraction, stop: Fraction) -> list[Document]:
@@ -205,7 +207,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 60 else f"{name[:60]}..."
 
 
-def _join_lines(rows: Iterable[Document]) -> Iterator[Document]:
+def _join_lines(rows: Iterable[Document], name: str) -> Iterator[Document]:
     """Rows as documents, or as the lines of one document.
 
     Data sets like wikitext hold one line per row, a third of them blank. If more than a tenth of the first rows are
@@ -216,6 +218,11 @@ def _join_lines(rows: Iterable[Document]) -> Iterator[Document]:
     first = list(islice(rows, LOOKAHEAD))
     num_blank = sum(isinstance(row, str) and not row.strip() for row in first)
     if num_blank * 10 > len(first) and all(isinstance(row, str) for row in first):
+        log.warning(
+            "%s: %d of the first %d rows are blank, so all rows are joined into one document, as the lines of wikitext "
+            "are: remove them, or calibrate with --data.documents separate or packed, to have a document per row",
+            *(name, num_blank, len(first)),
+        )
         yield "\n\n".join(chain(first, rows))
     else:
         yield from first
