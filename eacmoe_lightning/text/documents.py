@@ -17,7 +17,14 @@ from itertools import chain, islice
 from pathlib import Path
 
 from eacmoe_lightning.text.files import READ_FILES, Table, files_below, read_file, read_text
-from eacmoe_lightning.text.hub import INSTEAD, hub_name, is_dataset_directory, read_dataset
+from eacmoe_lightning.text.hub import (
+    INSTEAD,
+    hub_name,
+    is_dataset_directory,
+    is_declared_config,
+    read_dataset,
+    refuse_folder_of_saved,
+)
 from eacmoe_lightning.text.rows import Document, columns_of, columns_read, document_of, left_out
 from eacmoe_lightning.text.sampled import SELF
 from eacmoe_lightning.text.sources import (
@@ -120,6 +127,8 @@ def _read_path(source: str) -> Iterator[str | Table]:
     path = Path(source).expanduser()
     if is_pattern(source):
         yield from map(read_file, _matching(source))
+    elif is_declared_config(path):
+        yield read_dataset(str(path.parent), path.name, None, source)
     elif not path.exists():
         raise FileNotFoundError(f"{source} does not exist; {INSTEAD}")
     elif path.is_file():
@@ -127,6 +136,7 @@ def _read_path(source: str) -> Iterator[str | Table]:
     elif is_dataset_directory(path):
         yield read_dataset(str(path), None, None, source)
     else:
+        refuse_folder_of_saved(path, source)
         files = files_below(path)
         if not files:
             raise FileNotFoundError(f"{source} has no text files below it ({' '.join(READ_FILES)}); {INSTEAD}")
@@ -152,7 +162,9 @@ def _read_split(source: str) -> Table:
     match = SPLIT.search(source)
     name, split = (source[: match.start()], match["split"]) if match else (source, None)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_file():
+        raise ValueError(f"{source}: a file has no splits: pass {name}, or its directory with a split")
+    if path.is_dir() and not is_declared_config(path):
         name, config = str(path), None
     elif path.parent.is_dir() and path.parent != Path():
         name, config = str(path.parent), path.name

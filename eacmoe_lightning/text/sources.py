@@ -8,6 +8,7 @@ A *source* is a string:
   compressed (.gz), or a directory: all such files below it, sorted by path;
 - `PATTERN`: a path with `*`, `?`, `[...]` or `**` (any number of directories): the files that match, sorted by path;
 - `DIRECTORY[/CONFIG][:SPLIT]`: a split of a data set stored on this machine, in the hub's layout or by `save_to_disk`;
+  a config that its README.md declares has the files that it says, whatever lies in the folder of that name;
 - `[OWNER/]NAME[/CONFIG][:SPLIT]`: a data set of the Hugging Face hub; SPLIT defaults to `train`
   and may be a slice (`train[:1%]`).
 
