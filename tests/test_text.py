@@ -658,6 +658,30 @@ def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, caplog):
     assert "b.jsonl.zst is not read, nor other files of its kind (1)" in caplog.text
 
 
+def test_a_column_stands_before_or_after_a_part(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"body": f"line {i}\n" * 10}) for i in range(4)))
+    half = read_documents(f"{path}#body[:50%]")
+    assert "".join(half) == "".join(read_documents(str(path), "body")[:2])
+    assert read_documents(f"{path}[:50%]#body") == half
+    assert read_documents(f"{path}[25%:50%]#body") == read_documents(f"{path}#body[25%:50%]") == half[1:]
+    with pytest.raises(ValueError, match="60% to 50% is not a part"):
+        name_sources(f"{path}[60%:50%]#body")
+    (tmp_path / "y.txt[:50%]#body").write_text("a file of that name")
+    assert read_documents(f"{tmp_path}/y.txt[:50%]#body") == ["a file of that name"]
+    datasets.DatasetDict(train=datasets.Dataset.from_dict({"body": ["one", "two"]})).save_to_disk(tmp_path / "set")
+    assert read_documents(f"{tmp_path}/set:train[:50%]#body") == ["one"]
+
+
+def test_a_file_has_no_splits(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}')
+    for split in ("train", "train[:50%]"):
+        with pytest.raises(
+            ValueError, match=f"{tmp_path}/x.jsonl:train.*: a file has no splits: pass {tmp_path}/x.jsonl,"
+        ):
+            read_documents(f"{tmp_path}/x.jsonl:{split}")
+
+
 def test_a_text_of_one_line_is_cut_between_words(tmp_path):
     (tmp_path / "a.txt").write_text("one two three four")
     parts = [read_documents(f"{tmp_path / 'a.txt'}[{part}]")[0] for part in (":50%", "50%:")]
