@@ -94,7 +94,9 @@ def answers(tokenizer, messages: list[dict], **row) -> list[str]:
         {"messages": TALK, "id": 3},
         {"conversations": TALK},
         {"conversations": [{"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in TALK]},
+        {"conversations": [{"from": {"user": "human"}.get(m["role"], "gpt"), "text": m["content"]} for m in TALK]},
         {"conversation": TALK},
+        {"prompt": json.dumps(TALK[:3]), "completion": json.dumps(TALK[3:])},
         {"messages": [{**m, "role": {"user": "Human"}.get(m["role"], "Assistant")} for m in TALK]},
         {"prompt": TALK[:3], "completion": TALK[3:]},
         {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in TALK]},
@@ -124,6 +126,8 @@ def test_turns_in_the_forms_that_data_sets_have(tmp_path, row, kind):
         (ALPACA, "Add the numbers.\n\n2 2", "4"),
         ({"instruction": "a", "input": "", "output": "b"}, "a", "b"),
         ({"input": "a", "output": "b"}, "a", "b"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "a\n\n3", "b"),
+        ({"instruction": "sort", "output": '[{"a": 1}, {"a": 2}]'}, "sort", '[{"a": 1}, {"a": 2}]'),
     ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -133,6 +137,51 @@ def test_a_question_and_its_answer_in_two_columns(tmp_path, row, question, answe
     rows.to_json(path) if kind == "jsonl" else rows.to_csv(path)
     (conversation,) = read_documents(str(path))
     assert [(m["role"], m["content"]) for m in conversation.messages] == [("user", question), ("assistant", answer)]
+
+
+def test_what_stands_beside_a_question_is_text_or_left_out(tmp_path, caplog):
+    """HotpotQA has titles and sentences there."""
+    contexts = [["one", "two"], {"title": ["t"], "sentences": [["one", "two"]]}, "three", None]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"question": "a", "answer": "b", "context": c}) for c in contexts))
+    questions = [conversation.messages[0]["content"] for conversation in read_documents(str(path))]
+    assert questions == ["a\n\none\n\ntwo", "a", "a\n\nthree", "a"]
+    assert f"{path}: `context` of 1 of 4 rows is neither text nor a list of texts" in caplog.text
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_an_answer_that_holds_the_whole_conversation_is_taken_alone(tmp_path, system):
+    """As preference data has it: UltraFeedback's prompt is a text, others' are turns."""
+    rows = [
+        {"prompt": TALK[0]["content"], "chosen": system + TALK[:2], "rejected": []},
+        {"prompt": system + TALK[:1], "chosen": TALK[:2]},
+        {"prompt": system + TALK[:1], "chosen": TALK[1:2]},
+        {"prompt": system + TALK[:1], "chosen": TALK[1]["content"]},
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = [conversation.messages for conversation in read_documents(str(tmp_path / "x.jsonl"), "prompt,chosen")]
+    assert read == [system + TALK[:2]] * 4
+
+
+@pytest.mark.parametrize("column", ["chosen", "dialog", "text"])
+@pytest.mark.parametrize("written", [json.dumps, str])
+def test_turns_in_the_text_of_any_column(tmp_path, column, written):
+    texts = [written(TALK), written([{"role": "admin", "content": "all"}]), '[{"role": "user", "content":', "[1, 2]"]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({column: text}) for text in texts))
+    conversation, *rest = read_documents(str(tmp_path / "x.jsonl"), column)
+    assert conversation.messages == TALK and rest == texts[1:]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+def test_arguments_of_tools_do_not_get_the_fields_of_others(tmp_path, kind):
+    """A table gives all dicts of a column the same fields, and nulls where a row has none."""
+    calls = [{"type": "function", "function": {"name": "f", "arguments": a}} for a in ({"city": "x"}, {"n": [1]})]
+    rows = [{"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}]} for call in calls]
+    rows = datasets.Dataset.from_list(rows)
+    place = tmp_path / f"x.{kind}"
+    {"jsonl": rows.to_json, "parquet": rows.to_parquet, "saved": rows.save_to_disk}[kind](place)
+    read = [conversation.messages[1] for conversation in read_documents(str(place))]
+    assert read == [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls]
 
 
 def test_a_system_prompt_and_tools_beside_the_turns(tmp_path):
@@ -222,6 +271,20 @@ def test_parts_of_conversations_are_whole_conversations(tmp_path):
         ({"messages": [{"from": "narrator", "value": "x"}]}, "line 1, turn 1 of `messages` needs a string in `role`"),
         ({"messages": [{"role": None, "text": "x"}]}, "but `from` is None and the fields are ['text']"),
         ({"messages": ["hello"]}, "line 1, turn 1 of `messages` is str, not a dict"),
+        (
+            {"messages": [{"role": "user", "message": "x"}]},
+            "turn 1 of `messages` has no `content`, but the fields message",
+        ),
+        ({"messages": [{"role": "model", "parts": [{"text": "x"}]}]}, "has no `content`, but the fields parts, role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "content": "x"}]}]},
+            "but the fields content, type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": None}]},
+            "2 turns say nothing",
+        ),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}, {}]}]}, "has a part without a string in `text`"),
         ({"messages": [{"role": "user", "content": 3}]}, "its content is int, not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has parts of type image: only text"),
         ({"messages": "user: hello"}, None),  # plain text in a column of that name

@@ -380,10 +380,51 @@ def test_bad_shares(text_data, options, message):
         text_data(**options)
 
 
+@pytest.mark.parametrize("shares", [None, {"big": 3, "small": 1}, {"big": 1, "small": 1.7}])
+def test_what_a_mixture_needs_less_of_is_its_total_or_a_share(text_data, tmp_path, shares):
+    (tmp_path / "small.txt").write_text("one two three four five six seven eight nine ten. " * 8)
+    options = {"calibration": {"big": "bundled:prose", "small": str(tmp_path / "small.txt")}, "shares": shares}
+    with pytest.raises(
+        ValueError, match=r"its share of --data.num_windows.*a smaller share \(--data.shares\)"
+    ) as error:
+        text_data(num_windows=100, **options).setup("fit")
+    available, total = map(
+        int, re.search(r"make (\d+) windows .* --data.num_windows=(\d+),", str(error.value)).groups()
+    )
+    data = text_data(num_windows=total, **options)
+    data.setup("fit")
+    assert available - 1 <= data.windows_by_text["small"] <= available
+
+
+def test_no_calibration_text_is_not_the_held_out_ones():
+    with pytest.raises(ValueError, match="--data.calibration is null: pass one or more sources"):
+        TextWindows(calibration=None)
+
+
+@pytest.mark.parametrize("sources", [{"a": 3}, [3], 3, {"a": None}, ["bundled:prose", ["bundled:code"]]])
+def test_sources_that_are_no_strings_are_refused(sources):
+    for option in ("calibration", "heldout"):
+        with pytest.raises(ValueError, match=f"--data.{option}: a source is a string, but .* is (int|NoneType|list)"):
+            TextWindows(**{option: sources})
+
+
 def test_windows_that_repeat_are_counted(text_data, moe, tmp_path, caplog):
     (tmp_path / "again.txt").write_text("All work and no play makes Jack a dull boy. " * 200)
     text_data(calibration=str(tmp_path / "again.txt"), num_windows=100).check_model(moe, "fit")
     assert re.search(r"\d+ of the 100 calibration windows repeat others", caplog.text)
+
+
+@pytest.mark.parametrize("layout", ["joined", "separate", "packed"])
+@pytest.mark.parametrize("part", ["", "[:100%]"])
+def test_rows_beside_many_blank_ones_are_joined_where_documents_are(text_data, tmp_path, caplog, layout, part):
+    rows = [{"text": f"document number {i}" if i % 6 else ""} for i in range(60)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = f"{tmp_path}/x.jsonl{part}"
+    data = text_data(calibration=source, num_windows=2, window_length=32, documents=layout, heldout=[])
+    text = data.tokens.decode(data.calibration_windows[0])
+    assert ("\n\n" in text) == (layout == "joined")
+    warning = f"{tmp_path}/x.jsonl: 10 of the first 60 rows are blank, so all rows are joined into one"
+    assert (warning in caplog.text) == (layout == "joined")
 
 
 @pytest.mark.parametrize("option", ["calibration", "heldout", "predict"])

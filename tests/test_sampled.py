@@ -465,6 +465,33 @@ def test_another_original_writes(tiny_model_dir, tmp_path):
     assert torch.equal(itself, written(texts_of(model, tmp_path / "run", "self"))) and not torch.equal(other, itself)
 
 
+@pytest.mark.parametrize("rows", [4096, 4160])
+@pytest.mark.parametrize("change", [None, "ids", "merges", "none"])
+def test_a_writer_has_the_same_tokenizer_whatever_the_rows_of_its_embedding(tiny_model_dir, tmp_path, change, rows):
+    model, other = tiny_model_dir("mixtral"), tmp_path / "other"
+    shutil.copytree(model, other)
+    config = json.loads((model / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    stored = json.loads((model / "tokenizer.json").read_text())
+    words, message = stored["model"]["vocab"], None
+    if change == "ids":
+        words["e"], words["t"] = words["t"], words["e"]
+        message = f"{other} does not write the tokens of {model}: .* has the id .* in {other}: sample from"
+    elif change == "merges":
+        stored["model"]["merges"], message = stored["model"]["merges"][:-1500], "it cuts text into other tokens: sample"
+    (other / "tokenizer.json").write_text(json.dumps(stored))
+    if change == "none":
+        for path in other.glob("*token*"):
+            path.unlink()
+        message = None if rows == 4096 else "other has 4160 tokens and .* has 4096"
+    texts = texts_of(model, tmp_path / "run", f"self:{other}")
+    if message is None:
+        texts.check()
+    else:
+        with pytest.raises(ValueError, match=message):
+            texts.check()
+
+
 def test_writers_that_cannot_are_refused_before_the_start(tiny_model_dir, tmp_path, monkeypatch):
     model = tiny_model_dir("mixtral")
     with pytest.raises(
@@ -477,8 +504,8 @@ def test_writers_that_cannot_are_refused_before_the_start(tiny_model_dir, tmp_pa
         texts_of(model, tmp_path, "self", sample_start="chat").check()
     config = json.loads((model / "config.json").read_text())
     other = shutil.copytree(model, tmp_path / "other")
-    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 5000}))
-    with pytest.raises(ValueError, match="other has 5000 tokens and .* has 4096: sample from a model with the same"):
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 3000}))
+    with pytest.raises(ValueError, match="other has 3000 tokens and .* has 4096: sample from a model with the same"):
         texts_of(model, tmp_path / "run", f"self:{other}").check()
     monkeypatch.setattr(checks, "available_memory", lambda _: 1000)
     with pytest.raises(ValueError, match=r"the whole model is in memory: .* GB, but 0.0 GB .*self:RUN.*self:URL"):

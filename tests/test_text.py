@@ -3,6 +3,9 @@
 import gzip
 import json
 import logging
+import lzma
+import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -500,6 +503,96 @@ def test_folders_of_save_to_disk(tmp_path):
         read_documents(f"{tmp_path}/dict:dev")
 
 
+def test_a_part_of_a_data_set_that_is_saved_alone(tmp_path):
+    """`datasets` calls it `train[:50%]` or `train+test`, which no split that one asks for is called."""
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("one", "two", "three", "four")))
+    files = {"train": str(tmp_path / "x.jsonl"), "test": str(tmp_path / "x.jsonl")}
+    for split, texts in (("train[:50%]", ["one", "two"]), ("test[3:]+train[:1]", ["four", "one"])):
+        rows = datasets.load_dataset("json", data_files=files, split=split, cache_dir=tmp_path / "cache")
+        rows.save_to_disk(tmp_path / split)
+        name = split.partition("[")[0]
+        (tmp_path / split).rename(tmp_path / "saved")
+        for source in (f"{tmp_path}/saved", f"{tmp_path}/saved:{name}"):
+            assert read_documents(source) == texts
+        shutil.rmtree(tmp_path / "saved")
+
+
+def test_data_sets_without_rows_say_so(tmp_path):
+    rows, none = datasets.Dataset.from_dict({"text": ["one"]}), datasets.Dataset.from_dict({"text": []})
+    none.save_to_disk(tmp_path / "alone")
+    datasets.DatasetDict(train=rows, test=none).save_to_disk(tmp_path / "dict")
+    assert read_documents(f"{tmp_path}/dict:train") == ["one"]
+    for source in ("alone", "alone:train", "dict:test", "dict:train[:0]"):
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/{source} (") + ".*it has no rows"):
+            read_documents(f"{tmp_path}/{source}")
+    (tmp_path / "hub").mkdir()
+    none.to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="/hub:train is empty: it holds no text"):
+        read_documents(f"{tmp_path}/hub:train")
+
+
+def test_a_folder_of_saved_data_sets_asks_for_one_of_them(tmp_path):
+    for name in ("en", "de"):
+        datasets.Dataset.from_dict({"text": [name]}).save_to_disk(tmp_path / "many" / name)
+    for source in (f"{tmp_path}/many", f"{tmp_path}/many:train"):
+        with pytest.raises(ValueError, match=f"{source} is a folder of data sets .*, such as {tmp_path}/many/de"):
+            read_documents(source)
+
+
+DAMAGED = {
+    "truncated.jsonl.gz": (gzip.compress(random.Random(0).randbytes(100_000))[:50_000], "EOFError: Compressed file"),
+    "no.jsonl.gz": (b"not compressed", "BadGzipFile: Not a gzipped file"),
+    "no.jsonl.xz": (b"not compressed", "LZMAError: Input format not supported"),
+    "empty.jsonl": (b"", "a file has no rows"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_of_a_data_set_are_blamed_on_it(tmp_path, name):
+    content, message = DAMAGED[name]
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl*'\n---\n")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}:train: the data set") + f".*cannot be read.*{message}"):
+        read_documents(f"{tmp_path}:train")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} (data set") + f".*{message.rpartition(': ')[2]}"):
+        read_documents(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "card, message",
+    [
+        ("license: mit\nconfigs: [", "ParserError: while parsing a flow node expected .*, but found"),
+        (
+            "dataset_info:\n  features:\n  - name: text\n    sequence: int64\n  splits:\n  - name: train\n",
+            "TypeError: Couldn't cast array of type string to",
+        ),
+    ],
+)
+@pytest.mark.parametrize("split", ["", ":train"])
+def test_a_card_that_does_not_fit_the_files_is_blamed(tmp_path, card, message, split):
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}')
+    with pytest.raises(ValueError) as error:
+        read_documents(f"{tmp_path}{split}")
+    assert re.match(re.escape(f"{tmp_path}{split}: the data set ") + ".*cannot be read .*" + message, str(error.value))
+    assert "README.md" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_that_the_card_declares_is_not_the_folder_of_its_name(tmp_path):
+    config = {"config_name": "en", "data_files": [{"split": "train", "path": "en/clean.jsonl.xz"}]}
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps([config])}\n---\n")
+    (tmp_path / "en").mkdir()
+    (tmp_path / "en" / "clean.jsonl.xz").write_bytes(lzma.compress(b'{"text": "one"}'))
+    for source in (f"{tmp_path}/en", f"{tmp_path}/en:train", f"{tmp_path}/en:train[:1]", str(tmp_path)):
+        assert read_documents(source) == ["one"]
+    (tmp_path / "en" / "raw.jsonl").write_text('{"text": "two"}')
+    assert read_documents(f"{tmp_path}/en") == read_documents(f"{tmp_path}/en:train") == ["one"]
+    config["data_files"].append({"split": "test", "path": "en/raw.jsonl"})
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps([config])}\n---\n")
+    with pytest.raises(ValueError, match=f"it has the splits train, test: pass {tmp_path}/en:train"):
+        read_documents(f"{tmp_path}/en")
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
 def test_a_data_set_is_read_by_rows_without_a_copy_in_the_cache(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -563,6 +656,30 @@ def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, caplog):
     (tmp_path / "b.jsonl.zst").write_bytes(b"packed")
     assert read_documents(str(tmp_path)) == ["text"]
     assert "b.jsonl.zst is not read, nor other files of its kind (1)" in caplog.text
+
+
+def test_a_column_stands_before_or_after_a_part(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"body": f"line {i}\n" * 10}) for i in range(4)))
+    half = read_documents(f"{path}#body[:50%]")
+    assert "".join(half) == "".join(read_documents(str(path), "body")[:2])
+    assert read_documents(f"{path}[:50%]#body") == half
+    assert read_documents(f"{path}[25%:50%]#body") == read_documents(f"{path}#body[25%:50%]") == half[1:]
+    with pytest.raises(ValueError, match="60% to 50% is not a part"):
+        name_sources(f"{path}[60%:50%]#body")
+    (tmp_path / "y.txt[:50%]#body").write_text("a file of that name")
+    assert read_documents(f"{tmp_path}/y.txt[:50%]#body") == ["a file of that name"]
+    datasets.DatasetDict(train=datasets.Dataset.from_dict({"body": ["one", "two"]})).save_to_disk(tmp_path / "set")
+    assert read_documents(f"{tmp_path}/set:train[:50%]#body") == ["one"]
+
+
+def test_a_file_has_no_splits(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}')
+    for split in ("train", "train[:50%]"):
+        with pytest.raises(
+            ValueError, match=f"{tmp_path}/x.jsonl:train.*: a file has no splits: pass {tmp_path}/x.jsonl,"
+        ):
+            read_documents(f"{tmp_path}/x.jsonl:{split}")
 
 
 def test_a_text_of_one_line_is_cut_between_words(tmp_path):

@@ -105,6 +105,10 @@ class TextWindows(L.LightningDataModule):
         separate: bool | None = None,
     ):
         super().__init__()
+        if calibration is None:  # of held-out texts None means all that are bundled
+            raise ValueError(
+                "--data.calibration is null: pass one or more sources, or leave it out (bundled:calibration)"
+            )
         if separate is not None:
             raise ValueError(
                 f"--data.separate={separate} was replaced: pass --data.documents {'separate' if separate else 'joined'}"
@@ -125,7 +129,7 @@ class TextWindows(L.LightningDataModule):
         for name, source in self.calibration_texts.items():
             if (sampled := sampled_source(source)) is not None:
                 self.sampled_texts[name] = sampled
-        self.windows_by_text = self._numbers(shares)
+        self.share_by_text, self.windows_by_text = self._numbers(shares)
         self.holds_back: Callable[[int], bool] = lambda epoch: False  # which epochs leave them out; the module says it
         self._sampled: dict[str, Windows] = {}
 
@@ -177,8 +181,8 @@ class TextWindows(L.LightningDataModule):
         """Names of the held-out texts, in the order of their data loaders."""
         return list(self.heldout)
 
-    def _numbers(self, shares: dict[str, float] | None) -> dict[str, int]:
-        """The number of windows of each calibration text."""
+    def _numbers(self, shares: dict[str, float] | None) -> tuple[dict[str, float], dict[str, int]]:
+        """The share of each calibration text that has no number of its own, and the number of windows of each."""
         fixed = {name: source.num for name, source in self.sampled_texts.items() if source.num is not None}
         if both := fixed.keys() & (shares or {}):
             name = min(both)
@@ -188,7 +192,9 @@ class TextWindows(L.LightningDataModule):
             )
         sharing = [name for name in self.calibration_texts if name not in fixed]
         shared = split_windows(self.num_windows, sharing, shares) if sharing or shares else {}
-        return {name: (fixed | shared)[name] for name in self.calibration_texts}
+        shares = shares or dict.fromkeys(sharing, 1.0)
+        parts = {name: shares[name] / sum(shares.values()) for name in sharing}
+        return parts, {name: (fixed | shared)[name] for name in self.calibration_texts}
 
     @property
     def num_calibration_windows(self) -> int:
@@ -201,7 +207,7 @@ class TextWindows(L.LightningDataModule):
         return {
             name: self._windows(
                 "calibration", source, "num_windows", self.windows_by_text[name], self.seed,
-                answers_only=self.answers_only, layout=self.documents,
+                answers_only=self.answers_only, layout=self.documents, share=self.share_by_text[name],
             )
             for name, source in self.calibration_texts.items() if name not in self.sampled_texts
         }  # fmt: skip
@@ -395,7 +401,7 @@ class TextWindows(L.LightningDataModule):
         tokenizer = self.tokens
         names = {"source": source, "option": f"--data.{number}"}
         try:
-            read = documents(source, self.column)
+            read = documents(source, self.column, joins_lines=options.get("layout", "joined") == "joined")
             return cut_windows(read, tokenizer, num, self.window_length, seed, **names, **options)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--data.{option}: {error}") from error

@@ -31,6 +31,7 @@ from eacmoe_lightning.run.files import read_tensors, write_json, write_tensors
 from eacmoe_lightning.run.memory import return_free_memory
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.answers import REQUESTS, ask, enough, pack
+from eacmoe_lightning.text.checks import tokenizer_difference
 from eacmoe_lightning.text.languages import languages, scripts
 from eacmoe_lightning.text.openings import PROMPTS, Openings, openings
 from eacmoe_lightning.text.sampled import FORMS, SampledSource, sampled_source
@@ -89,7 +90,7 @@ class SampledTexts:
             elif source.model is None:
                 check_sampling(self.moe, self._batch(name), self.data.window_length)
             else:
-                self._open(source)
+                self._refuse_other_tokens(source)
 
     def prepare(self, continues: bool) -> None:
         """Drops what another recipe left in the directory; for the first process, which holds the run's lock.
@@ -236,19 +237,28 @@ class SampledTexts:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it has other tokens than the original.
+            ValueError: its files are no model.
         """
         try:
             opened = open_model(Path(source.model).expanduser(), self.dtype, OPTION, self.trust_remote_code)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{OPTION}: nothing can sample at {source.model!r}: {error}; {FORMS}") from error
-        rows = opened.weights.skeleton().config.get_text_config().vocab_size
-        if rows != self.moe.config.vocab_size:
-            raise ValueError(
-                f"{OPTION}: {source.model} has {rows} tokens and {self.original} has {self.moe.config.vocab_size}: "
-                "sample from a model with the same tokenizer, such as a compressed directory of this original"
-            )
         return opened
+
+    def _refuse_other_tokens(self, source: SampledSource) -> None:
+        """Raises ValueError if the model of `self:PATH` has other tokens than the original; it may have more rows."""
+        opened = self._open(source)
+        rows, needed = opened.weights.skeleton().config.get_text_config().vocab_size, self.moe.config.vocab_size
+        own, what = opened.tokenizer, None
+        if rows < self._num_ids or (own is None and rows != needed):
+            what = f"{source.model} has {rows} tokens and {self.original} has {needed}"
+        elif own is not None:
+            what = tokenizer_difference(self.data.tokens, own, f"in {source.model}", self._num_ids)
+        if what is not None:
+            raise ValueError(
+                f"{OPTION}: {source.model} does not write the tokens of {self.original}: {what}: sample from a model "
+                "with the same tokenizer, such as a compressed directory of this original"
+            )
 
     # --- from a server ----------------------------------------------------------------------------------------
 

@@ -114,16 +114,31 @@ def refuse_other_tokenizer(given: PreTrainedTokenizerBase, own: PreTrainedTokeni
         own: the one beside the compressed model.
         model: the compressed model, for the message.
     """
+    if what := tokenizer_difference(given, own, "beside the compressed model"):
+        raise ValueError(
+            f"the original's tokenizer (--model.name_or_path) is not the one that {model} was made with: {what}. Pass "
+            "a directory with the files that the tokenizer had then"
+        )
+
+
+def tokenizer_difference(
+    given: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, place: str, num_ids: int | None = None
+) -> str | None:
+    """How a tokenizer differs from another; None if it has all of its tokens and cuts text into the same ones.
+
+    Args:
+        given: the tokenizer.
+        own: the other.
+        place: where that lies, for the message.
+        num_ids: tokens from here on are not compared, nor those that are put around a text; None compares all.
+    """
     ids, known = given.get_vocab(), own.get_vocab()
-    token = min((token for token in known if ids.get(token) != known[token]), key=known.__getitem__, default=None)
-    if token is not None:
-        what = f"{token!r} has the id {ids.get(token)} there, and {known[token]} beside the compressed model"
-    else:
-        texts = [read_documents(f"bundled:{name}")[0][:5000] for name in heldout_names()]
-        if given(texts)["input_ids"] == own(texts)["input_ids"]:
-            return
-        what = "it cuts text into other tokens"
-    raise ValueError(
-        f"the original's tokenizer (--model.name_or_path) is not the one that {model} was made with: {what}. Pass a "
-        "directory with the files that the tokenizer had then"
+    others = (
+        token for token, number in known.items() if ids.get(token) != number and (num_ids is None or number < num_ids)
     )
+    token = min(others, key=known.__getitem__, default=None)
+    if token is not None:
+        return f"{token!r} has the id {ids.get(token)} there, and {known[token]} {place}"
+    texts = [read_documents(f"bundled:{name}")[0][:5000] for name in heldout_names()]
+    cut = [tokenizer(texts, add_special_tokens=num_ids is None)["input_ids"] for tokenizer in (given, own)]
+    return None if cut[0] == cut[1] else "it cuts text into other tokens"

@@ -9,6 +9,7 @@ This module uses neither Lightning nor global random state.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from glob import glob
@@ -16,8 +17,15 @@ from itertools import chain, islice
 from pathlib import Path
 
 from eacmoe_lightning.text.files import READ_FILES, Table, files_below, read_file, read_text
-from eacmoe_lightning.text.hub import INSTEAD, hub_name, is_dataset_directory, read_dataset
-from eacmoe_lightning.text.rows import Document, columns_of, columns_read, document_of
+from eacmoe_lightning.text.hub import (
+    INSTEAD,
+    hub_name,
+    is_dataset_directory,
+    is_declared_config,
+    read_dataset,
+    refuse_folder_of_saved,
+)
+from eacmoe_lightning.text.rows import Document, columns_of, columns_read, document_of, left_out
 from eacmoe_lightning.text.sampled import SELF
 from eacmoe_lightning.text.sources import (
     BUNDLED_TEXT,
@@ -39,12 +47,13 @@ def read_documents(source: str, column: str | None = None) -> list[Document]:
     return list(documents(source, column))
 
 
-def documents(source: str, column: str | None = None) -> Iterator[Document]:
+def documents(source: str, column: str | None = None, *, joins_lines: bool = True) -> Iterator[Document]:
     """The non-empty documents of a source, in a fixed order, read as they are taken.
 
     Args:
         source: see text/sources.py.
         column: the column of the documents, or `QUESTION,ANSWER`, where the source names none.
+        joins_lines: the rows of a table with many blank ones are the lines of one document (see `_join_lines`).
 
     Raises:
         FileNotFoundError: there is no such bundled text, file, directory or data set.
@@ -53,7 +62,7 @@ def documents(source: str, column: str | None = None) -> Iterator[Document]:
     if not source.strip():
         raise ValueError(f"{source!r} is not a text source: {INSTEAD}")
     read = False
-    for document in _documents(source, column):
+    for document in _documents(source, column, joins_lines):
         if not isinstance(document, str) or document.strip():
             read = True
             yield document
@@ -61,12 +70,12 @@ def documents(source: str, column: str | None = None) -> Iterator[Document]:
         raise ValueError(f"{source} is empty: it holds no text; {INSTEAD}")
 
 
-def _documents(source: str, column: str | None) -> Iterator[Document]:
+def _documents(source: str, column: str | None, joins_lines: bool) -> Iterator[Document]:
     if SELF.fullmatch(source):
         raise ValueError(f"{source} is text that the model writes: only fit takes it, in --data.calibration")
     whole, start, stop = take_part(source)
     if whole != source:
-        yield from _part(read_documents(whole, column), start, stop)
+        yield from _part(list(documents(whole, column, joins_lines=joins_lines)), start, stop)
         return
     source, column = take_column(source, column)
     if source.startswith("bundled:"):
@@ -76,7 +85,8 @@ def _documents(source: str, column: str | None) -> Iterator[Document]:
         if isinstance(held, str):
             yield held
         else:
-            yield from _join_lines(_row_documents(held, column))
+            rows = _row_documents(held, column)
+            yield from _join_lines(rows, held.name) if joins_lines else rows
 
 
 def _part(documents: list[Document], start: Fraction, stop: Fraction) -> list[Document]:
@@ -117,6 +127,8 @@ def _read_path(source: str) -> Iterator[str | Table]:
     path = Path(source).expanduser()
     if is_pattern(source):
         yield from map(read_file, _matching(source))
+    elif is_declared_config(path):
+        yield read_dataset(str(path.parent), path.name, None, source)
     elif not path.exists():
         raise FileNotFoundError(f"{source} does not exist; {INSTEAD}")
     elif path.is_file():
@@ -124,6 +136,7 @@ def _read_path(source: str) -> Iterator[str | Table]:
     elif is_dataset_directory(path):
         yield read_dataset(str(path), None, None, source)
     else:
+        refuse_folder_of_saved(path, source)
         files = files_below(path)
         if not files:
             raise FileNotFoundError(f"{source} has no text files below it ({' '.join(READ_FILES)}); {INSTEAD}")
@@ -149,7 +162,9 @@ def _read_split(source: str) -> Table:
     match = SPLIT.search(source)
     name, split = (source[: match.start()], match["split"]) if match else (source, None)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_file():
+        raise ValueError(f"{source}: a file has no splits: pass {name}, or its directory with a split")
+    if path.is_dir() and not is_declared_config(path):
         name, config = str(path), None
     elif path.parent.is_dir() and path.parent != Path():
         name, config = str(path.parent), path.name
@@ -167,6 +182,7 @@ def _row_documents(table: Table, column: str | None) -> Iterator[Document]:
         names = ", ".join(_short(name) for name in sorted(table.columns))
         raise ValueError(f"{table.name} has no column `{column or 'text'}`, only {names}{COLUMN_REMEDY}")
     num_rows = num_null = 0
+    unread: Counter[str] = Counter()
     try:
         for number, row in table.rows(None if chosen is None else columns_read(table.columns, chosen)):
             num_rows += 1
@@ -179,12 +195,18 @@ def _row_documents(table: Table, column: str | None) -> Iterator[Document]:
                 if columns is None:
                     raise ValueError(f"{where}: {_row_needs(row, column)}{COLUMN_REMEDY}")
                 document = document_of(row, columns, where)
+                unread.update(filter(None, [left_out(row, columns)]))
             num_null += document is None
             if document is not None:
                 yield document
     finally:
         if num_null:
             log.warning("%s: %d of %d rows are null and were skipped", table.name, num_null, num_rows)
+        for name, number in unread.items():
+            log.warning(
+                "%s: `%s` of %d of %d rows is neither text nor a list of texts and was left out of the questions",
+                *(table.name, name, number, num_rows),
+            )
 
 
 def _row_needs(row: object, column: str | None) -> str:
@@ -197,7 +219,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 60 else f"{name[:60]}..."
 
 
-def _join_lines(rows: Iterable[Document]) -> Iterator[Document]:
+def _join_lines(rows: Iterable[Document], name: str) -> Iterator[Document]:
     """Rows as documents, or as the lines of one document.
 
     Data sets like wikitext hold one line per row, a third of them blank. If more than a tenth of the first rows are
@@ -208,6 +230,11 @@ def _join_lines(rows: Iterable[Document]) -> Iterator[Document]:
     first = list(islice(rows, LOOKAHEAD))
     num_blank = sum(isinstance(row, str) and not row.strip() for row in first)
     if num_blank * 10 > len(first) and all(isinstance(row, str) for row in first):
+        log.warning(
+            "%s: %d of the first %d rows are blank, so all rows are joined into one document, as the lines of wikitext "
+            "are: remove them, or calibrate with --data.documents separate or packed, to have a document per row",
+            *(name, num_blank, len(first)),
+        )
         yield "\n\n".join(chain(first, rows))
     else:
         yield from first

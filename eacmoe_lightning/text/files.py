@@ -102,7 +102,7 @@ def files_below(folder: Path) -> list[Path]:
 
     A README.md is text if it is one of several Markdown files, or the only file.
     """
-    below = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path.relative_to(folder)) and path.is_file()]
+    below = [path for path in sorted(folder.rglob("*")) if not is_hidden(path.relative_to(folder)) and path.is_file()]
     files = [path for path in below if is_text_file(path.name)]
     if files and (unread := [path for path in below if path.suffix.lower() in (*OTHER_ARCHIVES, ".arrow")]):
         log.warning("%s is not read, nor other files of its kind (%d): unpack or convert them", unread[0], len(unread))
@@ -115,16 +115,19 @@ def files_below(folder: Path) -> list[Path]:
     return [path for path in files if path not in cards]
 
 
-def _is_hidden(path: Path) -> bool:
+def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
 def is_dataset_card(path: Path, keys: re.Pattern[bytes] = CARD_KEYS) -> bool:
     """Whether a file is the README.md of a data set of the hub: it begins with YAML that has one of the keys."""
-    if not path.is_file():
-        return False
-    head = re.match(rb"(?:\xef\xbb\xbf)?---\s*\n(.*?\n)---", path.read_bytes(), re.S)
-    return head is not None and keys.search(head[1]) is not None
+    return keys.search(card_head(path)) is not None
+
+
+def card_head(path: Path) -> bytes:
+    """The YAML at the head of a README.md, empty if there is none."""
+    head = re.match(rb"(?:\xef\xbb\xbf)?---\s*\n(.*?\n)---", path.read_bytes(), re.S) if path.is_file() else None
+    return b"" if head is None else head[1]
 
 
 def check_fetched(path: Path) -> None:

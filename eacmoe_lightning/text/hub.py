@@ -6,6 +6,7 @@ prepared as a whole instead: a data set that is already in the library's cache, 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +18,18 @@ from eacmoe_lightning.text.files import (
     ROW_FILES,
     Rows,
     Table,
+    card_head,
     check_fetched,
     files_below,
     is_dataset_card,
+    is_hidden,
     kind_of,
 )
 
 OWNERLESS = {"wikitext": "Salesforce/wikitext", "c4": "allenai/c4", "gsm8k": "openai/gsm8k"}
 INSTEAD = "pass a local file or directory, or bundled:NAME"
 SPLITS_DECLARED = re.compile(rb"^(configs|dataset_info):", re.M)
+PLAIN_SPLIT = re.compile(r"[\w.-]+")
 DATA_FILES = (*READ_FILES, ".arrow")
 
 
@@ -57,6 +61,25 @@ def is_dataset_directory(folder: Path) -> bool:
     return is_dataset_card(card) and any(kind_of(path) in ROW_FILES for path in files_below(folder))
 
 
+def is_declared_config(folder: Path) -> bool:
+    """Whether the README.md beside a folder declares a config of its name: that says which files belong to it."""
+    import yaml
+
+    try:
+        declared = yaml.safe_load(card_head(folder.parent / "README.md"))
+        return any(str(config["config_name"]) == folder.name for config in declared["configs"])
+    except (yaml.YAMLError, TypeError, KeyError):  # no such README.md, or none that declares configs
+        return False
+
+
+def refuse_folder_of_saved(folder: Path, source: str) -> None:
+    """Raises ValueError if folders of `save_to_disk` lie below a folder: it is no text itself."""
+    files = [path for name in ("dataset_dict.json", "state.json") for path in sorted(folder.rglob(name))]
+    visible = [path.parent for path in files if not is_hidden(path.relative_to(folder))]
+    if found := next(filter(is_saved_dataset, visible), None):
+        raise ValueError(f"{source} is a folder of data sets that `save_to_disk` wrote: pass one, such as {found}")
+
+
 def read_dataset(name: str, config: str | None, split: str | None, source: str) -> Table:
     """The rows of a split.
 
@@ -78,6 +101,8 @@ def read_dataset(name: str, config: str | None, split: str | None, source: str) 
             check_fetched(path)
     if is_saved_dataset(folder / config if config else folder):
         return _saved(folder / config if config else folder, split, source)
+    if config is None:
+        refuse_folder_of_saved(folder, source)
     return _streamed(name, config, split or _only_split(folder, config, source), source)
 
 
@@ -107,13 +132,30 @@ def _saved(folder: Path, split: str | None, source: str) -> Table:
     import datasets
 
     with _errors_of(str(folder), source):
-        held = datasets.load_from_disk(str(folder))
-        if isinstance(held, datasets.Dataset):
-            held = {str(held.split or "train"): held}
+        names = folder / "dataset_dict.json"
+        if names.is_file():
+            held = {name: _loaded(folder / name) for name in json.loads(names.read_text())["splits"]}
+        else:
+            dataset = _loaded(folder)
+            named = PLAIN_SPLIT.match(str(dataset.split or ""))  # "train[:50%]" and "train+test" are no names
+            held = {named[0] if named else "train": dataset}
         lengths = {name: len(dataset) for name, dataset in held.items()}
         parts = datasets.ReadInstruction.from_spec(split or _choose(list(held), source)).to_absolute(lengths)
         chosen = [held[part.splitname].select(range(*_bounds(part, lengths))) for part in parts]
-        return _table(datasets.concatenate_datasets(chosen), str(folder), source)
+        if not sum(map(len, chosen)):
+            raise ValueError("it has no rows")
+        dataset = datasets.concatenate_datasets(chosen)
+    return _table(dataset, str(folder), source)
+
+
+def _loaded(folder: Path) -> Any:
+    """The rows of a folder of `Dataset.save_to_disk`."""
+    import datasets
+
+    try:
+        return datasets.Dataset.load_from_disk(str(folder))
+    except IndexError:  # of files without rows
+        return datasets.Dataset.from_dict({})
 
 
 def _bounds(part: Any, lengths: dict[str, int]) -> tuple[int, int]:
@@ -131,10 +173,11 @@ def _streamed(name: str, config: str | None, split: str, source: str) -> Table:
             f"{source}: no such file or directory, and no data set {name!r} in the cache; the "
             f"Hugging Face hub cannot be reached from this machine: {INSTEAD}"
         )
-    is_plain = re.fullmatch(r"[\w.-]+", split) is not None and split != "all"  # one whole split
+    is_plain = PLAIN_SPLIT.fullmatch(split) is not None and split != "all"  # one whole split
     streams = is_plain and (is_local or not is_cached)
     with _errors_of(name, source):
-        return _table(datasets.load_dataset(name, config, split=split, streaming=streams), name, source)
+        dataset = datasets.load_dataset(name, config, split=split, streaming=streams)
+    return _table(dataset, name, source)
 
 
 def _table(dataset: Any, name: str, source: str) -> Table:
@@ -163,7 +206,22 @@ def _errors_of(name: str, source: str) -> Iterator[None]:
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{source}: no data set {name!r} can be read ({error}); {INSTEAD}") from error
     except (ValueError, DatasetsError) as error:  # the message lists the configs or splits that exist
-        raise ValueError(f"{source} (data set {name!r}): {error}") from error
+        raise ValueError(f"{source} (data set {name!r}): {_reason(error)}") from error
+    except Exception as error:  # gzip, zstd, YAML, Arrow and others raise their own
+        raise ValueError(
+            f"{source}: the data set {name!r} cannot be read ({type(error).__name__}: {_reason(error)}): a file "
+            "of it may be damaged, or not what its README.md says"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, and what the first one behind it says, in one line."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    behind = "a file has no rows" if isinstance(first, StopIteration) else str(first)
+    said = str(error) or behind
+    return " ".join((said if behind in said else f"{said} ({behind})").split())
 
 
 def _is_cached(name: str) -> bool:

@@ -11,15 +11,21 @@ Which columns of a table make its documents is decided once, by their names (`co
 
 from __future__ import annotations
 
-import ast
-import json
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from eacmoe_lightning.text.turns import (
+    LOOKS_LIKE_TURNS,
+    messages_of,
+    parsed_list,
+    parsed_turns,
+    says_something,
+    whole_characters,
+    without_nulls,
+)
+
 TURNS = ("messages", "conversations", "conversation")
-LOOKS_LIKE_TURNS = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 PAIRS = (
     ("prompt", "response"),
     ("prompt", "completion"),
@@ -35,16 +41,6 @@ PAIRS = (
 BESIDE = ("input", "context")  # what an instruction speaks about, in a column of its own
 HISTORY = "history"  # the turns before a question: pairs of a question and its answer, or turns
 SYSTEM = ("system", "system_prompt")
-ROLES = {  # by other words for them
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "bot", "model"), "assistant"),
-    "system": "system",
-}
-SHAREGPT = {  # further ones in `from`
-    **ROLES,
-    "function_call": "assistant",
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
-}
 
 
 @dataclass(frozen=True)
@@ -95,12 +91,12 @@ def document_of(row: Mapping[str, Any], columns: tuple[str, ...], where: str) ->
         where: file and line, or data set and row, for error messages.
 
     Raises:
-        ValueError: a value is neither text nor turns.
+        ValueError: a value is neither text nor turns, or turns that say nothing.
     """
     values = [_parsed(row[name], name, where) for name in columns]
     if len(values) == 1 and isinstance(values[0], str):
         return whole_characters(values[0])
-    if any(value is None or value == [] for value in values):
+    if any(value is None or value == [] for value in values) or all(map(_is_blank, values)):
         return None
     for name, value in zip(columns, values, strict=True):
         if not isinstance(value, str | list):
@@ -108,20 +104,60 @@ def document_of(row: Mapping[str, Any], columns: tuple[str, ...], where: str) ->
                 f"{where}: a row needs a string in field `{name}`, or a list of turns, but has {_kinds(row)}"
             )
     if len(values) == 1:
-        messages = _messages(values[0], columns[0], where)
+        messages = messages_of(values[0], columns[0], where)
     else:
-        question, answer = (whole_characters(value) if isinstance(value, str) else value for value in values)
-        if isinstance(question, str):
-            beside = next((row[name] for name in BESIDE if row.get(name) and name not in columns), None)
-            question = [{"role": "user", "content": f"{question}\n\n{beside}" if beside else question}]
-        answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        messages = _history(row.get(HISTORY), where)
-        messages += _messages(question, columns[0], where) + _messages(answer, columns[1], where)
+        messages = _history(row.get(HISTORY), where) + _asked(row, columns, values, where)
+    if not any(map(says_something, messages)):
+        raise ValueError(f"{where}: the {len(messages)} turns say nothing: write what they say into `content`")
     system = next((row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name]), None)
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": whole_characters(system)})
-    tools = _parsed(row.get("tools"), "tools", where)
+    tools = without_nulls(_parsed(row.get("tools"), "tools", where))
     return Conversation(messages, tools if isinstance(tools, list) and tools else None, where)
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _asked(
+    row: Mapping[str, Any], columns: tuple[str, ...], values: list[str | list], where: str
+) -> list[dict[str, Any]]:
+    """A question, with what stands beside it, and its answer; an answer that repeats the question's turns is both."""
+    question, answer = (
+        [{"role": role, "content": value}] if isinstance(value, str) else value
+        for role, value in zip(("user", "assistant"), values, strict=True)
+    )
+    asked = messages_of(question, columns[0], where)
+    answered = messages_of(answer, columns[1], where)
+    spoken, heard = ([(m["role"], m["content"]) for m in turns if m["role"] != "system"] for turns in (asked, answered))
+    if spoken and heard[: len(spoken)] == spoken:
+        has_system = answered[0]["role"] == "system"
+        return answered if has_system else [m for m in asked if m["role"] == "system"] + answered
+    beside = next(filter(None, (_text_beside(row[name]) for name in _beside(row, columns))), None)
+    if beside and isinstance(values[0], str):
+        asked[0]["content"] += f"\n\n{beside}"
+    return asked + answered
+
+
+def left_out(row: Mapping[str, Any], columns: tuple[str, ...]) -> str | None:
+    """The column beside a question that is left out, because it is neither text nor a list of texts."""
+    if len(columns) == 1:
+        return None
+    return next((name for name in _beside(row, columns) if row[name] and _text_beside(row[name]) is None), None)
+
+
+def _beside(row: Mapping[str, Any], columns: tuple[str, ...]) -> list[str]:
+    return [name for name in BESIDE if name in row and name not in columns]
+
+
+def _text_beside(value: Any) -> str | None:
+    """What an instruction speaks about as text: a text, a number, or paragraphs."""
+    if isinstance(value, str | int | float):
+        return whole_characters(str(value))
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return whole_characters("\n\n".join(value))
+    return None
 
 
 def _kinds(row: Mapping[str, Any]) -> str:
@@ -131,22 +167,22 @@ def _kinds(row: Mapping[str, Any]) -> str:
 def _parsed(value: Any, name: str, where: str) -> Any:
     """Turns that a table holds as the text of a list, in JSON or as Python prints it, or else the value itself.
 
+    In columns whose names do not promise turns, a text is one unless all in it are turns.
+
     Raises:
         ValueError: the text looks like turns and is no list of them.
     """
-    if not isinstance(value, str) or name not in (*TURNS, HISTORY, "tools"):
+    if not isinstance(value, str):
         return value
-    for parse in (json.loads, ast.literal_eval) if value.lstrip()[:1] == "[" else ():
-        try:
-            return parse(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-    if name in TURNS and LOOKS_LIKE_TURNS.match(value):
+    if name not in (*TURNS, HISTORY, "tools"):
+        return parsed_turns(value) or value
+    held = parsed_list(value)
+    if held is None and name in TURNS and LOOKS_LIKE_TURNS.match(value):
         raise ValueError(
             f"{where}: field `{name}` holds text that looks like turns and is no list in JSON, but {value[:40]!r} ...: "
             "write it as a list of turns with `role` and `content`"
         )
-    return value
+    return value if held is None else held
 
 
 def _history(value: Any, where: str) -> list[dict[str, Any]]:
@@ -161,47 +197,4 @@ def _history(value: Any, where: str) -> list[dict[str, Any]]:
         turns = [{"role": role, "content": text} for pair in turns for role, text in zip(roles, pair, strict=True)]
     if not isinstance(turns, list):
         raise ValueError(f"{where}: field `{HISTORY}` holds {type(turns).__name__}, not pairs of question and answer")
-    return _messages(turns, HISTORY, where)
-
-
-def _messages(turns: list, column: str, where: str) -> list[dict[str, Any]]:
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        place = f"{where}, turn {number} of `{column}`"
-        if not isinstance(turn, Mapping):
-            remedy = ": give each text a row of its own, or make it a turn" if isinstance(turn, str) else ""
-            raise ValueError(f"{place} is {type(turn).__name__}, not a dict with `role` and `content`{remedy}")
-        turn = {key: value for key, value in turn.items() if value is not None}
-        content, fields = turn.pop("content", turn.pop("value", "")), sorted(turn)
-        if isinstance(role := turn.pop("role", None), str):
-            role = ROLES.get(role.lower(), role)  # others are the template's business
-        elif isinstance(speaker := turn.pop("from", None), str) and speaker.lower() in SHAREGPT:
-            role = SHAREGPT[speaker.lower()]
-        else:
-            raise ValueError(
-                f"{place} needs a string in `role`, or one of {', '.join(SHAREGPT)} in `from`, but `from` is "
-                f"{speaker!r} and the fields are {fields}"
-            )
-        messages.append({"role": role, "content": _text(content, place), **turn})
-    return messages
-
-
-def _text(content: Any, place: str) -> str:
-    """The text of a message; content may be a list of parts, all of them text."""
-    if isinstance(content, list):
-        kinds = [part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__ for part in content]
-        if any(kind != "text" for kind in kinds):
-            raise ValueError(f"{place} has parts of type {', '.join(sorted(set(kinds)))}: only text calibrates")
-        content = "".join(part.get("text") or "" for part in content)
-    if not isinstance(content, str):
-        raise ValueError(f"{place}: its content is {type(content).__name__}, not text")
-    return whole_characters(content)
-
-
-def whole_characters(text: str) -> str:
-    """A text with halves of surrogate pairs, which JSON can hold and tokenizers refuse, replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return messages_of(turns, HISTORY, where)

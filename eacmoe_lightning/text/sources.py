@@ -8,6 +8,7 @@ A *source* is a string:
   compressed (.gz), or a directory: all such files below it, sorted by path;
 - `PATTERN`: a path with `*`, `?`, `[...]` or `**` (any number of directories): the files that match, sorted by path;
 - `DIRECTORY[/CONFIG][:SPLIT]`: a split of a data set stored on this machine, in the hub's layout or by `save_to_disk`;
+  a config that its README.md declares has the files that it says, whatever lies in the folder of that name;
 - `[OWNER/]NAME[/CONFIG][:SPLIT]`: a data set of the Hugging Face hub; SPLIT defaults to `train`
   and may be a slice (`train[:1%]`).
 
@@ -43,7 +44,7 @@ from eacmoe_lightning.text.sampled import SELF, sampled_source
 
 BUNDLED_TEXT = Path(__file__).parent.parent / "assets" / "text"
 SPLIT = re.compile(r":(?P<split>[A-Za-z_][\w.+-]*(\[[^\]]*\])?)$")
-PART = re.compile(r"\[((?P<start>\d+(\.\d+)?)%)?:((?P<stop>\d+(\.\d+)?)%)?\]$")
+PART = re.compile(r"\[((?P<start>\d+(\.\d+)?)%)?:((?P<stop>\d+(\.\d+)?)%)?\](?P<column>#[^#/\[\]]+)?$")
 COLUMN = re.compile(r"#(?P<column>[^#/\[\]]+)$")
 UNREAD_LIST = re.compile(r"\[.*[,:].*\]|\{.*:.*\}", re.S)  # a list or a dictionary that YAML did not take for one
 WILDCARD = re.compile(r"[*?\[]")
@@ -68,7 +69,7 @@ def name_sources(sources: dict[str, str] | list[str] | str | None, option: str =
     """
     if sources is None:
         sources = [f"bundled:{name}" for name in heldout_names()]
-    if isinstance(sources, str):
+    if not isinstance(sources, list | tuple | dict):
         sources = [sources]
     for source in sources.values() if isinstance(sources, dict) else sources:
         check_source(source, option)
@@ -99,6 +100,8 @@ def _check_name(name: str, option: str) -> None:
 
 def check_source(source: str, option: str) -> None:
     """Raises ValueError for a source that names nothing, such as a variable of the shell that is not set."""
+    if not isinstance(source, str):
+        raise ValueError(f"{option}: a source is a string, but {source!r} is {type(source).__name__}: {INSTEAD}")
     if not source.strip():
         raise ValueError(f"{option} names no source, but {source!r}: {INSTEAD}")
     if is_unread_list(source):
@@ -142,20 +145,21 @@ def take_column(source: str, column: str | None) -> tuple[str, str | None]:
 
 
 def take_part(source: str) -> tuple[str, Fraction, Fraction]:
-    """The source without `[FROM%:TO%]`, and the two numbers as parts of 1.
+    """The source without `[FROM%:TO%]`, which may stand before or after a column, and the two numbers as parts of 1.
 
     Raises:
         ValueError: the numbers are not a part of a text.
     """
     match = PART.search(source)
-    is_split = SPLIT.search(source) and not source.startswith("bundled:")
-    if match is None or is_split or Path(source).expanduser().exists():
+    sliced = source[: match.start("column")] if match and match["column"] else source  # without a column
+    is_split = SPLIT.search(sliced) and not source.startswith("bundled:")
+    if match is None or is_split or any(Path(name).expanduser().exists() for name in (source, sliced)):
         return source, Fraction(0), Fraction(1)
     start, stop = match["start"] or "0", match["stop"] or "100"
     first, last = Fraction(start) / 100, Fraction(stop) / 100
     if not first < last <= 1:
         raise ValueError(f"{source}: {start}% to {stop}% is not a part of a text: pass 0 <= FROM < TO <= 100")
-    return source[: match.start()], first, last
+    return source[: match.start()] + (match["column"] or ""), first, last
 
 
 def is_pattern(source: str) -> bool:

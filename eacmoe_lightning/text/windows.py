@@ -69,6 +69,7 @@ def cut_windows(
     layout: Layout = "joined",
     source: str = "the text",
     option: str = "--data.num_windows",
+    share: float = 1.0,
 ) -> Windows:
     """Cuts documents into windows of T tokens that do not overlap.
 
@@ -94,6 +95,7 @@ def cut_windows(
             out.
         layout: how documents lie in windows.
         source, option: names of the text and of the number of windows in error messages.
+        share: the part of the option's windows that are S; it has a remedy of its own.
 
     Raises:
         ValueError: there are fewer than S windows, or none; or a document is not what `answers_only` or the tokenizer's
@@ -121,7 +123,7 @@ def cut_windows(
     if layout == "packed":
         numbers = pack([len(ids) for ids, _ in parts], window_length, num_windows)
     least = window_length if layout == "joined" else 1  # tokens that make a window
-    _check_enough(len(numbers), num_windows, num_tokens, least, window_length, source, option, answers_only)
+    _check_enough(len(numbers), num_windows, num_tokens, least, window_length, source, option, answers_only, share)
     filled = _filled(
         [[parts[number] for number in window] for window in numbers[:num_windows]], window_length, tokenizer
     )
@@ -205,6 +207,7 @@ def _check_enough(
     source: str,
     option: str,
     answers_only: bool,
+    share: float,
 ) -> None:
     if available == 0 and answers_only and num_tokens >= least:
         raise ValueError(
@@ -217,10 +220,14 @@ def _check_enough(
             "(--data.window_length); pass a longer text or a smaller --data.window_length"
         )
     if num_windows is not None and available < num_windows:
+        wanted, fewer = option, f"{option}={available}"
+        if share < 1:
+            wanted = f"its share of {option}"
+            fewer = f"{option}={int(available / share)}, a smaller share (--data.shares)"  # which give it `available`
         raise ValueError(
             f"{source} holds {num_tokens} tokens, which make {available} windows of {window_length} "
-            f"(--data.window_length){' with answers' if answers_only else ''}, not {num_windows} ({option}); pass a "
-            f"longer text, {option}={available} or a smaller --data.window_length"
+            f"(--data.window_length){' with answers' if answers_only else ''}, not {num_windows} ({wanted}); pass a "
+            f"longer text, {fewer} or a smaller --data.window_length"
         )
 
 
