@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from eacmoe_lightning.commands.rows import fit_row
+from eacmoe_lightning.commands.rows import Rows
 
 
 def fit_rows(place: Path, fit_options: dict[str, Any], calibration: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -22,9 +22,9 @@ def fit_rows(place: Path, fit_options: dict[str, Any], calibration: dict[str, st
     Raises:
         ValueError: `place` holds rows of other settings, or `fit` refuses them.
     """
-    rows = {}
+    rows, runs = {}, Rows()
     for name, text in calibration.items():
-        row = fit_row(place, name, fit_options | {"data.calibration": text})
+        row = runs.run(place, name, fit_options | {"data.calibration": text})
         report = row["report"]
         rows[name] = {
             "options": row["options"],
