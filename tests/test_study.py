@@ -24,6 +24,7 @@ from eacmoe_lightning.study.disturb import disturb, disturbed
 from eacmoe_lightning.study.measure import Measurement, Text
 from eacmoe_lightning.study.report import depth_summary
 from eacmoe_lightning.study.results import Results
+from eacmoe_lightning.text.documents import read_documents
 
 HALF = Bound("mean", 0.5)
 
@@ -328,6 +329,20 @@ def test_bounds_by_budget_take_no_more_bytes(tiny_model_dir, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["study", *options(model, tmp_path / "other", **small | more)])
         assert message in capsys.readouterr().err
+
+
+def test_budgets_are_measured_again_on_other_windows(tiny_model_dir, tmp_path):
+    """The text changes behind the study's own windows."""
+    prose, maths = (read_documents(f"bundled:{name}")[0] for name in ("prose", "maths"))
+    small = {"blocks": "[each]", "experts": "[all]", "kinds": "[uniform]", "bounds": "[0.5]", "num_questions": 0}
+    small |= {"heldout": tmp_path / "text.txt", "budgets": "[0.5]", "budget_windows": 2}
+    for output, text in (("first", prose), ("first", prose[:700] + maths), ("second", prose[:700] + maths)):
+        (tmp_path / "text.txt").write_text(text[:20_000])
+        main(["study", *options(tiny_model_dir("qwen3_moe"), tmp_path / output, **small)])
+    first, second = ((tmp_path / name / "study.md").read_text().splitlines() for name in ("first", "second"))
+    assert [line for line in first if "| by" in line or "one bound |" in line] == [
+        line for line in second if "| by" in line or "one bound |" in line
+    ]
 
 
 @pytest.mark.parametrize("value", [0, "[0]", '["0"]', "0,2", "[0,2]", "[0, 1-2]", "each", "config: [0]", "config: 0"])
