@@ -100,10 +100,12 @@ def test_rows_have_their_own_seeds_and_are_of_the_text_as_it_is_now(tiny_model_d
     written = (BUNDLED_TEXT / "calibration.txt").read_text()
     text.write_text(written[:40_000])
     plain = {"model.bits": 2, "model.router_method": "none", "data.calibration": str(text)}
+    (heldout := tmp_path / "held.txt").write_text(written[40_000:50_000])
     rows = {"first": plain | {"data.seed": 1}, "second": plain | {"data.seed": 2}}
     file.write_text(yaml.safe_dump({"title": "t", "rows": rows}))
     more = iter(base(tiny_model_dir("mixtral")))
-    words = [word for pair in zip(more, more, strict=True) if pair[0] != "--data.calibration" for word in pair]
+    pairs = [pair for pair in zip(more, more, strict=True) if pair[0] not in ("--data.calibration", "--data.heldout")]
+    words = [word for pair in [*pairs, ("--data.heldout", str(heldout))] for word in pair]
     main(["table", str(file), "--output", str(out), *words])
     for seed, row in ((1, "first"), (2, "second")):
         report = json.loads((out / f"seed_{seed}" / row / "report.json").read_text())
@@ -111,10 +113,11 @@ def test_rows_have_their_own_seeds_and_are_of_the_text_as_it_is_now(tiny_model_d
     table = json.loads((out / "table.json").read_text())
     assert table["rows"]["first"]["KL"] != table["rows"]["second"]["KL"] and table["seeds"] == [1, 2]
     assert "standard deviation" not in capsys.readouterr().out
-    text.write_text(written[-40_000:])
-    with pytest.raises(SystemExit):
-        main(["table", str(file), "--output", str(out), *words])
-    assert re.search(r"first.json holds a row, but the text of .*have changed since", capsys.readouterr().err)
+    for changed, message in ((heldout, "the held-out text held .*"), (text, "the text of .*")):
+        changed.write_text(written[-40_000:])
+        with pytest.raises(SystemExit):
+            main(["table", str(file), "--output", str(out), *words])
+        assert re.search(rf"first.json holds a row, but {message}have changed since", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

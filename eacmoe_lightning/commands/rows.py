@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eacmoe_lightning.commands.fit import CommandLine, parse_fit
+from eacmoe_lightning.evaluation.evaluate import digests
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
 from eacmoe_lightning.job.start import check_options
@@ -107,3 +108,9 @@ class Rows:
         held = {key: value for key, value in row["report"]["config"].items() if key in now}
         now = {key: value for key, value in now.items() if key in held or key not in CONTENTS.values()}
         refuse_other_settings(f"{finished} holds a row", held, now, "another --output")
+        judged, texts = row["report"].get("heldout_digest", {}), digests(data.heldout_windows)
+        if changed := [text for text in judged if judged[text] != texts.get(text)]:
+            raise ValueError(
+                f"{finished} holds a row, but the held-out text {changed[0]} (--data.heldout) or its tokens have "
+                "changed since. Nothing was changed: put back what it was judged on, or pass another --output"
+            )
