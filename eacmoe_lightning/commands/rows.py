@@ -67,32 +67,43 @@ class Rows:
             ValueError: the finished row has other options, its model or its text has changed since, or `fit` refuses
                 the options.
         """
-        run, finished = place / name, place / f"{name}.json"
-        settings = options | ({"words": self.words} if self.words else {})
-        if finished.exists():
-            row = read_json(finished)
-            self._refuse_other(finished, row, settings, options)
+        run = place / name
+        if (row := self.finished(place, name, options)) is not None:
             return row
         words = [*self.words, *words_of(options), f"--trainer.default_root_dir={run}"]
         print(f"{name}: {run}", flush=True)
         CommandLine(["fit", *words, "--ckpt_path=auto"])
-        row = {"options": settings, "report": read_json(run / "report.json")}
+        row = {"options": self._settings(options), "report": read_json(run / "report.json")}
         if self.split:
             CommandLine(["test", *words, "--model.split_damage=true"])
             row["test"] = read_json(run / "test.json")
-        write_json(finished, row)
+        write_json(_file(place, name), row)
         return row
+
+    def finished(self, place: Path, name: str, options: dict[str, Any]) -> dict[str, Any] | None:
+        """What `run` has made before; None if it has not.
+
+        Raises:
+            ValueError: it has other options, or its model or its text has changed since.
+        """
+        file = _file(place, name)
+        if not file.exists():
+            return None
+        row = read_json(file)
+        self._refuse_other(file, row, options)
+        return row
+
+    def _settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        return options | ({"words": self.words} if self.words else {})
 
     def _parsed(self, options: dict[str, Any]) -> tuple[QESC, TextWindows]:
         module, data, _ = parse_fit([*self.words, *words_of(options)])
         key = {k: v for k, v in options.items() if k in OF_TEXTS or k.partition(".")[0] not in NOT_OF_TEXTS}
         return module, self._texts.setdefault(json.dumps(key, sort_keys=True), data)
 
-    def _refuse_other(
-        self, finished: Path, row: dict[str, Any], settings: dict[str, Any], options: dict[str, Any]
-    ) -> None:
+    def _refuse_other(self, finished: Path, row: dict[str, Any], options: dict[str, Any]) -> None:
         """Raises ValueError if a finished row is of other options, of another model or of another text."""
-        earlier = row["options"]
+        earlier, settings = row["options"], self._settings(options)
         if different := sorted(
             key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key)
         ):
@@ -114,3 +125,7 @@ class Rows:
                 f"{finished} holds a row, but the held-out text {changed[0]} (--data.heldout) or its tokens have "
                 "changed since. Nothing was changed: put back what it was judged on, or pass another --output"
             )
+
+
+def _file(place: Path, name: str) -> Path:
+    return place / f"{name}.json"

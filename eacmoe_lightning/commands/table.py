@@ -62,7 +62,8 @@ def table(words: Sequence[str]) -> None:
     for name, row in rows.items():
         data = fits.check(row)
         _check_texts(data)
-        seeds[name] = given.seeds or [data.seed]
+        for seed in seeds.setdefault(name, given.seeds or [data.seed]):
+            fits.finished(given.output / f"seed_{seed}", folders[name], row | {"data.seed": seed})  # or raises now
     made: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     for name, row in rows.items():
         for seed in seeds[name]:
