@@ -86,9 +86,11 @@ def test_what_the_command_sets_itself_is_not_given_too(rows, words, message, tin
 )
 def test_texts_are_checked_before_any_row_is_run(texts, message, tiny_model_dir, tmp_path, capsys):
     file = tmp_path / "table.yaml"
-    file.write_text("title: t\noptions:\nrows:\n  2: {model.bits: 2}\n  base:\n")
-    assert read_table(str(file))["rows"] == {"2": {"model.bits": 2}, "base": {}}
-    words = [*base(tiny_model_dir("mixtral")), "--data.heldout", texts]
+    file.write_text(f"title: t\noptions:\nrows:\n  2: {{model.bits: 2}}\n  base:\n  other: {{data.heldout: {texts}}}\n")
+    assert list(read_table(str(file))["rows"].items())[:2] == [("2", {"model.bits": 2}), ("base", {})]
+    words = base(tiny_model_dir("mixtral"))
+    at = words.index("--data.heldout")
+    words = words[:at] + words[at + 2 :]
     with pytest.raises(SystemExit):
         main(["table", str(file), "--output", str(tmp_path / "out"), *words])
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
