@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eacmoe_lightning.analysis.selection import (
@@ -20,6 +21,7 @@ from eacmoe_lightning.analysis.selection import (
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.text.documents import read_documents
+from eacmoe_lightning.text.sources import BUNDLED_TEXT
 from eacmoe_lightning.text.windows import token_windows
 
 
@@ -100,6 +102,16 @@ def test_the_command_writes_its_files(tiny_model_dir, tmp_path, capsys):
         (["--model", "LLAMA"], ["no routed experts"]),
         (["--texts", "[]"], ["--texts is empty"]),
         (["--cross_calibration", "[]"], ["--cross_calibration is empty"]),
+        (["--cross_calibration", "self"], ["--cross_calibration needs --cross"]),
+        (["--alphas", "[]"], ["--alphas is empty"]),
+        (["--num_questions", "4"], ["--num_questions needs --alphas"]),
+        (["--baselines", "true"], ["--baselines needs --alphas"]),
+        (["--alphas", "[0.3]", "--num_questions", "99"], ["num_questions=99 (--num_questions)"]),
+        (["--alphas", "[0.3]", "--tolerance", "-1"], ["tolerance=-1.0 (--tolerance)"]),
+        (["--window_length", "1"], ["window_length=1 (--window_length) is below 2"]),
+        (["--window_length", "1000000"], ["--texts: bundled:", "(--window_length); pass a longer text"]),
+        (["--cross", "tiny-2.06", "--cross_calibration", "./none.txt"], ["--cross: --cross_calibration: ./none.txt"]),
+        (["--cross", "tiny-2.06", "--cross_windows", "90000"], ["90000 (--cross_windows)", "--window_length"]),
     ],
 )
 def test_bad_input(more, messages, tiny_model_dir, tmp_path, capsys):
@@ -109,7 +121,42 @@ def test_bad_input(more, messages, tiny_model_dir, tmp_path, capsys):
         main(["analyze", *options, *more])
     printed = capsys.readouterr().err
     assert end.value.code == 1 and all(message in printed for message in messages), printed
+    assert "--data." not in printed
     assert not Path(tmp_path / "out").exists()
+
+
+def test_results_of_something_else_stay(tiny_model_dir, tmp_path, capsys):
+    for name, held in (("analysis.json", '{"model": "another"}'), ("frequency.png", "a picture of mine")):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(held)
+        with pytest.raises(SystemExit):
+            main(["analyze", "--model", str(tiny_model_dir("mixtral")), "--output", str(folder)])
+        message = "holds an analysis of another" if "another" in held else "is not empty and holds no analysis.json"
+        assert f"{folder} (--output) {message}" in capsys.readouterr().err
+        assert (folder / name).read_text() == held and len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")
+def test_rows_across_texts_run_as_the_analysis_does(tiny_model_dir, tmp_path, capsys):
+    config, output, text = tmp_path / "fit.yaml", tmp_path / "out", tmp_path / "text.txt"
+    config.write_text("model: {group_size: 32, router_method: none}\n")
+    text.write_text((BUNDLED_TEXT / "calibration.txt").read_text()[:20_000])
+    words = ["analyze", "--model", str(tiny_model_dir("mixtral")), "--output", str(output), "--num_windows", "2"]
+    words += ["--window_length", "32", "--cross", str(config), "--cross_windows", "4", "--texts", "bundled:prose"]
+    words += ["--cross_calibration", str(text)]
+    main([*words, "--dtype", "bfloat16"])
+    run = yaml.safe_load((output / "cross" / "text" / "tensorboard" / "config.yaml").read_text())
+    assert run["model"]["dtype"] == "bfloat16" and run["trainer"]["accelerator"] == "cpu"
+    before = (output / "analysis.json").read_bytes()
+    with pytest.raises(SystemExit):
+        main([*words, "--dtype", "float32"])
+    assert "other settings (model.dtype was 'bfloat16' and is now 'float32')" in capsys.readouterr().err
+    text.write_text((BUNDLED_TEXT / "calibration.txt").read_text()[-20_000:])
+    with pytest.raises(SystemExit):
+        main([*words, "--dtype", "bfloat16"])
+    assert "or its tokens (the model's tokenizer) have changed" in capsys.readouterr().err
+    assert (output / "analysis.json").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -143,7 +143,9 @@ def test_a_killed_measurement_goes_on_to_the_same_bits(tiny_model_dir, tmp_path)
     assert jobs.contents(tmp_path / "killed") == jobs.contents(tmp_path / "whole")
     assert not (tmp_path / "killed" / "streams").exists()
     again = read(tmp_path / "whole")
+    (tmp_path / "whole" / "streams" / "rank_0_of_1").mkdir(parents=True)  # as if killed before it was removed
     assert measured(tiny_model_dir("deepseek"), tmp_path / "whole") == again
+    assert not (tmp_path / "whole" / "streams").exists()
     with pytest.raises(ValueError, match="--output.*widths was .2, 3, 4. and is now .2, 4.*another --output"):
         measured(tiny_model_dir("deepseek"), tmp_path / "whole", widths=(2, 4))
 
@@ -241,7 +243,38 @@ def test_what_comes_out_is_what_the_target_loads(engine, sensitivity):
 
 def test_missing_experts_between_measured_shares():
     found = Sensitivity({"drops": [0.5, 0.25]}, (2,), [], {"all.drop.0.25": 1.0, "all.drop.0.5": 4.0})
-    assert [found.dropped(share) for share in (0.125, 0.25, 0.375, 0.5, 0.75)] == [0.5, 1, 2.5, 4, 7]
+    assert [found.dropped(share) for share in (0, 0.125, 0.25, 0.375, 0.5, 0.75)] == [0, 0.5, 1, 2.5, 4, 7]
+
+
+def test_the_share_that_is_missing_is_stored(tiny_model_dir, tmp_path):
+    """Of 8 experts, 2 of which a token selects: a twentieth is none, 0.3 are 2, and 0.9 leave the needed two."""
+    found = measured(tiny_model_dir("mixtral"), tmp_path, widths=(2, 4), drops=(0.05, 0.25, 0.3, 0.9))
+    assert found.drops == [0.25, 0.75] and {n for n in found.damage if "drop" in n} == {
+        "all.drop.0.25",
+        "all.drop.0.75",
+    }
+    assert measured(tiny_model_dir("mixtral"), tmp_path, widths=(2, 4), drops=(0.25, 0.75)) == found
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--widths", "3"], "--widths 3 is one width: pass two or more"),
+        (["--widths", "3", "3.0"], "--widths 3 is one width"),
+        (["--drops", "25"], "--drops 25 is no share of the experts between 0 and 1"),
+        (["--drops", "0.5", "1"], "--drops 1 is no share"),
+        (["--drops", "0"], "--drops 0 is no share"),
+        (["--drops", "-0.5"], "--drops -0.5 is no share"),
+        (["--probe_windows", "0"], "--probe_windows 0 of 8 calibration windows"),
+        (["--probe_windows", "8"], "pass 1 to 7"),
+        (["--model.quantizer", "none"], "--model.quantizer none quantizes nothing"),
+    ],
+)
+def test_bad_options_of_a_measurement(words, message, tiny_model_dir, tmp_path, capsys):
+    options = jobs.options(tiny_model_dir("mixtral"), "none")
+    with pytest.raises(SystemExit):
+        main(["sensitivity", "--output", str(tmp_path / "out"), *options, *words])
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_lattice_has_rates_between_the_measured_widths(sensitivity):

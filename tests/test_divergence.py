@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import architectures
 import jobs
@@ -278,6 +279,19 @@ def test_runs_are_compared_by_size_and_divergence(fitted, tmp_path, capsys):
     assert page.count("<circle") == 3 and "http" not in page
 
 
+def test_a_later_evaluation_on_another_text_of_the_same_name_is_not_compared(fitted, tiny_model_dir, tmp_path, capsys):
+    run, model = fitted("qwen3_moe"), tiny_model_dir("qwen3_moe")
+    again = shutil.copytree(run, tmp_path / "again")
+    written = json.loads((run / "report.json").read_text())["heldout_digest"]
+    texts = {"prose": "bundled:prose[:10%]", "code": "bundled:maths[:10%]"}
+    main(["validate", *jobs.options(model, again, data__heldout=json.dumps(texts))])
+    validated = json.loads((again / "validate.json").read_text())["heldout_digest"]
+    assert validated["prose"] == written["prose"] and validated["code"] != written["code"]
+    with pytest.raises(SystemExit):
+        main(["report", str(run), str(again), "--output", str(tmp_path / "pareto.html")])
+    assert "the windows of the text code are others" in capsys.readouterr().err
+
+
 def test_of_many_points_those_on_the_line_are_named():
     figures = {"bits": 3.0, "kl_error": 0.001, "same_top": 0.9, "rms_dp": 0.01, "log_ppl_ratio": 0.02}
     points = [{"name": f"run{i}", "size": 1000 + i, "kl": 0.1 if i else 0.2, **figures} for i in range(14)]
@@ -304,6 +318,7 @@ OF_PRUNE = {"model": "a run", "fingerprint": "of the run", "pruning": {"keep": 3
         (lambda report: report["config"].update({"model.fingerprint": "other"}), "Pass runs of one model"),
         (lambda report: report.update(config=OF_PRUNE), "--trainer.default_root_dir {} measures from the original"),
         (lambda report: report["divergence"]["texts"].pop("code"), "cannot be compared: texts and tokens"),
+        (lambda report: report["heldout_digest"].update(code="other"), "the windows of the text code are others"),
         (None, "has no report.json"),
     ],
 )

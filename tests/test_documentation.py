@@ -36,7 +36,7 @@ from eacmoe_lightning.commands.report import options as report_options
 from eacmoe_lightning.commands.sensitivity import options as sensitivity_options
 from eacmoe_lightning.commands.serve import options as serve_options
 from eacmoe_lightning.commands.table import options as table_options
-from eacmoe_lightning.commands.table import read_table, refuse_overridden
+from eacmoe_lightning.commands.table_file import read_table, refuse_overridden
 from eacmoe_lightning.quantization.quantizers import Quantizer
 from eacmoe_lightning.routers.losses import RouterLoss
 from eacmoe_lightning.text.sampled import sampled_source

@@ -232,6 +232,23 @@ def test_a_model_without_a_config_is_named(tmp_path, capsys):
     assert "weights are not needed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--processes", "0"], "--processes 0 is below 1"),
+        (["--available.memory", "-5"], "--available.memory -5 is not a positive number"),
+        (["--rate.flops", "-1"], "--rate.flops -1 is not a positive number"),
+        (["--json", "/no/such/plan.json"], "/no/such/plan.json (--json) cannot be written"),
+        (["--json", "."], ". (--json) cannot be written"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_any_work(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--model.name_or_path", str(config_only(tmp_path / "model", "qwen1.5")), *words])
+    printed = capsys.readouterr()
+    assert message in printed.err and not printed.out
+
+
 def test_fit_is_refused_if_the_disk_is_too_small(tmp_path, monkeypatch):
     moe, recipe = shapes("mixtral"), Recipe()
     use = disk_use(moe, recipe, JOB)

@@ -252,17 +252,27 @@ def test_a_skipping_rule_is_suspended_and_copied(tiny_model_dir, tmp_path):
         (["--pruning.keep", "4", "--texts", "/no/such/text.txt"], "/no/such/text.txt"),
         (["--pruning.keep", "4", "--ridge", "0"], "--ridge"),
         (["--pruning.keep", "auto"], "keep=auto (--pruning.keep) serves `fit`"),
-        (["--pruning.keep", "4", "--calibration", ""], "'' is not a text source"),
+        (["--pruning.keep", "4", "--calibration", ""], "--calibration: '' is not a text source"),
+        (["--pruning.keep", "4", "--seed", str(2**70)], f"seed={2**70} (--seed) is not from"),
+        (["--pruning.keep", "4", "--window_length", "1"], "window_length=1 (--window_length) is below 2"),
+        (["--pruning.keep", "4", "--window_length", "99999999"], "(--window_length); pass a longer text"),
+        (["--pruning.keep", "4", "--texts", "CHAT"], "--texts: CHAT, line 1: the tokenizer has no chat template"),
+        (["--pruning.keep", "4", "--texts", "ROWS"], "name the column as SOURCE#NAME, or two: QUESTION,ANSWER"),
     ],
 )
 def test_bad_options(arguments, message, tiny_model_dir, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("not a run")
+    chat, rows = tmp_path / "chat.jsonl", tmp_path / "rows.jsonl"
+    chat.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}')
+    rows.write_text('{"body": "a"}')
     places = {"LLAMA": str(tiny_model_dir("llama")), "FULL": str(tmp_path / "full")}
+    places |= {"CHAT": str(chat), "ROWS": str(rows)}
     options = ["--model", str(tiny_model_dir("mixtral")), "--output", str(tmp_path / "out"), "--window_length", "32"]
     with pytest.raises(SystemExit):
         main(["prune", *options, *(places.get(word, word) for word in arguments)])
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert message.replace("CHAT", str(chat)) in printed and "--data." not in printed
     assert not (tmp_path / "out").exists() and len(list((tmp_path / "full").iterdir())) == 1
 
 

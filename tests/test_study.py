@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn.functional import cross_entropy, kl_div
 
 from eacmoe_lightning.cli import main
+from eacmoe_lightning.commands.study import read_texts
 from eacmoe_lightning.evaluation.choice_task import accuracy, answer, make_questions
 from eacmoe_lightning.evaluation.streams import token_log_likelihoods
 from eacmoe_lightning.models.moe import MoEModel
@@ -24,6 +25,7 @@ from eacmoe_lightning.study.disturb import disturb, disturbed
 from eacmoe_lightning.study.measure import Measurement, Text
 from eacmoe_lightning.study.report import depth_summary
 from eacmoe_lightning.study.results import Results
+from eacmoe_lightning.text.documents import read_documents
 
 HALF = Bound("mean", 0.5)
 
@@ -199,6 +201,7 @@ def _selections(moe, texts):
 
 
 CELLS = 3 * 2 * 2 * 2
+BUDGETS = {"blocks": "[each]", "kinds": "[uniform]", "budgets": "[0.5]"}
 
 
 def options(model, output, **more) -> list[str]:
@@ -283,7 +286,8 @@ def test_a_killed_study_resumes_to_the_same_bytes(tiny_model_dir, tmp_path):
 
 
 def test_unknown_options_are_refused_before_anything_is_measured(tiny_model_dir, tmp_path, capsys):
-    model = tiny_model_dir("qwen3_moe")
+    model, chat = tiny_model_dir("qwen3_moe"), tmp_path / "chat.jsonl"
+    chat.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}')
     for more, message in (
         ({"experts": "[most-9]"}, "9 of 8 experts"),
         ({"blocks": "[9]"}, "--blocks"),
@@ -294,10 +298,18 @@ def test_unknown_options_are_refused_before_anything_is_measured(tiny_model_dir,
         ({"bounds": "[0.0]"}, "--bounds: bound 0.0 is not a positive number"),
         ({"budgets": "[-1]"}, "--budgets: bound -1"),
         ({"num_windows": 10_000}, "(--num_windows)"),
+        ({"window_length": 1}, "window_length=1 (--window_length) is below 2"),
+        ({"continuation_length": 0}, "continuation_length=0 (--continuation_length) is below 1"),
+        ({"context_length": 10**6}, "(--context_length + --continuation_length); pass a longer text"),
+        ({"batch_tokens": 0}, "batch_tokens=0 (--batch_tokens) is below 1"),
+        ({"heldout": chat}, "pass one as chat_template.jinja beside the tokenizer"),
+        (BUDGETS | {"budget_windows": 0}, "budget_windows=0 (--budget_windows) is below 1"),
+        (BUDGETS | {"budget_windows": 10_000}, "10002 (--num_windows + --budget_windows)"),
     ):
         with pytest.raises(SystemExit):
             main(["study", *options(model, tmp_path / "out", **more)])
-        assert message in capsys.readouterr().err
+        printed = capsys.readouterr().err
+        assert message in printed and "--data." not in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -328,6 +340,45 @@ def test_bounds_by_budget_take_no_more_bytes(tiny_model_dir, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["study", *options(model, tmp_path / "other", **small | more)])
         assert message in capsys.readouterr().err
+
+
+def test_the_report_is_there_even_if_no_bounds_can_be_chosen(tiny_model_dir, tmp_path, capsys):
+    """Errors of nearly nothing lose nothing, or even gain."""
+    small = BUDGETS | {"experts": "[all]", "bounds": "[1e-9]", "num_questions": 0, "dtype": "bfloat16"}
+    with pytest.raises(SystemExit):
+        main(["study", *options(tiny_model_dir("qwen3_moe"), tmp_path / "out", **small)])
+    assert "no block of the study lost anything" in capsys.readouterr().err
+    assert "## " in (tmp_path / "out" / "study.md").read_text() and (tmp_path / "out" / "study.csv").exists()
+
+
+def test_only_the_rows_that_are_needed_are_read(tiny_model_dir, tmp_path, capsys):
+    """The last row is no row at all."""
+    rows = [json.dumps({"text": f"{7919 * i} of {104729 * i} and {1299709 * i} are numbers"}) for i in range(5000)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "{"]))
+    texts = read_texts({"rows": str(tmp_path / "rows.jsonl")}, tiny_model_dir("qwen3_moe"), 2, 32, 2, 8, 4)
+    assert texts["rows"].windows.shape == (2, 32) and len(texts["rows"].questions) == 2
+
+
+def test_files_of_something_else_stay(tiny_model_dir, tmp_path, capsys):
+    (tmp_path / "study.md").write_text("my notes")
+    with pytest.raises(SystemExit):
+        main(["study", *options(tiny_model_dir("qwen3_moe"), tmp_path)])
+    assert "is not empty and holds no cells.json: ['study.md']" in capsys.readouterr().err
+    assert (tmp_path / "study.md").read_text() == "my notes"
+
+
+def test_budgets_are_measured_again_on_other_windows(tiny_model_dir, tmp_path):
+    """The text changes behind the study's own windows."""
+    prose, maths = (read_documents(f"bundled:{name}")[0] for name in ("prose", "maths"))
+    small = {"blocks": "[each]", "experts": "[all]", "kinds": "[uniform]", "bounds": "[0.5]", "num_questions": 0}
+    small |= {"heldout": tmp_path / "text.txt", "budgets": "[0.5]", "budget_windows": 2}
+    for output, text in (("first", prose), ("first", prose[:700] + maths), ("second", prose[:700] + maths)):
+        (tmp_path / "text.txt").write_text(text[:20_000])
+        main(["study", *options(tiny_model_dir("qwen3_moe"), tmp_path / output, **small)])
+    first, second = ((tmp_path / name / "study.md").read_text().splitlines() for name in ("first", "second"))
+    assert [line for line in first if "| by" in line or "one bound |" in line] == [
+        line for line in second if "| by" in line or "one bound |" in line
+    ]
 
 
 @pytest.mark.parametrize("value", [0, "[0]", '["0"]', "0,2", "[0,2]", "[0, 1-2]", "each", "config: [0]", "config: 0"])

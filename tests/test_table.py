@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from eacmoe_lightning.cli import main
-from eacmoe_lightning.commands.table import TABLES, read_table, refuse_overridden
+from eacmoe_lightning.commands.table_file import TABLES, read_table, refuse_overridden
+from eacmoe_lightning.text.sources import BUNDLED_TEXT
 
 WITHOUT_CHOICES = {"trainer.default_root_dir", "model.bits"}
 
@@ -38,14 +39,87 @@ def test_tables_of_the_package_have_their_published_rows(name):
         ({"title": "t", "rows": {"a": {}}, "options": {"data.heldout": "bundled:prose"}}, "(options)"),
         ({"title": "t", "rows": {"a": {"model.bits": 2}, "b": {"model.bits": 11}}}, "--model.bits"),
         ({"title": "t", "rows": {"a": {"model.bits": 2}, "b": {"model.bitz": 2}}}, "model.bitz"),
+        ({"title": "t", "rows": {"a": {}, "b": ["--model.bits", 2]}}, "row 'b' must be options of fit by name"),
+        ({"title": "t", "rows": {"a": {}}, "options": 3}, "options must be options of fit by name"),
+        ({"title": "t", "rows": {"a": {2: 3}}}, "row 'a' must be options of fit by name"),
+        ("title: t\nrows: {a: [\n", "cannot be read as YAML"),
+        ({"title": "t", "rows": {"+ a": {}, "- a": {"model.bits": 2}}}, "would share the directory a"),
+        ({"title": "t", "rows": {"+": {}}}, "'+' needs a name with letters"),
+        ({"title": "t", "rows": {"a": {}, "b": {"pruning.keep": 99}}}, "keep=99 (--pruning.keep)"),
+        ({"title": "t", "rows": {"a": {}, "b": {"data.documents": "packed", "data.column": "x"}}}, "--data.column=x"),
+        ({"title": "t", "rows": {"a": {}, "b": {"data.seed": "x"}}}, "data.seed"),
+        ({"title": "t", "rows": {"a": {}, "b": {"trainer.default_root_dir": "x"}}}, "(row 'b') has no effect beside"),
     ],
 )
 def test_a_bad_table_is_refused_before_any_row_is_run(content, message, tiny_model_dir, tmp_path, capsys):
     file = tmp_path / "table.yaml"
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     with pytest.raises(SystemExit):
         main(["table", str(file), "--output", str(tmp_path / "out"), *base(tiny_model_dir("mixtral"))])
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "message"),
+    [
+        ({"a": {"data.seed": 1}}, ["--seeds", "0"], "--data.seed (row 'a') has no effect beside --seeds"),
+        ({"a": {}}, ["--data.seed=1", "--seeds", "0"], "--data.seed (the command) has no effect beside --seeds"),
+        ({"a": {}}, ["--seeds", "0", "0"], "--seeds 0 0 names a seed twice"),
+        ({"a": {}}, ["--trainer.default_root_dir", "x"], "--trainer.default_root_dir (the command) has no effect"),
+    ],
+)
+def test_what_the_command_sets_itself_is_not_given_too(rows, words, message, tiny_model_dir, tmp_path, capsys):
+    file = tmp_path / "table.yaml"
+    file.write_text(yaml.safe_dump({"title": "t", "rows": rows}))
+    with pytest.raises(SystemExit):
+        main(["table", str(file), "--output", str(tmp_path / "out"), *base(tiny_model_dir("mixtral")), *words])
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("[]", "--data.heldout is empty"),
+        ("{KL: 'bundled:prose[:10%]'}", "a text cannot be called 'KL'"),
+        ("['./no_such.txt']", "no_such.txt"),
+    ],
+)
+def test_texts_are_checked_before_any_row_is_run(texts, message, tiny_model_dir, tmp_path, capsys):
+    file = tmp_path / "table.yaml"
+    file.write_text(f"title: t\noptions:\nrows:\n  2: {{model.bits: 2}}\n  base:\n  other: {{data.heldout: {texts}}}\n")
+    assert list(read_table(str(file))["rows"].items())[:2] == [("2", {"model.bits": 2}), ("base", {})]
+    words = base(tiny_model_dir("mixtral"))
+    at = words.index("--data.heldout")
+    words = words[:at] + words[at + 2 :]
+    with pytest.raises(SystemExit):
+        main(["table", str(file), "--output", str(tmp_path / "out"), *words])
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args", "ignore:.*deprecated")
+def test_rows_have_their_own_seeds_and_are_of_the_text_as_it_is_now(tiny_model_dir, tmp_path, capsys):
+    file, text, out = tmp_path / "table.yaml", tmp_path / "text.txt", tmp_path / "out"
+    written = (BUNDLED_TEXT / "calibration.txt").read_text()
+    text.write_text(written[:40_000])
+    plain = {"model.bits": 2, "model.router_method": "none", "data.calibration": str(text)}
+    (heldout := tmp_path / "held.txt").write_text(written[40_000:50_000])
+    rows = {"first": plain | {"data.seed": 1}, "second": plain | {"data.seed": 2}}
+    file.write_text(yaml.safe_dump({"title": "t", "rows": rows}))
+    more = iter(base(tiny_model_dir("mixtral")))
+    pairs = [pair for pair in zip(more, more, strict=True) if pair[0] not in ("--data.calibration", "--data.heldout")]
+    words = [word for pair in [*pairs, ("--data.heldout", str(heldout))] for word in pair]
+    main(["table", str(file), "--output", str(out), *words])
+    for seed, row in ((1, "first"), (2, "second")):
+        report = json.loads((out / f"seed_{seed}" / row / "report.json").read_text())
+        assert report["config"]["data.seed"] == seed
+    table = json.loads((out / "table.json").read_text())
+    assert table["rows"]["first"]["KL"] != table["rows"]["second"]["KL"] and table["seeds"] == [1, 2]
+    assert "standard deviation" not in capsys.readouterr().out
+    for changed, message in ((heldout, "the held-out text held .*"), (text, "the text of .*")):
+        changed.write_text(written[-40_000:])
+        with pytest.raises(SystemExit):
+            main(["table", str(file), "--output", str(out), *words])
+        assert re.search(rf"first.json holds a row, but {message}have changed since", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

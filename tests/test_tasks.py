@@ -184,6 +184,26 @@ def test_options_in_lm_evals_words():
     assert rules_of(0.7, "reroute", 1.0) == [PESF(0.7, "reroute", 1.0)]
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("pesf", "0.9"),
+        ("limit", "5"),
+        ("num_fewshot", "2"),
+        ("rescue", "1.0"),
+        ("survivors", "reroute"),
+        ("include_path", "somewhere"),
+        ("apply_chat_template", "true"),
+        ("overwrite", "true"),
+        ("task_batch_size", "2"),
+    ],
+)
+def test_options_of_tasks_need_tasks(option, value, fitted, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluated(fitted("mixtral"), tmp_path / "run", f"--{option}", value)
+    assert f"--{option} needs --tasks" in capsys.readouterr().err and not (tmp_path / "run" / "test.json").exists()
+
+
 # --- with lm-eval
 
 

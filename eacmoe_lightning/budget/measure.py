@@ -20,7 +20,6 @@ A directory holds the results of finished blocks and the hidden states before th
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -127,7 +126,7 @@ def measure(
         num_probes: windows among the calibration windows that only the probes run on.
         batch_size: windows per forward pass.
         seed: chooses these windows.
-        drops: shares of the experts that probes miss in every block.
+        drops: shares of the experts that probes miss in every block; stored are those that `dropped_shares` gives.
         criterion: the score of an expert (`pruning.scores`).
         on_block: called after each block.
 
@@ -136,12 +135,14 @@ def measure(
         StoreError: a file of it is damaged.
     """
     for_solver, for_probes = split(text, num_probes, seed)
+    scores_experts, drops = bool(drops), dropped_shares(moe.moe_blocks, drops)
     run, num_blocks = RunDirectory(output), len(moe.blocks)
     identity = identity | {"widths": list(widths), "probe_windows": num_probes, "seed": seed}
-    if drops:
+    if scores_experts:
         identity |= {"drops": list(drops), "pruning.criterion": criterion}
     _claim(run, identity)
     if (output / FILE).exists():
+        run.drop_streams()  # a kill may have left them
         return read(output)
     ranks, states = Ranks(), run.streams(0, 1)
     streams = Streams(
@@ -162,7 +163,7 @@ def measure(
         for index in range(start, num_blocks):
             with moe.loaded(index) as block:
                 result = _measure_block(block, num_blocks, recipe, streams, probes, widths, ranks)
-                if drops and block.is_moe:
+                if scores_experts and block.is_moe:
                     result["score"] = _measure_drops(block, streams, probes, drops, criterion)
                     result["probes"] += [drop_name(share) for share in drops if index == moe.moe_blocks[0].index]
                 else:
@@ -175,7 +176,7 @@ def measure(
             on_block(index)
     damage = probes.divergences()
     sensitivity = write(output, identity, widths, finished, damage)
-    shutil.rmtree(output / "streams", ignore_errors=True)
+    run.drop_streams()
     return sensitivity
 
 
@@ -261,6 +262,15 @@ def keep_of(block: Block, share: float) -> int:
     groups = Groups.of(block)
     of_group = max(round((1 - share) * block.num_experts / groups.number), groups.least(block.top_k))
     return max(of_group * groups.number, block.top_k)
+
+
+def dropped_shares(blocks: Sequence[Block], shares: Sequence[float]) -> list[float]:
+    """The shares of the experts that are missing if every block keeps `keep_of` of these, ascending; without 0."""
+    total, found = sum(block.num_experts for block in blocks), set()
+    for share in shares:
+        missing = total - sum(keep_of(block, share) for block in blocks)
+        found |= {missing / total} if missing else set()
+    return sorted(found)
 
 
 def kept_of(block: Block, scores: Sequence[float], number: int, criterion: str) -> list[int]:

@@ -86,6 +86,8 @@ class Sensitivity:
 
     def dropped(self, share: float) -> float:
         """Nats that the whole model loses without this share of the experts: linear between measured shares and 0."""
+        if share <= 0:
+            return 0.0
         points = [(0.0, 0.0), *((measured, self.damage[drop_name(measured)]) for measured in self.drops)]
         i = next((i for i, (right, _) in enumerate(points) if share <= right and i), len(points) - 1)
         (left, low), (right, high) = points[i - 1], points[i]

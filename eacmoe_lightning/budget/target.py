@@ -139,7 +139,7 @@ class BySize:
         """Raises ValueError if no allocation has this size; needs no sensitivities."""
         kept, is_free = None, self.pruning is not None and self.pruning.keep == "auto"
         if self.pruning is not None:
-            most = max(DROPS if self.sensitivity is None else self.sensitivity.drops)
+            most = max(DROPS if self.sensitivity is None else self.sensitivity.drops, default=0)
             numbers = {b.index: keep_of(b, most) if is_free else self.pruning.keep for b in self.moe.moe_blocks}
             kept = {index: list(range(number)) for index, number in numbers.items()}
         largest = allocator_of(self.recipe, self.moe, self.rows) if is_free else None  # then all may stay

@@ -9,7 +9,7 @@ import sys
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import fields
-from math import prod
+from math import inf, prod
 from pathlib import Path
 
 import torch
@@ -63,6 +63,7 @@ def plan(words: list[str]) -> None:
     chosen, words = parser.parse_known_args(words)
     if "-h" in words or "--help" in words:
         parser.print_help()  # those of fit follow
+    _check(chosen)
     module, data, folder = parse_fit(words)
     moe = load_shapes(module.name_or_path, module.dtype_name, module.trust_remote_code)
     module.recipe.check(moe)
@@ -98,6 +99,17 @@ def plan(words: list[str]) -> None:
     print("\n".join([summary(result, module.name_or_path), *by_size]))
     if chosen.json:
         chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _check(chosen: argparse.Namespace) -> None:
+    """Raises ValueError if an option of the command is out of its range, or its file cannot be written."""
+    if chosen.processes < 1:
+        raise ValueError(f"--processes {chosen.processes} is below 1")
+    for option, value in vars(chosen).items():
+        if option.startswith(("rate.", "available.")) and value is not None and not 0 < value < inf:
+            raise ValueError(f"--{option} {value:g} is not a positive number")
+    if chosen.json is not None and (chosen.json.is_dir() or not chosen.json.absolute().parent.is_dir()):
+        raise ValueError(f"{chosen.json} (--json) cannot be written: pass the name of a file in an existing directory")
 
 
 def _choose_bits(module: QESC, moe: MoEModel) -> list[str]:

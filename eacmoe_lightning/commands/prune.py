@@ -20,6 +20,7 @@ from torch import Tensor
 from eacmoe_lightning.calibration.blocks import Calibration
 from eacmoe_lightning.calibration.recipe import Recipe, nominal_bits
 from eacmoe_lightning.calibration.streams import Streams
+from eacmoe_lightning.commands.own_options import check_window_length, text_of
 from eacmoe_lightning.compressed.finished import FinishedBlocks
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
@@ -104,6 +105,9 @@ def prune(
     for option, value in (("batch_size", batch_size), ("ridge", ridge)):
         if value <= 0:
             raise ValueError(f"{option}={value} (--{option}) is not positive")
+    check_window_length(window_length)
+    if not -(2**63) <= seed < 2**63:  # torch takes no others
+        raise ValueError(f"seed={seed} (--seed) is not from -2^63 to 2^63 - 1")
     if pruning.keep == "auto":
         raise ValueError("keep=auto (--pruning.keep) serves `fit` with a size: pass a number")
     device_of(device)  # raises now
@@ -116,9 +120,11 @@ def prune(
     read = partial(
         read_windows, tokenizer=given.directory, window_length=window_length, trust_remote_code=trust_remote_code
     )
-    windows = read(calibration, num_windows=num_windows, seed=seed)
+    with text_of("--calibration"):
+        windows = read(calibration, num_windows=num_windows, seed=seed)
     of_texts = {"num_windows": num_heldout_windows, "option": "--num_heldout_windows"}
-    heldout = {name: read(source, **of_texts) for name, source in sources.items()}
+    with text_of("--texts"):
+        heldout = {name: read(source, **of_texts) for name, source in sources.items()}
     identity = {
         "version": __version__,
         "model": stored_name(model),

@@ -66,6 +66,7 @@ class Evaluated:
         divergence: of the report; or that of `validate`, if it is newer or alone has one.
         reference: name of the model from which the divergence was measured.
         fingerprint: of this model; None if it is not known.
+        digests: of the windows of each text; empty if they are not known.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Evaluated:
     divergence: dict[str, Any]
     reference: str
     fingerprint: str | None
+    digests: dict[str, str]
 
     @property
     def is_of_prune(self) -> bool:
@@ -91,12 +93,12 @@ def _read(run: Path) -> Evaluated:
     written = read_json(path)
     config = written.get("config", {})  # of fit, or of prune
     reference = written["model"]["name_or_path"], config.get("model.fingerprint", config.get("fingerprint"))
-    divergence = written.get("divergence") or {}
+    divergence, digests = written.get("divergence") or {}, written.get("heldout_digest", {})
     if again.exists() and (not divergence or again.stat().st_mtime > path.stat().st_mtime):
         validated = read_json(again)
         is_of_run = not validated.get("evaluate")  # or of the model that --model.evaluate named
         if is_of_run and validated.get("divergence"):
-            divergence = validated["divergence"]
+            divergence, digests = validated["divergence"], validated.get("heldout_digest", {})
             if original := validated.get("original"):
                 reference = original["name_or_path"], original["fingerprint"]
     if not divergence.get("mean", {}).get("compressed"):
@@ -104,7 +106,7 @@ def _read(run: Path) -> Evaluated:
             f"{path} has no divergence: it is of an older version, or no held-out text was evaluated. `validate` with "
             f"the run's config and --trainer.default_root_dir {run} adds it"
         )
-    return Evaluated(str(run), written, divergence, *reference)
+    return Evaluated(str(run), written, divergence, *reference, digests)
 
 
 def _refuse_incomparable(one: Evaluated, other: Evaluated) -> None:
@@ -128,4 +130,10 @@ def _refuse_incomparable(one: Evaluated, other: Evaluated) -> None:
         raise ValueError(
             f"{both}: texts and tokens {one.tokens} and {other.tokens}. Evaluate both on the same texts (`validate "
             "--data.heldout ... --data.num_heldout_windows ...`)"
+        )
+    both_known = one.digests.keys() & other.digests.keys()
+    if changed := [text for text in sorted(both_known) if one.digests[text] != other.digests[text]]:
+        raise ValueError(
+            f"{both}: the windows of the text {changed[0]} are others, though as many tokens. Evaluate both on "
+            "the same text (`validate --data.heldout ... --data.window_length ...`)"
         )

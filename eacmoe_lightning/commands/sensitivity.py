@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from eacmoe_lightning.budget import picture
-from eacmoe_lightning.budget.measure import DROPS
+from eacmoe_lightning.budget.measure import DROPS, dropped_shares
 from eacmoe_lightning.budget.target import allocator_of
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.job.chosen_bits import measured
@@ -59,7 +59,10 @@ def sensitivity(words: list[str]) -> None:
     module, data, _ = parse_fit(words)
     if module.pruning is None and any(word.startswith("--pruning.criterion") for word in words):
         raise ValueError("--pruning.criterion chooses no experts by itself: pass --pruning.keep as well, any number")
-    widths = sorted(int(width) if width == int(width) else width for width in set(chosen.widths))
+    if not module.recipe.quantizes:
+        raise ValueError("--model.quantizer none quantizes nothing, so no width loses anything: pass another quantizer")
+    widths = sorted(int(width) if float(width).is_integer() else width for width in set(chosen.widths))
+    _check(chosen, widths, data.num_calibration_windows)
     for width in widths:
         module.recipe.uniform(width)  # raises now
     weights = Checkpoint(module.name_or_path, module.dtype_name, module.trust_remote_code)
@@ -73,6 +76,8 @@ def sensitivity(words: list[str]) -> None:
     if drops and (reason := next(filter(None, map(keeps_all, moe.moe_blocks)), None)):
         log.info("without --drops, which measures missing experts: %s", reason)
         drops = []
+    if drops and (real := dropped_shares(moe.moe_blocks, drops)) != drops:
+        log.info("of --drops %s, the shares %s of the experts of a block can be missing", drops, real)
     with RunLock(chosen.output, "--output"):
         texts.prepare(continues=(chosen.output / "identity.json").exists())
         texts.make()
@@ -83,3 +88,18 @@ def sensitivity(words: list[str]) -> None:
         )  # fmt: skip
         allocator = allocator_of(module.recipe, moe, module.targets, found)
         picture.write(chosen.output, found, allocator, module.name_or_path)
+
+
+def _check(chosen: argparse.Namespace, widths: list[float], num_windows: int) -> None:
+    """Raises ValueError if an option of the command is out of its range."""
+    if len(widths) < 2:
+        raise ValueError(f"--widths {widths[0]:g} is one width: pass two or more, such as 2 4; others lie between them")
+    if wrong := [share for share in chosen.drops if not 0 < share < 1]:
+        raise ValueError(
+            f"--drops {wrong[0]:g} is no share of the experts between 0 and 1: pass 0.25 for a quarter of them"
+        )
+    if chosen.probe_windows is not None and not 1 <= chosen.probe_windows < num_windows:
+        raise ValueError(
+            f"--probe_windows {chosen.probe_windows} of {num_windows} calibration windows (--data.num_windows) leave "
+            f"none to the solver or to the probes: pass 1 to {num_windows - 1}"
+        )

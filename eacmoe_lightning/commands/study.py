@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from eacmoe_lightning.commands.own_options import check_least, check_window_length, refuse_others, text_of
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
 from eacmoe_lightning.compressed.sizes import stored_parts
 from eacmoe_lightning.evaluation import pareto
@@ -29,10 +30,11 @@ from eacmoe_lightning.study.disturb import NOISES, disturbed
 from eacmoe_lightning.study.measure import Measurement, Text
 from eacmoe_lightning.study.results import Results
 from eacmoe_lightning.text.checks import check_length, check_tokens
-from eacmoe_lightning.text.documents import read_documents
+from eacmoe_lightning.text.documents import documents
 from eacmoe_lightning.text.sources import name_sources, stored_source
 from eacmoe_lightning.text.windows import digest, read_sizes, token_windows
 
+RESULTS = "cells.json"
 POINT = "the model with the experts of some blocks stored by a codec, each weight within an error bound"
 QUESTION_WINDOWS = 4  # windows per question: the question's window and others for the wrong continuations
 
@@ -98,6 +100,10 @@ def study(
         FileNotFoundError: there is no such model or text.
         StoreError: the output cannot be read or written.
     """
+    check_window_length(window_length)
+    check_least(num_windows=(num_windows, 1), num_questions=(num_questions, 0), batch_tokens=(batch_tokens, 1))
+    if num_questions:
+        check_least(context_length=(context_length, 1), continuation_length=(continuation_length, 1))
     sizes = {"num_windows": num_windows, "window_length": window_length, "num_questions": num_questions}
     sizes |= {"context_length": context_length, "continuation_length": continuation_length}
     blocks = [str(block) for block in _several("blocks", blocks)]
@@ -105,10 +111,13 @@ def study(
     kinds, seeds = _several("kinds", kinds), _several("seeds", seeds)
     measured_bounds = _bounds_of("bounds", _several("bounds", bounds), bound_mode)
     global_bounds = _bounds_of("budgets", budgets if isinstance(budgets, list) else [budgets], bound_mode)
+    if global_bounds:
+        check_least(budget_windows=(budget_windows, 1))
     sources = name_sources(heldout, "--heldout")
     if not sources:
         raise ValueError("--heldout is empty: pass one or more sources, or null for the bundled texts")
     device_of(device)  # raises now
+    refuse_others(Path(output), RESULTS)
     opened = open_model(model, dtype, trust_remote_code=trust_remote_code)
     directory, moe = opened.directory, opened.in_memory()
     moe.model.to(device)
@@ -116,7 +125,9 @@ def study(
     cells = plan(groups, experts, kinds, measured_bounds, seeds)
     _check_budgets(global_bounds, groups, moe, kinds[0])
     read = partial(read_texts, sources, directory, trust_remote_code=trust_remote_code)
-    heldout_texts = read(**sizes)
+    heldout_texts, later_texts = read(**sizes), {}
+    if global_bounds:
+        later_texts = read(**sizes | {"num_windows": budget_windows, "num_questions": 0}, skip=num_windows)
     questions = [text.questions.input_ids for text in heldout_texts.values() if text.questions is not None]
     identity = {
         "model": stored_name(model),
@@ -130,23 +141,21 @@ def study(
         for choice in experts:
             choose_experts(choice, torch.zeros(block.num_experts), 0, block.index)  # raises now, not after an hour
     with RunLock(Path(output), "--output"):
-        results = Results(Path(output) / "cells.json", identity)
+        results = Results(Path(output) / RESULTS, identity)
         measurement = Measurement(moe, heldout_texts, batch_tokens)
         measure_cells(moe, measurement, cells, groups, results)
 
         cells.sort(key=lambda cell: list(groups).index(cell.blocks))  # in the order of --blocks
         rows = [report.row_of(cell, results[cell.key], measurement.baseline) for cell in cells]
-        sections = []
+        points = report.points(cells, results.rows, opened.size_bytes, expert_bits(opened, moe))
+        _write(Path(output), model, measurement, rows, points)
         if global_bounds:
             sensitivity = budget.fit_sensitivity(_cells_to_fit(groups, measurement.load, rows, kinds[0]))
-            later_sizes = sizes | {"num_windows": budget_windows, "num_questions": 0}
-            later = Measurement(moe, read(**later_sizes, skip=num_windows), batch_tokens)
+            later = Measurement(moe, later_texts, batch_tokens)
             spent = spend.spend(
                 moe, later, sensitivity, measurement.load, kinds[0], global_bounds, results, Path(output)
             )
-            sections.append(spend.markdown(spent, sensitivity))
-        points = report.points(cells, results.rows, opened.size_bytes, expert_bits(opened, moe))
-        _write(Path(output), model, measurement, rows, sections, points)
+            _write_markdown(Path(output), model, measurement, rows, [spend.markdown(spent, sensitivity)])
         return {"baseline": measurement.baseline, "rows": rows}
 
 
@@ -171,20 +180,18 @@ def read_texts(
     check_length(window_length, positions, "--window_length")
     texts, option = {}, "--num_windows" + (" + --budget_windows" if skip else "")
     for name, source in sources.items():
-        documents = read_documents(source)
-        cut = partial(token_windows, documents, tokenizer, source=source)
-        try:
-            windows, questions = cut(skip + num_windows, window_length, option=option)[skip:], None
+        cut = partial(token_windows, tokenizer=tokenizer, source=source)
+        with text_of("--heldout"):
+            windows = cut(documents(source), num_windows=skip + num_windows, window_length=window_length, option=option)
             if num_rows is not None:
                 check_tokens(windows, num_rows, tokenizer, source)
-            if num_questions:
-                length, number = context_length + continuation_length, QUESTION_WINDOWS * num_questions
-                more = f"{QUESTION_WINDOWS} x --num_questions"
-                pieces = cut(number, length, seed=0, option=more)
-                questions = make_questions(pieces, num_questions, context_length, option=more)
-        except ValueError as error:
-            raise ValueError(f"--heldout: {str(error).replace('--data.', '--')}") from error
-        texts[name] = Text(windows, questions)
+        texts[name] = Text(windows[skip:])
+        if num_questions:
+            number, more = QUESTION_WINDOWS * num_questions, f"{QUESTION_WINDOWS} x --num_questions"
+            length = context_length + continuation_length
+            with text_of("--heldout", window_length="context_length + --continuation_length"):
+                pieces = cut(documents(source), num_windows=number, window_length=length, seed=0, option=more)
+                texts[name].questions = make_questions(pieces, num_questions, context_length, option=more)
     return texts
 
 
@@ -259,27 +266,15 @@ def expert_bits(opened: OpenedModel, moe: MoEModel) -> float:
 
 
 def _write(
-    output: Path,
-    model: str,
-    measurement: Measurement,
-    rows: list[dict[str, Any]],
-    sections: list[str],
-    points: list[dict[str, Any]],
+    output: Path, model: str, measurement: Measurement, rows: list[dict[str, Any]], points: list[dict[str, Any]]
 ) -> None:
     """Writes the report as JSON, CSV, Markdown, a heat map, TensorBoard and, if a codec was measured, a Pareto plot."""
     from eacmoe_lightning.study import heatmap  # importing matplotlib takes a second
 
-    baseline = measurement.baseline
-    description = {"command": command_line(), "commit": commit(), "processor": processor()}
-    write_json(
-        output / "study.json",
-        {**description, "model": model, "baseline": baseline, "rows": rows, "depths": report.depth_summary(rows)},
-    )
-    notes = [f"Command: `{description['command']}`", f"Commit: {description['commit']}", description["processor"]]
-    shape = next(iter(measurement.texts.values())).windows.shape
-    notes.append(f"{shape[0]} windows of {shape[1]} tokens of each text")
-    text = report.markdown(f"Which experts of {model} tolerate what", notes, baseline, rows, sections)
-    write_atomically(output / "study.md", lambda partial: partial.write_text(text))
+    about = {"command": command_line(), "commit": commit(), "processor": processor(), "model": model}
+    about |= {"baseline": measurement.baseline, "rows": rows, "depths": report.depth_summary(rows)}
+    write_json(output / "study.json", about)
+    _write_markdown(output, model, measurement, rows, [])
     write_atomically(output / "study.csv", lambda partial: partial.write_text(report.to_csv(rows)))
     figure = heatmap.draw(rows)
     heatmap.write(figure, output / "heatmap.png")
@@ -288,4 +283,14 @@ def _write(
         written = pareto.page(model, list(measurement.texts), points, POINT)
         write_atomically(output / "pareto.html", lambda partial: partial.write_text(written, "utf-8"))
     files = ["study.md", "study.json", "study.csv", "heatmap.png", *(["pareto.html"] if points else [])]
-    print(f"{output}: {', '.join(files)}; tensorboard --logdir {output}")
+    print(f"{output}: {', '.join(files)}; tensorboard --logdir {output}", flush=True)
+
+
+def _write_markdown(
+    output: Path, model: str, measurement: Measurement, rows: list[dict[str, Any]], sections: list[str]
+) -> None:
+    shape = next(iter(measurement.texts.values())).windows.shape
+    notes = [f"Command: `{command_line()}`", f"Commit: {commit()}", processor()]
+    notes.append(f"{shape[0]} windows of {shape[1]} tokens of each text")
+    text = report.markdown(f"Which experts of {model} tolerate what", notes, measurement.baseline, rows, sections)
+    write_atomically(output / "study.md", lambda partial: partial.write_text(text))

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
-
-from eacmoe_lightning.commands.configs import SHIPPED
 from eacmoe_lightning.commands.fit import parse_fit
-from eacmoe_lightning.commands.rows import fit_row, words_of
+from eacmoe_lightning.commands.rows import Rows, words_of
+from eacmoe_lightning.commands.table_file import (
+    TABLES,
+    folders_of,
+    numbers,
+    read_table,
+    refuse_overridden,
+    refuse_own,
+    without_repeats,
+)
+from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.planning.shapes import load_shapes
 from eacmoe_lightning.run.files import write_atomically, write_json
 
-TABLES = SHIPPED / "tables"
-KEYS = {"title", "source", "split", "options", "rows", "published"}
-SYMBOL = re.compile(r"(?:(\d+) )?([KE])")  # a multiple of the model's top_k or of its number of experts
-FORMATS = {"bits": "{:.2f}", "changed": "{:.2%}", "seconds": "{:.0f}", "lost": "{:.4f}", "KL": "{:.4f}"}
+FORMATS = {"bits": "{:.2f}", "changed": "{:.2%}", "seconds": "{:.0f}", "lost": "{:.4f}", "KL": "{:.4f}"}  # of figures
 
 
 def table(words: Sequence[str]) -> None:
@@ -34,30 +37,41 @@ def table(words: Sequence[str]) -> None:
 
     All other options are those of `fit` and apply to every row. One that the table sets too is refused, but a --config
     may hold it: the table then overrides it. Each row is a `fit` in a directory of its own, so the same command goes on
-    after an interruption, and finished rows are not made again. `table.json` and `table.md` hold the result.
+    after an interruption, and finished rows are not made again. They are refused once their model or their text has
+    changed. `table.json` and `table.md` hold the result.
 
     Args:
         words: the command's words.
 
     Raises:
         FileNotFoundError: there is no such table, config or model.
-        ValueError: the file is no table, it sets an option that was given too, or `fit` refuses one of its rows; before
-            any row is run.
+        ValueError: the file is no table, it sets an option that was given too, or `fit` refuses one of its rows, whose
+            texts are read for that; before any row is run.
     """
     given, more = options().parse_known_args(words)
     plan = read_table(given.table)
     refuse_overridden(more, plan, given.table)
-    rows = {name: plan.get("options", {}) | row for name, row in plan["rows"].items()}
-    module, data, _ = parse_fit([*more, *words_of(_numbers(next(iter(rows.values())), 1, 1))])
+    refuse_own(more, plan, given.seeds)
+    if given.seeds and len(set(given.seeds)) < len(given.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, given.seeds))} names a seed twice: pass different ones")
+    rows = {name: plan["options"] | row for name, row in plan["rows"].items()}
+    module, _, _ = parse_fit([*more, *words_of(numbers(next(iter(rows.values())), 1, 1))])
     moe = load_shapes(module.name_or_path, module.dtype_name, module.trust_remote_code)
-    rows = {name: _numbers(row, moe.top_k, moe.num_experts) for name, row in rows.items()}
-    rows = _without_repeats(rows)
-    for row in rows.values():
-        parse_fit([*more, *words_of(row)])[0].recipe.check(moe)
-    seeds = given.seeds or [data.seed]
-    made = {name: [_fitted(given.output, name, row, seed, more, plan) for seed in seeds] for name, row in rows.items()}
+    rows = without_repeats({name: numbers(row, moe.top_k, moe.num_experts) for name, row in rows.items()})
+    folders, fits, seeds = folders_of(rows), Rows(more, bool(plan.get("split"))), {}
+    for name, row in rows.items():
+        data = fits.check(row)
+        _check_texts(data)
+        for seed in seeds.setdefault(name, given.seeds or [data.seed]):
+            fits.finished(given.output / f"seed_{seed}", folders[name], row | {"data.seed": seed})  # or raises now
+    made: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
+    for name, row in rows.items():
+        for seed in seeds[name]:
+            fitted = fits.run(given.output / f"seed_{seed}", folders[name], row | {"data.seed": seed})
+            made[name].append(figures(fitted))
     result = {key: plan[key] for key in ("title", "source") if key in plan}
-    result |= {"model": module.name_or_path, "options": list(more), "seeds": seeds}
+    result |= {"model": module.name_or_path, "options": list(more)}
+    result["seeds"] = list(dict.fromkeys(seed for of_row in seeds.values() for seed in of_row))
     result["rows"] = {"original": _original(made)} | {name: _over_seeds(runs) for name, runs in made.items()}
     result["published"] = _published(plan, module.name_or_path)
     write_json(given.output / "table.json", result)
@@ -79,75 +93,15 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def read_table(name: str) -> dict[str, Any]:
-    """The contents of a table's file.
-
-    Raises:
-        FileNotFoundError: it is neither a file nor a table of the package.
-        ValueError: it is no table.
-    """
-    shipped = TABLES / f"{name}.yaml"
-    path = Path(name) if Path(name).is_file() else shipped
-    if not path.is_file():
-        names = ", ".join(sorted(path.stem for path in TABLES.glob("*.yaml")))
-        raise FileNotFoundError(f"there is no table {name}: pass a YAML file, or one of {names}")
-    plan = yaml.safe_load(path.read_text())
-    if not isinstance(plan, dict) or not isinstance(plan.get("rows"), dict) or not plan["rows"] or "title" not in plan:
-        raise ValueError(f"{path} is no table: it needs a title, and rows of options of fit by name")
-    if unknown := sorted(plan.keys() - KEYS):
-        raise ValueError(f"{path}: {unknown[0]} is not a key of a table: {', '.join(sorted(KEYS))}")
-    return plan
-
-
-def refuse_overridden(words: Sequence[str], plan: dict[str, Any], table: str) -> None:
-    """Raises ValueError if a word is an option that the table sets too, as a whole or in part, and so overrides."""
-    places = {f"row {name!r}": row for name, row in plan["rows"].items()}
-    sets = [(where, key) for where, row in ({"options": plan.get("options", {})} | places).items() for key in row]
-    for word in words:
-        option = word.partition("=")[0].removesuffix("+")
-        if not option.startswith("--") or "." not in option:  # a value, or --config, --model FILE
-            continue
-        for where, key in sets:
-            if _overlap(option.removeprefix("--"), key):
-                elsewhere = "" if where == "options" else ". For rows that do not set it, put it into a --config"
-                raise ValueError(
-                    f"{option} would be overridden by {key} of the table {table} ({where}): leave it out, or change it "
-                    f"there{elsewhere}"
-                )
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether two options are the same or one holds the other; arguments of classes go with and without `init_args`."""
-    one, other = (f"{name.replace('.init_args.', '.')}." for name in (one, other))
-    return one.startswith(other) or other.startswith(one)
-
-
-def _numbers(row: dict[str, Any], top_k: int, experts: int) -> dict[str, Any]:
-    """The row with the numbers that symbols such as `2 K` and `E` stand for; no more than all experts."""
-
-    def number(value: Any) -> Any:
-        match = SYMBOL.fullmatch(value) if isinstance(value, str) else None
-        return min(int(match[1] or 1) * {"K": top_k, "E": experts}[match[2]], experts) if match else value
-
-    return {key: number(value) for key, value in row.items()}
-
-
-def _without_repeats(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The rows without those whose options another row has too, on a model of few experts."""
-    kept: dict[str, dict[str, Any]] = {}
-    for name, row in rows.items():
-        if row not in kept.values():
-            kept[name] = row
-    return kept
-
-
-def _fitted(
-    output: Path, name: str, row: dict[str, Any], seed: int, more: Sequence[str], plan: dict[str, Any]
-) -> dict[str, Any]:
-    """The figures of one row with one seed."""
-    folder = re.sub(r"[^\w.]+", "-", name).strip("-")
-    made = fit_row(output / f"seed_{seed}", folder, row | {"data.seed": seed}, more, bool(plan.get("split")))
-    return figures(made)
+def _check_texts(data: TextWindows) -> None:
+    """Raises ValueError if a table of these held-out texts has no columns, or two of one name."""
+    if not data.heldout:
+        raise ValueError("--data.heldout is empty, so a table has nothing to show: pass one or more sources")
+    if taken := [name for name in data.heldout if name in FORMATS]:
+        raise ValueError(
+            f"--data.heldout: a text cannot be called {taken[0]!r}, as a column of figures has this name: pass "
+            "{name: source} with another name"
+        )
 
 
 def figures(made: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +141,7 @@ def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _published(plan: dict[str, Any], name: str) -> dict[str, Any]:
     """The published figures of this model, by row; empty if there are none."""
-    return plan.get("published", {}).get(name, {})
+    return plan["published"].get(name, {})
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -197,8 +151,9 @@ def markdown(result: dict[str, Any]) -> str:
     papers = list(dict.fromkeys(key for row in published.values() for key in row))
     lines = [f"# {result['title']}", ""]
     source = f", after {result['source']}" if "source" in result else ""
-    seeds = result["seeds"]
-    spread = f"; mean and standard deviation over the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
+    has_spread = any("spread" in figure for row in rows.values() for figure in row.values())
+    seeds = ", ".join(map(str, result["seeds"]))
+    spread = f"; mean and standard deviation over the seeds {seeds}" if has_spread else ""
     lines += [f"{result['model']}{source}. Perplexity by text{spread}.", ""]
     lines += ["| | " + " | ".join([*columns, *(f"{key} (paper)" for key in papers)]) + " |"]
     lines += ["|---" * (1 + len(columns) + len(papers)) + "|"]

@@ -18,6 +18,7 @@ from eacmoe_lightning.routers.expert_shift import ExpertShift, mean_rates
 from eacmoe_lightning.run.hidden import Shelf
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.text.batches import shard
+from eacmoe_lightning.text.windows import digest
 
 
 class Evaluation:
@@ -185,11 +186,16 @@ def evaluate(
     scratch: Path | None = None,
     noise_floor: int = 0,
 ) -> dict[str, Any]:
-    """`Evaluation.compute` over named windows [S, T], divided among the processes."""
+    """`Evaluation.compute` over named windows [S, T], divided among the processes; with their `heldout_digest`."""
     ranks = ranks or Ranks()
     evaluation = Evaluation(original, subject, split, scratch, ranks, noise_floor)
     for text, windows in texts.items():
         rows = shard(len(windows), ranks.rank, ranks.world)
         for start in range(rows.start, rows.stop, batch_size):
             evaluation.add(text, windows[start : min(start + batch_size, rows.stop)], first=start)
-    return evaluation.compute(list(texts))
+    return evaluation.compute(list(texts)) | {"heldout_digest": digests(texts)}
+
+
+def digests(texts: dict[str, Tensor]) -> dict[str, str]:
+    """What tells the windows [S, T] of each text from others of the same name."""
+    return {text: digest(windows) for text, windows in texts.items()}

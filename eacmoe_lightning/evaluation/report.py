@@ -22,6 +22,8 @@ Keys, with dots for nesting:
                         plain mean over the texts
     divergence.blocks[].block|compressed|noise_floor
                         mean relative distance of the hidden states after each block from the original's
+    heldout_digest.<text>
+                        of the token ids of the windows that the text was judged on
     expert_shift.mean.before|after.any|half|all|selections|weighted
                         over the held-out texts; weighted: mean over tokens of how far the changed selection alone moves
                         the experts' output, relative to it (evaluation/streams.py, `effect_of_selection`)
@@ -169,6 +171,7 @@ def add_quality(report: dict[str, Any], blocks: list[BlockStats], evaluation: di
             for text, values in evaluation["before"]["perplexity"].items():
                 report["perplexity"][text]["before"] = values["compressed"]
         report["divergence"] = _divergence(evaluation)
+        report["heldout_digest"] = evaluation["after"]["heldout_digest"]
         shifts = {when: result["expert_shift"] for when, result in evaluation.items()}
         report["expert_shift"]["mean"] = {when: shift["mean"] for when, shift in shifts.items()}
         report["expert_shift"]["texts"] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.compressed.opening import OpenedModel, open_model
 from eacmoe_lightning.evaluation.board import heldout_scalars
-from eacmoe_lightning.evaluation.evaluate import Evaluation
+from eacmoe_lightning.evaluation.evaluate import Evaluation, digests
 from eacmoe_lightning.evaluation.report_text import evaluation_summary
 from eacmoe_lightning.evaluation.streams import run_batches
 from eacmoe_lightning.job.trainer_options import refuse_unsuitable
@@ -160,6 +160,7 @@ class Comparison(LightningModule):
         self.log_dict(heldout_scalars(result, stage) | {"step": 0.0}, sync_dist=True)
         if self.trainer.is_global_zero:
             about = {"size_bytes": self.compared.size_bytes, "original": self.compared.reference}
+            about["heldout_digest"] = digests(self.trainer.datamodule.heldout_windows)
             about["evaluate"] = None if self.evaluate is None else stored_name(self.evaluate)
             write_json(self.run.path / f"{stage}.json", result | about)
             print(evaluation_summary(result, self.compared.size_bytes))

@@ -22,6 +22,7 @@ from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.exports.linears import original_of
 from eacmoe_lightning.job.sampling import SampledTexts
 from eacmoe_lightning.models.checkpoint import Checkpoint
+from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.planning.checks import check_disk, check_memory, check_original, warn_of_guessing
 from eacmoe_lightning.planning.sizes import job_of
@@ -143,18 +144,30 @@ def open_original(module: QESC) -> tuple[StreamedModel, BySize | None]:
     weights = Checkpoint(module.name_or_path, module.dtype_name, module.trust_remote_code)
     moe = StreamedModel(weights, module.trainer.strategy.root_device)
     module.trainer.datamodule.check_model(moe, "fit")
-    module.recipe.check(moe, module.trainer.world_size)
+    return moe, check_options(module, moe, module.trainer.world_size)
+
+
+def check_options(module: QESC, moe: MoEModel, processes: int = 1) -> BySize | None:
+    """Checks that recipe, pruning, size, target and router loss suit the model, of which shapes are enough.
+
+    Returns:
+        With a size, what bits are chosen with.
+
+    Raises:
+        ValueError, FileNotFoundError: one of them does not.
+    """
+    module.recipe.check(moe, processes)
     if module.pruning is not None:
         module.pruning.check(moe)
     choice = None
     if module.chosen_bits.size:
         rest = Rest.of(moe, module.name_or_path, module.trust_remote_code)
-        choice = module.chosen_bits.check(moe, rest, module.fingerprint, module.trainer.world_size)
+        choice = module.chosen_bits.check(moe, rest, module.fingerprint, processes)
     elif module.targets:
         targets.choose(module.targets, module.recipe.grids(moe), original_of(moe), module.tensor_parallel)
     for block in moe.moe_blocks:
         module.router_loss.num_targets(block.num_experts, block.top_k)  # raises now if its k does not fit the model
-    return moe, choice
+    return choice
 
 
 def _choose_bits(module: QESC, choice: BySize) -> tuple[Recipe, PruningRule | None]:

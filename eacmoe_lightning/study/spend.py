@@ -25,6 +25,7 @@ from eacmoe_lightning.study.disturb import disturb, disturbed
 from eacmoe_lightning.study.measure import Measurement
 from eacmoe_lightning.study.report import lost, table
 from eacmoe_lightning.study.results import Results
+from eacmoe_lightning.text.windows import digest
 
 Place = tuple[int, int]  # block, expert
 CHOICES = {"by block and expert": (True, True), "by block": (True, False), "by expert": (False, True)}  # of `damages`
@@ -96,12 +97,13 @@ def spend(
     key = f"points of {kind}"
     if key not in results:
         results.add(key, measure_points(moe, kind))
+    windows = digest(*(text.windows for text in measurement.texts.values()))
     points, all_experts, rows = results[key], {b.index: list(range(b.num_experts)) for b in moe.moe_blocks}, []
 
     def evaluate(choice: str, chosen: dict[Place, Bound], bound: Bound) -> dict[str, Any]:
-        digest = hashlib.sha256(repr(sorted((*place, b.mode, b.value) for place, b in chosen.items())).encode())
-        name = f"bytes of {kind} {bound.mode} {bound.value:g}, {choice}, {digest.hexdigest()[:16]}"
-        name += f", {next(iter(measurement.texts.values())).windows.shape[0]} windows"
+        bounds = hashlib.sha256(repr(sorted((*place, b.mode, b.value) for place, b in chosen.items())).encode())
+        name = f"bytes of {kind} {bound.mode} {bound.value:g}, {choice}, {bounds.hexdigest()[:16]}"
+        name += f", windows {windows[:16]}"
         if name not in results:
             measurement.seek(min(all_experts))
             bound_of, seed_of = (lambda block, expert: chosen[block, expert]), partial(stable_seed, 0)
