@@ -401,3 +401,30 @@ def test_threads_do_not_mix_the_logits_of_routers_whose_matrix_is_a_layer():
                 assert all(torch.equal(logits, expected) for logits in got)
         copied = pickle.loads(pickle.dumps(model))
         assert torch.equal(copied(texts[0], use_cache=False).logits, want[0])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_model_skips_as_it_does_otherwise():
+    config = tiny_models.config_of("mixtral")
+    config.num_hidden_layers = 1
+    model, ids = tiny_models.build_random(config, 0), random_ids(2, 40)
+    with eacmoe_lightning.pesf(model, alpha=0.7) as report:
+        want = model(ids, use_cache=False).logits
+        model(ids[:, :7], use_cache=False)
+        assert error(torch.compile(model, backend="eager")(ids, use_cache=False).logits, want) < 1e-5
+    assert report.summary()["dropped"] > 0
+
+
+@torch.no_grad()
+def test_a_pass_that_fails_leaves_nothing_behind():
+    model, ids = tiny_models.build("mixtral"), random_ids(1, 40)
+    layer = MoEModel(model).moe_blocks[0].layer
+    with eacmoe_lightning.pesf(model, alpha=0.7):
+        handle = layer.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids)
+        handle.remove()
+        hidden = torch.randn(2, 24, model.config.hidden_size)  # then a block alone, as `evaluate` runs it
+        positions = model.model.rotary_emb(hidden, torch.arange(24)[None])
+        assert layer(hidden, position_embeddings=positions).shape == hidden.shape

@@ -105,7 +105,7 @@ class Session:
         decoder = self.moe.decoder
         self.handles += [
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
-            decoder.register_forward_hook(self._end, with_kwargs=True),
+            decoder.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
         for block, place in zip(self.moe.moe_blocks, self.places, strict=True):
             self.handles.append(block.layer.register_forward_pre_hook(self._enter))
@@ -132,8 +132,9 @@ class Session:
         self.handles, self.now.tokens, self.attention_before = [], None, None
         self.now.attention.clear()
 
-    # --- hooks, in the order in which they run -----------------------------------------------------------
+    # --- hooks, in the order in which they run; torch.compile leaves them out of its graphs -----------------
 
+    @torch.compiler.disable
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = named_arguments(decoder, args, kwargs)
         cache = cache_of(arguments)
@@ -165,17 +166,20 @@ class Session:
             else "With decode=True pieces of a prompt are counted together",
         )
 
+    @torch.compiler.disable
     def _enter(self, layer: nn.Module, args: tuple) -> None:
         """For a block that runs without the decoder, as in `evaluate`: batches there have no padding."""
         now = self.now
         if not now.is_running and args and (now.tokens is None or tuple(args[0].shape[:2]) != now.tokens.shape):
             now.tokens = Tokens(torch.ones(args[0].shape[:2], dtype=torch.bool, device=args[0].device))
 
+    @torch.compiler.disable
     def _keep_attention(self, place: Place, module: nn.Module, args: tuple, output: Any) -> None:
         """Attention returns (hidden, weights [B, heads, T, keys])."""
         if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
             self.now.attention[place.index] = output[1]
 
+    @torch.compiler.disable
     def _route(self, place: Place, routing: Routing, inputs: Tensor | None) -> Routing:
         ids, tokens = routing.ids, self.now.tokens.of_router(len(routing.ids))
         if tokens is None:
@@ -215,6 +219,7 @@ class Session:
         ids, weights = torch.cat([d.ids for d in decisions]), torch.cat([d.weights for d in decisions])
         return Decision(ids, weights, torch.cat(kept) if kept else None)
 
+    @torch.compiler.disable
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.now.is_running = False
         cache = getattr(output, CACHE, None)
