@@ -107,7 +107,7 @@ def test_the_command_writes_its_files(tiny_model_dir, tmp_path, capsys):
         (["--num_questions", "4"], ["--num_questions needs --alphas"]),
         (["--baselines", "true"], ["--baselines needs --alphas"]),
         (["--alphas", "[0.3]", "--num_questions", "99"], ["num_questions=99 (--num_questions)"]),
-        (["--alphas", "[0.3]", "--tolerance", "-1"], ["tolerance=-1.0 (--tolerance)"]),
+        (["--alphas", "[0.3]", "--tolerance", "-1"], ["tolerance=-1.0 is negative (--tolerance)"]),
         (["--window_length", "1"], ["window_length=1 (--window_length) is below 2"]),
         (["--window_length", "1000000"], ["--texts: bundled:", "(--window_length); pass a longer text"]),
         (["--cross", "tiny-2.06", "--cross_calibration", "./none.txt"], ["--cross: --cross_calibration: ./none.txt"]),

@@ -100,7 +100,9 @@ def analyze(
         ValueError: the model has no experts, a text is too short, an option is out of range or without effect, or the
             output directory holds something else.
     """
-    check_least(batch_size=(batch_size, 1), num_questions=(num_questions, 0), tolerance=(tolerance, 0))
+    check_least(batch_size=(batch_size, 1), num_questions=(num_questions, 0))
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance} is negative (--tolerance): it is the increase in perplexity to accept")
     check_window_length(window_length)
     given = {"texts": texts, "alphas": alphas, "cross_calibration": cross_calibration}
     for option, value in given.items():
