@@ -578,6 +578,17 @@ def test_a_card_that_does_not_fit_the_files_is_blamed(tmp_path, card, message, s
     assert "README.md" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_config_without_a_folder_is_found_from_everywhere(tmp_path, monkeypatch):
+    config = {"config_name": "en", "data_files": "clean.jsonl"}
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps([config])}\n---\n")
+    (tmp_path / "clean.jsonl").write_text('{"text": "one"}')
+    monkeypatch.chdir(tmp_path.parent)
+    for split in ("", ":train"):
+        stored = stored_source(f"{tmp_path.name}/en{split}")
+        assert stored == f"{tmp_path}/en{split}"
+        assert read_documents(f"{tmp_path.name}/en{split}") == read_documents(stored) == ["one"]
+
+
 def test_a_config_that_the_card_declares_is_not_the_folder_of_its_name(tmp_path):
     config = {"config_name": "en", "data_files": [{"split": "train", "path": "en/clean.jsonl.xz"}]}
     (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps([config])}\n---\n")

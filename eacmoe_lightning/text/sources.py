@@ -195,9 +195,7 @@ def stored_source(source: str) -> str:
     match = None if is_path(whole) else SPLIT.search(whole)
     name = whole[: match.start()] if match else whole
     path = Path(name).expanduser()
-    is_local = (
-        path.exists() or is_pattern(name) or (match is not None and path.parent.is_dir() and path.parent != Path())
-    )
+    is_local = path.exists() or is_pattern(name) or (path.parent.is_dir() and path.parent != Path())
     if source.startswith("bundled:") or is_unread_list(source) or not is_local:
         return source
     return os.path.abspath(path) + source[len(name) :]
