@@ -1,6 +1,6 @@
 // Attention of a few queries that share keys and values: one chunk of keys at a time.
 //
-// Included after portable.h and small.h for AVX512 alone: on AVX2 it was no faster than torch.
+// Included after small.h for AVX512 alone: on AVX2 it was no faster than torch.
 namespace eacmoe {
 namespace ISA {
 

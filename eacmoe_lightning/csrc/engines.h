@@ -8,8 +8,8 @@
 #define ISA baseline
 #define ISA_TARGET
 #define ISA_WIDTH 4
-#include "portable.h"
 #include "small.h"
+#include "portable.h"
 #undef ISA
 #undef ISA_TARGET
 #undef ISA_WIDTH
@@ -18,7 +18,6 @@
 #define ISA avx2_portable
 #define ISA_TARGET __attribute__((target("avx2,fma,f16c")))
 #define ISA_WIDTH 8
-#include "portable.h"
 #include "small.h"
 #undef ISA
 #undef ISA_TARGET
@@ -26,7 +25,6 @@
 #define ISA avx512f
 #define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define ISA_WIDTH 16
-#include "portable.h"
 #include "small.h"
 #include "attend.h"
 #undef ISA

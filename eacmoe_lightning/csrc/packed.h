@@ -97,7 +97,7 @@ struct Chunk {
 enum Slot { SCALES, ROW, OUT_TILE, SUMS, TOKENS_IN, HIDDEN, TOKENS_INNER, SLOTS };
 uint8_t* scratch(Slot slot, size_t bytes);
 
-inline float as_float(int32_t bits) {
+inline float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
@@ -113,17 +113,10 @@ inline float half_to_float(uint16_t h) {
     float value = float(mantissa) * (1.0f / 16777216);
     return sign ? -value : value;
   }
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+  return as_float(bits);
 }
 
-inline float bf16_to_float(uint16_t b) {
-  uint32_t bits = uint32_t(b) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
+inline float bf16_to_float(uint16_t b) { return as_float(uint32_t(b) << 16); }
 
 inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even
   uint32_t bits;

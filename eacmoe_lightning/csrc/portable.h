@@ -1,11 +1,10 @@
 // float32 activations on any CPU: rows are decoded to float32 segments and multiplied with the compiler's vector types.
 //
-// Included once per instruction set, with these defined: ISA (the namespace), ISA_TARGET (the function attribute),
-// ISA_WIDTH (floats of a vector).
+// Included after small.h, where ISA and the others stand for the instructions that every CPU has; AVX2 and AVX512 have
+// engines of their own.
 namespace eacmoe {
 namespace ISA {
 
-typedef float Floats __attribute__((vector_size(ISA_WIDTH * 4), aligned(4)));
 typedef float Floats8 __attribute__((vector_size(32)));
 typedef uint32_t Words8 __attribute__((vector_size(32)));
 typedef int32_t Ints8 __attribute__((vector_size(32)));
@@ -26,12 +25,6 @@ ISA_TARGET static inline void decode(const uint8_t* codes, int64_t n, float scal
     Floats8 value = (__builtin_convertvector(code, Floats8) - zero) * scale;
     std::memcpy(out + k, &value, 32);
   }
-}
-
-ISA_TARGET static inline float sum(Floats v) {
-  float total = 0;
-  for (int i = 0; i < ISA_WIDTH; i++) total += v[i];
-  return total;
 }
 
 // out[m * 2 * TILE] += <x[m], w> for `count` tokens.
@@ -84,47 +77,6 @@ static void multiply(const Packed& p, const Segments& s, const uint8_t* const* t
     case 7: return multiply_bits<7>(p, s, tokens, M, rows, out);
     case 8: return multiply_bits<8>(p, s, tokens, M, rows, out);
   }
-}
-
-// exp(x) to about 2 units in the last place, in a form that compilers vectorize; clamps x to +-87.
-ISA_TARGET static inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // n = round(x / ln 2)
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float y = 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1;
-  const int32_t power = (int32_t(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &power, 4);
-  return y * scale;
-}
-
-// gate[i] = f(gate[i]) * up[i], or f(gate[i]) without `up`.
-template <class Activation>
-ISA_TARGET static void activate(Activation kind, float* gate, const float* up, int64_t n) {
-  switch (int(kind)) {
-    case 0:  // SiLU
-      for (int64_t i = 0; i < n; i++) gate[i] = gate[i] / (1 + exponential(-gate[i]));
-      break;
-    case 1:  // GELU
-      for (int64_t i = 0; i < n; i++) gate[i] = 0.5f * gate[i] * (1 + std::erf(gate[i] * 0.70710678f));
-      break;
-    case 2:  // GELU by tanh: x * sigmoid(2 y)
-      for (int64_t i = 0; i < n; i++) {
-        const float y = 1.59576912f * (gate[i] + 0.044715f * gate[i] * gate[i] * gate[i]);
-        gate[i] = gate[i] / (1 + exponential(-y));
-      }
-      break;
-    case 3:  // ReLU
-      for (int64_t i = 0; i < n; i++) gate[i] = gate[i] < 0 ? 0 : gate[i];
-      break;
-  }
-  for (int64_t i = 0; up && i < n; i++) gate[i] *= up[i];
 }
 
 static const Engine engine = {float_bytes, prepare_floats, multiply};
