@@ -386,21 +386,26 @@ def test_a_model_pickles_with_its_rule_after_a_prompt():
     assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, expected)
 
 
+def check_threads(model: PreTrainedModel, texts: list[Tensor]) -> None:
+    """Every text gives in a thread of its own, among those of the others, what it gives alone."""
+
+    @torch.no_grad()
+    def run(ids: Tensor, times: int = 20) -> list[Tensor]:
+        return [model(ids, use_cache=False).logits for _ in range(times)]
+
+    alone = [run(ids, 1)[0] for ids in texts]
+    with ThreadPoolExecutor(len(texts)) as threads:
+        for got, expected in zip(threads.map(run, texts), alone, strict=True):
+            assert all(torch.equal(logits, expected) for logits in got)
+
+
 @torch.no_grad()
 def test_threads_do_not_mix_the_logits_of_routers_whose_matrix_is_a_layer():
     model, texts = architectures.build("gemma4_text"), [random_ids(1, length, length) for length in (20, 27, 34, 41)]
     with eacmoe_lightning.pesf(model, alpha=0.9, survivors="reroute"):
-        want = [model(ids, use_cache=False).logits for ids in texts]
-
-        @torch.no_grad()
-        def run(i: int) -> list[Tensor]:
-            return [model(texts[i], use_cache=False).logits for _ in range(20)]
-
-        with ThreadPoolExecutor(len(texts)) as threads:
-            for got, expected in zip(threads.map(run, range(len(texts))), want, strict=True):
-                assert all(torch.equal(logits, expected) for logits in got)
-        copied = pickle.loads(pickle.dumps(model))
-        assert torch.equal(copied(texts[0], use_cache=False).logits, want[0])
+        check_threads(model, texts)
+        copied, (ids, *_) = pickle.loads(pickle.dumps(model)), texts
+        assert torch.equal(copied(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
 @pytest.mark.slow

@@ -3,14 +3,13 @@
 import copy
 import math
 import pickle
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import architectures
 import pytest
 import tiny_models
 import torch
-from test_pesf import error, padded, random_ids, skewed_model
+from test_pesf import check_threads, error, padded, random_ids, skewed_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -326,15 +325,7 @@ def test_odp_protects_the_same_tokens_with_every_cache():
 def test_threads_do_not_mix_the_attention_of_their_texts():
     model, texts = tiny_models.build("qwen3_moe"), [random_ids(1, length, length) for length in (20, 27, 34, 41)]
     with skipping(model, ODP(median_ratios(model, texts[0]), protected=0.3)):
-        want = [model(ids, use_cache=False).logits for ids in texts]
-
-        @torch.no_grad()
-        def run(i: int) -> list[Tensor]:
-            return [model(texts[i], use_cache=False).logits for _ in range(20)]
-
-        with ThreadPoolExecutor(len(texts)) as threads:
-            for got, expected in zip(threads.map(run, range(len(texts))), want, strict=True):
-                assert all(torch.equal(logits, expected) for logits in got)
+        check_threads(model, texts)
 
 
 @pytest.mark.parametrize("name, blocks", [("minimax", "0, 2"), ("nemotron_h", "0, 1")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from eacmoe_lightning.analysis.skipping_sweep import summary as skipping_summary
 from eacmoe_lightning.analysis.skipping_sweep import sweep
 from eacmoe_lightning.commands.configs import find_config
 from eacmoe_lightning.commands.cross import CrossRows
-from eacmoe_lightning.commands.own_options import check_least, check_window_length, refuse_others, text_of
+from eacmoe_lightning.commands.own_options import changed, check_least, check_window_length, refuse_others, text_of
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.compressed.opening import open_model
 from eacmoe_lightning.evaluation.choice_task import make_questions
@@ -181,9 +180,8 @@ def analyze(
 
 def _refuse_without(needed: str, **options: Any) -> None:
     """Raises ValueError for an option that has no effect without another, unless it is at its default."""
-    parameters = signature(analyze).parameters
-    if given := [name for name, value in options.items() if value != parameters[name].default]:
-        raise ValueError(f"--{given[0]} needs --{needed}: pass that too, or leave it out")
+    if given := changed(analyze, **options):
+        raise ValueError(f"--{given} needs --{needed}: pass that too, or leave it out")
 
 
 def _refuse_other_model(folder: Path, model: str) -> None:

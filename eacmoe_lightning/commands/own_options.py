@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from eacmoe_lightning.run.lock import LOCK
 
@@ -34,6 +36,12 @@ def text_of(option: str, **renamed: str) -> Iterator[None]:
             message = message.replace(of_fit, own)
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{option}: {message}") from error
+
+
+def changed(function: Callable, **options: Any) -> str | None:
+    """The first of these arguments of a function that is not at its default."""
+    parameters = signature(function).parameters
+    return next((name for name, value in options.items() if value != parameters[name].default), None)
 
 
 def check_least(**options: tuple[int | float | None, int]) -> None:

@@ -47,7 +47,7 @@ from eacmoe_lightning.run.provenance import origin
 from eacmoe_lightning.run.ranks import Ranks
 from eacmoe_lightning.skipping.apply import set_skipping
 from eacmoe_lightning.text.sources import name_sources, stored_source
-from eacmoe_lightning.text.windows import digest, read_windows
+from eacmoe_lightning.text.windows import SEEDS, digest, read_windows
 from eacmoe_lightning.version import __version__
 
 NOTHING = Recipe(quantizer="none")  # the block loop quantizes nothing
@@ -106,7 +106,7 @@ def prune(
         if value <= 0:
             raise ValueError(f"{option}={value} (--{option}) is not positive")
     check_window_length(window_length)
-    if not -(2**63) <= seed < 2**63:  # torch takes no others
+    if seed not in SEEDS:
         raise ValueError(f"seed={seed} (--seed) is not from -2^63 to 2^63 - 1")
     if pruning.keep == "auto":
         raise ValueError("keep=auto (--pruning.keep) serves `fit` with a size: pass a number")

@@ -8,7 +8,6 @@ import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from eacmoe_lightning import callbacks
+from eacmoe_lightning.commands.own_options import changed
 from eacmoe_lightning.commands.tasks import rules_of, run_tasks
 from eacmoe_lightning.evaluation.harness import Asking
 from eacmoe_lightning.job.checkpoint_io import AtomicCheckpointIO
@@ -102,11 +102,15 @@ class CalibrationTrainer(Trainer):
         """
         ckpt_path = _no_checkpoint("test", ckpt_path)
         if tasks is None:
-            _refuse_without_tasks(
-                include_path=include_path, num_fewshot=num_fewshot, limit=limit, task_batch_size=task_batch_size,
-                apply_chat_template=apply_chat_template, confirm_run_unsafe_code=confirm_run_unsafe_code, pesf=pesf,
-                survivors=survivors, rescue=rescue, overwrite=overwrite,
-            )  # fmt: skip
+            if given := changed(
+                CalibrationTrainer.test, include_path=include_path, num_fewshot=num_fewshot, limit=limit,
+                task_batch_size=task_batch_size, apply_chat_template=apply_chat_template,
+                confirm_run_unsafe_code=confirm_run_unsafe_code, pesf=pesf, survivors=survivors, rescue=rescue,
+                overwrite=overwrite,
+            ):  # fmt: skip
+                raise ValueError(
+                    f"--{given} needs --tasks, and has no effect on held-out text: pass --tasks too, or leave it out"
+                )
             return super().test(model, *args, ckpt_path=ckpt_path, **kwargs)
         asking = Asking(num_fewshot, limit, apply_chat_template, confirm_run_unsafe_code)
         rules = rules_of(pesf, survivors, rescue)
@@ -189,15 +193,6 @@ def _no_checkpoint(command: str, ckpt_path: Any) -> None:
             f"{command} has no use for --ckpt_path {ckpt_path}: it evaluates the finished model of the run directory "
             "(--trainer.default_root_dir) or another (--model.evaluate), never a checkpoint. Leave the option out, or "
             "pass --ckpt_path null where a config sets it"
-        )
-
-
-def _refuse_without_tasks(**options: Any) -> None:
-    """Raises ValueError if an option of `test` that only tasks take is not at its default."""
-    parameters = signature(CalibrationTrainer.test).parameters
-    if given := [name for name, value in options.items() if value != parameters[name].default]:
-        raise ValueError(
-            f"--{given[0]} needs --tasks, and has no effect on held-out text: pass --tasks too, or leave it out"
         )
 
 

@@ -23,6 +23,7 @@ from eacmoe_lightning.text.openings import Start
 from eacmoe_lightning.text.sampled import SampledSource, sampled_source
 from eacmoe_lightning.text.sources import check_source, is_unread_list, may_have_rows, name_sources
 from eacmoe_lightning.text.windows import (
+    SEEDS,
     Layout,
     Windows,
     cut_windows,
@@ -138,7 +139,7 @@ class TextWindows(L.LightningDataModule):
         for option in ("batch_size", "micro_batch_size", "heldout_batch_size", "num_heldout_windows"):
             if (value := getattr(self, option)) is not None and value < 1:
                 raise ValueError(f"--data.{option}={value} must be at least 1")
-        if not -(2**63) <= self.seed < 2**63:  # torch takes no others
+        if self.seed not in SEEDS:
             raise ValueError(f"--data.seed={self.seed} must be from -2^63 to 2^63 - 1")
         if self.window_length < 2:
             raise ValueError(

@@ -136,7 +136,7 @@ def _asked(
         return answered if has_system else [m for m in asked if m["role"] == "system"] + answered
     beside = next(filter(None, (_text_beside(row[name]) for name in _beside(row, columns))), None)
     if beside and isinstance(values[0], str):
-        asked[0]["content"] += f"\n\n{beside}"
+        asked[0]["content"] += f"\n\n{whole_characters(beside)}"
     return asked + answered
 
 
@@ -154,9 +154,9 @@ def _beside(row: Mapping[str, Any], columns: tuple[str, ...]) -> list[str]:
 def _text_beside(value: Any) -> str | None:
     """What an instruction speaks about as text: a text, a number, or paragraphs."""
     if isinstance(value, str | int | float):
-        return whole_characters(str(value))
+        return str(value)
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return whole_characters("\n\n".join(value))
+        return "\n\n".join(value)
     return None
 
 

@@ -21,6 +21,7 @@ from eacmoe_lightning.text.documents import documents
 from eacmoe_lightning.text.packing import pack
 from eacmoe_lightning.text.rows import Conversation, Document
 
+SEEDS = range(-(2**63), 2**63)  # that torch takes
 POOL = 16  # N random windows are drawn from the first POOL * N
 Layout = Literal["joined", "separate", "packed"]  # how documents lie in windows, see `cut_windows`
 MAX_CHARACTERS_PER_TOKEN = 16  # of ordinary text; with more, a long document is tokenized in more than one piece
