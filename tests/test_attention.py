@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from eacmoe_lightning.runtime import kernels
 from eacmoe_lightning.runtime.attention import MARK, attend, share_keys
 
-pytestmark = pytest.mark.skipif(kernels.level() != "avx512", reason="needs the C++ kernels and AVX512")
+pytestmark = pytest.mark.skipif(kernels.level() not in ("avx512", "amx"), reason="needs the C++ kernels and AVX512")
 SHAPES = {  # batch, heads, heads of keys, tokens, width of keys, width of values
     "one short chunk": (1, 4, 2, 5, 64, 64),
     "whole chunks": (1, 8, 2, 512, 128, 128),

@@ -213,8 +213,8 @@ def test_experts_with_bits_of_their_own(level, count, uniform_down):
 def test_the_number_of_threads_does_not_change_a_bit():
     up, down = random_weight((8, 96, 64), 3, 32), random_weight((8, 64, 48), 2, 16)
     g = torch.Generator().manual_seed(0)
-    x, weights = torch.randn(40, 64, generator=g).bfloat16(), torch.rand(40, 2, generator=g)
-    ids = torch.stack([torch.randperm(8, generator=g)[:2] for _ in range(40)])
+    x, weights = torch.randn(900, 64, generator=g).bfloat16(), torch.rand(900, 2, generator=g)
+    ids = torch.stack([torch.randperm(8, generator=g)[:2] for _ in range(900)])  # more than a piece of tokens an expert
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 4):
@@ -224,6 +224,32 @@ def test_the_number_of_threads_does_not_change_a_bit():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif("amx" not in LEVELS, reason="needs a CPU with AMX that programs may use")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("int8", [False, True])
+def test_amx_gives_the_bits_of_avx512(dtype, int8, monkeypatch):
+    """Its sums are the same integers, for any shape, and any number of tokens in blocks of 16."""
+    results = {}
+    for name in ("avx512", "amx"):
+        monkeypatch.setattr(kernels, "level", lambda name=name: name)
+        results[name] = found = []
+        for bits, (rows, width, group_size) in itertools.product(
+            range(2, 9), [(7, 24, 8), (33, 256, 128), (50, 336, 336), (1100, 640, 320)]
+        ):
+            q = random_weight((rows, width), bits, group_size)
+            bias = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+            for count in (7, 8, 16, 17, 200, 390):
+                x = torch.randn(count, width, generator=torch.Generator().manual_seed(count)).to(dtype)
+                found.append(linear(x, q, bias, int8))
+        up, down = random_weight((6, 2 * 200, 640), 3, 128), random_weight((6, 640, 200), 5, 40)
+        g = torch.Generator().manual_seed(0)
+        x, weights = torch.randn(700, 640, generator=g).to(dtype), torch.rand(700, 2, generator=g)
+        ids = torch.stack([torch.randperm(7, generator=g)[:2] for _ in range(700)])  # 6 skips
+        args = (x, ids, weights, *tensors(up), None, [3], *tensors(down), None, [5], True, "silu", int8)
+        found.append(torch.ops.eacmoe.experts(*args))
+    assert all(torch.equal(a, b) for a, b in zip(*results.values(), strict=True))
 
 
 FORK = """

@@ -35,7 +35,7 @@ static void attention(const Attention& a, void* out, int threads) {
     const Chunk c{keys, values, mask, a.k_token, a.v_token, rest < KEYS ? rest : KEYS, D, V};
     float *q = (float*)scratch(ROW, size_t(G * D) * 4), *score = (float*)scratch(SUMS, size_t(4 * KEYS) * 4);
     for (int64_t g = 0; g < G; g++)
-      read(a.q, Dtype(a.dtype), b * a.q_batch + (h * G + g) * a.q_head, D, q + g * D);
+      avx512f::read(a.q, Dtype(a.dtype), b * a.q_batch + (h * G + g) * a.q_head, D, q + g * D);
     for (int64_t i = 0; i < G * D; i++) q[i] *= a.scale;
     float* part = parts + task * G * (V + 2);
     avx512f::attend(c, a.dtype == BFLOAT16, q, G, score, part, part + G, part + 2 * G);
@@ -52,7 +52,7 @@ static void attention(const Attention& a, void* out, int threads) {
       for (int64_t v = 0; v < V; v++) sums[v] += factor * values[v];
     }
     for (int64_t v = 0; total > 0 && v < V; v++) sums[v] /= total;
-    write(sums, V, out, Dtype(a.dtype), row * V);
+    avx512f::write(sums, V, out, Dtype(a.dtype), row * V);
   });
 }
 #endif

@@ -10,16 +10,18 @@
 // of it into place; a third masks its neighbours' bits.
 //
 // Few tokens: a row's codes are multiplied with the tokens lane by lane (lanes hold inputs). Many tokens: the codes of
-// 2 x 16 rows are transposed into a tile (lanes hold outputs), and every token is multiplied with the tile.
+// 2 x 16 rows are transposed into a tile (lanes hold outputs), and every token is multiplied with the tile. CPUs with AMX
+// (Sapphire Rapids and later) multiply 16 tokens with a tile at once.
 #pragma once
 #if defined(__x86_64__)
+#include "amx_many.h"
 #include "avx512_few.h"
 #include "avx512_many.h"
 
 namespace eacmoe {
 namespace avx512 {
 
-template <int bits, int bytes>
+template <int bits, int bytes, bool tiles>
 static void multiply_bits(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M,
                           const Rows& rows, float* out) {
   static_assert(FEW == 4);
@@ -28,27 +30,34 @@ static void multiply_bits(const Packed& p, const Segments& s, const uint8_t* con
     case 2: return few<bits, bytes, 2>(p, s, tokens, rows, out);
     case 3: return few<bits, bytes, 3>(p, s, tokens, rows, out);
     case 4: return few<bits, bytes, 4>(p, s, tokens, rows, out);
-    default: return many<bits, bytes>(p, s, tokens, M, rows, out);
   }
+#if defined(HAS_AMX)
+  if (tiles && M >= amx::FROM) return amx::many<bits, bytes>(p, s, tokens, M, rows, out);
+#endif
+  many<bits, bytes>(p, s, tokens, M, rows, out);
 }
 
-template <int bytes>
+template <int bytes, bool tiles>
 static void multiply(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M,
                      const Rows& rows, float* out) {
   switch (p.bits) {
-    case 2: return multiply_bits<2, bytes>(p, s, tokens, M, rows, out);
-    case 3: return multiply_bits<3, bytes>(p, s, tokens, M, rows, out);
-    case 4: return multiply_bits<4, bytes>(p, s, tokens, M, rows, out);
-    case 5: return multiply_bits<5, bytes>(p, s, tokens, M, rows, out);
-    case 6: return multiply_bits<6, bytes>(p, s, tokens, M, rows, out);
-    case 7: return multiply_bits<7, bytes>(p, s, tokens, M, rows, out);
-    case 8: return multiply_bits<8, bytes>(p, s, tokens, M, rows, out);
+    case 2: return multiply_bits<2, bytes, tiles>(p, s, tokens, M, rows, out);
+    case 3: return multiply_bits<3, bytes, tiles>(p, s, tokens, M, rows, out);
+    case 4: return multiply_bits<4, bytes, tiles>(p, s, tokens, M, rows, out);
+    case 5: return multiply_bits<5, bytes, tiles>(p, s, tokens, M, rows, out);
+    case 6: return multiply_bits<6, bytes, tiles>(p, s, tokens, M, rows, out);
+    case 7: return multiply_bits<7, bytes, tiles>(p, s, tokens, M, rows, out);
+    case 8: return multiply_bits<8, bytes, tiles>(p, s, tokens, M, rows, out);
   }
 }
 
-static const Engine floats = {token_bytes<3>, prepare<3>, multiply<3>};
-static const Engine words = {token_bytes<2>, prepare<2>, multiply<2>};
-static const Engine bytes = {token_bytes<1>, prepare<1>, multiply<1>};
+#if defined(HAS_AMX)
+template <int bytes>
+static const Engine with_tiles = {token_bytes<bytes>, prepare<bytes>, multiply<bytes, true>,
+                                  amx::FROM, amx::arranged_bytes<bytes>, amx::arrange<bytes>};
+#endif
+template <int bytes>
+static const Engine engine = {token_bytes<bytes>, prepare<bytes>, multiply<bytes, false>};
 
 }  // namespace avx512
 }  // namespace eacmoe

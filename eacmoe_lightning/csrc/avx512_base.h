@@ -13,7 +13,6 @@ namespace avx512 {
 constexpr int64_t FEW = 4;    // with up to this many tokens, codes are not transposed
 constexpr int64_t SUMS_OF_TILE = 12;  // token bytes whose sums over a tile stay in registers
 constexpr int64_t AHEAD = 4096; // distance of the prefetch in bytes; both halves are read sequentially
-constexpr int64_t SPAN = 192; // tokens for which the tiles of all inputs are filled once
 
 // --- codes to bytes -------------------------------------------------------------------------------------------------
 
@@ -134,6 +133,21 @@ WITH_AVX512 static void prepare(const float* x, const Segments& s, uint8_t* prep
       terms[i] = scales[i] * sums[i];
     }
   }
+}
+
+// --- sums ---------------------------------------------------------------------------------------------------------
+
+// The sum of the products of all bytes, of three of the lower two.
+template <int bytes>
+WITH_AVX512 static inline __m512 whole(const __m512i sum[bytes]) {
+  if (bytes == 1) return _mm512_cvtepi32_ps(sum[0]);
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[bytes - 2], 8), sum[bytes - 1]));
+}
+
+// The sum of products from those of the lower two of three bytes and those of the upper ones, which are exact in float32
+// and are freed of the zero points' share first, so that nothing large cancels.
+WITH_AVX512 static inline __m512 with_upper(__m512 lower, __m512i upper, __m512 zero_share) {
+  return _mm512_fmadd_ps(_mm512_set1_ps(65536), _mm512_sub_ps(_mm512_cvtepi32_ps(upper), zero_share), lower);
 }
 
 // --- scales -------------------------------------------------------------------------------------------------------

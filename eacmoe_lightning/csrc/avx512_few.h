@@ -6,19 +6,6 @@
 namespace eacmoe {
 namespace avx512 {
 
-// The sum of the products of all bytes, of three of the lower two.
-template <int bytes>
-WITH_AVX512 static inline __m512 whole(const __m512i sum[bytes]) {
-  if (bytes == 1) return _mm512_cvtepi32_ps(sum[0]);
-  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[bytes - 2], 8), sum[bytes - 1]));
-}
-
-// The sum of products from those of the lower two of three bytes and those of the upper ones, which are exact in float32
-// and are freed of the zero points' share first, so that nothing large cancels.
-WITH_AVX512 static inline __m512 with_upper(__m512 lower, __m512i upper, __m512 zero_share) {
-  return _mm512_fmadd_ps(_mm512_set1_ps(65536), _mm512_sub_ps(_mm512_cvtepi32_ps(upper), zero_share), lower);
-}
-
 // `wide`: chunks loaded together; 0 if segments are not made of whole chunks. Row r of both halves is computed
 // together, so that the arithmetic of one hides the latency of the other.
 template <int bits, int bytes, int64_t M, int wide>

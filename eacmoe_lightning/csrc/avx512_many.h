@@ -88,6 +88,22 @@ WITH_AVX512 static inline void dot(__m512i& sum, __m512i w, __m512i a) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(a));
 }
 
+// Adds a segment's share to a token's outputs, [half][16 outputs], from the sums of its products.
+template <int bytes>
+WITH_AVX512 static inline void add_segment(const Segments& s, int64_t i, const uint8_t* token,
+                                           const __m512i sum[2][bytes], const __m512* scale, const __m512* zero,
+                                           float* out) {
+  const __m512 x_sum = _mm512_set1_ps(((const float*)(token + sums_at<bytes>(s)))[i]);
+  const __m512 below = bytes == 3 ? _mm512_set1_ps(((const float*)(token + lower_sums_at<bytes>(s)))[i]) : x_sum;
+  const __m512 x_scale = _mm512_set1_ps(((const float*)(token + scales_at<bytes>(s)))[i]);
+  for (int h = 0; h < 2; h++) {
+    __m512 value = _mm512_fnmadd_ps(zero[h], below, whole<bytes>(sum[h]));
+    if (bytes == 3) value = with_upper(value, sum[h][0], _mm512_mul_ps(zero[h], x_sum));
+    float* place = out + h * TILE;
+    _mm512_storeu_ps(place, _mm512_fmadd_ps(_mm512_mul_ps(scale[h], x_scale), value, _mm512_loadu_ps(place)));
+  }
+}
+
 template <int bytes, int64_t M>
 WITH_AVX512 static inline void pass(const Segments& s, int64_t i, const __m512i* tile, const uint8_t* const* tokens,
                                     const __m512* scale, const __m512* zero, float* out) {
@@ -116,17 +132,7 @@ WITH_AVX512 static inline void pass(const Segments& s, int64_t i, const __m512i*
     }
   }
 #pragma GCC unroll 16
-  for (int64_t m = 0; m < M; m++) {
-    const __m512 x_sum = _mm512_set1_ps(((const float*)(tokens[m] + sums_at<bytes>(s)))[i]);
-    const __m512 below = bytes == 3 ? _mm512_set1_ps(((const float*)(tokens[m] + lower_sums_at<bytes>(s)))[i]) : x_sum;
-    const __m512 x_scale = _mm512_set1_ps(((const float*)(tokens[m] + scales_at<bytes>(s)))[i]);
-    for (int h = 0; h < 2; h++) {
-      __m512 value = _mm512_fnmadd_ps(zero[h], below, whole<bytes>(sum[m][h]));
-      if (bytes == 3) value = with_upper(value, sum[m][h][0], _mm512_mul_ps(zero[h], x_sum));
-      float* place = out + m * 2 * TILE + h * TILE;
-      _mm512_storeu_ps(place, _mm512_fmadd_ps(_mm512_mul_ps(scale[h], x_scale), value, _mm512_loadu_ps(place)));
-    }
-  }
+  for (int64_t m = 0; m < M; m++) add_segment<bytes>(s, i, tokens[m], sum[m], scale, zero, out + m * 2 * TILE);
 }
 
 template <int bytes, int64_t M>
@@ -150,21 +156,18 @@ WITH_AVX512 static void many(const Packed& p, const Segments& s, const uint8_t* 
   __m512* scales = (__m512*)scratch(SCALES, size_t(p.groups()) * 4 * sizeof(__m512));
   tile_scales(p, rows, scales);
   std::memset(out, 0, size_t(M) * 2 * TILE * 4);
-  for (int64_t m0 = 0; m0 < M; m0 += SPAN) {
-    const int64_t end = M - m0 < SPAN ? M : m0 + SPAN;
-    for (int64_t i = 0; i < s.count; i++) {
-      fill_tile<bits>(p, s, i, rows, unpack, tile);
-      const __m512* scale = scales + i / s.per_group * 4;
-      // Equal blocks: 34 tokens in 5 passes are 7 + 7 + 7 + 7 + 6, not 8 + 8 + 8 + 8 + 2.
-      const int64_t passes = (end - m0 + block - 1) / block, size = s.chunks * CHUNK * bytes;
-      for (int64_t b = 0, m = m0; b < passes; b++) {
-        const int64_t count = (end - m + passes - b - 1) / (passes - b);
-        for (int64_t next = m + count; next < end && next < m + 2 * count; next++)
-          for (int64_t line = 0; line < size; line += 64)
-            _mm_prefetch((const char*)tokens[next] + i * size + line, _MM_HINT_T0);
-        pass_up_to<bytes, block>(count, s, i, tile, tokens + m, scale, scale + 2, out + m * 2 * TILE);
-        m += count;
-      }
+  for (int64_t i = 0; i < s.count; i++) {
+    fill_tile<bits>(p, s, i, rows, unpack, tile);
+    const __m512* scale = scales + i / s.per_group * 4;
+    // Equal blocks: 34 tokens in 5 passes are 7 + 7 + 7 + 7 + 6, not 8 + 8 + 8 + 8 + 2.
+    const int64_t passes = (M + block - 1) / block, size = s.chunks * CHUNK * bytes;
+    for (int64_t b = 0, m = 0; b < passes; b++) {
+      const int64_t count = (M - m + passes - b - 1) / (passes - b);
+      for (int64_t next = m + count; next < M && next < m + 2 * count; next++)
+        for (int64_t line = 0; line < size; line += 64)
+          _mm_prefetch((const char*)tokens[next] + i * size + line, _MM_HINT_T0);
+      pass_up_to<bytes, block>(count, s, i, tile, tokens + m, scale, scale + 2, out + m * 2 * TILE);
+      m += count;
     }
   }
 }

@@ -30,9 +30,9 @@ static void dense_row(const Kit& kit, const Dense& w, const float* x, float* out
 static void dense(const Kit& kit, const Dense& w, const void* x, Dtype dtype, int64_t N, void* out, int threads) {
   float *row = (float*)scratch(ROW, size_t(w.cols) * 4), *result = (float*)scratch(SUMS, size_t(w.rows) * 4);
   for (int64_t n = 0; n < N; n++) {
-    read(x, dtype, n * w.cols, w.cols, row);
+    kit.read(x, dtype, n * w.cols, w.cols, row);
     dense_row(kit, w, row, result, threads);
-    write(result, w.rows, out, dtype, n * w.rows);
+    kit.write(result, w.rows, out, dtype, n * w.rows);
   }
 }
 
@@ -53,10 +53,10 @@ static void route(const Kit& kit, const Dense& w, const Choice& choice, const vo
   float *row = (float*)scratch(ROW, size_t(w.cols) * 4), *logit = (float*)scratch(SUMS, size_t(3 * E + K) * 4);
   float *score = logit + E, *rank = score + E, *chosen = rank + E;
   for (int64_t n = 0; n < N; n++) {
-    read(x, dtype, n * w.cols, w.cols, row);
+    kit.read(x, dtype, n * w.cols, w.cols, row);
     dense_row(kit, w, row, logit, threads);
     if (choice.rounded) kit.multiply_by(1, true, logit, E);
-    write(logit, E, logits, logits_dtype, n * E);
+    kit.write(logit, E, logits, logits_dtype, n * E);
     float most = logit[0], sum = 0;
     for (int64_t e = 1; e < E; e++) most = logit[e] > most ? logit[e] : most;
     for (int64_t e = 0; e < E; e++) {
@@ -75,7 +75,7 @@ static void route(const Kit& kit, const Dense& w, const Choice& choice, const vo
       chosen[k] = score[best], selected += score[best];
     }
     for (int64_t k = 0; k < K; k++) chosen[k] *= choice.scale / (choice.normalised ? selected : 1);
-    write(chosen, K, weights, weights_dtype, n * K);
+    kit.write(chosen, K, weights, weights_dtype, n * K);
   }
 }
 
@@ -85,14 +85,14 @@ enum Norm { ROUNDED, IN_FLOAT, PLUS_ONE };  // weight * round(x / rms); round(we
 static void norm(const Kit& kit, Norm form, const void* weight, Dtype weight_dtype, float eps, const void* x,
                  Dtype dtype, int64_t N, int64_t D, void* out) {
   float *row = (float*)scratch(ROW, size_t(2 * D) * 4), *w = row + D;
-  read(weight, weight_dtype, 0, D, w);
+  kit.read(weight, weight_dtype, 0, D, w);
   for (int64_t i = 0; form == PLUS_ONE && i < D; i++) w[i] += 1;
   for (int64_t n = 0; n < N; n++) {
-    read(x, dtype, n * D, D, row);
+    kit.read(x, dtype, n * D, D, row);
     const float factor = 1 / std::sqrt(kit.dot_float(row, row, D) / float(D) + eps);
     kit.multiply_by(factor, form == ROUNDED && dtype == BFLOAT16, row, D);
     for (int64_t i = 0; i < D; i++) row[i] *= w[i];
-    write(row, D, out, dtype, n * D);
+    kit.write(row, D, out, dtype, n * D);
   }
 }
 

@@ -1,4 +1,4 @@
-// The engines for all instruction sets, which of them a call takes, and numbers on their way in and out.
+// The engines for all instruction sets, and which of them a call takes.
 #pragma once
 
 #include <cstdlib>
@@ -52,7 +52,7 @@ uint8_t* scratch(Slot slot, size_t bytes) {
   return (uint8_t*)area.at;
 }
 
-enum Level { PORTABLE, AVX2, AVX512 };
+enum Level { PORTABLE, AVX2, AVX512, AMX };
 enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
 enum Activation { SILU, GELU, GELU_TANH, RELU };
 
@@ -60,8 +60,12 @@ static Level best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#if defined(HAS_AMX)
+    if (amx::allowed()) return AMX;
+#endif
     return AVX512;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return AVX2;
 #endif
   return PORTABLE;
@@ -73,15 +77,28 @@ struct Kit {
   float (*dot_bf16)(const float* x, const uint16_t* w, int64_t n);
   float (*dot_float)(const float* x, const float* w, int64_t n);
   void (*multiply_by)(float factor, bool rounded, float* x, int64_t n);
+  void (*read)(const void* from, Dtype dtype, int64_t at, int64_t n, float* to);
+  void (*write)(const float* from, int64_t n, void* to, Dtype dtype, int64_t at);
 };
 
-#define EACMOE_KIT(engine, isa) \
-  Kit { engine, isa::activate<Activation>, isa::dot_bf16, isa::dot_float, isa::multiply_by }
+#define EACMOE_KIT(engine, isa)                                                                  \
+  Kit {                                                                                         \
+    engine, isa::activate<Activation>, isa::dot_bf16, isa::dot_float, isa::multiply_by,         \
+        isa::read<Dtype>, isa::write<Dtype>                                                     \
+  }
 
 static Kit kit(Level level, Dtype dtype, bool int8) {
+#if defined(HAS_AMX)
+  if (level == AMX) {
+    const Engine* engine = int8               ? &avx512::with_tiles<1>
+                           : dtype == FLOAT32 ? &avx512::with_tiles<3>
+                                              : &avx512::with_tiles<2>;
+    return EACMOE_KIT(engine, avx512f);
+  }
+#endif
 #if defined(__x86_64__)
   if (level == AVX512) {
-    const Engine* engine = int8 ? &avx512::bytes : dtype == FLOAT32 ? &avx512::floats : &avx512::words;
+    const Engine* engine = int8 ? &avx512::engine<1> : dtype == FLOAT32 ? &avx512::engine<3> : &avx512::engine<2>;
     return EACMOE_KIT(engine, avx512f);
   }
   if (level == AVX2) {
@@ -90,30 +107,6 @@ static Kit kit(Level level, Dtype dtype, bool int8) {
   }
 #endif
   return EACMOE_KIT(&baseline::engine, baseline);
-}
-
-static void read(const void* from, Dtype dtype, int64_t at, int64_t n, float* to) {
-  switch (dtype) {
-    case FLOAT32: std::memcpy(to, (const float*)from + at, size_t(n) * 4); break;
-    case BFLOAT16:
-      for (int64_t i = 0; i < n; i++) to[i] = bf16_to_float(((const uint16_t*)from)[at + i]);
-      break;
-    case FLOAT16:
-      for (int64_t i = 0; i < n; i++) to[i] = half_to_float(((const uint16_t*)from)[at + i]);
-      break;
-  }
-}
-
-static void write(const float* from, int64_t n, void* to, Dtype dtype, int64_t at) {
-  switch (dtype) {
-    case FLOAT32: std::memcpy((float*)to + at, from, size_t(n) * 4); break;
-    case BFLOAT16:
-      for (int64_t i = 0; i < n; i++) ((uint16_t*)to)[at + i] = float_to_bf16(from[i]);
-      break;
-    case FLOAT16:
-      for (int64_t i = 0; i < n; i++) ((_Float16*)to)[at + i] = (_Float16)from[i];
-      break;
-  }
 }
 
 }  // namespace eacmoe

@@ -11,7 +11,7 @@
 #endif
 
 // Raise this whenever the interface below changes.
-EXPORT int eacmoe_interface() { return 6; }
+EXPORT int eacmoe_interface() { return 7; }
 
 EXPORT int eacmoe_level() { return eacmoe::best_level(); }
 

@@ -69,6 +69,10 @@ struct Engine {
   void (*prepare)(const float* x, const Segments&, uint8_t* prepared);
   // out[m * 2 * TILE + h * TILE + i] = <token m, row first[h] + i>, for i < valid[h], h < 2 and m < M; without bias.
   void (*multiply)(const Packed&, const Segments&, const uint8_t* const* tokens, int64_t M, const Rows&, float* out);
+  // With so many tokens or more, tokens[0] is a copy of them all that `arrange` has made, `arranged_bytes` long.
+  int64_t arranged_from = INT64_MAX;
+  int64_t (*arranged_bytes)(const Segments&, int64_t M) = nullptr;
+  void (*arrange)(const Segments&, const uint8_t* const* tokens, int64_t M, uint8_t* arranged) = nullptr;
 };
 
 // Float32 activations: inputs, segments padded with zeros.
@@ -94,7 +98,7 @@ struct Chunk {
 
 // Scratch memory of the calling thread, 64-byte aligned. It is kept from call to call, because fresh pages would cost
 // more than the arithmetic on them. A larger request loses the slot's content.
-enum Slot { SCALES, ROW, OUT_TILE, SUMS, TOKENS_IN, HIDDEN, TOKENS_INNER, SLOTS };
+enum Slot { SCALES, ROW, OUT_TILE, SUMS, TOKENS_IN, HIDDEN, TOKENS_INNER, ARRANGED, BLOCKS, SLOTS };
 uint8_t* scratch(Slot slot, size_t bytes);
 
 inline float as_float(uint32_t bits) {

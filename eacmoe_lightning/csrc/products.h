@@ -10,15 +10,14 @@ constexpr int64_t TOKENS = 16;  // tokens that one task prepares
 
 // Tokens [n, cols], prepared for an engine.
 struct Prepared {
-  Prepared(Slot slot, const Engine& engine, const Segments& segments, const void* x, Dtype dtype, int64_t n,
-           int threads)
-      : stride((engine.token_bytes(segments) + 63) / 64 * 64), at(scratch(slot, size_t(n * stride))) {
+  Prepared(Slot slot, const Kit& kit, const Segments& segments, const void* x, Dtype dtype, int64_t n, int threads)
+      : stride((kit.engine->token_bytes(segments) + 63) / 64 * 64), at(scratch(slot, size_t(n * stride))) {
     const int64_t cols = segments.cols;
     run((n + TOKENS - 1) / TOKENS, threads, [&](int64_t task) {
       float* row = (float*)scratch(ROW, size_t(cols) * 4);
       for (int64_t i = task * TOKENS; i < n && i < (task + 1) * TOKENS; i++) {
-        if (dtype != FLOAT32) read(x, dtype, i * cols, cols, row);
-        engine.prepare(dtype == FLOAT32 ? (const float*)x + i * cols : row, segments, token(i));
+        if (dtype != FLOAT32) kit.read(x, dtype, i * cols, cols, row);
+        kit.engine->prepare(dtype == FLOAT32 ? (const float*)x + i * cols : row, segments, token(i));
       }
     });
   }
@@ -48,26 +47,71 @@ static Rows halves(int64_t i, int64_t rows) {
 
 static int64_t num_tiles(int64_t rows) { return ((rows + 1) / 2 + TILE - 1) / TILE; }
 
+// Tokens in the form that the engine multiplies so many of.
+static const uint8_t* const* arranged(const Engine& engine, const Segments& segments, const uint8_t* const* tokens,
+                                      int64_t M) {
+  if (M < engine.arranged_from) return tokens;
+  constexpr int64_t head = 64;  // the address
+  uint8_t* copy = scratch(ARRANGED, size_t(head + engine.arranged_bytes(segments, M)));
+  engine.arrange(segments, tokens, M, copy + head);
+  *(const uint8_t**)copy = copy + head;
+  return (const uint8_t* const*)copy;
+}
+
+// How a product is divided: a task owns neighbouring tiles, a stripe, and multiplies all of them with a piece of the
+// tokens, while that is in its core's cache, before it takes the next piece.
+struct Division {
+  int64_t tiles, stripe, piece;
+
+  // M: the tokens of a product, about; `widest`: tiles of a stripe.
+  Division(int64_t tiles, int64_t token_bytes, int64_t M, int threads, int64_t widest = 16) : tiles(tiles) {
+    constexpr int64_t cache = 768 << 10, few = 4, shortest = 96, longest = 192;  // bytes; tokens
+    const int64_t fair = tiles / (4 * threads), most = fair < widest ? fair : widest;
+    const int64_t fitting = cache / token_bytes / TILE * TILE;
+    stripe = M <= few || most < 1 ? 1 : most;
+    piece = fitting < shortest ? shortest : fitting < longest ? fitting : longest;
+  }
+
+  int64_t tasks() const { return (tiles + stripe - 1) / stripe; }
+  int64_t first(int64_t task) const { return task * stripe; }
+
+  // each(tile, first token, tokens, M) for a task's tiles and M tokens, piece by piece.
+  template <class Each>
+  void run_task(int64_t task, const Engine& engine, const Segments& segments, const uint8_t* const* tokens, int64_t M,
+                const Each& each) const {
+    const int64_t end = first(task + 1) < tiles ? first(task + 1) : tiles;
+    for (int64_t m = 0; m < M; m += piece) {
+      const int64_t n = M - m < piece ? M - m : piece;
+      const uint8_t* const* own = arranged(engine, segments, tokens + m, n);
+      for (int64_t i = first(task); i < end; i++) each(i, m, own, n);
+    }
+  }
+};
+
 // --- linear ---------------------------------------------------------------------------------------------------------
 
 // out [M, rows] from prepared tokens.
 static void multiply_all(const Kit& kit, const Packed& p, const Segments& segments, const Prepared& prepared,
                          int64_t M, void* out, Dtype dtype, int threads) {
   const std::vector<const uint8_t*> tokens = prepared.tokens(M);
-  run(num_tiles(p.rows), threads, [&](int64_t task) {
-    const Rows rows = halves(task, p.rows);
-    float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
-    kit.engine->multiply(p, segments, tokens.data(), M, rows, tile);
-    add_bias(p, rows, M, tile);
-    for (int64_t m = 0; m < M; m++)
-      for (int h = 0; h < 2; h++)
-        write(tile + (m * 2 + h) * TILE, rows.valid[h], out, dtype, m * p.rows + rows.first[h]);
+  const Engine& engine = *kit.engine;
+  const Division division(num_tiles(p.rows), prepared.stride, M, threads);
+  run(division.tasks(), threads, [&](int64_t task) {
+    float* tile = (float*)scratch(OUT_TILE, size_t(division.piece) * 2 * TILE * 4);
+    division.run_task(task, engine, segments, tokens.data(), M, [&](int64_t i, int64_t first, auto piece, int64_t n) {
+      const Rows rows = halves(i, p.rows);
+      engine.multiply(p, segments, piece, n, rows, tile);
+      add_bias(p, rows, n, tile);
+      for (int64_t m = 0; m < n; m++)
+        for (int h = 0; h < 2; h++)
+          kit.write(tile + (m * 2 + h) * TILE, rows.valid[h], out, dtype, (first + m) * p.rows + rows.first[h]);
+    });
   });
 }
 
 static void linear(const Kit& kit, const Packed& p, const void* x, Dtype dtype, int64_t M, void* out, int threads) {
   const Segments segments(p);
-  const Prepared prepared(TOKENS_IN, *kit.engine, segments, x, dtype, M, threads);
+  const Prepared prepared(TOKENS_IN, kit, segments, x, dtype, M, threads);
   multiply_all(kit, p, segments, prepared, M, out, dtype, threads);
 }
 
@@ -80,23 +124,26 @@ static void mlp(const Kit& kit, const Packed& gate, const Packed& up, const Pack
   const int64_t F = gate.rows;
   const Segments segments(gate), down_segments(down);
   const Engine& engine = *kit.engine;
-  const Prepared prepared(TOKENS_IN, engine, segments, x, dtype, M, threads);
+  const Prepared prepared(TOKENS_IN, kit, segments, x, dtype, M, threads);
   const std::vector<const uint8_t*> tokens = prepared.tokens(M);
   float* hidden = (float*)scratch(HIDDEN, size_t(M * F) * 4);
-  run(num_tiles(F), threads, [&](int64_t task) {
-    const Rows rows = halves(task, F);
-    float* tile = (float*)scratch(OUT_TILE, size_t(M) * 4 * TILE * 4);
-    float* upper = tile + M * 2 * TILE;
-    engine.multiply(gate, segments, tokens.data(), M, rows, tile);
-    engine.multiply(up, segments, tokens.data(), M, rows, upper);
-    add_bias(gate, rows, M, tile);
-    add_bias(up, rows, M, upper);
-    kit.activate(activation, tile, upper, M * 2 * TILE);
-    for (int64_t m = 0; m < M; m++)
-      for (int h = 0; h < 2; h++)
-        std::memcpy(hidden + m * F + rows.first[h], tile + (m * 2 + h) * TILE, size_t(rows.valid[h]) * 4);
+  const Division division(num_tiles(F), prepared.stride, M, threads);
+  run(division.tasks(), threads, [&](int64_t task) {
+    float* tile = (float*)scratch(OUT_TILE, size_t(division.piece) * 4 * TILE * 4);
+    division.run_task(task, engine, segments, tokens.data(), M, [&](int64_t i, int64_t first, auto piece, int64_t n) {
+      const Rows rows = halves(i, F);
+      float* upper = tile + n * 2 * TILE;
+      engine.multiply(gate, segments, piece, n, rows, tile);
+      engine.multiply(up, segments, piece, n, rows, upper);
+      add_bias(gate, rows, n, tile);
+      add_bias(up, rows, n, upper);
+      kit.activate(activation, tile, upper, n * 2 * TILE);
+      for (int64_t m = 0; m < n; m++)
+        for (int h = 0; h < 2; h++)
+          std::memcpy(hidden + (first + m) * F + rows.first[h], tile + (m * 2 + h) * TILE, size_t(rows.valid[h]) * 4);
+    });
   });
-  const Prepared inner(TOKENS_INNER, engine, down_segments, hidden, FLOAT32, M, threads);
+  const Prepared inner(TOKENS_INNER, kit, down_segments, hidden, FLOAT32, M, threads);
   multiply_all(kit, down, down_segments, inner, M, out, dtype, threads);
 }
 
@@ -120,6 +167,7 @@ static std::vector<Packed> unstack(const Packed& stack, const uint8_t* bits, int
 static void experts(const Kit& kit, const std::vector<Packed>& up, const std::vector<Packed>& down, bool gated,
                     Activation activation, const void* x, Dtype dtype, int64_t N, const int64_t* ids,
                     const float* weights, int64_t K, void* out, int threads) {
+  if (N == 0) return;
   const int64_t E = int64_t(up.size()), D = up[0].cols, F = down[0].cols;
   const Segments up_segments(up[0]), down_segments(down[0]);
   const Engine& engine = *kit.engine;
@@ -138,52 +186,66 @@ static void experts(const Kit& kit, const std::vector<Packed>& up, const std::ve
     if (ids[i] >= 0 && ids[i] < E) pairs[size_t(place[size_t(ids[i])]++)] = i;
   const int64_t P = int64_t(pairs.size());
 
-  const Prepared prepared(TOKENS_IN, engine, up_segments, x, dtype, N, threads);
+  const Prepared prepared(TOKENS_IN, kit, up_segments, x, dtype, N, threads);
   std::vector<const uint8_t*> tokens(size_t(P), nullptr);
   for (int64_t i = 0; i < P; i++) tokens[size_t(i)] = prepared.token(pairs[size_t(i)] / K);
 
   // Gate, up and activation. The halves of a tile are 16 gate rows and the matching up rows.
   float* hidden = (float*)scratch(HIDDEN, size_t(P * F) * 4);
-  const int64_t up_tasks = gated ? (F + TILE - 1) / TILE : num_tiles(F);
-  run(int64_t(active.size()) * up_tasks, threads, [&](int64_t task) {
-    const int64_t e = active[size_t(task / up_tasks)], tile_index = task % up_tasks, first = begin[size_t(e)];
-    const int64_t M = begin[size_t(e) + 1] - first;
+  const int64_t each = active.empty() ? 0 : P / int64_t(active.size());  // tokens an expert, about
+  const Division ups(gated ? (F + TILE - 1) / TILE : num_tiles(F), prepared.stride, each, threads);
+  run(int64_t(active.size()) * ups.tasks(), threads, [&](int64_t index) {
+    const int64_t e = active[size_t(index / ups.tasks())], task = index % ups.tasks(), own = begin[size_t(e)];
     const Packed& p = up[size_t(e)];
-    const Rows rows = halves(tile_index, gated ? 2 * F : F);
-    float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
-    engine.multiply(p, up_segments, tokens.data() + first, M, rows, tile);
-    add_bias(p, rows, M, tile);
-    for (int64_t m = 0; m < M; m++) {
-      float* row = tile + m * 2 * TILE;
-      kit.activate(activation, row, gated ? row + TILE : nullptr, gated ? TILE : 2 * TILE);
-      for (int h = 0; h < (gated ? 1 : 2); h++)
-        std::memcpy(hidden + (first + m) * F + rows.first[h], row + h * TILE, size_t(rows.valid[h]) * 4);
-    }
+    float* tile = (float*)scratch(OUT_TILE, size_t(ups.piece) * 2 * TILE * 4);
+    const int64_t M = begin[size_t(e) + 1] - own;
+    const auto from = tokens.data() + own;
+    ups.run_task(task, engine, up_segments, from, M, [&](int64_t i, int64_t first, auto piece, int64_t n) {
+      const Rows rows = halves(i, gated ? 2 * F : F);
+      engine.multiply(p, up_segments, piece, n, rows, tile);
+      add_bias(p, rows, n, tile);
+      for (int64_t m = 0; m < n; m++) {
+        float* row = tile + m * 2 * TILE;
+        kit.activate(activation, row, gated ? row + TILE : nullptr, gated ? TILE : 2 * TILE);
+        for (int h = 0; h < (gated ? 1 : 2); h++)
+          std::memcpy(hidden + (own + first + m) * F + rows.first[h], row + h * TILE, size_t(rows.valid[h]) * 4);
+      }
+    });
   });
 
-  const Prepared inner(TOKENS_INNER, engine, down_segments, hidden, FLOAT32, P, threads);
+  const Prepared inner(TOKENS_INNER, kit, down_segments, hidden, FLOAT32, P, threads);
   tokens = inner.tokens(P);
 
-  // Down. A task owns the output columns of a tile and goes through all experts.
-  run(num_tiles(D), threads, [&](int64_t task) {
-    const Rows rows = halves(task, D);
-    float* sum = (float*)scratch(SUMS, size_t(N) * 2 * TILE * 4);
-    std::memset(sum, 0, size_t(N) * 2 * TILE * 4);
+  // Down. A task goes through all experts.
+  const int64_t size = N * 2 * TILE;  // of a tile's sums, which stay in the cache too
+  const Division downs(num_tiles(D), inner.stride, each, threads, (256 << 10) / size);
+  run(downs.tasks(), threads, [&](int64_t task) {
+    float* tile = (float*)scratch(OUT_TILE, size_t(downs.piece) * 2 * TILE * 4);
+    float* sums = (float*)scratch(SUMS, size_t(downs.stripe * size) * 4);
+    std::memset(sums, 0, size_t(downs.stripe * size) * 4);
     for (int64_t e : active) {
-      const int64_t first = begin[size_t(e)], M = begin[size_t(e) + 1] - first;
+      const int64_t own = begin[size_t(e)];
       const Packed& p = down[size_t(e)];
-      float* tile = (float*)scratch(OUT_TILE, size_t(M) * 2 * TILE * 4);
-      engine.multiply(p, down_segments, tokens.data() + first, M, rows, tile);
-      add_bias(p, rows, M, tile);
-      for (int64_t m = 0; m < M; m++) {
-        const int64_t pair = pairs[size_t(first + m)];
-        float* to = sum + pair / K * 2 * TILE;
-        for (int i = 0; i < 2 * TILE; i++) to[i] += weights[pair] * tile[m * 2 * TILE + i];
-      }
+      const int64_t M = begin[size_t(e) + 1] - own;
+      const auto from = tokens.data() + own;
+      downs.run_task(task, engine, down_segments, from, M, [&](int64_t i, int64_t first, auto piece, int64_t n) {
+        const Rows rows = halves(i, D);
+        engine.multiply(p, down_segments, piece, n, rows, tile);
+        add_bias(p, rows, n, tile);
+        for (int64_t m = 0; m < n; m++) {
+          const int64_t pair = pairs[size_t(own + first + m)];
+          float* to = sums + (i - downs.first(task)) * size + pair / K * 2 * TILE;
+          for (int j = 0; j < 2 * TILE; j++) to[j] += weights[pair] * tile[m * 2 * TILE + j];
+        }
+      });
     }
-    for (int64_t n = 0; n < N; n++)
-      for (int h = 0; h < 2; h++)
-        write(sum + (n * 2 + h) * TILE, rows.valid[h], out, dtype, n * D + rows.first[h]);
+    for (int64_t i = downs.first(task); i < downs.tiles && i < downs.first(task + 1); i++) {
+      const Rows rows = halves(i, D);
+      const float* sum = sums + (i - downs.first(task)) * size;
+      for (int64_t n = 0; n < N; n++)
+        for (int h = 0; h < 2; h++)
+          kit.write(sum + (n * 2 + h) * TILE, rows.valid[h], out, dtype, n * D + rows.first[h]);
+    }
   });
 }
 

@@ -1,5 +1,5 @@
-// What is needed beside the packed products, in the compiler's vector types: activations, and for one token norms and
-// small dense matrices such as a router's.
+// What is needed beside the packed products, in the compiler's vector types: numbers on their way in and out,
+// activations, and for one token norms and small dense matrices such as a router's.
 //
 // Included once per instruction set, with these defined: ISA (the namespace), ISA_TARGET (the function attribute),
 // ISA_WIDTH (floats of a vector).
@@ -46,6 +46,32 @@ ISA_TARGET static float dot_float(const float* x, const float* w, int64_t n) {
 ISA_TARGET static void multiply_by(float factor, bool rounded, float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) x[i] *= factor;
   for (int64_t i = 0; rounded && i < n; i++) x[i] = bf16_to_float(float_to_bf16(x[i]));
+}
+
+template <class Dtype>
+ISA_TARGET static void read(const void* from, Dtype dtype, int64_t at, int64_t n, float* to) {
+  switch (int(dtype)) {
+    case 0: std::memcpy(to, (const float*)from + at, size_t(n) * 4); break;
+    case 1:
+      for (int64_t i = 0; i < n; i++) to[i] = bf16_to_float(((const uint16_t*)from)[at + i]);
+      break;
+    case 2:
+      for (int64_t i = 0; i < n; i++) to[i] = half_to_float(((const uint16_t*)from)[at + i]);
+      break;
+  }
+}
+
+template <class Dtype>
+ISA_TARGET static void write(const float* from, int64_t n, void* to, Dtype dtype, int64_t at) {
+  switch (int(dtype)) {
+    case 0: std::memcpy((float*)to + at, from, size_t(n) * 4); break;
+    case 1:
+      for (int64_t i = 0; i < n; i++) ((uint16_t*)to)[at + i] = float_to_bf16(from[i]);
+      break;
+    case 2:
+      for (int64_t i = 0; i < n; i++) ((_Float16*)to)[at + i] = (_Float16)from[i];
+      break;
+  }
 }
 
 // exp(x) to about 2 units in the last place, in a form that compilers vectorize; clamps x to +-87.

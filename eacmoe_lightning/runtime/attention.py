@@ -32,7 +32,7 @@ def share_keys(model: nn.Module) -> int:
         The number of attention modules that do, while the model's attention is `sdpa`.
     """
     found = AttentionInterface().get(SDPA)
-    if kernels.level() != "avx512" or found not in (sdpa_attention_forward, attend):  # or somebody else's
+    if kernels.level() not in ("avx512", "amx") or found not in (sdpa_attention_forward, attend):  # or somebody else's
         return 0
     AttentionInterface.register(SDPA, attend)
     modules = [module for module in model.modules() if getattr(module, "num_key_value_groups", 1) > 1]

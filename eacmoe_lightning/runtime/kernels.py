@@ -36,8 +36,8 @@ from eacmoe_lightning.quantization.grid import Quantized, one_or_each
 from eacmoe_lightning.quantization.packing import expert_codes, unpack
 
 CUDA = ("humming", "triton", "decode")  # kernels for GPUs, best first
-LEVELS = ("portable", "avx2", "avx512")  # instruction sets of the C++ kernels; avx512 includes VNNI and VBMI
-INTERFACE = 6  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
+LEVELS = ("portable", "avx2", "avx512", "amx")  # instruction sets of the C++ kernels; avx512 includes VNNI and VBMI
+INTERFACE = 7  # of csrc/kernels.cpp; a checkout may have moved on since its kernels were compiled
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 # tokens of an expert from which decoding to float32 and torch's product beat our float32 kernel
