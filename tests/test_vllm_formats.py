@@ -15,6 +15,7 @@ from pathlib import Path
 
 import architectures
 import jobs
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -31,10 +32,12 @@ from eacmoe_lightning.quantization.grid import Grid, round_to_nearest
 from eacmoe_lightning.serving.packed_model import CONSTANTS
 
 sys.path.append(str(jobs.ROOT / "benchmarks"))
+import export_check
 from serve_check import LATENT
 
 PYTHON = os.environ.get("EACMOE_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else None)
 needs_vllm = pytest.mark.skipif(PYTHON is None, reason="vLLM is not installed, and EACMOE_VLLM_PYTHON names no Python")
+has_amx = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()  # it may be listed, but not allowed
 SIZES = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128}
 GROUPS = (32, 64, 128)
 
@@ -204,8 +207,27 @@ def test_vllm_selects_the_kernels_that_the_table_names(loaded):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["4 bit", "4 bit, symmetric", "mixtral, gptq"])
 def test_products_of_vllms_cpu_kernels(case, loaded):
-    """4-bit linears, asymmetric ones too, run in vLLM's CPU kernels; its experts' kernels need AMX."""
+    """4-bit linears, asymmetric ones too, run in vLLM's CPU kernels; its experts' kernels, which need AMX, below."""
     assert loaded[case]["num_products"] == 4 and 0 < loaded[case]["products"] < 2e-3
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.skipif(not has_amx, reason="vLLM's kernels for experts on CPUs need AMX")
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_vllm_runs_4_bit_experts_in_its_own_kernels(form, tmp_path):
+    """Without the plugin. They round activations to 8 bit, which our own int8 kernels do too."""
+    source, out = export_check.rounded(tmp_path / "rounded", 4, 4, 4, True), tmp_path / "export"
+    export(str(source), str(out), form, "vllm")
+    tokens = torch.randint(5, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "tokens.npy", tokens.numpy())
+    (tmp_path / "texts.json").write_text("[]")
+    seen, about = export_check.run_engine(PYTHON, "vllm", out, tmp_path, "float16")
+    assert about["kernel"] == ["CPUExpertsInt4"]
+    ours = export_check.run_ours(source, tokens, "float32", normalized=True)
+    int8 = export_check.run_ours(source, tokens, "float32", True, packed=True, activations="int8")
+    bound = 2 * export_check.relative(int8, ours)
+    assert export_check.relative(torch.from_numpy(seen["logits"]), ours) < bound < 0.05
 
 
 @needs_vllm
