@@ -11,9 +11,12 @@ KL(original || compressed) in the calibrated domains, in German, and on the text
     shares         125 windows, of which 0 to 3 quarters are the bundled text and the others written (all: temperature)
     amount         125 windows of the bundled text, and beside them 125 to 875 written ones (0: shares)
     passes         block stage: two and four passes over 125 real and 125 written windows, or one over 125 and 375
+    joint          all stages on 125 real and 125 written windows, of which the joint stage trains on all, on the real
+                   or on the written ones, in equally many and equally large batches
 
-All but `passes` are GPTQ alone: the text's effect on the stages is in docs/findings/text.md. Rows are kept in
---work/rows.json and not made again.
+`temperature`, `shares` and `amount` are GPTQ alone: the text's effect on the stages is in docs/findings/text.md. Rows
+are kept in --work/rows.json and not made again. The run directory of a row, --work/runs/GROUP-ROW-SEED, goes on if it
+is unfinished: the rows of `joint` may begin as copies of one run that --trainer.max_epochs 18 ends after its blocks.
 """
 
 from __future__ import annotations
@@ -23,8 +26,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from allocation import add, evaluate
 from kept_rows import KeptRows
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from eacmoe_lightning.job.qesc import QESC
 
 REAL, BLOCK_ONLY = "bundled:calibration", ("--model.joint_epochs", "0")
 GPTQ_ONLY = (*BLOCK_ONLY, "--model.router_method", "none")
@@ -38,6 +46,39 @@ def text(real: int, written: int, *more: str) -> list[str]:
     return ["--data.calibration", json.dumps(sources), *number, *more]
 
 
+class JointWindows(Callback):
+    """Lets the joint stage train on the windows of one calibration text; for runs in one process.
+
+    An epoch keeps its number of batches and their size: the text's windows come in one random order after another.
+
+    Args:
+        text: name of the calibration text.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def on_train_start(self, trainer: Trainer, module: QESC) -> None:
+        data, loader, first = trainer.datamodule, trainer.train_dataloader, module.epochs.of_blocks
+        numbers = data.calibration_sources[list(data.calibration_texts).index(self.text)].nonzero().squeeze(1)
+        batches_of_all = loader.batches
+
+        def batches(epoch: int) -> list[tuple[Tensor, int]]:
+            if epoch < first:
+                return batches_of_all(epoch)
+            generator, number = torch.Generator().manual_seed(data.seed + epoch), len(loader.windows)
+            orders = [torch.randperm(len(numbers), generator=generator) for _ in range(0, number, len(numbers))]
+            drawn = numbers[torch.cat(orders)[:number]]
+            return [(index, len(index)) for index in drawn.split(data.batch_size)]
+
+        loader.batches = batches
+
+
+def joint_on(name: str) -> list[str]:
+    """Options of `fit` that let the joint stage train on the windows of this calibration text."""
+    return ["--trainer.callbacks+", f"{Path(__file__).stem}.JointWindows", "--trainer.callbacks.text", name]
+
+
 GROUPS: dict[str, dict[str, Sequence[str]]] = {  # group -> row -> options of `fit`
     "temperature": {
         **{f"T {t:g}": [*text(0, 125, "--data.temperature", str(t)), *GPTQ_ONLY] for t in (0.7, 1.0, 1.3)},
@@ -49,6 +90,11 @@ GROUPS: dict[str, dict[str, Sequence[str]]] = {  # group -> row -> options of `f
         "125 + 125, 2 passes": [*text(125, 125), *BLOCK_ONLY],
         "125 + 125, 4 passes": [*text(125, 125, "--model.block_epochs", "4"), *BLOCK_ONLY],
         "125 + 375, 1 pass": [*text(125, 375, "--model.block_epochs", "1"), *BLOCK_ONLY],
+    },
+    "joint": {
+        "all": text(125, 125),
+        "real": [*text(125, 125), *joint_on("text")],
+        "written": [*text(125, 125), *joint_on("self")],
     },
 }
 
