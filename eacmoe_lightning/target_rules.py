@@ -29,6 +29,7 @@ class Trial:
         symmetric, asymmetric: bits of the symmetric and of the asymmetric weights that were run.
         mixed: whether a model with weights of different bits was run.
         how: how the result was checked.
+        group_sizes: group sizes that were run, where others run differently; None: any.
     """
 
     version: str
@@ -36,15 +37,19 @@ class Trial:
     asymmetric: tuple[int, ...]
     mixed: bool
     how: str
+    group_sizes: tuple[int, ...] | None = None
 
     def untried(self, weights: Iterable[WeightGrid]) -> list[str]:
         """The properties of these weights that no trial covered; empty: all were covered."""
+        weights = list(weights)
         kinds = sorted({(w.bits, w.symmetric) for w in weights})
+        groups = sorted({w.group_size for w in weights if self.group_sizes and w.group_size not in self.group_sizes})
         missing = [
             f"{bits} bit {'symmetric' if symmetric else 'asymmetric'}"
             for bits, symmetric in kinds
             if bits not in (self.symmetric if symmetric else self.asymmetric)
         ]
+        missing += [f"groups of {size}" for size in groups]
         return missing + (["several bits in one model"] if len({bits for bits, _ in kinds}) > 1 > self.mixed else [])
 
 

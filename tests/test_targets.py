@@ -108,6 +108,7 @@ def test_what_no_trial_covered_is_reported():
     assert row.trial.untried(odd) == ["3 bit symmetric", "6 bit asymmetric"]
     single = replace(row.trial, mixed=False)
     assert single.untried([expert(bits=8), expert()]) == ["several bits in one model"] and not single.untried(BOTH)
+    assert VLLM[0].trial.untried([*BOTH, expert(group_size=32)]) == ["groups of 32"]
     for target in targets.TARGETS:
         if target.trial is not None:
             assert target.trial.version in target.version and target.trial.how
