@@ -160,7 +160,7 @@ WITH_AMX static inline void multiply_tile(const __m512i* codes, int64_t chunks, 
   }
 }
 
-// out [half][16 outputs][16 tokens] gets a segment's share, as `add_segment` of avx512_many.h computes it.
+// out [half][16 outputs][16 tokens] gets a segment's share.
 template <int bytes>
 WITH_AVX512 static inline void add_block(const int32_t* sums, const float* token_floats, const float* scale_and_zero,
                                          __m512* out) {
@@ -170,9 +170,7 @@ WITH_AVX512 static inline void add_block(const int32_t* sums, const float* token
     const __m512 scale = _mm512_set1_ps(scale_and_zero[o]), zero = _mm512_set1_ps(scale_and_zero[2 * TILE + o]);
     __m512i sum[bytes];
     for (int b = 0; b < bytes; b++) sum[b] = _mm512_load_si512(sums + (b * 2 * TILE + o) * TILE);
-    __m512 value = _mm512_fnmadd_ps(zero, below, whole<bytes>(sum));
-    if (bytes == 3) value = with_upper(value, sum[0], _mm512_mul_ps(zero, x_sum));
-    out[o] = _mm512_fmadd_ps(_mm512_mul_ps(scale, x_scale), value, out[o]);
+    out[o] = with_segment<bytes>(out[o], sum, scale, zero, x_scale, x_sum, below);
   }
 }
 

@@ -39,16 +39,10 @@ static void multiply_bits(const Packed& p, const Segments& s, const uint8_t* con
 template <Form form>
 static void multiply(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M, const Rows& rows,
                      float* out) {
-  constexpr Form wide = form == BYTES ? WORDS : form;
-  switch (p.bits) {
-    case 2: return multiply_bits<2, form, form>(p, s, tokens, M, rows, out);
-    case 3: return multiply_bits<3, form, form>(p, s, tokens, M, rows, out);
-    case 4: return multiply_bits<4, form, form>(p, s, tokens, M, rows, out);
-    case 5: return multiply_bits<5, form, wide>(p, s, tokens, M, rows, out);
-    case 6: return multiply_bits<6, form, wide>(p, s, tokens, M, rows, out);
-    case 7: return multiply_bits<7, form, wide>(p, s, tokens, M, rows, out);
-    case 8: return multiply_bits<8, form, wide>(p, s, tokens, M, rows, out);
-  }
+  with_bits(p.bits, [&](auto bits) {
+    constexpr Form chosen = form == BYTES && bits() > 4 ? WORDS : form;
+    multiply_bits<bits, form, chosen>(p, s, tokens, M, rows, out);
+  });
 }
 
 static const Engine floats = {token_bytes<FLOATS>, prepare_floats, multiply<FLOATS>};

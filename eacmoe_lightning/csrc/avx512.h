@@ -40,15 +40,7 @@ static void multiply_bits(const Packed& p, const Segments& s, const uint8_t* con
 template <int bytes, bool tiles>
 static void multiply(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M,
                      const Rows& rows, float* out) {
-  switch (p.bits) {
-    case 2: return multiply_bits<2, bytes, tiles>(p, s, tokens, M, rows, out);
-    case 3: return multiply_bits<3, bytes, tiles>(p, s, tokens, M, rows, out);
-    case 4: return multiply_bits<4, bytes, tiles>(p, s, tokens, M, rows, out);
-    case 5: return multiply_bits<5, bytes, tiles>(p, s, tokens, M, rows, out);
-    case 6: return multiply_bits<6, bytes, tiles>(p, s, tokens, M, rows, out);
-    case 7: return multiply_bits<7, bytes, tiles>(p, s, tokens, M, rows, out);
-    case 8: return multiply_bits<8, bytes, tiles>(p, s, tokens, M, rows, out);
-  }
+  with_bits(p.bits, [&](auto bits) { multiply_bits<bits, bytes, tiles>(p, s, tokens, M, rows, out); });
 }
 
 #if defined(HAS_AMX)

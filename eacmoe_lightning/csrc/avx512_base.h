@@ -150,6 +150,15 @@ WITH_AVX512 static inline __m512 with_upper(__m512 lower, __m512i upper, __m512 
   return _mm512_fmadd_ps(_mm512_set1_ps(65536), _mm512_sub_ps(_mm512_cvtepi32_ps(upper), zero_share), lower);
 }
 
+// `before` and a segment's share of outputs, from the sums of its products.
+template <int bytes>
+WITH_AVX512 static inline __m512 with_segment(__m512 before, const __m512i sum[bytes], __m512 scale, __m512 zero,
+                                              __m512 x_scale, __m512 x_sum, __m512 below) {
+  __m512 value = _mm512_fnmadd_ps(zero, below, whole<bytes>(sum));
+  if (bytes == 3) value = with_upper(value, sum[0], _mm512_mul_ps(zero, x_sum));
+  return _mm512_fmadd_ps(_mm512_mul_ps(scale, x_scale), value, before);
+}
+
 // --- scales -------------------------------------------------------------------------------------------------------
 
 WITH_AVX512 static inline __m512 load_halves(const uint16_t* h, __mmask16 there) {

@@ -97,10 +97,9 @@ WITH_AVX512 static inline void add_segment(const Segments& s, int64_t i, const u
   const __m512 below = bytes == 3 ? _mm512_set1_ps(((const float*)(token + lower_sums_at<bytes>(s)))[i]) : x_sum;
   const __m512 x_scale = _mm512_set1_ps(((const float*)(token + scales_at<bytes>(s)))[i]);
   for (int h = 0; h < 2; h++) {
-    __m512 value = _mm512_fnmadd_ps(zero[h], below, whole<bytes>(sum[h]));
-    if (bytes == 3) value = with_upper(value, sum[h][0], _mm512_mul_ps(zero[h], x_sum));
     float* place = out + h * TILE;
-    _mm512_storeu_ps(place, _mm512_fmadd_ps(_mm512_mul_ps(scale[h], x_scale), value, _mm512_loadu_ps(place)));
+    const __m512 before = _mm512_loadu_ps(place);
+    _mm512_storeu_ps(place, with_segment<bytes>(before, sum[h], scale[h], zero[h], x_scale, x_sum, below));
   }
 }
 

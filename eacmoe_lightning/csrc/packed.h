@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 namespace eacmoe {
 
@@ -60,6 +61,20 @@ constexpr int TILE = 16;  // outputs of half a tile; a tile has two halves, for 
 struct Rows {
   int64_t first[2], valid[2];
 };
+
+// each(width), where the type of `width` is std::integral_constant of the bits, from 2 to 8.
+template <class Each>
+static inline void with_bits(int32_t bits, const Each& each) {
+  switch (bits) {
+    case 2: return each(std::integral_constant<int, 2>());
+    case 3: return each(std::integral_constant<int, 3>());
+    case 4: return each(std::integral_constant<int, 4>());
+    case 5: return each(std::integral_constant<int, 5>());
+    case 6: return each(std::integral_constant<int, 6>());
+    case 7: return each(std::integral_constant<int, 7>());
+    case 8: return each(std::integral_constant<int, 8>());
+  }
+}
 
 // Multiplies tokens with weights, for one instruction set and one type of activations.
 struct Engine {

@@ -68,15 +68,7 @@ ISA_TARGET static void multiply_bits(const Packed& p, const Segments& s, const u
 
 static void multiply(const Packed& p, const Segments& s, const uint8_t* const* tokens, int64_t M, const Rows& rows,
                      float* out) {
-  switch (p.bits) {
-    case 2: return multiply_bits<2>(p, s, tokens, M, rows, out);
-    case 3: return multiply_bits<3>(p, s, tokens, M, rows, out);
-    case 4: return multiply_bits<4>(p, s, tokens, M, rows, out);
-    case 5: return multiply_bits<5>(p, s, tokens, M, rows, out);
-    case 6: return multiply_bits<6>(p, s, tokens, M, rows, out);
-    case 7: return multiply_bits<7>(p, s, tokens, M, rows, out);
-    case 8: return multiply_bits<8>(p, s, tokens, M, rows, out);
-  }
+  with_bits(p.bits, [&](auto bits) { multiply_bits<bits>(p, s, tokens, M, rows, out); });
 }
 
 static const Engine engine = {float_bytes, prepare_floats, multiply};
