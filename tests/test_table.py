@@ -122,6 +122,28 @@ def test_rows_have_their_own_seeds_and_are_of_the_text_as_it_is_now(tiny_model_d
         assert re.search(rf"first.json holds a row, but {message}have changed since", capsys.readouterr().err)
 
 
+def test_finished_rows_notice_that_a_config_has_changed(tiny_model_dir, tmp_path, capsys):
+    file, config, out = tmp_path / "table.yaml", tmp_path / "own.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({"title": "t", "rows": {"first": {"model.bits": 2}}}))
+    config.write_text("model: {router_method: none, attention_bits: 4}\npruning: {keep: 3}")
+    words = ["table", str(file), "--output", str(out), "--config", str(config), *base(tiny_model_dir("mixtral"))]
+    main(words)
+    main(words)  # nothing is made again
+    made = (out / "seed_0" / "first.json").stat().st_mtime_ns
+    for content, message in (
+        (
+            "model: {router_method: none, attention_bits: 3}\npruning: {keep: 3}",
+            "model.attention_bits was 4 and is now 3",
+        ),
+        ("model: {router_method: none, attention_bits: 4}", "pruning."),
+    ):
+        config.write_text(content)
+        with pytest.raises(SystemExit):
+            main(words)
+        assert f"first.json holds a row with other settings: {message}" in capsys.readouterr().err
+    assert (out / "seed_0" / "first.json").stat().st_mtime_ns == made
+
+
 @pytest.mark.parametrize(
     ("word", "key"),
     [

@@ -11,6 +11,7 @@ from eacmoe_lightning.commands.fit import CommandLine, parse_fit
 from eacmoe_lightning.evaluation.evaluate import digests
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.job.qesc import QESC
+from eacmoe_lightning.job.settings import options_of
 from eacmoe_lightning.job.start import check_options
 from eacmoe_lightning.planning.shapes import load_shapes
 from eacmoe_lightning.run.directory import CONTENTS, refuse_other_settings
@@ -18,6 +19,7 @@ from eacmoe_lightning.run.files import read_json, write_json
 
 OF_TEXTS = ("model.name_or_path", "model.trust_remote_code")  # options of the model that windows depend on
 NOT_OF_TEXTS = ("model", "pruning", "trainer", "checkpoint")
+OF_ROWS = ("model.", "data.", "pruning.")  # options that a finished row keeps
 
 
 def words_of(options: dict[str, Any]) -> list[str]:
@@ -112,12 +114,17 @@ class Rows:
                 f"{finished} holds a row with other settings ({key} was {earlier.get(key)!r} and is now "
                 f"{settings.get(key)!r}): pass another --output or the earlier settings"
             )
-        module, data = self._parsed(options)
-        now = {"model.name_or_path": module.name_or_path, "model.fingerprint": module.fingerprint}
+        module, data = self._parsed(options)  # with what a --config holds now
+        now = options_of(module, data) | {"model.fingerprint": module.fingerprint}
         if not data.sampled_texts:
-            now |= {"data.calibration": data.calibration, "data.calibration_digest": data.calibration_digest}
-        held = {key: value for key, value in row["report"]["config"].items() if key in now}
+            now["data.calibration_digest"] = data.calibration_digest
+        held = row["report"]["config"]
         now = {key: value for key, value in now.items() if key in held or key not in CONTENTS.values()}
+        held = {
+            key: value
+            for key, value in held.items()
+            if key in now or (key.startswith(OF_ROWS) and key not in CONTENTS.values())
+        }
         refuse_other_settings(f"{finished} holds a row", held, now, "another --output")
         judged, texts = row["report"].get("heldout_digest", {}), digests(data.heldout_windows)
         if changed := [text for text in judged if judged[text] != texts.get(text)]:

@@ -13,6 +13,7 @@ from eacmoe_lightning.text.sources import stored_sources
 from eacmoe_lightning.version import __version__
 
 if TYPE_CHECKING:
+    from eacmoe_lightning.job.data import TextWindows
     from eacmoe_lightning.job.qesc import QESC
 
 OF_TRAINING = (
@@ -26,13 +27,21 @@ OF_SAMPLING = ("temperature", "sample_start")
 
 def settings_of(module: QESC) -> dict[str, Any]:
     """Every option that the result of `fit` depends on, by name; local paths are absolute."""
-    data, asked, trainer = module.trainer.datamodule, module.chosen_bits, module.trainer
+    trainer = module.trainer
     clips = trainer.gradient_clip_algorithm if trainer.gradient_clip_val else None
     return {
         "version": __version__,
         **{f"trainer.{name}": getattr(trainer, name) for name in TRAINER_OPTIONS},
         "trainer.limit_train_batches": _limit(trainer.limit_train_batches),
         **({"trainer.gradient_clip_algorithm": "value"} if clips == "value" else {}),
+        **options_of(module, trainer.datamodule),
+    }
+
+
+def options_of(module: QESC, data: TextWindows) -> dict[str, Any]:
+    """Those of the model, of pruning and of the calibration text, which are known without a trainer."""
+    asked = module.chosen_bits
+    return {
         "model.name_or_path": module.name_or_path,
         "model.dtype": module.dtype_name,
         **{f"model.{name}": value for name, value in asked.recipe.record().items()},
