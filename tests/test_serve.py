@@ -25,7 +25,14 @@ from eacmoe_lightning.cli import main
 from eacmoe_lightning.commands.serve import check_loads, check_port, open_served, template_of
 from eacmoe_lightning.exports.export import export
 from eacmoe_lightning.serving import requests
-from eacmoe_lightning.serving.transformers_server import BATCHES, CONTINUE, Served, missing_packages, serve
+from eacmoe_lightning.serving.transformers_server import (
+    BATCHES,
+    CONTINUE,
+    Served,
+    missing_packages,
+    refuse_mixed,
+    serve,
+)
 from eacmoe_lightning.skipping.stored import KEY as SKIPPING
 
 sys.path.append(str(jobs.ROOT / "benchmarks"))
@@ -127,14 +134,19 @@ def test_what_a_request_may_hold(body, message):
     assert problem is None if message is None else message in problem
 
 
-def test_a_model_that_skips_experts_takes_no_batches(tmp_path, directory):
+def test_models_that_skip_experts_by_the_sequence_take_no_batches(tmp_path, directory):
     for file in directory.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    config = json.loads((directory / "config.json").read_text()) | {SKIPPING: {"rule": "pesf", "alpha": 0.3}}
     (tmp_path / "config.json").unlink()
-    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def skipping_by(**rule) -> Served:
+        config = json.loads((directory / "config.json").read_text()) | {SKIPPING: rule}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return Served("it", open_served(str(tmp_path)))
+
     with pytest.raises(ValueError, match=f"{BATCHES}: this model skips experts"):
-        serve(Served("it", open_served(str(tmp_path))), [BATCHES])
+        serve(skipping_by(rule="pesf", alpha=0.3), [BATCHES])
+    refuse_mixed(skipping_by(rule="truncation", top_k=1).opened, [BATCHES])
 
 
 # --- conversations

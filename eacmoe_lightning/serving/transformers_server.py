@@ -32,6 +32,7 @@ from eacmoe_lightning.models.tokenizer import tokenizer_of
 from eacmoe_lightning.models.transformers_loader import auto_class
 from eacmoe_lightning.serving import requests
 from eacmoe_lightning.skipping.stored import KEY as SKIPPING
+from eacmoe_lightning.skipping.stored import read_rule
 from eacmoe_lightning.text.windows import read_sizes
 
 log = logging.getLogger(__name__)
@@ -118,15 +119,21 @@ def serve(served: Served, words: Sequence[str]) -> None:
     import typer
     from transformers.cli.serve import Serve
 
-    if BATCHES in words and served.opened.is_compressed and SKIPPING in read_directory(served.opened.directory):
-        raise ValueError(
-            f"{BATCHES}: this model skips experts by the tokens of each sequence, and a batch would mix those of "
-            "several requests: leave the option out"
-        )
+    refuse_mixed(served.opened, words)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(Serve)
     with _our_parts(served):
         app([served.name, *words], prog_name="transformers serve")
+
+
+def refuse_mixed(opened: OpenedModel, words: Sequence[str]) -> None:
+    """Raises ValueError if requests would share a batch though the model skips experts by those of each sequence."""
+    stored = read_directory(opened.directory).get(SKIPPING) if opened.is_compressed else None
+    if BATCHES in words and stored and read_rule(stored).needs_sequences:
+        raise ValueError(
+            f"{BATCHES}: this model skips experts by the tokens of each sequence, and a batch would mix those of "
+            "several requests: leave the option out"
+        )
 
 
 @contextmanager

@@ -61,6 +61,11 @@ class Rule:
     needs_attention: ClassVar[bool] = False  # whether it needs attention weights
     counts_prompts: ClassVar[bool] = False  # whether it judges a prompt by all tokens of its forward pass
 
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether it must see each sequence by itself, which continuous batching does not allow."""
+        return self.counts_prompts or self.needs_attention
+
     def decide(self, place: Place, routing: Routing, tokens: Tokens) -> Decision:
         return Decision(routing.ids, routing.weights)
 

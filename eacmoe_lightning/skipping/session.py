@@ -77,7 +77,6 @@ class Session:
         self.memory_key = ""  # under which caches keep the state of their sequences
         self.attention_before: str | None = None
         self.parallel_before = [getattr(experts, SKIPS_PAIRS, False) for experts in self.experts]
-        self.needs_sequences = rule.counts_prompts or rule.needs_attention
         rule.check(len(self.places), self.moe.top_k)
         if rule.needs_attention:
             check_attention(self.moe.moe_blocks, rule.name)
@@ -100,7 +99,7 @@ class Session:
             if not isinstance(experts, PackedExperts):
                 experts.forward = partial(_run_survivors, experts, experts.__dict__.get("forward"))
             _check_can_skip(block, self.model.dtype)
-        if self.needs_sequences:
+        if self.rule.needs_sequences:
             setattr(self.model, BATCHES, partial(_refuse_batches, self.rule.name))
         decoder = self.moe.decoder
         self.handles += [
@@ -142,12 +141,12 @@ class Session:
         last = arguments.get("logits_to_keep")
         last = last if isinstance(last, int) else 0
         tokens = Tokens(real_tokens(arguments), memory or {}, memory is not None, last)
-        if self.needs_sequences and is_paged(cache):
+        if self.rule.needs_sequences and is_paged(cache):
             _refuse_batches(self.rule.name)
-        waits = self.rule.remembers or (self.needs_sequences and not tokens.is_step)  # for the device
+        waits = self.rule.remembers or (self.rule.needs_sequences and not tokens.is_step)  # for the device
         if waits and cache is not None:
             tokens.past = int(cache.get_seq_length())
-        if self.needs_sequences:
+        if self.rule.needs_sequences:
             tokens.texts = packed_texts(arguments, bool(getattr(decoder.config, "use_cache", True)))
         self.now.tokens, self.now.is_running = tokens, True
         self.now.attention.clear()
