@@ -8,8 +8,9 @@ experts) on hidden states; `layer` is the whole model (attention, MoE block, a s
 Work: `decode` is 1x1, `prefill` 1x512, `batch` 4x512 (batch x tokens). In every round, all backends of all bit widths
 take turns, one call each; a row has the median over the rounds. `generate` is a model of --layers layers (part `model`)
 that continues prompts of --prompts tokens by 32 others, greedily, with a cache; its rows are seconds a token after the
-prompt, packed and in llama.cpp only. Its output head has --vocabulary rows, in bf16 or packed (--head-bits; several
-widths take turns, and each has a llama.cpp of its own in memory, with its closest format):
+prompt, packed, in llama.cpp, and with --dense of as many layers in bf16, if the memory holds them too. Its output head
+has --vocabulary rows, in bf16 or packed (--head-bits; several widths take turns, and each has a llama.cpp of its own in
+memory, with its closest format):
 
     python benchmarks/inference.py --work generate --shapes qwen1.5-moe --bits 3 --layers 8 --vocabulary 32000 \
         --head-bits 16 8 6 --llama-cpp runs/llama.cpp
@@ -55,6 +56,7 @@ from inference_models import (
     VOCABULARY,
     bf16_model,
     bytes_of,
+    deep_config,
     deep_model,
     dense_in_float32,
     flops,
@@ -204,11 +206,17 @@ def timed(model: PreTrainedModel, part: str, ids: Tensor, experts: str = "eager"
 
 
 def seconds_a_token(
-    model: PreTrainedModel, head: torch.nn.Module, prompt: Tensor, threads: int, activations: str
+    model: PreTrainedModel,
+    head: torch.nn.Module,
+    prompt: Tensor,
+    threads: int,
+    activations: str = "exact",
+    experts: str = "eager",
 ) -> float:
     """Of greedy generation with this output head, without the prompt's share."""
     model.lm_head = head
     torch.set_num_threads(threads)
+    model.config._experts_implementation = experts
     set_activations(model, activations)
     clock, tokens = Clock(), 1 + GENERATED
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
@@ -231,6 +239,7 @@ def compare_generation(shape: str, args: argparse.Namespace) -> Iterator[dict[st
     """Rows of whole models, one width after the other, because each may fill the memory."""
     ids = torch.randint(0, VOCABULARY, (1, max(args.prompts)), generator=torch.Generator().manual_seed(0))
     most_tokens = max(MOST_TOKENS, max(args.prompts) + GENERATED)
+    dense = bf16_model(deep_config(shape, args.layers, args.vocabulary)) if args.dense else None
     for bits in args.bits:
         model = deep_model(shape, bits, args.layers, args.vocabulary)
         heads, engines = heads_of(model, args.head_bits), {}
@@ -249,13 +258,22 @@ def compare_generation(shape: str, args: argparse.Namespace) -> Iterator[dict[st
             for head_bits, engine in engines.items():
                 name = f"llama.cpp {LLAMA_FORMATS[bits]}"
                 backends[name, head_bits] = functools.partial(engine.seconds_a_token, prompt, GENERATED, threads)
-            for (name, head_bits), seconds in interleaved(backends, args.rounds, 10 * args.seconds).items():
+            for experts in () if dense is None else ("eager", "grouped_mm"):
+                backends[f"bf16 {experts}", 16] = functools.partial(
+                    seconds_a_token, dense, dense.lm_head, ids[:, :prompt], threads, experts=experts
+                )
+            medians = interleaved(backends, args.rounds, 10 * args.seconds)
+            bf16 = min((seconds for (name, _), seconds in medians.items() if name.startswith("bf16")), default=None)
+            for (name, head_bits), seconds in medians.items():
                 size = bytes_of(model.model.layers) + bytes_of(heads[head_bits])
-                if name.startswith("llama"):
+                if name.startswith("bf16"):
+                    size = bytes_of(dense.model.layers) + bytes_of(dense.lm_head)
+                elif name.startswith("llama"):
                     size = engines[head_bits].weight_bytes + engines[head_bits].head_bytes
                 row = {"part": "model", "work": GENERATE, "shape": shape, "bits": bits, "backend": name}
                 row |= {"threads": threads, "layers": args.layers, "vocabulary": args.vocabulary, "prompt": prompt}
-                yield row | {"head_bits": head_bits, "median_s": seconds, "weight_bytes": size}
+                row |= {"head_bits": head_bits, "median_s": seconds, "weight_bytes": size}
+                yield row | ({"ratio_to_bf16": bf16 / seconds} if bf16 else {})
         for engine in engines.values():
             engine.close()
 
@@ -356,6 +374,7 @@ def main() -> None:
         "--head-bits", nargs="+", type=int, choices=[16, *HEAD_BITS], default=[16],
         help="of the output head of the model that generates; 16: bf16",
     )  # fmt: skip
+    parser.add_argument("--dense", action="store_true", help="measure the model that generates in bf16, too")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3, help="rounds of calls (decode: 8 times as many)")
     parser.add_argument("--seconds", type=float, default=5, help="total after which a backend takes no further turn")

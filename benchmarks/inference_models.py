@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig
 
 from eacmoe_lightning.compressed.directory import untied, write_weights
 from eacmoe_lightning.compressed.format import METHOD, REST, SHARD
@@ -53,8 +53,9 @@ def bf16_model(config: Any, device: torch.device | str = "cpu") -> PreTrainedMod
         else:
             one = torch.empty(parameter.shape[-2:]).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
             parameter.data.copy_(one.to(device).expand(parameter.shape))
-    gate = model.model.layers[0].mlp.gate.weight
-    gate.data.copy_(torch.empty(gate.shape).normal_(std=0.02, generator=torch.Generator().manual_seed(1)))
+    for seed, layer in enumerate(model.model.layers, 1):  # whose experts differ in nothing else
+        gate = layer.mlp.gate.weight
+        gate.data.copy_(torch.empty(gate.shape).normal_(std=0.02, generator=torch.Generator().manual_seed(seed)))
     return model
 
 
@@ -90,12 +91,16 @@ def fill_randomly(model: torch.nn.Module) -> None:
         weight.zero_point.fill_(2 ** (weight.bits - 1))
 
 
-def deep_model(shape: str, bits: int, layers: int, vocabulary: int) -> PreTrainedModel:
-    """A packed model of many layers, which need not fit the memory in bf16; its head is in bf16."""
+def deep_config(shape: str, layers: int, vocabulary: int) -> PreTrainedConfig:
     values = {
         name: value for name, value in SHAPES[shape].to_dict().items() if name not in ("layer_types", "model_type")
     }
-    config = type(SHAPES[shape])(**values | {"num_hidden_layers": layers, "vocab_size": vocabulary})
+    return type(SHAPES[shape])(**values | {"num_hidden_layers": layers, "vocab_size": vocabulary})
+
+
+def deep_model(shape: str, bits: int, layers: int, vocabulary: int) -> PreTrainedModel:
+    """A packed model of many layers, which need not fit the memory in bf16; its head is in bf16."""
+    config = deep_config(shape, layers, vocabulary)
     model = randomly_packed(config, bits, GROUP_SIZE, "cpu")
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     for seed, parameter in enumerate(model.parameters()):
