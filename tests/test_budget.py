@@ -27,6 +27,7 @@ from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.format import read_config
 from eacmoe_lightning.compressed.loading import load
 from eacmoe_lightning.compressed.sizes import stored_parts
+from eacmoe_lightning.job.chosen_bits import ChosenBits
 from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.shrink import keep_experts
@@ -268,6 +269,7 @@ def test_the_share_that_is_missing_is_stored(tiny_model_dir, tmp_path):
         (["--probe_windows", "0"], "--probe_windows 0 of 8 calibration windows"),
         (["--probe_windows", "8"], "pass 1 to 7"),
         (["--model.quantizer", "none"], "--model.quantizer none quantizes nothing"),
+        (["--data.num_windows", "1"], "--data.num_windows 1: measuring takes 2 calibration windows or more"),
     ],
 )
 def test_bad_options_of_a_measurement(words, message, tiny_model_dir, tmp_path, capsys):
@@ -340,6 +342,28 @@ def test_a_job_that_goes_on_keeps_its_widths(tiny_model_dir, tmp_path):
     assert {n for n in whole if given[n] != whole[n]} == {"README.md"}  # which names the command
     for name in ("heatmap.png", "curve.png", "sensitivity.md", "curve.json"):
         assert (tmp_path / "found" / name).stat().st_size
+    stored = (tmp_path / "given" / "sensitivity" / "sensitivity.json").read_bytes()
+    assert stored == (tmp_path / "found" / "sensitivity.json").read_bytes()
+
+
+def test_sensitivities_may_go_while_a_run_needs_them_no_more(tiny_model_dir, tmp_path, capsys, monkeypatch):
+    model, found = tiny_model_dir("qwen3_moe"), tmp_path / "found"
+    main(["sensitivity", "--output", str(found), "--widths", "2", "4", *jobs.options(model, "none")])
+    options = OPTIONS | {"model__target_bits": 3.5, "model__sensitivity": found}
+    take = ChosenBits.take
+
+    def take_and_remove(*args) -> bool:
+        was_missing = take(*args)
+        shutil.rmtree(found)
+        return was_missing
+
+    monkeypatch.setattr(ChosenBits, "take", take_and_remove)
+    run = jobs.fit(model, tmp_path / "run", **options)
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert "loss of each weight" in board.Tags()["images"]
+    with pytest.raises(SystemExit):
+        jobs.fit(model, run, **options)
+    assert f"{found} (--model.sensitivity) holds no sensitivity.json" in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -419,6 +443,19 @@ def test_sensitivities_of_something_else_are_refused(tiny_model_dir, tmp_path, c
     with pytest.raises(SystemExit):
         main(["sensitivity", "--output", "unused", *jobs.options(model, "none"), "--pruning.criterion", "frequency"])
     assert "chooses no experts by itself: pass --pruning.keep as well" in capsys.readouterr().err
+    for other, more, message in (
+        ("qwen3_moe", {"model__dtype": "bfloat16"}, "model.dtype was 'float32' and is now 'bfloat16'"),
+        (
+            "qwen3_moe",
+            {"data__calibration": "bundled:german"},
+            "data.calibration was 'bundled.* and is now 'bundled:german'",
+        ),
+        ("qwen2_moe", {}, "model.name_or_path was '.*qwen3_moe' and is now '.*qwen2_moe', which holds something else"),
+    ):
+        words = jobs.options(tiny_model_dir(other), "none", **more)
+        with pytest.raises(SystemExit):
+            main(["sensitivity", "--output", str(found), "--widths", "2", "4", *words])
+        assert re.search(message, capsys.readouterr().err)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(found, unfinished)
     (unfinished / "sensitivity.json").unlink()

@@ -301,7 +301,7 @@ def test_null_rows_are_skipped_and_counted(tmp_path, caplog, name, content):
     pyarrow.parquet.write_table(content, path) if name == "x.parquet" else path.write_bytes(content)
     with caplog.at_level(logging.WARNING, "eacmoe_lightning"):
         assert read_documents(str(path)) == ["one", "two"]
-    assert f"{path}: 2 of 4 rows are null and were skipped" in caplog.text
+    assert f"{path}: 2 of 4 rows are null or hold no turns, and were skipped" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,16 @@ class Text:
 
 
 def default_probes(num_windows: int, window_length: int) -> int:
-    """The number of windows that the probes run on."""
+    """The number of windows that the probes run on.
+
+    Raises:
+        ValueError: none would be left for the solver.
+    """
+    if num_windows < 2:
+        raise ValueError(
+            f"--data.num_windows {num_windows}: measuring takes 2 calibration windows or more, as those on which "
+            "weights are solved do not show what they lose"
+        )
     return max(1, min(PROBE_TOKENS // window_length, num_windows // 4))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from eacmoe_lightning.budget import picture
-from eacmoe_lightning.budget.measure import DROPS, dropped_shares
+from eacmoe_lightning.budget.measure import DROPS, default_probes, dropped_shares
 from eacmoe_lightning.budget.target import allocator_of
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.job.chosen_bits import measured
@@ -62,6 +62,8 @@ def sensitivity(words: list[str]) -> None:
     if not module.recipe.quantizes:
         raise ValueError("--model.quantizer none quantizes nothing, so no width loses anything: pass another quantizer")
     widths = sorted(int(width) if float(width).is_integer() else width for width in set(chosen.widths))
+    if chosen.probe_windows is None:
+        chosen.probe_windows = default_probes(data.num_calibration_windows, data.window_length)
     _check(chosen, widths, data.num_calibration_windows)
     for width in widths:
         module.recipe.uniform(width)  # raises now
@@ -98,7 +100,7 @@ def _check(chosen: argparse.Namespace, widths: list[float], num_windows: int) ->
         raise ValueError(
             f"--drops {wrong[0]:g} is no share of the experts between 0 and 1: pass 0.25 for a quarter of them"
         )
-    if chosen.probe_windows is not None and not 1 <= chosen.probe_windows < num_windows:
+    if not 1 <= chosen.probe_windows < num_windows:
         raise ValueError(
             f"--probe_windows {chosen.probe_windows} of {num_windows} calibration windows (--data.num_windows) leave "
             f"none to the solver or to the probes: pass 1 to {num_windows - 1}"

@@ -242,6 +242,12 @@ def _check_budgets(budgets: list[Bound], groups: dict[str, list[int]], moe: MoEM
         raise ValueError(f"{kind!r}, the first of --kinds, is not a codec: --budgets needs one there, such as sz3")
     if budgets and (left := sorted({block.index for block in moe.moe_blocks} - alone)):
         raise ValueError(f"blocks {left} are not measured by themselves: --budgets needs `each` in --blocks")
+    most = budget.LADDER[-1]
+    if beyond := [bound.value for bound in budgets if bound.mode == "mean" and bound.value > most]:
+        raise ValueError(
+            f"--budgets {beyond[0]:g}: experts get bounds from {budget.LADDER[0]:g} to {most:.3g} times mean |w|, none "
+            f"of which takes as few bytes: pass at most {most:.3g}"
+        )
 
 
 def _cells_to_fit(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from eacmoe_lightning.budget.target import BySize, SizeTarget
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.moe import MoEModel
+from eacmoe_lightning.models.originals import stored_name
 from eacmoe_lightning.models.streamed import StreamedModel
 from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.directory import RunDirectory
 from eacmoe_lightning.run.files import read_json, write_json
 from eacmoe_lightning.target_rules import Target
+from eacmoe_lightning.text.sources import stored_sources
 
-FILE = "allocation.json"
+FILE, SENSITIVITY = "allocation.json", "sensitivity"  # in the run directory
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,23 @@ class ChosenBits:
             )
 
     def settings(self) -> dict[str, Any]:
-        """What the result depends on besides the recipe, by option; nothing if no size was given."""
+        """What the result depends on besides the recipe, by option; nothing if no size was given.
+
+        Raises:
+            FileNotFoundError: there are no sensitivities at the given path.
+        """
         if not self.size:
             return {}
         chosen = {"model.target_bits": self.size.bits, "model.target_gb": self.size.gb}
         if self.path is not None:
-            file = Path(self.path) / sensitivities.FILE
-            content = file.read_bytes() if file.exists() else b""
-            chosen["model.sensitivity"] = hashlib.sha256(content).hexdigest()
+            chosen["model.sensitivity"] = self._digest
         return chosen
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of the given sensitivities, as they are at the start of a run."""
+        sensitivities.read(self.path)  # or raises
+        return hashlib.sha256((Path(self.path) / sensitivities.FILE).read_bytes()).hexdigest()
 
     def measured(self, num_windows: int, window_length: int) -> dict[str, int]:
         """Of `planning.sizes.Job`, what says how much a run measures."""
@@ -144,11 +155,13 @@ class ChosenBits:
         Returns:
             Whether it was missing.
         """
+        if (given := choice.sensitivity) is not None:  # their directory may be gone when the job ends
+            sensitivities.write(run.path / SENSITIVITY, given.identity, given.widths, given.blocks, given.damage)
         if (run.path / FILE).exists():
             return False
         if choice.sensitivity is None:
             options = {"drops": DROPS, "criterion": self.pruning.criterion} if self.pruning else {}
-            sensitivity = measured(run.path / "sensitivity", choice.recipe, choice.moe, data, fingerprint, **options)
+            sensitivity = measured(run.path / SENSITIVITY, choice.recipe, choice.moe, data, fingerprint, **options)
             choice = replace(choice, sensitivity=sensitivity)
         allocation = choice.allocate()
         sizes = picture.curve(choice.allocator(allocation.kept))
@@ -172,7 +185,7 @@ class ChosenBits:
         self, run: RunDirectory, recipe: Recipe, moe: StreamedModel, report: dict[str, Any]
     ) -> dict[str, Figure]:
         """For TensorBoard: what weights lose, the bits that were chosen, and sizes beside this run's divergence."""
-        sensitivity = sensitivities.read(run.path / "sensitivity" if self.path is None else self.path)
+        sensitivity = sensitivities.read(run.path / SENSITIVITY)
         bits, texts = report["allocation"]["bits"], (report.get("divergence") or {}).get("texts", {})
         points = {text: (bits, streams["compressed"]["kl"]["mean"]) for text, streams in texts.items()}
         return {
@@ -208,7 +221,12 @@ def refuse_other(
 def measured(output: Path, recipe: Recipe, moe: StreamedModel, data: TextWindows, fingerprint: str, **more: Any):
     """`measure` on the calibration windows of a data module; `more` are its further arguments."""
     num_probes = more.pop("num_probes", None) or default_probes(*data.calibration_windows.shape)
-    identity = identity_of(recipe, fingerprint) | {"data.calibration_digest": data.calibration_digest}
+    identity = identity_of(recipe, fingerprint) | {
+        "model.name_or_path": stored_name(moe.weights.name_or_path),
+        "model.dtype": str(moe.model.dtype).removeprefix("torch."),
+        "data.calibration": stored_sources(data.calibration),
+        "data.calibration_digest": data.calibration_digest,
+    }
     text = Text(data.calibration_windows, data.calibration_weights, data.calibration_positions)
     return measure(
         moe, recipe, text, output, identity, num_probes=num_probes, batch_size=data.batch_size, seed=data.seed,

@@ -201,7 +201,7 @@ def _row_documents(table: Table, column: str | None) -> Iterator[Document]:
                 yield document
     finally:
         if num_null:
-            log.warning("%s: %d of %d rows are null and were skipped", table.name, num_null, num_rows)
+            log.warning("%s: %d of %d rows are null or hold no turns, and were skipped", table.name, num_null, num_rows)
         for name, number in unread.items():
             log.warning(
                 "%s: `%s` of %d of %d rows is neither text nor a list of texts and was left out of the questions",
