@@ -37,7 +37,7 @@ type, but real ones can have settings that these do not have: `eacmoe plan` and 
 | load | packed weights give the logits of decoded ones |
 | generate | so do the greedy tokens after a left-padded prompt |
 | PESF | skipping rarely selected experts equals giving them the weight 0 |
-| dense | the export reloads in plain transformers with equal logits, under the tensor names that the family's checkpoints have |
+| dense | the export reloads in plain transformers with equal logits, under the family's tensor names |
 | gptq_v2 | {engine} loads the type's experts packed, and the export decodes to the same weights and logits |
 | GGUF | llama.cpp computes it alike, with [these exceptions](exports.md#gguf-by-architecture) |
 

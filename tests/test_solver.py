@@ -9,8 +9,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from eacmoe_lightning.calibration import solver as solving
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.calibration.solver import BlockSolver
+from eacmoe_lightning.models.experts import Experts
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.quantization.grid import Quantized
 from eacmoe_lightning.run.ranks import Ranks
@@ -35,6 +37,25 @@ def test_the_memory_limit_changes_only_how_many_experts_are_solved_together():
     for name, quantized in together.items():
         assert same(quantized.codes, alone[name].codes) > 0.99  # batched products may sum in another order
         assert same(quantized.scale, alone[name].scale) > 0.9
+
+
+@pytest.mark.parametrize("affinity", [False, True])
+def test_an_experts_tokens_run_in_parts_of_bounded_size(affinity, monkeypatch):
+    options = {"min_expert_tokens": 150, "affinity": affinity}
+    (whole, solver), widest, seen = solve(**options), 128, []  # gate and up of 64 each
+    intermediate = Experts.intermediate
+
+    def watched(self: Experts, x: Tensor, *more) -> Tensor:
+        seen.append(len(x))
+        return intermediate(self, x, *more)
+
+    monkeypatch.setattr(Experts, "intermediate", watched)
+    monkeypatch.setattr(solving, "ROWS_BYTES", 7 * 4 * widest)
+    parts, in_parts = solve(**options)
+    assert max(seen) == 7 and sum(seen) >= 8 * 150
+    for name, quantized in whole.items():
+        assert same(quantized.codes, parts[name].codes) > 0.99  # the order of sums
+        assert in_parts.error[name] == pytest.approx(solver.error[name], rel=1e-2)
 
 
 WORLD = 3  # divides neither 8 experts nor 400 tokens

@@ -8,8 +8,9 @@ experts are divided evenly: all experts of a block cost the same to solve, whate
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,13 +20,14 @@ from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.models.block import Block
 from eacmoe_lightning.models.routing import Routing
 from eacmoe_lightning.quantization.gptq import CACHED
-from eacmoe_lightning.quantization.gram import add_gram, gram, mirror, tokens_by_expert
+from eacmoe_lightning.quantization.gram import add_gram, mirror, tokens_by_expert
 from eacmoe_lightning.quantization.grid import Bits, Grid, Quantized, one_or_each
 from eacmoe_lightning.quantization.quantizers import QuantizedWeight, Quantizer
 from eacmoe_lightning.routers.expert_shift import expert_load
 from eacmoe_lightning.run.ranks import Ranks
 
 log = logging.getLogger(__name__)
+ROWS_BYTES = 1 << 28  # of the widest activation of an expert's tokens that are in memory at a time
 
 
 class BlockSolver:
@@ -105,9 +107,12 @@ class BlockSolver:
             for projection in experts.projections:
                 weight = experts.weight(projection)[chosen]
 
-                def rows_of(e: int, projection: str = projection, device: torch.device = weight.device) -> Tensor:
-                    rows = x[tokens[e]].to(device)
-                    return (rows if projection == experts.up_name else experts.intermediate(rows, e)).float()
+                def rows_of(
+                    e: int, at_once: int, projection: str = projection, device: torch.device = weight.device
+                ) -> Iterator[Tensor]:
+                    for part in tokens[e].split(at_once):
+                        rows = x[part].to(device)
+                        yield (rows if projection == experts.up_name else experts.intermediate(rows, e)).float()
 
                 numbers = range(chosen.start, chosen.stop)
                 statistics = self._statistics_of_experts(weight, numbers, rows_of, weights)
@@ -122,24 +127,32 @@ class BlockSolver:
             self.error[name] = sum(errors[projection]) / len(errors[projection])
 
     def _statistics_of_experts(
-        self, weight: Tensor, experts: range, rows_of: Callable[[int], Tensor], weights: list[Tensor] | None
+        self,
+        weight: Tensor,
+        experts: range,
+        rows_of: Callable[[int, int], Iterator[Tensor]],
+        weights: list[Tensor] | None,
     ) -> Tensor | list[Tensor] | None:
         """The statistics of some experts' inputs that the quantizer needs (`Quantizer.needs`).
 
         Args:
             weight: [S, O, I] one projection of these experts.
             experts: the numbers of the S experts.
-            rows_of: expert -> the inputs [n, I] of this projection.
+            rows_of: expert, number -> the inputs [n, I] of this projection, at most so many tokens at a time.
             weights: by expert, the weight [n] of each of its tokens; None weights all equally.
         """
+        at_once = tokens_at_once([self.block.experts.weight(p).shape[-2:] for p in self.block.experts.projections])
         match self.quantizer.needs:
             case "hessian":
-                hessian = weight.new_empty(len(weight), weight.shape[-1], weight.shape[-1], dtype=torch.float32)
-                for i, e in enumerate(experts):
-                    hessian[i] = gram(rows_of(e), None if weights is None else weights[e].to(weight.device))
+                hessian = weight.new_zeros(len(weight), weight.shape[-1], weight.shape[-1], dtype=torch.float32)
+                for total, e in zip(hessian, experts, strict=True):
+                    parts = itertools.repeat(None) if weights is None else weights[e].to(weight.device).split(at_once)
+                    for rows, part in zip(rows_of(e, at_once), parts, strict=False):
+                        add_gram(total, rows, part)
+                    mirror(total)
                 return self.ranks.sum(hessian)
             case "inputs":
-                return [rows_of(e) for e in experts]
+                return [torch.cat([*rows_of(e, at_once)]) for e in experts]
         return None
 
     def _experts_together(self) -> int:
@@ -215,6 +228,15 @@ class BlockSolver:
 def _widths(quantized: QuantizedWeight, bits: Sequence[int | float]) -> dict[str, Bits]:
     """The field `bits` of a stack on the grid; a lattice computes its bits from its codes."""
     return {"bits": one_or_each(bits)} if isinstance(quantized, Quantized) else {}
+
+
+def tokens_at_once(shapes: list[tuple[int, int]]) -> int:
+    """How many of an expert's tokens run through its projections at a time: what `ROWS_BYTES` hold in float32.
+
+    Args:
+        shapes: (O, I) of each projection.
+    """
+    return max(1, ROWS_BYTES // (4 * max(max(shape) for shape in shapes)))
 
 
 def stack_bytes(

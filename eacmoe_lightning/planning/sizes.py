@@ -283,6 +283,7 @@ class Shapes:
         self.shared = [(group, rows, columns) for part, group, rows, columns in linears if part == "shared"]
         heads = [columns for group, _, columns in self.attention if group.rpartition(".")[2] in LAST]
         length, itemsize = job.window_length, next(block.layer.parameters()).element_size()
+        self.itemsize = itemsize
         self.attention_input = heads[0] if heads else hidden  # numbers that the output projection reads
         scores = 2 * length * max(heads, default=hidden)  # queries with keys and attention weights with values, causal
         self.attention_forward = sum(2 * rows * columns for _, rows, columns in self.attention) + scores

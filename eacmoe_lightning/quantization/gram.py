@@ -8,13 +8,13 @@ from torch import Tensor
 TILE = 256  # columns of a tile; smaller products are less efficient
 
 
-def gram(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """sum_n weight_n x_n x_n^T: [n, I] -> [I, I] in x's dtype; `weight` [n] is not negative."""
-    return mirror(add_gram(x.new_zeros(x.shape[1], x.shape[1]), x, weight))
-
-
 def add_gram(total: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Adds `gram(x, weight)` to the tiles of `total` [I, I] on and above the diagonal, which halves the work."""
+    """Adds sum_n weight_n x_n x_n^T to the tiles of `total` [I, I] on and above the diagonal, which halves the work.
+
+    Args:
+        x: [n, I].
+        weight: [n], not negative; None: 1.
+    """
     x = x if weight is None else x * weight.sqrt().unsqueeze(1)
     for start in range(0, x.shape[1], TILE):
         total[start : start + TILE, start:].addmm_(x[:, start : start + TILE].T, x[:, start:])
