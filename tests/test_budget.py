@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from eacmoe_lightning.models.checkpoint import Checkpoint
 from eacmoe_lightning.models.moe import MoEModel
 from eacmoe_lightning.models.shrink import keep_experts
 from eacmoe_lightning.models.streamed import StreamedModel
+from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.run.hidden import hidden_of
 
 RECIPE = Recipe(group_size=32, min_expert_tokens=32, symmetric=False)
@@ -415,6 +417,17 @@ def test_experts_and_bits_share_one_size(tiny_model_dir, tmp_path):
         ({"target_bits": 3, "pruning__alpha": 0.3}, "pass --pruning.keep, a number or auto"),
         ({"target_bits": 3, "pruning__keep": 99}, "keep=99"),
         ({"pruning__keep": "auto"}, "needs a size"),
+        ({"target_bits": 4.6, "target": "vllm", "tensor_parallel": 4}, "--tensor_parallel 4"),
+        ({"target_bits": 4.6, "target": "vllm", "group_size": 16}, "groups of 16"),
+        ({"target_bits": 4.6, "target": "sglang", "quantizer": "lattice"}, "lattice"),
+        (
+            {"target_bits": 4.6, "target": "vllm", "overrides": "{1: {experts.3: 7}}"},
+            "--model.overrides: experts.3.*of block 1 has 7 bits of its own, but the experts of a block get one width",
+        ),
+        (
+            {"target_bits": 4.6, "target": "vllm", "overrides": "{1: {experts.3: 7, experts.4: 5}}"},
+            "of block 1 has 7 bits",
+        ),
     ],
 )
 def test_bad_sizes(options, message, tiny_model_dir, tmp_path, capsys):
@@ -425,6 +438,25 @@ def test_bad_sizes(options, message, tiny_model_dir, tmp_path, capsys):
         jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", **OPTIONS | words)
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_overrides_of_experts_that_may_go_bound_no_size(sensitivity, tiny_model_dir):
+    moe, found = sensitivity("mixtral")
+    rest, pruning = Rest.of(moe, str(tiny_model_dir("mixtral"))), PruningRule(keep=4, criterion="reap")
+    found = replace(found, blocks=[block | {"score": [float(e) for e in range(8)]} for block in found.blocks])
+    going = {0, 1, 2, 3}
+    kept = {block.index: list(range(4)) for block in moe.moe_blocks}
+    least = allocator_of(RECIPE, moe, [], kept=kept).smallest
+    target = SizeTarget(bits=1.001 * 8 * least / allocator_of(RECIPE, moe, []).num_weights)
+    for numbers, sensitivities, is_refused in (
+        (going, None, False),
+        (going, found, False),
+        ({4, 5, 6, 7}, found, True),
+    ):
+        recipe = replace(RECIPE, overrides={0: {f"experts.{e}": 8 for e in numbers}})
+        choice = BySize(target, recipe, moe, [], rest, sensitivities, pruning=pruning)
+        with pytest.raises(ValueError, match="below") if is_refused else nullcontext():
+            choice.check()
 
 
 def test_sensitivities_of_something_else_are_refused(tiny_model_dir, tmp_path, capsys):

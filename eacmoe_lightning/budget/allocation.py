@@ -22,6 +22,11 @@ from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.target_rules import Granularity
 
 RATES = (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 5, 6, 7, 8)  # of quantizers that take any number of bits
+TOGETHER: dict[Granularity, str] = {  # what has one width
+    "projection": "the experts of a projection",
+    "block": "the experts of a block",
+    "model": "the experts of all blocks",
+}
 Key = tuple[int | None, str]  # block (None: all), key of `Recipe.overrides`
 
 
@@ -100,7 +105,7 @@ class Allocator:
         kept: by block, the experts that stay; the others take no bytes. None: all.
 
     Raises:
-        ValueError: a part has no possible width.
+        ValueError: a part has no possible width, or an override splits what has one width.
     """
 
     def __init__(
@@ -173,7 +178,27 @@ class Allocator:
         merged: dict[Key, list[tuple[Key, Unit]]] = defaultdict(list)
         for (block, name), unit in single.items():
             merged[self._group(block, name)].append(((block, name), unit))
-        return {key: _merged(units) for key, units in merged.items()}
+        return {key: self._merged(units) for key, units in merged.items()}
+
+    def _merged(self, units: list[tuple[Key, Unit]]) -> Unit:
+        """One unit of several, whose points are the sums at each width.
+
+        Raises:
+            ValueError: an override gives some of them a width of their own.
+        """
+        by_width = [{point.choice: point for point in unit.points} for _, unit in units]
+        if any(points.keys() != by_width[0].keys() for points in by_width):
+            (block, key), width = next((k, width) for k, _ in units if (width := self._fixed(*k)) is not None)
+            raise ValueError(
+                f"--model.overrides: {key} of block {block} has {width} bits of its own, but "
+                f"{TOGETHER[self.granularity]} get one width here (--model.target, --model.quantizer): give it to all "
+                "of them, or leave it out"
+            )
+        points = [
+            Point(w, sum(points[w].nbytes for points in by_width), sum(points[w].damage for points in by_width))
+            for w in sorted(by_width[0])
+        ]
+        return Unit(points, [key for _, unit in units for key in unit.keys])
 
     def _group(self, block: int, name: str) -> Key:
         """The unit that a projection of an expert belongs to, or the other weights of a block."""
@@ -240,16 +265,6 @@ def possible_widths(recipe: Recipe) -> dict[str, Sequence[int | float]]:
     """The widths of a recipe's quantizer, for every part."""
     widths = RATES if recipe.solver.any_rate else recipe.solver.widths
     return dict.fromkeys(PARTS, widths)
-
-
-def _merged(units: list[tuple[Key, Unit]]) -> Unit:
-    """One unit of several, whose points are the sums at each width that all of them have."""
-    by_width = [{point.choice: point for point in unit.points} for _, unit in units]
-    points = [
-        Point(w, sum(points[w].nbytes for points in by_width), sum(points[w].damage for points in by_width))
-        for w in sorted(set.intersection(*map(set, by_width)))
-    ]
-    return Unit(points, [key for _, unit in units for key in unit.keys])
 
 
 def _shortened(keys: dict[str, int | float], block: Block, numbers: Sequence[int]) -> dict[str, int | float]:

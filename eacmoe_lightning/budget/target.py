@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.target_rules import Target
 
 AROUND = (0.9, 1.1)  # sizes beside the one that was asked for
+SINGLE = re.compile(r"experts\.\d")  # begins the key of an override of one expert
 CLOSE = 0.99  # of the size that was asked for: what comes out has at least this share
 
 
@@ -55,12 +57,13 @@ class SizeTarget:
             return f"--model.target_bits {8 * nbytes / num_quantized(moe):.4g}"
         return f"--model.target_gb {(nbytes + rest) / 1e9:.6g}"
 
-    def check(self, allocator: Allocator, rest: int, largest: Allocator | None = None) -> float:
+    def check(self, allocator: Allocator, rest: int, largest: Allocator | None = None, is_bare: bool = True) -> float:
         """The bytes for the quantized weights; needs no sensitivities.
 
         Args:
             allocator: whose smallest choices count.
             largest: whose largest choices count, if others do.
+            is_bare: whether no target says what it loads.
 
         Raises:
             ValueError: no allocation has this size; the message names the nearest size that can be had.
@@ -72,7 +75,9 @@ class SizeTarget:
             least = self.described(allocator.smallest * 1.0005, moe, rest)  # rounded, it can be had
             ways = [f"{least} or more"]
             if not allocator.recipe.in_blocks:
-                ways += ["a larger --model.group_size", "--model.quantizer lattice, which has rates down to 1.5 bits"]
+                ways.append("a larger --model.group_size")
+                if is_bare and not allocator.recipe.solver.any_rate:
+                    ways.append("--model.quantizer lattice, which has rates down to 1.5 bits")
             if largest is None:  # experts are not dropped yet
                 ways.append("--pruning.keep auto, which drops experts too")
             raise ValueError(f"{asked} ({option}) is below what the smallest widths take: pass {', or '.join(ways)}")
@@ -106,6 +111,34 @@ def allocator_of(
     return Allocator(recipe, moe, sensitivity, rows[0].granularity, widths, kept)
 
 
+def check_loaded(allocator: Allocator, rows: Sequence[Target], tensor_parallel: int = 1) -> None:
+    """Raises ValueError if a target loads neither the smallest nor the largest choices: then no width is the reason.
+
+    Args:
+        rows: of the target's formats; empty: no target.
+        tensor_parallel: number of devices that it splits each linear over.
+    """
+    errors = []
+    for extreme in (min, max) if rows else ():
+        widths = {key: extreme(point.choice for point in unit.points) for key, unit in allocator.units.items()}
+        try:
+            _choose(rows, allocator.recipe, allocator.of(widths.__getitem__), allocator.moe, tensor_parallel)
+        except ValueError as error:
+            errors.append(error)
+        else:
+            return
+    if errors:
+        raise errors[0]
+
+
+def _choose(
+    rows: Sequence[Target], recipe: Recipe, allocation: Allocation, moe: MoEModel, tensor_parallel: int
+) -> None:
+    """Raises ValueError if the target does not load this allocation."""
+    grids = replace(recipe, overrides=allocation.overrides).grids(moe)
+    targets.choose(list(rows), grids, original_of(moe), tensor_parallel)
+
+
 @dataclass(frozen=True)
 class BySize:
     """A choice of widths, and of experts, for a size.
@@ -136,15 +169,27 @@ class BySize:
         return self.rest.nbytes(self.moe, self.recipe.outside(self.moe))
 
     def check(self) -> None:
-        """Raises ValueError if no allocation has this size; needs no sensitivities."""
-        kept, is_free = None, self.pruning is not None and self.pruning.keep == "auto"
-        if self.pruning is not None:
-            most = max(DROPS if self.sensitivity is None else self.sensitivity.drops, default=0)
-            numbers = {b.index: keep_of(b, most) if is_free else self.pruning.keep for b in self.moe.moe_blocks}
-            kept = {index: list(range(number)) for index, number in numbers.items()}
-        largest = allocator_of(self.recipe, self.moe, self.rows) if is_free else None  # then all may stay
-        smallest = allocator_of(self.recipe, self.moe, self.rows, kept=kept)
-        self.target.check(smallest, self.rest_bytes, largest)
+        """Raises ValueError if no allocation has this size, or the target loads none; needs no sensitivities."""
+        allocator = allocator_of(self.recipe, self.moe, self.rows)
+        check_loaded(allocator, self.rows, self.tensor_parallel)
+        if self.pruning is None:
+            self.target.check(allocator, self.rest_bytes, is_bare=not self.rows)
+            return
+        largest = allocator if self.pruning.keep == "auto" else None  # then all may stay
+        self.target.check(self._smallest(), self.rest_bytes, largest, is_bare=not self.rows)
+
+    def _smallest(self) -> Allocator:
+        """Of as few experts as may stay. Which these are decides which overrides of single experts count."""
+        if self.sensitivity is not None:
+            return self.allocator(self._experts()[-1])
+        is_free, overrides = self.pruning.keep == "auto", self.recipe.overrides
+        numbers = {b.index: keep_of(b, max(DROPS)) if is_free else self.pruning.keep for b in self.moe.moe_blocks}
+        of_all = {
+            block: {key: width for key, width in given.items() if not SINGLE.match(key)}
+            for block, given in overrides.items()
+        }
+        kept = {index: list(range(number)) for index, number in numbers.items()}
+        return allocator_of(replace(self.recipe, overrides=of_all), self.moe, self.rows, kept=kept)
 
     def allocator(self, kept: dict[int, list[int]] | None) -> Allocator:
         """The allocator for a choice of experts."""
@@ -160,7 +205,7 @@ class BySize:
         for kept in self._experts():
             allocator = self.allocator(kept)
             try:
-                allocation = allocator.allocate(self.target.check(allocator, rest))
+                allocation = allocator.allocate(self.target.check(allocator, rest, is_bare=not self.rows))
             except ValueError as error:
                 errors.append(error)
                 continue
@@ -181,8 +226,7 @@ class BySize:
                 f"{nearest}"
             )
         if self.rows:
-            chosen = replace(self.recipe, overrides=allocation.overrides)
-            targets.choose(list(self.rows), chosen.grids(self.moe), original_of(self.moe), self.tensor_parallel)
+            _choose(self.rows, self.recipe, allocation, self.moe, self.tensor_parallel)
         return allocation
 
     def around(self) -> str:

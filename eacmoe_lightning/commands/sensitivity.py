@@ -11,7 +11,7 @@ import torch
 
 from eacmoe_lightning.budget import picture
 from eacmoe_lightning.budget.measure import DROPS, default_probes, dropped_shares
-from eacmoe_lightning.budget.target import allocator_of
+from eacmoe_lightning.budget.target import allocator_of, check_loaded
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.job.chosen_bits import measured
 from eacmoe_lightning.job.sampling import SampledTexts
@@ -74,6 +74,7 @@ def sensitivity(words: list[str]) -> None:
     run, ranks = RunDirectory(chosen.output), Ranks()
     texts = SampledTexts(data, run, moe, ranks, module.name_or_path, module.dtype_name, module.trust_remote_code)
     texts.check()
+    check_loaded(allocator_of(module.recipe, moe, module.targets), module.targets, module.tensor_parallel)
     drops = sorted(chosen.drops)
     if drops and (reason := next(filter(None, map(keeps_all, moe.moe_blocks)), None)):
         log.info("without --drops, which measures missing experts: %s", reason)
