@@ -9,8 +9,8 @@ KL(original || compressed) in the calibrated domains, in German, and on the text
 
     temperature    125 windows that the model writes at .7, 1 and 1.3, and from the token that begins a text (bos)
     shares         125 windows, of which 0 to 3 quarters are the bundled text and the others written (all: temperature)
-    amount         125 windows of the bundled text, and beside them 125 to 875 written ones (0: shares)
-    passes         block stage: two and four passes over 125 real and 125 written windows, or one over 125 and 375
+    amount         125 windows of the bundled text, and beside them 125 to 3907 (two million tokens) written (0: shares)
+    passes         block stage: two and four passes over 125 real and 125 written windows, one over 125 and 375 to 3907
     joint          all stages on 125 real and 125 written windows, of which the joint stage trains on all, on the real
                    or on the written ones, in equally many and equally large batches
 
@@ -36,6 +36,7 @@ from eacmoe_lightning.job.qesc import QESC
 
 REAL, BLOCK_ONLY = "bundled:calibration", ("--model.joint_epochs", "0")
 GPTQ_ONLY = (*BLOCK_ONLY, "--model.router_method", "none")
+ONE_PASS = ("--model.block_epochs", "1")
 
 
 def text(real: int, written: int, *more: str) -> list[str]:
@@ -85,11 +86,11 @@ GROUPS: dict[str, dict[str, Sequence[str]]] = {  # group -> row -> options of `f
         "T 1, bos": [*text(0, 125, "--data.sample_start", "bos"), *GPTQ_ONLY],
     },
     "shares": {f"{real} + {125 - real}": [*text(real, 125 - real), *GPTQ_ONLY] for real in (125, 94, 62, 31)},
-    "amount": {f"125 + {written}": [*text(125, written), *GPTQ_ONLY] for written in (125, 375, 875)},
+    "amount": {f"125 + {written}": [*text(125, written), *GPTQ_ONLY] for written in (125, 375, 875, 3907)},
     "passes": {
         "125 + 125, 2 passes": [*text(125, 125), *BLOCK_ONLY],
         "125 + 125, 4 passes": [*text(125, 125, "--model.block_epochs", "4"), *BLOCK_ONLY],
-        "125 + 375, 1 pass": [*text(125, 375, "--model.block_epochs", "1"), *BLOCK_ONLY],
+        **{f"125 + {written}, 1 pass": [*text(125, written, *ONE_PASS), *BLOCK_ONLY] for written in (375, 875, 3907)},
     },
     "joint": {
         "all": text(125, 125),

@@ -14,9 +14,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from eacmoe_lightning.models.growing_cache import grow_in_place, with_room
 
-MOST_ROWS = 128  # windows in a batch: with more, steps hardly become cheaper
-CACHE_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}  # of keys and values in a batch
+MOST_ROWS = 512  # windows in a batch
+BATCH_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}  # of keys, values and logits in a batch
 ROWS = 32  # windows whose distributions are summed up at a time, in float64
+LOGIT_BYTES, SUM_BYTES = 12, 24  # of a window's next token, for each word of the vocabulary
 
 
 class Opened(Protocol):
@@ -131,17 +132,17 @@ def cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:
 
 
 def batch_size(config: PreTrainedConfig, itemsize: int, num_windows: int, window_length: int, device: str) -> int:
-    """Windows that are sampled at a time, as even as batches of at most `MOST_ROWS` and `CACHE_BYTES` allow.
+    """Windows that are sampled at a time, as even as batches of at most `MOST_ROWS` and `BATCH_BYTES` allow.
 
     The same model, windows and type of device (`cpu` or `cuda`) give the same batches on every machine.
     """
-    most = CACHE_BYTES.get(device, CACHE_BYTES["cpu"]) // max(1, window_length * cache_bytes(config, itemsize))
-    batches = -(-num_windows // max(1, min(most, MOST_ROWS)))
+    window = window_length * cache_bytes(config, itemsize) + LOGIT_BYTES * config.vocab_size
+    most = min(BATCH_BYTES.get(device, BATCH_BYTES["cpu"]) // window, MOST_ROWS)
+    batches = -(-num_windows // max(1, most))
     return -(-num_windows // batches)
 
 
 def working_bytes(config: PreTrainedConfig, itemsize: int, windows: int, window_length: int) -> int:
     """Memory that sampling a batch of windows takes beside the weights: the cache, logits and their sums."""
-    vocabulary = config.vocab_size
     cached = with_room(window_length) * cache_bytes(config, itemsize)
-    return windows * (cached + 12 * vocabulary) + ROWS * 24 * vocabulary
+    return windows * (cached + LOGIT_BYTES * config.vocab_size) + ROWS * SUM_BYTES * config.vocab_size
