@@ -238,10 +238,23 @@ def test_what_comes_out_is_what_the_target_loads(engine, sensitivity):
             allocation = BySize(SizeTarget(bits=bits * 1.0001), recipe, moe, rows, rest, found).allocate()
         except ValueError as error:
             assert "comes within 1 %" in str(error) and 0 < share < 1
-            nearest = float(str(error).rpartition("--model.target_bits ")[2])
+            nearest = float(re.search(r"--model.target_bits ([\d.]+)", str(error))[1])
             allocation = BySize(SizeTarget(bits=nearest), recipe, moe, rows, rest, found).allocate()
         chosen = replace(recipe, overrides=allocation.overrides)
         assert targets.choose(rows, chosen.grids(moe)).engine == engine
+
+
+def test_sizes_between_the_choices(sensitivity):
+    """What is refused by bytes alone is what no choice has, counted one by one."""
+    moe, _ = sensitivity("qwen3_moe")
+    allocator = allocator_of(replace(RECIPE, symmetric=True), moe, targets.for_calibration("transformers"))
+    sums = {0.0}
+    for unit in allocator.units.values():
+        sums = {round(total + point.nbytes, 3) for total in sums for point in unit.points}
+    for share in torch.linspace(0.01, 1, 40).tolist():
+        wanted = allocator.smallest + share * (allocator.largest - allocator.smallest)
+        most = max(total for total in sums if total <= wanted)
+        assert most <= allocator.most_within(wanted) <= most * 1.001
 
 
 def test_missing_experts_between_measured_shares():
@@ -417,6 +430,11 @@ def test_experts_and_bits_share_one_size(tiny_model_dir, tmp_path):
         ({"target_bits": 3, "pruning__alpha": 0.3}, "pass --pruning.keep, a number or auto"),
         ({"target_bits": 3, "pruning__keep": 99}, "keep=99"),
         ({"pruning__keep": "auto"}, "needs a size"),
+        ({"target_bits": 3.5, "target": "transformers"}, "comes within 1 %.* below it is --model.target_bits 3.*"),
+        (
+            {"target_bits": 2.2, "target": "transformers", "pruning__keep": 5},
+            "comes within 1 %.* below it is --model.target_bits 2.*",
+        ),
         ({"target_bits": 4.6, "target": "vllm", "tensor_parallel": 4}, "--tensor_parallel 4"),
         ({"target_bits": 4.6, "target": "vllm", "group_size": 16}, "groups of 16"),
         ({"target_bits": 4.6, "target": "sglang", "quantizer": "lattice"}, "lattice"),

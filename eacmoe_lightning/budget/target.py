@@ -20,6 +20,7 @@ from eacmoe_lightning.target_rules import Target
 AROUND = (0.9, 1.1)  # sizes beside the one that was asked for
 SINGLE = re.compile(r"experts\.\d")  # begins the key of an override of one expert
 CLOSE = 0.99  # of the size that was asked for: what comes out has at least this share
+REUSED = "; what was measured serves all sizes: pass it as --model.sensitivity RUN/sensitivity"
 
 
 @dataclass(frozen=True)
@@ -172,11 +173,23 @@ class BySize:
         """Raises ValueError if no allocation has this size, or the target loads none; needs no sensitivities."""
         allocator = allocator_of(self.recipe, self.moe, self.rows)
         check_loaded(allocator, self.rows, self.tensor_parallel)
-        if self.pruning is None:
-            self.target.check(allocator, self.rest_bytes, is_bare=not self.rows)
-            return
-        largest = allocator if self.pruning.keep == "auto" else None  # then all may stay
-        self.target.check(self._smallest(), self.rest_bytes, largest, is_bare=not self.rows)
+        is_free = self.pruning is not None and self.pruning.keep == "auto"
+        smallest = allocator if self.pruning is None else self._smallest()
+        largest = allocator if is_free else None  # then all may stay
+        wanted = self.target.check(smallest, self.rest_bytes, largest, is_bare=not self.rows)
+        if not is_free and smallest.recipe == self.recipe:  # otherwise it depends on the experts that stay
+            self._check_close(smallest.most_within(wanted))
+
+    def _check_close(self, nbytes: float, more: str = "") -> None:
+        """Raises ValueError, with `more` at its end, if these bytes are more than 1 % below the size."""
+        rest = self.rest_bytes
+        fixed = rest if self.target.gb else 0
+        if nbytes + fixed < CLOSE * (self.target.nbytes(self.moe, rest) + fixed):
+            nearest = self.target.described(nbytes * 1.0005, self.moe, rest)
+            raise ValueError(
+                "no choice of widths comes within 1 % of the size that was asked for: the nearest below it is "
+                f"{nearest}{more}"
+            )
 
     def _smallest(self) -> Allocator:
         """Of as few experts as may stay. Which these are decides which overrides of single experts count."""
@@ -218,13 +231,7 @@ class BySize:
         if not choices:
             raise errors[-1]
         allocation = min(choices, key=lambda choice: choice.damage)
-        fixed = rest if self.target.gb else 0
-        if allocation.nbytes + fixed < CLOSE * (self.target.nbytes(self.moe, rest) + fixed):
-            nearest = self.target.described(allocation.nbytes * 1.0005, self.moe, rest)
-            raise ValueError(
-                "no choice of widths comes within 1 % of the size that was asked for: the nearest below it is "
-                f"{nearest}"
-            )
+        self._check_close(allocation.nbytes, REUSED)
         if self.rows:
             _choose(self.rows, self.recipe, allocation, self.moe, self.tensor_parallel)
         return allocation
