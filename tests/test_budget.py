@@ -22,7 +22,7 @@ from eacmoe_lightning.budget.measure import Text, measure
 from eacmoe_lightning.budget.probes import Probes, without_experts
 from eacmoe_lightning.budget.rest import Rest
 from eacmoe_lightning.budget.sensitivity import Sensitivity, interpolated, probe_name, read
-from eacmoe_lightning.budget.target import BySize, SizeTarget, allocator_of
+from eacmoe_lightning.budget.target import BySize, SizeTarget, allocator_of, loading
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.cli import main
 from eacmoe_lightning.compressed.format import read_config
@@ -244,6 +244,19 @@ def test_what_comes_out_is_what_the_target_loads(engine, sensitivity):
         assert targets.choose(rows, chosen.grids(moe)).engine == engine
 
 
+def test_a_format_is_chosen_by_what_overrides_fix(sensitivity):
+    """Asymmetric experts of 8 bits are loaded from gptq_v2 alone, and that takes no attention of 5 bits."""
+    moe, found = sensitivity("qwen3_moe")
+    rows = targets.for_calibration("vllm")
+    assert [row.format for row in loading(RECIPE, moe, rows)] == ["compressed-tensors", "gptq_v2"]
+    recipe = replace(RECIPE, overrides={1: {"experts": 8}})
+    assert [row.format for row in loading(recipe, moe, rows)] == ["gptq_v2"]
+    for bits in (5.2, 5.4, 5.7, 6.2):
+        choice = BySize(SizeTarget(bits=bits), recipe, moe, rows, Rest(0, torch.float32), found)
+        choice.check()
+        assert 5 not in [keys["attention"] for keys in choice.allocate().overrides.values()]
+
+
 def test_sizes_between_the_choices(sensitivity):
     """What is refused by bytes alone is what no choice has, counted one by one."""
     moe, _ = sensitivity("qwen3_moe")
@@ -455,6 +468,35 @@ def test_bad_sizes(options, message, tiny_model_dir, tmp_path, capsys):
     with pytest.raises(SystemExit):
         jobs.fit(tiny_model_dir("qwen3_moe"), tmp_path / "run", **OPTIONS | words)
     assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target": "vllm", "group_size": 16}, "groups of 16, but vllm .*loads 32, 64 or 128"),
+        ({"target": "vllm", "tensor_parallel": 4}, "cannot be split for --tensor_parallel 4"),
+        ({"target": "vllm", "quantizer": "kquant"}, "is in llama.cpp's blocks"),
+        ({"target": "vllm", "overrides": "{1: {experts.0: 7, experts.1: 5}}"}, "of block 1 has 7 bits of its own"),
+        ({"target": "transformers", "overrides": "{1: {experts: 4}}"}, "block 1 .* the experts of all blocks get one"),
+    ],
+)
+def test_plan_and_sensitivity_refuse_what_a_target_never_loads(options, message, tiny_model_dir, tmp_path, capsys):
+    words = {f"model__{name}": value for name, value in options.items()}
+    for command, size in ((["sensitivity", "--output", str(tmp_path / "found")], None), (["plan"], 4.6)):
+        given = jobs.options(tiny_model_dir("qwen3_moe"), "none", **words, model__target_bits=size)
+        with pytest.raises(SystemExit):
+            main([*command, *given])
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "found").exists()
+
+
+def test_no_size_makes_a_target_load_an_architecture(tmp_path, tokenizer, capsys):
+    architectures.build("gpt_oss").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        jobs.fit(tmp_path / "model", tmp_path / "run", **OPTIONS, model__target="vllm", model__target_bits=3.3)
+    assert "keeps the experts of a block in one tensor" in capsys.readouterr().err
     assert not (tmp_path / "run" / "run.json").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from eacmoe_lightning import targets
 from eacmoe_lightning.budget.allocation import Allocation, Allocator, possible_widths
@@ -99,7 +100,7 @@ def allocator_of(
     """An allocator for the widths and units that a target loads.
 
     Args:
-        rows: of the target's formats (`targets.for_calibration`); the first one counts. Empty: no target.
+        rows: of the target's formats, those that load it (`loading`); the first one counts. Empty: no target.
         kept: by block, the experts that stay; None: all.
     """
     widths = possible_widths(recipe)
@@ -112,24 +113,35 @@ def allocator_of(
     return Allocator(recipe, moe, sensitivity, rows[0].granularity, widths, kept)
 
 
-def check_loaded(allocator: Allocator, rows: Sequence[Target], tensor_parallel: int = 1) -> None:
-    """Raises ValueError if a target loads neither the smallest nor the largest choices: then no width is the reason.
+def loading(recipe: Recipe, moe: MoEModel, rows: Sequence[Target], tensor_parallel: int = 1) -> list[Target]:
+    """The rows of a target that load the smallest or the largest choices, with the overrides as they are.
 
     Args:
         rows: of the target's formats; empty: no target.
         tensor_parallel: number of devices that it splits each linear over.
+
+    Raises:
+        ValueError: there are rows and none does, so no width is the reason; the message gives the first row's.
     """
-    errors = []
-    for extreme in (min, max) if rows else ():
-        widths = {key: extreme(point.choice for point in unit.points) for key, unit in allocator.units.items()}
+    loaded, errors = [], []
+    for row in rows:
         try:
-            _choose(rows, allocator.recipe, allocator.of(widths.__getitem__), allocator.moe, tensor_parallel)
+            allocator = allocator_of(recipe, moe, [row])
         except ValueError as error:
             errors.append(error)
-        else:
-            return
-    if errors:
+            continue
+        for extreme in (min, max):
+            widths = {key: extreme(point.choice for point in unit.points) for key, unit in allocator.units.items()}
+            try:
+                _choose([row], recipe, allocator.of(widths.__getitem__), moe, tensor_parallel)
+            except ValueError as error:
+                errors.append(error)
+            else:
+                loaded.append(row)
+                break
+    if rows and not loaded:
         raise errors[0]
+    return loaded
 
 
 def _choose(
@@ -169,10 +181,14 @@ class BySize:
         """Bytes of everything but the blocks' quantized weights; see `Rest.nbytes`."""
         return self.rest.nbytes(self.moe, self.recipe.outside(self.moe))
 
+    @cached_property
+    def loading(self) -> list[Target]:
+        """The rows that can load the result."""
+        return loading(self.recipe, self.moe, self.rows, self.tensor_parallel)
+
     def check(self) -> None:
         """Raises ValueError if no allocation has this size, or the target loads none; needs no sensitivities."""
-        allocator = allocator_of(self.recipe, self.moe, self.rows)
-        check_loaded(allocator, self.rows, self.tensor_parallel)
+        allocator = allocator_of(self.recipe, self.moe, self.loading)
         is_free = self.pruning is not None and self.pruning.keep == "auto"
         smallest = allocator if self.pruning is None else self._smallest()
         largest = allocator if is_free else None  # then all may stay
@@ -202,11 +218,11 @@ class BySize:
             for block, given in overrides.items()
         }
         kept = {index: list(range(number)) for index, number in numbers.items()}
-        return allocator_of(replace(self.recipe, overrides=of_all), self.moe, self.rows, kept=kept)
+        return allocator_of(replace(self.recipe, overrides=of_all), self.moe, self.loading, kept=kept)
 
     def allocator(self, kept: dict[int, list[int]] | None) -> Allocator:
         """The allocator for a choice of experts."""
-        return allocator_of(self.recipe, self.moe, self.rows, self.sensitivity, kept)
+        return allocator_of(self.recipe, self.moe, self.loading, self.sensitivity, kept)
 
     def allocate(self) -> Allocation:
         """The widths that have the size with the least damage.

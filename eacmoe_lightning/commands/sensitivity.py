@@ -11,7 +11,7 @@ import torch
 
 from eacmoe_lightning.budget import picture
 from eacmoe_lightning.budget.measure import DROPS, default_probes, dropped_shares
-from eacmoe_lightning.budget.target import allocator_of, check_loaded
+from eacmoe_lightning.budget.target import allocator_of, loading
 from eacmoe_lightning.commands.fit import parse_fit
 from eacmoe_lightning.job.chosen_bits import measured
 from eacmoe_lightning.job.sampling import SampledTexts
@@ -74,7 +74,7 @@ def sensitivity(words: list[str]) -> None:
     run, ranks = RunDirectory(chosen.output), Ranks()
     texts = SampledTexts(data, run, moe, ranks, module.name_or_path, module.dtype_name, module.trust_remote_code)
     texts.check()
-    check_loaded(allocator_of(module.recipe, moe, module.targets), module.targets, module.tensor_parallel)
+    rows = loading(module.recipe, moe, module.targets, module.tensor_parallel)  # raises now
     drops = sorted(chosen.drops)
     if drops and (reason := next(filter(None, map(keeps_all, moe.moe_blocks)), None)):
         log.info("without --drops, which measures missing experts: %s", reason)
@@ -89,7 +89,7 @@ def sensitivity(words: list[str]) -> None:
             widths=widths, drops=drops,
             criterion=module.pruning.criterion if module.pruning else "reap",
         )  # fmt: skip
-        allocator = allocator_of(module.recipe, moe, module.targets, found)
+        allocator = allocator_of(module.recipe, moe, rows, found)
         picture.write(chosen.output, found, allocator, module.name_or_path)
 
 
