@@ -512,10 +512,18 @@ def test_overrides_of_experts_that_may_go_bound_no_size(sensitivity, tiny_model_
         (going, None, False),
         (going, found, False),
         ({4, 5, 6, 7}, found, True),
+        ({4, 5, 6, 7}, None, False),
+        ({3, 4, 5, 6, 7}, None, True),  # one of them stays
     ):
         recipe = replace(RECIPE, overrides={0: {f"experts.{e}": 8 for e in numbers}})
         choice = BySize(target, recipe, moe, [], rest, sensitivities, pruning=pruning)
         with pytest.raises(ValueError, match="below") if is_refused else nullcontext():
+            choice.check()
+    most = 8 * allocator_of(RECIPE, moe, [], kept=kept).largest / allocator_of(RECIPE, moe, []).num_weights
+    for low, is_refused in ((4, False), (8, True)):
+        recipe = replace(RECIPE, overrides={0: {f"experts.{e}": 2 for e in range(low)}})
+        choice = BySize(SizeTarget(bits=most), recipe, moe, [], rest, pruning=pruning)
+        with pytest.raises(ValueError, match="above") if is_refused else nullcontext():
             choice.check()
 
 

@@ -137,6 +137,18 @@ class Allocator:
     def largest(self) -> float:
         return sum(max(point.nbytes for point in unit.points) for unit in self.units.values())
 
+    def bytes_of_experts(self, block: Block) -> tuple[list[float], list[float]]:
+        """The least and the most bytes of each routed expert of a block; 0 where experts have no width of their own."""
+        units = [
+            [unit for p in block.experts.projections if (unit := self.units.get((block.index, f"experts.{e}.{p}")))]
+            for e in range(block.num_experts)
+        ]
+        least, most = (
+            [sum(extreme(point.nbytes for point in unit.points) for unit in of_expert) for of_expert in units]
+            for extreme in (min, max)
+        )
+        return least, most
+
     def most_within(self, nbytes: float) -> float:
         """The most bytes within this number that a choice of widths takes, at most 0.1 % too high.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +18,6 @@ from eacmoe_lightning.pruning.rule import PruningRule
 from eacmoe_lightning.target_rules import Target
 
 AROUND = (0.9, 1.1)  # sizes beside the one that was asked for
-SINGLE = re.compile(r"experts\.\d")  # begins the key of an override of one expert
 CLOSE = 0.99  # of the size that was asked for: what comes out has at least this share
 REUSED = "; what was measured serves all sizes: pass it as --model.sensitivity RUN/sensitivity"
 
@@ -188,12 +186,10 @@ class BySize:
 
     def check(self) -> None:
         """Raises ValueError if no allocation has this size, or the target loads none; needs no sensitivities."""
-        allocator = allocator_of(self.recipe, self.moe, self.loading)
-        is_free = self.pruning is not None and self.pruning.keep == "auto"
-        smallest = allocator if self.pruning is None else self._smallest()
-        largest = allocator if is_free else None  # then all may stay
-        wanted = self.target.check(smallest, self.rest_bytes, largest, is_bare=not self.rows)
-        if not is_free and smallest.recipe == self.recipe:  # otherwise it depends on the experts that stay
+        smallest, largest = self._extremes()
+        is_known = smallest.kept == largest.kept
+        wanted = self.target.check(smallest, self.rest_bytes, None if is_known else largest, is_bare=not self.rows)
+        if is_known:  # otherwise it depends on the experts that stay
             self._check_close(smallest.most_within(wanted))
 
     def _check_close(self, nbytes: float, more: str = "") -> None:
@@ -207,18 +203,25 @@ class BySize:
                 f"{nearest}{more}"
             )
 
-    def _smallest(self) -> Allocator:
-        """Of as few experts as may stay. Which these are decides which overrides of single experts count."""
+    def _extremes(self) -> tuple[Allocator, Allocator]:
+        """Of those experts that may stay, the ones with the fewest bytes, and the ones with the most.
+
+        Without sensitivities any may, and overrides of single experts make some larger than others.
+        """
+        every = allocator_of(self.recipe, self.moe, self.loading)
+        if self.pruning is None:
+            return every, every
+        is_free = self.pruning.keep == "auto"
         if self.sensitivity is not None:
-            return self.allocator(self._experts()[-1])
-        is_free, overrides = self.pruning.keep == "auto", self.recipe.overrides
-        numbers = {b.index: keep_of(b, max(DROPS)) if is_free else self.pruning.keep for b in self.moe.moe_blocks}
-        of_all = {
-            block: {key: width for key, width in given.items() if not SINGLE.match(key)}
-            for block, given in overrides.items()
-        }
-        kept = {index: list(range(number)) for index, number in numbers.items()}
-        return allocator_of(replace(self.recipe, overrides=of_all), self.moe, self.loading, kept=kept)
+            fewest = self.allocator(self._experts()[-1])
+            return fewest, every if is_free else fewest
+        lightest, heaviest = {}, {}
+        for block in self.moe.moe_blocks:
+            number = keep_of(block, max(DROPS)) if is_free else self.pruning.keep
+            least, most = every.bytes_of_experts(block)
+            lightest[block.index] = kept_of(block, [-nbytes for nbytes in least], number, self.pruning.criterion)
+            heaviest[block.index] = kept_of(block, most, number, self.pruning.criterion)
+        return self.allocator(lightest), every if is_free else self.allocator(heaviest)
 
     def allocator(self, kept: dict[int, list[int]] | None) -> Allocator:
         """The allocator for a choice of experts."""
