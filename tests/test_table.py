@@ -124,7 +124,8 @@ def test_rows_have_their_own_seeds_and_are_of_the_text_as_it_is_now(tiny_model_d
 
 def test_finished_rows_notice_that_a_config_has_changed(tiny_model_dir, tmp_path, capsys):
     file, config, out = tmp_path / "table.yaml", tmp_path / "own.yaml", tmp_path / "out"
-    file.write_text(yaml.safe_dump({"title": "t", "rows": {"first": {"model.bits": 2}}}))
+    overrides = {0: {"experts": 3, "experts.1": 4}}
+    file.write_text(yaml.safe_dump({"title": "t", "rows": {"first": {"model.bits": 2, "model.overrides": overrides}}}))
     config.write_text("model: {router_method: none, attention_bits: 4}\npruning: {keep: 3}")
     words = ["table", str(file), "--output", str(out), "--config", str(config), *base(tiny_model_dir("mixtral"))]
     main(words)

@@ -96,7 +96,8 @@ class Rows:
         return row
 
     def _settings(self, options: dict[str, Any]) -> dict[str, Any]:
-        return options | ({"words": self.words} if self.words else {})
+        """As the row's file holds them."""
+        return json.loads(json.dumps(options | ({"words": self.words} if self.words else {})))
 
     def _parsed(self, options: dict[str, Any]) -> tuple[QESC, TextWindows]:
         module, data, _ = parse_fit([*self.words, *words_of(options)])
@@ -115,7 +116,7 @@ class Rows:
                 f"{settings.get(key)!r}): pass another --output or the earlier settings"
             )
         module, data = self._parsed(options)  # with what a --config holds now
-        now = options_of(module, data) | {"model.fingerprint": module.fingerprint}
+        now = json.loads(json.dumps(options_of(module, data))) | {"model.fingerprint": module.fingerprint}
         if not data.sampled_texts:
             now["data.calibration_digest"] = data.calibration_digest
         held = row["report"]["config"]
