@@ -252,7 +252,7 @@ def test_a_format_is_chosen_by_what_overrides_fix(sensitivity):
     recipe = replace(RECIPE, overrides={1: {"experts": 8}})
     assert [row.format for row in loading(recipe, moe, rows)] == ["gptq_v2"]
     for bits in (5.2, 5.4, 5.7, 6.2):
-        choice = BySize(SizeTarget(bits=bits), recipe, moe, rows, Rest(0, torch.float32), found)
+        choice = BySize(SizeTarget(bits=bits), recipe, moe, loading(recipe, moe, rows), Rest(0, torch.float32), found)
         choice.check()
         assert 5 not in [keys["attention"] for keys in choice.allocate().overrides.values()]
 

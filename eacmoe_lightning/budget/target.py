@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from eacmoe_lightning import targets
 from eacmoe_lightning.budget.allocation import Allocation, Allocator, possible_widths
@@ -121,25 +120,27 @@ def loading(recipe: Recipe, moe: MoEModel, rows: Sequence[Target], tensor_parall
     Raises:
         ValueError: there are rows and none does, so no width is the reason; the message gives the first row's.
     """
-    loaded, errors = [], []
-    for row in rows:
-        try:
-            allocator = allocator_of(recipe, moe, [row])
-        except ValueError as error:
-            errors.append(error)
-            continue
-        for extreme in (min, max):
-            widths = {key: extreme(point.choice for point in unit.points) for key, unit in allocator.units.items()}
-            try:
-                _choose([row], recipe, allocator.of(widths.__getitem__), moe, tensor_parallel)
-            except ValueError as error:
-                errors.append(error)
-            else:
-                loaded.append(row)
-                break
+    refusals = [_refusal(recipe, moe, row, tensor_parallel) for row in rows]
+    loaded = [row for row, refusal in zip(rows, refusals, strict=True) if refusal is None]
     if rows and not loaded:
-        raise errors[0]
+        raise refusals[0]
     return loaded
+
+
+def _refusal(recipe: Recipe, moe: MoEModel, row: Target, tensor_parallel: int) -> ValueError | None:
+    """Why this row loads neither the smallest nor the largest choices; None: it loads one of them."""
+    try:
+        allocator = allocator_of(recipe, moe, [row])
+    except ValueError as error:
+        return error
+    refusals = []
+    for extreme in (min, max):
+        widths = {key: extreme(point.choice for point in unit.points) for key, unit in allocator.units.items()}
+        try:
+            _choose([row], recipe, allocator.of(widths.__getitem__), moe, tensor_parallel)
+        except ValueError as error:
+            refusals.append(error)
+    return refusals[0] if len(refusals) == 2 else None
 
 
 def _choose(
@@ -157,7 +158,7 @@ class BySize:
     Args:
         target: the size.
         recipe, moe: see `Allocator`.
-        rows: of the target's formats (`targets.for_calibration`); empty: no target.
+        rows: of the target's formats, those that load it (`loading`); empty: no target.
         rest: everything but the quantized weights.
         sensitivity: see `Allocator`; None: not measured yet, which is enough for `check`.
         tensor_parallel: number of devices that the target splits each linear over.
@@ -179,13 +180,8 @@ class BySize:
         """Bytes of everything but the blocks' quantized weights; see `Rest.nbytes`."""
         return self.rest.nbytes(self.moe, self.recipe.outside(self.moe))
 
-    @cached_property
-    def loading(self) -> list[Target]:
-        """The rows that can load the result."""
-        return loading(self.recipe, self.moe, self.rows, self.tensor_parallel)
-
     def check(self) -> None:
-        """Raises ValueError if no allocation has this size, or the target loads none; needs no sensitivities."""
+        """Raises ValueError if no allocation has this size; needs no sensitivities."""
         smallest, largest = self._extremes()
         is_known = smallest.kept == largest.kept
         wanted = self.target.check(smallest, self.rest_bytes, None if is_known else largest, is_bare=not self.rows)
@@ -208,7 +204,7 @@ class BySize:
 
         Without sensitivities any may, and overrides of single experts make some larger than others.
         """
-        every = allocator_of(self.recipe, self.moe, self.loading)
+        every = allocator_of(self.recipe, self.moe, self.rows)
         if self.pruning is None:
             return every, every
         is_free = self.pruning.keep == "auto"
@@ -225,7 +221,7 @@ class BySize:
 
     def allocator(self, kept: dict[int, list[int]] | None) -> Allocator:
         """The allocator for a choice of experts."""
-        return allocator_of(self.recipe, self.moe, self.loading, self.sensitivity, kept)
+        return allocator_of(self.recipe, self.moe, self.rows, self.sensitivity, kept)
 
     def allocate(self) -> Allocation:
         """The widths that have the size with the least damage.

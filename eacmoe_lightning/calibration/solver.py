@@ -8,7 +8,6 @@ experts are divided evenly: all experts of a block cost the same to solve, whate
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -101,21 +100,22 @@ class BlockSolver:
         tokens, weights = self._tokens(routing)
         parts: dict[str, list[QuantizedWeight]] = {p: [] for p in experts.projections}
         errors: dict[str, list[float]] = {p: [] for p in experts.projections}
-        chunk = self._experts_together()
+        chunk, at_once = self._experts_together(), tokens_at_once(experts.shapes)
         for start in range(0, num_experts, chunk):
             chosen = slice(start, min(start + chunk, num_experts))
             for projection in experts.projections:
                 weight = experts.weight(projection)[chosen]
 
                 def rows_of(
-                    e: int, at_once: int, projection: str = projection, device: torch.device = weight.device
-                ) -> Iterator[Tensor]:
-                    for part in tokens[e].split(at_once):
+                    e: int, projection: str = projection, device: torch.device = weight.device
+                ) -> Iterator[tuple[Tensor, Tensor | None]]:
+                    parts = tokens[e].split(at_once)
+                    of_parts = [None] * len(parts) if weights is None else weights[e].to(device).split(at_once)
+                    for part, own in zip(parts, of_parts, strict=True):
                         rows = x[part].to(device)
-                        yield (rows if projection == experts.up_name else experts.intermediate(rows, e)).float()
+                        yield (rows if projection == experts.up_name else experts.intermediate(rows, e)).float(), own
 
-                numbers = range(chosen.start, chosen.stop)
-                statistics = self._statistics_of_experts(weight, numbers, rows_of, weights)
+                statistics = self._statistics_of_experts(weight, range(chosen.start, chosen.stop), rows_of)
                 quantized, error = self._solve_stack(weight, statistics, bits[projection][chosen])
                 parts[projection].append(quantized)
                 errors[projection] += error.tolist()
@@ -127,39 +127,32 @@ class BlockSolver:
             self.error[name] = sum(errors[projection]) / len(errors[projection])
 
     def _statistics_of_experts(
-        self,
-        weight: Tensor,
-        experts: range,
-        rows_of: Callable[[int, int], Iterator[Tensor]],
-        weights: list[Tensor] | None,
+        self, weight: Tensor, experts: range, rows_of: Callable[[int], Iterator[tuple[Tensor, Tensor | None]]]
     ) -> Tensor | list[Tensor] | None:
         """The statistics of some experts' inputs that the quantizer needs (`Quantizer.needs`).
 
         Args:
             weight: [S, O, I] one projection of these experts.
             experts: the numbers of the S experts.
-            rows_of: expert, number -> the inputs [n, I] of this projection, at most so many tokens at a time.
-            weights: by expert, the weight [n] of each of its tokens; None weights all equally.
+            rows_of: expert -> in parts, the inputs [n, I] of this projection, and the weight [n] of each token; None
+                weights all equally.
         """
-        at_once = tokens_at_once([self.block.experts.weight(p).shape[-2:] for p in self.block.experts.projections])
         match self.quantizer.needs:
             case "hessian":
                 hessian = weight.new_zeros(len(weight), weight.shape[-1], weight.shape[-1], dtype=torch.float32)
                 for total, e in zip(hessian, experts, strict=True):
-                    parts = itertools.repeat(None) if weights is None else weights[e].to(weight.device).split(at_once)
-                    for rows, part in zip(rows_of(e, at_once), parts, strict=False):
-                        add_gram(total, rows, part)
+                    for rows, weights in rows_of(e):
+                        add_gram(total, rows, weights)
                     mirror(total)
                 return self.ranks.sum(hessian)
             case "inputs":
-                return [torch.cat([*rows_of(e, at_once)]) for e in experts]
+                return [torch.cat([rows for rows, _ in rows_of(e)]) for e in experts]
         return None
 
     def _experts_together(self) -> int:
         """How many experts are solved at a time, and logs it (see the function `experts_together`)."""
-        projections, world = self.block.experts.projections, self.ranks.world
-        weight = self.block.experts.weight(projections[0])
-        shapes = [self.block.experts.weight(p).shape[-2:] for p in projections]
+        experts, world = self.block.experts, self.ranks.world
+        weight, shapes = experts.weight(experts.up_name), experts.shapes
         num_experts, gib = self.block.num_experts, self.recipe.solver_gib
         together = experts_together(self.quantizer, shapes, num_experts, gib, world, weight.device)
         log.info(

@@ -19,7 +19,7 @@ from eacmoe_lightning.run.files import read_json, write_json
 
 OF_TEXTS = ("model.name_or_path", "model.trust_remote_code")  # options of the model that windows depend on
 NOT_OF_TEXTS = ("model", "pruning", "trainer", "checkpoint")
-OF_ROWS = ("model.", "data.", "pruning.")  # options that a finished row keeps
+OF_OPTIONS = ("model.", "data.", "pruning.")  # begin the options that `options_of` gives
 
 
 def words_of(options: dict[str, Any]) -> list[str]:
@@ -120,12 +120,11 @@ class Rows:
         if not data.sampled_texts:
             now["data.calibration_digest"] = data.calibration_digest
         held = row["report"]["config"]
-        now = {key: value for key, value in now.items() if key in held or key not in CONTENTS.values()}
-        held = {
-            key: value
-            for key, value in held.items()
-            if key in now or (key.startswith(OF_ROWS) and key not in CONTENTS.values())
-        }
+        unknown = {digest for digest in CONTENTS.values() if (digest in held) != (digest in now)}
+        held, now = (
+            {key: value for key, value in side.items() if key.startswith(OF_OPTIONS) and key not in unknown}
+            for side in (held, now)
+        )
         refuse_other_settings(f"{finished} holds a row", held, now, "another --output")
         judged, texts = row["report"].get("heldout_digest", {}), digests(data.heldout_windows)
         if changed := [text for text in judged if judged[text] != texts.get(text)]:

@@ -20,7 +20,7 @@ from eacmoe_lightning.budget.allocation import Allocation
 from eacmoe_lightning.budget.measure import DROPS, WIDTHS, Text, default_probes, identity_of, measure
 from eacmoe_lightning.budget.rest import Rest
 from eacmoe_lightning.budget.sensitivity import Sensitivity
-from eacmoe_lightning.budget.target import BySize, SizeTarget
+from eacmoe_lightning.budget.target import BySize, SizeTarget, loading
 from eacmoe_lightning.calibration.recipe import Recipe
 from eacmoe_lightning.job.data import TextWindows
 from eacmoe_lightning.models.moe import MoEModel
@@ -102,7 +102,8 @@ class ChosenBits:
 
         Raises:
             FileNotFoundError: there are no sensitivities at the given path.
-            ValueError: the size cannot be had, or the sensitivities are of another model or other settings.
+            ValueError: the size cannot be had, the target loads it at no width, or the sensitivities are of another
+                model or other settings.
         """
         if not self.recipe.quantizes:
             raise ValueError(
@@ -123,7 +124,8 @@ class ChosenBits:
             sensitivity = sensitivities.read(self.path)
             refuse_other(sensitivity, self.recipe, fingerprint, [block.name for block in moe.blocks], self.path)
             self._check_criterion(sensitivity)
-        choice = BySize(self.size, self.recipe, moe, self.rows, rest, sensitivity, self.tensor_parallel, self.pruning)
+        rows = loading(self.recipe, moe, self.rows, self.tensor_parallel)
+        choice = BySize(self.size, self.recipe, moe, rows, rest, sensitivity, self.tensor_parallel, self.pruning)
         choice.check()
         return choice
 

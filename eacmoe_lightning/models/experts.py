@@ -42,6 +42,11 @@ class Experts:
         weight = getattr(self.module, projection)
         return weight.transpose(1, 2) if self.module.is_transposed else weight
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(O, I) of each projection of an expert."""
+        return [tuple(self.weight(projection).shape[1:]) for projection in self.projections]
+
     def bias(self, projection: str, expert: int) -> Tensor | None:
         return getattr(self.module, f"{projection}_bias")[expert] if self.module.has_bias else None
 

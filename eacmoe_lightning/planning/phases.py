@@ -216,9 +216,9 @@ def _experts(cost: Cost, shapes: Shapes, recipe: Recipe, job: Job, here: float) 
     device, experts = torch.device(job.device), shapes.num_experts
     together = experts_together(recipe.solver, shapes.experts, experts, recipe.solver_gib, job.processes, device)
     stack_size = stack_bytes(recipe.solver, shapes.experts, together, job.processes, device)
-    rows = min(job.tokens * share, tokens_at_once(shapes.experts))
-    rows *= shapes.itemsize * (up_columns + up_rows + 2 * down_columns) + 4 * max(up_columns, down_columns)
-    cost.add(here + stack_size + rows, flops=2 * sent * up_rows * up_columns)
+    token = shapes.itemsize * (up_columns + up_rows + 2 * down_columns) + 4 * max(up_columns, down_columns)
+    activations = min(job.tokens * share, tokens_at_once(shapes.experts)) * token
+    cost.add(here + stack_size + activations, flops=2 * sent * up_rows * up_columns)
     for rows, columns in shapes.experts:
         cost.add(flops32=gram_flops(sent, columns))
         _solve(cost, experts * share, rows, columns, recipe, recipe.grid(0, 1, "experts"))

@@ -292,7 +292,7 @@ class Shapes:
         self.top_k, self.experts = top_k, []
         self.num_experts = round(block.num_experts * job.share(block.num_experts)) if block.is_moe else 0
         if block.is_moe:
-            self.experts = [tuple(block.experts.weight(p).shape[-2:]) for p in block.experts.projections]
+            self.experts = block.experts.shapes
             self.forward += top_k * sum(2 * rows * columns for rows, columns in self.experts)
             self.forward += 2 * block.num_experts * hidden
             self.activations += top_k * sum(rows for rows, _ in self.experts)
